@@ -5,7 +5,8 @@ One row of the residual stream is x ∈ ℝᵈ; γ, β scale and shift its Layer
     μ = mean(x)    ρ = 1/√(var(x) + eps)    x̂ = ρ(x − μ)
     z = W_down·(γ ⊙ x̂ + β) + b_down         h = act(z)            y = x + W_up·h + b_up
 
-The backward below is the closed form that the kernels use: with A = W_down·diag(γ) and u = x̂·Aᵀ = z − (W_down·β + b_down),
+The backward below is the closed form that the kernels use. With A = W_down·diag(γ),
+u = x̂·Aᵀ = z − (W_down·β + b_down),
 
     dh = dy·W_up                            dz = dh ⊙ act'(z)
     dx = dy + ρ(dz·A − c1 − x̂·c2)           c1 = dz·rowsum(A)/d   c2 = Σᵣ(dz ⊙ u)/d
@@ -53,7 +54,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class Weights(NamedTuple):
-    """The six parameters of one adapter in ``nn.LayerNorm`` and ``nn.Linear`` layout, in the order every function takes them."""
+    """The six parameters of one adapter, in ``nn.LayerNorm`` and ``nn.Linear`` layout, in every call's order."""
 
     norm_weight: Tensor  # (d,)   γ
     norm_bias: Tensor  # (d,)   β

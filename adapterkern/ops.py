@@ -97,7 +97,7 @@ def uses_composition(x: Tensor, adapter_dim: int) -> bool:
     """Whether ``fused=True`` still runs the stock composition, because x is on CPU and too small for the op to pay.
 
     On 2 cores (AMD EPYC, AVX-512), forward + backward of the op took 0.79 to 1.02 of the composition's time in bf16 and
-    fp32 above these bounds, and up to 2.3 times at one row. Compiled code always holds the op, so that no shape guards it.
+    fp32 above these bounds, and up to 2.3 times at one row. Compiled code always holds the op: no guard on a shape.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False

@@ -1,0 +1,83 @@
+"""What every kernel shares: the activations, the matrix product, and where a row tile lies.
+
+A row tile never crosses a sequence, because with stacked adapters a sequence is what chooses its adapter; a plain call is one sequence of T rows.
+Rows that a tile has beyond its sequence are masked. Row offsets are int64: T·d passes 2³¹ at T = 524,288 for d = 4096.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the bit patterns of bf16 operands, so there every operand is widened to fp32 first; products of
+# 16-bit numbers are exact in fp32, which is also what a tensor core accumulates.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b, accumulated in fp32. PRECISION is Triton's input precision and matters for fp32 operands only."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 → dtype, rounded to nearest even. The interpreter cuts bf16 off instead, so there the bits are rounded first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _tanh(z):
+    # (1 − e)/(1 + e) cancels near zero, where the series to z⁹ is exact to 1e-8.
+    e = tl.exp(-2 * tl.abs(z))
+    far = tl.where(z < 0, -1.0, 1.0) * (1 - e) / (1 + e)
+    q = z * z
+    near = z * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+    return tl.where(tl.abs(z) < 0.25, near, far)
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """act(z), z in fp32."""
+    if ACT == "silu":
+        return z * tl.sigmoid(z)
+    elif ACT == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACT == "relu":
+        return tl.where(z < 0, 0.0, z)  # this way round a NaN stays one
+    elif ACT == "tanh":
+        return _tanh(z)
+    else:
+        tl.static_assert(ACT == "identity")
+        return z
+
+
+@triton.jit
+def activate_grad(z, ACT: tl.constexpr):
+    """act'(z), z in fp32."""
+    if ACT == "silu":
+        s = tl.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    elif ACT == "gelu":
+        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif ACT == "relu":
+        return tl.where(z > 0, 1.0, 0.0)
+    elif ACT == "tanh":
+        t = _tanh(z)
+        return 1 - t * t
+    else:
+        tl.static_assert(ACT == "identity")
+        return tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def tile_rows(tile, S, BT: tl.constexpr):
+    """The sequence of a row tile, its rows (int64) and which of them exist; S is rows per sequence."""
+    per_sequence = tl.cdiv(S, BT)
+    sequence = tile // per_sequence
+    i_t = (tile - sequence * per_sequence) * BT + tl.arange(0, BT)
+    return sequence, sequence.to(tl.int64) * S + i_t, i_t < S

@@ -1,0 +1,261 @@
+"""Where a step of ClippedAdamW runs: the extension's kernels, or torch's fused AdamW where there are none.
+
+A step works on parts: the parameters that share a device and, for DTensors, the process groups that their squared norm
+is summed over. A part knows three things, and none of them waits for the device:
+
+    sum_squares   Σ g² of its gradients, unscaled          reads each gradient once
+    finish        norm, multiplier and skip flag           only again when several parts make up the norm
+    update        AdamW with these                         28 bytes a parameter, the gradient partly from cache
+
+torch's fused AdamW divides gradients by a device tensor, `grad_scale`, and skips where another, `found_inf`, says so:
+that is enough to clip without a pass that writes gradients (36 bytes a parameter; plain clipping takes 40).
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+try:
+    from adapterkern import _C  # type: ignore[attr-defined]
+except ImportError as error:  # used only when a step asks for it: `import adapterkern` never needs a compiler
+    _C = None
+    _MISSING = f"the extension adapterkern._C cannot be imported ({error})"
+else:
+    _MISSING = ""
+
+log = logging.getLogger(__name__)
+_announced: set[tuple[str, str]] = set()
+
+
+def backend(device: torch.device | str | int) -> tuple[str, str]:
+    """What a step on `device` runs, and why: ("cpu twin" | "cuda kernels" | "torch fused AdamW", reason)."""
+    device = torch.device(device)
+    fallback = "torch fused AdamW"
+    if os.environ.get("ADAPTERKERN_FUSED") == "0":
+        return fallback, "ADAPTERKERN_FUSED=0 is set"
+    if _C is None:
+        return fallback, _MISSING
+    if device.type == "cpu":
+        return "cpu twin", "the extension is built"
+    if device.type != "cuda":
+        return fallback, f"the extension has no kernels for {device.type} devices"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    reason = _C.cuda_unavailable(index)
+    return (fallback, reason) if reason else ("cuda kernels", "the extension is built, and its kernels load here")
+
+
+@dataclass
+class Entry:
+    """One parameter with what a step reads and writes; every tensor local (no DTensor) and laid out like `param`."""
+
+    param: Tensor
+    main: Tensor  # what AdamW updates: the parameter, or its fp32 master
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    copy: Tensor | None  # written from `main` in the same pass
+    stochastic: bool
+    group: int
+
+
+@dataclass
+class Request:
+    """What one step asks for, beside the gradients."""
+
+    groups: Sequence[dict[str, Any]]
+    max_norm: float | Tensor
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    clear_grads: bool
+    seed: int
+
+
+class Part(Protocol):
+    device: torch.device
+    entries: list[Entry]
+    total: Tensor  # [] Σ g²; writable
+    norm: Tensor  # [] float32
+    skipped: Tensor  # [] float32, 0 or 1
+
+    def sum_squares(self, grads: list[Tensor], request: Request) -> None: ...
+    def finish(self, request: Request) -> None: ...
+    def update(self, grads: list[Tensor], request: Request) -> None: ...
+
+
+def scalar_on(value: float | Tensor, device: torch.device, name: str) -> float | Tensor:
+    """A hyperparameter as a float, or as a float32 tensor of one element on `device`; a CPU tensor is read at once."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.numel() != 1 or value.dtype != torch.float32:
+        got = f"shape {tuple(value.shape)}, {value.dtype}"
+        raise ValueError(f"{name}: expected a float or a float32 tensor of one element, got {got}")
+    return float(value) if value.device.type == "cpu" != device.type else value.to(device, non_blocking=True)
+
+
+def _pair(value: float | Tensor) -> tuple[float, int]:
+    return (0.0, value.data_ptr()) if isinstance(value, Tensor) else (value, 0)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, torch.float32, non_blocking=True)
+
+
+@dataclass
+class KernelPart:
+    """The extension's two passes over a table of pointers, which is built once and told the gradients every step."""
+
+    device: torch.device
+    entries: list[Entry]
+    total: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+    skipped: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._table = _C.Table()
+        for e in self.entries:
+            self._table.add(
+                _kind(e),
+                e.main.numel(),
+                e.group,
+                e.main.data_ptr(),
+                e.exp_avg.data_ptr(),
+                e.exp_avg_sq.data_ptr(),
+                0 if e.copy is None else e.copy.data_ptr(),
+                e.step.data_ptr(),
+            )
+        self._slots = torch.empty(self._table.tiles, dtype=torch.float64, device=self.device)
+        self._scalars = torch.zeros(3, dtype=torch.float64, device=self.device)  # struct Scalars of clipped_adamw.h
+        self.total = self._scalars[0]
+        floats = self._scalars.view(torch.float32)
+        self.norm, self.skipped = floats[2], floats[4]
+
+    def _where(self) -> Any:
+        if self.device.type == "cpu":
+            return _C.Where(-1, torch.get_num_threads(), 0)
+        return _C.Where(self.device.index, 0, torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _clip(self, request: Request) -> tuple[Any, list[Any]]:
+        """The norm pass's inputs, and the tensors behind its pointers, which must live until it is launched."""
+        max_norm = scalar_on(request.max_norm, self.device, "max_norm")
+        alive = [None if t is None else _on(t, self.device) for t in (request.grad_scale, request.found_inf)]
+        clip = _C.Clip(*(0 if t is None else t.data_ptr() for t in alive), *_pair(max_norm))
+        return clip, [*alive, max_norm]
+
+    def sum_squares(self, grads: list[Tensor], request: Request) -> None:
+        self._table.set_grads([g.data_ptr() for g in grads])
+        clip, _alive = self._clip(request)
+        _C.sum_squares(self._table, clip, self._slots.data_ptr(), self._scalars.data_ptr(), self._where())
+
+    def finish(self, request: Request) -> None:
+        clip, _alive = self._clip(request)
+        _C.finish(clip, self._scalars.data_ptr(), self._where())
+
+    def update(self, grads: list[Tensor], request: Request) -> None:
+        groups, alive = [], []
+        for g in request.groups:
+            lr = scalar_on(g["lr"], self.device, "lr")
+            weight_decay = scalar_on(g["weight_decay"], self.device, "weight_decay")
+            alive += [lr, weight_decay]
+            groups.append(_C.Group(*_pair(lr), *g["betas"], g["eps"], *_pair(weight_decay), g["maximize"]))
+        _C.update(
+            self._table, groups, self._scalars.data_ptr(), request.clear_grads, request.seed & 0xFFFFFFFF, self._where()
+        )
+
+
+def _kind(e: Entry) -> Any:
+    if e.stochastic:
+        return _C.Kind.BF16_STOCHASTIC
+    if e.param is not e.main:
+        return {torch.bfloat16: _C.Kind.BF16_MASTER, torch.float16: _C.Kind.FP16_MASTER}[e.param.dtype]
+    copied = None if e.copy is None else e.copy.dtype
+    kinds = {
+        None: _C.Kind.FLOAT32,
+        torch.bfloat16: _C.Kind.FLOAT32_TO_BF16,
+        torch.float16: _C.Kind.FLOAT32_TO_FP16,
+    }
+    return kinds[copied]
+
+
+@dataclass
+class TorchPart:
+    """The same step from torch's fused AdamW. It leaves the unscaled, clipped gradients in `.grad`, as torch does."""
+
+    device: torch.device
+    entries: list[Entry]
+    total: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+    skipped: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if any(e.stochastic for e in self.entries):
+            reason = backend(self.device)[1]
+            raise NotImplementedError(f"low_precision='stochastic' needs the extension on {self.device}: {reason}")
+        self.total, self.norm, self.skipped, self._divisor = torch.zeros(4, device=self.device).unbind()
+
+    def sum_squares(self, grads: list[Tensor], request: Request) -> None:
+        norm = torch.nn.utils.get_total_norm([g.float() for g in grads], foreach=True)
+        if request.grad_scale is not None:
+            norm = norm / _on(request.grad_scale, self.device)
+        self.total.copy_(norm.square())  # overflows fp32 from a norm of 1.8e19 on: taken for a non-finite one
+        self.finish(request)
+
+    def finish(self, request: Request) -> None:
+        max_norm = scalar_on(request.max_norm, self.device, "max_norm")
+        torch.sqrt(self.total, out=self.norm)
+        self._divisor.copy_(((self.norm + 1e-6) / max_norm).clamp(min=1))
+        skipped = ~self.total.isfinite()
+        if request.grad_scale is not None:
+            self._divisor *= _on(request.grad_scale, self.device)
+        if request.found_inf is not None:
+            skipped |= _on(request.found_inf, self.device) != 0
+        self.skipped.copy_(skipped)
+
+    def update(self, grads: list[Tensor], request: Request) -> None:
+        for index, group in enumerate(request.groups):
+            lr = scalar_on(group["lr"], self.device, "lr")
+            weight_decay = scalar_on(group["weight_decay"], self.device, "weight_decay")
+            if isinstance(weight_decay, Tensor):
+                reason = backend(self.device)[1]
+                raise NotImplementedError(f"weight_decay on {self.device} as a tensor needs the extension: {reason}")
+            chosen = [(e, g) for e, g in zip(self.entries, grads, strict=True) if e.group == index]
+            if not chosen:
+                continue
+            adamw(
+                [e.main for e, _ in chosen],
+                [g.to(e.main.dtype) for e, g in chosen],
+                [e.exp_avg for e, _ in chosen],
+                [e.exp_avg_sq for e, _ in chosen],
+                [],
+                [e.step for e, _ in chosen],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=group["eps"],
+                maximize=group["maximize"],
+                grad_scale=self._divisor,
+                found_inf=self.skipped,
+            )
+        for e in self.entries:
+            if e.copy is not None:
+                e.copy.copy_(e.main)
+        if request.clear_grads:
+            torch._foreach_zero_(grads)
+
+
+def make_part(device: torch.device, entries: list[Entry]) -> Part:
+    """The part for `device`; which backend it got is logged once, as a warning where it is the fallback."""
+    name, reason = backend(device)
+    if (device.type, name) not in _announced:
+        _announced.add((device.type, name))
+        level = logging.WARNING if name.startswith("torch") else logging.INFO
+        log.log(level, "ClippedAdamW on %s runs on %s: %s", device.type, name, reason)
+    return TorchPart(device, entries) if name.startswith("torch") else KernelPart(device, entries)

@@ -1,0 +1,124 @@
+// Python's view of the two passes: raw pointers, sizes and a raw stream. Nothing here owns device memory; the
+// tensors behind the pointers must outlive the calls, and adapterkern/optim.py sees to that.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "clipped_adamw.h"
+
+namespace py = pybind11;
+using namespace adapterkern;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+#ifdef ADAPTERKERN_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+[[maybe_unused]] void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("adapterkern's CUDA kernels: ") + error);
+}
+
+// Where to run: device < 0 is the CPU with `threads`, otherwise a CUDA device and its stream.
+struct Where {
+  int device, threads;
+  uintptr_t stream;
+};
+
+void sum_squares(const Table& table, const Clip& clip, uintptr_t slots, uintptr_t scalars, const Where& at) {
+  py::gil_scoped_release release;
+#ifdef ADAPTERKERN_WITH_CUDA
+  if (at.device >= 0)
+    return check(cuda::sum_squares(table, clip, pointer<double>(slots), pointer<Scalars>(scalars), at.device,
+                                   pointer<void>(at.stream)));
+#endif
+  cpu::sum_squares(table, clip, pointer<double>(slots), pointer<Scalars>(scalars), at.threads);
+}
+
+void finish_scalars(const Clip& clip, uintptr_t scalars, const Where& at) {
+#ifdef ADAPTERKERN_WITH_CUDA
+  if (at.device >= 0) return check(cuda::finish(clip, pointer<Scalars>(scalars), at.device, pointer<void>(at.stream)));
+#endif
+  cpu::finish(clip, pointer<Scalars>(scalars));
+}
+
+void update(const Table& table, const std::vector<Group>& groups, uintptr_t scalars, bool clear_grads, uint32_t seed,
+            const Where& at) {
+  py::gil_scoped_release release;
+#ifdef ADAPTERKERN_WITH_CUDA
+  if (at.device >= 0)
+    return check(cuda::update(table, groups, pointer<Scalars>(scalars), clear_grads, seed, at.device,
+                              pointer<void>(at.stream)));
+#endif
+  cpu::update(table, groups, pointer<Scalars>(scalars), clear_grads, seed, at.threads);
+}
+
+// Why this build cannot run on CUDA device `device`, or None if it can.
+const char* cuda_unavailable([[maybe_unused]] int device) {
+#ifdef ADAPTERKERN_WITH_CUDA
+  return cuda::unavailable(device);
+#else
+  return "the extension was built without CUDA kernels, because no CUDA toolkit was found or it failed";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Clipped AdamW over raw pointers: see csrc/clipped_adamw.h and adapterkern/optim.py.";
+  m.attr("TILE") = kTile;
+  m.attr("WITH_CUDA") = kWithCuda;
+
+  py::enum_<Kind>(m, "Kind")
+      .value("FLOAT32", Kind::kFloat32)
+      .value("FLOAT32_TO_BF16", Kind::kFloat32ToBf16)
+      .value("FLOAT32_TO_FP16", Kind::kFloat32ToFp16)
+      .value("BF16_MASTER", Kind::kBf16Master)
+      .value("FP16_MASTER", Kind::kFp16Master)
+      .value("BF16_STOCHASTIC", Kind::kBf16Stochastic);
+
+  py::class_<Table>(m, "Table")
+      .def(py::init<>())
+      .def_readonly("tiles", &Table::tiles)
+      .def("add",
+           [](Table& table, Kind kind, int64_t count, int group, uintptr_t main, uintptr_t exp_avg,
+              uintptr_t exp_avg_sq, uintptr_t copy, uintptr_t step) {
+             table.add({pointer<void>(main), nullptr, pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
+                        pointer<void>(copy), pointer<float>(step), count, 0, uint16_t(group), kind});
+           })
+      .def("set_grads", [](Table& table, const std::vector<uintptr_t>& grads) {
+        if (grads.size() != table.tensors.size()) throw std::invalid_argument("expected one gradient a tensor");
+        for (size_t i = 0; i < grads.size(); ++i) table.tensors[i].grad = pointer<void>(grads[i]);
+      });
+
+  py::class_<Group>(m, "Group")
+      .def(py::init([](double lr, uintptr_t lr_tensor, double beta1, double beta2, double eps, double weight_decay,
+                       uintptr_t weight_decay_tensor, bool maximize) {
+        return Group{pointer<float>(lr_tensor), pointer<float>(weight_decay_tensor), float(lr), float(weight_decay),
+                     float(1 - beta1), float(beta2), float(1 - beta2), float(std::log(beta1)), float(std::log(beta2)),
+                     float(eps), maximize ? -1.0f : 1.0f};
+      }));
+
+  py::class_<Clip>(m, "Clip").def(
+      py::init([](uintptr_t grad_scale, uintptr_t found_inf, double max_norm, uintptr_t max_norm_tensor) {
+        return Clip{pointer<float>(grad_scale), pointer<float>(found_inf), pointer<float>(max_norm_tensor),
+                    float(max_norm)};
+      }));
+
+  py::class_<Where>(m, "Where").def(py::init([](int device, int threads, uintptr_t stream) {
+    return Where{device, threads, stream};
+  }));
+
+  m.def("sum_squares", &sum_squares);
+  m.def("finish", &finish_scalars);
+  m.def("update", &update);
+  m.def("cuda_unavailable", &cuda_unavailable, py::arg("device"));
+}

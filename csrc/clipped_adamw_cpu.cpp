@@ -1,0 +1,120 @@
+// The CPU twin: the tiles, the element rules and the order of summation of clipped_adamw.h, on threads.
+#include <algorithm>
+#include <thread>
+
+#include "clipped_adamw.h"
+
+// One binary for every x86-64: the loader picks the widest vectors that the machine has. The results do not depend
+// on it, because nothing here is contracted or reassociated.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
+#define AK_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define AK_CLONES
+#endif
+
+namespace adapterkern::cpu {
+namespace {
+
+constexpr int64_t kTilesPerThread = 32;  // half a megabyte of gradients: below that a thread costs more than it saves
+
+// Calls f(first, last) on contiguous ranges of tiles. Threads live for one pass (about 20 µs each), so there is no
+// pool to survive a fork or to fight torch's own over the cores.
+template <typename F>
+void parallel(int64_t tiles, int threads, F f) {
+  const int64_t workers = std::clamp<int64_t>(tiles / kTilesPerThread, 1, std::max(threads, 1));
+  std::vector<std::thread> pool;
+  for (int64_t w = 1; w < workers; ++w) pool.emplace_back(f, tiles * w / workers, tiles * (w + 1) / workers);
+  f(0, tiles / workers);
+  for (std::thread& worker : pool) worker.join();
+}
+
+// Calls f(tensor, ordinal, tile, begin, n) for the tiles [first, last).
+template <typename F>
+void for_each_tile(const Table& table, int64_t first, int64_t last, F f) {
+  const auto by_tile = [](int64_t tile, const Tensor& t) { return tile < t.first_tile; };
+  auto t = std::upper_bound(table.tensors.begin(), table.tensors.end(), first, by_tile) - 1;
+  for (int64_t tile = first; tile < last; ++tile) {
+    if (t + 1 != table.tensors.end() && tile == (t + 1)->first_tile) ++t;
+    const int64_t begin = (tile - t->first_tile) * kTile;
+    f(*t, uint32_t(t - table.tensors.begin()), tile, begin, int(std::min<int64_t>(kTile, t->count - begin)));
+  }
+}
+
+template <int kCount>
+double fold(double* lane) {
+  for (int half = kCount / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+AK_CLONES double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  double lane[kLanes] = {};
+  dispatch(t.kind, [&](auto rule) __attribute__((always_inline)) {
+    const auto* grad = static_cast<const typename decltype(rule)::Gradient*>(t.grad) + begin;
+    const auto add = [&](int e, int i) __attribute__((always_inline)) {
+      const double x = to_float(grad[e + i]) * inv_scale;
+      lane[i] += x * x;
+    };
+    int e = 0;
+    for (; e + kLanes <= n; e += kLanes)
+      for (int i = 0; i < kLanes; ++i) add(e, i);
+    for (int i = 0; e + i < n; ++i) add(e, i);
+  });
+  double quad[kLanes / 4];  // a thread's four lanes first, then across the warp
+  for (int i = 0; i < kLanes / 4; ++i) quad[i] = (lane[4 * i] + lane[4 * i + 1]) + (lane[4 * i + 2] + lane[4 * i + 3]);
+  return fold<kLanes / 4>(quad);
+}
+
+AK_CLONES void update_tile(const Tensor& t, int64_t begin, int n, const Step& step) {
+  dispatch(t.kind, [&](auto rule) __attribute__((always_inline)) {
+    using Rule = decltype(rule);
+    auto* __restrict__ main = static_cast<typename Rule::Main*>(t.main) + begin;
+    const auto* __restrict__ grad = static_cast<const typename Rule::Gradient*>(t.grad) + begin;
+    auto* __restrict__ copy = static_cast<typename Rule::Copied*>(t.copy) + begin;
+    float* __restrict__ m = t.exp_avg + begin;
+    float* __restrict__ v = t.exp_avg_sq + begin;
+    const Step s = step;
+    for (int i = 0; i < n; ++i) Rule::apply(s, uint32_t(begin) + i, main[i], grad[i], m[i], v[i], copy[i]);
+  });
+}
+
+void clear_tile(const Tensor& t, int64_t begin, int n) {
+  dispatch(t.kind, [&](auto rule) {
+    using Gradient = typename decltype(rule)::Gradient;
+    memset(static_cast<Gradient*>(t.grad) + begin, 0, sizeof(Gradient) * n);
+  });
+}
+
+}  // namespace
+
+void sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* scalars, int threads) {
+  const float inv_scale = inverse(clip.grad_scale);
+  parallel(table.tiles, threads, [&](int64_t first, int64_t last) {
+    for_each_tile(table, first, last, [&](const Tensor& t, uint32_t, int64_t tile, int64_t begin, int n) {
+      slots[tile] = tile_squares(t, begin, n, inv_scale);
+      if (begin == 0) *t.step += 1;  // update() takes it back if the step is skipped
+    });
+  });
+  double lane[kSlotLanes] = {};
+  for (int64_t tile = 0; tile < table.tiles; ++tile) lane[tile % kSlotLanes] += slots[tile];
+  scalars->sum_squares = fold<kSlotLanes>(lane);
+  finish(clip, scalars);
+}
+
+void finish(const Clip& clip, Scalars* scalars) { adapterkern::finish(clip, *scalars); }
+
+void update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
+            uint32_t seed, int threads) {
+  const bool skipped = scalars->skipped != 0;
+  parallel(table.tiles, threads, [&](int64_t first, int64_t last) {
+    for_each_tile(table, first, last, [&](const Tensor& t, uint32_t ordinal, int64_t, int64_t begin, int n) {
+      if (!skipped)
+        update_tile(t, begin, n, make_step(groups[t.group], *scalars, *t.step, seed, ordinal));
+      else if (begin == 0)
+        *t.step -= 1;
+      if (clear_grads) clear_tile(t, begin, n);
+    });
+  });
+}
+
+}  // namespace adapterkern::cpu

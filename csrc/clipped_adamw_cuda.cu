@@ -1,0 +1,284 @@
+// The CUDA kernels: one warp a tile, four adjacent elements a thread, the table in the kernel's own parameters.
+//
+// K1 reads every gradient once; the block that finishes last adds the slots in a fixed order. K2 walks the tiles
+// backwards, so that the gradients K1 read last, still in L2, are read first. Two launches for up to kMaxTensors
+// tensors; more go in chunks, which changes no bit of the result.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "clipped_adamw.h"
+
+namespace adapterkern::cuda {
+namespace {
+
+constexpr int kThreads = kSlotLanes;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxTensors = 400;
+constexpr int kMaxGroups = 100;
+
+// A run of the table that fits a kernel's parameters (32,764 bytes from CUDA 12.1 on).
+struct Chunk {
+  Tensor tensors[kMaxTensors];  // .group counts within the chunk
+  Group groups[kMaxGroups];
+  int count;
+  uint32_t first_tensor, first_tile, tiles;
+};
+static_assert(sizeof(Chunk) + sizeof(Clip) + 64 <= 32764, "a chunk must fit the kernel parameters");
+
+// The tensor that owns `tile`: the last one that starts at or before it.
+__device__ __forceinline__ int owner(const Chunk& chunk, uint32_t tile) {
+  int low = 0, high = chunk.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (chunk.tensors[middle].first_tile <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Quad {
+  T at[4];
+};
+
+template <>
+struct Quad<NoCopy> {
+  NoCopy at[4];
+};
+
+template <typename T>
+__device__ __forceinline__ bool aligned(const T* p) {
+  return uintptr_t(p) % sizeof(Quad<T>) == 0;
+}
+__device__ __forceinline__ bool aligned(const NoCopy*) { return true; }
+
+// `wide`: one load for four aligned elements. Otherwise the first `n` of them, one by one, and zeros.
+template <typename T>
+__device__ __forceinline__ Quad<T> load(const T* p, bool wide, int n) {
+  if (wide) return *reinterpret_cast<const Quad<T>*>(p);
+  Quad<T> q{};
+  for (int i = 0; i < 4; ++i)
+    if (i < n) q.at[i] = p[i];
+  return q;
+}
+
+template <typename T>
+__device__ __forceinline__ void store(T* p, const Quad<T>& q, bool wide, int n) {
+  if (wide) {
+    *reinterpret_cast<Quad<T>*>(p) = q;
+    return;
+  }
+  for (int i = 0; i < 4; ++i)
+    if (i < n) p[i] = q.at[i];
+}
+__device__ __forceinline__ void store(NoCopy*, const Quad<NoCopy>&, bool, int) {}
+
+// kFull: n == kTile and everything is aligned, so the loop has a known length and its loads go out together.
+template <bool kFull, typename Grad>
+__device__ double tile_squares(const Grad* grad, int n, float inv_scale) {
+  const bool wide = kFull || aligned(grad);
+  double lane[4] = {};
+#pragma unroll 8
+  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kTile : n); e += kLanes) {
+    const Quad<Grad> g = load(grad + e, kFull || (wide && e + 4 <= n), n - e);
+    for (int i = 0; i < 4; ++i) {
+      const double x = to_float(g.at[i]) * inv_scale;  // absent elements add +0, which changes no sum of squares
+      lane[i] += x * x;
+    }
+  }
+  double sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
+  for (int offset = 16; offset; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads) sum_squares_kernel(const __grid_constant__ Chunk chunk, const Clip clip,
+                                                               double* slots, Scalars* scalars, bool last_chunk) {
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (index < chunk.tiles) {
+    const uint32_t tile = chunk.first_tile + index;
+    const Tensor& t = chunk.tensors[owner(chunk, tile)];
+    const int64_t begin = int64_t(tile - t.first_tile) * kTile;
+    const int n = int(min(int64_t(kTile), t.count - begin));
+    dispatch(t.kind, [&](auto rule) {
+      using Grad = typename decltype(rule)::Gradient;
+      const Grad* grad = static_cast<const Grad*>(t.grad) + begin;
+      const float inv_scale = inverse(clip.grad_scale);
+      const double sum = n == kTile && aligned(grad) ? tile_squares<true>(grad, n, inv_scale)
+                                                     : tile_squares<false>(grad, n, inv_scale);
+      if (threadIdx.x % 32 == 0) slots[tile] = sum;
+    });
+    if (begin == 0 && threadIdx.x % 32 == 0) *t.step += 1;  // update() takes it back if the step is skipped
+  }
+  if (!last_chunk) return;
+
+  __shared__ bool last_block;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last_block = atomicAdd(&scalars->blocks_done, 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last_block) return;
+
+  __shared__ double lane[kSlotLanes];
+  __threadfence();
+  const uint32_t tiles = chunk.first_tile + chunk.tiles;
+  double sum = 0;
+  for (uint32_t tile = threadIdx.x; tile < tiles; tile += kSlotLanes) sum += __ldcg(slots + tile);
+  lane[threadIdx.x] = sum;
+  for (int half = kSlotLanes / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) lane[threadIdx.x] += lane[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) {
+    scalars->blocks_done = 0;
+    scalars->sum_squares = lane[0];
+    adapterkern::finish(clip, *scalars);
+  }
+}
+
+__global__ void finish_kernel(const Clip clip, Scalars* scalars) { adapterkern::finish(clip, *scalars); }
+
+template <typename Rule>
+struct Pointers {
+  typename Rule::Main* main;
+  typename Rule::Gradient* grad;
+  float *exp_avg, *exp_avg_sq;
+  typename Rule::Copied* copy;
+
+  __device__ Pointers(const Tensor& t, int64_t begin)
+      : main(static_cast<typename Rule::Main*>(t.main) + begin),
+        grad(static_cast<typename Rule::Gradient*>(t.grad) + begin),
+        exp_avg(t.exp_avg + begin),
+        exp_avg_sq(t.exp_avg_sq + begin),
+        copy(static_cast<typename Rule::Copied*>(t.copy) + begin) {}
+
+  __device__ bool all_aligned() const {
+    return aligned(main) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq) && aligned(copy);
+  }
+};
+
+template <bool kFull, typename Rule>
+__device__ void update_tile(const Pointers<Rule>& at, uint32_t begin, int n, const Step& s) {
+  const bool all_aligned = kFull || at.all_aligned();
+#pragma unroll 2
+  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kTile : n); e += kLanes) {
+    const bool wide = kFull || (all_aligned && e + 4 <= n);
+    auto p = load(at.main + e, wide, n - e);
+    const auto g = load(at.grad + e, wide, n - e);
+    auto m = load(at.exp_avg + e, wide, n - e), v = load(at.exp_avg_sq + e, wide, n - e);
+    Quad<typename Rule::Copied> c;
+    for (int i = 0; i < 4; ++i) Rule::apply(s, begin + e + i, p.at[i], g.at[i], m.at[i], v.at[i], c.at[i]);
+    store(at.main + e, p, wide, n - e);
+    store(at.exp_avg + e, m, wide, n - e);
+    store(at.exp_avg_sq + e, v, wide, n - e);
+    store(at.copy + e, c, wide, n - e);
+  }
+}
+
+template <typename Grad>
+__device__ void clear_tile(Grad* grad, int n) {
+  const bool wide = aligned(grad);
+  for (int e = 4 * (threadIdx.x % 32); e < n; e += kLanes) store(grad + e, Quad<Grad>{}, wide && e + 4 <= n, n - e);
+}
+
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Chunk chunk, const Scalars* scalars,
+                                                          bool clear_grads, uint32_t seed) {
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (index >= chunk.tiles) return;
+  const uint32_t tile = chunk.first_tile + chunk.tiles - 1 - index;
+  const int ordinal = owner(chunk, tile);
+  const Tensor& t = chunk.tensors[ordinal];
+  const int64_t begin = int64_t(tile - t.first_tile) * kTile;
+  const int n = int(min(int64_t(kTile), t.count - begin));
+  const Scalars s = *scalars;
+  if (s.skipped != 0 && begin == 0 && threadIdx.x % 32 == 0) *t.step -= 1;
+  dispatch(t.kind, [&](auto rule) {
+    const Pointers<decltype(rule)> at(t, begin);
+    if (s.skipped == 0) {
+      const Step step = make_step(chunk.groups[t.group], s, *t.step, seed, chunk.first_tensor + ordinal);
+      if (n == kTile && at.all_aligned())
+        update_tile<true>(at, uint32_t(begin), n, step);
+      else
+        update_tile<false>(at, uint32_t(begin), n, step);
+    }
+    if (clear_grads) clear_tile(at.grad, n);
+  });
+}
+
+// Fills `chunk` with the tensors from `first` on; returns where the next chunk starts. Groups may be null (K1 needs none).
+size_t fill(Chunk& chunk, const Table& table, const std::vector<Group>* groups, size_t first) {
+  chunk.count = 0;
+  chunk.first_tensor = uint32_t(first);
+  chunk.first_tile = table.tensors[first].first_tile;
+  int local = 0;
+  size_t i = first;
+  for (; i < table.tensors.size() && chunk.count < kMaxTensors; ++i) {
+    Tensor t = table.tensors[i];
+    if (i == first || t.group != table.tensors[i - 1].group) {
+      local = i == first ? 0 : local + 1;
+      if (local == kMaxGroups) break;
+      if (groups) chunk.groups[local] = (*groups)[t.group];
+    }
+    t.group = uint16_t(local);
+    chunk.tensors[chunk.count++] = t;
+  }
+  chunk.tiles = uint32_t((i < table.tensors.size() ? table.tensors[i].first_tile : table.tiles) - chunk.first_tile);
+  return i;
+}
+
+// Makes `device` current for one launch and puts the caller's back.
+struct DeviceGuard {
+  int previous = 0;
+  explicit DeviceGuard(int device) {
+    cudaGetDevice(&previous);
+    cudaSetDevice(device);
+  }
+  ~DeviceGuard() { cudaSetDevice(previous); }
+};
+
+const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+unsigned blocks(uint32_t tiles) { return (tiles + kWarps - 1) / kWarps; }
+
+}  // namespace
+
+const char* sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* scalars, int device,
+                        void* stream) {
+  const DeviceGuard guard(device);
+  Chunk chunk;
+  for (size_t first = 0; first < table.tensors.size();) {
+    first = fill(chunk, table, nullptr, first);
+    sum_squares_kernel<<<blocks(chunk.tiles), kThreads, 0, cudaStream_t(stream)>>>(
+        chunk, clip, slots, scalars, first == table.tensors.size());
+  }
+  return last_error();
+}
+
+const char* finish(const Clip& clip, Scalars* scalars, int device, void* stream) {
+  const DeviceGuard guard(device);
+  finish_kernel<<<1, 1, 0, cudaStream_t(stream)>>>(clip, scalars);
+  return last_error();
+}
+
+const char* update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
+                   uint32_t seed, int device, void* stream) {
+  const DeviceGuard guard(device);
+  Chunk chunk;
+  for (size_t first = 0; first < table.tensors.size();) {
+    first = fill(chunk, table, &groups, first);
+    update_kernel<<<blocks(chunk.tiles), kThreads, 0, cudaStream_t(stream)>>>(chunk, scalars, clear_grads, seed);
+  }
+  return last_error();
+}
+
+const char* unavailable(int device) {
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, update_kernel);
+  cudaGetLastError();  // a missing driver or architecture is an answer here, not an error for the next caller
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace adapterkern::cuda

@@ -1,0 +1,140 @@
+"""Builds adapterkern._C: the CPU twin always, the CUDA kernels where nvcc is found.
+
+The sources include no torch header, so the build needs none: a C++17 compiler, pybind11 and ninja suffice, and
+the module works with every torch. ninja compiles the files in parallel and only what has changed.
+
+    ADAPTERKERN_CUDA_ARCH="90;100"   compile for these architectures instead of every one the toolkit knows from sm_80
+    ADAPTERKERN_REQUIRE_CUDA=1       a missing or failing toolkit is an error instead of a warning
+    CXX, CUDA_HOME                   the compiler, and the toolkit, to use
+"""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+HERE = Path(__file__).resolve().parent
+# No contraction and no reassociation: see csrc/clipped_adamw.h. Square roots need no errno to be vectorised.
+CXX_FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -fvisibility=hidden -Wall"
+NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --threads 0 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
+BUILD_NINJA = """\
+ninja_required_version = 1.5
+rule cxx
+  command = {cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {nvcc} {nvcc_flags} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {link} $in -o $out
+{edges}
+build {target}: link {objects}
+"""
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, else of the search path, else of the default location."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        candidates = [Path(home) / "bin" / "nvcc"]
+    else:
+        on_path = shutil.which("nvcc")
+        candidates = [Path(on_path)] if on_path else []
+        candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+def architectures(nvcc: Path) -> list[int]:
+    """What to compile for: one architecture per generation is enough, as sm_X.0 code runs on sm_X.Y."""
+    chosen = os.environ.get("ADAPTERKERN_CUDA_ARCH")
+    if chosen:
+        try:
+            return sorted({int(arch) for arch in chosen.split(";")})
+        except ValueError:
+            raise CompileError(f"ADAPTERKERN_CUDA_ARCH: expected numbers such as '80;90', got {chosen!r}") from None
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    known = sorted(int(line.removeprefix("compute_")) for line in listed.split())
+    oldest = {arch // 10: arch for arch in reversed(known)}
+    found = sorted(arch for arch in oldest.values() if arch >= 80)
+    if not found:
+        raise CompileError(f"{nvcc} knows no architecture from sm_80 on")
+    return found
+
+
+class BuildWithNinja(build_ext):
+    """Hands the extension to ninja; CUDA that fails to build costs the CUDA kernels, not the install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cxx = shutil.which((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0])
+        cxx = cxx or shutil.which("c++")
+        if cxx is None:
+            raise CompileError(
+                "adapterkern compiles its optimizer on install and found no C++ compiler: expected one in CXX or on "
+                "the search path (for instance: apt-get install g++)"
+            )
+        require_cuda = os.environ.get("ADAPTERKERN_REQUIRE_CUDA") == "1"
+        nvcc = find_nvcc()
+        try:
+            if nvcc is None:
+                raise CompileError("nvcc was found neither in CUDA_HOME nor on the search path")
+            self.ninja(ext, cxx, nvcc)
+        except (CompileError, subprocess.CalledProcessError) as error:
+            if require_cuda:
+                raise CompileError(f"ADAPTERKERN_REQUIRE_CUDA=1, and the CUDA build failed: {error}") from error
+            self.warn(f"{'*' * 80}\nadapterkern is built WITHOUT CUDA kernels: {error}\n{'*' * 80}")
+            self.ninja(ext, cxx, None)
+
+    def ninja(self, ext: Extension, cxx: str, nvcc: Path | None) -> None:
+        """Writes build.ninja and runs it; the flags are part of each command, so a change of them rebuilds."""
+        flags = f"{CXX_FLAGS} -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+        link = f"{cxx} -shared -pthread"
+        nvcc_flags = ""
+        if nvcc:
+            flags += " -DADAPTERKERN_WITH_CUDA"
+            known = architectures(nvcc)
+            code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in known]
+            code.append(f"-gencode arch=compute_{known[-1]},code=compute_{known[-1]}")
+            nvcc_flags = f"-ccbin {cxx} {NVCC_FLAGS} {' '.join(code)}"
+            # nvcc knows where its libraries lie. The runtime is static and hidden: the module loads where there is no
+            # driver, and beside a torch that brings another runtime.
+            link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xlinker --exclude-libs,ALL,-s -Xcompiler -pthread"
+        sources = [HERE / source for source in ext.sources if nvcc or not source.endswith(".cu")]
+        edges = [f"build {s.name}.o: {'nvcc' if s.suffix == '.cu' else 'cxx'} {s}" for s in sources]
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(
+            BUILD_NINJA.format(
+                cxx=cxx,
+                cxx_flags=flags,
+                nvcc=nvcc,
+                nvcc_flags=nvcc_flags,
+                link=link,
+                edges="\n".join(edges),
+                target=target,
+                objects=" ".join(f"{s.name}.o" for s in sources),
+            )
+        )
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, *(["-v"] if self.verbose > 1 else [])], check=True)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "adapterkern._C",
+            ["csrc/bindings.cpp", "csrc/clipped_adamw_cpu.cpp", "csrc/clipped_adamw_cuda.cu"],
+            depends=["csrc/clipped_adamw.h"],
+        )
+    ],
+    cmdclass={"build_ext": BuildWithNinja},
+)

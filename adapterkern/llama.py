@@ -1,0 +1,365 @@
+"""``LlamaAdapter``: a frozen LLaMA with named adapters on its residual stream.
+
+The backbone is used as it is, its parameters frozen; ``decoder.py`` makes its layers pass the residual stream through
+the active adapter. Adapters live in ``model.adapters``, not in the layers: the backbone's state_dict stays as it was.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapterkern.decoder import (
+    AdaptedLayer,
+    adapt,
+    check_attention_site,
+    decoder_layers,
+    decoder_slice,
+    layer_device,
+    restore,
+)
+from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.modules import Adapter, AdapterConfig
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = 1
+
+
+class LlamaAdapter(nn.Module):
+    """A frozen ``LlamaForCausalLM`` (or another decoder of its shape) with adapters on its residual stream.
+
+    Args:
+        llama: a transformers model with ``model.layers``; frozen here, kept in its own dtype and on its own devices.
+        config: where the adapters of the first adapter, named ``"default"``, stand.
+        fused: whether adapters use the fused operator; ``model.fused`` changes it live, over the same parameters.
+
+    Raises:
+        TypeError: ``llama`` is not a decoder of this shape.
+        ValueError: it already has adapters, or ``config`` does not fit it.
+    """
+
+    def __init__(self, llama: PreTrainedModel, config: AdapterConfig | None = None, *, fused: bool = True) -> None:
+        super().__init__()
+        layers = decoder_layers(llama)
+        if any(isinstance(layer, AdaptedLayer) for layer in layers):
+            raise ValueError("llama: expected a model without adapters, got one that has some; use add_adapter on it")
+        self.base: Any = llama.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self._configs: dict[str, AdapterConfig] = {}
+        self._active: str | None = None
+        self._enabled = True
+        self._fused = fused
+        self.add_adapter("default", config or AdapterConfig())
+        self.set_adapter("default")
+        for index, layer in enumerate(layers):
+            adapt(layer, _Site(self, index))
+
+    # What the backbone is
+
+    @property
+    def decoder(self) -> Any:
+        """The backbone without its head: embeddings, ``layers``, final norm."""
+        return self.base.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, adapted in place."""
+        return self.decoder.layers
+
+    @property
+    def config(self) -> Any:
+        """The backbone's transformers configuration."""
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype; the adapters' is fp32."""
+        return self.base.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's forward, arguments and outputs unchanged."""
+        return self.base(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's ``generate``, with the active adapter."""
+        return self.base.generate(*args, **kwargs)
+
+    def unload(self) -> PreTrainedModel:
+        """Take the adapters off and return the backbone as it was, still frozen."""
+        for layer in self.layers:
+            restore(layer)
+        return self.base
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """Not possible: raises ``NotImplementedError``."""
+        raise NotImplementedError(
+            "merge_and_unload: an adapter with LayerNorm and an activation is not a linear map, so no weight of the "
+            "backbone can absorb it; keep the adapter, or use unload() to take it off"
+        )
+
+    # Named adapters
+
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        """Create adapters under ``name``, each on its layer's device; :meth:`set_adapter` activates them.
+
+        Raises:
+            ValueError: the name is taken or not a valid one, or ``config`` does not fit the backbone.
+        """
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"name: expected a non-empty name without dots, got {name!r}")
+        if name in self.adapters:
+            raise ValueError(f"name: expected a new name, got {name!r}, which exists")
+        config = config.resolve(self.config.hidden_size, len(self.layers))
+        sites = nn.ModuleDict()
+        for index in config.layers or ():
+            if config.position == "attention":
+                check_attention_site(self.layers[index])
+            sites[str(index)] = nn.Sequential(
+                *(
+                    Adapter(
+                        self.config.hidden_size,
+                        config.adapter_dim,
+                        activation=config.activation,
+                        eps=config.eps,
+                        init=config.init,
+                        fused=self._fused,
+                        device=layer_device(self.layers[index]),
+                    )
+                    for _ in range(config.depth)
+                )
+            )
+        self.adapters[name] = sites
+        self._configs[name] = config
+
+    def set_adapter(self, name: str) -> None:
+        """Make ``name`` the active adapter, the one that runs. The others get no gradient, for nothing uses them."""
+        self._active = self._check_name(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove ``name``. If it was active, none is until :meth:`set_adapter`."""
+        self._check_name(name)
+        del self.adapters[name], self._configs[name]
+        if self._active == name:
+            self._active = None
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that runs, or None inside :meth:`disable_adapter` or after its deletion."""
+        return self._active if self._enabled else None
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is the bare backbone."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @property
+    def fused(self) -> bool:
+        """Whether the adapters use the fused operator. Assigning changes every adapter, parameters untouched."""
+        return self._fused
+
+    @fused.setter
+    def fused(self, value: bool) -> None:
+        self._fused = value
+        for module in self.adapters.modules():
+            if isinstance(module, Adapter):
+                module.fused = value
+
+    def adapter_config(self, name: str | None = None) -> AdapterConfig:
+        """The configuration of ``name`` (default: the active adapter), its layers and ``adapter_dim`` resolved."""
+        return self._configs[self._check_name(name)]
+
+    def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The parameters of ``name`` (default: the active adapter), for an optimizer."""
+        return list(self.adapters[self._check_name(name)].parameters())
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters the active adapter trains, and how many it and the backbone have together."""
+        trainable = sum(p.numel() for p in self.adapter_parameters() if p.requires_grad)
+        adapter = sum(p.numel() for p in self.adapter_parameters())
+        return trainable, adapter + sum(p.numel() for p in self.base.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print both, and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def _check_name(self, name: str | None) -> str:
+        name = self._active if name is None else name
+        if name is None or name not in self.adapters:
+            raise ValueError(f"name: expected one of {', '.join(self.adapters) or 'no adapter'}, got {name!r}")
+        return name
+
+    # Gradient checkpointing
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The backbone's own, non-reentrant; the adapter active at forward time is the one that is recomputed.
+
+        Raises:
+            ValueError: ``use_reentrant=True``, which gives frozen inputs no gradient.
+        """
+        kwargs: dict[str, Any] = {"use_reentrant": False, "context_fn": self._recompute_as_now}
+        kwargs |= gradient_checkpointing_kwargs or {}
+        if kwargs["use_reentrant"]:
+            raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
+        # transformers renames it on the way to version 6 and warns about the old name.
+        enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
+        enable(kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        disable = getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)
+        disable()
+
+    def _recompute_as_now(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), self._state(self._active, self._enabled, self._fused)
+
+    @contextlib.contextmanager
+    def _state(self, active: str | None, enabled: bool, fused: bool) -> Iterator[None]:
+        before = self._active, self._enabled, self._fused
+        self._active, self._enabled, self.fused = active, enabled, fused
+        try:
+            yield
+        finally:
+            self._active, self._enabled, self.fused = before
+
+    # The frozen prefix
+
+    @property
+    def prefix_length(self) -> int:
+        """How many leading layers compute the same whatever the active adapter holds; all of them without one."""
+        if self.active_adapter is None:
+            return len(self.layers)
+        config = self._configs[self.active_adapter]
+        return (config.layers or (0,))[0] + (config.position == "layer")
+
+    def run_prefix(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream (B, L, d) after the first ``prefix_length`` layers, before any adapter; no gradient."""
+        prefix = decoder_slice(self.decoder, 0, self.prefix_length)
+        prefix.norm = nn.Identity()
+        with torch.no_grad(), self.disable_adapter():
+            return prefix(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """From what :meth:`run_prefix` gave to the decoder's last hidden state (B, L, d), as its own forward has it."""
+        start = self.prefix_length
+        if start > 0:
+            hidden = _Site(self, start - 1).run("layer", hidden)
+        suffix = decoder_slice(self.decoder, start, len(self.layers))
+        return suffix(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    # Files
+
+    def save_pretrained(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
+        """Write ``adapter_model.safetensors`` and ``adapter_config.json``, never the backbone.
+
+        Each file is replaced atomically; the configuration is last and holds the weights' SHA-256, so that a pair that
+        does not belong together is noticed on loading.
+        """
+        name = self._check_name(name)
+        directory = Path(directory)
+        tensors = {key: t.detach().to("cpu").contiguous() for key, t in self.adapters[name].state_dict().items()}
+        with replacing(directory / WEIGHTS_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "adapter": self._configs[name].to_dict(),
+            "base": _describe(self.base),
+            "weights_sha256": sha256(directory / WEIGHTS_NAME),
+        }
+        write_json(directory / CONFIG_NAME, config)
+
+    @classmethod
+    def from_pretrained(
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True
+    ) -> "LlamaAdapter":
+        """Put the adapter saved in ``directory`` on ``llama``, as ``"default"``. Raises as :meth:`load_adapter`."""
+        config, tensors = _read_adapter(llama, Path(directory))
+        model = cls(llama, config, fused=fused)
+        model.adapters["default"].load_state_dict(tensors)
+        return model
+
+    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
+        """Add the adapter saved in ``directory`` under ``name``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or of another format version, or was saved for a backbone of another shape;
+                the message names the file and both shapes.
+        """
+        config, tensors = _read_adapter(self.base, Path(directory))
+        self.add_adapter(name, config)
+        self.adapters[name].load_state_dict(tensors)
+
+
+class _Site:
+    """What an adapted layer knows: its number, and the model whose active adapter to ask for."""
+
+    def __init__(self, model: LlamaAdapter, index: int) -> None:
+        self.model, self.index = model, str(index)
+
+    def has(self, position: str) -> bool:
+        active = self.model.active_adapter
+        if active is None or self.model.adapter_config(active).position != position:
+            return False
+        return self.index in self.model.adapters[active]  # type: ignore[operator]
+
+    def run(self, position: str, hidden: Tensor) -> Tensor:
+        if not self.has(position):
+            return hidden
+        return self.model.adapters[self.model.active_adapter][self.index](hidden)  # type: ignore[index]
+
+
+def _describe(llama: PreTrainedModel) -> dict[str, Any]:
+    config = llama.config
+    return {
+        "model_type": config.model_type,
+        "name_or_path": config.name_or_path,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(decoder_layers(llama)),
+    }
+
+
+def _read_adapter(llama: PreTrainedModel, directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    path, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    saved = read_json(path)
+    if saved.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
+    try:
+        config = AdapterConfig.from_dict(saved["adapter"])
+        expected = [saved["base"][key] for key in ("hidden_size", "num_hidden_layers")]
+        digest = saved["weights_sha256"]
+    except KeyError as error:
+        raise ValueError(f"{path}: field {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    got = [_describe(llama)[key] for key in ("hidden_size", "num_hidden_layers")]
+    if got != expected:
+        raise ValueError(
+            f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]} and {expected[1]} layers, "
+            f"got one of hidden_size={got[0]} and {got[1]} layers"
+        )
+    if sha256(weights) != digest:
+        raise ValueError(f"{weights}: SHA-256 differs from the one in {CONFIG_NAME}: damaged, or of another save")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a safetensors file: {error}") from error
+    return config, tensors

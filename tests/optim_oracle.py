@@ -1,0 +1,61 @@
+"""AdamW with global-norm clipping in float64, straight from the formula: what the optimizer's tests measure against."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+TILE = 4096  # of csrc/clipped_adamw.h; test_optim.py checks that it still is
+
+
+class Oracle:
+    """Keeps its own float64 parameters and moments; never reads the optimizer under test."""
+
+    def __init__(
+        self, params: Sequence[Tensor], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, max_norm=1.0, sign=1
+    ):
+        self.params = [p.detach().double().clone() for p in params]
+        self.exp_avg = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        self.lr, self.betas, self.eps, self.weight_decay, self.max_norm = lr, betas, eps, weight_decay, max_norm
+        self.sign = sign
+        self.t = 0
+
+    def step(self, grads: Sequence[Tensor]) -> float:
+        """One step; returns the norm before clipping. Gradients are upcast, never rounded."""
+        grads = [self.sign * g.double() for g in grads]
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        clip = min(1.0, self.max_norm / (norm + 1e-6))
+        beta1, beta2 = self.betas
+        self.t += 1
+        for p, m, v, g in zip(self.params, self.exp_avg, self.exp_avg_sq, grads, strict=True):
+            m.lerp_(g * clip, 1 - beta1)
+            v.mul_(beta2).add_((g * clip).square(), alpha=1 - beta2)
+            denominator = (v / (1 - beta2**self.t)).sqrt() + self.eps
+            p -= self.lr * (self.weight_decay * p + m / (1 - beta1**self.t) / denominator)
+        return norm
+
+
+def parameters(sizes, dtype=torch.float32, misaligned=False, seed=0) -> list[nn.Parameter]:
+    """One parameter a size; `misaligned` ones start one element into their memory, off every vector boundary."""
+    generator = torch.Generator().manual_seed(seed)
+    offset = int(misaligned)
+    return [nn.Parameter(torch.randn(n + offset, generator=generator).to(dtype)[offset:]) for n in sizes]
+
+
+def set_grads(params, step, scale=1.0) -> list[Tensor]:
+    """Fresh gradients that depend on the step alone; returns them."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.device, p.dtype)
+    return [p.grad for p in params]
+
+
+def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest error over all elements, relative to the largest expected value."""
+    top = max((e.abs().max().item() for e in expected if e.numel()), default=0.0)
+    gap = max(
+        ((a.double() - e).abs().max().item() for a, e in zip(actual, expected, strict=True) if e.numel()), default=0.0
+    )
+    return gap / top if top else gap

@@ -306,19 +306,28 @@ torch.library.register_autograd(
 torch.library.register_autograd("adapterkern::adapter_backward", _refuse_double_backward, lib=_lib)
 
 
-def _autocast_forward(device_type: str):  # type: ignore[no-untyped-def]
-    """Under autocast the products' operands take autocast's dtype; x, y and the parameters keep theirs."""
-    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type}"))
+def _register_autocast(device_type: str) -> None:
+    """Under autocast the products' operands take autocast's dtype; x, y and the parameters keep theirs.
+
+    Autocast is off inside both operators, which choose each dtype themselves.
+    """
+    key = f"Autocast{device_type.upper()}"
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(x, *args):  # type: ignore[no-untyped-def]
         *rest, compute_dtype, save = args
         if compute_dtype is None and x.dtype != torch.float64:
-            compute_dtype = torch.get_autocast_dtype(device_type.lower())
+            compute_dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
             return _forward(x, *rest, compute_dtype, save)
 
-    return forward
+    def backward(*args):  # type: ignore[no-untyped-def]
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return _backward(*args)
+
+    _lib.impl("adapter_forward", forward, key)
+    _lib.impl("adapter_backward", backward, key)
 
 
-for _device_type in ("CPU", "CUDA"):
-    _lib.impl("adapter_forward", _autocast_forward(_device_type), f"Autocast{_device_type}")
+_register_autocast("cpu")
+_register_autocast("cuda")

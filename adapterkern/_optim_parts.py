@@ -11,6 +11,7 @@ torch's fused AdamW divides gradients by a device tensor, `grad_scale`, and skip
 that is enough to clip without a pass that writes gradients (36 bytes a parameter; plain clipping takes 40).
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 try:
-    from adapterkern import _C  # type: ignore[attr-defined]
+    _C: Any = importlib.import_module("adapterkern._C")
 except ImportError as error:  # used only when a step asks for it: `import adapterkern` never needs a compiler
     _C = None
     _MISSING = f"the extension adapterkern._C cannot be imported ({error})"

@@ -44,8 +44,9 @@ class _Planned:
     params: list[Tensor]
     reduce_over: tuple[Any, ...]  # the process groups over which DTensor shards add up
     sharded: bool
-    addresses: list[int]
-    moments: list[int]
+    states: list[dict[str, Any]]
+    addresses: list[int]  # of the parameters
+    moments: list[int]  # addresses of exp_avg: state is replaced as a whole, so one tensor stands for all
     strides: list[tuple[int, ...]]
 
 
@@ -105,7 +106,7 @@ class ClippedAdamW(Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         self._compute_copies: dict[Tensor, Tensor] = {}
         self._plan: list[_Planned] | None = None
-        self._live: list[int] = []
+        self._known: tuple[list[int], list[int]] = ([], [])  # whom the plan is for: parameters and their states
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         )
@@ -148,6 +149,7 @@ class ClippedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._valid_plan()
+        gradients = [self._gradients(planned) for planned in plan]
         request = Request(
             groups=self.param_groups,
             max_norm=math.inf if self.max_norm is None else self.max_norm,
@@ -156,7 +158,6 @@ class ClippedAdamW(Optimizer):
             clear_grads=self.clear_grads,
             seed=self.seed,
         )
-        gradients = [_gradients(planned) for planned in plan]
         for planned, grads in zip(plan, gradients, strict=True):
             planned.part.sum_squares(grads, request)
         if len(plan) > 1 or any(planned.reduce_over for planned in plan):
@@ -179,18 +180,27 @@ class ClippedAdamW(Optimizer):
         """The parts for the parameters that have a gradient; made anew only where a pointer or the set has changed."""
         live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         plan = self._plan
-        if plan is None or list(map(id, live)) != self._live or not all(self._still_valid(part) for part in plan):
-            self._live = list(map(id, live))
+        # Identities rather than look-ups in self.state: hashing a tensor costs more than all the rest of this check.
+        known = (list(map(id, live)), list(map(id, self.state.values())))
+        if plan is None or known != self._known or not all(map(_still_valid, plan)):
             self._plan = plan = self._make_plan()
+            self._known = (known[0], list(map(id, self.state.values())))
         return plan
 
-    def _still_valid(self, planned: _Planned) -> bool:
-        params = planned.params
-        moments = [self.state[p]["exp_avg"] for p in params] if all(p in self.state for p in params) else []
+    def _gradients(self, planned: _Planned) -> list[Tensor]:
+        """The part's gradients, each with its parameter's strides; one that differs is copied."""
+        grads: list[Any] = [p.grad for p in planned.params]
         if planned.sharded:
-            params, moments = list(map(_local, params)), list(map(_local, moments))
-        return planned.addresses == [p.data_ptr() for p in params] and planned.moments == [
-            m.data_ptr() for m in moments
+            grads = list(map(_local, grads))
+        if [g.stride() for g in grads] == planned.strides:
+            return grads
+        for p in planned.params:
+            self._check_gradient(p)
+        return [
+            g
+            if g.stride() == strides
+            else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+            for g, strides in zip(grads, planned.strides, strict=True)
         ]
 
     def _make_plan(self) -> list[_Planned]:
@@ -206,6 +216,7 @@ class ClippedAdamW(Optimizer):
                 params=[p for p, _ in members],
                 reduce_over=reduce_over,
                 sharded=any(hasattr(p, "to_local") for p, _ in members),
+                states=[self.state[p] for p, _ in members],
                 addresses=[e.param.data_ptr() for _, e in members],
                 moments=[e.exp_avg.data_ptr() for _, e in members],
                 strides=[e.param.stride() for _, e in members],
@@ -347,17 +358,11 @@ def _grad(p: Tensor) -> Tensor:
     return grad
 
 
-def _gradients(planned: _Planned) -> list[Tensor]:
-    """The part's gradients, each with its parameter's strides; one that differs is copied."""
-    grads = [_grad(p) for p in planned.params]
+def _still_valid(planned: _Planned) -> bool:
+    params, moments = planned.params, [state["exp_avg"] for state in planned.states]
     if planned.sharded:
-        grads = list(map(_local, grads))
-    if [g.stride() for g in grads] == planned.strides:
-        return grads
-    return [
-        g if g.stride() == strides else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
-        for g, strides in zip(grads, planned.strides, strict=True)
-    ]
+        params, moments = list(map(_local, params)), list(map(_local, moments))
+    return planned.addresses == [p.data_ptr() for p in params] and planned.moments == [m.data_ptr() for m in moments]
 
 
 def _shard_groups(p: Tensor) -> tuple[Any, ...]:

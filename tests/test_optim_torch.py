@@ -1,0 +1,326 @@
+"""ClippedAdamW as a torch optimizer: state dicts, hooks, copies, changing gradients, AMP, accelerate, DTensor."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from optim_oracle import TILE, Oracle, parameters, set_grads, worst
+from torch import nn
+
+from adapterkern.optim import ClippedAdamW, ClippedGradScaler
+
+SIZES = [3, TILE + 1]
+
+
+def torch_step(optimizer: torch.optim.Optimizer, params) -> None:
+    nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_goes_to_torch_and_back_mid_run(dtype):
+    ours, theirs = parameters(SIZES, dtype), parameters(SIZES, dtype)
+    a, b = ClippedAdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3)
+    for step in range(12):
+        if step == 4:
+            b.load_state_dict(a.state_dict())
+        if step == 8:
+            a.load_state_dict(b.state_dict())
+            assert all(a.state[p]["exp_avg"].dtype == torch.float32 for p in ours)
+        for params in (ours, theirs):
+            set_grads(params, step)
+        if step < 4 or step >= 8:
+            a.step()
+        if step >= 4:
+            torch_step(b, theirs)
+        for p, q in zip(ours, theirs, strict=True):
+            if step < 4:
+                q.data.copy_(p)
+            elif step < 8:
+                p.data.copy_(q)
+    assert all(a.state[p]["step"] == b.state[q]["step"] == 12 for p, q in zip(ours, theirs, strict=True))
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # torch keeps bf16 moments for a bf16 parameter
+    assert worst(ours, [q.detach().double() for q in theirs]) < tolerance
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("low_precision", ["master", "stochastic"])
+def test_a_copy_continues_to_the_bit(how, low_precision):
+    params = [*parameters(SIZES, torch.bfloat16), *parameters([5])]
+    optimizer = ClippedAdamW(params, lr=1e-2, max_norm=0.3, seed=7, low_precision=low_precision)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    if how in ("load_state_dict", "torch.save"):
+        twins = [nn.Parameter(p.detach().clone()) for p in params]
+        twin = ClippedAdamW(twins, max_norm=0.3, seed=7, low_precision=low_precision)
+        saved = optimizer.state_dict()
+        if how == "torch.save":
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file)
+        twin.load_state_dict(saved)
+    else:
+        twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        twins = twin.param_groups[0]["params"]
+        assert twin.max_norm == 0.3
+    for step in range(3, 6):
+        for each, opt in ((params, optimizer), (twins, twin)):
+            set_grads(each, step)
+            opt.step()
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(params, twins, strict=True))
+    assert all(
+        torch.equal(optimizer.state[p][k], twin.state[q][k])
+        for p, q in zip(params, twins, strict=True)
+        for k in optimizer.state[p]
+    )
+
+
+def test_closure_hooks_scheduler_and_groups_added_later():
+    params = parameters(SIZES)
+    optimizer, calls = ClippedAdamW(params[:1], lr=1e-2), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    optimizer.add_param_group({"params": params[1:], "lr": 1e-3, "weight_decay": 0.0})
+    scheduler.step()
+    assert optimizer.step(closure) < first
+    assert calls == ["before", "after"] * 2
+    assert [g["lr"] for g in optimizer.param_groups] == [5e-3, 5e-4]
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 1]
+
+
+def test_parameters_without_gradients_are_left_out_and_count_their_own_steps():
+    params = parameters([5, 6, 7])
+    optimizer = ClippedAdamW(params, lr=1e-3, max_norm=None)
+    oracles = [Oracle([p], max_norm=math.inf) for p in params]
+    for step, live in enumerate([(0, 1, 2), (0, 2), (1,), (), (0, 1, 2)]):
+        optimizer.zero_grad()
+        for i in live:
+            oracles[i].step(set_grads([params[i]], step))
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(math.sqrt(sum(params[i].grad.square().sum().item() for i in live)))
+    assert worst(params, [oracle.params[0] for oracle in oracles]) < 1e-6
+    assert [int(optimizer.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+def test_pointers_that_move_between_steps_are_noticed():
+    params = parameters(SIZES)
+    optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(params)
+    kept = []  # holds on to old memory, so that every replacement lies elsewhere
+    for step in range(6):
+        if step == 2:
+            kept += [p.data for p in params]
+            for p in params:
+                p.data = p.data.clone()
+        if step == 3:
+            for p in params:
+                kept.append(optimizer.state[p]["exp_avg"])
+                optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
+        kept += [p.grad for p in params]
+        oracle.step(set_grads(params, step))
+        optimizer.step()
+    assert worst(params, oracle.params) < 1e-6
+    assert worst([optimizer.state[p]["exp_avg"] for p in params], oracle.exp_avg) < 1e-6
+
+
+def test_grad_norm_is_the_callers_to_keep():
+    params = parameters(SIZES)
+    optimizer = ClippedAdamW(params)
+    with pytest.raises(RuntimeError, match="no step yet"):
+        _ = optimizer.grad_norm
+    norms = []
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert len({n.item() for n in norms}) == 3
+
+
+# ---- what it refuses ----
+
+
+def test_refusals_name_what_came():
+    weight = nn.Parameter(torch.randn(4, 3))
+    for bad, error, message in [
+        ({"lr": -1.0}, ValueError, "lr: expected a number from 0 on, got -1"),
+        ({"eps": -1.0}, ValueError, "eps"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas: .* got \(0.9, 1.0\)"),
+        ({"max_norm": -2.0}, ValueError, "max_norm: .* got -2"),
+        ({"max_norm": math.nan}, ValueError, "max_norm: .* got nan"),
+        ({"low_precision": "none"}, ValueError, "low_precision"),
+        ({"seed": -1}, ValueError, "seed"),
+    ]:
+        with pytest.raises(error, match=message):
+            ClippedAdamW([weight], **bad)
+    for dtype in (torch.float64, torch.complex64):
+        with pytest.raises(TypeError, match=rf"parameter 1 of group 0: .* got {dtype}"):
+            ClippedAdamW([weight, nn.Parameter(torch.zeros(2, dtype=dtype))])
+    with pytest.raises(TypeError, match=r"parameter 'w': low_precision='stochastic' is for bfloat16"):
+        ClippedAdamW([("w", nn.Parameter(torch.zeros(2, dtype=torch.float16)))], low_precision="stochastic")
+    gaps = nn.Parameter(torch.zeros(4, 6)[:, :3])
+    weight.grad, gaps.grad = torch.zeros(4, 3), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="parameter 0 of group 0: expected memory without gaps"):
+        ClippedAdamW([gaps]).step()
+    with pytest.raises(ValueError, match="lr: expected a float or a float32 tensor of one element, got shape"):
+        ClippedAdamW([weight], lr=torch.ones(2)).step()
+
+
+def test_sparse_gradients_are_refused_by_name():
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = ClippedAdamW(table.named_parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"gradient of parameter 'weight': expected a dense tensor, got .*sparse"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused_after_dense_ones_too():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    optimizer = ClippedAdamW([weight])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    weight.grad = torch.eye(4).to_sparse()
+    with pytest.raises(TypeError, match=r"gradient of parameter 0 of group 0: expected a dense tensor"):
+        optimizer.step()
+
+
+def test_amsgrad_state_is_refused():
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="amsgrad"):
+        ClippedAdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
+
+
+# ---- AMP ----
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, ClippedGradScaler])
+@pytest.mark.parametrize("bad", [None, 0, TILE])
+def test_scaled_gradients_take_the_unscaled_step_once(scaler_class, unscale_first, bad):
+    ours, theirs = parameters(SIZES), parameters(SIZES)
+    optimizer, baseline = ClippedAdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3)
+    scaler = scaler_class("cpu", init_scale=1024.0, growth_interval=2)
+    control = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for step in range(5):
+        for each, s in ((ours, scaler), (theirs, control)):
+            s.scale(torch.zeros(()))
+            for g in set_grads(each, step):
+                g.mul_(s.get_scale())
+            if bad is not None and step == 2:
+                each[1].grad[bad] = math.inf
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        control.unscale_(baseline)
+        norm = nn.utils.clip_grad_norm_(theirs, 1.0)
+        control.step(baseline)
+        assert optimizer.skipped == (bad is not None and step == 2)
+        if optimizer.skipped == 0:
+            assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        scaler.update()
+        control.update()
+        assert scaler.get_scale() == control.get_scale()
+    assert worst(ours, [p.detach().double() for p in theirs]) < 1e-6
+    assert all(optimizer.state[p]["step"] == baseline.state[q]["step"] for p, q in zip(ours, theirs, strict=True))
+
+
+def test_found_inf_may_be_more_than_one_and_alone_skips_the_step():
+    params = parameters(SIZES)
+    optimizer = ClippedAdamW(params, clear_grads=True)
+    for found, skipped in [(0.0, 0.0), (2.0, 1.0), (math.nan, 1.0)]:
+        grads = set_grads(params, 0)
+        before = [p.detach().clone() for p in params]
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+        assert optimizer.skipped == skipped
+        assert all(torch.equal(p, b) == bool(skipped) for p, b in zip(params, before, strict=True))
+        assert not any(g.any() for g in grads)
+
+
+def test_the_clipped_scaler_serves_other_optimizers_as_torch_does():
+    p = nn.Parameter(torch.ones(2))
+    scaler = ClippedGradScaler("cpu", init_scale=4.0)
+    sgd = torch.optim.SGD([p], lr=1.0)
+    scaler.scale(p.sum()).backward()
+    scaler.step(sgd)
+    scaler.update()
+    assert torch.equal(p, torch.zeros(2))
+
+
+def test_accelerate_holds_its_scheduler_back_on_a_skipped_step():
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    accelerate.Accelerator(cpu=True)
+    params = parameters(SIZES)
+    inner = ClippedAdamW(params, lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    wrapped = AcceleratedOptimizer(inner, scaler=scaler)
+    scheduler = AcceleratedScheduler(schedule, wrapped)
+    rates = []
+    for step in range(3):
+        scaler.scale(torch.zeros(()))
+        for g in set_grads(params, step):
+            g.mul_(scaler.get_scale())
+        if step == 1:
+            params[0].grad[0] = math.inf
+        wrapped.step()
+        scheduler.step()
+        assert wrapped.step_was_skipped == (step == 1)
+        rates.append(inner.param_groups[0]["lr"])
+    assert rates == [0.5, 0.5, 0.25]
+    assert all(inner.state[p]["step"] == 2 for p in params)
+
+
+# ---- DTensor ----
+
+
+def _sharded_run(rank: int, world: int, file: str, mesh_shape: tuple[int, ...]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", mesh_shape)
+    placements = [Shard(0)] if len(mesh_shape) == 1 else [Replicate(), Shard(0)]
+    full = parameters([9, TILE + 2, 1, 5])
+    sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in full[:3]]
+    params = [*sharded, full[3]]  # a plain, replicated parameter beside them
+    optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(full)
+    for step in range(4):
+        grads = set_grads(full, step)
+        for p, g in zip(sharded, grads, strict=False):
+            p.grad = distribute_tensor(g, mesh, placements)
+        norm = oracle.step(grads)
+        if step == 2:  # one rank's infinity skips the step on all
+            shard = sharded[1].grad.to_local()
+            kept = shard.clone()
+            if mesh.get_coordinate()[-1] == 1:
+                shard[0] = math.inf
+            optimizer.step()
+            assert optimizer.skipped == 1, rank
+            shard.copy_(kept)
+        optimizer.step()
+        assert abs(optimizer.grad_norm.item() / norm - 1) < 1e-6, (rank, optimizer.grad_norm, norm)
+    assert worst([p.full_tensor() if hasattr(p, "full_tensor") else p for p in params], oracle.params) < 1e-6
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mesh_shape", [(2,), (2, 2)])
+def test_dtensor_shards_share_one_norm(tmp_path, mesh_shape):
+    world = math.prod(mesh_shape)
+    torch.multiprocessing.spawn(_sharded_run, (world, str(tmp_path / "rendezvous"), mesh_shape), nprocs=world)

@@ -220,6 +220,10 @@ class LlamaAdapter(nn.Module):
         # transformers renames it on the way to version 6 and warns about the old name.
         enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
         enable(kwargs)
+        # transformers 5 lets the embeddings' output require a gradient here, for reentrant checkpointing's sake; that
+        # would take the backward past the first adapter, down to the embeddings.
+        if hasattr(self.base, "_require_grads_hook"):
+            self.base.disable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""

@@ -1,4 +1,4 @@
-"""The adapter as a PyTorch operator: schema, input checks, fake, autograd, autocast and the CPU implementation.
+"""The adapter as a PyTorch operator: schema, input checks, fake, autograd, autocast and the implementations.
 
 Two operators make one differentiable function:
 
@@ -9,34 +9,42 @@ Precision. Parameters keep their own dtype (fp32 as a rule) and their gradients 
 the dtype of the matrix products' operands: x's own dtype, or autocast's where autocast is on. y keeps x's dtype.
 Statistics and sums are at least fp32 everywhere.
 
-The CPU implementation is built from the ATen operations that are fast there (native LayerNorm, mkldnn's products) and
-the closed form, which trades passes over T×d numbers for a few over r×d: it pays where T is many times r. Small inputs
-on CPU take the stock composition instead (``uses_composition``), which has the least overhead.
+CUDA tensors go through the Triton kernels, and so do CPU tensors under ``TRITON_INTERPRET=1``; other CPU tensors, and
+fp64, which the kernels do not have, through `composition`. Small inputs on CPU take the stock modules' operations
+instead (``uses_composition``), which have the least overhead.
 """
 
 import contextlib
+import logging
 import os
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from adapterkern.composition import composed_backward, composed_forward, stats_dtype
 from adapterkern.reference import ACTIVATIONS, Weights, adapter_eager
 
 MAX_ADAPTER_DIM = 512
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_log = logging.getLogger("adapterkern")
+# Triton reads the variable when the kernels are imported, once a process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _lib = torch.library.Library("adapterkern", "DEF")
 _WEIGHTS = (
     "Tensor norm_weight, Tensor norm_bias, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
 )
 _lib.define(
-    f"adapter_forward(Tensor x, {_WEIGHTS}, float eps, str activation, ScalarType? compute_dtype, bool save)"
+    f"adapter_forward(Tensor x, {_WEIGHTS}, float eps, str activation, ScalarType? compute_dtype, bool save,"
+    " bool x_free=False, Tensor? index=None)"
     " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
 )
 _lib.define(
     f"adapter_backward(Tensor dy, Tensor x, Tensor z, Tensor mean, Tensor rstd, {_WEIGHTS},"
-    " float eps, str activation, ScalarType compute_dtype, bool[] needed) -> Tensor[]"
+    " float eps, str activation, ScalarType compute_dtype, bool[] needed,"
+    " bool x_free=False, Tensor? index=None) -> Tensor[]"
 )
 _forward = torch.ops.adapterkern.adapter_forward.default
 _backward = torch.ops.adapterkern.adapter_backward.default
@@ -59,6 +67,8 @@ def adapter(
     eps: float = 1e-5,
     activation: str = "silu",
     fused: bool = True,
+    x_free: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """``y = x + W_up · act(W_down · LayerNorm(x) + b_down) + b_up`` (Houlsby et al. 2019, arXiv:1902.00751).
 
@@ -68,13 +78,18 @@ def adapter(
         y = x + F.linear(h, up_weight, up_bias)
 
     Args:
-        x: the residual stream, ``(..., d)``; bf16, fp16, fp32 or fp64, any strides.
-        norm_weight, norm_bias: LayerNorm's scale and shift, ``(d,)``.
-        down_weight, down_bias: ``(r, d)`` and ``(r,)``, ``1 <= r <= 512``.
-        up_weight, up_bias: ``(d, r)`` and ``(d,)``.
-        eps: added to the variance.
-        activation: ``"silu"``, ``"gelu"`` (exact), ``"relu"``, ``"tanh"`` or ``"identity"``.
-        fused: ``False`` runs the stock PyTorch composition instead, with the same numbers to rounding.
+        x: the residual stream, ``(..., d)``; bf16, fp16, fp32 or fp64, any strides. norm_weight, norm_bias:
+        LayerNorm's scale and shift, ``(d,)``. down_weight, down_bias: ``(r, d)`` and ``(r,)``, ``1 <= r <= 512``.
+        up_weight, up_bias: ``(d, r)`` and ``(d,)``. eps: added to the variance. activation: ``"silu"``, ``"gelu"``
+        (exact), ``"relu"``, ``"tanh"`` or ``"identity"``. fused: ``False`` runs the stock PyTorch composition
+        instead, with the same numbers to rounding. x_free: keep y instead of x for the backward, which recovers x = y
+        − W_up·h − b_up. It costs nothing where the model keeps
+            y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within eager's own bf16
+            error while the branch is about as large as x or smaller, and reach three times that where it is 10× x.
+        index: mixes n adapters in one call. The parameters are stacked, ``(n, ...)`` each, and ``index`` holds the
+        adapter
+            of each sequence (int64 or int32, shape ``x.shape[:k]`` for some k < x.dim()), with −1 for none: y = x
+            there.
 
     Returns:
         y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are used in x's dtype (autocast's dtype where
@@ -85,12 +100,14 @@ def adapter(
         ValueError: a shape, device or activation does not fit; the message names the argument.
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    check_inputs(x, weights, eps, activation)
-    if not (fused and fused_enabled()) or uses_composition(x, down_weight.shape[0]):
+    check_inputs(x, weights, eps, activation, index)
+    if not (fused and fused_enabled()) or uses_composition(x, down_weight.shape[-2]):
         with eager_autocast(x):
+            if index is not None:
+                return _eager_mixed(x, weights, index, eps, activation)
             return adapter_eager(x, weights, eps=eps, activation=activation).to(x.dtype)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    return _forward(x, *weights, eps, activation, None, save)[0]
+    return _forward(x, *weights, eps, activation, None, save, x_free, index)[0]
 
 
 def uses_composition(x: Tensor, adapter_dim: int) -> bool:
@@ -99,9 +116,39 @@ def uses_composition(x: Tensor, adapter_dim: int) -> bool:
     On 2 cores (AMD EPYC, AVX-512), forward + backward of the op took 0.79 to 1.02 of the composition's time in bf16 and
     fp32 above these bounds, and up to 2.3 times at one row. Compiled code always holds the op: no guard on a shape.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or INTERPRETED:
         return False
     return x.numel() < 1 << 21 or x.numel() < 8 * adapter_dim * x.shape[-1]
+
+
+@cache
+def _announce(device_type: str, backend: str) -> None:
+    _log.info("fused adapters on %s run as %s", device_type, backend)
+
+
+def _through_triton(x: Tensor) -> bool:
+    """Whether the operator on x runs as Triton kernels rather than as the composition; logged once for each answer."""
+    if x.dtype == torch.float64:
+        backend = "a composition of PyTorch operations: the kernels have no fp64"
+    elif x.device.type == "cuda":
+        backend = "Triton kernels"
+    elif INTERPRETED:
+        backend = "Triton kernels in the interpreter: TRITON_INTERPRET=1"
+    else:
+        backend = "a composition of PyTorch operations: x is not on a GPU"
+    _announce(x.device.type, backend)
+    return backend.startswith("Triton")
+
+
+def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
+    """The stock composition of a call with ``index``, an adapter at a time."""
+    rows = x.reshape(*index.shape, -1, x.shape[-1])
+    y = rows.clone()
+    for e in range(weights.down_weight.shape[0]):
+        chosen = index == e
+        one = Weights(*(w[e] for w in weights))
+        y[chosen] = adapter_eager(rows[chosen], one, eps=eps, activation=activation).to(x.dtype)
+    return y.view(x.shape)
 
 
 def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -112,7 +159,7 @@ def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str) -> None:
+def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index: Tensor | None = None) -> None:
     """Raise the ``TypeError`` or ``ValueError`` that names the first argument that does not fit."""
     for name, t in (("x", x), *weights._asdict().items()):
         if not isinstance(t, Tensor):
@@ -124,123 +171,86 @@ def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str) -> No
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (..., d) with d >= 1, got {tuple(x.shape)}")
     d = x.shape[-1]
-    if weights.down_weight.dim() != 2:
-        raise ValueError(f"down_weight: expected shape (r, {d}), got {tuple(weights.down_weight.shape)}")
-    r = weights.down_weight.shape[0]
+    stack = "" if index is None else "n, "
+    if weights.down_weight.dim() != (2 if index is None else 3) or 0 in weights.down_weight.shape[:-2]:
+        raise ValueError(f"down_weight: expected shape ({stack}r, {d}), got {tuple(weights.down_weight.shape)}")
+    *n, r, _ = weights.down_weight.shape
     if not 1 <= r <= MAX_ADAPTER_DIM:
         raise ValueError(f"down_weight: expected 1 <= r <= {MAX_ADAPTER_DIM} rows, got {r}")
-    expected = Weights((d,), (d,), (r, d), (r,), (d, r), (d,))  # type: ignore[arg-type]
-    for name, t, shape in zip(Weights._fields, weights, expected, strict=True):
+    for name, t, size in zip(Weights._fields, weights, ((d,), (d,), (r, d), (r,), (d, r), (d,)), strict=True):
+        shape = (*n, *size)
         if t.shape != shape:
             raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+    if index is not None:
+        _check_index(index, x, n[0])
+
+
+def _check_index(index: Tensor, x: Tensor, n: int) -> None:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: expected a torch.Tensor of dtype int64 or int32, got {got}")
+    if index.device != x.device:
+        raise ValueError(f"index: expected device {x.device} like x, got {index.device}")
+    if index.dim() >= x.dim() or index.shape != x.shape[: index.dim()]:
+        raise ValueError(f"index: expected leading dimensions of x, {tuple(x.shape[:-1])}, got {tuple(index.shape)}")
+    within = ((index >= -1) & (index < n)).all()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not within:
+            raise ValueError(
+                f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}"
+            )
+    else:  # no host synchronisation: the device reports it
+        torch._assert_async(within, f"adapterkern.adapter: index: expected values from -1 to {n - 1}")
+
+
+# Implementations
 
 
 def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
     """What the products multiply and z is kept in. CPUs emulate fp16 products, some ten times slower than fp32 ones."""
     dtype = compute_dtype or x.dtype
-    return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" else dtype
+    return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" and not INTERPRETED else dtype
 
 
-def _stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _run_forward(x, *args):  # type: ignore[no-untyped-def]
+    """The operator's forward on any device; ``args`` follow the schema."""
+    weights, (eps, activation, compute_dtype, save), (_, index) = args[:6], args[6:10], _optional(args, 10)
+    if not _through_triton(x):
+        return composed_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
+    from adapterkern.kernels import launch  # Triton takes a third of a second to import
+
+    return launch.adapter_forward(
+        x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save
+    )
 
 
-# CPU implementation
+def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
+    """The operator's backward on any device; ``args`` follow the schema, and x is y where it is x-free."""
+    weights, (eps, activation, _, needed), (x_free, index) = args[:6], args[6:10], _optional(args, 10)
+    if _through_triton(x):
+        from adapterkern.kernels import launch
+
+        grads = launch.adapter_backward(
+            dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free
+        )
+    else:
+        grads = composed_backward(dy, x, z, mean, rstd, weights, eps, activation, needed, x_free, index)
+    return [_no_grad(t) if g is None else g for t, g in zip((x, *weights), grads, strict=True)]
 
 
-def _cpu_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    eps: float,
-    activation: str,
-    compute_dtype: torch.dtype | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    compute, stats = _operand_dtype(x, compute_dtype), _stats_dtype(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], norm_weight.to(stats), norm_bias.to(stats), eps)
-    z = F.linear(normed.to(compute), down_weight.to(compute), down_bias.to(compute))
-    branch = F.linear(ACTIVATIONS[activation].fn(z), up_weight.to(compute), up_bias.to(compute))
-    y = branch.add_(rows) if compute == x.dtype else (rows + branch).to(x.dtype)
-    if not save:
-        return y.view(x.shape), *_no_saved(x)
-    return y.view(x.shape), z, mean.view(-1), rstd.view(-1)
+def _optional(args, start):  # type: ignore[no-untyped-def]
+    """(x_free, index): the dispatcher leaves out trailing arguments that have their default."""
+    given = args[start:]
+    return (*given, *(False, None)[len(given) :])
 
 
-def _cpu_backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    eps: float,
-    activation: str,
-    compute_dtype: torch.dtype,
-    needed: list[bool],
-) -> list[Tensor]:
-    need = Weights(*needed[1:])  # type: ignore[arg-type]
-    d, compute, stats = x.shape[-1], _operand_dtype(x, compute_dtype), rstd.dtype
-    rows, dy_rows = x.reshape(-1, d), dy.reshape(-1, d)
-    dy_c = dy_rows.to(compute)
-    grads: dict[str, Tensor] = {}
-    if need.up_weight:
-        grads["up_weight"] = dy_c.T @ ACTIVATIONS[activation].fn(z)
-    if need.up_bias:
-        grads["up_bias"] = dy_rows.sum(0)  # accumulates in fp32; sum(dtype=fp32) would first copy all of dy
-
-    if needed[0] or any(need[:4]):
-        dh = dy_c @ up_weight.to(compute)
-        dz = torch.ops.aten.silu_backward(dh, z) if activation == "silu" else dh * ACTIVATIONS[activation].derivative(z)
-        gamma, beta, W = norm_weight.to(stats), norm_bias.to(stats), down_weight.to(stats)
-    if any(need[:4]):
-        s = dz.sum(0).to(stats)
-        grads["down_bias"], grads["norm_bias"] = s, s @ W
-    if needed[0] or need.norm_weight or need.down_weight:
-        # Normalised again rather than kept: T×d numbers that the model would hold until the backward.
-        xhat = torch.native_layer_norm(rows, (d,), None, None, eps)[0].to(compute)
-    if need.norm_weight or need.down_weight:
-        G = (dz.T @ xhat).to(stats)
-        grads["norm_weight"] = (G * W).sum(0)
-        grads["down_weight"] = (G * gamma).addr_(s, beta)
-    if needed[0]:
-        # dz·A − c1 is dz times A with its rows centred. ρ goes to the product's small side.
-        A = W * gamma
-        A = A.sub_(A.mean(1, keepdim=True)).to(compute)
-        rho = rstd[:, None]
-        u = z - torch.mv(W, beta).add_(down_bias).to(compute)
-        c2 = u.mul_(dz).sum(1, keepdim=True).mul_(rho / -d)
-        dz = dz.mul_(rho)
-        dx = torch.addmm(dy_rows, dz, A) if compute == x.dtype else dz @ A
-        dx.addcmul_(xhat, c2)
-        dx = (dx if compute == x.dtype else dy_rows + dx).to(x.dtype).view(x.shape)
-
-    weights = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    return [
-        dx if needed[0] else _no_grad(x),
-        *(
-            grads[name].to(w.dtype) if wanted else _no_grad(w)
-            for name, w, wanted in zip(Weights._fields, weights, need, strict=True)
-        ),
-    ]
-
-
-_lib.impl("adapter_forward", _cpu_forward, "CPU")
-_lib.impl("adapter_backward", _cpu_backward, "CPU")
+for _device_type in ("CPU", "CUDA"):
+    _lib.impl("adapter_forward", _run_forward, _device_type)
+    _lib.impl("adapter_backward", _run_backward, _device_type)
 
 
 # Fake, autograd and autocast, the same for every device
@@ -251,20 +261,15 @@ def _no_grad(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _no_saved(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z, mean and rstd of a forward that nothing will differentiate."""
-    return x.new_empty(0), x.new_empty(0), x.new_empty(0)
-
-
 @torch.library.register_fake("adapterkern::adapter_forward", lib=_lib)
 def _fake_forward(x, *args):  # type: ignore[no-untyped-def]
     down_weight, compute_dtype, save = args[2], args[8], args[9]
     y = x.new_empty(x.shape)
-    stats = _stats_dtype(x.dtype)
+    stats = stats_dtype(x.dtype)
     if not save:
-        return y, *_no_saved(x)
+        return y, *(x.new_empty(0) for _ in range(3))
     rows = x.numel() // x.shape[-1]
-    z = x.new_empty((rows, down_weight.shape[0]), dtype=_operand_dtype(x, compute_dtype))
+    z = x.new_empty((rows, down_weight.shape[-2]), dtype=_operand_dtype(x, compute_dtype))
     return y, z, x.new_empty(rows, dtype=stats), x.new_empty(rows, dtype=stats)
 
 
@@ -276,8 +281,9 @@ def _fake_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, *weights = inputs[:7]
-    _, z, mean, rstd = output
-    ctx.save_for_backward(x, z, mean, rstd, *weights)
+    y, z, mean, rstd = output
+    ctx.x_free, index = _optional(inputs, 11)
+    ctx.save_for_backward(y if ctx.x_free else x, z, mean, rstd, index, *weights)
     ctx.eps, ctx.activation, compute_dtype = inputs[7:10]
     ctx.compute_dtype = compute_dtype or x.dtype
     ctx.mark_non_differentiable(z, mean, rstd)
@@ -286,11 +292,13 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _autograd_backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 11
-    x, z, mean, rstd, *weights = ctx.saved_tensors
+        return (None,) * 13
+    x, z, mean, rstd, index, *weights = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:7])
-    grads = _backward(dy, x, z, mean, rstd, *weights, ctx.eps, ctx.activation, ctx.compute_dtype, needed)
-    return (*(g if wanted else None for g, wanted in zip(grads, needed, strict=True)), None, None, None, None)
+    grads = _backward(
+        dy, x, z, mean, rstd, *weights, ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index
+    )
+    return (*(g if wanted else None for g, wanted in zip(grads, needed, strict=True)), *(None,) * 6)
 
 
 def _refuse_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -315,11 +323,11 @@ def _register_autocast(device_type: str) -> None:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(x, *args):  # type: ignore[no-untyped-def]
-        *rest, compute_dtype, save = args
+        weights_and_how, compute_dtype, rest = args[:8], args[8], args[9:]
         if compute_dtype is None and x.dtype != torch.float64:
             compute_dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return _forward(x, *rest, compute_dtype, save)
+            return _forward(x, *weights_and_how, compute_dtype, *rest)
 
     def backward(*args):  # type: ignore[no-untyped-def]
         with torch._C._ExcludeDispatchKeyGuard(keyset):

@@ -5,20 +5,26 @@
     dW_down = G·diag(γ) + s·βᵀ   db_down = s = Σₜ dz   dγ = Σᵣ G ⊙ W_down   dβ = s·W_down               (3)
     dW_up = U                    db_up = Σₜ dy
 
-Three kernels, one a line. (1) owns row tiles, reads dy once and leaves dz and h, T×r each. (2) owns a slice of d and a fixed share of the rows:
-its slice of A stays with it while x and dy stream through, each once, and the fp32 sums of G and U never leave its registers until the end.
-(3) adds up the shares in their order and turns them into gradients. LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them:
-four units of T×d traffic in all (dy; dy, x, dx), where three is the floor.
+Three kernels, one a line. (1) owns row tiles, reads dy once and leaves dz and h, T×r each. (2) owns a slice of d and
+a fixed share of the rows: its slice of A stays with it while x and dy stream through, each once, and the fp32 sums of
+G and U never leave its registers until the end. (3) adds up the shares in their order and turns them into gradients.
+LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them: four units of T×d traffic in all
+(dy; dy, x, dx), where three is the floor.
 
-dy's second read is meant for L2. (1) and (2) therefore alternate over chunks of rows, one wave of row tiles each, and (2) walks its rows
-backwards, the last written first. A share's sums carry over from chunk to chunk through its own partial buffer, so the order of every
-addition is fixed and two runs agree to the bit.
+dy's second read is meant for L2. (1) and (2) therefore alternate over chunks of rows, one wave of row tiles each, and
+(2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk through its own
+partial buffer, so the order of every addition is fixed and two runs agree to the bit.
 
-x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up, for one more product and no more traffic.
+x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up, for one more product and no more
+traffic.
 
-Only what is asked for is computed: without dz's users (1) does not run, and each of (2)'s outputs is a compile-time switch.
+Only what is asked for is computed: without dz's users (1) does not run, and each of (2)'s outputs is a compile-time
+switch.
 """
 
+# mypy: allow-untyped-defs
+# A Triton function's types are its callers'.
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +35,11 @@ from torch import Tensor
 from .primitives import activate, activate_grad, dot, narrow, tile_rows
 from .tiles import Tiles, multiprocessors, row_shares
 from .weights import Prepared
+
+# From this R on, G and U are summed in two launches of (2), one accumulator each. Half the registers an accumulator
+# takes buy slices twice as wide, and so half the reads of dz and h (2R·slices numbers a row: 8 units at R = 256 and
+# 32 columns), for one more read of dy.
+SEPARATE_UP = 256
 
 
 class Needed(NamedTuple):
@@ -43,7 +54,7 @@ class Needed(NamedTuple):
     up_bias: bool
 
 
-@triton.jit(do_not_specialize=["tile0", "S"])
+@triton.jit(do_not_specialize=["tile0", "S"], do_not_specialize_on_alignment=["p_index"])
 def hidden_kernel(
     p_dy,  # (T, d) contiguous
     p_index,  # (T/S,) adapter of each sequence, or None
@@ -102,7 +113,10 @@ def hidden_kernel(
             tl.store(p_c2 + i_t, c2, mask=m_t)
 
 
-@triton.jit(do_not_specialize=["tile0", "tiles", "S", "stride"])
+@triton.jit(
+    do_not_specialize=["tile0", "tiles", "S", "stride"],
+    do_not_specialize_on_alignment=["p_order", "p_bounds"],
+)
 def slice_kernel(
     p_dy,  # (T, d) contiguous
     p_x,  # (T, d), rows `stride`·VEC apart; y if X_FREE
@@ -116,7 +130,7 @@ def slice_kernel(
     p_c2,  # (T,)
     p_a,  # (n, R, D)
     p_w,  # (n, D, R)
-    p_bias,  # (n, d)
+    p_bias,  # (n, D)
     p_dx,  # (T, d), or None
     p_g,  # (shares, n, R, D) fp32, or None
     p_s,  # (shares, n, R) fp32, or None
@@ -147,9 +161,9 @@ def slice_kernel(
     partial = share * tl.num_programs(2) + e
     if DX:
         b_a = tl.load(p_a + e * BR * D + o_rd)
-    if X_FREE:
+    if X_FREE and (DX or G):
         b_w = tl.load(p_w + e * BR * D + o_d[None, :] * BR + o_r[:, None])
-        bias = tl.load(p_bias + e * d + o_d, mask=m_d, other=0).to(tl.float32)
+        bias = tl.load(p_bias + e * D + o_d)
 
     # Sums begin at zero in the first chunk and where the last chunk left them after that.
     later = tile0 > 0
@@ -179,10 +193,12 @@ def slice_kernel(
             dy = b_dy.to(tl.float32)
         if DX or G or p_s is not None:
             b_dz = tl.load(p_dz + o_tr, mask=m_t[:, None], other=0)
-        if U or X_FREE:
+        if U or (X_FREE and (DX or G)):
             b_h = tl.load(p_h + o_tr, mask=m_t[:, None], other=0)
         if DX or G:
-            b_x = tl.load(p_x + i_t[:, None] * stride * VEC + o_d[None, :], mask=m, other=0, eviction_policy="evict_first")
+            b_x = tl.load(
+                p_x + i_t[:, None] * stride * VEC + o_d[None, :], mask=m, other=0, eviction_policy="evict_first"
+            )
             x = b_x.to(tl.float32)
             if X_FREE:
                 x -= bias[None, :]
@@ -196,7 +212,9 @@ def slice_kernel(
             c2 = tl.load(p_c2 + i_t, mask=m_t, other=0)
             t = dot(b_dz, b_a, tl.zeros((BT, BD), tl.float32), PRECISION)
             dx = dy + rstd[:, None] * (t - c1[:, None] - xhat * c2[:, None])
-            tl.store(p_dx + i_t[:, None] * d + o_d[None, :], narrow(dx, b_dy.dtype), mask=m, eviction_policy="evict_first")
+            tl.store(
+                p_dx + i_t[:, None] * d + o_d[None, :], narrow(dx, b_dy.dtype), mask=m, eviction_policy="evict_first"
+            )
         if G:
             g = dot(tl.trans(b_dz), narrow(xhat, b_dz.dtype), g, PRECISION)
         if U:
@@ -210,7 +228,7 @@ def slice_kernel(
         tl.store(p_g + partial * BR * D + o_rd, g)
     if U:
         tl.store(p_u + partial * BR * D + o_rd, u)
-    if p_s is not None:
+    if p_s is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
         if tl.program_id(0) == 0:
             tl.store(p_s + partial * BR + o_r, s)
     if p_dbias is not None:
@@ -276,7 +294,7 @@ def reduce_kernel(
         if p_dwd is not None:
             dwd = g * gamma[None, :] + s[:, None] * beta[None, :]
             tl.store(p_dwd + o_wd, narrow(dwd, p_dwd.dtype.element_ty), mask=m)
-        if p_dbd is not None:
+        if p_dbd is not None:  # noqa: SIM102
             if tl.program_id(0) == 0:
                 tl.store(p_dbd + e * r + o_r, narrow(s, p_dbd.dtype.element_ty), mask=m_r)
         if p_dwu is not None:
@@ -301,12 +319,7 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     prepared: Prepared,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
+    weights: Sequence[Tensor],
     *,
     activation: str,
     precision: str,
@@ -317,10 +330,10 @@ def backward(
     vec: int,
     sms: int | None = None,
 ) -> list[Tensor | None]:
-    """Launch the backward for the gradients in ``needed``; ``dy`` is (T, d) contiguous, ``x`` (T, d) is y if ``x_free``."""
+    """Launch the backward for the gradients in ``needed``. ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``."""
     T, d = dy.shape
     n, R, D = prepared.A.shape
-    r = down_weight.shape[-2]
+    r = weights[2].shape[-2]
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
 
@@ -331,7 +344,8 @@ def backward(
     dx = torch.empty_like(dy) if needed.x else None
     dz = dy.new_empty((T, R), dtype=z.dtype) if with_dz else None
     h = dy.new_empty((T, R), dtype=z.dtype) if with_h else None
-    c1, c2 = dy.new_empty((2, T), dtype=torch.float32) if with_dz else (None, None)
+    # One allocation each: a slice of a shared one would be aligned for some T only, which is another compiled variant.
+    c1, c2 = (dy.new_empty(T, dtype=torch.float32) if with_dz else None for _ in range(2))
 
     order, bounds = sorted_by_adapter(index, n) if index is not None else (None, None)
     sequences = 1 if index is None else index.numel()
@@ -348,6 +362,10 @@ def backward(
     g, u = partial(with_g, R, D), partial(needed.up_weight, R, D)
     s, dbias = partial(with_s, R), partial(needed.up_bias, D)
 
+    passes = [(dx, g, s, u, dbias)]
+    if R >= SEPARATE_UP and (needed.x or with_g) and needed.up_weight:
+        passes = [(dx, g, s, None, None), (None, None, None, u, dbias)]
+
     # A chunk is a wave of (1)'s row tiles. Stacked adapters are walked in one: their rows lie in the order of `index`.
     ratio = max(row_tiles.BT, tiles.BT) // row_tiles.BT
     wave = triton.cdiv(sms, ratio) if index is None else n_tiles
@@ -361,25 +379,28 @@ def backward(
                 r=r, ACT=activation, BT=row_tiles.BT, BD=row_tiles.BD,
                 num_warps=row_tiles.num_warps, num_stages=row_tiles.num_stages, **shape,
             )  # fmt: skip
-        slice_kernel[(slices, shares, n)](
-            dy, x, order, bounds, dz, h, mean, rstd, c1, c2, p.A, p.w_up, up_bias, dx, g, s, u, dbias,
-            row0 // tiles.BT, triton.cdiv(rows, tiles.BT), S, x.stride(0) // vec,
-            VEC=vec, X_FREE=x_free, BT=tiles.BT, BD=tiles.BD,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shape,
-        )  # fmt: skip
+        for outputs in passes:
+            slice_kernel[(slices, shares, n)](
+                dy, x, order, bounds, dz, h, mean, rstd, c1, c2, p.A, p.w_up, p.b_up, *outputs,
+                row0 // tiles.BT, triton.cdiv(rows, tiles.BT), S, x.stride(0) // vec,
+                VEC=vec, X_FREE=x_free, BT=tiles.BT, BD=tiles.BD,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shape,
+            )  # fmt: skip
 
-    weights = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    grads = [torch.empty(w.shape, dtype=w.dtype, device=w.device) if k else None for w, k in zip(weights, needed[1:], strict=True)]
+    grads = [
+        torch.empty(w.shape, dtype=w.dtype, device=w.device) if k else None
+        for w, k in zip(weights, needed[1:], strict=True)
+    ]
     if any(needed[1:]):
         block = 32
         reduce_kernel[(triton.cdiv(d, block), n)](
-            g, s, u, dbias, norm_weight.contiguous(), norm_bias.contiguous(), down_weight.contiguous(), *grads, shares,
-            d=d, r=r, D=D, BR=R, RB=16, BD=block, num_warps=4,
+            g, s, u, dbias, *(w.contiguous() for w in weights[:3]), *grads, shares,
+            d=d, r=r, D=D, BR=R, RB=16, BD=block, num_warps=2,
         )  # fmt: skip
     return [dx, *grads]
 
 
 def sorted_by_adapter(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The sequences in order of their adapter, and where each adapter's begin: (B,) and (n + 1,); index −1 comes before the first."""
+    """The sequences in order of their adapter (B,), those with none first, and where each adapter's begin (n + 1,)."""
     values, order = torch.sort(index, stable=True)
     return order, torch.searchsorted(values, torch.arange(n + 1, device=index.device, dtype=index.dtype))

@@ -3,21 +3,25 @@
     μ, σ² = mean, variance of a row       ρ = 1/√(σ² + eps)
     z = ρ((x − s)·Aᵀ − (μ − s)·rowsum(A)) + c        h = act(z)        y = x + h·W_upᵀ + b_up
 
-A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). Statistics go block by block with Chan's update: each column
-block's mean and squared deviations are merged into the row's, so neither a large mean nor a large channel cancels.
+A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). Statistics go block by block with Chan's
+update: each column block's mean and squared deviations are merged into the row's, so neither a large mean nor a large
+channel cancels.
 
-s is a constant of the row: 0, or, where the first block's mean outweighs its deviation, that mean rounded to x's dtype. Without it a row
-of σ ≈ 0 loses everything (ρ reaches 1/√eps = 316, and 316·μ·2⁻²⁴·√d is what fp32 accumulation leaves), and an fp32 row that is rounded to bf16
-for the product loses σ/μ. With it such rows are exact: numbers of one binade differ by one that their own dtype holds.
+s is a constant of the row: 0, or, where the first block's mean outweighs its deviation, that mean rounded to x's
+dtype. Without it a row of σ ≈ 0 loses everything (ρ reaches 1/√eps = 316, and 316·μ·2⁻²⁴·√d is what fp32 accumulation
+leaves), and an fp32 row that is rounded to bf16 for the product loses σ/μ. With it such rows are exact: numbers of
+one binade differ by one that their own dtype holds.
 
-A program owns a row tile and goes over d twice: up, and then down again, since the columns read last are those most likely still in L2.
-Loads: x twice, A and W_up once per row tile. Stores: y, and for the backward z (T×r, rounded to the compute dtype; h is act of the rounded z)
-and two fp32 row constants.
+A program owns a row tile and goes over d twice: up, and then down again, since the columns read last are those most
+likely still in L2. Loads: x twice, A and W_up once per row tile. Stores: y, and for the backward z (T×r, rounded to
+the compute dtype; h is act of the rounded z) and two fp32 row constants.
 
-Where row tiles are too few to fill the device (decoding), two launches share each tile's columns: the first leaves partial products and
-statistics of its columns in fp32, the second adds them up, in order, and emits its columns of y.
+Where row tiles are too few to fill the device (decoding), two launches share each tile's columns: the first leaves
+partial products and statistics of its columns in fp32, the second adds them up, in order, and emits its columns of y.
 """
 
+# mypy: allow-untyped-defs
+# A Triton function's types are its callers'.
 import torch
 import triton
 import triton.language as tl
@@ -82,7 +86,7 @@ def _emit(p_rows, p_out, p_w, p_bias, h, m_t, lo, blocks, d: tl.constexpr, BR: t
         m = m_t[:, None] & m_d[None, :]
         b_x = tl.load(p_rows + o_d[None, :], mask=m, other=0, eviction_policy="evict_first")
         b_w = tl.load(p_w + o_d[None, :] * BR + o_r[:, None], eviction_policy="evict_last")
-        bias = tl.load(p_bias + o_d, mask=m_d, other=0).to(tl.float32)
+        bias = tl.load(p_bias + o_d)
         y = b_x.to(tl.float32) + bias[None, :]
         y = dot(h, b_w, y, PRECISION)
         tl.store(p_out + o_d[None, :], narrow(y, b_x.dtype), mask=m, eviction_policy="evict_first")
@@ -112,7 +116,7 @@ def _copy(p_from, p_to, m_t, lo, blocks, d: tl.constexpr, BD: tl.constexpr):
         tl.store(p_to + o_d[None, :], tl.load(p_from + o_d[None, :], mask=m), mask=m)
 
 
-@triton.jit(do_not_specialize=["S", "stride", "eps"])
+@triton.jit(do_not_specialize=["S", "stride", "eps"], do_not_specialize_on_alignment=["p_index"])
 def forward_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart
     p_index,  # (T/S,) adapter of each sequence, or None
@@ -120,7 +124,7 @@ def forward_kernel(
     p_asum,  # (n, R)
     p_c,  # (n, R)
     p_w,  # (n, D, R)
-    p_bias,  # (n, d)
+    p_bias,  # (n, D)
     p_y,  # (T, d)
     p_z,  # (T, r), or None with the next two
     p_mean,  # (T,)
@@ -158,10 +162,10 @@ def forward_kernel(
         if p_z is not None:
             _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
         h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_rows, p_out, p_w, p_bias + e * d, h, m_t, 0, blocks, d, BR, BD, PRECISION)
+        _emit(p_rows, p_out, p_w, p_bias + e * D, h, m_t, 0, blocks, d, BR, BD, PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "S", "stride", "width"])
+@triton.jit(do_not_specialize=["T", "S", "stride", "width"], do_not_specialize_on_alignment=["p_index"])
 def forward_partial_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart
     p_index,  # (T/S,) or None
@@ -205,7 +209,9 @@ def forward_partial_kernel(
         tl.store(p_m + 2 * T, m2, mask=m_t)
 
 
-@triton.jit(do_not_specialize=["T", "S", "stride", "eps", "splits", "width"])
+@triton.jit(
+    do_not_specialize=["T", "S", "stride", "eps", "splits", "width"], do_not_specialize_on_alignment=["p_index"]
+)
 def forward_finish_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart
     p_index,  # (T/S,) or None
@@ -214,7 +220,7 @@ def forward_finish_kernel(
     p_asum,  # (n, R)
     p_c,  # (n, R)
     p_w,  # (n, D, R)
-    p_bias,  # (n, d)
+    p_bias,  # (n, D)
     p_y,  # (T, d)
     p_z,  # (T, r), or None with the next two
     p_mean,  # (T,)
@@ -248,7 +254,7 @@ def forward_finish_kernel(
         e = tl.load(p_index + sequence).to(tl.int64)
     if e < 0:
         _copy(p_rows, p_out, m_t, lo, blocks, d, BD)
-        if p_z is not None:
+        if p_z is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, tl.zeros((BT, BR), p_z.dtype.element_ty), zero, zero, i_t, m_t, r, BR)
     else:
@@ -265,18 +271,17 @@ def forward_finish_kernel(
                 count, mean, m2, n, tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
             )
         z, rstd = _hidden(acc, shift, mean, m2, p_asum + e * BR, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)
-        if p_z is not None:
+        if p_z is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
         h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_rows, p_out, p_w + e * BR * D, p_bias + e * d, h, m_t, lo, blocks, d, BR, BD, PRECISION)
+        _emit(p_rows, p_out, p_w + e * BR * D, p_bias + e * D, h, m_t, lo, blocks, d, BR, BD, PRECISION)
 
 
 def forward(
     x: Tensor,
     index: Tensor | None,
     prepared: Prepared,
-    up_bias: Tensor,
     *,
     r: int,
     eps: float,
@@ -287,7 +292,7 @@ def forward(
     vec: int,
     sms: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Launch the forward on rows ``x`` (T, d), T ≥ 1, aligned as `aligned_rows` leaves them. Returns y, z, mean, rstd (None unless ``save``)."""
+    """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``."""
     T, d = x.shape
     sequences = 1 if index is None else index.numel()
     S = T // sequences
@@ -309,7 +314,8 @@ def forward(
     stride = x.stride(0) // vec
     if splits == 1:
         forward_kernel[(n_tiles,)](
-            x, index, p.A, p.a_sum, p.c, p.w_up, up_bias, y, z, mean, rstd, S, stride, eps, r=r, ACT=activation, **shape, **how
+            x, index, p.A, p.a_sum, p.c, p.w_up, p.b_up, y, z, mean, rstd, S, stride, eps,
+            r=r, ACT=activation, **shape, **how,
         )  # fmt: skip
         return y, z, mean, rstd
     acc = x.new_empty((splits, T, R), dtype=torch.float32)
@@ -317,7 +323,7 @@ def forward(
     grid = (n_tiles, splits)
     forward_partial_kernel[grid](x, index, p.A, acc, moments, T, S, stride, width, **shape, **how)
     forward_finish_kernel[grid](
-        x, index, acc, moments, p.a_sum, p.c, p.w_up, up_bias, y, z, mean, rstd, T, S, stride, eps, splits, width,
+        x, index, acc, moments, p.a_sum, p.c, p.w_up, p.b_up, y, z, mean, rstd, T, S, stride, eps, splits, width,
         r=r, ACT=activation, **shape, **how,
     )  # fmt: skip
     return y, z, mean, rstd

@@ -1,14 +1,17 @@
 """What every kernel shares: the activations, the matrix product, and where a row tile lies.
 
-A row tile never crosses a sequence, because with stacked adapters a sequence is what chooses its adapter; a plain call is one sequence of T rows.
-Rows that a tile has beyond its sequence are masked. Row offsets are int64: T·d passes 2³¹ at T = 524,288 for d = 4096.
+A row tile never crosses a sequence, because with stacked adapters a sequence is what chooses its adapter; a plain
+call is one sequence of T rows. Rows that a tile has beyond its sequence are masked. Row offsets are int64: T·d passes
+2³¹ at T = 524,288 for d = 4096.
 """
 
+# mypy: allow-untyped-defs
+# A Triton function's types are its callers'.
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bit patterns of bf16 operands, so there every operand is widened to fp32 first; products of
-# 16-bit numbers are exact in fp32, which is also what a tensor core accumulates.
+# The interpreter multiplies the bit patterns of bf16 operands, so there every operand is widened to fp32 first;
+# products of 16-bit numbers are exact in fp32, which is also what a tensor core accumulates.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -23,7 +26,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 → dtype, rounded to nearest even. The interpreter cuts bf16 off instead, so there the bits are rounded first."""
+    """fp32 → dtype, rounded to nearest even. The interpreter cuts bf16 off, so there the bits are rounded first."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

@@ -1,7 +1,7 @@
 """The host table: block sizes, warps and pipeline stages by element size, d and r. Nothing autotunes.
 
-A choice never depends on the number of rows, so one compiled variant serves every batch shape; what does depend on it (how many programs
-share d or the rows) is a run-time argument.
+A choice never depends on the number of rows, so one compiled variant serves every batch shape; what does depend on it
+(how many programs share d or the rows) is a run-time argument.
 """
 
 from dataclasses import dataclass
@@ -20,24 +20,36 @@ class Tiles:
     num_stages: int
 
 
-def forward_tiles(itemsize: int, R: int) -> Tiles:
-    """Tiles of the forward kernels; also of the backward's first, which is the forward's first half with W_up in place of A."""
+def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
+    """Tiles of the forward kernels.
+
+    ``itemsize`` is the compute dtype's and ``wide`` says that the device has warp-group products, whose operands stay
+    in shared memory.
+    """
     if itemsize == 4:
         return Tiles(32, 32, 8 if R >= 256 else 4, 2)
-    if R >= 512:
-        return Tiles(32, 32, 8, 3)
-    if R >= 128:
-        return Tiles(64, 64 if R == 128 else 32, 8, 3)
-    return Tiles(64, 64, 4, 4)
-
-
-def slice_tiles(itemsize: int, R: int) -> Tiles:
-    """Tiles of the backward's second kernel, whose two (R, BD) fp32 accumulators live in registers."""
-    if itemsize == 4:
-        return Tiles(32, max(16, min(64, 4096 // R)), 8, 1)
     if R >= 256:
-        return Tiles(32, max(16, 8192 // R), 8, 2)
-    return Tiles(64, min(128, 8192 // R), 8, 2)
+        return Tiles(64 if wide and R == 256 else 32, 32, 8, 3)
+    if R == 128:
+        return Tiles(64, 64, 8, 3 if wide else 2)
+    return Tiles(64, 64, 4, 4 if wide else 3)
+
+
+def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
+    """Tiles of the backward's first kernel: the forward's, but where z and an fp32 (64, 256) dz would not both fit."""
+    return Tiles(32, 32, 8, 3) if itemsize == 2 and R == 256 else forward_tiles(itemsize, R, wide)
+
+
+def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
+    """Tiles of the backward's second kernel. Its (R, BD) fp32 sums live in registers, two of them below R = 256.
+
+    Without warp-group products its resident slice of A lives there as well, which is why the tiles are smaller.
+    """
+    if itemsize == 4:
+        return Tiles(16, max(16, min(64, 4096 // R)), 8, 1)
+    if wide:
+        return Tiles(32, {16: 128, 32: 128, 64: 128, 128: 64, 256: 64, 512: 32}[R], 8, 3 if R <= 128 else 2)
+    return Tiles(16 if R in (32, 64, 512) else 32, 128 if R <= 64 else 32, 8, 2)
 
 
 @lru_cache
@@ -53,11 +65,16 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(device.index) if device.type == "cuda" else 4
 
 
+def has_wide_products(device: torch.device) -> bool:
+    """True on Hopper and data-centre Blackwell. The interpreter takes their tiles as well."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def column_split(tiles: int, blocks: int, sms: int) -> int:
     """Over how many programs a row tile's columns go. One as long as row tiles alone keep half of the device busy."""
     return 1 if 2 * tiles >= sms else max(1, min(blocks, sms // tiles))
 
 
 def row_shares(slices: int, tiles: int, sms: int) -> int:
-    """Over how many programs the rows of one slice of d go in the backward. Each adds 2·R·d fp32 partial sums to write and read."""
+    """Over how many programs a slice's rows go in the backward. Each writes 2·R·d fp32 partial sums, read once more."""
     return max(1, min(tiles, sms // slices))

@@ -2,15 +2,19 @@
 
     A = round(W_down·diag(γ))   rowsum(A)   c = W_down·β + b_down   round(W_up)
 
-LayerNorm's scale is folded into the down projection, so that one product of the raw rows serves it: u = ρ(x·Aᵀ − μ·rowsum(A)).
-The row sums are those of the *rounded* A: then μ cancels in the product to fp32 accuracy, where sums of the unrounded weights would leave
-μ times a bf16 rounding error (relative error of z at a mean of 100σ: 1.6e-3 against 1.6e-1).
+LayerNorm's scale is folded into the down projection, so that one product of the raw rows serves it: u = ρ(x·Aᵀ −
+μ·rowsum(A)). The row sums are those of the *rounded* A: then μ cancels in the product to fp32 accuracy, where sums of
+the unrounded weights would leave μ times a bf16 rounding error (relative error of z at a mean of 100σ: 1.6e-3 against
+1.6e-1).
 
-Both matrices come out padded with zeros, A to (R, D) and W_up to (D, R), where R is r rounded up to a power of two of at least 16 (what a
-tensor-core tile wants) and D is d rounded up to a multiple of 128 (any column tile), so no kernel masks a weight.
-One launch; it reads 2·r·d parameters and writes as many in the compute dtype.
+All of it comes out padded with zeros, A to (R, D), W_up to (D, R) and b_up to D, where R is r rounded up to a power
+of two of at least 16 (what a tensor-core tile wants) and D is d rounded up to a multiple of 128 (any column tile), so
+no kernel masks a weight. One launch; it reads 2·r·d parameters and writes as many in the compute dtype.
 """
 
+# mypy: allow-untyped-defs
+# A Triton function's types are its callers'.
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +45,23 @@ class Prepared:
     a_sum: Tensor  # (n, R) fp32, row sums of A as rounded
     c: Tensor  # (n, R) fp32, W_down·β + b_down
     w_up: Tensor  # (n, D, R) compute dtype
+    b_up: Tensor  # (n, D) fp32
 
 
 # Parameters may lie anywhere (a view into a flat buffer, say): their alignment must not make another variant.
-@triton.jit(do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_bd", "p_wu"])
+@triton.jit(do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_bd", "p_wu", "p_bu"])
 def _prepare_kernel(
     p_gamma,  # (n, d)
     p_beta,  # (n, d)
     p_wd,  # (n, r, d)
     p_bd,  # (n, r)
     p_wu,  # (n, d, r)
+    p_bu,  # (n, d)
     p_a,  # (n, R, D)
     p_asum,  # (n, R)
     p_c,  # (n, R)
     p_wup,  # (n, D, R)
+    p_bup,  # (n, D)
     d: tl.constexpr,
     r: tl.constexpr,
     D: tl.constexpr,
@@ -86,38 +93,31 @@ def _prepare_kernel(
         i_r = o_w % R
         up = tl.load(p_wu + (n * d + i_d) * r + i_r, mask=(i_d < d) & (i_r < r), other=0)
         tl.store(p_wup + n * D * R + o_w, narrow(up.to(tl.float32), p_wup.dtype.element_ty), mask=i_d < D)
+        first = (i_r == 0) & (i_d < D)
+        up_bias = tl.load(p_bu + n * d + i_d, mask=first & (i_d < d), other=0)
+        tl.store(p_bup + n * D + i_d, up_bias.to(tl.float32), mask=first)
 
 
-def prepare(
-    norm_weight: Tensor, norm_bias: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, dtype: torch.dtype
-) -> Prepared:
-    """Launch the preparation for stacked parameters (n, …), or for one adapter's without the leading n."""
+def prepare(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
+    """Launch the preparation for the six parameters, stacked (n, …) or one adapter's without the leading n."""
+    down_weight = weights[2]
     r, d = down_weight.shape[-2:]
     n = down_weight.numel() // (r * d)
     R, D = padded_adapter_dim(r), padded_hidden_size(d)
-    like = down_weight
+
+    def empty(dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=down_weight.device)
+
     out = Prepared(
-        A=like.new_empty((n, R, D), dtype=dtype),
-        a_sum=like.new_empty((n, R), dtype=torch.float32),
-        c=like.new_empty((n, R), dtype=torch.float32),
-        w_up=like.new_empty((n, D, R), dtype=dtype),
+        A=empty(dtype, n, R, D),
+        a_sum=empty(torch.float32, n, R),
+        c=empty(torch.float32, n, R),
+        w_up=empty(dtype, n, D, R),
+        b_up=empty(torch.float32, n, D),
     )
     block = 1024
     _prepare_kernel[(R + triton.cdiv(D * R, block), n)](
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
-        down_weight.contiguous(),
-        down_bias.contiguous(),
-        up_weight.contiguous(),
-        out.A,
-        out.a_sum,
-        out.c,
-        out.w_up,
-        d=d,
-        r=r,
-        D=D,
-        R=R,
-        BLOCK=block,
-        num_warps=4,
-    )
+        *(w.contiguous() for w in weights), out.A, out.a_sum, out.c, out.w_up, out.b_up,
+        d=d, r=r, D=D, R=R, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return out

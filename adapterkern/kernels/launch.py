@@ -1,0 +1,123 @@
+"""From tensors of any shape and stride to launches: rows, prepared weights, block sizes, the current device.
+
+Triton compiles one variant per alignment of a pointer and divisibility of an integer. Here every T×d tensor is
+brought to rows that start at 16-byte boundaries as far as d allows: the row stride is passed in units of VEC
+elements, the most that divides d, and rows that do not fit are copied. So a kernel has one variant, with wide loads,
+whatever the strides are.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backward as _backward
+from . import forward as _forward
+from .cache import prepared_weights
+from .tiles import forward_tiles, has_wide_products, hidden_tiles, slice_tiles
+
+
+def _vector(x: Tensor) -> int:
+    """The most elements, up to 16 bytes, that divide a row."""
+    vec, d = 16 // x.element_size(), x.shape[-1]
+    while d % vec:
+        vec //= 2
+    return vec
+
+
+def _rows(x: Tensor, *, dense: bool) -> Tensor:
+    """``x`` (..., d) as rows (T, d), copied if they cannot be read as they lie; ``dense`` rows have no gap between."""
+    d = x.shape[-1]
+    rows = x.reshape(-1, d)
+    strides = rows.stride()
+    fits = strides[0] == d if dense else strides[0] % _vector(x) == 0
+    if (strides[1] == 1 or d == 1) and (fits or rows.shape[0] == 1) and rows.data_ptr() % 16 == 0:
+        return rows.as_strided(rows.shape, (d, 1)) if rows.shape[0] == 1 else rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def _precision(compute: torch.dtype) -> str:
+    return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def adapter_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    *,
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``."""
+    r, d = weights[2].shape[-2:]
+    rows = x.numel() // d
+    kept = (rows, r) if save else (0,)
+    if rows == 0:
+        stats = x.new_empty(kept[0], dtype=torch.float32)
+        return x.new_empty(x.shape), x.new_empty(kept, dtype=compute), stats, torch.empty_like(stats)
+    with _on(x.device):
+        prepared = prepared_weights(weights, compute)
+        y, *saved = _forward.forward(
+            _rows(x, dense=False),
+            index,
+            prepared,
+            r=r,
+            eps=eps,
+            activation=activation,
+            precision=_precision(compute),
+            save=save,
+            tiles=forward_tiles(compute.itemsize, prepared.A.shape[1], has_wide_products(x.device)),
+            vec=_vector(x),
+        )
+    z, mean, rstd = (x.new_empty(0) if t is None else t for t in saved)
+    return y.view(x.shape), z, mean, rstd
+
+
+def adapter_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Sequence[Tensor],
+    index: Tensor | None,
+    *,
+    activation: str,
+    needed: Sequence[bool],
+    x_free: bool,
+) -> list[Tensor | None]:
+    """The gradients in ``needed`` (None for the others); ``x`` is y where ``x_free``."""
+    if x.numel() == 0:
+        return [torch.zeros_like(t) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
+    with _on(x.device):
+        prepared = prepared_weights(weights, z.dtype)
+        wide = has_wide_products(x.device)
+        R = prepared.A.shape[1]
+        dx, *grads = _backward.backward(
+            _rows(dy, dense=True),
+            _rows(x, dense=False),
+            index,
+            z.contiguous(),
+            mean,
+            rstd,
+            prepared,
+            weights,
+            activation=activation,
+            precision=_precision(z.dtype),
+            needed=_backward.Needed(*needed),
+            x_free=x_free,
+            row_tiles=hidden_tiles(z.element_size(), R, wide),
+            tiles=slice_tiles(z.element_size(), R, wide),
+            vec=_vector(x),
+        )
+    return [dx if dx is None else dx.view(x.shape), *grads]

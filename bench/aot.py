@@ -1,0 +1,225 @@
+"""Ahead-of-time compilation of the kernels, no GPU needed: registers, shared memory, tensor-core path.
+
+The launchers run on meta tensors with Triton's launch replaced by a recorder, so what is compiled is what a GPU would
+be asked for: the same kernels, signatures, constants and block sizes, for every shape in the matrix and every
+architecture.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from adapterkern.kernels.backward import Needed, backward
+from adapterkern.kernels.forward import forward
+from adapterkern.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
+from adapterkern.kernels.weights import padded_adapter_dim, prepare
+
+ADAPTER_DIMS = (16, 32, 64, 128, 256)
+HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
+# Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ALL = Needed(*[True] * 7)
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch, as the compiler sees it."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What tells two compiled variants apart: all but the grid."""
+        return (self.kernel.fn.__name__, self.signature, self.constants, self.aligned, self.options)
+
+    @property
+    def name(self) -> str:
+        """The kernel, and which of slice_kernel's switches are on."""
+        constants = dict(self.constants)
+        marks = ["x-free"] if constants.get("X_FREE") else []
+        if self.kernel.fn.__name__ == "slice_kernel":
+            marks += [p for p in ("dx", "g", "u") if f"p_{p}" not in constants]
+        return " ".join([self.kernel.fn.__name__.removesuffix("_kernel").lstrip("_"), *marks])
+
+
+def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, aligned = {}, {}, []
+    for i, p in enumerate(kernel.params):
+        v = values[p.name]
+        specialise = not p.do_not_specialize
+        if p.is_constexpr or v is None:
+            signature[p.name], constants[p.name] = "constexpr", v
+        elif isinstance(v, torch.Tensor):
+            signature[p.name] = "*" + _TYPES[v.dtype]
+            if not p.do_not_specialize_on_alignment and v.data_ptr() % 16 == 0:
+                aligned.append(i)
+        elif isinstance(v, float):
+            signature[p.name] = "fp32"
+        elif specialise and v == 1:
+            signature[p.name], constants[p.name] = "constexpr", 1
+        else:
+            signature[p.name] = "i32" if -(2**31) <= v < 2**31 else "i64"
+            if specialise and v % 16 == 0:
+                aligned.append(i)
+    return Launch(
+        kernel, grid, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(options.items()))
+    )
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, a launch compiles and runs nothing and is added to the list instead."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        launches.append(_describe(self, tuple(grid), args, kwargs))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def adapter_launches(
+    d: int,
+    r: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    rows: int = 8192,
+    compute: torch.dtype | None = None,
+    activation: str = "silu",
+    x_free: bool = False,
+    grouped: bool = False,
+    needed: Needed = ALL,
+    sms: int = 132,
+    wide: bool = True,
+    device: str = "meta",
+) -> list[Launch]:
+    """Every launch of one forward and backward with fp32 parameters, weight preparation included."""
+    compute = compute or dtype
+    n = 2 if grouped else 1
+
+    def weight(*size: int) -> torch.Tensor:
+        return torch.empty((n, *size) if grouped else size, device=device)
+
+    params = (weight(d), weight(d), weight(r, d), weight(r), weight(d, r), weight(d))
+    x = torch.empty(rows, d, dtype=dtype, device=device)
+    index = torch.empty(max(1, rows // 512), dtype=torch.int64, device=device) if grouped else None
+    vec = 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
+    R = padded_adapter_dim(r)
+    common = {"activation": activation, "precision": "ieee", "vec": vec, "sms": sms}
+    with recorded_launches() as launches:
+        prepared = prepare(params, compute)
+        tiles = forward_tiles(compute.itemsize, R, wide)
+        _, z, mean, rstd = forward(x, index, prepared, r=r, eps=1e-5, save=True, tiles=tiles, **common)
+        backward(
+            x, x, index, z, mean, rstd, prepared, params,
+            needed=needed, x_free=x_free, row_tiles=hidden_tiles(compute.itemsize, R, wide), tiles=slice_tiles(compute.itemsize, R, wide),
+            **common,
+        )  # fmt: skip
+    return launches
+
+
+def variants(d: int, r: int, dtype: torch.dtype, wide: bool) -> list[Launch]:
+    """One launch of everything that the host table can choose for this shape: fused and split forward, x-free or not."""
+    launches = adapter_launches(d, r, dtype, wide=wide) + adapter_launches(d, r, dtype, x_free=True, wide=wide)
+    launches += adapter_launches(d, r, dtype, rows=16, wide=wide)
+    return list({launch.variant: launch for launch in launches}.values())
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch for one architecture."""
+
+    kernel: str
+    sm: int
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    wgmma: int
+    mma: int
+    cp_async: int
+
+
+def compile_launch(launch: Launch, sm: int) -> Compiled:
+    """Compile one launch for compute capability ``sm`` (80, 90, 100). A ``stack`` above 0 is spilling."""
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        {(launch.kernel.arg_names.index(k),): v for k, v in launch.constants},
+        {(i,): [["tt.divisibility", 16]] for i in launch.aligned},
+    )
+    out = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(launch.options))
+    ptx = out.asm["ptx"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(out.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage: {usage!r}")
+    return Compiled(
+        kernel=launch.name,
+        sm=sm,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=out.metadata.shared,
+        warps=out.metadata.num_warps,
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
+        cp_async=len(re.findall(r"cp\.async\.(?:cg|ca)\.shared", ptx)),
+    )
+
+
+def main(argv: list[str]) -> None:
+    """``python -m bench aot``: compile the matrix and print it."""
+    parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("-r", type=int, nargs="+", default=ADAPTER_DIMS)
+    parser.add_argument("-d", type=int, nargs="+", default=HIDDEN_SIZES)
+    parser.add_argument("--sm", type=int, nargs="+", default=tuple(SHARED_LIMIT))
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    args = parser.parse_args(argv)
+
+    rows = []
+    print(f"triton {triton.__version__}, {args.dtype}")
+    print("   r     d   sm kernel                  registers stack  shared warps wgmma   mma cp.async")
+    for r, d, sm in itertools.product(args.r, args.d, args.sm):
+        for launch in variants(d, r, getattr(torch, args.dtype), wide=sm >= 90):
+            c = compile_launch(launch, sm)
+            rows.append({"r": r, "d": d, "dtype": args.dtype, **asdict(c)})
+            numbers = (
+                f"{c.registers:>9} {c.stack:>5} {c.shared:>7} {c.warps:>5} {c.wgmma:>5} {c.mma:>5} {c.cp_async:>8}"
+            )
+            flag = "" if c.stack == 0 and c.shared <= SHARED_LIMIT[sm] else "  <- spills or does not fit"
+            print(f"{r:>4} {d:>5} {sm:>4} {c.kernel:<23} {numbers}{flag}", flush=True)
+    over = sum(row["stack"] > 0 or row["shared"] > SHARED_LIMIT[row["sm"]] for row in rows)
+    print(f"{len(rows)} compiled, {over} of them spill or do not fit")
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))

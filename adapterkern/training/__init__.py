@@ -1,0 +1,43 @@
+"""Training of adapters on a frozen LLaMA: ``train``, ``evaluate``, ``TrainConfig`` and what they work with.
+
+rows.py, data.py     files and lists → examples → padded batches
+heads.py             hidden states → loss
+prefix.py            activations below the first adapter, computed once
+loop.py              steps, evaluations, checkpoints, in their order
+outputs.py           what a run leaves in its folder
+"""
+
+try:
+    import accelerate as _accelerate  # noqa: F401
+    import matplotlib as _matplotlib  # noqa: F401
+    import rich as _rich  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as _error:
+    raise ImportError(f"training needs the extra [train]: pip install 'adapterkern[train]' ({_error})") from _error
+
+from adapterkern.training.checkpoint import CheckpointError
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data import load_examples
+from adapterkern.training.evaluation import evaluate
+from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.loop import NonFiniteError, TrainResult, train
+from adapterkern.training.outputs import load_task
+from adapterkern.training.prefix import PrefixCache
+from adapterkern.training.report import plot_history, read_metrics
+from adapterkern.training.rows import DataError
+
+__all__ = [
+    "CheckpointError",
+    "ClassificationHead",
+    "DataError",
+    "NonFiniteError",
+    "PrefixCache",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "load_examples",
+    "load_task",
+    "plot_history",
+    "read_metrics",
+    "train",
+]

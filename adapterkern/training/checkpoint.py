@@ -1,0 +1,251 @@
+"""Checkpoints: folders that are whole or absent, hold no pickle, and resume a run to the same numbers.
+
+    checkpoints/step-00000120/
+        adapter_model.safetensors, adapter_config.json     the adapter, as LlamaAdapter.from_pretrained reads it
+        head.safetensors, head_config.json                 the classification head, if there is one
+        task.json                                          the TrainConfig
+        training.safetensors                               fp32 parameters, moments, generator states (uint8)
+        state.json                                         step, schedule, scaler, what must match, every file's SHA-256
+
+A checkpoint is written into a hidden folder beside its place and renamed when every byte has reached the disk; older
+ones are removed only after that, and renamed first, so that neither a half-written nor a half-removed folder ever looks
+like a checkpoint. The order of rows follows from (seed, epoch), so the step alone says where the data stands.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adapterkern.files import read_json, sha256, write_json
+from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+STATE_NAME = "state.json"
+TENSORS_NAME = "training.safetensors"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or belongs to another run; the message names the file or field."""
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """Everything that a run's next step depends on, but for the data and the configuration."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: Any  # a torch GradScaler or None
+    config: TrainConfig
+    data_fingerprint: str
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folder = Path(output_dir) / FOLDER
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def save_checkpoint(output_dir: Path, state: TrainingState, save_model: Any) -> Path:
+    """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
+
+    ``save_model(directory)`` writes the files that make the checkpoint usable by itself.
+    """
+    folder = output_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{state.step:08d}"
+    if target.exists():  # this run has resumed from it and made no step since
+        return target
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_model(temporary)
+        save_file(_tensors(state), temporary / TENSORS_NAME)
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / STATE_NAME, _described(state) | {"files": files})
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        temporary.rename(target)
+        _flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(output_dir)[: -state.config.keep_checkpoints]:
+        _remove(old)
+    return target
+
+
+def load_checkpoint(directory: Path, state: TrainingState) -> None:
+    """Put a checkpoint's numbers into ``state``: parameters, optimizer, schedule, scaler, generators, step.
+
+    Nothing is changed before everything has been checked.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another configuration, data or model.
+    """
+    try:
+        saved = read_json(directory / STATE_NAME)
+        _check_fields(directory / STATE_NAME, saved)
+        for name, digest in saved["files"].items():
+            if Path(name).name != name or sha256(directory / name) != digest:
+                raise CheckpointError(f"{directory / name}: damaged: its SHA-256 is not the one in {STATE_NAME}")
+        if TENSORS_NAME not in saved["files"]:
+            raise CheckpointError(f"{directory / STATE_NAME}: field 'files': {TENSORS_NAME} is missing")
+        tensors = load_file(directory / TENSORS_NAME)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{directory}: damaged: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
+    _check_same_run(directory / STATE_NAME, saved, state)
+    _check_tensors(directory / TENSORS_NAME, tensors, saved, state)
+
+    with torch.no_grad():
+        for name, parameter in state.parameters.items():
+            parameter.copy_(tensors[f"parameter/{name}"])
+    state.optimizer.load_state_dict(
+        {
+            "state": {
+                index: {key: tensors[f"optimizer/{key}/{name}"] for key in saved["optimizer_state"][name]}
+                for index, name in enumerate(_optimizer_order(state))
+                if name in saved["optimizer_state"]
+            },
+            "param_groups": state.optimizer.state_dict()["param_groups"],
+        }
+    )
+    state.schedule.load_state_dict(saved["schedule"])
+    for group, lr in zip(state.optimizer.param_groups, saved["schedule"]["_last_lr"], strict=True):
+        group["lr"] = lr
+    if state.scaler is not None:
+        state.scaler.load_state_dict(saved["scaler"])
+    _set_generators(tensors)
+    state.step = saved["step"]
+    state.skipped_steps = saved["skipped_steps"]
+    state.skipped_in_a_row = saved["skipped_in_a_row"]
+
+
+def _tensors(state: TrainingState) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in state.parameters.items()}
+    for name, values in _optimizer_state(state):
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in values.items()}
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"generator/cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    # A copy each: safetensors refuses tensors that share memory.
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _set_generators(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["generator/cpu"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            # A checkpoint from a machine with fewer devices says nothing about the others: they keep their state.
+            if f"generator/cuda:{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"generator/cuda:{index}"], index)
+
+
+def _optimizer_order(state: TrainingState) -> list[str]:
+    names = {id(p): name for name, p in state.parameters.items()}
+    return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_state(state: TrainingState) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    saved = state.optimizer.state_dict()["state"]
+    for index, name in enumerate(_optimizer_order(state)):
+        if index in saved:
+            yield name, saved[index]
+
+
+def _described(state: TrainingState) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "skipped_steps": state.skipped_steps,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "config": state.config.to_dict(),
+        "data_fingerprint": state.data_fingerprint,
+        "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "optimizer_state": {name: sorted(values) for name, values in _optimizer_state(state)},
+        "parameters": {name: list(p.shape) for name, p in state.parameters.items()},
+    }
+
+
+def _check_fields(path: Path, saved: dict[str, Any]) -> None:
+    if saved.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
+    kinds: dict[str, tuple[type, ...]] = {
+        "step": (int,),
+        "skipped_steps": (int,),
+        "skipped_in_a_row": (int,),
+        "config": (dict,),
+        "data_fingerprint": (str,),
+        "schedule": (dict,),
+        "scaler": (dict, type(None)),
+        "optimizer_state": (dict,),
+        "parameters": (dict,),
+        "files": (dict,),
+    }
+    for name, kind in kinds.items():
+        if type(saved.get(name)) not in kind:
+            raise CheckpointError(f"{path}: field {name!r} is missing or of a wrong type")
+
+
+def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> None:
+    now = state.config.to_dict()
+    for name in sorted((now.keys() | saved["config"].keys()) - FREE_ON_RESUME):
+        if now.get(name) != saved["config"].get(name):
+            raise CheckpointError(
+                f"{path}: the run was begun with {name}={saved['config'].get(name)!r}, not {now.get(name)!r}: "
+                "resume with the same, or begin another run"
+            )
+    if saved["data_fingerprint"] != state.data_fingerprint:
+        raise CheckpointError(f"{path}: the run was begun with other training data, or another tokenizer")
+    shapes = {name: list(p.shape) for name, p in state.parameters.items()}
+    if saved["parameters"] != shapes:
+        differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
+        name = differing[0]
+        raise CheckpointError(
+            f"{path}: another model: parameter {name} had shape {saved['parameters'].get(name)}, "
+            f"and has {shapes.get(name)}"
+        )
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: TrainingState) -> None:
+    for name, parameter in state.parameters.items():
+        found = tensors.get(f"parameter/{name}")
+        if found is None or found.shape != parameter.shape:
+            raise CheckpointError(f"{path}: parameter {name} is missing or of another shape")
+    for name, keys in saved["optimizer_state"].items():
+        if name not in state.parameters or any(f"optimizer/{key}/{name}" not in tensors for key in keys):
+            raise CheckpointError(f"{path}: the optimizer's state of {name} is incomplete, or of no parameter")
+    if "generator/cpu" not in tensors:
+        raise CheckpointError(f"{path}: generator/cpu is missing")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(directory: Path) -> None:
+    hidden = directory.with_name(f".old-{directory.name}.{os.getpid()}")
+    directory.rename(hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,155 @@
+"""What turns the decoder's last hidden states into a loss: a classification head of our own, or the backbone's LM head.
+
+The classification head pools the states of the real tokens, whichever side the padding is on, and maps the result to
+label scores; it computes in fp32 also under autocast, since it is tiny and its input is not. It is saved beside the
+adapter as ``head.safetensors`` and ``head_config.json``, label names included.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.llama import LlamaAdapter
+from adapterkern.training.config import POOLINGS
+
+HEAD_WEIGHTS = "head.safetensors"
+HEAD_CONFIG = "head_config.json"
+FORMAT_VERSION = 1
+
+
+class ClassificationHead(nn.Module):
+    """Label scores from pooled hidden states: ``linear(pool(hidden, attention_mask))``.
+
+    Args:
+        hidden_size: d.
+        labels: the label names; score i belongs to ``labels[i]``.
+        pooling: ``"mean"`` over the real tokens, or the ``"last"`` real token.
+    """
+
+    def __init__(self, hidden_size: int, labels: list[str], pooling: str = "mean") -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if len(labels) < 2 or len(set(labels)) != len(labels):
+            raise ValueError(f"labels: expected at least two different names, got {labels}")
+        self.labels = list(labels)
+        self.pooling = pooling
+        self.linear = nn.Linear(hidden_size, len(labels))
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """``hidden`` (B, L, d), ``attention_mask`` (B, L) with 1 on real tokens → scores (B, labels), fp32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear(pool(hidden, attention_mask, self.pooling))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the two files, each atomically; the configuration holds the weights' SHA-256."""
+        directory = Path(directory)
+        tensors = {key: t.detach().to("cpu").contiguous() for key, t in self.state_dict().items()}
+        with replacing(directory / HEAD_WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "head": "classification",
+            "hidden_size": self.linear.in_features,
+            "pooling": self.pooling,
+            "labels": self.labels,
+            "weights_sha256": sha256(directory / HEAD_WEIGHTS),
+        }
+        write_json(directory / HEAD_CONFIG, config)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "ClassificationHead":
+        """Read a saved head. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong."""
+        path, weights = Path(directory) / HEAD_CONFIG, Path(directory) / HEAD_WEIGHTS
+        config = read_json(path)
+        if (config.get("format_version"), config.get("head")) != (FORMAT_VERSION, "classification"):
+            raise ValueError(f"{path}: expected a classification head of format_version {FORMAT_VERSION}")
+        kinds: dict[str, type] = {"hidden_size": int, "pooling": str, "labels": list, "weights_sha256": str}
+        for name, kind in kinds.items():
+            if type(config.get(name)) is not kind:
+                raise ValueError(f"{path}: field {name!r}: expected {kind.__name__}, got {config.get(name)!r}")
+        if not all(isinstance(label, str) for label in config["labels"]) or config["hidden_size"] < 1:
+            raise ValueError(f"{path}: expected hidden_size >= 1 and labels that are texts")
+        try:
+            head = cls(config["hidden_size"], config["labels"], config["pooling"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if sha256(weights) != config["weights_sha256"]:
+            raise ValueError(f"{weights}: SHA-256 differs from the one in {HEAD_CONFIG}: damaged, or of another save")
+        try:
+            head.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights}: not this head's weights: {error}") from error
+        return head
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """(B, L, d) → (B, d) in fp32: the mean of the real tokens' states, or the last real token's."""
+    if pooling == "last":
+        # The last 1 of each row; argmax of the running count finds it whichever side the padding is on.
+        last = attention_mask.cumsum(1).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+    mask = attention_mask.to(torch.float32)
+    summed = torch.bmm(mask[:, None], hidden.float())[:, 0]
+    return summed / mask.sum(1, keepdim=True)
+
+
+class TaskModel(nn.Module):
+    """Backbone, adapters and head as one module from a batch to its loss: what accelerate prepares and a step calls.
+
+    Args:
+        model: the backbone with its adapters.
+        head: a classification head, or None for the backbone's own LM head.
+    """
+
+    def __init__(self, model: LlamaAdapter, head: ClassificationHead | None) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        if head is None:
+            check_lm_head(model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy of a :class:`~adapterkern.training.data.Batch`, and how many targets it has right.
+
+        The second is counted in eval mode only. ``prefix``, (B, L, d), is the residual stream after the frozen prefix
+        where that is known already.
+        """
+        if prefix is None:
+            hidden = self.model.decoder(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        else:
+            hidden = self.model.run_suffix(prefix, attention_mask)
+        if self.head is not None:
+            scores = self.head(hidden, attention_mask)
+        else:
+            # Scores of the targets only: those of prompts and padding would be (tokens × vocabulary) for nothing.
+            scores = self.model.base.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+        loss = F.cross_entropy(scores.float(), targets, reduction="sum")
+        correct = targets.new_zeros(()) if self.training else (scores.argmax(-1) == targets).sum()
+        return loss, correct
+
+
+def check_lm_head(model: LlamaAdapter) -> None:
+    """Raise ``ValueError`` if the backbone has no LM head, or does more to its logits than the head does."""
+    config: Any = model.config
+    if model.base.get_output_embeddings() is None:
+        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, got {type(model.base).__name__}")
+    for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
+        if getattr(config, name, neutral) not in (neutral, None):
+            raise ValueError(f"model: expected plain logits for causal-lm, got {name}={getattr(config, name)}")

@@ -1,0 +1,355 @@
+"""The training loop.
+
+One step learns from ``batch_size · accumulation`` rows. Each forward gives the *sum* of its losses, and every sum is
+divided by the number of targets in the whole step, which the host knows beforehand: rows and tokens weigh the same
+however they fall on the forwards, and accumulating changes memory and nothing else.
+
+Nothing in a step waits for the device, the fp16 scaler's decision excepted. Losses and gradient norms stay there until
+a log line needs them; then each is checked, so that a number that is not finite is reported with its own step. Such a
+step has changed no parameter: ClippedAdamW leaves everything as it was when the norm is not finite. On a CPU, where
+looking costs nothing, every step is checked at once.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from adapterkern.llama import LlamaAdapter
+from adapterkern.training import checkpoint, data, outputs
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data import Example, Rows
+from adapterkern.training.evaluation import Feed, run_evaluation
+from adapterkern.training.heads import ClassificationHead, TaskModel
+from adapterkern.training.interrupt import StopRequest
+from adapterkern.training.optimizer import make_optimizer, trainable_parameters
+from adapterkern.training.precision import make_accelerator
+from adapterkern.training.prefix import PrefixCache, choose_cache
+from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
+from adapterkern.training.schedules import make_schedule
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite. ``step`` says when (from 1); that step has changed no parameter."""
+
+    def __init__(self, step: int, problem: str, checkpoint: Path | None) -> None:
+        where = f" The newest checkpoint is {checkpoint}." if checkpoint else ""
+        super().__init__(
+            f"step {step}: {problem}.{where} Look at that step's data, lower lr, lengthen the warmup, or, with fp16, "
+            "use bf16 or fp32"
+        )
+        self.step = step
+
+
+@dataclasses.dataclass
+class TrainResult:
+    """What a run came to."""
+
+    steps: int  # optimizer steps, those before a resume included
+    stopped: bool  # by a signal, before its end
+    metrics: dict[str, float] | None  # of the last evaluation
+    history: list[dict[str, Any]]  # the records of metrics.jsonl
+    head: ClassificationHead | None
+    labels: list[str]
+    trainable_parameters: int
+    skipped_steps: int  # by the fp16 scaler
+    seconds: float  # in training steps
+    prefix_seconds: float  # filling the prefix cache
+    eval_seconds: float
+    tokens_per_second: float  # real tokens, padding left out, over `seconds`
+    prefix_layers: int  # layers whose activations were cached; 0 without the cache
+    checkpoint: Path | None  # the newest
+
+
+def train(
+    model: LlamaAdapter,
+    train_data: Rows,
+    config: TrainConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    eval_data: Rows | None = None,
+    head: ClassificationHead | None = None,
+    cache: PrefixCache | None = None,
+) -> TrainResult:
+    """Train the active adapter, with a classification head or as a language model.
+
+    Args:
+        model: on the device where it shall train. The backbone stays frozen.
+        train_data, eval_data: see :func:`~adapterkern.training.data.load_examples`.
+        config: see :class:`TrainConfig`.
+        tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
+        head: a head to train further; default a new one for the labels that the training data has.
+        cache: activations of earlier runs on the same backbone, to use and to add to.
+
+    Returns:
+        a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True, and with an ``output_dir`` a
+        checkpoint of the last finished step exists, from which ``resume=True`` goes on to the numbers of an undisturbed
+        run (to the bit on a CPU with as many threads).
+
+    Raises:
+        DataError: rows that cannot be used, by file and line.
+        NonFiniteError: a loss or gradient that is not finite, by step.
+        CheckpointError: with ``resume``, a checkpoint that is damaged or of another run.
+        FileExistsError: ``output_dir`` holds an earlier run. FileNotFoundError: there is none to resume.
+        ValueError, TypeError: an argument that does not fit, by name.
+    """
+    config = config or TrainConfig()
+    outputs.prepare_folder(config)
+    labels = None if head is None else head.labels
+    train_set, names = data.load_examples(train_data, config, tokenizer, labels)
+    eval_set = [] if eval_data is None else data.load_examples(eval_data, config, tokenizer, names)[0]
+    data.check_vocabulary([*train_set, *eval_set], model.config.vocab_size)
+    set_seed(config.seed)
+    if config.task == "classification" and head is None:
+        head = ClassificationHead(model.config.hidden_size, names, config.pooling)
+    with contextlib.ExitStack() as stack:
+        if not config.train_adapters:
+            stack.enter_context(model.disable_adapter())
+        run = _Run(model, head, train_set, eval_set, config, cache)
+        return run.go()
+
+
+@dataclasses.dataclass
+class _Step:
+    """A finished step whose numbers may still be on the device."""
+
+    number: int
+    loss: Tensor  # the mean over its targets
+    grad_norm: Tensor | None  # None if the scaler skipped it
+
+
+class _Run:
+    """One training run: everything that a step needs, and the order in which steps, evaluations and files come."""
+
+    def __init__(
+        self,
+        model: LlamaAdapter,
+        head: ClassificationHead | None,
+        train_set: list[Example],
+        eval_set: list[Example],
+        config: TrainConfig,
+        cache: PrefixCache | None,
+    ) -> None:
+        self.model, self.head, self.config = model, head, config
+        self.train_set, self.eval_set = train_set, eval_set
+        self.output_dir = None if config.output_dir is None else Path(config.output_dir)
+        self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
+        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self.accelerator = make_accelerator(config.precision, model.device)
+        task = TaskModel(model, None if head is None else head.to(model.device))
+        parameters = trainable_parameters(model, head, config)
+        self.optimizer = make_optimizer(parameters, config)
+        # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
+        schedule = make_schedule(self.optimizer, config, self.total_steps)
+        self.task, self.stepper = self.accelerator.prepare(task, self.optimizer)
+        self.state = checkpoint.TrainingState(
+            parameters, self.optimizer, schedule, self.accelerator.scaler, config, data.fingerprint(train_set)
+        )
+        self.feed = Feed(model, config, cache or PrefixCache(config.prefix_cache_bytes))
+        self.pending: list[_Step] = []
+        self.window: list[tuple[float, float | None]] = []  # (loss, gradient norm) since the last log line
+        self.window_tokens = self.tokens = 0
+        self.window_seconds = self.seconds = self.prefix_seconds = self.eval_seconds = 0.0
+        self.prefix_layers = 0
+        self.metrics: dict[str, float] | None = None
+        self.checkpoint: Path | None = None
+
+    def go(self) -> TrainResult:
+        config, state = self.config, self.state
+        if config.resume:
+            assert self.output_dir is not None  # TrainConfig has checked it
+            self.checkpoint = outputs.newest_checkpoint(self.output_dir)
+            checkpoint.load_checkpoint(self.checkpoint, state)
+        was_training = self.model.training
+        with StopRequest() as stop, Reporter(self.output_dir, self.total_steps, state.step, config.progress) as report:
+            if state.step:
+                report.say(f"resumed from {self.checkpoint}")
+            self._fill_cache(report, stop)
+            self.task.train()
+            while state.step < self.total_steps and not stop:
+                self._timed_step(report)
+                self._after_step(report)
+            self._drain()
+            self.model.train(was_training)
+            if stop:
+                self._stop(report, stop.signal_name)
+            else:
+                self._finish(report)
+        return TrainResult(
+            steps=state.step,
+            stopped=bool(stop),
+            metrics=self.metrics,
+            history=report.history,
+            head=self.head,
+            labels=[] if self.head is None else self.head.labels,
+            trainable_parameters=sum(p.numel() for p in state.parameters.values()),
+            skipped_steps=state.skipped_steps,
+            seconds=self.seconds,
+            prefix_seconds=self.prefix_seconds,
+            eval_seconds=self.eval_seconds,
+            tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
+            prefix_layers=self.prefix_layers,
+            checkpoint=self.checkpoint,
+        )
+
+    # Before the first step
+
+    def _fill_cache(self, report: Reporter, stop: StopRequest) -> None:
+        examples = [*self.train_set, *self.eval_set]
+        passes = math.ceil((self.total_steps - self.state.step) / self.steps_per_epoch)
+        use, why = choose_cache(self.model, self.config, examples, passes)
+        layers, depth = self.model.prefix_length, len(self.model.layers)
+        report.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
+        if not use:
+            return
+        started = time.perf_counter()
+        bar = report.start_side_task("prefix", len(examples))
+
+        def on_batch(count: int) -> bool:
+            report.advance(bar, count)
+            return not stop
+
+        assert self.feed.cache is not None
+        slots = self.feed.cache.fill(self.model, examples, self.config, self.accelerator.autocast, on_batch)
+        report.end_side_task(bar)
+        if slots is not None:
+            self.feed.add(examples, slots)
+            self.prefix_layers = layers
+        self.prefix_seconds = time.perf_counter() - started
+
+    # A step
+
+    def _timed_step(self, report: Reporter) -> None:
+        started = time.perf_counter()
+        examples = self._examples()
+        self._step(examples)
+        tokens = data.count_tokens(examples)
+        self.tokens += tokens
+        self.window_tokens += tokens
+        report.step(self.state.step)
+        if self.model.device.type == "cpu" or len(self.pending) >= self.config.log_every:
+            self._drain()
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        self.window_seconds += elapsed
+
+    def _examples(self) -> list[Example]:
+        epoch, index = divmod(self.state.step, self.steps_per_epoch)
+        order = data.epoch_order(len(self.train_set), self.config.seed, epoch)
+        rows = self.config.rows_per_step
+        return [self.train_set[i] for i in order[index * rows : (index + 1) * rows]]
+
+    def _step(self, examples: list[Example]) -> None:
+        state, size = self.state, self.config.batch_size
+        targets = data.count_targets(examples)
+        losses = []
+        for start in range(0, len(examples), size):
+            loss, _ = self.task(**self.feed(examples[start : start + size]))
+            self.accelerator.backward(loss / targets)
+            losses.append(loss.detach())
+        self.stepper.step()
+        state.step += 1
+        skipped = self.stepper.step_was_skipped
+        if skipped:
+            state.skipped_steps += 1
+            state.skipped_in_a_row += 1
+        else:
+            state.schedule.step()
+            state.skipped_in_a_row = 0
+        self.stepper.zero_grad()
+        grad_norm = None if skipped else self.optimizer.grad_norm
+        self.pending.append(_Step(state.step, torch.stack(losses).sum() / targets, grad_norm))
+
+    def _drain(self) -> None:
+        """Take finished steps' numbers from the device, all at once, and refuse what is not finite."""
+        if not self.pending:
+            return
+        columns = [step.loss if step.grad_norm is None else step.grad_norm for step in self.pending]
+        values = torch.stack([torch.stack([s.loss, n]) for s, n in zip(self.pending, columns, strict=True)]).tolist()
+        steps, self.pending = self.pending, []
+        for step, (loss, norm) in zip(steps, values, strict=True):
+            for quantity, value in (("the loss", loss), ("the gradient's norm", norm)):
+                if not math.isfinite(value):
+                    problem = f"{quantity} is {value}; the step was not made"
+                    raise NonFiniteError(step.number, problem, self.checkpoint)
+            self.window.append((loss, None if step.grad_norm is None else norm))
+        if self.state.skipped_in_a_row > self.config.max_skipped_steps:
+            problem = f"{self.state.skipped_in_a_row} steps in a row had gradients beyond fp16, whatever the scale"
+            raise NonFiniteError(self.state.step, problem, self.checkpoint)
+
+    # Between steps
+
+    def _after_step(self, report: Reporter) -> None:
+        config, step = self.config, self.state.step
+        epoch_ends = step % self.steps_per_epoch == 0
+        if step % config.log_every == 0 or step == self.total_steps:
+            self._drain()
+            self._log(report)
+        if step == self.total_steps:
+            return
+        if step % config.eval_every == 0 if config.eval_every else epoch_ends:
+            self._evaluate(report)
+        if step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends:
+            self._save_checkpoint()
+
+    def _log(self, report: Reporter) -> None:
+        norms = [norm for _, norm in self.window if norm is not None]
+        report.train(
+            {
+                "step": self.state.step,
+                "epoch": self.state.step / self.steps_per_epoch,
+                "loss": sum(loss for loss, _ in self.window) / len(self.window),
+                "lr": self.state.schedule.get_last_lr()[0],
+                "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+                "tokens_per_second": self.window_tokens / self.window_seconds,
+                "skipped_steps": self.state.skipped_steps,
+            }
+        )
+        self.window, self.window_tokens, self.window_seconds = [], 0, 0.0
+
+    def _evaluate(self, report: Reporter) -> None:
+        if not self.eval_set:
+            return
+        self._drain()
+        metrics = run_evaluation(self.task, self.eval_set, self.feed, self.config)
+        self.eval_seconds += metrics["seconds"]
+        if not math.isfinite(metrics["loss"]):
+            problem = f"the evaluation's loss is {metrics['loss']}"
+            raise NonFiniteError(self.state.step, problem, self.checkpoint)
+        self.metrics = metrics
+        report.evaluation({"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch, **metrics})
+
+    def _save_checkpoint(self) -> None:
+        self._drain()
+        if self.output_dir is not None:
+            self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, self._save_model)
+
+    def _save_model(self, directory: Path) -> None:
+        outputs.save_task(directory, self.model, self.head, self.config)
+
+    def _stop(self, report: Reporter, signal_name: str | None) -> None:
+        if self.state.step:
+            self._save_checkpoint()
+        where = f"{signal_name}: stopped after step {self.state.step} of {self.total_steps}"
+        if self.output_dir is None:
+            report.say(f"{where}; nothing is saved, for want of an output_dir")
+        elif self.checkpoint is None:
+            report.say(f"{where}; there is nothing to resume")
+        else:
+            report.say(
+                f"{where}; saved {self.checkpoint}. The same call with resume=True (--resume) goes on from there"
+            )
+
+    def _finish(self, report: Reporter) -> None:
+        self._evaluate(report)
+        self._save_checkpoint()
+        if self.output_dir is not None:
+            self._save_model(self.output_dir)
+            if self.config.plot:
+                plot_history(report.history, self.output_dir / PLOT_NAME, self.config.task)

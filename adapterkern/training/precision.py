@@ -1,0 +1,31 @@
+"""Accelerate, set up for one run: autocast and the gradient scaler, on the device where the model already is."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(precision: str, device: torch.device) -> Accelerator:
+    """An ``Accelerator`` that trains on ``device`` in ``precision`` and moves nothing.
+
+    Raises:
+        NotImplementedError: more than one process.
+    """
+    mixed = _ACCELERATE_NAMES[precision]
+    # accelerate keeps one state a process and refuses another precision or device in it. A second run may well want one
+    # (fp32 today, bf16 in the next cell), and transformers' TrainingArguments starts anew in the same way.
+    shared = AcceleratorState._shared_state
+    if shared:
+        state = AcceleratorState()
+        if (state.mixed_precision, state.device.type) != (mixed, device.type):
+            AcceleratorState._reset_state(reset_partial_state=state.device.type != device.type)
+    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", device_placement=False)
+    if accelerator.num_processes > 1:
+        raise NotImplementedError(f"train: expected one process, got {accelerator.num_processes}: not supported yet")
+    if precision == "fp16" and accelerator.scaler is None:
+        # On a CPU accelerate takes mixed_precision="fp16" and then trains in fp32 without a word. torch has both parts.
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler(device.type)
+    return accelerator

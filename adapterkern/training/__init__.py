@@ -7,14 +7,6 @@ loop.py              steps, evaluations, checkpoints, in their order
 outputs.py           what a run leaves in its folder
 """
 
-try:
-    import accelerate as _accelerate  # noqa: F401
-    import matplotlib as _matplotlib  # noqa: F401
-    import rich as _rich  # noqa: F401
-    import transformers as _transformers  # noqa: F401
-except ImportError as _error:
-    raise ImportError(f"training needs the extra [train]: pip install 'adapterkern[train]' ({_error})") from _error
-
 from adapterkern.training.checkpoint import CheckpointError
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import load_examples

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -136,9 +138,6 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
     """Draw loss and accuracy over steps as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
-
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axis, accuracy_axis = figure.subplots(1, 2)

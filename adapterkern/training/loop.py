@@ -151,7 +151,7 @@ class _Run:
         self.state = checkpoint.TrainingState(
             parameters, self.optimizer, schedule, self.accelerator.scaler, config, data.fingerprint(train_set)
         )
-        self.feed = Feed(model, config, cache or PrefixCache(config.prefix_cache_bytes))
+        self.feed = Feed(model, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
         self.pending: list[_Step] = []
         self.window: list[tuple[float, float | None]] = []  # (loss, gradient norm) since the last log line
         self.window_tokens = self.tokens = 0

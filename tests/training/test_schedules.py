@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import torch
 import tiny_run
+import torch
 
 from adapterkern.training.schedules import make_schedule, warmup_steps
 

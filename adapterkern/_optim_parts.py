@@ -169,18 +169,16 @@ class KernelPart:
         )
 
 
-def _kind(e: Entry) -> Any:
+def _kind(e: Entry) -> int:
+    """What e's tensors are, for the kernels: enum Kind of clipped_adamw.h."""
+    low = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if e.stochastic:
-        return _C.Kind.BF16_STOCHASTIC
-    if e.param is not e.main:
-        return {torch.bfloat16: _C.Kind.BF16_MASTER, torch.float16: _C.Kind.FP16_MASTER}[e.param.dtype]
-    copied = None if e.copy is None else e.copy.dtype
-    kinds = {
-        None: _C.Kind.FLOAT32,
-        torch.bfloat16: _C.Kind.FLOAT32_TO_BF16,
-        torch.float16: _C.Kind.FLOAT32_TO_FP16,
-    }
-    return kinds[copied]
+        name = "bf16_stochastic"
+    elif e.param is not e.main:
+        name = f"{low[e.param.dtype]}_master"
+    else:
+        name = "float32" if e.copy is None else f"float32_to_{low[e.copy.dtype]}"
+    return int(_C.KINDS[name])
 
 
 @dataclass

@@ -9,6 +9,7 @@
 
 namespace py = pybind11;
 using namespace adapterkern;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -77,22 +78,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TILE") = kTile;
   m.attr("WITH_CUDA") = kWithCuda;
 
-  py::enum_<Kind>(m, "Kind")
-      .value("FLOAT32", Kind::kFloat32)
-      .value("FLOAT32_TO_BF16", Kind::kFloat32ToBf16)
-      .value("FLOAT32_TO_FP16", Kind::kFloat32ToFp16)
-      .value("BF16_MASTER", Kind::kBf16Master)
-      .value("FP16_MASTER", Kind::kFp16Master)
-      .value("BF16_STOCHASTIC", Kind::kBf16Stochastic);
+  m.attr("KINDS") = py::dict("float32"_a = int(Kind::kFloat32), "float32_to_bf16"_a = int(Kind::kFloat32ToBf16),
+                             "float32_to_fp16"_a = int(Kind::kFloat32ToFp16), "bf16_master"_a = int(Kind::kBf16Master),
+                             "fp16_master"_a = int(Kind::kFp16Master),
+                             "bf16_stochastic"_a = int(Kind::kBf16Stochastic));
 
   py::class_<Table>(m, "Table")
       .def(py::init<>())
       .def_readonly("tiles", &Table::tiles)
       .def("add",
-           [](Table& table, Kind kind, int64_t count, int group, uintptr_t main, uintptr_t exp_avg,
+           [](Table& table, int kind, int64_t count, int group, uintptr_t main, uintptr_t exp_avg,
               uintptr_t exp_avg_sq, uintptr_t copy, uintptr_t step) {
              table.add({pointer<void>(main), nullptr, pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
-                        pointer<void>(copy), pointer<float>(step), count, 0, uint16_t(group), kind});
+                        pointer<void>(copy), pointer<float>(step), count, 0, uint16_t(group), Kind(kind)});
            })
       .def("set_grads", [](Table& table, const std::vector<uintptr_t>& grads) {
         if (grads.size() != table.tensors.size()) throw std::invalid_argument("expected one gradient a tensor");

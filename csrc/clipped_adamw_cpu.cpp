@@ -47,6 +47,15 @@ double fold(double* lane) {
   return lane[0];
 }
 
+// Asks for kCount elements 8 KiB ahead. The hardware's own prefetcher lags behind the norm pass: on one core of an
+// EPYC (Zen 4) this takes it from 0.37 to 0.13 ns an element, while the update's four streams go from 0.69 to 1.0 with
+// it, so they do without. Addresses past the end are harmless.
+template <int kCount, typename T>
+AK_INLINE void prefetch(const T* p) {
+  for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 8192 + byte);
+}
+
 AK_CLONES double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
   double lane[kLanes] = {};
   dispatch(t.kind, [&](auto rule) __attribute__((always_inline)) {
@@ -56,8 +65,10 @@ AK_CLONES double tile_squares(const Tensor& t, int64_t begin, int n, float inv_s
       lane[i] += x * x;
     };
     int e = 0;
-    for (; e + kLanes <= n; e += kLanes)
+    for (; e + kLanes <= n; e += kLanes) {
+      prefetch<kLanes>(grad + e);
       for (int i = 0; i < kLanes; ++i) add(e, i);
+    }
     for (int i = 0; e + i < n; ++i) add(e, i);
   });
   double quad[kLanes / 4];  // a thread's four lanes first, then across the warp

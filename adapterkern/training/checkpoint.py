@@ -52,6 +52,7 @@ class TrainingState:
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    prefix_cached: bool = False
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -136,6 +137,7 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     state.step = saved["step"]
     state.skipped_steps = saved["skipped_steps"]
     state.skipped_in_a_row = saved["skipped_in_a_row"]
+    state.prefix_cached = saved["prefix_cached"]
 
 
 def _tensors(state: TrainingState) -> dict[str, Tensor]:
@@ -176,6 +178,7 @@ def _described(state: TrainingState) -> dict[str, Any]:
         "step": state.step,
         "skipped_steps": state.skipped_steps,
         "skipped_in_a_row": state.skipped_in_a_row,
+        "prefix_cached": state.prefix_cached,
         "config": state.config.to_dict(),
         "data_fingerprint": state.data_fingerprint,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
@@ -192,6 +195,7 @@ def _check_fields(path: Path, saved: dict[str, Any]) -> None:
         "step": (int,),
         "skipped_steps": (int,),
         "skipped_in_a_row": (int,),
+        "prefix_cached": (bool,),
         "config": (dict,),
         "data_fingerprint": (str,),
         "schedule": (dict,),

@@ -12,8 +12,8 @@ PADDINGS = ("longest", "max_length")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-# These change where a run writes, what it shows and how fast it is, but none of its numbers: a resumed run may set
-# them anew. A change of any other field would make it another run.
+# These change where a run writes, what it shows and how fast it is, but none of its numbers (prefix_cache only their
+# rounding): a resumed run may set them anew. A change of any other field would make it another run.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir",
@@ -73,7 +73,8 @@ class TrainConfig:
         progress: show a progress bar. plot: draw ``training.png`` at the end.
 
     The frozen prefix
-        prefix_cache: keep the activations below the first adapter; None decides by what it saves and costs.
+        prefix_cache: keep the activations below the first adapter; None decides by what it saves and costs, and in a
+            resumed run as the run before it.
         prefix_cache_bytes: how much of them to hold in memory; the rest goes to a memory-mapped temporary file.
     """
 

@@ -202,10 +202,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).tolist()
 
 
-def collate(examples: Sequence[Example], config: TrainConfig) -> Batch:
-    """Pad on ``config.padding_side``; padding has token id 0, mask 0 and no target."""
-    longest = max(len(example.input_ids) for example in examples)
-    length = config.max_length if config.padding == "max_length" else longest
+def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
+    """Pad to ``length``, by default as ``config.padding`` says; padding has token id 0, mask 0 and no target."""
+    if length is None:
+        longest = max(len(example.input_ids) for example in examples)
+        length = config.max_length if config.padding == "max_length" else longest
     ids = np.zeros((len(examples), length), dtype=np.int64)
     mask = np.zeros_like(ids)
     positions = []

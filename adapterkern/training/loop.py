@@ -202,8 +202,12 @@ class _Run:
 
     def _fill_cache(self, report: Reporter, stop: StopRequest) -> None:
         examples = [*self.train_set, *self.eval_set]
-        passes = math.ceil((self.total_steps - self.state.step) / self.steps_per_epoch)
-        use, why = choose_cache(self.model, self.config, examples, passes)
+        config = self.config
+        if self.state.step and config.prefix_cache is None:
+            config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
+        passes = math.ceil(self.total_steps / self.steps_per_epoch)
+        use, why = choose_cache(self.model, config, examples, passes)
+        self.state.prefix_cached = use
         layers, depth = self.model.prefix_length, len(self.model.layers)
         report.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
         if not use:

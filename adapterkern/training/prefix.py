@@ -8,9 +8,11 @@ A text is found by a digest of its token ids and of everything that its activati
 many layers it has, the backbone's configuration, the precision and the side of the padding. Another model or tokeniser
 therefore never meets these activations, and one cache can serve many runs on one backbone.
 
-The numbers are those of a run without the cache: to the bit where batches have one shape (``padding="max_length"``, the
-last batch as full as the others), and to rounding where they have not, since matrix products may sum in another order
-for another shape. Padding is stored nowhere and comes back as zeros: it is masked and nothing depends on it.
+The numbers are those of a run without the cache: to the bit where all batches have one shape (full batches with
+``padding="max_length"``), and to rounding where they have not, since matrix products may sum in another order for
+another shape. For the same reason the cache computes in few shapes: full batches of rows whose lengths round up to the
+same multiple of 16. What it holds for a text then depends on no other text, and a resumed run finds the numbers of the
+run before it. Padding is stored nowhere and comes back as zeros: it is masked and nothing depends on it.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +33,8 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, collate, count_tokens
 
 logger = logging.getLogger(__name__)
+
+_LENGTH_STEP = 16
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -85,22 +89,20 @@ class PrefixCache:
         key = prefix_fingerprint(model, config)
         keys = [hashlib.blake2b(e.input_ids.tobytes(), key=key, digest_size=20).digest() for e in examples]
         new = list({k: e for k, e in zip(keys, examples, strict=True) if k not in self._slots}.items())
-        # Longest first: little padding in a batch, and if memory is too small for one, that shows at once.
-        new.sort(key=lambda item: -len(item[1].input_ids))
         before = len(self._slabs)
         complete = False
         try:
             slots: dict[bytes, Slot] = {}
-            for start in range(0, len(new), config.batch_size):
-                chunk = new[start : start + config.batch_size]
-                batch = collate([example for _, example in chunk], config).to(model.device)
+            for length, chunk in _batches(new, config):
+                filled = [example for _, example in chunk] + [chunk[-1][1]] * (config.batch_size - len(chunk))
+                batch = collate(filled, config, length).to(model.device)
                 with torch.no_grad(), autocast():
                     hidden = model.run_prefix(batch.input_ids, batch.attention_mask).to("cpu")
                 if not slots:
                     slots = self._allocate(new, hidden.shape[-1], hidden.dtype)
-                for (k, example), states in zip(chunk, hidden, strict=True):
+                for (k, example), states in zip(chunk, hidden, strict=False):
                     n = len(example.input_ids)
-                    offset = 0 if config.padding_side == "right" else len(states) - n
+                    offset = 0 if config.padding_side == "right" else length - n
                     self._view(slots[k]).copy_(states[offset : offset + n])
                 if on_batch is not None and not on_batch(len(chunk)):
                     return None
@@ -166,12 +168,28 @@ class PrefixCache:
             os.unlink(name)
 
 
+def _batches(
+    new: list[tuple[bytes, Example]], config: TrainConfig
+) -> Iterator[tuple[int, list[tuple[bytes, Example]]]]:
+    """Texts that are computed together, and the length to pad them to; the longest, which need most memory, first."""
+    by_length: dict[int, list[tuple[bytes, Example]]] = {}
+    for item in new:
+        n = len(item[1].input_ids)
+        length = config.max_length if config.padding == "max_length" else -(-n // _LENGTH_STEP) * _LENGTH_STEP
+        by_length.setdefault(min(length, config.max_length), []).append(item)
+    for length in sorted(by_length, reverse=True):
+        items = by_length[length]
+        for start in range(0, len(items), config.batch_size):
+            yield length, items[start : start + config.batch_size]
+
+
 def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig) -> bytes:
     """32 bytes that change with anything that the prefix's activations depend on, the token ids apart."""
     decoder, length = model.decoder, model.prefix_length
     digest = hashlib.sha256()
-    described = (model.config.to_json_string(), model.config._attn_implementation, length, config.precision)
-    digest.update(repr((*described, config.padding_side, str(model.dtype))).encode())
+    shapes = (config.batch_size, config.padding, config.padding_side, config.max_length)
+    described = (model.config.to_json_string(), model.config._attn_implementation, length, config.precision, shapes)
+    digest.update(repr(described).encode())
     for module in (decoder.embed_tokens, decoder.rotary_emb, *decoder.layers[:length]):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             # A 64-bit hash of each row on the tensor's own device, and SHA-256 over those: 7B parameters in a moment.

@@ -126,6 +126,21 @@ def test_changed_weights_are_never_served_old_activations() -> None:
     assert tiny_run.same_bits(tiny_run.weights(model), tiny_run.weights(fresh))
 
 
+@pytest.mark.parametrize("values", [{}, {"padding_side": "left"}, {"precision": "bf16"}], ids=["right", "left", "bf16"])
+def test_a_text_has_the_same_activations_in_any_company(values: dict[str, Any]) -> None:
+    """Or a resumed run, or one with other evaluation data, would differ by rounding from the first."""
+    config = tiny_run.quiet(max_length=32, **values)
+    data = load_examples(tiny_run.rows(20, low=3, high=30), config, TOKENIZER)[0]
+    model, together, alone = tiny_run.model(), PrefixCache(), PrefixCache()
+    slots = together.fill(model, data, config)
+    assert slots is not None
+    for example, slot in zip(data, slots, strict=True):
+        own = alone.fill(model, [example], config)
+        assert own is not None
+        n = len(example.input_ids)
+        assert torch.equal(alone.gather(own, n, config), together.gather([slot], n, config))
+
+
 def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
     config = tiny_run.quiet(prefix_cache=True)
     cache = PrefixCache(0, tmp_path)

@@ -59,10 +59,10 @@ def quiet(**values: Any) -> TrainConfig:
     )
 
 
-def weights(adapted: LlamaAdapter, head: torch.nn.Module | None = None) -> list[Tensor]:
+def weights(adapted: LlamaAdapter | None, head: torch.nn.Module | None = None) -> list[Tensor]:
     """Copies of everything that is trained."""
-    parameters = [*adapted.adapter_parameters(), *(head.parameters() if head is not None else ())]
-    return [p.detach().clone() for p in parameters]
+    adapters = [] if adapted is None else adapted.adapter_parameters()
+    return [p.detach().clone() for p in (*adapters, *(head.parameters() if head is not None else ()))]
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:

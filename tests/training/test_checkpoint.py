@@ -1,0 +1,200 @@
+"""Checkpoints: resumed to the bit, refused when damaged or foreign, never half-written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+
+from adapterkern.llama import LlamaAdapter
+from adapterkern.training import CheckpointError, TrainResult, load_task, read_metrics, train
+from adapterkern.training import checkpoint as checkpoint_module
+from adapterkern.training.checkpoint import checkpoints
+
+TOKENIZER = tiny_run.tokenizer()
+ROWS = tiny_run.rows(22)
+EVAL_ROWS = tiny_run.rows(6, seed=1)
+
+
+class Killed(BaseException):
+    """Stands for a process that dies."""
+
+
+def run(directory: Path, model: LlamaAdapter | None = None, rows: Any = None, **values: Any) -> TrainResult:
+    config = tiny_run.quiet(output_dir=directory, checkpoint_every=2, log_every=1, **values)
+    model = model or tiny_run.model()
+    return train(model, rows or ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS)
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Make the run die in the middle of the save after so many whole ones."""
+    save_file, left = checkpoint_module.save_file, [saves]
+
+    def save(*args: Any) -> None:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        save_file(*args)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", save)
+
+
+# 22 rows make 6 forwards an epoch, the last with 2 rows; by twos, 3 steps an epoch. Death comes in the first epoch's
+# third step and in the second epoch, at steps that end neither.
+@pytest.mark.parametrize("saves", [1, 2])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"accumulation": 2},
+        {"task": "causal-lm", "accumulation": 2, "schedule": "cosine"},
+        {"train_adapters": False, "prefix_cache": False},
+        {"precision": "fp16", "max_steps": 6},
+    ],
+    ids=["classification", "causal-lm", "head", "fp16"],
+)
+def test_resumes_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int, values: dict[str, Any]
+) -> None:
+    whole_model, model = tiny_run.model(), tiny_run.model()
+    whole = run(tmp_path / "whole", whole_model, **values)
+    with monkeypatch.context() as patch:
+        die_after(patch, saves)
+        with pytest.raises(Killed):
+            run(tmp_path / "broken", model, **values)
+    steps_saved = [int(p.name[5:]) for p in checkpoints(tmp_path / "broken")]
+    assert steps_saved == [2, 4][:saves]
+
+    fresh = tiny_run.model(seed=9)  # nothing may come from the model that is passed in
+    fresh.base.load_state_dict(model.base.state_dict())
+    resumed = run(tmp_path / "broken", fresh, resume=True, **values)
+    assert resumed.steps == whole.steps > 4
+    trained = values.get("train_adapters", True)
+    found = tiny_run.weights(fresh if trained else None, resumed.head)
+    assert tiny_run.same_bits(found, tiny_run.weights(whole_model if trained else None, whole.head))
+    timeless = [
+        [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in read_metrics(path)]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "broken" / "metrics.jsonl")
+    ]
+    assert timeless[0] == timeless[1]
+    assert len(timeless[0]) > whole.steps  # a line a step, and evaluations
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
+    model = tiny_run.model()
+    first = run(tmp_path, model)
+    again = run(tmp_path, tiny_run.model(), resume=True)
+    assert (again.steps, again.metrics and again.metrics["loss"]) == (
+        first.steps,
+        first.metrics and first.metrics["loss"],
+    )
+
+
+def test_an_interrupted_write_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        die_after(patch, 1)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    (kept,) = checkpoints(tmp_path)
+    assert kept.name == "step-00000002"
+    assert load_task(kept)[1] is not None
+    run(tmp_path, resume=True)
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    run(tmp_path, keep_checkpoints=3)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000008", "step-00000010", "step-00000012"]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {p.name for p in checkpoints(tmp_path)}
+
+
+def test_a_checkpoint_is_usable_by_itself(tmp_path: Path) -> None:
+    model = tiny_run.model()
+    result = run(tmp_path, model)
+    assert result.checkpoint is not None
+    llama = tiny_run.model().unload()
+    loaded = LlamaAdapter.from_pretrained(llama, result.checkpoint)
+    config, head = load_task(result.checkpoint)
+    assert tiny_run.same_bits(tiny_run.weights(loaded, head), tiny_run.weights(model, result.head))
+    assert (config.max_length, config.output_dir) == (16, None)
+
+
+def test_no_file_can_hold_code(tmp_path: Path) -> None:
+    run(tmp_path)
+    names = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".jsonl"}
+
+
+FILES = [
+    "state.json",
+    "training.safetensors",
+    "adapter_model.safetensors",
+    "head.safetensors",
+    "adapter_config.json",
+    "task.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_refused(tmp_path: Path, name: str, damage: str) -> None:
+    model = tiny_run.model()
+    result = run(tmp_path, max_steps=2)
+    assert result.checkpoint is not None
+    path = result.checkpoint / name
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content[:-7] if damage == "cut" else content)
+    before = tiny_run.weights(model)
+    with pytest.raises(CheckpointError, match=rf"{result.checkpoint.name}.*{name}"):
+        run(tmp_path, model, max_steps=2, resume=True)
+    assert tiny_run.same_bits(tiny_run.weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format_version", 2),
+        ("step", "2"),
+        ("config", None),
+        ("files", {}),
+        ("files", {"../state.json": "0"}),
+        ("optimizer_state", {"adapter.nothing": ["exp_avg"]}),
+        ("parameters", {}),
+    ],
+)
+def test_a_wrong_field_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    result = run(tmp_path, max_steps=2)
+    assert result.checkpoint is not None
+    path = result.checkpoint / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=result.checkpoint.name):
+        run(tmp_path, max_steps=2, resume=True)
+
+
+@pytest.mark.parametrize("values", [{"lr": 2e-2}, {"batch_size": 5}, {"seed": 1}, {"accumulation": 3}])
+def test_another_configuration_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    run(tmp_path, max_steps=2)
+    name = next(iter(values))
+    with pytest.raises(CheckpointError, match=rf"begun with {name}=.*, not {values[name]}"):
+        run(tmp_path, max_steps=2, resume=True, **values)
+
+
+def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2)
+    assert run(tmp_path, max_steps=2, resume=True, keep_checkpoints=9, prefix_cache=False, eval_every=1).steps == 2
+
+
+def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2)
+    with pytest.raises(CheckpointError, match="other training data"):
+        run(tmp_path, rows=ROWS[::-1], max_steps=2, resume=True)
+    with pytest.raises(CheckpointError, match=r"another model: parameter adapter\.2\.0\.down\.bias had shape \[8\]"):
+        run(tmp_path, tiny_run.model(adapter_dim=4), max_steps=2, resume=True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
+        run(tmp_path, resume=True)

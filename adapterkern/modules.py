@@ -129,6 +129,12 @@ def adapter_num_params(hidden_size: int, adapter_dim: int) -> int:
     return adapter_dim * (2 * hidden_size + 1) + 3 * hidden_size
 
 
+def largest_adapter_dim(hidden_size: int, adapters: int, max_params: int) -> int:
+    """The largest ``adapter_dim`` with which so many adapters fit ``max_params``; 0 if none does."""
+    fit = (max_params // adapters - adapter_num_params(hidden_size, 0)) // (2 * hidden_size + 1)
+    return max(0, min(fit, MAX_ADAPTER_DIM))
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Where adapters stand in a decoder, and how large they are.
@@ -213,14 +219,13 @@ class AdapterConfig:
         if self.max_params is None:
             return resolved
         count = len(sites) * self.depth
-        smallest = count * adapter_num_params(hidden_size, 1)
-        if smallest > self.max_params:
+        dim = largest_adapter_dim(hidden_size, count, self.max_params)
+        if dim == 0:
             raise ValueError(
-                f"max_params: expected at least {smallest:,}, what {count} adapters of adapter_dim=1 take at "
-                f"hidden_size={hidden_size}, got {self.max_params:,}"
+                f"max_params: expected at least {count * adapter_num_params(hidden_size, 1):,}, what {count} adapters "
+                f"of adapter_dim=1 take at hidden_size={hidden_size}, got {self.max_params:,}"
             )
-        fit = (self.max_params // count - 3 * hidden_size) // (2 * hidden_size + 1)
-        resolved = dataclasses.replace(resolved, adapter_dim=min(fit, MAX_ADAPTER_DIM))
+        resolved = dataclasses.replace(resolved, adapter_dim=dim)
         logger.warning(
             "max_params=%s: chose adapter_dim=%d, %s parameters in %d adapters",
             f"{self.max_params:,}",

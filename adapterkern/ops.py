@@ -15,6 +15,7 @@ instead (``uses_composition``), which have the least overhead.
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 from functools import cache
@@ -121,23 +122,28 @@ def uses_composition(x: Tensor, adapter_dim: int) -> bool:
     return x.numel() < 1 << 21 or x.numel() < 8 * adapter_dim * x.shape[-1]
 
 
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """What a fused adapter on ``device`` with x of ``dtype`` runs, and why: (name, reason)."""
+    kind = torch.device(device).type
+    if not fused_enabled():
+        return "stock modules", "ADAPTERKERN_FUSED=0 is set"
+    if dtype == torch.float64:
+        return "composition of PyTorch operations", "the kernels have no fp64"
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "composition of PyTorch operations", "triton is not installed"
+        return "Triton kernels", "it is a GPU"
+    if INTERPRETED:
+        return "Triton kernels in the interpreter", "TRITON_INTERPRET=1 is set"
+    return "composition of PyTorch operations", "it is not a GPU; small inputs take the stock modules' operations"
+
+
 @cache
-def _announce(device_type: str, backend: str) -> None:
-    _log.info("fused adapters on %s run as %s", device_type, backend)
-
-
-def _through_triton(x: Tensor) -> bool:
-    """Whether the operator on x runs as Triton kernels rather than as the composition; logged once for each answer."""
-    if x.dtype == torch.float64:
-        backend = "a composition of PyTorch operations: the kernels have no fp64"
-    elif x.device.type == "cuda":
-        backend = "Triton kernels"
-    elif INTERPRETED:
-        backend = "Triton kernels in the interpreter: TRITON_INTERPRET=1"
-    else:
-        backend = "a composition of PyTorch operations: x is not on a GPU"
-    _announce(x.device.type, backend)
-    return backend.startswith("Triton")
+def _through_triton(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the operator runs as Triton kernels rather than as the composition; logged once for each kind of x."""
+    name, reason = backend(device_type, dtype)
+    _log.info("fused adapters on %s in %s run as %s: %s", device_type, dtype, name, reason)
+    return name.startswith("Triton")
 
 
 def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
@@ -219,7 +225,7 @@ def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
 def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
     weights, (eps, activation, compute_dtype, save), (_, index) = args[:6], args[6:10], _optional(args, 10)
-    if not _through_triton(x):
+    if not _through_triton(x.device.type, x.dtype):
         return composed_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
     from adapterkern.kernels import launch  # Triton takes a third of a second to import
 
@@ -231,7 +237,7 @@ def _run_forward(x, *args):  # type: ignore[no-untyped-def]
 def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y where it is x-free."""
     weights, (eps, activation, _, needed), (x_free, index) = args[:6], args[6:10], _optional(args, 10)
-    if _through_triton(x):
+    if _through_triton(x.device.type, x.dtype):
         from adapterkern.kernels import launch
 
         grads = launch.adapter_backward(

@@ -44,7 +44,7 @@ def load_backbone(
     elif not path.exists() and (path.is_absolute() or name.startswith(".")):
         raise FileNotFoundError(f"model: no folder {path}")
     tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    llama = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
+    llama: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
     if num_layers is not None:
         keep_first_layers(llama, num_layers)
     llama.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -147,7 +147,7 @@ def run_demo(
     num_layers: int | None = NUM_LAYERS,
     progress: bool = True,
 ) -> list[Run]:
-    """Train a head alone and head + adapters with the same settings, print their table, save the adapters in ``output``.
+    """Train a head alone, then head + adapters with the same settings; print their table and save both in ``output``.
 
     ``output/adapters`` is what ``adapterkern eval`` takes.
     """
@@ -164,7 +164,7 @@ def run_demo(
     layers, sites = len(adapted.layers), adapted.adapter_config().layers
     print(f"{type(llama).__name__}: {layers} layers, adapters after {', '.join(str(i) for i in sites or ())} (from 0)")
     cache = PrefixCache()
-    runs = []
+    runs: list[Run] = []
     for name, folder, train_adapters in (("head alone", "head", False), ("head + adapters", "adapters", True)):
         config = dataclasses.replace(
             TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
@@ -199,7 +199,7 @@ def _print_table(runs: list[Run], train_file: Path, eval_file: Path) -> None:
     commonest = max(set(known), key=known.count)
     table = Table(title=f"{len(known)} texts to learn from, {len(unseen)} unseen to test on, {len(set(known))} labels")
     for heading in ("", "trainable", "prefix s", "train s", "eval s", "tokens/s", "accuracy"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_row(f"always {commonest!r}", "0", "", "", "", "", f"{unseen.count(commonest) / len(unseen):.1%}")
     for run in runs:
         seconds = (f"{s:.1f}" for s in (run.prefix_seconds, run.train_seconds, run.eval_seconds))

@@ -1,11 +1,13 @@
-// The CUDA kernels: one warp a tile, four adjacent elements a thread, the table in the kernel's own parameters.
+// The CUDA kernels: warps on tiles, four adjacent elements a thread, the table in the kernel's own parameters.
 //
 // K1 reads every gradient once; the block that finishes last adds the slots in a fixed order. K2 walks the tiles
-// backwards, so that the gradients K1 read last, still in L2, are read first. Two launches for up to kMaxTensors
-// tensors; more go in chunks, which changes no bit of the result.
+// backwards, so that the gradients K1 read last, still in L2, are read first, and marks everything else that it touches
+// for early eviction: with plain loads, p, m and v would push out all but the last 2.5 M gradients of a 50 MB L2.
+// Two launches for up to kMaxTensors tensors; more go in chunks, which changes no bit of the result.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "clipped_adamw.h"
 
@@ -14,6 +16,8 @@ namespace {
 
 constexpr int kThreads = kSlotLanes;
 constexpr int kWarps = kThreads / 32;
+constexpr int kShare = 1024;  // K2's elements a warp: 8 turns of 128, so that 3 M parameters still fill a large GPU
+constexpr int kShares = kTile / kShare;
 constexpr int kMaxTensors = 400;
 constexpr int kMaxGroups = 100;
 
@@ -52,11 +56,19 @@ __device__ __forceinline__ bool aligned(const T* p) {
 }
 __device__ __forceinline__ bool aligned(const NoCopy*) { return true; }
 
-// `wide`: one load for four aligned elements. Otherwise the first `n` of them, one by one, and zeros.
 template <typename T>
+using Word = std::conditional_t<sizeof(T) == 4, uint4, uint2>;  // as wide as a Quad<T>, for the cache-hinted accesses
+
+// `wide`: one access for four aligned elements. Otherwise the first `n` of them, one by one, and zeros.
+template <bool kStream, typename T>
 __device__ __forceinline__ Quad<T> load(const T* p, bool wide, int n) {
-  if (wide) return *reinterpret_cast<const Quad<T>*>(p);
   Quad<T> q{};
+  if (wide) {
+    const auto* from = reinterpret_cast<const Word<T>*>(p);
+    const Word<T> word = kStream ? __ldcs(from) : *from;
+    memcpy(&q, &word, sizeof q);
+    return q;
+  }
   for (int i = 0; i < 4; ++i)
     if (i < n) q.at[i] = p[i];
   return q;
@@ -65,7 +77,9 @@ __device__ __forceinline__ Quad<T> load(const T* p, bool wide, int n) {
 template <typename T>
 __device__ __forceinline__ void store(T* p, const Quad<T>& q, bool wide, int n) {
   if (wide) {
-    *reinterpret_cast<Quad<T>*>(p) = q;
+    Word<T> word;
+    memcpy(&word, &q, sizeof q);
+    __stcs(reinterpret_cast<Word<T>*>(p), word);
     return;
   }
   for (int i = 0; i < 4; ++i)
@@ -73,18 +87,24 @@ __device__ __forceinline__ void store(T* p, const Quad<T>& q, bool wide, int n) 
 }
 __device__ __forceinline__ void store(NoCopy*, const Quad<NoCopy>&, bool, int) {}
 
-// kFull: n == kTile and everything is aligned, so the loop has a known length and its loads go out together.
+// kFull: the tile is whole and aligned. A warp then keeps kBatch loads in flight, 4 KiB: two blocks on each SM, which
+// is all that 8 M parameters make, would otherwise not cover the latency of device memory.
 template <bool kFull, typename Grad>
 __device__ double tile_squares(const Grad* grad, int n, float inv_scale) {
+  constexpr int kBatch = kFull ? 8 : 1;
   const bool wide = kFull || aligned(grad);
   double lane[4] = {};
-#pragma unroll 8
-  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kTile : n); e += kLanes) {
-    const Quad<Grad> g = load(grad + e, kFull || (wide && e + 4 <= n), n - e);
-    for (int i = 0; i < 4; ++i) {
-      const double x = to_float(g.at[i]) * inv_scale;  // absent elements add +0, which changes no sum of squares
-      lane[i] += x * x;
-    }
+  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kTile : n); e += kBatch * kLanes) {
+    Quad<Grad> g[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) g[j] = load<false>(grad + e + j * kLanes, kFull || (wide && e + 4 <= n), n - e);
+    if constexpr (kFull) __syncwarp();  // keeps ptxas from moving each load back to its use, to save registers
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      for (int i = 0; i < 4; ++i) {
+        const double x = to_float(g[j].at[i]) * inv_scale;  // absent elements add +0, which changes no sum of squares
+        lane[i] += x * x;
+      }
   }
   double sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
   for (int offset = 16; offset; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
@@ -157,14 +177,13 @@ struct Pointers {
 };
 
 template <bool kFull, typename Rule>
-__device__ void update_tile(const Pointers<Rule>& at, uint32_t begin, int n, const Step& s) {
+__device__ void update_share(const Pointers<Rule>& at, uint32_t begin, int n, const Step& s) {
   const bool all_aligned = kFull || at.all_aligned();
-#pragma unroll 2
-  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kTile : n); e += kLanes) {
+  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kShare : n); e += kLanes) {
     const bool wide = kFull || (all_aligned && e + 4 <= n);
-    auto p = load(at.main + e, wide, n - e);
-    const auto g = load(at.grad + e, wide, n - e);
-    auto m = load(at.exp_avg + e, wide, n - e), v = load(at.exp_avg_sq + e, wide, n - e);
+    auto p = load<true>(at.main + e, wide, n - e);
+    const auto g = load<true>(at.grad + e, wide, n - e);
+    auto m = load<true>(at.exp_avg + e, wide, n - e), v = load<true>(at.exp_avg_sq + e, wide, n - e);
     Quad<typename Rule::Copied> c;
     for (int i = 0; i < 4; ++i) Rule::apply(s, begin + e + i, p.at[i], g.at[i], m.at[i], v.at[i], c.at[i]);
     store(at.main + e, p, wide, n - e);
@@ -175,32 +194,32 @@ __device__ void update_tile(const Pointers<Rule>& at, uint32_t begin, int n, con
 }
 
 template <typename Grad>
-__device__ void clear_tile(Grad* grad, int n) {
+__device__ void clear_share(Grad* grad, int n) {
   const bool wide = aligned(grad);
   for (int e = 4 * (threadIdx.x % 32); e < n; e += kLanes) store(grad + e, Quad<Grad>{}, wide && e + 4 <= n, n - e);
 }
 
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Chunk chunk, const Scalars* scalars,
                                                           bool clear_grads, uint32_t seed) {
-  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32;
-  if (index >= chunk.tiles) return;
-  const uint32_t tile = chunk.first_tile + chunk.tiles - 1 - index;
+  const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32, last = chunk.tiles * kShares - 1;
+  if (index > last) return;
+  const uint32_t tile = chunk.first_tile + (last - index) / kShares;
   const int ordinal = owner(chunk, tile);
   const Tensor& t = chunk.tensors[ordinal];
-  const int64_t begin = int64_t(tile - t.first_tile) * kTile;
-  const int n = int(min(int64_t(kTile), t.count - begin));
+  const int64_t begin = int64_t(tile - t.first_tile) * kTile + (last - index) % kShares * kShare;
+  const int n = int(min(int64_t(kShare), t.count - begin));  // none or fewer, past the tensor's end
   const Scalars s = *scalars;
   if (s.skipped != 0 && begin == 0 && threadIdx.x % 32 == 0) *t.step -= 1;
   dispatch(t.kind, [&](auto rule) {
     const Pointers<decltype(rule)> at(t, begin);
     if (s.skipped == 0) {
       const Step step = make_step(chunk.groups[t.group], s, *t.step, seed, chunk.first_tensor + ordinal);
-      if (n == kTile && at.all_aligned())
-        update_tile<true>(at, uint32_t(begin), n, step);
+      if (n == kShare && at.all_aligned())
+        update_share<true>(at, uint32_t(begin), n, step);
       else
-        update_tile<false>(at, uint32_t(begin), n, step);
+        update_share<false>(at, uint32_t(begin), n, step);
     }
-    if (clear_grads) clear_tile(at.grad, n);
+    if (clear_grads) clear_share(at.grad, n);
   });
 }
 
@@ -240,7 +259,7 @@ const char* last_error() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-unsigned blocks(uint32_t tiles) { return (tiles + kWarps - 1) / kWarps; }
+unsigned blocks(uint32_t warps) { return (warps + kWarps - 1) / kWarps; }
 
 }  // namespace
 
@@ -268,7 +287,7 @@ const char* update(const Table& table, const std::vector<Group>& groups, const S
   Chunk chunk;
   for (size_t first = 0; first < table.tensors.size();) {
     first = fill(chunk, table, &groups, first);
-    update_kernel<<<blocks(chunk.tiles), kThreads, 0, cudaStream_t(stream)>>>(chunk, scalars, clear_grads, seed);
+    update_kernel<<<blocks(chunk.tiles * kShares), kThreads, 0, cudaStream_t(stream)>>>(chunk, scalars, clear_grads, seed);
   }
   return last_error();
 }

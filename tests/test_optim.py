@@ -145,6 +145,25 @@ def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads()
 
 
 @needs_extension
+def test_moments_follow_the_formula_in_fp32_to_the_bit():
+    """No contraction, no reassociation: what lets the CPU's instruction sets and the GPU agree."""
+    params = parameters([3 * TILE + 5])
+    optimizer = ClippedAdamW(params, betas=(0.9, 0.999), max_norm=0.5)
+    m, v = np.zeros(3 * TILE + 5, np.float32), np.zeros(3 * TILE + 5, np.float32)
+    a, b, c = np.float32(1 - 0.9), np.float32(0.999), np.float32(1 - 0.999)
+    for step in range(5):
+        (grad,) = set_grads(params, step)
+        optimizer.step()
+        norm = math.sqrt(np.square(grad.double().numpy()).sum())  # in another order: its rounding is far below fp32's
+        g = grad.numpy() * np.float32(0.5 / (norm + 1e-6))
+        m = m + a * (g - m)
+        v = b * v + c * (g * g)
+        state = optimizer.state[params[0]]
+        assert np.array_equal(state["exp_avg"].numpy(), m)
+        assert np.array_equal(state["exp_avg_sq"].numpy(), v)
+
+
+@needs_extension
 def test_norm_neither_overflows_nor_underflows():
     for scale in (3e36, 1e-30):
         params = parameters([1000])

@@ -69,7 +69,7 @@ def adapter_forward(
         prepared = prepared_weights(weights, compute)
         y, *saved = _forward.forward(
             _rows(x, dense=False),
-            index,
+            None if index is None else index.reshape(-1),
             prepared,
             r=r,
             eps=eps,
@@ -106,7 +106,7 @@ def adapter_backward(
         dx, *grads = _backward.backward(
             _rows(dy, dense=True),
             _rows(x, dense=False),
-            index,
+            None if index is None else index.reshape(-1),
             z.contiguous(),
             mean,
             rstd,

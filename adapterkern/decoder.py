@@ -95,10 +95,11 @@ def layer_device(layer: nn.Module) -> torch.device:
     device = next(layer.parameters()).device
     if device.type != "meta":
         return device
-    hook = getattr(layer, "_hf_hook", None)
-    if hook is None:
-        raise ValueError("llama: expected a model with its weights loaded, got one on the meta device")
-    return torch.device(hook.execution_device)
+    for module in layer.modules():
+        execution_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    raise ValueError("llama: expected a model with its weights loaded, got one on the meta device")
 
 
 def decoder_slice(decoder: Any, start: int, stop: int) -> Any:

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 import adapterkern as ak
@@ -345,6 +347,30 @@ def test_attention_position_needs_llama_s_layer() -> None:
     with pytest.raises(ValueError, match="position: expected 'layer' for GraniteDecoderLayer"):
         ak.LlamaAdapter(granite, ak.AdapterConfig(position="attention"))
     ak.LlamaAdapter(granite)
+
+
+@pytest.mark.parametrize("position", ["layer", "attention"])
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_accelerate_s_device_hooks(position: str, offloaded: bool) -> None:
+    """Hooks replace a layer's forward on the instance; offloaded weights are on the meta device between calls."""
+    plain = adapted(position=position)
+    llama = tiny()
+    if offloaded:
+        accelerate.cpu_offload(llama, execution_device=torch.device("cpu"))
+    else:
+        for layer in llama.model.layers:
+            add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    model = ak.LlamaAdapter(llama, plain.adapter_config()).eval()
+    model.adapters.load_state_dict(plain.adapters.state_dict())
+    assert torch.equal(logits(model), logits(plain))
+    assert torch.equal(logits(model.unload()), logits(tiny()))
+
+
+def test_refuses_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        llama = tiny()
+    with pytest.raises(ValueError, match="llama: expected a model with its weights loaded"):
+        ak.LlamaAdapter(llama)
 
 
 def test_merge_says_why_not() -> None:

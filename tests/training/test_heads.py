@@ -52,7 +52,7 @@ def test_lm_loss_is_transformers_own(side: str) -> None:
 
 def test_classification_counts_what_is_right() -> None:
     config = tiny_run.quiet()
-    examples, labels = load_examples(tiny_run.rows(4), config, TOKENIZER)
+    examples, labels = load_examples(tiny_run.rows(9), config, TOKENIZER)
     batch = collate(examples, config)
     model = tiny_run.model()
     head = ClassificationHead(32, labels)

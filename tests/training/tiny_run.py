@@ -41,13 +41,14 @@ def model(seed: int = 0, **adapter: Any) -> LlamaAdapter:
 
 
 def rows(count: int, seed: int = 0, low: int = 4, high: int = 12) -> list[dict[str, Any]]:
-    """Words drawn at random; the label says which of two words stands somewhere among them."""
+    """Words drawn at random, never the last one; the label says which of two words stands at three places among them."""
     draw = random.Random(seed)
     made = []
     for _ in range(count):
-        words = draw.choices(WORDS[2:], k=draw.randint(low, high))
+        words = draw.choices(WORDS[2:-1], k=draw.randint(low, high))
         label = draw.randrange(2)
-        words.insert(draw.randrange(len(words) + 1), WORDS[label])
+        for _ in range(3):
+            words.insert(draw.randrange(len(words) + 1), WORDS[label])
         made.append({"text": " ".join(words), "label": ("no", "yes")[label]})
     return made
 

@@ -1,0 +1,95 @@
+"""Ctrl-C, with a real signal to a real process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from adapterkern.training import train
+from adapterkern.training.checkpoint import checkpoints
+from adapterkern.training.interrupt import StopRequest
+
+ROWS = tiny_run.rows(24)
+VALUES = {"epochs": 100, "log_every": 1, "accumulation": 2, "checkpoint_every": 10_000, "warmup": 3}
+
+# It says "go" in its third step and then trains on, so that the signal comes in the middle of an epoch.
+SCRIPT = """
+import sys
+import torch, tiny_run
+from adapterkern.training import train
+torch.set_num_threads(1)
+config = tiny_run.quiet(output_dir=sys.argv[1], **(eval(sys.argv[2]) | {"progress": True}))
+model = tiny_run.model()
+calls = []
+def say_go(*_):
+    calls.append(1)
+    if len(calls) == 6:
+        print("go", flush=True)
+model.register_forward_pre_hook(say_go)
+model.layers[3].register_forward_pre_hook(say_go)
+result = train(model, tiny_run.rows(24), config, tokenizer=tiny_run.tokenizer())
+print("stopped" if result.stopped else "finished", result.steps, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), repr(VALUES)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "go\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    word, steps = out.split()
+    assert word == "stopped"
+    assert 0 < int(steps) < 300
+    assert f"{number.name}: stopped after step {steps} of 300" in " ".join(err.split())
+    assert "resume=True" in " ".join(err.split())
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    assert checkpoint.name == f"step-{int(steps):08d}"
+
+    model, whole_model = tiny_run.model(), tiny_run.model()
+    tokenizer = tiny_run.tokenizer()
+    resumed = train(
+        model, ROWS, tiny_run.quiet(output_dir=tmp_path / "run", resume=True, **VALUES), tokenizer=tokenizer
+    )
+    whole = train(whole_model, ROWS, tiny_run.quiet(**VALUES), tokenizer=tokenizer)
+    assert resumed.steps == whole.steps == 300
+    assert tiny_run.same_bits(tiny_run.weights(model, resumed.head), tiny_run.weights(whole_model, whole.head))
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal_name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal while the prefix cache is filled: nothing was trained, and nothing claims to be a checkpoint."""
+    model = tiny_run.model()
+    layer = model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT) if not signalled else None)
+    signalled: list[int] = []
+    layer.register_forward_hook(lambda *_: signalled.append(1))
+    config = tiny_run.quiet(output_dir=tmp_path, prefix_cache=True)
+    result = train(model, ROWS, config, tokenizer=tiny_run.tokenizer())
+    assert (result.stopped, result.steps, result.checkpoint) == (True, 0, None)
+    assert len(signalled) == 1  # the batch under way, and no other
+    assert checkpoints(tmp_path) == []

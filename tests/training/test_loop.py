@@ -1,0 +1,290 @@
+"""The loop: it learns what can be learnt and nothing else, in every precision, and tells when numbers go wrong."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+
+from adapterkern.training import NonFiniteError, TrainResult, evaluate, load_task, read_metrics, train
+from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.optimizer import make_optimizer, trainable_parameters
+
+TOKENIZER = tiny_run.tokenizer()
+ROWS = tiny_run.rows(24)
+
+
+def run(model: Any = None, rows: Any = None, eval_rows: Any = None, **values: Any) -> TrainResult:
+    config = tiny_run.quiet(**({"log_every": 1} | values))
+    return train(model or tiny_run.model(), rows or ROWS, config, tokenizer=TOKENIZER, eval_data=eval_rows)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_learns_a_rule_and_not_noise(pooling: str) -> None:
+    """Which of two words stands in the text: unseen texts tell. With labels drawn at random there is no rule."""
+    rows, unseen = tiny_run.rows(800), tiny_run.rows(200, seed=1)
+    noise = [row | {"label": other["label"]} for row, other in zip(rows, tiny_run.rows(800, seed=2), strict=True)]
+    values = {"epochs": 4, "batch_size": 16, "lr": 2e-2, "pooling": pooling}
+    accuracies = []
+    for data, train_adapters in ((rows, True), (rows, False), (noise, True)):
+        model = tiny_run.model(layers=(0, 1, 2, 3))
+        metrics = run(model, data, unseen, train_adapters=train_adapters, **values).metrics
+        assert metrics is not None
+        accuracies.append(metrics["accuracy"])
+    learnt, head_alone, guessed = accuracies
+    assert learnt >= 0.9
+    assert 0.6 <= head_alone <= learnt - 0.03
+    assert 0.35 <= guessed <= 0.65
+
+
+def test_language_model_learns_its_completions() -> None:
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 40} w{i + 60}"} for i in range(0, 16, 2)]
+    result = run(rows=rows, eval_rows=rows, task="causal-lm", epochs=60, lr=3e-2, padding_side="left")
+    assert result.metrics is not None
+    assert result.metrics["accuracy"] >= 0.9
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(result.metrics["loss"]))
+
+
+def test_only_what_is_trained_changes() -> None:
+    model = tiny_run.model()
+    backbone = {name: p.clone() for name, p in model.base.state_dict().items()}
+    before = tiny_run.weights(model)
+    result = run(model)
+    assert all(torch.equal(p, backbone[name]) for name, p in model.base.state_dict().items())
+    assert not any(torch.equal(a, b) for a, b in zip(before, tiny_run.weights(model), strict=True))
+    assert result.trainable_parameters == sum(p.numel() for p in model.adapter_parameters()) + 2 * 32 + 2
+    assert not model.training or tiny_run.model().training
+
+
+def test_head_alone_leaves_the_adapters_and_ignores_them() -> None:
+    model, other = tiny_run.model(), tiny_run.model(init="xavier")
+    before = tiny_run.weights(model)
+    result = run(model, train_adapters=False)
+    assert tiny_run.same_bits(tiny_run.weights(model), before)
+    assert model.active_adapter == "default"
+    assert result.trainable_parameters == 2 * 32 + 2
+    again = run(other, train_adapters=False)
+    assert tiny_run.same_bits(tiny_run.weights(None, result.head), tiny_run.weights(None, again.head))
+
+
+def test_a_seed_repeats_to_the_bit_and_another_differs() -> None:
+    def outcome(seed: int) -> list[torch.Tensor]:
+        model = tiny_run.model()
+        return tiny_run.weights(model, run(model, seed=seed).head)
+
+    first = outcome(1)
+    torch.manual_seed(123)
+    assert tiny_run.same_bits(outcome(1), first)
+    assert not tiny_run.same_bits(outcome(2), first)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_accumulation_changes_no_gradient(task: str) -> None:
+    """Texts of different lengths: means of means would weigh their tokens differently."""
+    outcomes = []
+    for batch_size, accumulation in ((8, 1), (3, 4), (2, 4)):
+        if batch_size * accumulation == 12:
+            continue
+        model = tiny_run.model()
+        values = {"task": task, "batch_size": batch_size, "accumulation": accumulation, "lr": 1e-3, "eps": 1e-4}
+        result = run(model, **values)
+        outcomes.append((tiny_run.weights(model), [r["loss"] for r in result.history]))
+    (weights, losses), (weights_accumulated, losses_accumulated) = outcomes
+    assert losses_accumulated == pytest.approx(losses, rel=1e-4)
+    for a, b in zip(weights, weights_accumulated, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_and_epochs() -> None:
+    assert run(epochs=3, batch_size=5).steps == 15  # 24 rows: 5 steps an epoch, the last with 4 rows
+    assert run(epochs=3, batch_size=5, accumulation=2).steps == 9
+    assert run(max_steps=7).steps == 7
+
+
+def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    collate = __import__("adapterkern.training.data", fromlist=["collate"]).collate
+    monkeypatch.setattr(
+        "adapterkern.training.data.collate",
+        lambda examples, *rest: (seen.extend(id(e) for e in examples), collate(examples, *rest))[1],
+    )
+    run(epochs=2, batch_size=5, prefix_cache=False)
+    assert len(set(seen[:24])) == 24
+    assert set(seen[24:]) == set(seen[:24])
+    assert seen[24:] != seen[:24]
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_the_same(precision: str) -> None:
+    low, full = run(precision=precision, epochs=4), run(precision="fp32", epochs=4)
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(low.history, full.history, strict=True)]
+    assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=0.1, abs=0.02)
+    assert pairs != [(b, b) for _, b in pairs]  # autocast was on
+    assert all(p.dtype == torch.float32 for p in low.head.parameters())  # type: ignore[union-attr]
+
+
+def test_fp16_skips_are_counted_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale that no fp16 gradient survives: it is halved, step by step, and nothing is learnt before it fits."""
+    grown(monkeypatch, 2.0**40)
+    result = run(precision="fp16", epochs=6, max_skipped_steps=36)
+    assert 10 < result.skipped_steps < 36
+    assert result.history[-1]["skipped_steps"] == result.skipped_steps
+    assert result.history[0]["grad_norm"] == 0.0
+    assert result.steps == 36
+
+
+def grown(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=scale))
+
+
+def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown(monkeypatch, 2.0**40)
+    with pytest.raises(NonFiniteError, match="step 4: 4 steps in a row had gradients beyond fp16") as error:
+        run(precision="fp16", max_skipped_steps=3)
+    assert error.value.step == 4
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_nan_is_reported_with_its_step(precision: str, log_every: int) -> None:
+    """One row has a token whose embedding is NaN; which step meets that row follows from the order of rows."""
+    from adapterkern.training.data import epoch_order
+
+    rows = tiny_run.rows(24)
+    rows[17] = rows[17] | {"text": rows[17]["text"] + " w99"}
+    order = epoch_order(24, seed=3, epoch=0)
+    expected = order.index(17) // 4 + 1
+    model = tiny_run.model()
+    with torch.no_grad():
+        model.decoder.embed_tokens.weight[tiny_run.VOCABULARY["w99"]] = math.nan
+    with pytest.raises(NonFiniteError, match=f"step {expected}: the loss is nan; the step was not made") as error:
+        run(model, rows, seed=3, log_every=log_every, precision=precision, prefix_cache=False)
+    assert error.value.step == expected > 1
+    assert all(p.isfinite().all() for p in model.adapter_parameters())
+
+
+def test_an_infinite_gradient_is_reported(tmp_path: Path) -> None:
+    model = tiny_run.model()
+    steps = []
+    parameter = model.adapter_parameters()[0]
+
+    def explode(grad: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        return grad * math.inf if len(steps) == 4 else grad
+
+    parameter.register_hook(explode)
+    with pytest.raises(NonFiniteError, match=r"step 4: the gradient's norm is (nan|inf).*step-00000002"):
+        run(model, output_dir=tmp_path, checkpoint_every=2)
+    assert all(p.isfinite().all() for p in model.adapter_parameters())
+
+
+def test_a_non_finite_evaluation_is_reported() -> None:
+    rows = tiny_run.rows(8, seed=1)
+    rows[3] = rows[3] | {"text": "w99"}
+    model = tiny_run.model()
+    with torch.no_grad():
+        model.decoder.embed_tokens.weight[tiny_run.VOCABULARY["w99"]] = math.inf
+    with pytest.raises(NonFiniteError, match="step 2: the evaluation's loss is nan"):
+        run(model, eval_rows=rows, eval_every=2)
+
+
+# Optimizer
+
+
+def test_vectors_do_not_decay() -> None:
+    model = tiny_run.model()
+    parameters = trainable_parameters(model, ClassificationHead(32, ["a", "b"]), tiny_run.quiet())
+    optimizer = make_optimizer(parameters, tiny_run.quiet(weight_decay=0.1, max_norm=math.inf))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name.rsplit(".", 2)[-2:][0] for name, p in parameters.items() if decay[id(p)]} == {"down", "up", "linear"}
+    assert all(name.endswith("weight") for name, p in parameters.items() if decay[id(p)])
+    assert len(decay) == len(parameters)
+
+
+def test_clipping_bounds_the_first_step() -> None:
+    """With Adam's eps far above the gradient, a step is proportional to it, and so to the bound."""
+
+    def moved(max_norm: float) -> float:
+        model = tiny_run.model()
+        before = tiny_run.weights(model)
+        result = run(model, max_steps=1, max_norm=max_norm, warmup=0, eps=1e3, weight_decay=0.0)
+        assert result.history[0]["grad_norm"] > 0.1  # before clipping
+        return sum(((a - b) ** 2).sum().item() for a, b in zip(before, tiny_run.weights(model), strict=True)) ** 0.5
+
+    assert moved(1e-3) == pytest.approx(10 * moved(1e-4), rel=1e-2)
+
+
+# Files
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    unseen = tiny_run.rows(10, seed=1)
+    model = tiny_run.model()
+    result = run(model, eval_rows=unseen, output_dir=tmp_path, plot=True)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records == result.history
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [6, 12]
+    for record in records:
+        if record["kind"] == "train":
+            assert record["tokens_per_second"] > 0
+            assert record["grad_norm"] > 0
+
+    config, head = load_task(tmp_path)
+    again = evaluate(model, unseen, config, tokenizer=TOKENIZER, head=head)
+    assert result.metrics is not None
+    assert again["accuracy"] == result.metrics["accuracy"]
+    assert again["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    run(output_dir=tmp_path, max_steps=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"output_dir: .* holds an earlier run .*overwrite=True"):
+        run(output_dir=tmp_path, max_steps=1)
+    run(output_dir=tmp_path, max_steps=1, overwrite=True)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(max_steps=2, plot=True)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["not json\n", '{"kind": "train"}\n'])
+def test_metrics_that_are_none(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + damage + '{"step": 3}\n{"st')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path)
+    path.write_text('{"step": 1}\n{"st')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_head_and_task_must_fit() -> None:
+    with pytest.raises(ValueError, match="head: expected a head"):
+        evaluate(tiny_run.model(), ROWS, tiny_run.quiet(), tokenizer=TOKENIZER)
+
+
+def test_progress_is_shown_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run(eval_rows=tiny_run.rows(4, seed=1), progress=True, max_steps=2)
+    shown = capsys.readouterr().err
+    for part in ("prefix cache: ", "step 2/2", "loss ", "lr ", "grad norm ", "tokens/s", "eval loss", "accuracy"):
+        assert part in shown

@@ -41,7 +41,7 @@ def model(seed: int = 0, **adapter: Any) -> LlamaAdapter:
 
 
 def rows(count: int, seed: int = 0, low: int = 4, high: int = 12) -> list[dict[str, Any]]:
-    """Words drawn at random, never the last one; the label says which of two words stands at three places among them."""
+    """Words drawn at random, never the last; the label says which of two others stands at three places among them."""
     draw = random.Random(seed)
     made = []
     for _ in range(count):

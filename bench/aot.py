@@ -138,14 +138,15 @@ def adapter_launches(
         _, z, mean, rstd = forward(x, index, prepared, r=r, eps=1e-5, save=True, tiles=tiles, **common)
         backward(
             x, x, index, z, mean, rstd, prepared, params,
-            needed=needed, x_free=x_free, row_tiles=hidden_tiles(compute.itemsize, R, wide), tiles=slice_tiles(compute.itemsize, R, wide),
+            needed=needed, x_free=x_free,
+            row_tiles=hidden_tiles(compute.itemsize, R, wide), tiles=slice_tiles(compute.itemsize, R, wide),
             **common,
         )  # fmt: skip
     return launches
 
 
 def variants(d: int, r: int, dtype: torch.dtype, wide: bool) -> list[Launch]:
-    """One launch of everything that the host table can choose for this shape: fused and split forward, x-free or not."""
+    """A launch of each variant that this shape can run: fused and split forward, backward x-free or not."""
     launches = adapter_launches(d, r, dtype, wide=wide) + adapter_launches(d, r, dtype, x_free=True, wide=wide)
     launches += adapter_launches(d, r, dtype, rows=16, wide=wide)
     return list({launch.variant: launch for launch in launches}.values())

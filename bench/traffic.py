@@ -1,11 +1,13 @@
 """The traffic meter: bytes that kernels ask for, counted exactly, in units of T·d·(bytes per element).
 
-Ours run in Triton's interpreter, where every load and store passes through two functions; each is counted without its masked lanes and
-filed under the argument that it points into. Eager PyTorch is counted operation by operation: inputs and outputs of all that is no view.
-What hits L2 is counted like everything else: the fused forward's second read of x is one of its three units.
+Ours run in Triton's interpreter, where every load and store passes through two functions; each is counted without its
+masked lanes and filed under the argument that it points into. Eager PyTorch is counted operation by operation: inputs
+and outputs of all that is no view. What hits L2 is counted like everything else: the fused forward's second read of x
+is one of its three units.
 
-`activations` are x, y and their gradients; `weights` the prepared weights, which L2 serves; `rows` everything of size T×r; `fixed`
-what does not grow with T (weight preparation, partial sums, parameter gradients), in units of the parameters' own bytes.
+`activations` are x, y and their gradients; `weights` the prepared weights, which L2 serves; `rows` everything of size
+T×r; `fixed` what does not grow with T (weight preparation, partial sums, parameter gradients), in units of the
+parameters' own bytes.
 """
 
 import argparse
@@ -117,7 +119,7 @@ class _Operations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, in units of T·d·(bytes per element) but for ``fixed``, in units of the six parameters' bytes."""
+    """One line of the table, in units of T·d·(bytes per element) but for ``fixed``, in units of the parameters' bytes."""
 
     name: str
     activations: float
@@ -210,17 +212,16 @@ def main(argv: list[str]) -> None:
     rows = [*eager(8192, *shape[1:]), *ours(*shape), ours(*shape, x_free=True)[2], *floors]
 
     print("T={}, d={}, r={}, bf16; units of T·d·2 bytes, `fixed` in units of the parameters' bytes".format(*shape))
-    print(f"{'':<24} {'activations':>11} {'weights':>8} {'rows':>8} {'fixed':>8} {'launches':>8} {'× floor':>8}")
+    print("                         activations  weights     rows    fixed launches  × floor")
     for row in rows:
-        floor = {"forward": 2, "backward": 3}.get(next((w for w in row.name.split() if w.endswith("ward")), ""), None)
-        times = f"{row.activations / floor:8.2f}" if floor else " " * 8
-        print(
-            f"{row.name:<24} {row.activations:>11.2f} {row.weights:>8.2f} {row.rows:>8.2f} {row.fixed:>8.2f} {row.launches:>8} {times}"
-        )
-    pairs = {"forward": "ours forward", "backward": "ours backward"}
+        floor = 2 if "forward" in row.name else 3 if "backward" in row.name else None
+        numbers = f"{row.activations:>11.2f} {row.weights:>8.2f} {row.rows:>8.2f} {row.fixed:>8.2f} {row.launches:>8}"
+        print(f"{row.name:<24} {numbers}" + (f" {row.activations / floor:8.2f}" if floor else ""))
     by_name = {row.name: row for row in rows}
     for name in ("eager bf16", "eager autocast"):
-        ratios = [by_name[f"{name} {p}"].activations / by_name[o].activations for p, o in pairs.items()]
+        ratios = [
+            by_name[f"{name} {p}"].activations / by_name[f"ours {p}"].activations for p in ("forward", "backward")
+        ]
         print(f"{name} moves {ratios[0]:.1f} times ours forward and {ratios[1]:.1f} times backward")
     if args.json:
         table = [vars(row) for row in rows]

@@ -63,7 +63,7 @@ def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
     device = weights[0].device
     if _recording(device) or any(w.is_inference() for w in weights):  # inference tensors keep no version
         return prepare(weights, dtype)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (dtype, stream, *(w.data_ptr() for w in weights))
     storages = [w.untyped_storage() for w in weights]
     state = (_steps, *(s._cdata for s in storages), *(w._version for w in weights), weights[2].shape)

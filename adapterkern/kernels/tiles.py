@@ -20,6 +20,7 @@ class Tiles:
     num_stages: int
 
 
+@lru_cache
 def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the forward kernels.
 
@@ -35,11 +36,13 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     return Tiles(64, 64, 4, 4 if wide else 3)
 
 
+@lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's first kernel: the forward's, but where z and an fp32 (64, 256) dz would not both fit."""
     return Tiles(32, 32, 8, 3) if itemsize == 2 and R == 256 else forward_tiles(itemsize, R, wide)
 
 
+@lru_cache
 def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's second kernel. Its (R, BD) fp32 sums live in registers, two of them below R = 256.
 
@@ -65,6 +68,7 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(device.index) if device.type == "cuda" else 4
 
 
+@lru_cache
 def has_wide_products(device: torch.device) -> bool:
     """True on Hopper and data-centre Blackwell. The interpreter takes their tiles as well."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -60,7 +60,7 @@ def architectures(nvcc: Path) -> list[int]:
         try:
             return sorted({int(arch) for arch in chosen.split(";")})
         except ValueError:
-            raise CompileError(f"ADAPTERKERN_CUDA_ARCH: expected numbers such as '80;90', got {chosen!r}") from None
+            raise ValueError(f"ADAPTERKERN_CUDA_ARCH: expected numbers such as '80;90', got {chosen!r}") from None
     listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = sorted(int(line.removeprefix("compute_")) for line in listed.split())
     oldest = {arch // 10: arch for arch in reversed(known)}

@@ -67,7 +67,7 @@ class Entry:
 
 @dataclass
 class Request:
-    """What one step asks for, beside the gradients."""
+    """What one step asks for, beside the gradients. A part's three calls of a step get the same one."""
 
     groups: Sequence[dict[str, Any]]
     max_norm: float | Tensor
@@ -136,37 +136,33 @@ class KernelPart:
         floats = self._scalars.view(torch.float32)
         self.norm, self.skipped = floats[2], floats[4]
 
-    def _where(self) -> Any:
-        if self.device.type == "cpu":
-            return _C.Where(-1, torch.get_num_threads(), 0)
-        return _C.Where(self.device.index, 0, torch.cuda.current_stream(self.device).cuda_stream)
-
-    def _clip(self, request: Request) -> tuple[Any, list[Any]]:
-        """The norm pass's inputs, and the tensors behind its pointers, which must live until it is launched."""
+    def _prepare(self, request: Request) -> None:
+        """Turns the request into the kernels' arguments: all that can fail does so before anything is launched."""
+        index, stream = -1, 0
+        if self.device.type == "cuda":
+            index, stream = self.device.index, torch.cuda.current_stream(self.device).cuda_stream
+        self._where = _C.Where(index, torch.get_num_threads(), stream)
         max_norm = scalar_on(request.max_norm, self.device, "max_norm")
-        alive = [None if t is None else _on(t, self.device) for t in (request.grad_scale, request.found_inf)]
-        clip = _C.Clip(*(0 if t is None else t.data_ptr() for t in alive), *_pair(max_norm))
-        return clip, [*alive, max_norm]
-
-    def sum_squares(self, grads: list[Tensor], request: Request) -> None:
-        self._table.set_grads([g.data_ptr() for g in grads])
-        clip, _alive = self._clip(request)
-        _C.sum_squares(self._table, clip, self._slots.data_ptr(), self._scalars.data_ptr(), self._where())
-
-    def finish(self, request: Request) -> None:
-        clip, _alive = self._clip(request)
-        _C.finish(clip, self._scalars.data_ptr(), self._where())
-
-    def update(self, grads: list[Tensor], request: Request) -> None:
-        groups, alive = [], []
+        amp = [None if t is None else _on(t, self.device) for t in (request.grad_scale, request.found_inf)]
+        self._clip = _C.Clip(*(0 if t is None else t.data_ptr() for t in amp), *_pair(max_norm))
+        self._alive: list[Any] = [max_norm, *amp]  # tensors behind pointers: they must live until the launch
+        self._groups = []
         for g in request.groups:
             lr = scalar_on(g["lr"], self.device, "lr")
             weight_decay = scalar_on(g["weight_decay"], self.device, "weight_decay")
-            alive += [lr, weight_decay]
-            groups.append(_C.Group(*_pair(lr), *g["betas"], g["eps"], *_pair(weight_decay), g["maximize"]))
-        _C.update(
-            self._table, groups, self._scalars.data_ptr(), request.clear_grads, request.seed & 0xFFFFFFFF, self._where()
-        )
+            self._groups.append(_C.Group(*_pair(lr), *g["betas"], g["eps"], *_pair(weight_decay), g["maximize"]))
+            self._alive += [lr, weight_decay]
+
+    def sum_squares(self, grads: list[Tensor], request: Request) -> None:
+        self._prepare(request)
+        self._table.set_grads([g.data_ptr() for g in grads])
+        _C.sum_squares(self._table, self._clip, self._slots.data_ptr(), self._scalars.data_ptr(), self._where)
+
+    def finish(self, request: Request) -> None:
+        _C.finish(self._clip, self._scalars.data_ptr(), self._where)
+
+    def update(self, grads: list[Tensor], request: Request) -> None:
+        _C.update(self._table, self._groups, self._scalars.data_ptr(), request.clear_grads, request.seed, self._where)
 
 
 def _kind(e: Entry) -> int:
@@ -198,7 +194,7 @@ class TorchPart:
         self.total, self.norm, self.skipped, self._divisor = torch.zeros(4, device=self.device).unbind()
 
     def sum_squares(self, grads: list[Tensor], request: Request) -> None:
-        norm = torch.nn.utils.get_total_norm([g.float() for g in grads], foreach=True)
+        norm = torch.nn.utils.get_total_norm([g.float() for g in grads])
         if request.grad_scale is not None:
             norm = norm / _on(request.grad_scale, self.device)
         self.total.copy_(norm.square())  # overflows fp32 from a norm of 1.8e19 on: taken for a non-finite one

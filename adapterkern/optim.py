@@ -106,6 +106,7 @@ class ClippedAdamW(Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         self._compute_copies: dict[Tensor, Tensor] = {}
         self._plan: list[_Planned] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # grad_norm and skipped, where the last step left them
         self._known: tuple[list[int], list[int]] = ([], [])  # whom the plan is for: parameters and their states
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -116,18 +117,17 @@ class ClippedAdamW(Optimizer):
     @property
     def grad_norm(self) -> Tensor:
         """The last step's global gradient norm before clipping (after unscaling): a float32 scalar on the device."""
-        return self._scalar("norm")
+        return self._of_last_step()[0].clone()  # the kernels overwrite theirs in the next step
 
     @property
     def skipped(self) -> Tensor:
         """1.0 if the last step was skipped for a non-finite gradient or found_inf, else 0.0: a scalar on the device."""
-        return self._scalar("skipped")
+        return self._of_last_step()[1].clone()
 
-    def _scalar(self, name: str) -> Tensor:
-        if self._plan is None:
+    def _of_last_step(self) -> tuple[Tensor, Tensor]:
+        if self._last is None:
             raise RuntimeError("ClippedAdamW has made no step yet, so it has no grad_norm and no skipped flag")
-        # A clone: the kernels overwrite theirs in the next step.
-        return getattr(self._plan[0].part, name).clone() if self._plan else torch.zeros(())
+        return self._last
 
     # ---- the step ----
 
@@ -168,8 +168,9 @@ class ClippedAdamW(Optimizer):
                 for p, used in zip(planned.params, grads, strict=True):
                     if (grad := _local(_grad(p))) is not used:
                         grad.zero_()
+        self._last = (plan[0].part.norm, plan[0].part.skipped) if plan else (torch.zeros(()), torch.zeros(()))
         scaled = request.grad_scale is not None or request.found_inf is not None
-        if self.error_if_nonfinite and not scaled and plan and plan[0].part.skipped.item():
+        if self.error_if_nonfinite and not scaled and self.skipped.item():
             raise RuntimeError(
                 f"the gradients' total norm is {self.grad_norm.item()}, so it cannot be clipped: nothing was updated. "
                 "Set error_if_nonfinite=False to skip such steps without an error"
@@ -191,6 +192,8 @@ class ClippedAdamW(Optimizer):
         """The part's gradients, each with its parameter's strides; one that differs is copied."""
         grads: list[Any] = [p.grad for p in planned.params]
         if planned.sharded:
+            for p in planned.params:
+                self._check_gradient(p)
             grads = list(map(_local, grads))
         if [g.stride() for g in grads] == planned.strides:
             return grads
@@ -265,8 +268,9 @@ class ClippedAdamW(Optimizer):
             param: a float32 parameter of this optimizer, not a DTensor.
             copy: bfloat16 or float16, with param's shape, strides and device. Filled at once.
         """
-        if not any(param is p for group in self.param_groups for p in group["params"]) or param.dtype != torch.float32:
-            raise ValueError("param: expected a float32 parameter of this optimizer, got another tensor")
+        known = any(param is p for group in self.param_groups for p in group["params"])
+        if not known or param.dtype != torch.float32 or hasattr(param, "to_local"):
+            raise ValueError("param: expected a float32 parameter of this optimizer, no DTensor; got another tensor")
         if copy.dtype not in _DTYPES[1:]:
             raise TypeError(f"copy: expected bfloat16 or float16, got {copy.dtype}")
         if (copy.shape, copy.stride(), copy.device) != (param.shape, param.stride(), param.device):
@@ -304,6 +308,9 @@ class ClippedAdamW(Optimizer):
             raise TypeError(f"gradient of {self._name(p)}: expected a dense tensor, got layout {grad.layout}")
         if grad.dtype != p.dtype:
             raise TypeError(f"gradient of {self._name(p)}: expected {p.dtype}, got {grad.dtype}")
+        expected, got = getattr(p, "placements", None), getattr(grad, "placements", None)
+        if expected != got:
+            raise TypeError(f"gradient of {self._name(p)}: expected placements {expected}, got {got}")
 
     def _name(self, param: Tensor) -> str:
         for i, group in enumerate(self.param_groups):
@@ -332,8 +339,8 @@ class ClippedAdamW(Optimizer):
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, p in zip(saved, own, strict=True):
             for name, value in final["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+                if name in ("step", "exp_avg", "exp_avg_sq", "master"):
+                    self.state[p][name] = torch.as_tensor(value).to(p.device, torch.float32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite", "_compute_copies")
@@ -369,10 +376,8 @@ def _shard_groups(p: Tensor) -> tuple[Any, ...]:
     """The process groups over which the shards of a DTensor's gradient make up the whole; () for a plain tensor."""
     if not hasattr(p, "to_local"):
         return ()
-    grad: Any = _grad(p)
-    if any(placement.is_partial() for placement in grad.placements):
-        raise TypeError(f"gradient of a DTensor: expected Shard or Replicate placements, got {grad.placements}")
-    return tuple(grad.device_mesh.get_group(i) for i, placement in enumerate(grad.placements) if placement.is_shard())
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
 
 
 def _share_norm(plan: list[_Planned], request: Request) -> None:
@@ -396,7 +401,8 @@ class ClippedGradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         state = self._per_optimizer_states[id(optimizer)]
-        if not self.is_enabled() or not isinstance(optimizer, ClippedAdamW) or state["stage"] is not OptState.READY:
+        usual = not self.is_enabled() or state["stage"] is not OptState.READY
+        if usual or not isinstance(optimizer, ClippedAdamW) or not optimizer._step_supports_amp_scaling:
             return super().step(optimizer, *args, **kwargs)
         if args or kwargs:
             raise RuntimeError("ClippedGradScaler.step takes no closure: a scaled step cannot evaluate the loss again")

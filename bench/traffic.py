@@ -119,7 +119,7 @@ class _Operations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, in units of T·d·(bytes per element) but for ``fixed``, in units of the parameters' bytes."""
+    """One line of the table, in units of T·d·(bytes per element); ``fixed`` in units of the parameters' bytes."""
 
     name: str
     activations: float

@@ -53,6 +53,7 @@ class TrainingState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     prefix_cached: bool = False
+    window: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)  # (loss, norm) not logged yet
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -138,6 +139,7 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     state.skipped_steps = saved["skipped_steps"]
     state.skipped_in_a_row = saved["skipped_in_a_row"]
     state.prefix_cached = saved["prefix_cached"]
+    state.window = [(loss, norm) for loss, norm in saved["window"]]
 
 
 def _tensors(state: TrainingState) -> dict[str, Tensor]:
@@ -179,6 +181,7 @@ def _described(state: TrainingState) -> dict[str, Any]:
         "skipped_steps": state.skipped_steps,
         "skipped_in_a_row": state.skipped_in_a_row,
         "prefix_cached": state.prefix_cached,
+        "window": state.window,
         "config": state.config.to_dict(),
         "data_fingerprint": state.data_fingerprint,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
@@ -196,6 +199,7 @@ def _check_fields(path: Path, saved: dict[str, Any]) -> None:
         "skipped_steps": (int,),
         "skipped_in_a_row": (int,),
         "prefix_cached": (bool,),
+        "window": (list,),
         "config": (dict,),
         "data_fingerprint": (str,),
         "schedule": (dict,),

@@ -52,7 +52,8 @@ class TrainConfig:
         eval_batch_size: default ``batch_size``.
         padding: to the ``"longest"`` row of a batch, or always to ``"max_length"``. padding_side: ``"right"`` or
             ``"left"``.
-        seed: of the head's weights and of the order of rows, which depends on (seed, epoch) and nothing else.
+        seed: of the head's weights and of the order of rows, which depends on (seed, epoch) and nothing else. Python's,
+            NumPy's and torch's generators are seeded with it.
 
     Steps
         epochs: passes over the data, unless ``max_steps`` says how many steps to make.

@@ -152,8 +152,8 @@ class _Run:
             parameters, self.optimizer, schedule, self.accelerator.scaler, config, data.fingerprint(train_set)
         )
         self.feed = Feed(model, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
+        self.order: tuple[int, list[int]] | None = None  # an epoch's number, and its order of rows
         self.pending: list[_Step] = []
-        self.window: list[tuple[float, float | None]] = []  # (loss, gradient norm) since the last log line
         self.window_tokens = self.tokens = 0
         self.window_seconds = self.seconds = self.prefix_seconds = self.eval_seconds = 0.0
         self.prefix_layers = 0
@@ -167,23 +167,27 @@ class _Run:
             self.checkpoint = outputs.newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
         was_training = self.model.training
-        with StopRequest() as stop, Reporter(self.output_dir, self.total_steps, state.step, config.progress) as report:
-            if state.step:
-                report.say(f"resumed from {self.checkpoint}")
-            self._fill_cache(report, stop)
-            self.task.train()
-            while state.step < self.total_steps and not stop:
-                self._timed_step(report)
-                self._after_step(report)
-            self._drain()
+        try:
+            with (
+                StopRequest() as stop,
+                Reporter(self.output_dir, self.total_steps, state.step, config.progress) as report,
+            ):
+                if state.step:
+                    report.say(f"resumed from {self.checkpoint}")
+                self._fill_cache(report, stop)
+                self.task.train()
+                while state.step < self.total_steps and not stop:
+                    self._timed_step(report)
+                    self._after_step(report)
+                if state.step < self.total_steps:
+                    self._stop(report, stop.signal_name)
+                else:
+                    self._finish(report)
+        finally:
             self.model.train(was_training)
-            if stop:
-                self._stop(report, stop.signal_name)
-            else:
-                self._finish(report)
         return TrainResult(
             steps=state.step,
-            stopped=bool(stop),
+            stopped=state.step < self.total_steps,
             metrics=self.metrics,
             history=report.history,
             head=self.head,
@@ -237,7 +241,7 @@ class _Run:
         self.tokens += tokens
         self.window_tokens += tokens
         report.step(self.state.step)
-        if self.model.device.type == "cpu" or len(self.pending) >= self.config.log_every:
+        if self.model.device.type == "cpu" or any(self._due()):
             self._drain()
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
@@ -245,9 +249,10 @@ class _Run:
 
     def _examples(self) -> list[Example]:
         epoch, index = divmod(self.state.step, self.steps_per_epoch)
-        order = data.epoch_order(len(self.train_set), self.config.seed, epoch)
+        if self.order is None or self.order[0] != epoch:
+            self.order = epoch, data.epoch_order(len(self.train_set), self.config.seed, epoch)
         rows = self.config.rows_per_step
-        return [self.train_set[i] for i in order[index * rows : (index + 1) * rows]]
+        return [self.train_set[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
     def _step(self, examples: list[Example]) -> None:
         state, size = self.state, self.config.batch_size
@@ -257,6 +262,9 @@ class _Run:
             loss, _ = self.task(**self.feed(examples[start : start + size]))
             self.accelerator.backward(loss / targets)
             losses.append(loss.detach())
+        loss = torch.stack(losses).sum() / targets
+        # An infinite loss can have finite gradients: the optimizer is told to leave that step out, on the device.
+        self.optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
         self.stepper.step()
         state.step += 1
         skipped = self.stepper.step_was_skipped
@@ -268,12 +276,10 @@ class _Run:
             state.skipped_in_a_row = 0
         self.stepper.zero_grad()
         grad_norm = None if skipped else self.optimizer.grad_norm
-        self.pending.append(_Step(state.step, torch.stack(losses).sum() / targets, grad_norm))
+        self.pending.append(_Step(state.step, loss, grad_norm))
 
     def _drain(self) -> None:
         """Take finished steps' numbers from the device, all at once, and refuse what is not finite."""
-        if not self.pending:
-            return
         columns = [step.loss if step.grad_norm is None else step.grad_norm for step in self.pending]
         values = torch.stack([torch.stack([s.loss, n]) for s, n in zip(self.pending, columns, strict=True)]).tolist()
         steps, self.pending = self.pending, []
@@ -282,7 +288,7 @@ class _Run:
                 if not math.isfinite(value):
                     problem = f"{quantity} is {value}; the step was not made"
                     raise NonFiniteError(step.number, problem, self.checkpoint)
-            self.window.append((loss, None if step.grad_norm is None else norm))
+            self.state.window.append((loss, None if step.grad_norm is None else norm))
         if self.state.skipped_in_a_row > self.config.max_skipped_steps:
             problem = f"{self.state.skipped_in_a_row} steps in a row had gradients beyond fp16, whatever the scale"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
@@ -290,37 +296,44 @@ class _Run:
     # Between steps
 
     def _after_step(self, report: Reporter) -> None:
-        config, step = self.config, self.state.step
-        epoch_ends = step % self.steps_per_epoch == 0
-        if step % config.log_every == 0 or step == self.total_steps:
-            self._drain()
+        log, evaluation, save = self._due()
+        if log:
             self._log(report)
-        if step == self.total_steps:
-            return
-        if step % config.eval_every == 0 if config.eval_every else epoch_ends:
+        if evaluation:
             self._evaluate(report)
-        if step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends:
+        if save:
             self._save_checkpoint()
 
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether a log line, an evaluation and a checkpoint follow this step. After the last step, `_finish` does."""
+        config, step = self.config, self.state.step
+        if step == self.total_steps:
+            return True, False, False
+        return (
+            step % config.log_every == 0,
+            step % (config.eval_every or self.steps_per_epoch) == 0,
+            step % (config.checkpoint_every or self.steps_per_epoch) == 0,
+        )
+
     def _log(self, report: Reporter) -> None:
-        norms = [norm for _, norm in self.window if norm is not None]
+        window, self.state.window = self.state.window, []
+        norms = [norm for _, norm in window if norm is not None]
         report.train(
             {
                 "step": self.state.step,
                 "epoch": self.state.step / self.steps_per_epoch,
-                "loss": sum(loss for loss, _ in self.window) / len(self.window),
+                "loss": sum(loss for loss, _ in window) / len(window),
                 "lr": self.state.schedule.get_last_lr()[0],
                 "grad_norm": sum(norms) / len(norms) if norms else 0.0,
                 "tokens_per_second": self.window_tokens / self.window_seconds,
                 "skipped_steps": self.state.skipped_steps,
             }
         )
-        self.window, self.window_tokens, self.window_seconds = [], 0, 0.0
+        self.window_tokens, self.window_seconds = 0, 0.0
 
     def _evaluate(self, report: Reporter) -> None:
         if not self.eval_set:
             return
-        self._drain()
         metrics = run_evaluation(self.task, self.eval_set, self.feed, self.config)
         self.eval_seconds += metrics["seconds"]
         if not math.isfinite(metrics["loss"]):
@@ -330,7 +343,6 @@ class _Run:
         report.evaluation({"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch, **metrics})
 
     def _save_checkpoint(self) -> None:
-        self._drain()
         if self.output_dir is not None:
             self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, self._save_model)
 
@@ -338,6 +350,8 @@ class _Run:
         outputs.save_task(directory, self.model, self.head, self.config)
 
     def _stop(self, report: Reporter, signal_name: str | None) -> None:
+        if self.pending:
+            self._drain()
         if self.state.step:
             self._save_checkpoint()
         where = f"{signal_name}: stopped after step {self.state.step} of {self.total_steps}"

@@ -38,6 +38,8 @@ class Reporter:
         self.history: list[dict[str, Any]] = []
         if self.path is not None and step:
             self.history = [record for record in read_metrics(self.path) if record["step"] <= step]
+            if step == total_steps:  # a finished run evaluates once more
+                self.history = [r for r in self.history if (r["step"], r["kind"]) != (step, "eval")]
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
         self.console = Console(stderr=True, quiet=not show)
@@ -64,7 +66,7 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self.console.print(message, markup=False, highlight=False)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def start_side_task(self, name: str, total: int) -> Any:
         """A second bar, for what is not a training step; :meth:`advance` and :meth:`end_side_task` take its number."""

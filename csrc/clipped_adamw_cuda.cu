@@ -155,7 +155,9 @@ __global__ void __launch_bounds__(kThreads) sum_squares_kernel(const __grid_cons
   }
 }
 
-__global__ void finish_kernel(const Clip clip, Scalars* scalars) { adapterkern::finish(clip, *scalars); }
+__global__ void finish_kernel(const Clip clip, Scalars* scalars) {
+  if (threadIdx.x == 0) adapterkern::finish(clip, *scalars);
+}
 
 template <typename Rule>
 struct Pointers {
@@ -254,12 +256,17 @@ struct DeviceGuard {
   ~DeviceGuard() { cudaSetDevice(previous); }
 };
 
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-unsigned blocks(uint32_t warps) { return (warps + kWarps - 1) / kWarps; }
+// One thread for each lane of `warps` warps.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), uint32_t warps, void* stream, Args&&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3((warps + kWarps - 1) / kWarps);
+  config.blockDim = dim3(kThreads);
+  config.stream = cudaStream_t(stream);
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
 
 }  // namespace
 
@@ -267,29 +274,30 @@ const char* sum_squares(const Table& table, const Clip& clip, double* slots, Sca
                         void* stream) {
   const DeviceGuard guard(device);
   Chunk chunk;
-  for (size_t first = 0; first < table.tensors.size();) {
+  cudaError_t error = cudaSuccess;
+  for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
     first = fill(chunk, table, nullptr, first);
-    sum_squares_kernel<<<blocks(chunk.tiles), kThreads, 0, cudaStream_t(stream)>>>(
-        chunk, clip, slots, scalars, first == table.tensors.size());
+    const bool last_chunk = first == table.tensors.size();
+    error = launch(sum_squares_kernel, chunk.tiles, stream, chunk, clip, slots, scalars, last_chunk);
   }
-  return last_error();
+  return describe(error);
 }
 
 const char* finish(const Clip& clip, Scalars* scalars, int device, void* stream) {
   const DeviceGuard guard(device);
-  finish_kernel<<<1, 1, 0, cudaStream_t(stream)>>>(clip, scalars);
-  return last_error();
+  return describe(launch(finish_kernel, 1, stream, clip, scalars));
 }
 
 const char* update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
                    uint32_t seed, int device, void* stream) {
   const DeviceGuard guard(device);
   Chunk chunk;
-  for (size_t first = 0; first < table.tensors.size();) {
+  cudaError_t error = cudaSuccess;
+  for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
     first = fill(chunk, table, &groups, first);
-    update_kernel<<<blocks(chunk.tiles * kShares), kThreads, 0, cudaStream_t(stream)>>>(chunk, scalars, clear_grads, seed);
+    error = launch(update_kernel, chunk.tiles * kShares, stream, chunk, scalars, clear_grads, seed);
   }
-  return last_error();
+  return describe(error);
 }
 
 const char* unavailable(int device) {
@@ -297,7 +305,7 @@ const char* unavailable(int device) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, update_kernel);
   cudaGetLastError();  // a missing driver or architecture is an answer here, not an error for the next caller
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return describe(error);
 }
 
 }  // namespace adapterkern::cuda

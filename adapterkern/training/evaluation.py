@@ -40,12 +40,12 @@ def evaluate(
         raise ValueError(f"head: expected {'a' if head is None else 'no'} head for task {config.task!r}")
     labels = None if head is None else head.labels
     examples, _ = data.load_examples(eval_data, config, tokenizer, labels)
-    data.check_vocabulary(examples, model.config.vocab_size)
+    data.check_vocabulary(examples, model.decoder.embed_tokens.num_embeddings)
     accelerator = make_accelerator(config.precision, model.device)
     with contextlib.ExitStack() as stack:
         if not config.train_adapters:
             stack.enter_context(model.disable_adapter())
-        task = TaskModel(model, None if head is None else head.to(model.device))
+        task = TaskModel(model, None if head is None else head.to(model.device)).train(model.training)
         feed = Feed(model, config, cache)
         if cache is not None and choose_cache(model, config, examples, passes=2)[0]:
             feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])

@@ -104,7 +104,7 @@ def train(
     labels = None if head is None else head.labels
     train_set, names = data.load_examples(train_data, config, tokenizer, labels)
     eval_set = [] if eval_data is None else data.load_examples(eval_data, config, tokenizer, names)[0]
-    data.check_vocabulary([*train_set, *eval_set], model.config.vocab_size)
+    data.check_vocabulary([*train_set, *eval_set], model.decoder.embed_tokens.num_embeddings)
     set_seed(config.seed)
     if config.task == "classification" and head is None:
         head = ClassificationHead(model.config.hidden_size, names, config.pooling)

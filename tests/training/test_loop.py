@@ -261,7 +261,9 @@ def test_files_of_a_run(tmp_path: Path) -> None:
             assert record["grad_norm"] > 0
 
     config, head = load_task(tmp_path)
+    model.eval()
     again = evaluate(model, unseen, config, tokenizer=TOKENIZER, head=head)
+    assert not model.training
     assert result.metrics is not None
     assert again["accuracy"] == result.metrics["accuracy"]
     assert again["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)

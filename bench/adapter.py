@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern import ops
-from adapterkern.kernels import backward, cache, forward, launch
+from adapterkern.kernels import backward, cache, forward, hidden, launch
 from adapterkern.kernels.weights import prepare
 from adapterkern.reference import ACTIVATIONS, Weights
 
@@ -172,7 +172,7 @@ def test_no_rows_and_one(rows: int) -> None:
 def test_only_what_is_asked_for(wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, dy = draw("normal", torch.float32)
     kernels: dict[str, dict[str, object]] = {}
-    for kernel in (backward.hidden_kernel, backward.slice_kernel, backward.reduce_kernel):
+    for kernel in (hidden.hidden_kernel, backward.slice_kernel, backward.reduce_kernel):
 
         def run(*args: object, _kernel=kernel, _run=kernel.run, **kwargs: object) -> None:  # type: ignore[no-untyped-def]
             kernels[_kernel.fn.__name__] = dict(zip(_kernel.arg_names, args, strict=False))

@@ -5,11 +5,11 @@
     dW_down = G·diag(γ) + s·βᵀ   db_down = s = Σₜ dz   dγ = Σᵣ G ⊙ W_down   dβ = s·W_down               (3)
     dW_up = U                    db_up = Σₜ dy
 
-Three kernels, one a line. (1) owns row tiles, reads dy once and leaves dz and h, T×r each. (2) owns a slice of d and
-a fixed share of the rows: its slice of A stays with it while x and dy stream through, each once, and the fp32 sums of
-G and U never leave its registers until the end. (3) adds up the shares in their order and turns them into gradients.
-LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them: four units of T×d traffic in all
-(dy; dy, x, dx), where three is the floor.
+Three kernels, one a line. (1), in hidden.py, owns row tiles, reads dy once and leaves dz and h, T×r each. (2) owns a
+slice of d and a fixed share of the rows: its slice of A stays with it while x and dy stream through, each once, and
+the fp32 sums of G and U never leave its registers until the end. (3) adds up the shares in their order and turns them
+into gradients. LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them: four units of T×d
+traffic in all (dy; dy, x, dx), where three is the floor.
 
 dy's second read is meant for L2. (1) and (2) therefore alternate over chunks of rows, one wave of row tiles each, and
 (2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk through its own
@@ -32,7 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, activate_grad, dot, narrow, tile_rows
+from .hidden import hidden
+from .primitives import dot, narrow, tile_rows
 from .tiles import Tiles, multiprocessors, row_shares
 from .weights import Prepared
 
@@ -52,65 +53,6 @@ class Needed(NamedTuple):
     down_bias: bool
     up_weight: bool
     up_bias: bool
-
-
-@triton.jit(do_not_specialize=["tile0", "S"], do_not_specialize_on_alignment=["p_index"])
-def hidden_kernel(
-    p_dy,  # (T, d) contiguous
-    p_index,  # (T/S,) adapter of each sequence, or None
-    p_z,  # (T, r)
-    p_asum,  # (n, R)
-    p_c,  # (n, R)
-    p_w,  # (n, D, R)
-    p_dz,  # (T, R), or None with the next two
-    p_c1,  # (T,)
-    p_c2,  # (T,)
-    p_h,  # (T, R), or None
-    p_dx,  # (T, d), or None: rows without an adapter pass dy on here
-    tile0,
-    S,
-    d: tl.constexpr,
-    r: tl.constexpr,
-    D: tl.constexpr,
-    BR: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
-    sequence, i_t, m_t = tile_rows(tile0 + tl.program_id(0), S, BT)
-    p_rows = p_dy + i_t[:, None] * d
-    o_r = tl.arange(0, BR)
-    e = tl.full((), 0, tl.int64)
-    if p_index is not None:
-        e = tl.load(p_index + sequence).to(tl.int64)
-    if e < 0:
-        if p_dx is not None:
-            for o in range(0, d, BD):
-                o_d = o + tl.arange(0, BD)
-                m = m_t[:, None] & (o_d < d)[None, :]
-                tl.store(p_dx + i_t[:, None] * d + o_d[None, :], tl.load(p_rows + o_d[None, :], mask=m), mask=m)
-    else:
-        m = m_t[:, None] & (o_r < r)[None, :]
-        z = tl.load(p_z + i_t[:, None] * r + o_r[None, :], mask=m, other=0).to(tl.float32)
-        o_tr = i_t[:, None] * BR + o_r[None, :]
-        if p_h is not None:
-            tl.store(p_h + o_tr, narrow(activate(z, ACT), p_h.dtype.element_ty), mask=m_t[:, None])
-        if p_dz is not None:
-            p_w += e * BR * D
-            dh = tl.zeros((BT, BR), tl.float32)
-            for o in range(0, d, BD):
-                o_d = o + tl.arange(0, BD)
-                b_dy = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
-                b_w = tl.load(p_w + o_d[:, None] * BR + o_r[None, :], eviction_policy="evict_last")
-                dh = dot(narrow(b_dy.to(tl.float32), b_w.dtype), b_w, dh, PRECISION)
-            b_dz = narrow(tl.where(m, dh * activate_grad(z, ACT), 0.0), p_dz.dtype.element_ty)
-            dz = b_dz.to(tl.float32)
-            c1 = tl.sum(dz * tl.load(p_asum + e * BR + o_r)[None, :], 1) / d
-            c2 = tl.sum(dz * (z - tl.load(p_c + e * BR + o_r)[None, :]), 1) / d
-            tl.store(p_dz + o_tr, b_dz, mask=m_t[:, None])
-            tl.store(p_c1 + i_t, c1, mask=m_t)
-            tl.store(p_c2 + i_t, c2, mask=m_t)
 
 
 @triton.jit(
@@ -373,11 +315,9 @@ def backward(
     for row0 in range(0, T, T if index is not None else per_chunk):
         rows = T - row0 if index is not None else min(per_chunk, T - row0)
         if with_dz or with_h:
-            count = sequences * triton.cdiv(S, row_tiles.BT) if index is not None else triton.cdiv(rows, row_tiles.BT)
-            hidden_kernel[(count,)](
-                dy, index, z, p.a_sum, p.c, p.w_up, dz, c1, c2, h, dx, row0 // row_tiles.BT, S,
-                r=r, ACT=activation, BT=row_tiles.BT, BD=row_tiles.BD,
-                num_warps=row_tiles.num_warps, num_stages=row_tiles.num_stages, **shape,
+            hidden(
+                dy, index, z, p, dz, c1, c2, h, dx, row0=row0, rows=rows,
+                activation=activation, precision=precision, tiles=row_tiles, sms=sms,
             )  # fmt: skip
         for outputs in passes:
             slice_kernel[(slices, shares, n)](

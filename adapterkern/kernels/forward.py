@@ -297,10 +297,8 @@ def forward(
     sequences = 1 if index is None else index.numel()
     S = T // sequences
     n_tiles = sequences * triton.cdiv(S, tiles.BT)
-    blocks = triton.cdiv(d, tiles.BD)
-    splits = column_split(n_tiles, blocks, multiprocessors(x.device) if sms is None else sms)
-    width = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, width)
+    sms = multiprocessors(x.device) if sms is None else sms
+    splits, width = column_split(n_tiles, min(S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms)
 
     y = x.new_empty((T, d))
     compute = prepared.A.dtype

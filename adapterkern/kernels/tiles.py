@@ -4,6 +4,7 @@ A choice never depends on the number of rows, so one compiled variant serves eve
 (how many programs share d or the rows) is a run-time argument.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,9 +75,19 @@ def has_wide_products(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def column_split(tiles: int, blocks: int, sms: int) -> int:
-    """Over how many programs a row tile's columns go. One as long as row tiles alone keep half of the device busy."""
-    return 1 if 2 * tiles >= sms else max(1, min(blocks, sms // tiles))
+def column_split(tiles: int, rows: int, d: int, R: int, BD: int, sms: int) -> tuple[int, int]:
+    """Over how many programs a row tile's columns go, and how many column blocks each takes; (1, all) for no split.
+
+    One while row tiles alone keep half of the device busy. Beyond, a program of the second launch reads `splits` fp32
+    partial sums (rows, R), and each program of both d/splits columns of x and the weights; the two are equal at the
+    square root below, which is 8 for 64 rows at d = 4096 and R = 64, and 45 for one row.
+    """
+    blocks = -(-d // BD)
+    if 2 * tiles >= sms:
+        return 1, blocks
+    balanced = math.isqrt(int(d / 2 * (1 / R + 1 / rows)))
+    width = -(-blocks // max(1, min(blocks, sms // tiles, balanced)))
+    return -(-blocks // width), width
 
 
 def row_shares(slices: int, tiles: int, sms: int) -> int:

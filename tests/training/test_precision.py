@@ -1,0 +1,28 @@
+"""Accelerate, set up for one run after another in one process."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from adapterkern.training.precision import make_accelerator
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("order", [("fp32", "bf16", "fp16"), ("fp16", "fp32", "bf16")])
+def test_each_run_has_its_own_precision(order: tuple[str, ...]) -> None:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for precision in order:
+        accelerator = make_accelerator(precision, CPU)
+        layer = accelerator.prepare_model(torch.nn.Linear(4, 4))
+        with accelerator.autocast():
+            product = torch.ones(2, 4) @ layer.weight
+        assert product.dtype == dtypes[precision]
+        assert (accelerator.scaler is not None) == (precision == "fp16")
+        assert layer(torch.ones(2, 4)).dtype == torch.float32  # accelerate hands outputs back in fp32
+
+
+def test_several_processes_are_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(NotImplementedError, match="expected one process, got 2"):
+        make_accelerator("fp32", CPU)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .hidden import hidden
 from .primitives import dot, narrow, tile_rows
-from .tiles import Tiles, multiprocessors, row_shares
+from .tiles import Tiles, ceil_div, multiprocessors, row_shares
 from .weights import Prepared
 
 # From this R on, G and U are summed in two launches of (2), one accumulator each. Half the registers an accumulator
@@ -294,8 +294,8 @@ def backward(
     S = T // sequences
     shape = {"d": d, "D": D, "BR": R, "PRECISION": precision}
 
-    slices = triton.cdiv(d, tiles.BD)
-    n_tiles = sequences * triton.cdiv(S, tiles.BT)
+    slices = ceil_div(d, tiles.BD)
+    n_tiles = sequences * ceil_div(S, tiles.BT)
     shares = row_shares(slices * n, n_tiles, sms)
 
     def partial(wanted: bool, *size: int) -> Tensor | None:
@@ -310,7 +310,7 @@ def backward(
 
     # A chunk is a wave of (1)'s row tiles. Stacked adapters are walked in one: their rows lie in the order of `index`.
     ratio = max(row_tiles.BT, tiles.BT) // row_tiles.BT
-    wave = triton.cdiv(sms, ratio) if index is None else n_tiles
+    wave = ceil_div(sms, ratio) if index is None else n_tiles
     per_chunk = wave * max(row_tiles.BT, tiles.BT)
     for row0 in range(0, T, T if index is not None else per_chunk):
         rows = T - row0 if index is not None else min(per_chunk, T - row0)
@@ -322,7 +322,7 @@ def backward(
         for outputs in passes:
             slice_kernel[(slices, shares, n)](
                 dy, x, order, bounds, dz, h, mean, rstd, c1, c2, p.A, p.w_up, p.b_up, *outputs,
-                row0 // tiles.BT, triton.cdiv(rows, tiles.BT), S, x.stride(0) // vec,
+                row0 // tiles.BT, ceil_div(rows, tiles.BT), S, x.stride(0) // vec,
                 VEC=vec, X_FREE=x_free, BT=tiles.BT, BD=tiles.BD,
                 num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shape,
             )  # fmt: skip
@@ -333,7 +333,7 @@ def backward(
     ]
     if any(needed[1:]):
         block = 32
-        reduce_kernel[(triton.cdiv(d, block), n)](
+        reduce_kernel[(ceil_div(d, block), n)](
             g, s, u, dbias, *(w.contiguous() for w in weights[:3]), *grads, shares,
             d=d, r=r, D=D, BR=R, RB=16, BD=block, num_warps=2,
         )  # fmt: skip

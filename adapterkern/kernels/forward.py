@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import activate, dot, narrow, tile_rows
-from .tiles import Tiles, column_split, multiprocessors
+from .tiles import Tiles, ceil_div, column_split, multiprocessors
 from .weights import Prepared
 
 
@@ -296,7 +296,7 @@ def forward(
     T, d = x.shape
     sequences = 1 if index is None else index.numel()
     S = T // sequences
-    n_tiles = sequences * triton.cdiv(S, tiles.BT)
+    n_tiles = sequences * ceil_div(S, tiles.BT)
     sms = multiprocessors(x.device) if sms is None else sms
     splits, width = column_split(n_tiles, min(S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms)
 

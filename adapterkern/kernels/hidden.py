@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import activate, activate_grad, dot, narrow, tile_rows
-from .tiles import Tiles, column_split
+from .tiles import Tiles, ceil_div, column_split
 from .weights import Prepared
 
 
@@ -145,7 +145,7 @@ def hidden(
     p = prepared
     R = p.A.shape[1]
     S = T if index is None else T // index.numel()
-    n_tiles = triton.cdiv(rows, tiles.BT) if index is None else index.numel() * triton.cdiv(S, tiles.BT)
+    n_tiles = ceil_div(rows, tiles.BT) if index is None else index.numel() * ceil_div(S, tiles.BT)
     splits, width = column_split(n_tiles, min(S, tiles.BT), d, R, tiles.BD, sms)
     shape = {"d": d, "D": p.A.shape[2], "BR": R, "PRECISION": precision, "BT": tiles.BT, "BD": tiles.BD}
     how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}

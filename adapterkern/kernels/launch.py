@@ -7,6 +7,7 @@ whatever the strides are.
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +21,7 @@ from .tiles import forward_tiles, has_wide_products, hidden_tiles, slice_tiles
 
 def _vector(x: Tensor) -> int:
     """The most elements, up to 16 bytes, that divide a row."""
-    vec, d = 16 // x.element_size(), x.shape[-1]
-    while d % vec:
-        vec //= 2
-    return vec
+    return math.gcd(16 // x.element_size(), x.shape[-1])
 
 
 def _rows(x: Tensor, *, dense: bool) -> Tensor:

@@ -23,18 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import narrow
+from .tiles import ceil_div
 
 COLUMN_ALIGNMENT = 128
 
 
 def padded_adapter_dim(r: int) -> int:
     """r as the kernels see it: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, 1 << (r - 1).bit_length())
 
 
 def padded_hidden_size(d: int) -> int:
     """d as the prepared weights see it: a multiple of every column tile."""
-    return triton.cdiv(d, COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+    return ceil_div(d, COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def prepare(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
         b_up=empty(torch.float32, n, D),
     )
     block = 1024
-    _prepare_kernel[(R + triton.cdiv(D * R, block), n)](
+    _prepare_kernel[(R + ceil_div(D * R, block), n)](
         *(w.contiguous() for w in weights), out.A, out.a_sum, out.c, out.w_up, out.b_up,
         d=d, r=r, D=D, R=R, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,177 @@
+"""The adapter itself: forward, backward and both, against what PyTorch users write.
+
+The floor is 2 units of T·d·(bytes per element) forward (read x, write y) and 3 backward (read x and dy, write dx).
+FLOPs are those of the products: two forward and four backward, 2·T·d·r each. Parameters are fp32 but for the pure-dtype
+variants. The error of a variant is its worst, over y and all seven gradients, against autograd in fp64.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+
+import adapterkern as ak
+from adapterkern.reference import Weights, adapter_eager
+from bench.cases import Case, Variant, error_budget, relative_error
+from bench.measure import kept_for_backward
+
+PASSES = {"forward": (2, 4), "backward": (3, 8), "both": (5, 12)}  # units of floor traffic, products' FLOPs / (T·d·r)
+ADAPTERS = 4  # in a grouped case
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """A main shape in every pass, then T, r, d and dtype varied one at a time."""
+    gpu = device.type == "cuda"
+    main = (8192 if gpu else 2048, 4096, 64, "bfloat16")
+    T, d, r, dtype = main
+    made = [_case(*main, pass_) for pass_ in (PASSES if gpu or not quick else ("both",))]
+    if quick:
+        return [*made, _case(256, 1024, 64, dtype, "both")]
+    passes = ("forward", "backward") if gpu else ("both",)
+    for pass_ in passes:
+        made += [_case(t, d, r, dtype, pass_) for t in ((1, 128, 2048, 32768) if gpu else (256, 1024, 8192))]
+        made += [_case(T, d, rank, dtype, pass_) for rank in (16, 32, 128, 256)[:: 1 if gpu else 3]]
+        made += [_case(T, width, r, dtype, pass_) for width in ((2048, 8192) if gpu else (576,))]
+    made += [_case(T, d, r, "float16" if gpu else "float32", "both")]
+    return [*made, _case(T, d, r, dtype, "both", grouped=True)]
+
+
+def _case(T: int, d: int, r: int, dtype: str, pass_: str, grouped: bool = False) -> Case:
+    units, products = PASSES[pass_]
+    name = f"{pass_}, T={T}, d={d}, r={r}, {dtype}" + (f", {ADAPTERS} adapters mixed" if grouped else "")
+    shape = {"T": T, "d": d, "r": r, "dtype": dtype, "pass": pass_, "grouped": grouped}
+    itemsize = getattr(torch, dtype).itemsize
+    return Case("adapter", name, shape, units * T * d * itemsize, products * T * d * r)
+
+
+def names(case: Case, device: torch.device) -> list[str]:
+    """The variants of a case; the baseline first."""
+    if case.shape["grouped"]:
+        return ["loop over adapters", "ours grouped"]
+    low = ["eager autocast", "eager pure"] if case.shape["dtype"] != "float32" else ["eager"]
+    tuned = ["torch.compile max-autotune", "Liger LayerNorm + linears"] if device.type == "cuda" else []
+    return [*low, "torch.compile", *tuned, "ours", "ours x-free"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute the adapter: a function of x and of these parameters."""
+
+    call: Callable[[Tensor, Weights], Tensor]
+    weights: Weights
+
+
+def build(case: Case, device: torch.device) -> list[Variant]:
+    """Every variant of ``case``, ready to run, its error measured."""
+    torch._functorch.config.donated_buffer = False  # a retained graph is run again
+    torch._dynamo.config.recompile_limit = 64  # past it, torch.compile would quietly run eager code
+    T, d, r, pass_ = (case.shape[k] for k in ("T", "d", "r", "pass"))
+    dtype = getattr(torch, case.shape["dtype"])
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    # On a GPU each call of a round has inputs of its own, more of them than L2 holds.
+    sets = max(2, min(8, 2**30 // (T * d * dtype.itemsize))) if device.type == "cuda" else 1
+    inputs = [(draw(T, d).to(dtype).requires_grad_(), draw(T, d).to(dtype)) for _ in range(sets)]
+    n = (ADAPTERS,) if case.shape["grouped"] else ()
+    sizes = ((d,), (d,), (r, d), (r,), (d, r), (d,))
+    weights = Weights(*(draw(*n, *s).div_(s[-1] ** 0.5).requires_grad_() for s in sizes))
+    index = torch.arange(T, device=device) * ADAPTERS // T if case.shape["grouped"] else None
+
+    ways = _ways(names(case, device), weights, dtype, index)
+    stock = _stock(index)
+    oracle = _results(Way(stock, _cast(weights, torch.float64)), *(t.double() for t in inputs[0]))
+    errors = {name: _errors(way, inputs[0], oracle) for name, way in ways.items()}
+    eager = _errors(Way(stock, _cast(weights, dtype)), inputs[0], oracle)
+    budgets = [error_budget(e, dtype) for e in eager]
+    variants = []
+    for name in names(case, device):
+        if name not in ways:
+            variants.append(Variant(name, missing="liger-kernel is not installed"))
+            continue
+        # the tensor that comes closest to its budget, or is farthest above it
+        error, budget = max(zip(errors[name], budgets, strict=True), key=lambda pair: pair[0] / pair[1])
+        way, x = ways[name], inputs[0][0]
+        kept = kept_for_backward(lambda way=way, x=x: way.call(x, way.weights), way.weights, x)
+        run = _runner(way, inputs, pass_)
+        variants.append(Variant(name, run, error, budget, kept))
+    return variants
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    return Weights(*(w.detach().to(dtype).requires_grad_() for w in weights))
+
+
+def _stock(index: Tensor | None) -> Callable[[Tensor, Weights], Tensor]:
+    return lambda x, w: ak.adapter(x, *w, fused=False, index=index)
+
+
+def _ways(wanted: list[str], weights: Weights, dtype: torch.dtype, index: Tensor | None) -> dict[str, Way]:
+    low = _cast(weights, dtype)
+
+    def autocast(function: Callable[[Tensor, Weights], Tensor]) -> Callable[[Tensor, Weights], Tensor]:
+        def call(x: Tensor, w: Weights) -> Tensor:
+            with torch.autocast(x.device.type, dtype):
+                return function(x, w)
+
+        return call
+
+    def compiled(mode: str | None) -> Callable[[Tensor, Weights], Tensor]:
+        return torch.compile(adapter_eager, mode=mode, dynamic=False)
+
+    ways = {
+        "loop over adapters": Way(_stock(index), weights),
+        "ours grouped": Way(lambda x, w: ak.adapter(x, *w, index=index), weights),
+        "eager": Way(adapter_eager, weights),
+        "eager autocast": Way(autocast(adapter_eager), weights),
+        "eager pure": Way(adapter_eager, low),
+        "torch.compile": Way(compiled(None), low),
+        # without CUDA graphs, which would hide the host's time that the others are spared in another way
+        "torch.compile max-autotune": Way(compiled("max-autotune-no-cudagraphs"), low),
+        "ours": Way(lambda x, w: ak.adapter(x, *w), weights),
+        "ours x-free": Way(lambda x, w: ak.adapter(x, *w, x_free=True), weights),
+    }
+    if importlib.util.find_spec("liger_kernel"):
+        ways["Liger LayerNorm + linears"] = Way(_liger, low)
+    return {name: ways[name] for name in wanted if name in ways}
+
+
+def _liger(x: Tensor, w: Weights) -> Tensor:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    normed = LigerLayerNormFunction.apply(x, w.norm_weight, w.norm_bias, 1e-5)
+    return x + F.linear(F.silu(F.linear(normed, w.down_weight, w.down_bias)), w.up_weight, w.up_bias)
+
+
+def _results(way: Way, x: Tensor, dy: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = way.call(x, way.weights)
+    return [y, *torch.autograd.grad(y, [x, *way.weights], dy)]
+
+
+def _errors(way: Way, inputs: tuple[Tensor, Tensor], oracle: list[Tensor]) -> list[float]:
+    return [relative_error(got, e) for got, e in zip(_results(way, *inputs), oracle, strict=True)]
+
+
+def _runner(way: Way, inputs: list[tuple[Tensor, Tensor]], pass_: str) -> Callable[[], object]:
+    if pass_ == "forward":
+        turn = itertools.cycle(inputs)
+        return lambda: way.call(next(turn)[0], way.weights)
+    if pass_ == "both":
+        turn = itertools.cycle(inputs)
+        return lambda: _results(way, *next(turn))
+    graphs = itertools.cycle([(way.call(x, way.weights), x, dy) for x, dy in inputs])
+
+    def backward() -> object:
+        y, x, dy = next(graphs)
+        return torch.autograd.grad(y, [x, *way.weights], dy, retain_graph=True)
+
+    return backward

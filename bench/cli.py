@@ -1,0 +1,102 @@
+"""The command line of the bench, see ``python -m bench --help``."""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
+EPILOG = """
+  python -m bench report A.json [B.json]   the tables of a saved run, or two runs compared
+  python -m bench readme                   write README's performance section from the newest results
+  python -m bench traffic|aot OPTIONS      one of the two alone, with options of its own
+  python -m bench sweep                    block sizes, timed on a GPU
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Do what the arguments say; returns the exit status."""
+    if argv[:1] == ["report"]:
+        return _report(argv[1:])
+    if argv[:1] == ["readme"]:
+        return _readme()
+    if argv[:1] == ["sweep"]:
+        return _alone(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure.", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: under two minutes on two cores")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name has this in it")
+    parser.add_argument("--device", help="cpu or cuda; default cuda where there is one")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default all")
+    parser.add_argument("--json", type=Path, help="where to save; default bench/results for a whole run")
+    parser.add_argument("--baseline", metavar="VARIANT", help="the tables' denominator; default eager under autocast")
+    parser.add_argument("--peer-python", help="the interpreter of an environment made from bench/peers/adapters.txt")
+    args, others = parser.parse_known_args(argv)
+    if others and args.parts in (["traffic"], ["aot"]):
+        return _alone(argv)
+    unknown = [*others, *(p for p in args.parts if p not in PARTS)]
+    if unknown:
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {' '.join(unknown)}")
+    return _measure(args)
+
+
+def _alone(argv: list[str]) -> int:
+    os.environ["TRITON_INTERPRET"] = str(int(argv[0] == "traffic"))  # before Triton is imported
+    importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    # Before torch is imported: a fixed number of threads, each bound to a core. What runs in a process of its own is
+    # told the cores, since a child inherits the one that its parent is bound to.
+    os.environ["BENCH_CORES"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(args.threads)
+    os.environ["OMP_PROC_BIND"] = "true"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+    import torch
+
+    from bench import engine, plots, report
+
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    whole = not (args.parts or args.quick or args.only)
+    path = args.json or engine.result_path(device, whole)
+    options = engine.Options(tuple(args.parts or PARTS), device, args.quick, path, args.peer_python, args.only)
+    status = int(engine.run(options))
+    if not path.exists():
+        return status or 1
+    run = report.load(path)
+    print(report.render(run, args.baseline))
+    plots.draw(run, path.parent / "plots")
+    print(f"{path}, plots in {path.parent / 'plots'}", file=sys.stderr)
+    return status
+
+
+def _report(argv: list[str]) -> int:
+    from bench import plots, report
+
+    parser = argparse.ArgumentParser(prog="python -m bench report")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("other", type=Path, nargs="?")
+    parser.add_argument("--baseline", metavar="VARIANT")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the first run's plots there")
+    args = parser.parse_args(argv)
+    run = report.load(args.run)
+    print(report.compare(run, report.load(args.other)) if args.other else report.render(run, args.baseline))
+    if args.plots:
+        plots.draw(run, args.plots)
+    return 0
+
+
+def _readme() -> int:
+    from bench import report
+
+    path = report.RESULTS.parent.parent / "README.md"
+    path.write_text(report.update_readme(path.read_text(), report.readme_section(report.newest())))
+    return 0

@@ -1,0 +1,226 @@
+"""How it is measured.
+
+Variants take turns inside one process, in an order that rotates from round to round: whatever the machine does
+meanwhile meets all of them, and a ratio is the median over rounds of the ratio within one round. A plain copy of the
+case's floor bytes is one of the variants, so "% of copy bandwidth" comes from the same rounds too.
+
+On a GPU a round's time is device time between two events around a few calls, each on inputs of its own; L2 is written
+over before, and a spin kernel in front keeps the GPU busy until everything is queued, so that the host's cost to launch
+does not count. Cases marked ``wall`` (training steps) count it: there the host's clock runs until the device is done.
+On a CPU the host's clock is all there is, with a fixed number of threads.
+"""
+
+import gc
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bench.cases import COPY, Case, Variant
+
+CALLS = 8  # of one variant in a round, on a GPU
+Timer = Callable[[Callable[[], object]], float]
+_VIEWS_OF_GPU = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+
+
+def timer(device: torch.device, wall: bool) -> Timer:
+    """A function that runs its argument once and returns seconds."""
+    if device.type == "cpu":
+        return _host_time
+    return _synchronised_time if wall else _event_timer(device)
+
+
+def _host_time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _synchronised_time(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _event_timer(device: torch.device) -> Timer:
+    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def timed(run: Callable[[], object]) -> float:
+        torch.cuda._sleep(4_000_000)  # some 2 ms, in which the host queues the calls
+        flush.zero_()
+        begin.record()
+        for _ in range(CALLS):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / CALLS
+
+    return timed
+
+
+def copy_variant(nbytes: int, device: torch.device) -> Variant:
+    """Reads half of ``nbytes`` and writes the other half."""
+    source = torch.ones(nbytes // 2, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return Variant(COPY, lambda: target.copy_(source))
+
+
+def interleave(
+    case: Case, variants: Sequence[Variant], device: torch.device, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, as many rounds as fit into ``seconds``, between 5 and ``rounds``."""
+    measured = timer(device, case.wall)
+    clocks: dict[str, Callable[[], float]] = {}
+    for v in variants:
+        if v.run is not None or v.clock is not None:
+            clocks[v.name] = v.clock or (lambda run=v.run: measured(run))
+    spent = sum(_warm_up(clock, seconds / 4 / len(clocks)) for clock in clocks.values())
+    times: dict[str, list[float]] = {name: [] for name in clocks}
+    order = list(clocks)
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter() - spent
+        for done in range(rounds):
+            if done >= 5 and time.perf_counter() - start > seconds:
+                break
+            for name in order:
+                times[name].append(clocks[name]())
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
+    return times
+
+
+def _warm_up(clock: Callable[[], float], seconds: float) -> float:
+    """Run until three times in a row lie within 10 % of each other, at least three times; returns what it took."""
+    start, last = time.perf_counter(), []
+    for count in itertools.count(1):
+        last = [*last[-2:], clock()]
+        stable = count >= 3 and max(last) < 1.1 * min(last)
+        if stable or (count >= 3 and time.perf_counter() - start > seconds):
+            return time.perf_counter() - start
+    raise AssertionError
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most memory that one call held at once above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    events = _profile(run, torch.profiler.ProfilerActivity.CPU, memory=True)
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def host_seconds(run: Callable[[], object], device: torch.device) -> float | None:
+    """What the host spends to issue one call on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)  # so that no call waits for room in the queue, or finds its result ready
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        run()
+    took = (time.perf_counter() - start) / CALLS
+    torch.cuda.synchronize()
+    return took
+
+
+def launches(run: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels, copies and fills that one call puts on the GPU; None on a CPU, which has no launches."""
+    if device.type != "cuda":
+        return None
+    events = _profile(run, torch.profiler.ProfilerActivity.CUDA)
+    return sum(e.device_type() == torch.autograd.DeviceType.CUDA for e in events)
+
+
+def _profile(run: Callable[[], object], activity: torch.profiler.ProfilerActivity, memory: bool = False) -> Any:
+    with torch.profiler.profile(activities=[activity], profile_memory=memory) as profiler:
+        run()
+        if activity == torch.profiler.ProfilerActivity.CUDA:
+            torch.cuda.synchronize()
+    return profiler.profiler.kineto_results.events()
+
+
+def kept_for_backward(
+    forward: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor | None = None
+) -> dict[str, int]:
+    """What the graph of ``forward`` keeps for its backward, in bytes, the parameters apart.
+
+    ``kept_bytes``: every storage that it saved, each once. ``own_bytes``: without x and the output, which the model
+    around may keep anyway; on a GPU this is the allocator's figure.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward()  # alive until the end, so that no address is used twice
+    allocated = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else 0
+    for t in parameters:
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    around = {t.untyped_storage().data_ptr() for t in (x, y) if t is not None}
+    own = sum(nbytes for address, nbytes in kept.items() if address not in around)
+    return {"kept_bytes": sum(kept.values()), "own_bytes": allocated - y.nbytes if y.is_cuda else own}
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, middle, high
+
+
+def paired_ratio(times: Sequence[float], to: Sequence[float]) -> float:
+    """The median over rounds of times / to."""
+    return statistics.median(a / b for a, b in zip(times, to, strict=True))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as file:
+        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "cpu"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader must know of the machine to judge a time: device, clocks, threads, load, versions."""
+    about: dict[str, Any] = {
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "liger_kernel")},
+        "cuda": torch.version.cuda,
+    }
+    if device.type == "cuda":
+        query = ["nvidia-smi", f"--query-gpu={_VIEWS_OF_GPU}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        about["gpu"] = dict(zip(_VIEWS_OF_GPU.split(","), shown, strict=True))
+    else:
+        with open("/proc/cpuinfo") as file:
+            about["clock_mhz"] = [float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")]
+    return about
+
+
+def _version(name: str) -> str | None:
+    try:
+        return getattr(__import__(name), "__version__", "installed")
+    except ModuleNotFoundError:
+        return None

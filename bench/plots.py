@@ -1,0 +1,216 @@
+"""Pictures of a saved run, as PNG and SVG.
+
+The background is transparent and the ink a grey of middling lightness, so that a picture reads on a light page and on
+a dark one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.cases import COPY
+from bench.report import Entry, Run, quartiles
+
+INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on GitHub's dark
+COLOURS = ("#3b82d6", "#e0861a", "#27a376", "#9a7ae0", "#d4569a", "#b59a1c", "#5fa8b8")
+OURS = "#e5484d"
+STYLE = {
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10,
+    "svg.fonttype": "none", "svg.hashsalt": "bench",
+}  # fmt: skip
+
+
+def draw(run: Run, folder: Path) -> list[Path]:
+    """Draw whatever the run has figures for; returns the PNGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with mpl.rc_context(STYLE):
+        for name, picture in PICTURES.items():
+            figure = picture(run)
+            if figure is None:
+                continue
+            figure.suptitle(_device(run), fontsize=9)
+            for suffix in ("svg", "png"):
+                figure.savefig(folder / f"{name}.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else {})
+            written.append(folder / f"{name}.png")
+    return written
+
+
+def _device(run: Run) -> str:
+    m = run.machine
+    return f"{m['device']}" + ("" if m["cuda"] else f", {m['threads']} threads") + f", torch {m['versions']['torch']}"
+
+
+def _cases(run: Run, part: str, **fixed: Any) -> list[tuple[dict[str, Any], list[Entry]]]:
+    """Shape and valid entries of the part's cases whose shape has these values."""
+    found = []
+    for (p, _), entries in run.groups.items():
+        shape = entries[0].info["case"]["shape"]
+        if p == part and all(shape[k] == v for k, v in fixed.items()):
+            found.append((entries[0].info["case"], [e for e in entries if e.valid]))
+    return found
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each variant: ours red, in lighter shades from the second on."""
+    chosen, rest = {}, iter(COLOURS * 2)
+    ours = [n for n in names if n.startswith("ours")]
+    for name in names:
+        chosen[name] = (OURS, "#f2908f", "#f7bcb0")[ours.index(name)] if name in ours else next(rest)
+    return chosen
+
+
+def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _bars(axis: Axes, entries: Sequence[Entry], value: Callable[[Entry], float], text: str) -> None:
+    colours = _colours([e.variant for e in entries])
+    places = range(len(entries))
+    values = [value(e) for e in entries]
+    axis.barh(places, values, color=[colours[e.variant] for e in entries])
+    for place, v in zip(places, values, strict=True):
+        axis.annotate(f" {v:{text}}", (v, place), va="center", fontsize=9)
+    axis.set_yticks(places, [e.variant for e in entries])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.18 * max(values))
+
+
+def _time_bars(run: Run, part: str, **fixed: Any) -> Figure | None:
+    """Median times of each case, the quartiles as whiskers, against the copy of the floor's bytes."""
+    cases = _cases(run, part, **fixed)[:3]
+    if not cases:
+        return None
+    figure, axes = _figure(len(cases), 4.6, 3.0)
+    for axis, (case, entries) in zip(axes, cases, strict=True):
+        shown = [e for e in entries if e.variant != COPY]
+        scale, unit = (1e3, "ms") if max(e.median for e in shown) > 1e-3 else (1e6, "µs")
+        _bars(axis, shown, lambda e, scale=scale: e.median * scale, ".3g")
+        for place, e in enumerate(shown):
+            low, _, high = quartiles(e.times)
+            axis.plot([low * scale, high * scale], [place, place], color=INK, linewidth=1.5)
+        floor = next((e for e in entries if e.variant in (COPY, "frozen backbone")), None)
+        if floor is not None:
+            what = "copy of the floor's bytes" if floor.variant == COPY else floor.variant
+            axis.axvline(floor.median * scale, color=INK, linestyle="--", linewidth=1.2, label=what)
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 1.0), fontsize=8)
+        axis.set_xlabel(f"median time, {unit}")
+        title = case["name"].replace(": ", "\n").replace(", adapters", "\nadapters").replace(", every", "\nevery")
+        axis.set_title(title, fontsize=9, loc="left", pad=18)
+    return figure
+
+
+def adapter(run: Run) -> Figure | None:
+    main = _cases(run, "adapter")
+    if not main:
+        return None
+    shape = {k: main[0][0]["shape"][k] for k in ("T", "d", "r", "dtype", "grouped")}
+    return _time_bars(run, "adapter", **shape)
+
+
+def scaling(run: Run) -> Figure | None:
+    """Time against T and against r, both axes logarithmic."""
+    cases = _cases(run, "adapter", grouped=False)
+    if not cases:
+        return None
+    main = next((c["shape"] for c, _ in cases if c["shape"]["pass"] == "both"), cases[0][0]["shape"])
+    passes = sorted({c["shape"]["pass"] for c, _ in cases}, key=["both", "forward", "backward"].index)
+    series = []
+    for key in ("T", "r"):
+        for pass_ in passes:
+            fixed = {k: main[k] for k in ("T", "d", "r", "dtype") if k != key}
+            points = _cases(run, "adapter", **fixed, **{"pass": pass_, "grouped": False})
+            points.sort(key=lambda p: p[0]["shape"][key])
+            if len(points) > 1:
+                series.append((key, pass_, fixed, points))
+    if not series:
+        return None
+    names = list(dict.fromkeys(e.variant for *_, points in series for _, entries in points for e in entries))
+    colours = _colours([n for n in names if n != COPY]) | {COPY: INK}
+    figure, axes = _figure(len(series), 4.6, 3.8)
+    for axis, (key, pass_, fixed, points) in zip(axes, series, strict=True):
+        for name in names:
+            line = [(c["shape"][key], e.median * 1e3) for c, entries in points for e in entries if e.variant == name]
+            label = "copy of the floor's bytes" if name == COPY else name
+            style = {"linestyle": "--"} if name == COPY else {"marker": "o", "markersize": 4}
+            if line:
+                axis.plot(*zip(*line, strict=True), color=colours[name], label=label, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks([c["shape"][key] for c, _ in points], [str(c["shape"][key]) for c, _ in points])
+        axis.set_xlabel({"T": "rows T", "r": "adapter_dim r"}[key])
+        axis.set_ylabel("median time, ms")
+        axis.set_title(f"{pass_}, " + ", ".join(f"{k}={v}" for k, v in fixed.items()), fontsize=9, loc="left")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def roofline(run: Run) -> Figure | None:
+    """FLOPs a second against FLOPs a byte, under the measured copy bandwidth."""
+    cases = [(c, e) for c, e in _cases(run, "adapter", grouped=False) if any(x.variant == COPY for x in e)]
+    if not cases:
+        return None
+    figure, (axis,) = _figure(1, 6.4, 4.2)
+    names = list(dict.fromkeys(e.variant for _, entries in cases for e in entries if e.variant != COPY))
+    colours = _colours(names)
+    intensities = [c["flops"] / c["floor_bytes"] for c, _ in cases]
+    bandwidth = max(c["floor_bytes"] / e.median for c, entries in cases for e in entries if e.variant == COPY)
+    ends = [min(intensities) / 2, max(intensities) * 2]
+    roof = f"measured copy, {bandwidth / 1e9:.3g} GB/s"
+    axis.plot(ends, [bandwidth * i / 1e9 for i in ends], color=INK, linestyle="--", label=roof)
+    for name in names:
+        points = [
+            (c["flops"] / c["floor_bytes"], c["flops"] / e.median / 1e9)
+            for c, entries in cases
+            for e in entries
+            if e.variant == name
+        ]
+        axis.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.85, color=colours[name], label=name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("arithmetic intensity, FLOP per byte of the floor")
+    axis.set_ylabel("GFLOP/s")
+    axis.set_title("all adapter cases, each at its own intensity", fontsize=9, loc="left")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def memory(run: Run) -> Figure | None:
+    """What is kept for the backward: by one adapter, and by a whole training step."""
+    counted = run.data["tables"].get("memory")
+    steps = _cases(run, "step")[:2]
+    panels = (counted is not None) + len(steps)
+    if not panels:
+        return None
+    figure, axes = _figure(panels, 4.6, 3.0)
+    if counted is not None:
+        axis = axes.pop(0)
+        rows = [Entry(r["variant"], [], r) for r in counted["rows"]]
+        _bars(axis, rows, lambda e: e.info["kept_units"], ".2f")
+        axis.set_xlabel("kept for the backward, units of x")
+        axis.set_title(f"one adapter, {counted['case']}", fontsize=9, loc="left")
+    for axis, (case, entries) in zip(axes, steps, strict=True):
+        _bars(axis, entries, lambda e: e.info["kept_bytes"] / 2**20, ".0f")
+        axis.set_xlabel("kept for the backward, MiB")
+        axis.set_title(
+            case["name"].replace(", adapters", "\nadapters").replace(", every", "\nevery"), fontsize=9, loc="left"
+        )
+    return figure
+
+
+PICTURES: dict[str, Callable[[Run], Figure | None]] = {
+    "adapter": adapter,
+    "scaling": scaling,
+    "roofline": roofline,
+    "optimizer": lambda run: _time_bars(run, "optimizer"),
+    "step": lambda run: _time_bars(run, "step"),
+    "memory": memory,
+}

@@ -1,0 +1,266 @@
+"""Saved runs as tables: one run, two compared, and README's section.
+
+Ratios are medians over rounds of the ratio within a round. A variant whose error is over its budget shows no speed.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.cases import COPY
+from bench.measure import paired_ratio, quartiles
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# the denominator of a group's ratios, unless --baseline says otherwise: the first of these that it has
+BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
+DASH = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One variant of one case: its rounds in seconds, its figures."""
+
+    variant: str
+    times: list[float]
+    info: dict[str, Any]
+
+    @property
+    def valid(self) -> bool:
+        error, budget = self.info.get("error"), self.info.get("budget")
+        return error is None or budget is None or error <= budget
+
+    @property
+    def median(self) -> float:
+        return quartiles(self.times)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A saved run."""
+
+    path: Path
+    data: dict[str, Any]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        return self.data["machine_info"]
+
+    @property
+    def groups(self) -> dict[tuple[str, str], list[Entry]]:
+        """(part, case) → its variants, in the order in which they were planned."""
+        found: dict[tuple[str, str], list[Entry]] = {}
+        for b in self.data["benchmarks"]:
+            info = b["extra_info"]
+            key = info["case"]["part"], info["case"]["name"]
+            found.setdefault(key, []).append(Entry(info["variant"], b["stats"]["data"], info))
+        return found
+
+    @property
+    def title(self) -> str:
+        m, versions = self.machine, self.machine["versions"]
+        shown = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
+        where = m["device"] if m["cuda"] else f"{m['device']}, {m['threads']} threads"
+        commit = str(self.data["commit_info"].get("id", "unknown"))[:7]
+        quick = ", quick" if m["quick"] else ""
+        return f"{where}; {shown}; commit {commit}, {self.data['datetime'][:10]}{quick}"
+
+
+def load(path: Path) -> Run:
+    return Run(path, json.loads(path.read_text()))
+
+
+def newest(folder: Path = RESULTS) -> list[Run]:
+    """The newest run of each device."""
+    runs: dict[str, Run] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        run = load(path)
+        known = runs.get(path.parent.name)
+        if known is None or run.data["datetime"] > known.data["datetime"]:
+            runs[path.parent.name] = run
+    return list(runs.values())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown with its columns lined up: the first to the left, the others to the right."""
+    rows = [list(head), *map(list, rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def baseline_of(entries: Sequence[Entry], wanted: str | None) -> Entry:
+    by_name = {e.variant: e for e in entries}
+    for name in (wanted, *BASELINES):
+        if name in by_name:
+            return by_name[name]
+    return entries[0]
+
+
+def seconds(value: float) -> str:
+    """With a unit, three digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale or unit == "µs":
+            return f"{value / scale:.3g} {unit}" if value < 100 * scale else f"{value / scale:.0f} {unit}"
+    raise AssertionError
+
+
+def _times(e: Entry) -> list[str]:
+    if not e.valid:
+        return ["error over budget", DASH]
+    low, middle, high = quartiles(e.times)
+    return [seconds(middle), f"±{100 * (high - low) / 2 / middle:.0f} %"]
+
+
+def _mib(nbytes: float | None) -> str:
+    return DASH if nbytes is None else f"{nbytes / 2**20:.1f}"
+
+
+def _error(e: Entry) -> str:
+    return (
+        DASH
+        if e.info["error"] is None
+        else f"{e.info['error']:.1e} ≤ {e.info['budget']:.1e}".replace("≤", "≤" if e.valid else ">")
+    )
+
+
+def kernel_table(entries: Sequence[Entry], baseline: str | None) -> str:
+    """The adapter and optimizer parts' table of one case."""
+    base = baseline_of(entries, baseline)
+    floor = next((e for e in entries if e.variant == COPY), None)
+    rows = []
+    for e in entries:
+        ratio = gbs = of_copy = DASH
+        if e.valid:
+            ratio = f"{paired_ratio(e.times, base.times):.2f}"
+            gbs = f"{e.info['case']['floor_bytes'] / e.median / 1e9:.1f}"
+            of_copy = f"{100 * paired_ratio(floor.times, e.times):.0f}" if floor else DASH
+        launches = e.info.get("launches")
+        more = [_mib(e.info.get("peak_bytes")), DASH if launches is None else str(launches), _error(e)]
+        rows.append([e.variant, *_times(e), ratio, gbs, of_copy, *more])
+    head = ["", "median", "spread", f"× {base.variant}", "GB/s of floor", "% of copy", "peak MiB", "launches"]
+    return table([*head, "error ≤ budget"], rows)
+
+
+def step_table(entries: Sequence[Entry], baseline: str | None) -> str:
+    """The step part's table of one case; the tax is against the frozen backbone unless ``baseline`` says otherwise."""
+    base = baseline_of(entries, baseline)
+    rows = []
+    for e in entries:
+        tax = rate = DASH
+        if e.valid:
+            tax = f"{100 * (paired_ratio(e.times, base.times) - 1):+.1f} %"
+            rate = f"{e.info['tokens'] / e.median:.0f}"
+        trainable = f"{e.info['trainable']:,}"
+        more = [trainable, _mib(e.info["kept_bytes"]), _mib(e.info.get("peak_bytes")), _error(e)]
+        rows.append([e.variant, *_times(e), rate, tax, *more])
+    head = ["", "step", "spread", "tokens/s", f"over {base.variant}", "trainable", "kept for backward MiB", "peak MiB"]
+    return table([*head, "difference ≤ budget"], rows)
+
+
+def memory_table(counted: dict[str, Any]) -> str:
+    rows = [[r["variant"], f"{r['kept_units']:.2f}", f"{r['own_units']:.2f}", _mib(r["own_bytes"])]
+            for r in counted["rows"]]  # fmt: skip
+    return table([counted["case"], "kept, units of x", "without x and y", "MiB"], rows)
+
+
+def traffic_table(counted: dict[str, Any]) -> str:
+    rows = []
+    for r in counted["rows"]:
+        floor = {"forward": 2, "backward": 3}.get(next((w for w in r["name"].split() if w.endswith("ward")), ""))
+        over = f"{r['activations'] / floor:.2f}" if floor else DASH
+        rows.append([r["name"], *(f"{r[k]:.2f}" for k in ("activations", "weights", "rows")), str(r["launches"]), over])
+    head = [f"T={counted['T']}, d={counted['d']}, r={counted['r']}, bf16", "activations", "weights", "rows"]
+    return table([*head, "launches", "× floor"], rows)
+
+
+def aot_table(counted: dict[str, Any]) -> str:
+    keys = ("registers", "stack", "shared", "warps", "wgmma", "mma", "cp_async")
+    head = [f"triton {counted['triton']}", "r", "d", "sm", *(k.replace("_", ".") for k in keys)]
+    return table(
+        head,
+        [[r["kernel"], str(r["r"]), str(r["d"]), str(r["sm"]), *(str(r[k]) for k in keys)] for r in counted["rows"]],
+    )
+
+
+COUNTED = {"memory": memory_table, "traffic": traffic_table, "aot": aot_table}
+TITLES = {
+    "adapter": "The adapter",
+    "optimizer": "Clipped AdamW",
+    "step": "A training step",
+    "memory": "Kept for the backward by one adapter",
+    "traffic": "Memory traffic, in units of T·d·(bytes per element)",
+    "aot": "Compiled ahead of time, bf16",
+}
+
+
+def sections(run: Run, baseline: str | None = None) -> list[tuple[str, str, str]]:
+    """(part, heading, table) of everything in a run."""
+    found = []
+    for (part, case), entries in run.groups.items():
+        show = step_table if part == "step" else kernel_table
+        found.append((part, case, show(entries, baseline)))
+    return found + [(part, TITLES[part], COUNTED[part](counted)) for part, counted in run.data["tables"].items()]
+
+
+def render(run: Run, baseline: str | None = None) -> str:
+    """All of a run's tables."""
+    parts = [f"# {run.title}"]
+    parts += [f"## {TITLES[part]}: {name}\n\n{text}" if name != TITLES[part] else f"## {name}\n\n{text}"
+              for part, name, text in sections(run, baseline)]  # fmt: skip
+    missing = {f"{m['variant']}: {m['reason']}" for m in run.data["missing"]}
+    parts += [f"Not measured: {'; '.join(sorted(missing))}."] * bool(missing)
+    return "\n\n".join(parts) + "\n"
+
+
+def compare(old: Run, new: Run) -> str:
+    """Medians of both runs, case by case. Their rounds are no pairs, so small differences mean little."""
+    before = {key: {e.variant: e for e in entries} for key, entries in old.groups.items()}
+    rows = []
+    for key, entries in new.groups.items():
+        for e in entries:
+            was = before.get(key, {}).get(e.variant)
+            if was is None:
+                continue
+            both = e.valid and was.valid
+            change = f"{e.median / was.median:.2f}" if both else DASH
+            rows.append([f"{key[0]}: {key[1]}: {e.variant}", _times(was)[0], _times(e)[0], change])
+    note = "" if old.machine["device"] == new.machine["device"] else "\nDifferent devices.\n"
+    return f"A: {old.title}\nB: {new.title}\n{note}\n{table(['', 'A', 'B', 'B / A'], rows)}\n"
+
+
+def readme_section(runs: Sequence[Run]) -> str:
+    """What stands between README's markers: of each device's newest run every training step, the main adapter case,
+    the first optimizer case, and the counted tables folded away."""
+    parts = []
+    for run in runs:
+        parts.append(f"**{run.title}** ([all figures]({run.path.relative_to(RESULTS.parent.parent)}))")
+        open_, folded = [], []
+        seen = set()
+        for part, name, text in sections(run):
+            wanted = part == "step" or part not in seen and (part != "adapter" or name.startswith("both"))
+            if wanted:
+                seen.add(part)
+                title = TITLES[part] if part in COUNTED else f"{TITLES[part]}: {name}"
+                (folded if part in COUNTED else open_).append(f"{title}\n\n{text}")
+        parts += sorted(open_, key=lambda text: not text.startswith(TITLES["step"]))
+        parts += [f"<details><summary>{t.replace(chr(10), '</summary>' + chr(10), 1)}\n\n</details>" for t in folded]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def update_readme(text: str, section: str) -> str:
+    """``text`` with what stands between the markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README: expected the markers {BEGIN} and {END}, found {text.count('<!-- bench')} of them")
+    return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]

@@ -1,0 +1,205 @@
+"""A whole training step: what adapters cost beside the frozen backbone, and what the alternatives cost.
+
+The adapter tax is a variant's step over the frozen backbone's, which runs backward to the same depth: from the loss to
+the output of the first adapted layer. LoRA (PEFT) stands on every projection of the adapted layers, at the rank whose
+count of parameters comes closest. AdapterHub's library runs in an environment and a process of its own and takes its
+turn in the same rounds.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import adapterkern as ak
+from bench.cases import Case, Variant, relative_error
+from bench.llama_step import Step, StepSpec, make_llama
+from bench.measure import kept_for_backward
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary
+SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
+LLAMA_1B = (2048, 8192, 16, 32, 8, 128256)
+LLAMA_7B = (4096, 11008, 32, 32, 32, 32000)
+LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FROZEN, EAGER, OURS, CACHED, LORA, HUB = (
+    "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "PEFT LoRA", "AdapterHub adapters",
+)  # fmt: skip
+# fp32 gradients of the same function, summed in another order; bf16 ones rounded at other places.
+BUDGETS = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """On a CPU the first 8 layers of SmolLM2-135M's shape; on a GPU what fits of four LLaMAs."""
+    if device.type == "cpu":
+        shape = (*SMOLLM2[:2], 8, *SMOLLM2[3:])
+        batch = (4, 48) if quick else (16, 48)
+        late = _case("SmolLM2-135M, first 8 layers, adapters on the last 3", shape, (5, 6, 7), batch, device)
+        if quick:
+            return [late]
+        return [late, _case("SmolLM2-135M, first 8 layers, every 2nd adapted", shape, (1, 3, 5, 7), batch, device)]
+    free = torch.cuda.mem_get_info(device)[0]
+    models = {"SmolLM2-135M": SMOLLM2, "LLaMA-1B": LLAMA_1B, "LLaMA-7B": LLAMA_7B, "LLaMA-8B": LLAMA_8B}
+    made = []
+    for name, shape in models.items():
+        sites = tuple(range(1, shape[2], 2))
+        case = _case(f"{name}, every 2nd layer adapted", shape, sites, (4, 1024), device, "bfloat16", classify=False)
+        # weights in bf16, once more for AdapterHub's process, and activations
+        if 2.5 * 2 * _backbone_params(case.shape) < free:
+            made.append(case)
+    return made[:1] if quick else made
+
+
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    sites: tuple[int, ...],
+    batch: tuple[int, int],
+    device: torch.device,
+    dtype: str = "float32",
+    classify: bool = True,
+) -> Case:
+    spec = StepSpec(*shape, sites, 64, *batch, dtype, classify, str(device), torch.get_num_threads())
+    s = dataclasses.asdict(spec)
+    # two FLOPs a weight and token forward, and two more backward above the first adapter
+    layers, head = _backbone_params(s) - 2 * s["vocab_size"] * s["hidden_size"], s["vocab_size"] * s["hidden_size"]
+    above = 1 - (sites[0] + 1) / spec.num_hidden_layers
+    flops = 2 * spec.tokens * (layers * (1 + above) + (0 if classify else 2 * head))
+    return Case("step", f"{name}, {batch[0]}×{batch[1]} tokens, {dtype}", s, flops=int(flops), wall=True)
+
+
+def _backbone_params(s: Any) -> int:
+    d, kv = s["hidden_size"], s["hidden_size"] * s["num_key_value_heads"] // s["num_attention_heads"]
+    layer = 2 * d * d + 2 * d * kv + 3 * d * s["intermediate_size"] + 2 * d
+    return s["num_hidden_layers"] * layer + 2 * s["vocab_size"] * d
+
+
+def names(case: Case, device: torch.device) -> list[str]:
+    return [FROZEN, EAGER, OURS, CACHED, LORA, HUB]
+
+
+def build(case: Case, device: torch.device, peer_python: str | None) -> list[Variant]:
+    """Every variant over one backbone: PEFT's copy of the modules shares its weights."""
+    spec = StepSpec(**case.shape)
+    llama = make_llama(spec)
+    shared = {id(p): p for p in llama.parameters()}
+    lora_llama = copy.deepcopy(llama, shared)  # before our wrapper changes the layers
+    sites = ak.AdapterConfig(adapter_dim=spec.adapter_dim, layers=spec.sites, init="xavier")
+    model = ak.LlamaAdapter(llama, sites)
+    model.add_adapter("eager", sites)
+    model.adapters["eager"].load_state_dict(model.adapters["default"].state_dict())
+
+    def forward(adapter: str, fused: bool) -> Callable[[Tensor], Tensor]:
+        def hidden_states(ids: Tensor) -> Tensor:
+            model.set_adapter(adapter)
+            model.fused = fused
+            return model.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+        return hidden_states
+
+    def frozen(ids: Tensor) -> Tensor:
+        with model.disable_adapter(), _gradient_from(model.layers[spec.sites[0]]):
+            return model.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    ours, eager = (model.adapter_parameters(name) for name in ("default", "eager"))
+    steps = {
+        FROZEN: Step(spec, llama, frozen, []),
+        EAGER: Step(spec, llama, forward("eager", False), eager),
+        OURS: Step(spec, llama, forward("default", True), ours, _clipped_adamw),
+        CACHED: Step(spec, llama, lambda ids: model.run_suffix(prefix.to(device)), ours, _clipped_adamw),
+    }
+    prefix = model.run_prefix(steps[OURS].input_ids).cpu()  # where training keeps it
+    reference = _gradients(steps[EAGER])
+    variants = []
+    for name, step in steps.items():
+        model.set_adapter("default")
+        error = None if name in (FROZEN, EAGER) else relative_error(_gradients(step), reference)
+        variants.append(_variant(name, step, error, spec))
+    return [*variants, _lora(spec, lora_llama), _adapterhub(spec, peer_python)]
+
+
+def _clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
+    return ak.ClippedAdamW(parameters, lr=1e-4, max_norm=1.0).step
+
+
+@contextlib.contextmanager
+def _gradient_from(layer: torch.nn.Module) -> Iterator[None]:
+    """The backward runs down to this layer's output, as if an adapter stood there, and no further."""
+    hook = layer.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _gradients(step: Step) -> Tensor:
+    """All gradients of one backward, the head's included, end to end."""
+    step.loss().backward()
+    flat = torch.cat([p.grad.flatten() for p in step.trained])  # type: ignore[union-attr]
+    for p in step.trained:
+        p.grad = None
+    return flat
+
+
+def _variant(name: str, step: Step, error: float | None, spec: StepSpec) -> Variant:
+    info = {
+        "tokens": spec.tokens,
+        "trainable": sum(p.numel() for p in step.parameters),
+        **kept_for_backward(step.loss, [*step.llama.parameters(), *step.trained]),
+    }
+    return Variant(name, step, error, None if error is None else BUDGETS[spec.dtype], info)
+
+
+def _lora(spec: StepSpec, llama: Any) -> Variant:
+    if importlib.util.find_spec("peft") is None:
+        return Variant(LORA, missing="peft is not installed")
+    import peft
+
+    wanted = ak.modules.adapter_num_params(spec.hidden_size, spec.adapter_dim)
+    layer = llama.model.layers[0]
+    per_rank = sum(
+        m.in_features + m.out_features for name, m in layer.named_modules() if name.split(".")[-1] in PROJECTIONS
+    )
+    rank = max(1, round(wanted / per_rank))
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS), layers_to_transform=list(spec.sites)
+    )
+    lora: Any = peft.get_peft_model(llama, config)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    step = Step(spec, llama, lambda ids: llama.model(input_ids=ids, use_cache=False).last_hidden_state, trained)
+    variant = _variant(LORA, step, None, spec)
+    variant.info["rank"] = rank
+    return variant
+
+
+def _adapterhub(spec: StepSpec, python: str | None) -> Variant:
+    if python is None:
+        return Variant(HUB, missing="no --peer-python: see bench/peers/adapters.txt")
+    command = [python, "-m", "bench.peers.adapterhub", json.dumps(dataclasses.asdict(spec))]
+    root = Path(__file__).parent.parent
+    worker = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    requests, replies = worker.stdin, worker.stdout
+    first = replies.readline()
+    if not first:
+        raise RuntimeError(f"{python} -m bench.peers.adapterhub ended with {worker.wait()} before its first step")
+
+    def clock() -> float:
+        requests.write("\n")
+        requests.flush()
+        return float(replies.readline())
+
+    def close() -> None:
+        requests.close()
+        worker.wait()
+
+    return Variant(HUB, info={"tokens": spec.tokens} | json.loads(first), clock=clock, close=close)

@@ -1,0 +1,60 @@
+"""The tables that count rather than time: traffic and ahead-of-time compilation (processes of their own, for Triton
+either interprets or compiles in one), and what the adapter keeps for its backward."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import adapter_part
+
+ROOT = Path(__file__).parent.parent
+
+
+def _in_process(part: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        call = f"from bench.{part} import main; main({[*arguments, '--json', str(path)]!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", call], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"bench.{part} {arguments} failed:\n{done.stderr}")
+        return json.loads(path.read_text())
+
+
+def traffic(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Bytes of ours, counted in the interpreter, and of eager PyTorch."""
+    return _in_process("traffic", ["-d", "1024"] if quick else [], {"TRITON_INTERPRET": "1"})
+
+
+def aot(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Registers, shared memory and tensor-core instructions of every kernel."""
+    sms = ["90"] if quick else ["80", "90", "100"]
+    return _in_process("aot", ["-d", "4096", "-r", "64", "--sm", *sms], {"TRITON_INTERPRET": "0"})
+
+
+def memory(device: torch.device, quick: bool) -> dict[str, Any]:
+    """What one adapter keeps for its backward, at the main shape of the adapter part."""
+    case = adapter_part.cases(device, quick)[0]
+    unit = case.shape["T"] * case.shape["d"] * getattr(torch, case.shape["dtype"]).itemsize
+    rows = [
+        {
+            "variant": v.name,
+            **v.info,
+            "kept_units": v.info["kept_bytes"] / unit,
+            "own_units": v.info["own_bytes"] / unit,
+        }
+        for v in adapter_part.build(case, device)
+        if not v.missing
+    ]
+    return {"case": case.name.split(", ", 1)[1], "rows": rows}
+
+
+COUNTED: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {"traffic": traffic, "aot": aot, "memory": memory}

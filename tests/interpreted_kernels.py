@@ -60,18 +60,20 @@ def check_within_twice_eager(x: Tensor, weights: list[Tensor] | Weights, dy: Ten
 
 
 T, D, R = 70, 136, 20
+# Constant and large: without the row shift, ρ = 316 times what fp32 sums of 6e4 leave.
+TABLE = {**DISTRIBUTIONS, "constant 6e4": lambda x: torch.full_like(x, 6e4)}
 # Where a row's deviation is far below the branch, y's rounding hides it and no x̂ can be had from y.
 X_FREE = [name for name in DISTRIBUTIONS if name not in ("constant rows", "zero rows", "tiny variance")]
 
 
 def draw(distribution: str, dtype: torch.dtype) -> tuple[Tensor, Weights, Tensor]:
-    x = DISTRIBUTIONS[distribution](torch.randn(T, D, dtype=torch.float64)).to(dtype)
+    x = TABLE[distribution](torch.randn(T, D, dtype=torch.float64)).to(dtype)
     return x, make_weights(D, R), torch.randn(T, D).to(dtype)
 
 
 @pytest.mark.parametrize("sms", [2, 64], ids=["fused", "split"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", TABLE)
 def test_error_table(distribution: str, dtype: torch.dtype, sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     set_sms(monkeypatch, sms)
     check_within_twice_eager(*draw(distribution, dtype))

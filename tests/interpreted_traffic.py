@@ -6,23 +6,26 @@ from bench.traffic import eager, ours
 
 
 @pytest.mark.parametrize("x_free", [False, True])
-@pytest.mark.parametrize(("d", "r"), [(512, 64), (576, 16)])
+@pytest.mark.parametrize(("d", "r"), [(512, 64), (576, 16), (512, 256)])
 def test_ours(d: int, r: int, x_free: bool) -> None:
     T, itemsize = 128, 2
     preparation, forward, backward = ours(T, d, r, x_free=x_free)
     assert preparation.launches == forward.launches == 1
-    assert backward.launches == 3
+    separate = r >= 256  # G and U in two launches, dy read once more
+    assert backward.launches == 3 + separate
     assert forward.activations == 3.0  # x twice, y
-    assert backward.activations == 4.0  # dy; dy, x, dx
+    assert backward.activations == 4.0 + separate  # dy; dy, x, dx
     # A and W_up once per 64 rows, and the fp32 bias and row sums beside them; W_up once per 64 rows, A once.
     vectors = (4 * (d + 2 * r) / 64) / (d * itemsize)
     padding = -(-d // 128) * 128 / d  # weights are padded to whole column tiles
     assert forward.weights <= 2 * r / 64 * padding + vectors
-    assert backward.weights <= (r / 64 + (2 if x_free else 1) * r / T) * padding + 2 * vectors
+    assert backward.weights <= (r / (32 if separate else 64) + (2 if x_free else 1) * r / T) * padding + 2 * vectors
     # z and two fp32 constants; z, dz, h and four constants, then dz and h once per slice of d.
-    slices = -(-d // 128)
+    slices = -(-d // (64 if separate else 128))
     assert forward.rows == pytest.approx((r * itemsize + 8) / (d * itemsize))
-    assert backward.rows <= ((3 + 2 * slices) * r * itemsize + (2 + 4 * slices) * 4) / (d * itemsize)
+    assert backward.rows <= ((3 + (2 + (separate and x_free)) * slices) * r * itemsize + (2 + 4 * slices) * 4) / (
+        d * itemsize
+    )
     # Parameters read, A and W_up written; partial sums of G and U written, read, and turned into gradients.
     assert preparation.fixed < 2.6 * padding
     assert backward.fixed < 4

@@ -54,12 +54,15 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel, and which of slice_kernel's switches are on."""
+        """The kernel, and which of its switches are on."""
         constants = dict(self.constants)
         marks = ["x-free"] if constants.get("X_FREE") else []
         if self.kernel.fn.__name__ == "slice_kernel":
             marks += [p for p in ("dx", "g", "u") if f"p_{p}" not in constants]
-        return " ".join([self.kernel.fn.__name__.removesuffix("_kernel").lstrip("_"), *marks])
+        name = self.kernel.fn.__name__.removesuffix("_kernel").lstrip("_")
+        if name == "hidden" and "p_dh" not in constants:
+            name = "hidden_finish"  # adds up hidden_partial's products
+        return " ".join([name, *marks])
 
 
 def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -205,6 +208,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("-r", type=int, nargs="+", default=ADAPTER_DIMS)
     parser.add_argument("-d", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--sm", type=int, nargs="+", default=tuple(SHARED_LIMIT))
+    parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args(argv)
 
@@ -213,6 +217,8 @@ def main(argv: list[str]) -> None:
     print("   r     d   sm kernel                  registers stack  shared warps wgmma   mma cp.async")
     for r, d, sm in itertools.product(args.r, args.d, args.sm):
         for launch in variants(d, r, getattr(torch, args.dtype), wide=sm >= 90):
+            if args.kernel not in launch.name:
+                continue
             c = compile_launch(launch, sm)
             rows.append({"r": r, "d": d, "dtype": args.dtype, **asdict(c)})
             numbers = (

@@ -45,7 +45,7 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 @lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's first kernel: the forward's, but where z and an fp32 (64, 256) dz would not both fit."""
-    return Tiles(32, 32, 8, 3) if itemsize == 2 and R == 256 else forward_tiles(itemsize, R, wide)
+    return Tiles(32, 64, 8, 2) if itemsize == 2 and R == 256 else forward_tiles(itemsize, R, wide)
 
 
 @lru_cache

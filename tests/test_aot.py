@@ -9,7 +9,6 @@ from conftest import make_weights
 from adapterkern.kernels import cache, launch
 from bench import aot
 
-
 NO_PRODUCTS = ("prepare", "reduce", "hidden_finish")
 
 

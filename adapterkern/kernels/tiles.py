@@ -44,8 +44,12 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 
 @lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
-    """Tiles of the backward's first kernel: the forward's, but where z and an fp32 (64, 256) dz would not both fit."""
-    return Tiles(32, 64, 8, 2) if itemsize == 2 and R == 256 else forward_tiles(itemsize, R, wide)
+    """Tiles of the backward's first kernel: the forward's, but where z and the fp32 dz would not both stay in registers."""
+    if itemsize == 2 and R == 256:
+        return Tiles(32, 64, 8, 2)
+    if itemsize == 2 and R == 32 and not wide:
+        return Tiles(64, 64, 8, 3)  # with 4 warps ptxas trades 16 bytes of stack for occupancy
+    return forward_tiles(itemsize, R, wide)
 
 
 @lru_cache

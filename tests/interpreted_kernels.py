@@ -250,9 +250,12 @@ def parameters(m: ak.Adapter) -> list[Tensor]:
     return [m.norm.weight, m.norm.bias, m.down.weight, m.down.bias, m.up.weight, m.up.bias]
 
 
-def test_weights_are_prepared_once_an_optimizer_step(preparations: list[torch.dtype]) -> None:
+@pytest.mark.parametrize("kind", [torch.optim.SGD, ak.ClippedAdamW])
+def test_weights_are_prepared_once_an_optimizer_step(
+    kind: type[torch.optim.Optimizer], preparations: list[torch.dtype]
+) -> None:
     module = ak.Adapter(40, 12, init="xavier")
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    optimizer = kind(module.parameters(), lr=1e-3)  # type: ignore[call-arg]
     x = torch.randn(3, 40)
     for step in range(3):
         for _ in range(2):  # gradient accumulation
@@ -294,6 +297,21 @@ def test_a_freed_parameter_s_address_is_no_hit() -> None:
         w = make_weights(40, 12)
         assert relative_error(ak.adapter(x, *w), exact(x, w, x)[0]) < 1e-6
     assert len(cache._entries) <= 2
+
+
+def test_weights_that_a_graph_has_used_are_prepared_at_every_call(
+    preparations: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = ak.Adapter(40, 12, init="xavier"), torch.randn(3, 40)
+    module(x)
+    with monkeypatch.context() as recording:
+        recording.setattr(cache, "_recording", lambda device: True)
+        module(x)
+    version = module.up.bias._version
+    module.up.bias.data.add_(1)  # what a replay does
+    assert module.up.bias._version == version
+    assert relative_error(module(x), exact(x, parameters(module), x)[0]) < 1e-6
+    assert len(preparations) == 3
 
 
 def test_inference_tensors_are_never_kept(preparations: list[torch.dtype]) -> None:

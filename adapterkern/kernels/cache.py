@@ -7,8 +7,9 @@ buffer (DeepSpeed, FSDP), which leave the counter alone. What neither sees is a 
 an optimizer: `clear()` is for that.
 
 An entry belongs to the stream that filled it, as any buffer does that a stream reads without waiting. While a CUDA
-graph is recorded the cache is neither read nor filled: the preparation becomes part of the graph, so that a replay
-uses the weights of its own time, and no buffer of the graph's memory pool outlives the recording.
+graph is recorded the cache is neither read nor filled: the preparation becomes part of the graph, so that a replay uses
+the weights of its own time, and no buffer of the graph's memory pool outlives the recording. Weights that a graph has
+used are prepared at every call from then on, in eager mode too: a replay may change them, and leaves no trace of it.
 """
 
 import sys
@@ -24,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .weights import Prepared, prepare
 
 _entries: dict[tuple[Any, ...], "_Entry"] = {}
+_in_graphs: dict[int, StorageWeakRef] = {}
 _steps = 0
 
 
@@ -43,8 +45,9 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def clear() -> None:
-    """Forget every prepared weight."""
+    """Forget every prepared weight, and which weights graphs have used."""
     _entries.clear()
+    _in_graphs.clear()
 
 
 def _recording(device: torch.device) -> bool:
@@ -61,11 +64,16 @@ def _recording(device: torch.device) -> bool:
 def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
     """`prepare(weights, dtype)`, or what it returned last time if the parameters have not changed since."""
     device = weights[0].device
-    if _recording(device) or any(w.is_inference() for w in weights):  # inference tensors keep no version
+    storages = [w.untyped_storage() for w in weights]
+    down = storages[2]._cdata
+    if _recording(device):
+        _in_graphs[down] = StorageWeakRef(storages[2])
+    if down in _in_graphs and _in_graphs[down].expired():
+        del _in_graphs[down]
+    if down in _in_graphs or any(w.is_inference() for w in weights):  # inference tensors keep no version
         return prepare(weights, dtype)
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (dtype, stream, *(w.data_ptr() for w in weights))
-    storages = [w.untyped_storage() for w in weights]
     state = (_steps, *(s._cdata for s in storages), *(w._version for w in weights), weights[2].shape)
     entry = _entries.get(key)
     # A live weak reference keeps a storage's identity from being given to another.

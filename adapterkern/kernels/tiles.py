@@ -44,7 +44,7 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 
 @lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
-    """Tiles of the backward's first kernel: the forward's, but where z and the fp32 dz would not both stay in registers."""
+    """Tiles of the backward's first kernel: the forward's, but where z and an fp32 dz would leave registers."""
     if itemsize == 2 and R == 256:
         return Tiles(32, 64, 8, 2)
     if itemsize == 2 and R == 32 and not wide:

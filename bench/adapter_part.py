@@ -67,24 +67,32 @@ class Way:
     weights: Weights
 
 
-def build(case: Case, device: torch.device) -> list[Variant]:
-    """Every variant of ``case``, ready to run, its error measured."""
-    torch._functorch.config.donated_buffer = False  # a retained graph is run again
-    torch._dynamo.config.recompile_limit = 64  # past it, torch.compile would quietly run eager code
-    T, d, r, pass_ = (case.shape[k] for k in ("T", "d", "r", "pass"))
-    dtype = getattr(torch, case.shape["dtype"])
+def make_inputs(
+    T: int, d: int, r: int, dtype: torch.dtype, device: torch.device, n: tuple[int, ...] = ()
+) -> tuple[list[tuple[Tensor, Tensor]], Weights]:
+    """(x, dy) for each call of a round, and fp32 parameters, ``n`` of each.
+
+    On a GPU each call has inputs of its own, more of them than L2 holds.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, device=device, generator=generator)
 
-    # On a GPU each call of a round has inputs of its own, more of them than L2 holds.
     sets = max(2, min(8, 2**30 // (T * d * dtype.itemsize))) if device.type == "cuda" else 1
     inputs = [(draw(T, d).to(dtype).requires_grad_(), draw(T, d).to(dtype)) for _ in range(sets)]
-    n = (ADAPTERS,) if case.shape["grouped"] else ()
     sizes = ((d,), (d,), (r, d), (r,), (d, r), (d,))
-    weights = Weights(*(draw(*n, *s).div_(s[-1] ** 0.5).requires_grad_() for s in sizes))
-    index = torch.arange(T, device=device) * ADAPTERS // T if case.shape["grouped"] else None
+    return inputs, Weights(*(draw(*n, *s).div_(s[-1] ** 0.5).requires_grad_() for s in sizes))
+
+
+def build(case: Case, device: torch.device) -> list[Variant]:
+    """Every variant of ``case``, ready to run, its error measured."""
+    torch._functorch.config.donated_buffer = False  # a retained graph is run again
+    torch._dynamo.config.recompile_limit = 64  # past it, torch.compile would quietly run eager code
+    T, d, r, pass_ = (case.shape[k] for k in ("T", "d", "r", "pass"))
+    dtype, grouped = getattr(torch, case.shape["dtype"]), case.shape["grouped"]
+    inputs, weights = make_inputs(T, d, r, dtype, device, (ADAPTERS,) if grouped else ())
+    index = torch.arange(T, device=device) * ADAPTERS // T if grouped else None
 
     ways = _ways(names(case, device), weights, dtype, index)
     stock = _stock(index)

@@ -19,7 +19,8 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 from bench.cases import COPY, Case, Variant
-from bench.measure import copy_variant, device_name, interleave, launches, machine, peak_bytes
+from bench.measure import copy_variant, device_name, host_seconds, interleave, launches, machine, peak_bytes
+from bench.roofs import gemm_flops, l2_bandwidth
 
 TIMED = {"adapter": "bench.adapter_part", "optimizer": "bench.optimizer_part", "step": "bench.step"}
 
@@ -41,7 +42,7 @@ class Options:
 
     def seconds(self, part: str) -> float:
         """How long the rounds of one case may take together."""
-        return {"step": 45.0}.get(part, 10.0) / (4 if self.quick else 1)
+        return {"step": 36.0}.get(part, 6.0) / (4 if self.quick else 1)
 
 
 class Replay:
@@ -111,6 +112,7 @@ class Engine:
                 figures |= {"error": v.error, "budget": v.budget}
                 if v.run is not None and v.name != COPY:
                     figures |= {"peak_bytes": peak_bytes(v.run, o.device), "launches": launches(v.run, o.device)}
+                    figures["host_seconds"] = host_seconds(v.run, o.device)
                 self._measured[v.name] = v, times.get(v.name, []), figures
         finally:
             for v in variants:
@@ -132,7 +134,9 @@ class Engine:
 
     def pytest_benchmark_update_machine_info(self, config: object, machine_info: dict[str, Any]) -> None:
         del machine_info["node"]
-        machine_info.update(machine(self.options.device), quick=self.options.quick)
+        device = self.options.device
+        machine_info.update(machine(device), quick=self.options.quick)
+        machine_info["roofs"] = {"gemm_flops": gemm_flops(device), "l2_bytes": l2_bandwidth(device)}
 
     def pytest_benchmark_update_commit_info(self, config: object, commit_info: dict[str, Any]) -> None:
         commit_info.update(self._commit)

@@ -1,8 +1,8 @@
 """A training step on a frozen LLaMA, as every variant makes it; torch and transformers alone, for peers' environments.
 
 The weights are random: speed does not depend on them. The step is forward, loss, backward, clipping, AdamW. On a CPU
-the loss is that of a text classifier (mean over tokens, a trained linear head of 8 labels), the task of the demo, since a
-vocabulary of 49,152 would drown a small model; on a GPU it is the language model's own.
+the loss is that of a text classifier (mean over tokens, a trained linear head of 8 labels), the task of the demo: a
+vocabulary of 49,152 would drown a small model. On a GPU it is the language model's own.
 """
 
 import dataclasses

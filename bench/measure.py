@@ -26,7 +26,7 @@ from bench.cases import COPY, Case, Variant
 
 CALLS = 8  # of one variant in a round, on a GPU
 Timer = Callable[[Callable[[], object]], float]
-_VIEWS_OF_GPU = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+_GPU_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
 
 def timer(device: torch.device, wall: bool) -> Timer:
@@ -102,12 +102,13 @@ def interleave(
 
 
 def _warm_up(clock: Callable[[], float], seconds: float) -> float:
-    """Run until three times in a row lie within 10 % of each other, at least three times; returns what it took."""
+    """Run until three times in a row lie within 10 % of each other, or as often as fit, at least twice; returns what it
+    took."""
     start, last = time.perf_counter(), []
     for count in itertools.count(1):
         last = [*last[-2:], clock()]
         stable = count >= 3 and max(last) < 1.1 * min(last)
-        if stable or (count >= 3 and time.perf_counter() - start > seconds):
+        if stable or (count >= 2 and time.perf_counter() - start > seconds):
             return time.perf_counter() - start
     raise AssertionError
 
@@ -149,10 +150,18 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _profile(run: Callable[[], object], activity: torch.profiler.ProfilerActivity, memory: bool = False) -> Any:
-    with torch.profiler.profile(activities=[activity], profile_memory=memory) as profiler:
-        run()
-        if activity == torch.profiler.ProfilerActivity.CUDA:
-            torch.cuda.synchronize()
+    # The profiler writes two lines of its own to stderr each time, whatever its log level.
+    stderr, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 2)
+    try:
+        with torch.profiler.profile(activities=[activity], profile_memory=memory) as profiler:
+            run()
+            if activity == torch.profiler.ProfilerActivity.CUDA:
+                torch.cuda.synchronize()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(quiet)
     return profiler.profiler.kineto_results.events()
 
 
@@ -210,9 +219,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
     }
     if device.type == "cuda":
-        query = ["nvidia-smi", f"--query-gpu={_VIEWS_OF_GPU}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        query = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader", f"--id={device.index or 0}"]
         shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-        about["gpu"] = dict(zip(_VIEWS_OF_GPU.split(","), shown, strict=True))
+        about["gpu"] = dict(zip(_GPU_QUERY.split(","), shown, strict=True))
     else:
         with open("/proc/cpuinfo") as file:
             about["clock_mhz"] = [float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")]

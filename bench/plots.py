@@ -4,6 +4,7 @@ The background is transparent and the ink a grey of middling lightness, so that 
 a dark one.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from bench.cases import COPY
 from bench.report import Entry, Run, quartiles
 
 INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on GitHub's dark
-COLOURS = ("#3b82d6", "#e0861a", "#27a376", "#9a7ae0", "#d4569a", "#b59a1c", "#5fa8b8")
-OURS = "#e5484d"
+# the same variant in the same colour everywhere, ours red, the rest in turn
+KNOWN = {
+    "ours": "#e5484d", "ours x-free": "#f2908f", "ours + prefix cache": "#f2908f", "ours grouped": "#e5484d",
+    "frozen backbone": "#9aa0a8", COPY: INK, "eager": "#3b82d6", "eager autocast": "#3b82d6",
+    "eager adapters": "#3b82d6", "eager pure": "#5fb3c8", "torch.compile": "#27a376", "PEFT LoRA": "#e0861a",
+    "AdapterHub adapters": "#9a7ae0", "clip + AdamW fused": "#3b82d6",
+}  # fmt: skip
+OTHERS = ("#e0861a", "#9a7ae0", "#d4569a", "#b59a1c", "#27a376", "#5fb3c8")
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -58,12 +66,12 @@ def _cases(run: Run, part: str, **fixed: Any) -> list[tuple[dict[str, Any], list
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each variant: ours red, in lighter shades from the second on."""
-    chosen, rest = {}, iter(COLOURS * 2)
-    ours = [n for n in names if n.startswith("ours")]
-    for name in names:
-        chosen[name] = (OURS, "#f2908f", "#f7bcb0")[ours.index(name)] if name in ours else next(rest)
-    return chosen
+    rest = iter(OTHERS)
+    return {name: KNOWN.get(name) or next(rest) for name in names}
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 38)
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -72,16 +80,17 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
     return figure, list(axes)
 
 
-def _bars(axis: Axes, entries: Sequence[Entry], value: Callable[[Entry], float], text: str) -> None:
+def _bars(axis: Axes, entries: Sequence[Entry], values: Sequence[Sequence[float]], text: str) -> None:
+    """A bar for each entry; ``values`` hold its length, or a whisker's low end, the length and the high end."""
     colours = _colours([e.variant for e in entries])
-    places = range(len(entries))
-    values = [value(e) for e in entries]
-    axis.barh(places, values, color=[colours[e.variant] for e in entries])
-    for place, v in zip(places, values, strict=True):
-        axis.annotate(f" {v:{text}}", (v, place), va="center", fontsize=9)
-    axis.set_yticks(places, [e.variant for e in entries])
+    for place, (e, (low, *_, high)) in enumerate(zip(entries, values, strict=True)):
+        middle = values[place][len(values[place]) // 2]
+        axis.barh(place, middle, color=colours[e.variant])
+        axis.plot([low, high], [place, place], color=INK, linewidth=1.5)
+        axis.annotate(f"  {middle:{text}}", (high, place), va="center", fontsize=9)
+    axis.set_yticks(range(len(entries)), [e.variant for e in entries])
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.18 * max(values))
+    axis.set_xlim(0, 1.18 * max(v[-1] for v in values))
 
 
 def _time_bars(run: Run, part: str, **fixed: Any) -> Figure | None:
@@ -89,22 +98,18 @@ def _time_bars(run: Run, part: str, **fixed: Any) -> Figure | None:
     cases = _cases(run, part, **fixed)[:3]
     if not cases:
         return None
-    figure, axes = _figure(len(cases), 4.6, 3.0)
+    figure, axes = _figure(len(cases), 5.2, 3.2)
     for axis, (case, entries) in zip(axes, cases, strict=True):
         shown = [e for e in entries if e.variant != COPY]
         scale, unit = (1e3, "ms") if max(e.median for e in shown) > 1e-3 else (1e6, "µs")
-        _bars(axis, shown, lambda e, scale=scale: e.median * scale, ".3g")
-        for place, e in enumerate(shown):
-            low, _, high = quartiles(e.times)
-            axis.plot([low * scale, high * scale], [place, place], color=INK, linewidth=1.5)
+        _bars(axis, shown, [[q * scale for q in quartiles(e.times)] for e in shown], ".3g")
         floor = next((e for e in entries if e.variant in (COPY, "frozen backbone")), None)
         if floor is not None:
             what = "copy of the floor's bytes" if floor.variant == COPY else floor.variant
             axis.axvline(floor.median * scale, color=INK, linestyle="--", linewidth=1.2, label=what)
             axis.legend(loc="lower right", bbox_to_anchor=(1, 1.0), fontsize=8)
         axis.set_xlabel(f"median time, {unit}")
-        title = case["name"].replace(": ", "\n").replace(", adapters", "\nadapters").replace(", every", "\nevery")
-        axis.set_title(title, fontsize=9, loc="left", pad=18)
+        axis.set_title(_wrapped(case["name"]), fontsize=9, loc="left", pad=18)
     return figure
 
 
@@ -134,7 +139,7 @@ def scaling(run: Run) -> Figure | None:
     if not series:
         return None
     names = list(dict.fromkeys(e.variant for *_, points in series for _, entries in points for e in entries))
-    colours = _colours([n for n in names if n != COPY]) | {COPY: INK}
+    colours = _colours(names)
     figure, axes = _figure(len(series), 4.6, 3.8)
     for axis, (key, pass_, fixed, points) in zip(axes, series, strict=True):
         for name in names:
@@ -154,8 +159,8 @@ def scaling(run: Run) -> Figure | None:
 
 
 def roofline(run: Run) -> Figure | None:
-    """FLOPs a second against FLOPs a byte, under the measured copy bandwidth."""
-    cases = [(c, e) for c, e in _cases(run, "adapter", grouped=False) if any(x.variant == COPY for x in e)]
+    """FLOPs a second against FLOPs a byte, under what a copy and a large product reach."""
+    cases = _cases(run, "adapter", grouped=False, dtype="bfloat16")
     if not cases:
         return None
     figure, (axis,) = _figure(1, 6.4, 4.2)
@@ -163,9 +168,11 @@ def roofline(run: Run) -> Figure | None:
     colours = _colours(names)
     intensities = [c["flops"] / c["floor_bytes"] for c, _ in cases]
     bandwidth = max(c["floor_bytes"] / e.median for c, entries in cases for e in entries if e.variant == COPY)
-    ends = [min(intensities) / 2, max(intensities) * 2]
-    roof = f"measured copy, {bandwidth / 1e9:.3g} GB/s"
-    axis.plot(ends, [bandwidth * i / 1e9 for i in ends], color=INK, linestyle="--", label=roof)
+    product = run.machine["roofs"]["gemm_flops"]
+    ridge = product / bandwidth
+    ends = [min(ridge, *intensities) / 2, ridge, max(ridge, *intensities) * 2]
+    roof = f"copy {bandwidth / 1e9:.3g} GB/s, bf16 product {product / 1e9:.3g} GFLOP/s"
+    axis.plot(ends, [min(bandwidth * i, product) / 1e9 for i in ends], color=INK, linestyle="--", label=roof)
     for name in names:
         points = [
             (c["flops"] / c["floor_bytes"], c["flops"] / e.median / 1e9)
@@ -174,11 +181,12 @@ def roofline(run: Run) -> Figure | None:
             if e.variant == name
         ]
         axis.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.85, color=colours[name], label=name)
-    axis.set_xscale("log")
+    axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_xlabel("arithmetic intensity, FLOP per byte of the floor")
     axis.set_ylabel("GFLOP/s")
-    axis.set_title("all adapter cases, each at its own intensity", fontsize=9, loc="left")
+    axis.set_title("all bf16 adapter cases, each at its own intensity", fontsize=9, loc="left")
     axis.legend(fontsize=8)
     return figure
 
@@ -190,19 +198,17 @@ def memory(run: Run) -> Figure | None:
     panels = (counted is not None) + len(steps)
     if not panels:
         return None
-    figure, axes = _figure(panels, 4.6, 3.0)
+    figure, axes = _figure(panels, 5.2, 3.2)
     if counted is not None:
         axis = axes.pop(0)
         rows = [Entry(r["variant"], [], r) for r in counted["rows"]]
-        _bars(axis, rows, lambda e: e.info["kept_units"], ".2f")
+        _bars(axis, rows, [[e.info["kept_units"]] * 2 for e in rows], ".2f")
         axis.set_xlabel("kept for the backward, units of x")
-        axis.set_title(f"one adapter, {counted['case']}", fontsize=9, loc="left")
+        axis.set_title(_wrapped(f"one adapter, {counted['case']}"), fontsize=9, loc="left")
     for axis, (case, entries) in zip(axes, steps, strict=True):
-        _bars(axis, entries, lambda e: e.info["kept_bytes"] / 2**20, ".0f")
+        _bars(axis, entries, [[e.info["kept_bytes"] / 2**20] * 2 for e in entries], ".0f")
         axis.set_xlabel("kept for the backward, MiB")
-        axis.set_title(
-            case["name"].replace(", adapters", "\nadapters").replace(", every", "\nevery"), fontsize=9, loc="left"
-        )
+        axis.set_title(_wrapped(case["name"]), fontsize=9, loc="left")
     return figure
 
 

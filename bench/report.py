@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # the denominator of a group's ratios, unless --baseline says otherwise: the first of these that it has
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
+NO_RIVALS = (COPY, "frozen backbone")  # they do less than the others
 DASH = "–"
 
 
@@ -184,10 +185,7 @@ def traffic_table(counted: dict[str, Any]) -> str:
 def aot_table(counted: dict[str, Any]) -> str:
     keys = ("registers", "stack", "shared", "warps", "wgmma", "mma", "cp_async")
     head = [f"triton {counted['triton']}", "r", "d", "sm", *(k.replace("_", ".") for k in keys)]
-    return table(
-        head,
-        [[r["kernel"], str(r["r"]), str(r["d"]), str(r["sm"]), *(str(r[k]) for k in keys)] for r in counted["rows"]],
-    )
+    return table(head, [[r["kernel"], *(str(r[k]) for k in ("r", "d", "sm", *keys))] for r in counted["rows"]])
 
 
 COUNTED = {"memory": memory_table, "traffic": traffic_table, "aot": aot_table}
@@ -201,22 +199,40 @@ TITLES = {
 }
 
 
-def sections(run: Run, baseline: str | None = None) -> list[tuple[str, str, str]]:
-    """(part, heading, table) of everything in a run."""
+def timed_table(part: str, entries: Sequence[Entry], baseline: str | None = None) -> str:
+    """The table of one case."""
+    return (step_table if part == "step" else kernel_table)(entries, baseline)
+
+
+def losses(run: Run) -> list[str]:
+    """The cases in which something else is faster than the best of ours, by more than 2 %."""
     found = []
     for (part, case), entries in run.groups.items():
-        show = step_table if part == "step" else kernel_table
-        found.append((part, case, show(entries, baseline)))
-    return found + [(part, TITLES[part], COUNTED[part](counted)) for part, counted in run.data["tables"].items()]
+        timed = [e for e in entries if e.valid and e.variant not in NO_RIVALS]
+        ours = [e for e in timed if e.variant.startswith("ours")]
+        others = [e for e in timed if e not in ours]
+        if ours and others:
+            best, rival = (min(group, key=lambda e: e.median) for group in (ours, others))
+            ratio = paired_ratio(best.times, rival.times)
+            if ratio > 1.02:
+                found.append(f"{part}, {case}: {best.variant} takes {ratio:.2f} times as long as {rival.variant}")
+    return found
+
+
+def _lost(run: Run) -> list[str]:
+    found = losses(run)
+    return ["Where something else is faster:\n\n" + "\n".join(f"- {line}" for line in found)] if found else []
 
 
 def render(run: Run, baseline: str | None = None) -> str:
     """All of a run's tables."""
     parts = [f"# {run.title}"]
-    parts += [f"## {TITLES[part]}: {name}\n\n{text}" if name != TITLES[part] else f"## {name}\n\n{text}"
-              for part, name, text in sections(run, baseline)]  # fmt: skip
+    for (part, case), entries in run.groups.items():
+        parts += [f"## {TITLES[part]}: {case}", timed_table(part, entries, baseline)]
+    for part, counted in run.data["tables"].items():
+        parts += [f"## {TITLES[part]}", COUNTED[part](counted)]
     missing = {f"{m['variant']}: {m['reason']}" for m in run.data["missing"]}
-    parts += [f"Not measured: {'; '.join(sorted(missing))}."] * bool(missing)
+    parts += _lost(run) + [f"Not measured: {'; '.join(sorted(missing))}."] * bool(missing)
     return "\n\n".join(parts) + "\n"
 
 
@@ -238,20 +254,21 @@ def compare(old: Run, new: Run) -> str:
 
 def readme_section(runs: Sequence[Run]) -> str:
     """What stands between README's markers: of each device's newest run every training step, the main adapter case,
-    the first optimizer case, and the counted tables folded away."""
+    the first optimizer case, what was lost, and the counted tables folded away."""
     parts = []
     for run in runs:
         parts.append(f"**{run.title}** ([all figures]({run.path.relative_to(RESULTS.parent.parent)}))")
-        open_, folded = [], []
-        seen = set()
-        for part, name, text in sections(run):
-            wanted = part == "step" or part not in seen and (part != "adapter" or name.startswith("both"))
-            if wanted:
-                seen.add(part)
-                title = TITLES[part] if part in COUNTED else f"{TITLES[part]}: {name}"
-                (folded if part in COUNTED else open_).append(f"{title}\n\n{text}")
-        parts += sorted(open_, key=lambda text: not text.startswith(TITLES["step"]))
-        parts += [f"<details><summary>{t.replace(chr(10), '</summary>' + chr(10), 1)}\n\n</details>" for t in folded]
+        groups = run.groups
+        chosen = [key for key in groups if key[0] == "step"]
+        chosen += [key for key in groups if key[0] == "adapter" and key[1].startswith("both")][:1]
+        chosen += [key for key in groups if key[0] == "optimizer"][:1]
+        for part, case in chosen:
+            parts += [f"{TITLES[part]}: {case}", timed_table(part, groups[part, case])]
+        parts += _lost(run)
+        for part, counted in run.data["tables"].items():
+            if part == "aot":
+                counted = counted | {"rows": [r for r in counted["rows"] if r["sm"] == 90]}
+            parts.append(f"<details><summary>{TITLES[part]}</summary>\n\n{COUNTED[part](counted)}\n\n</details>")
     return "\n\n".join([BEGIN, *parts, END])
 
 
@@ -262,5 +279,7 @@ def update_readme(text: str, section: str) -> str:
         ValueError: a marker is missing.
     """
     if BEGIN not in text or END not in text:
-        raise ValueError(f"README: expected the markers {BEGIN} and {END}, found {text.count('<!-- bench')} of them")
+        raise ValueError(
+            f"README: expected the markers {BEGIN} and {END}, found {sum(m in text for m in (BEGIN, END))} of them"
+        )
     return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]

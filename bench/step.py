@@ -30,8 +30,9 @@ LLAMA_1B = (2048, 8192, 16, 32, 8, 128256)
 LLAMA_7B = (4096, 11008, 32, 32, 32, 32000)
 LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FROZEN, EAGER, OURS, CACHED, LORA, HUB = (
-    "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "PEFT LoRA", "AdapterHub adapters",
+FROZEN, EAGER, OURS, CACHED, LORA, LIGER, HUB = (
+    "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "PEFT LoRA", "PEFT LoRA + Liger",
+    "AdapterHub adapters",
 )  # fmt: skip
 # fp32 gradients of the same function, summed in another order; bf16 ones rounded at other places.
 BUDGETS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -45,7 +46,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         late = _case("SmolLM2-135M, first 8 layers, adapters on the last 3", shape, (5, 6, 7), batch, device)
         if quick:
             return [late]
-        return [late, _case("SmolLM2-135M, first 8 layers, every 2nd adapted", shape, (1, 3, 5, 7), batch, device)]
+        return [late, _case("SmolLM2-135M, first 8 layers, every 2nd adapted", shape, (1, 3, 5, 7), (16, 256), device)]
     free = torch.cuda.mem_get_info(device)[0]
     models = {"SmolLM2-135M": SMOLLM2, "LLaMA-1B": LLAMA_1B, "LLaMA-7B": LLAMA_7B, "LLaMA-8B": LLAMA_8B}
     made = []
@@ -83,7 +84,7 @@ def _backbone_params(s: Any) -> int:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    return [FROZEN, EAGER, OURS, CACHED, LORA, HUB]
+    return [FROZEN, EAGER, OURS, CACHED, LORA, *([LIGER] if device.type == "cuda" else []), HUB]
 
 
 def build(case: Case, device: torch.device, peer_python: str | None) -> list[Variant]:
@@ -91,7 +92,7 @@ def build(case: Case, device: torch.device, peer_python: str | None) -> list[Var
     spec = StepSpec(**case.shape)
     llama = make_llama(spec)
     shared = {id(p): p for p in llama.parameters()}
-    lora_llama = copy.deepcopy(llama, shared)  # before our wrapper changes the layers
+    peft_llamas = {name: copy.deepcopy(llama, dict(shared)) for name in (LORA, LIGER)}  # before ours changes the layers
     sites = ak.AdapterConfig(adapter_dim=spec.adapter_dim, layers=spec.sites, init="xavier")
     model = ak.LlamaAdapter(llama, sites)
     model.add_adapter("eager", sites)
@@ -123,7 +124,8 @@ def build(case: Case, device: torch.device, peer_python: str | None) -> list[Var
         model.set_adapter("default")
         error = None if name in (FROZEN, EAGER) else relative_error(_gradients(step), reference)
         variants.append(_variant(name, step, error, spec))
-    return [*variants, _lora(spec, lora_llama), _adapterhub(spec, peer_python)]
+    lora = [_lora(name, spec, peft_llamas[name]) for name in names(case, device) if name in peft_llamas]
+    return [*variants, *lora, _adapterhub(spec, peer_python)]
 
 
 def _clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
@@ -158,10 +160,17 @@ def _variant(name: str, step: Step, error: float | None, spec: StepSpec) -> Vari
     return Variant(name, step, error, None if error is None else BUDGETS[spec.dtype], info)
 
 
-def _lora(spec: StepSpec, llama: Any) -> Variant:
+def _lora(name: str, spec: StepSpec, llama: Any) -> Variant:
     if importlib.util.find_spec("peft") is None:
-        return Variant(LORA, missing="peft is not installed")
+        return Variant(name, missing="peft is not installed")
     import peft
+
+    if name == LIGER:
+        if importlib.util.find_spec("liger_kernel") is None:
+            return Variant(name, missing="liger-kernel is not installed")
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=llama)  # this copy's modules alone, not transformers' classes
 
     wanted = ak.modules.adapter_num_params(spec.hidden_size, spec.adapter_dim)
     layer = llama.model.layers[0]
@@ -175,7 +184,7 @@ def _lora(spec: StepSpec, llama: Any) -> Variant:
     lora: Any = peft.get_peft_model(llama, config)
     trained = [p for p in lora.parameters() if p.requires_grad]
     step = Step(spec, llama, lambda ids: llama.model(input_ids=ids, use_cache=False).last_hidden_state, trained)
-    variant = _variant(LORA, step, None, spec)
+    variant = _variant(name, step, None, spec)
     variant.info["rank"] = rank
     return variant
 

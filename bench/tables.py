@@ -44,15 +44,10 @@ def memory(device: torch.device, quick: bool) -> dict[str, Any]:
     """What one adapter keeps for its backward, at the main shape of the adapter part."""
     case = adapter_part.cases(device, quick)[0]
     unit = case.shape["T"] * case.shape["d"] * getattr(torch, case.shape["dtype"]).itemsize
+    figures = {v.name: v.info for v in adapter_part.build(case, device) if not v.missing}
     rows = [
-        {
-            "variant": v.name,
-            **v.info,
-            "kept_units": v.info["kept_bytes"] / unit,
-            "own_units": v.info["own_bytes"] / unit,
-        }
-        for v in adapter_part.build(case, device)
-        if not v.missing
+        {"variant": name, **i, "kept_units": i["kept_bytes"] / unit, "own_units": i["own_bytes"] / unit}
+        for name, i in figures.items()
     ]
     return {"case": case.name.split(", ", 1)[1], "rows": rows}
 

@@ -35,7 +35,7 @@ def make_step(spec: StepSpec) -> Step:
     )
     llama.add_adapter("bench", config=config)
     llama.train_adapter("bench")
-    llama.to(spec.device)
+    llama.to(spec.device, getattr(torch, spec.dtype))  # fp32 adapters fail on a bf16 backbone there
     trained = [p for p in llama.parameters() if p.requires_grad]
     return Step(spec, llama, lambda ids: llama.model(input_ids=ids).last_hidden_state, trained)
 

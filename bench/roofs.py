@@ -1,0 +1,41 @@
+"""What the device can do at most, beside the copy that every case brings along: products, and reads from L2."""
+
+import statistics
+
+import torch
+
+from bench.measure import timer
+
+
+def gemm_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOPs a second of one large square product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    measured = timer(device, wall=False)
+    return 2 * n**3 / statistics.median([measured(lambda: a @ b) for _ in range(7)][2:])
+
+
+def l2_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that all multiprocessors read of a buffer of 20 MB, which stays in L2; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def read_kernel(p, p_out, n, times, BLOCK: tl.constexpr):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for i in range(0, times):
+            for o in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
+                total += tl.load(p + (o + i * BLOCK) % n + tl.arange(0, BLOCK))
+        tl.store(p_out + tl.program_id(0), tl.sum(total, 0))
+
+    buffer = torch.randn(5 * 2**20, device=device)
+    programs, times = 4 * torch.cuda.get_device_properties(device).multi_processor_count, 20
+    out = torch.empty(programs, device=device)
+    measured = timer(device, wall=False)
+
+    def read() -> None:
+        read_kernel[(programs,)](buffer, out, buffer.numel(), times, BLOCK=4096, num_warps=8)
+
+    return times * buffer.nbytes / statistics.median([measured(read) for _ in range(7)][2:])

@@ -158,7 +158,9 @@ def _add_adapter_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-params", type=_count, metavar="N", help="take the largest --adapter-dim that fits")
     group.add_argument("--position", choices=POSITIONS, default=default.position, help="default %(default)s")
     group.add_argument("--every", type=int, default=1, metavar="K", help="layers K-1, 2K-1, ...; default 1")
-    group.add_argument("--layers", type=_layer_list, metavar="I,J,...", help="these layers: --layers=-2,-1 the last two")
+    group.add_argument(
+        "--layers", type=_layer_list, metavar="I,J,...", help="these layers: --layers=-2,-1 the last two"
+    )
     group.add_argument("--depth", type=int, default=1, metavar="N", help="adapters in sequence at a site; default 1")
     group.add_argument("--activation", choices=tuple(ACTIVATIONS), default=default.activation, help="default silu")
     group.add_argument("--init", choices=INITS, default=default.init, help="default identity: y = x at the start")

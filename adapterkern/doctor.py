@@ -16,7 +16,7 @@ _VARIABLES = ("ADAPTERKERN_FUSED", "TRITON_INTERPRET", "ADAPTERKERN_CACHE", "ADA
 
 def report() -> list[str]:
     """The lines of the report."""
-    versions = {name: _version(name) for name in ("adapterkern", *_PACKAGES)}
+    versions = {name: _version(name) for name in ("adapterkern", *_PACKAGES)} | {"torch": torch.__version__}
     lines = ["versions", f"  {'python':13} {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"  {name:13} {version or 'not installed'}" for name, version in versions.items()]
 

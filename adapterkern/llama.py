@@ -135,6 +135,7 @@ class LlamaAdapter(nn.Module):
                         eps=config.eps,
                         init=config.init,
                         fused=self._fused,
+                        x_free=config.x_free,
                         device=layer_device(self.layers[index]),
                     )
                     for _ in range(config.depth)

@@ -30,6 +30,7 @@ class Adapter(nn.Module):
         eps: added to LayerNorm's variance.
         init: see :meth:`reset_parameters`.
         fused: whether to use the fused operator; may be changed at any time.
+        x_free: keep y instead of x for the backward, see :func:`adapterkern.adapter`; only where fused.
         device, dtype: of the parameters; fp32 also where x is bf16 or fp16.
 
     Shapes: x and y ``(..., hidden_size)``; y has x's dtype.
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
         eps: float = 1e-5,
         init: str = "identity",
         fused: bool = True,
+        x_free: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -56,6 +58,7 @@ class Adapter(nn.Module):
         _check_choice("activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.fused = fused
+        self.x_free = x_free
         self.norm = nn.LayerNorm(hidden_size, eps=eps, device=device, dtype=dtype)
         self.down = nn.Linear(hidden_size, adapter_dim, device=device, dtype=dtype)
         self.up = nn.Linear(adapter_dim, hidden_size, device=device, dtype=dtype)
@@ -102,6 +105,7 @@ class Adapter(nn.Module):
                 up.bias,
                 eps=norm.eps,
                 activation=self.activation,
+                x_free=self.x_free,
             )
         with eager_autocast(x):
             return (x + self.up(ACTIVATIONS[self.activation].fn(self.down(self.norm(x))))).to(x.dtype)
@@ -146,7 +150,7 @@ class AdapterConfig:
         every: k takes layers k−1, 2k−1, … (from 0).
         layers: these layers outright, from 0; negative ones count from the end. Not together with ``every``.
         depth: adapters in sequence at each site.
-        activation, init, eps: as in :class:`Adapter`.
+        activation, init, eps, x_free: as in :class:`Adapter`.
         max_params: a budget for all sites together: the largest ``adapter_dim`` that fits replaces the one given.
 
     Raises:
@@ -161,6 +165,7 @@ class AdapterConfig:
     activation: str = "silu"
     init: str = "identity"
     eps: float = 1e-5
+    x_free: bool = False
     max_params: int | None = None
 
     def __post_init__(self) -> None:
@@ -174,6 +179,8 @@ class AdapterConfig:
             raise TypeError(f"eps: expected a number, got {self.eps!r}")
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps: expected a finite number >= 0, got {self.eps!r}")
+        if not isinstance(self.x_free, bool):
+            raise TypeError(f"x_free: expected True or False, got {self.x_free!r}")
         if self.max_params is not None:
             _check_int("max_params", self.max_params, 1)
         if self.layers is not None:

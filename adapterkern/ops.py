@@ -79,18 +79,19 @@ def adapter(
         y = x + F.linear(h, up_weight, up_bias)
 
     Args:
-        x: the residual stream, ``(..., d)``; bf16, fp16, fp32 or fp64, any strides. norm_weight, norm_bias:
-        LayerNorm's scale and shift, ``(d,)``. down_weight, down_bias: ``(r, d)`` and ``(r,)``, ``1 <= r <= 512``.
-        up_weight, up_bias: ``(d, r)`` and ``(d,)``. eps: added to the variance. activation: ``"silu"``, ``"gelu"``
-        (exact), ``"relu"``, ``"tanh"`` or ``"identity"``. fused: ``False`` runs the stock PyTorch composition
-        instead, with the same numbers to rounding. x_free: keep y instead of x for the backward, which recovers x = y
-        − W_up·h − b_up. It costs nothing where the model keeps
-            y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within eager's own bf16
-            error while the branch is about as large as x or smaller, and reach three times that where it is 10× x.
+        x: the residual stream, ``(..., d)``; bf16, fp16, fp32 or fp64, any strides.
+        norm_weight, norm_bias: LayerNorm's scale and shift, ``(d,)``.
+        down_weight, down_bias: ``(r, d)`` and ``(r,)``, ``1 <= r <= 512``.
+        up_weight, up_bias: ``(d, r)`` and ``(d,)``.
+        eps: added to the variance.
+        activation: ``"silu"``, ``"gelu"`` (exact), ``"relu"``, ``"tanh"`` or ``"identity"``.
+        fused: ``False`` runs the stock PyTorch composition instead, with the same numbers to rounding.
+        x_free: keep y instead of x for the backward, which recovers x = y − W_up·h − b_up. That costs no memory where
+            the model keeps y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within
+            eager's own bf16 error while the branch is about as large as x or smaller and reach three times that where
+            it is 10× x; rows of (almost) no variance lose all accuracy.
         index: mixes n adapters in one call. The parameters are stacked, ``(n, ...)`` each, and ``index`` holds the
-        adapter
-            of each sequence (int64 or int32, shape ``x.shape[:k]`` for some k < x.dim()), with −1 for none: y = x
-            there.
+            adapter of each sequence (int64 or int32, of shape ``x.shape[:k]`` for some k < x.dim()); −1 is none, y = x.
 
     Returns:
         y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are used in x's dtype (autocast's dtype where

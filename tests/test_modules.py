@@ -90,6 +90,24 @@ def test_init_is_deterministic_and_biases_are_zero(init: str) -> None:
     assert not adapters[0].up.bias.any()
 
 
+def test_x_free_keeps_y_alone() -> None:
+    """Large enough for the operator on a CPU. y is what the next module keeps; x is then free to go."""
+    adapter = ak.Adapter(4096, 2, init="xavier", x_free=True)
+    x = torch.randn(512, 4096, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = adapter(x)
+    large = {t.data_ptr() for t in saved if t.numel() == x.numel()}
+    assert large == {y.data_ptr()}
+    y.square().sum().backward()
+    expected = torch.autograd.grad(ak.adapter(x, *adapter.parameters()).square().sum(), [x, *adapter.parameters()])
+    for name, got, e in zip(
+        ["x", *dict(adapter.named_parameters())], [x, *adapter.parameters()], expected, strict=True
+    ):
+        assert got.grad is not None
+        assert relative_error(got.grad, e) < 1e-5, name
+
+
 def test_deepcopy_and_state_dict() -> None:
     adapter = ak.Adapter(8, 2, init="xavier")
     other = copy.deepcopy(adapter)
@@ -158,6 +176,7 @@ def test_config_dict_round_trip() -> None:
         ({"activation": None}, ValueError, "activation: expected one of .* got None"),
         ({"init": "zero"}, ValueError, "init: expected one of identity, xavier, svd, got 'zero'"),
         ({"eps": float("nan")}, ValueError, "eps: expected a finite number >= 0, got nan"),
+        ({"x_free": 1}, TypeError, "x_free: expected True or False, got 1"),
         ({"layers": 3}, TypeError, "layers: expected a list of layer numbers, got 3"),
         ({"layers": [1], "every": 2}, ValueError, "layers: expected no layers together with every=2"),
     ],

@@ -22,7 +22,7 @@ from bench.cases import COPY, Case, Variant
 from bench.measure import copy_variant, device_name, host_seconds, interleave, launches, machine, peak_bytes
 from bench.roofs import gemm_flops, l2_bandwidth
 
-TIMED = {"adapter": "bench.adapter_part", "optimizer": "bench.optimizer_part", "step": "bench.step"}
+TIMED = {"adapter": "bench.adapter", "optimizer": "bench.optimizer", "step": "bench.step"}
 
 
 @dataclasses.dataclass

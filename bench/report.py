@@ -76,7 +76,7 @@ def load(path: Path) -> Run:
 def newest(folder: Path = RESULTS) -> list[Run]:
     """The newest run of each device."""
     runs: dict[str, Run] = {}
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(folder.glob("*/????-??-??-*.json")):
         run = load(path)
         known = runs.get(path.parent.name)
         if known is None or run.data["datetime"] > known.data["datetime"]:

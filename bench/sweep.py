@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 from adapterkern.kernels import launch
 from adapterkern.kernels.tiles import Tiles, forward_tiles, hidden_tiles, slice_tiles
 from adapterkern.kernels.weights import padded_adapter_dim
-from bench.adapter import Case, time_rounds
+from bench.adapter import make_inputs
+from bench.measure import timer
 
 TABLES: dict[str, Callable[[int, int, bool], Tiles]] = {
     "forward_tiles": forward_tiles,
@@ -36,23 +37,30 @@ def candidates(kernel: str, R: int) -> list[Tiles]:
     return [t for t in found if t.BT * R <= 16384 and t.BD * R <= 16384 and t.BT >= 32]
 
 
-def sweep(case: Case, kernel: str) -> list[tuple[float, Tiles]]:
+def sweep(T: int, d: int, r: int, kernel: str, dtype: torch.dtype = torch.bfloat16) -> list[tuple[float, Tiles]]:
     """(µs, tiles) of every candidate that works, fastest first."""
-    xs, dys, weights = case.inputs(4)
-    how = {"eps": 1e-5, "activation": "silu", "compute": case.dtype, "save": True}
-    saved = [launch.adapter_forward(x, weights, None, **how) for x in xs]
+    device = torch.device("cuda", torch.cuda.current_device())
+    inputs, weights = make_inputs(T, d, r, dtype, device)
+    how = {"eps": 1e-5, "activation": "silu", "compute": dtype, "save": True}
+    with torch.no_grad():
+        saved = [launch.adapter_forward(x, weights, None, **how) for x, _ in inputs]
+    measured = timer(device, wall=False)
+    turns = itertools.count()
 
+    @torch.no_grad()
     def call(k: int) -> list[torch.Tensor | None]:
+        x, dy = inputs[k % len(inputs)]
         if kernel == "forward_tiles":
-            return list(launch.adapter_forward(xs[k % 4], weights, None, **how))
+            return list(launch.adapter_forward(x, weights, None, **how))
+        z_mean_rstd = saved[k % len(inputs)][1:]
         return launch.adapter_backward(
-            dys[k % 4], xs[k % 4], *saved[k % 4][1:], weights, None, activation="silu", needed=[True] * 7, x_free=False
+            dy, x, *z_mean_rstd, weights, None, activation="silu", needed=[True] * 7, x_free=False
         )
 
     expected = [t.clone() for t in call(0) if t is not None]
     table, found = TABLES[kernel], []
-    R, wide = padded_adapter_dim(case.r), torch.cuda.get_device_capability()[0] in (9, 10)
-    for tiles in {table(case.dtype.itemsize, R, wide), *candidates(kernel, R)}:
+    R, wide = padded_adapter_dim(r), torch.cuda.get_device_capability()[0] in (9, 10)
+    for tiles in {table(dtype.itemsize, R, wide), *candidates(kernel, R)}:
         setattr(launch, kernel, lambda *_, tiles=tiles: tiles)
         try:
             got = [t for t in call(0) if t is not None]
@@ -65,7 +73,8 @@ def sweep(case: Case, kernel: str) -> list[tuple[float, Tiles]]:
             print(f"  {tiles}: differs by {off:.1e}")
             continue
         setattr(launch, kernel, lambda *_, tiles=tiles: tiles)
-        found.append((statistics.median(time_rounds({"": call}, rounds=5, calls=4)[""]), tiles))
+        times = [measured(lambda: call(next(turns))) for _ in range(7)][2:]
+        found.append((statistics.median(times) * 1e6, tiles))
         setattr(launch, kernel, table)
     return sorted(found, key=lambda f: f[0])
 
@@ -83,7 +92,7 @@ def main(argv: list[str]) -> None:
         sys.exit("python -m bench sweep: needs a GPU, and torch.cuda.is_available() is False")
     report = []
     for r, kernel in itertools.product(args.r, args.kernel):
-        found = sweep(Case(args.T, args.d, r), kernel)
+        found = sweep(args.T, args.d, r, kernel)
         wide = torch.cuda.get_device_capability()[0] in (9, 10)
         chosen = TABLES[kernel](2, padded_adapter_dim(r), wide)
         print(f"r={r} {kernel} (µs of the whole pass)")

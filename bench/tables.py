@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import adapter_part
+from bench import adapter
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,9 +42,9 @@ def aot(device: torch.device, quick: bool) -> dict[str, Any]:
 
 def memory(device: torch.device, quick: bool) -> dict[str, Any]:
     """What one adapter keeps for its backward, at the main shape of the adapter part."""
-    case = adapter_part.cases(device, quick)[0]
+    case = adapter.cases(device, quick)[0]
     unit = case.shape["T"] * case.shape["d"] * getattr(torch, case.shape["dtype"]).itemsize
-    figures = {v.name: v.info for v in adapter_part.build(case, device) if not v.missing}
+    figures = {v.name: v.info for v in adapter.build(case, device) if not v.missing}
     rows = [
         {"variant": name, **i, "kept_units": i["kept_bytes"] / unit, "own_units": i["own_bytes"] / unit}
         for name, i in figures.items()

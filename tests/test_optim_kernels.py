@@ -10,13 +10,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 
 from adapterkern.optim import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shutil.which("g++")
-pybind11 = pytest.importorskip("pybind11", reason="needs pybind11 to build the kernels for the host")
 pytestmark = [
     pytest.mark.skipif(CXX is None, reason="needs g++"),
     pytest.mark.skipif(backend("cpu")[0] != "cpu twin", reason=f"the extension is missing: {backend('cpu')[1]}"),

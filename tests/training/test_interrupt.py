@@ -19,9 +19,8 @@ VALUES = {"epochs": 4, "log_every": 1, "accumulation": 2, "checkpoint_every": 10
 # In the second epoch's second step, between its two forwards, it says "go" and waits until the signal has been sent.
 SCRIPT = """
 import sys
-import torch, tiny_run
+import tiny_run
 from adapterkern.training import train
-torch.set_num_threads(1)
 config = tiny_run.quiet(output_dir=sys.argv[1], **(eval(sys.argv[2]) | {"progress": True}))
 model = tiny_run.model()
 calls = []

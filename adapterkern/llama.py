@@ -255,12 +255,18 @@ class LlamaAdapter(nn.Module):
         config = self._configs[self.active_adapter]
         return (config.layers or (0,))[0] + (config.position == "layer")
 
-    def run_prefix(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The residual stream (B, L, d) after the first ``prefix_length`` layers, before any adapter; no gradient."""
-        prefix = decoder_slice(self.decoder, 0, self.prefix_length)
+    def run_prefix(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """The residual stream (B, L, d) after the first ``prefix_length`` layers, before any adapter; no gradient.
+
+        ``below`` is the stream after the first ``start`` of them, where that is known.
+        """
+        prefix = decoder_slice(self.decoder, start, self.prefix_length)
         prefix.norm = nn.Identity()
+        source = {"input_ids": input_ids} if below is None else {"inputs_embeds": below}
         with torch.no_grad(), self.disable_adapter():
-            return prefix(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            return prefix(**source, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """From what :meth:`run_prefix` gave to the decoder's last hidden state (B, L, d), as its own forward has it."""

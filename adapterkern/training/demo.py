@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -165,7 +166,8 @@ def run_demo(
     print(f"{type(llama).__name__}: {layers} layers, adapters after {', '.join(str(i) for i in sites or ())} (from 0)")
     cache = PrefixCache()
     runs: list[Run] = []
-    for name, folder, train_adapters in (("head alone", "head", False), ("head + adapters", "adapters", True)):
+    # The adapters first: the head alone reads the end of the backbone, and goes there from their cached prefix.
+    for name, folder, train_adapters in (("head + adapters", "adapters", True), ("head alone", "head", False)):
         config = dataclasses.replace(
             TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
         )
@@ -173,7 +175,7 @@ def run_demo(
         save_sources(output / folder, Sources(source, num_layers, eval_data=os.fspath(eval_file.resolve())))
         if result.stopped:
             return runs
-        runs.append(_line(name, result))
+        runs.insert(0, _line(name, result))
     _print_table(runs, train_file, eval_file)
     print(f"{time.perf_counter() - fetched:.0f} s in all, {fetched - start:.0f} s before that for obtaining the files")
     print(f"saved in {output / 'adapters'}, with the curves in training.png; for the same accuracy again:")
@@ -197,7 +199,8 @@ def _line(name: str, result: TrainResult) -> Run:
 def _print_table(runs: list[Run], train_file: Path, eval_file: Path) -> None:
     known, unseen = column(train_file, "label"), column(eval_file, "label")
     commonest = max(set(known), key=known.count)
-    table = Table(title=f"{len(known)} texts to learn from, {len(unseen)} unseen to test on, {len(set(known))} labels")
+    title = f"{len(known)} texts to learn from, {len(unseen)} unseen to test on, {len(set(known))} labels"
+    table = Table(title=title, box=box.SIMPLE)  # narrow enough for 80 columns
     for heading in ("", "trainable", "prefix s", "train s", "eval s", "tokens/s", "accuracy"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_row(f"always {commonest!r}", "0", "", "", "", "", f"{unseen.count(commonest) / len(unseen):.1%}")

@@ -61,6 +61,7 @@ class PrefixCache:
         self._slabs: list[Tensor] = []  # (tokens, d)
         self._mapped: set[int] = set()  # which of them are files
         self._slots: dict[bytes, Slot] = {}
+        self._lengths: set[int] = set()  # of prefixes
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -86,9 +87,9 @@ class PrefixCache:
         ``on_batch`` is called with the number of texts after each batch; if it returns False, the fill is given up and
         None comes back.
         """
-        key = prefix_fingerprint(model, config)
-        keys = [hashlib.blake2b(e.input_ids.tobytes(), key=key, digest_size=20).digest() for e in examples]
+        keys = _keys(examples, prefix_fingerprint(model, config, model.prefix_length))
         new = list({k: e for k, e in zip(keys, examples, strict=True) if k not in self._slots}.items())
+        start, known = self._longest_known(model, [example for _, example in new], config)
         before = len(self._slabs)
         complete = False
         try:
@@ -96,8 +97,11 @@ class PrefixCache:
             for length, chunk in _batches(new, config):
                 filled = [example for _, example in chunk] + [chunk[-1][1]] * (config.batch_size - len(chunk))
                 batch = collate(filled, config, length).to(model.device)
+                below = None
+                if start:
+                    below = self.gather([known[id(e)] for e in filled], length, config).to(model.device)
                 with torch.no_grad(), autocast():
-                    hidden = model.run_prefix(batch.input_ids, batch.attention_mask).to("cpu")
+                    hidden = model.run_prefix(batch.input_ids, batch.attention_mask, below, start).to("cpu")
                 if not slots:
                     slots = self._allocate(new, hidden.shape[-1], hidden.dtype)
                 for (k, example), states in zip(chunk, hidden, strict=False):
@@ -112,7 +116,18 @@ class PrefixCache:
                 del self._slabs[before:]
                 self._mapped -= set(range(before, before + 2))
         self._slots |= slots
+        self._lengths.add(model.prefix_length)
         return [self._slots[k] for k in keys]
+
+    def _longest_known(
+        self, model: LlamaAdapter, examples: Sequence[Example], config: TrainConfig
+    ) -> tuple[int, dict[int, Slot]]:
+        """The longest shorter prefix that has all ``examples``, and their slots by ``id``; or 0."""
+        for length in sorted((n for n in self._lengths if n < model.prefix_length), reverse=True):
+            keys = _keys(examples, prefix_fingerprint(model, config, length))
+            if all(k in self._slots for k in keys):
+                return length, {id(e): self._slots[k] for k, e in zip(keys, examples, strict=True)}
+        return 0, {}
 
     def gather(self, slots: Sequence[Slot], length: int, config: TrainConfig) -> Tensor:
         """The activations (B, length, d) of a batch, on the CPU, padded with zeros on ``config.padding_side``."""
@@ -168,6 +183,10 @@ class PrefixCache:
             os.unlink(name)
 
 
+def _keys(examples: Sequence[Example], key: bytes) -> list[bytes]:
+    return [hashlib.blake2b(e.input_ids.tobytes(), key=key, digest_size=20).digest() for e in examples]
+
+
 def _batches(
     new: list[tuple[bytes, Example]], config: TrainConfig
 ) -> Iterator[tuple[int, list[tuple[bytes, Example]]]]:
@@ -183,9 +202,9 @@ def _batches(
             yield length, items[start : start + config.batch_size]
 
 
-def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig) -> bytes:
-    """32 bytes that change with anything that the prefix's activations depend on, the token ids apart."""
-    decoder, length = model.decoder, model.prefix_length
+def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) -> bytes:
+    """32 bytes that change with all that the activations after ``length`` layers depend on, the token ids apart."""
+    decoder = model.decoder
     digest = hashlib.sha256()
     shapes = (config.batch_size, config.padding, config.padding_side, config.max_length)
     described = (model.config.to_json_string(), model.config._attn_implementation, length, config.precision, shapes)

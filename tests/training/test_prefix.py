@@ -73,6 +73,24 @@ def test_a_second_run_computes_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(cache) == len(ROWS)
 
 
+def test_a_longer_prefix_starts_from_a_shorter_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, starts = tiny_run.quiet(prefix_cache=True), []
+    rows = examples(config)
+    short, long, direct, cache = tiny_run.model(layers=(1,)), tiny_run.model(), PrefixCache(), PrefixCache()
+    cache.fill(short, rows, config)
+    cache.fill(short, load_examples(EVAL_ROWS, config, TOKENIZER)[0], config)
+    run_prefix = LlamaAdapter.run_prefix
+    monkeypatch.setattr(LlamaAdapter, "run_prefix", lambda *inputs: (starts.append(inputs[-1]), run_prefix(*inputs))[1])
+    slots = cache.fill(long, rows, config)
+    assert set(starts) == {2}
+    expected = direct.fill(long, rows, config)
+    assert set(starts) == {2, 0}
+    assert slots is not None
+    assert expected is not None
+    for a, b in zip(slots, expected, strict=True):
+        assert torch.equal(cache.gather([a], a.length, config), direct.gather([b], b.length, config))
+
+
 def test_evaluation_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache, config = tiny_run.model(), PrefixCache(), tiny_run.quiet(prefix_cache=True, padding="max_length")
     result = train(model, ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, cache=cache)
@@ -97,23 +115,23 @@ def changed_weight(model: LlamaAdapter) -> None:
 )
 def test_another_model_has_another_key(change: Any) -> None:
     model, config = tiny_run.model(), tiny_run.quiet()
-    before = prefix_fingerprint(model, config)
-    assert prefix_fingerprint(tiny_run.model(), config) == before
+    before = prefix_fingerprint(model, config, model.prefix_length)
+    assert prefix_fingerprint(tiny_run.model(), config, model.prefix_length) == before
     change(model)
-    assert prefix_fingerprint(model, config) != before
+    assert prefix_fingerprint(model, config, model.prefix_length) != before
 
 
 def test_what_the_prefix_does_not_depend_on_keeps_the_key() -> None:
     model, config = tiny_run.model(), tiny_run.quiet()
-    before = prefix_fingerprint(model, config)
+    before = prefix_fingerprint(model, config, model.prefix_length)
     with torch.no_grad():
         model.layers[3].mlp.up_proj.weight.zero_()
         for parameter in model.adapter_parameters():
             parameter.zero_()
-    assert prefix_fingerprint(model, config) == before
+    assert prefix_fingerprint(model, config, model.prefix_length) == before
     for other in (tiny_run.quiet(precision="bf16"), tiny_run.quiet(padding_side="left")):
-        assert prefix_fingerprint(model, other) != before
-    assert prefix_fingerprint(tiny_run.model(layers=(1,)), config) != before
+        assert prefix_fingerprint(model, other, model.prefix_length) != before
+    assert prefix_fingerprint(model, config, 2) != before
 
 
 def test_changed_weights_are_never_served_old_activations() -> None:

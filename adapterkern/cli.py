@@ -213,7 +213,7 @@ _TRAINING_HELP = {
     "eval_batch_size": "rows in one forward of an evaluation; default --batch-size",
     "padding": "pad to the longest row of a batch, or always to --max-length",
     "padding_side": "side of the padding",
-    "seed": "of the head's weights and the order of rows",
+    "seed": "of the new weights and the order of rows",
     "epochs": "passes over the data",
     "max_steps": "optimizer steps, instead of --epochs",
     "lr": "AdamW's learning rate after the warmup",
@@ -240,6 +240,8 @@ _TRAINING_HELP = {
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    import torch
+
     from adapterkern.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, train
     from adapterkern.training.backbone import Sources, load_backbone, save_sources
@@ -249,6 +251,7 @@ def _train(arguments: argparse.Namespace) -> int:
     adapters = AdapterConfig(**{name: values[name] for name in _adapter_fields()})
     dtype = arguments.dtype or "fp32"
     llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
+    torch.manual_seed(config.seed)
     model = LlamaAdapter(llama, adapters, fused=not arguments.unfused)
     model.print_trainable_parameters()
     result = train(model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval)

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -161,6 +162,7 @@ def run_demo(
     source = model or os.fspath(obtain(MODEL))
     fetched = time.perf_counter()
     llama, tokenizer = load_backbone(source, num_layers=num_layers)
+    torch.manual_seed(TRAINING.seed)
     adapted = LlamaAdapter(llama, ADAPTERS)
     layers, sites = len(adapted.layers), adapted.adapter_config().layers
     print(f"{type(llama).__name__}: {layers} layers, adapters after {', '.join(str(i) for i in sites or ())} (from 0)")
@@ -200,7 +202,7 @@ def _print_table(runs: list[Run], train_file: Path, eval_file: Path) -> None:
     known, unseen = column(train_file, "label"), column(eval_file, "label")
     commonest = max(set(known), key=known.count)
     title = f"{len(known)} texts to learn from, {len(unseen)} unseen to test on, {len(set(known))} labels"
-    table = Table(title=title, box=box.SIMPLE)  # narrow enough for 80 columns
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)  # narrow enough for 80 columns
     for heading in ("", "trainable", "prefix s", "train s", "eval s", "tokens/s", "accuracy"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     table.add_row(f"always {commonest!r}", "0", "", "", "", "", f"{unseen.count(commonest) / len(unseen):.1%}")

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adapterkern import cli
+from adapterkern.cli import options
 from adapterkern.training import TrainConfig, demo
 
 TOPICS = {"fruit": ["apple", "pear", "plum", "cherry"], "metal": ["iron", "copper", "zinc", "silver"]}
@@ -139,7 +140,7 @@ def test_doctor_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_every_training_option_has_its_help() -> None:
-    assert set(cli._TRAINING_HELP) == {f.name for f in dataclasses.fields(TrainConfig)} - {"output_dir"}
+    assert set(options.TRAINING_HELP) == {f.name for f in dataclasses.fields(TrainConfig)} - {"output_dir"}
 
 
 def test_the_package_imports_without_the_train_extra() -> None:

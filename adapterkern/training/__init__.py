@@ -1,7 +1,7 @@
 """Training of adapters on a frozen LLaMA: ``train``, ``evaluate``, ``TrainConfig`` and what they work with.
 
 rows.py, data.py     files and lists → examples → padded batches
-heads.py             hidden states → loss
+task.py, heads.py    hidden states → loss, what is trained and saved; other kinds of training subclass Task
 prefix.py            activations below the first adapter, computed once
 loop.py              steps, evaluations, checkpoints, in their order
 outputs.py           what a run leaves in its folder
@@ -17,6 +17,7 @@ from adapterkern.training.outputs import load_task
 from adapterkern.training.prefix import PrefixCache
 from adapterkern.training.report import plot_history, read_metrics
 from adapterkern.training.rows import DataError
+from adapterkern.training.task import Task
 
 __all__ = [
     "CheckpointError",
@@ -24,6 +25,7 @@ __all__ = [
     "DataError",
     "NonFiniteError",
     "PrefixCache",
+    "Task",
     "TrainConfig",
     "TrainResult",
     "evaluate",

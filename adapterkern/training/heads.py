@@ -1,22 +1,19 @@
-"""What turns the decoder's last hidden states into a loss: a classification head of our own, or the backbone's LM head.
+"""A classification head on the decoder's last hidden states.
 
-The classification head pools the states of the real tokens, whichever side the padding is on, and maps the result to
+It pools the states of the real tokens, whichever side the padding is on, and maps the result to
 label scores; it computes in fp32 also under autocast, since it is tiny and its input is not. It is saved beside the
 adapter as ``head.safetensors`` and ``head_config.json``, label names included.
 """
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapterkern.files import read_json, replacing, sha256, write_json
-from adapterkern.llama import LlamaAdapter
 from adapterkern.training.config import POOLINGS
 
 HEAD_WEIGHTS = "head.safetensors"
@@ -99,57 +96,3 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     mask = attention_mask.to(torch.float32)
     summed = torch.bmm(mask[:, None], hidden.float())[:, 0]
     return summed / mask.sum(1, keepdim=True)
-
-
-class TaskModel(nn.Module):
-    """Backbone, adapters and head as one module from a batch to its loss: what accelerate prepares and a step calls.
-
-    Args:
-        model: the backbone with its adapters.
-        head: a classification head, or None for the backbone's own LM head.
-    """
-
-    def __init__(self, model: LlamaAdapter, head: ClassificationHead | None) -> None:
-        super().__init__()
-        self.model = model
-        self.head = head
-        if head is None:
-            check_lm_head(model)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        targets: Tensor,
-        positions: Tensor | None = None,
-        prefix: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of a :class:`~adapterkern.training.data.Batch`, and how many targets it has right.
-
-        The second is counted in eval mode only. ``prefix``, (B, L, d), is the residual stream after the frozen prefix
-        where that is known already.
-        """
-        if prefix is None:
-            hidden = self.model.decoder(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
-        else:
-            hidden = self.model.run_suffix(prefix, attention_mask)
-        if self.head is not None:
-            scores = self.head(hidden, attention_mask)
-        else:
-            # Scores of the targets only: those of prompts and padding would be (tokens × vocabulary) for nothing.
-            scores = self.model.base.get_output_embeddings()(hidden.flatten(0, 1)[positions])
-        loss = F.cross_entropy(scores.float(), targets, reduction="sum")
-        correct = targets.new_zeros(()) if self.training else (scores.argmax(-1) == targets).sum()
-        return loss, correct
-
-
-def check_lm_head(model: LlamaAdapter) -> None:
-    """Raise ``ValueError`` if the backbone has no LM head, or does more to its logits than the head does."""
-    config: Any = model.config
-    if model.base.get_output_embeddings() is None:
-        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, got {type(model.base).__name__}")
-    for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
-        if getattr(config, name, neutral) not in (neutral, None):
-            raise ValueError(f"model: expected plain logits for causal-lm, got {name}={getattr(config, name)}")

@@ -25,14 +25,14 @@ from adapterkern.llama import LlamaAdapter
 from adapterkern.training import checkpoint, data, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
-from adapterkern.training.evaluation import Feed, run_evaluation
-from adapterkern.training.heads import ClassificationHead, TaskModel
+from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.interrupt import StopRequest
-from adapterkern.training.optimizer import make_optimizer, trainable_parameters
+from adapterkern.training.optimizer import make_optimizer
 from adapterkern.training.precision import make_accelerator
 from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
 from adapterkern.training.schedules import make_schedule
+from adapterkern.training.task import Feed, Task, run_evaluation
 
 
 class NonFiniteError(FloatingPointError):
@@ -76,6 +76,7 @@ def train(
     eval_data: Rows | None = None,
     head: ClassificationHead | None = None,
     cache: PrefixCache | None = None,
+    task: Task | None = None,
 ) -> TrainResult:
     """Train the active adapter, with a classification head or as a language model.
 
@@ -86,6 +87,8 @@ def train(
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; default a new one for the labels that the training data has.
         cache: activations of earlier runs on the same backbone, to use and to add to.
+        task: another kind of training than ``config.task``, over the same ``model``; see :class:`Task`. It has its own
+            head, and reads the data.
 
     Returns:
         a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True, and with an ``output_dir`` a
@@ -101,18 +104,17 @@ def train(
     """
     config = config or TrainConfig()
     outputs.prepare_folder(config)
-    labels = None if head is None else head.labels
-    train_set, names = data.load_examples(train_data, config, tokenizer, labels)
-    eval_set = [] if eval_data is None else data.load_examples(eval_data, config, tokenizer, names)[0]
-    data.check_vocabulary([*train_set, *eval_set], model.decoder.embed_tokens.num_embeddings)
+    if task is None:
+        task = Task(model, None if head is None else head.to(model.device))
+    elif task.model is not model or head is not None:
+        raise ValueError("task: expected one over the same model, and no head beside it")
+    train_set = task.load(train_data, config, tokenizer)
+    eval_set = [] if eval_data is None else task.load(eval_data, config, tokenizer)
     set_seed(config.seed)
-    if config.task == "classification" and head is None:
-        head = ClassificationHead(model.config.hidden_size, names, config.pooling)
     with contextlib.ExitStack() as stack:
         if not config.train_adapters:
             stack.enter_context(model.disable_adapter())
-        run = _Run(model, head, train_set, eval_set, config, cache)
-        return run.go()
+        return _Run(task, train_set, eval_set, config, cache).go()
 
 
 @dataclasses.dataclass
@@ -129,29 +131,27 @@ class _Run:
 
     def __init__(
         self,
-        model: LlamaAdapter,
-        head: ClassificationHead | None,
+        task: Task,
         train_set: list[Example],
         eval_set: list[Example],
         config: TrainConfig,
         cache: PrefixCache | None,
     ) -> None:
-        self.model, self.head, self.config = model, head, config
+        self.task, self.model, self.config = task, task.model, config
         self.train_set, self.eval_set = train_set, eval_set
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.accelerator = make_accelerator(config.precision, model.device)
-        task = TaskModel(model, None if head is None else head.to(model.device))
-        parameters = trainable_parameters(model, head, config)
+        self.accelerator = make_accelerator(config.precision, self.model.device)
+        parameters = task.trained(config)
         self.optimizer = make_optimizer(parameters, config)
         # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
         schedule = make_schedule(self.optimizer, config, self.total_steps)
-        self.task, self.stepper = self.accelerator.prepare(task, self.optimizer)
+        self.run, self.stepper = self.accelerator.prepare(task, self.optimizer)
         self.state = checkpoint.TrainingState(
             parameters, self.optimizer, schedule, self.accelerator.scaler, config, data.fingerprint(train_set)
         )
-        self.feed = Feed(model, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
+        self.feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
         self.order: tuple[int, list[int]] | None = None  # an epoch's number, and its order of rows
         self.pending: list[_Step] = []
         self.window_tokens = self.tokens = 0
@@ -175,7 +175,7 @@ class _Run:
                 if state.step:
                     report.say(f"resumed from {self.checkpoint}")
                 self._fill_cache(report, stop)
-                self.task.train()
+                self.run.train()
                 while state.step < self.total_steps and not stop:
                     self._timed_step(report)
                     self._after_step(report)
@@ -190,8 +190,8 @@ class _Run:
             stopped=state.step < self.total_steps,
             metrics=self.metrics,
             history=report.history,
-            head=self.head,
-            labels=[] if self.head is None else self.head.labels,
+            head=self.task.head,
+            labels=[] if self.task.head is None else self.task.head.labels,
             trainable_parameters=sum(p.numel() for p in state.parameters.values()),
             skipped_steps=state.skipped_steps,
             seconds=self.seconds,
@@ -250,7 +250,7 @@ class _Run:
     def _examples(self) -> list[Example]:
         epoch, index = divmod(self.state.step, self.steps_per_epoch)
         if self.order is None or self.order[0] != epoch:
-            self.order = epoch, data.epoch_order(len(self.train_set), self.config.seed, epoch)
+            self.order = epoch, self.task.order(self.train_set, self.config, epoch)
         rows = self.config.rows_per_step
         return [self.train_set[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
@@ -259,7 +259,7 @@ class _Run:
         targets = data.count_targets(examples)
         losses = []
         for start in range(0, len(examples), size):
-            loss, _ = self.task(**self.feed(examples[start : start + size]))
+            loss, _ = self.run(**self.feed(examples[start : start + size]))
             self.accelerator.backward(loss / targets)
             losses.append(loss.detach())
         loss = torch.stack(losses).sum() / targets
@@ -334,7 +334,7 @@ class _Run:
     def _evaluate(self, report: Reporter) -> None:
         if not self.eval_set:
             return
-        metrics = run_evaluation(self.task, self.eval_set, self.feed, self.config)
+        metrics = run_evaluation(self.task, self.run, self.eval_set, self.feed, self.config)
         self.eval_seconds += metrics["seconds"]
         if not math.isfinite(metrics["loss"]):
             problem = f"the evaluation's loss is {metrics['loss']}"
@@ -347,7 +347,7 @@ class _Run:
             self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, self._save_model)
 
     def _save_model(self, directory: Path) -> None:
-        outputs.save_task(directory, self.model, self.head, self.config)
+        self.task.save(directory, self.config)
 
     def _stop(self, report: Reporter, signal_name: str | None) -> None:
         if self.pending:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from adapterkern.training import ClassificationHead
 from adapterkern.training.data import collate, load_examples
-from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, TaskModel, pool
+from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, pool
+from adapterkern.training.task import Task, check_lm_head
 
 TOKENIZER = tiny_run.tokenizer()
 
@@ -46,7 +47,7 @@ def test_lm_loss_is_transformers_own(side: str) -> None:
     labels.view(-1)[batch.positions + 1] = batch.targets
     model = tiny_run.model()
     expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    loss, _ = TaskModel(model, None)(**batch._asdict())
+    loss, _ = Task(model, None)(**batch._asdict())
     torch.testing.assert_close(loss / len(batch.targets), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -56,7 +57,7 @@ def test_classification_counts_what_is_right() -> None:
     batch = collate(examples, config)
     model = tiny_run.model()
     head = ClassificationHead(32, labels)
-    task = TaskModel(model, head).eval()
+    task = Task(model, head).eval()
     loss, correct = task(**batch._asdict())
     hidden = model.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     scores = head(hidden, batch.attention_mask)
@@ -68,7 +69,7 @@ def test_logits_that_are_not_plain_are_refused() -> None:
     model = tiny_run.model()
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping=30"):
-        TaskModel(model, None)
+        check_lm_head(model)
 
 
 def test_saved_head(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import tiny_run
 import torch
 
 from adapterkern.training import NonFiniteError, TrainResult, evaluate, load_task, read_metrics, train
-from adapterkern.training.heads import ClassificationHead, TaskModel
-from adapterkern.training.optimizer import make_optimizer, trainable_parameters
+from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.optimizer import make_optimizer
+from adapterkern.training.task import Task
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(24)
@@ -193,14 +194,14 @@ def test_an_infinite_gradient_is_reported(tmp_path: Path) -> None:
 
 
 def test_an_infinite_loss_with_finite_gradients_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, model, states = TaskModel.forward, tiny_run.model(), []
+    forward, model, states = Task.forward, tiny_run.model(), []
 
-    def infinite_in_step_3(self: TaskModel, **batch: Any) -> Any:
+    def infinite_in_step_3(self: Task, **batch: Any) -> Any:
         loss, correct = forward(self, **batch)
         states.append(tiny_run.weights(model))
         return (loss + math.inf if len(states) == 3 else loss), correct
 
-    monkeypatch.setattr(TaskModel, "forward", infinite_in_step_3)
+    monkeypatch.setattr(Task, "forward", infinite_in_step_3)
     with pytest.raises(NonFiniteError, match="step 3: the loss is inf; the step was not made"):
         run(model)
     assert tiny_run.same_bits(tiny_run.weights(model), states[2])
@@ -222,7 +223,7 @@ def test_a_non_finite_evaluation_is_reported() -> None:
 
 def test_vectors_do_not_decay() -> None:
     model = tiny_run.model()
-    parameters = trainable_parameters(model, ClassificationHead(32, ["a", "b"]), tiny_run.quiet())
+    parameters = Task(model, ClassificationHead(32, ["a", "b"])).trained(tiny_run.quiet())
     optimizer = make_optimizer(parameters, tiny_run.quiet(weight_decay=0.1, max_norm=math.inf))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name.rsplit(".", 2)[-2:][0] for name, p in parameters.items() if decay[id(p)]} == {"down", "up", "linear"}

@@ -1,0 +1,181 @@
+"""What is learnt: how rows become examples, how a batch becomes a loss, what is trained, scored and saved.
+
+``Task`` is classification with a head of ours, or next tokens with the backbone's own LM head. Another kind of
+training is a subclass of it, which ``train(..., task=...)`` takes; the loop, the prefix cache, the checkpoints and the
+evaluation know no more of it than these methods.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapterkern.llama import LlamaAdapter
+from adapterkern.training import data, outputs
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data import Example, Rows
+from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.prefix import PrefixCache, Slot
+
+Inputs = dict[str, Tensor | None]
+
+
+class Task(nn.Module):
+    """Backbone, adapters and head as one module from a batch to its loss: what accelerate prepares and a step calls.
+
+    Args:
+        model: the backbone with its adapters.
+        head: a classification head, or None: for causal-lm, or until :meth:`load` knows the labels.
+    """
+
+    def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+
+    def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
+        """Examples of ``rows``, as :func:`~adapterkern.training.data.load_examples` reads them.
+
+        The first call, with the rows to train on, makes the head where there is none.
+        """
+        labels = None if self.head is None else self.head.labels
+        examples, names = data.load_examples(rows, config, tokenizer, labels)
+        data.check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
+        if config.task == "causal-lm":
+            if self.head is not None:
+                raise ValueError("head: expected none for causal-lm, which has the backbone's own, got one")
+            check_lm_head(self.model)
+        elif self.head is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.head = ClassificationHead(self.model.config.hidden_size, names, config.pooling)
+            self.head.to(self.model.device)
+        return examples
+
+    def collate(self, examples: Sequence[Example], config: TrainConfig) -> Inputs:
+        """What :meth:`forward` takes, on the host: ``input_ids`` (B, L) and whatever else the task needs."""
+        return data.collate(examples, config)._asdict()
+
+    def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
+        """As many indices as there are examples: an epoch's order. A function of (seed, epoch) alone."""
+        return data.epoch_order(len(examples), config.seed, epoch)
+
+    def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
+        """What a run trains, by names that do not depend on the adapter's own name."""
+        parameters: dict[str, nn.Parameter] = {}
+        if config.train_adapters:
+            name = self.model.active_adapter
+            if name is None:
+                raise ValueError("model: expected an active adapter, got none; see set_adapter and train_adapters")
+            parameters |= {f"adapter.{key}": p for key, p in self.model.adapters[name].named_parameters()}
+        if self.head is not None:
+            parameters |= {f"head.{key}": p for key, p in self.head.named_parameters()}
+        return parameters
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor:
+        """The decoder's last hidden states (B, L, d).
+
+        ``prefix``, (B, L, d), is the residual stream after the frozen prefix where that is known already.
+        """
+        if prefix is not None:
+            return self.model.run_suffix(prefix, attention_mask)
+        decoder = self.model.decoder
+        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy of a :class:`~adapterkern.training.data.Batch`, and how many targets it has right.
+
+        The second is counted in eval mode only.
+        """
+        hidden = self.hidden(input_ids, attention_mask, prefix)
+        if self.head is not None:
+            scores = self.head(hidden, attention_mask)
+        else:
+            # Scores of the targets only: those of prompts and padding would be (tokens × vocabulary) for nothing.
+            scores = self.model.base.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+        loss = F.cross_entropy(scores.float(), targets, reduction="sum")
+        correct = targets.new_zeros(()) if self.training else (scores.argmax(-1) == targets).sum()
+        return loss, correct
+
+    def evaluate(
+        self, run: nn.Module, examples: Sequence[Example], feed: "Feed", config: TrainConfig
+    ) -> dict[str, float]:
+        """Metrics of ``examples``, a finite ``loss`` among them. ``run`` is this module as accelerate prepared it."""
+        started = time.perf_counter()
+        results = torch.stack([torch.stack(run(**feed(batch))) for batch in eval_batches(examples, config)])
+        targets = data.count_targets(examples)
+        loss, correct = (results.cpu().double().sum(0) / targets).tolist()
+        seconds = time.perf_counter() - started
+        metrics = {"loss": loss, "accuracy": correct, "targets": targets, "seconds": seconds}
+        metrics["tokens_per_second"] = data.count_tokens(examples) / seconds
+        if config.task == "causal-lm":
+            metrics["perplexity"] = math.exp(min(loss, 700.0))
+        return metrics
+
+    def save(self, directory: Path, config: TrainConfig) -> None:
+        """Write the trained parts into ``directory``, each file atomically."""
+        outputs.save_task(directory, self.model, self.head, config)
+
+
+class Feed:
+    """Makes a task's inputs: batches on its device, with their prefix activations where those are cached."""
+
+    def __init__(self, task: Task, config: TrainConfig, cache: PrefixCache | None) -> None:
+        self.task = task
+        self.config = config
+        self.cache = cache
+        self._slots: dict[int, Slot] = {}
+
+    def add(self, examples: Sequence[Example], slots: Sequence[Slot]) -> None:
+        self._slots |= {id(e): slot for e, slot in zip(examples, slots, strict=True)}
+
+    def __call__(self, examples: Sequence[Example]) -> Inputs:
+        inputs = self.task.collate(examples, self.config)
+        ids = inputs["input_ids"]
+        if self._slots and self.cache is not None and ids is not None:
+            slots = [self._slots[id(example)] for example in examples]
+            inputs["prefix"] = self.cache.gather(slots, ids.shape[1], self.config)
+        device = self.task.model.device
+        return {name: None if t is None else t.to(device, non_blocking=True) for name, t in inputs.items()}
+
+
+def eval_batches(examples: Sequence[Example], config: TrainConfig) -> list[list[Example]]:
+    """``examples`` in batches of an evaluation, like lengths together."""
+    size = config.eval_batch_size or config.batch_size
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def run_evaluation(
+    task: Task, run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig
+) -> dict[str, float]:
+    """``task.evaluate`` in eval mode and without gradients."""
+    was_training = run.training
+    run.eval()
+    try:
+        with torch.no_grad():
+            return task.evaluate(run, examples, feed, config)
+    finally:
+        run.train(was_training)
+
+
+def check_lm_head(model: LlamaAdapter) -> None:
+    """Raise ``ValueError`` if the backbone has no LM head, or does more to its logits than the head does."""
+    config: Any = model.config
+    if model.base.get_output_embeddings() is None:
+        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, got {type(model.base).__name__}")
+    for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
+        if getattr(config, name, neutral) not in (neutral, None):
+            raise ValueError(f"model: expected plain logits for causal-lm, got {name}={getattr(config, name)}")

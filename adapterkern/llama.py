@@ -26,7 +26,7 @@ from adapterkern.decoder import (
     restore,
 )
 from adapterkern.files import read_json, replacing, sha256, write_json
-from adapterkern.mixing import Mixture, prefix_length
+from adapterkern.mixing import Decide, DeferredMixture, Mixture, prefix_length
 from adapterkern.modules import Adapter, AdapterConfig
 
 BASE_NAME = "__base__"  # in adapter_names: the bare backbone, as PEFT spells it
@@ -59,7 +59,7 @@ class LlamaAdapter(nn.Module):
         self._configs: dict[str, AdapterConfig] = {}
         self._active: str | None = None
         self._enabled = True
-        self._mixture: Mixture | None = None
+        self._mixture: Mixture | DeferredMixture | None = None
         self._fused = fused
         self.add_adapter("default", config or AdapterConfig())
         self.set_adapter("default")
@@ -184,7 +184,7 @@ class LlamaAdapter(nn.Module):
             self._enabled = before
 
     def mixing(
-        self, names: Sequence[str], index: Tensor, weight: Tensor | None = None
+        self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """Within it each sequence of a batch runs adapters of its own, instead of the active one.
 
@@ -194,7 +194,9 @@ class LlamaAdapter(nn.Module):
 
         Args:
             names: adapters to choose from, none twice.
-            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none.
+            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. Or a function that gives
+                index and weight for the residual stream (B, L, d) below the first of the adapters: it is asked once, in
+                a forward or on the prompts of a ``generate``, and its answer holds for the rest.
             weight: floating point, of ``index``'s shape; default 1.
 
         Raises:
@@ -206,7 +208,12 @@ class LlamaAdapter(nn.Module):
         if len(set(names)) < len(names):
             raise ValueError(f"names: expected none twice, got {list(names)}")
         adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
-        return self._mixing(Mixture(adapters, {name: self._configs[name] for name in names}, index, weight))
+        configs = {name: self._configs[name] for name in names}
+        if isinstance(index, Tensor) or not callable(index):
+            return self._mixing(Mixture(adapters, configs, index, weight))
+        if weight is not None:
+            raise ValueError("weight: expected None where index is a function, which gives both, got a tensor")
+        return self._mixing(DeferredMixture(adapters, configs, index))
 
     def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         if adapter_names is None:
@@ -217,7 +224,7 @@ class LlamaAdapter(nn.Module):
         return self.mixing(names, index)
 
     @contextlib.contextmanager
-    def _mixing(self, mixture: Mixture) -> Iterator[None]:
+    def _mixing(self, mixture: Mixture | DeferredMixture) -> Iterator[None]:
         before, self._mixture = self._mixture, mixture
         try:
             yield
@@ -292,7 +299,9 @@ class LlamaAdapter(nn.Module):
         return contextlib.nullcontext(), self._state(self._active, self._enabled, self._fused, self._mixture)
 
     @contextlib.contextmanager
-    def _state(self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | None) -> Iterator[None]:
+    def _state(
+        self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | DeferredMixture | None
+    ) -> Iterator[None]:
         before = self._active, self._enabled, self._fused, self._mixture
         self._active, self._enabled, self.fused, self._mixture = active, enabled, fused, mixture
         try:

@@ -24,6 +24,8 @@ from adapterkern.modules import Adapter, AdapterConfig
 from adapterkern.ops import adapter
 from adapterkern.reference import Weights
 
+Decide = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
 
 class _Group(NamedTuple):
     """Adapters of one shape at one site."""
@@ -136,6 +138,50 @@ class Mixture:
         if id(group) not in self._stacks:  # `_sites` keeps the group alive
             self._stacks[id(group)] = _stacked(group.adapters)
         return self._stacks[id(group)]
+
+
+class DeferredMixture:
+    """A mixture whose choices follow from the residual stream, once: where it meets the first of the adapters.
+
+    Args:
+        adapters, configs: as :class:`Mixture` takes them.
+        decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a :class:`Mixture`.
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, nn.ModuleDict], configs: Mapping[str, AdapterConfig], decide: Decide
+    ) -> None:
+        self._adapters, self._configs, self._decide = adapters, configs, decide
+        self._generating = False
+        self._mixture: Mixture | None = None
+
+    def generating(self, batch: int | None) -> "DeferredMixture":
+        """This mixture for ``generate``: decided on the prompts (beams included), and kept for what follows them."""
+        other = DeferredMixture(self._adapters, self._configs, self._decide)
+        other._generating = True
+        return other
+
+    def prefix_length(self, num_layers: int) -> int:
+        """How many leading layers none of the adapters changes."""
+        return min(map(prefix_length, self._configs.values()), default=num_layers)
+
+    def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
+        """As :meth:`Mixture.at`."""
+        if self._mixture is not None:
+            return self._mixture.at(layer, position)
+        stands = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())
+        return partial(self._begin, layer, position) if stands else None
+
+    def _begin(self, layer: str, position: str, x: Tensor) -> Tensor:
+        # Gradient checkpointing runs the layer twice and the decision once, so nothing of it may be recomputed: a pair
+        # of hooks inside those of the checkpoint keeps what the decision saves.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            index, weight = self._decide(x)
+        mixture = Mixture(self._adapters, self._configs, index, weight)
+        self._mixture = mixture.generating(None) if self._generating else mixture
+        run = self._mixture.at(layer, position)
+        assert run is not None  # `at` has found an adapter here
+        return run(x)
 
 
 def prefix_length(config: AdapterConfig) -> int:

@@ -1,5 +1,6 @@
 // The CPU twin: the tiles, the element rules and the order of summation of clipped_adamw.h, on threads.
 #include <algorithm>
+#include <atomic>
 #include <thread>
 
 #include "clipped_adamw.h"
@@ -15,16 +16,24 @@
 namespace adapterkern::cpu {
 namespace {
 
-constexpr int64_t kTilesPerThread = 32;  // half a megabyte of gradients: below that a thread costs more than it saves
+constexpr int64_t kChunk = 32;  // tiles; half a megabyte of gradients: below that a thread costs more than it saves
 
-// Calls f(first, last) on contiguous ranges of tiles. Threads live for one pass (about 20 µs each), so there is no
-// pool to survive a fork or to fight torch's own over the cores.
+// Calls f(first, last) on chunks of tiles, the last chunk first if `backwards`. Threads live for one pass (about 20 µs
+// each), so there is no pool to survive a fork or to fight torch's own over the cores, and take chunks as they come: a
+// thread whose core torch's spinning workers hold does less. Which thread does what leaves no trace in the result.
 template <typename F>
-void parallel(int64_t tiles, int threads, F f) {
-  const int64_t workers = std::clamp<int64_t>(tiles / kTilesPerThread, 1, std::max(threads, 1));
+void parallel(int64_t tiles, int threads, bool backwards, F f) {
+  const int64_t chunks = (tiles + kChunk - 1) / kChunk;
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      const int64_t first = (backwards ? chunks - 1 - i : i) * kChunk;
+      f(first, std::min(first + kChunk, tiles));
+    }
+  };
   std::vector<std::thread> pool;
-  for (int64_t w = 1; w < workers; ++w) pool.emplace_back(f, tiles * w / workers, tiles * (w + 1) / workers);
-  f(0, tiles / workers);
+  for (int64_t w = std::clamp<int64_t>(tiles / kChunk, 1, std::max(threads, 1)); w > 1; --w) pool.emplace_back(work);
+  work();
   for (std::thread& worker : pool) worker.join();
 }
 
@@ -100,7 +109,7 @@ void clear_tile(const Tensor& t, int64_t begin, int n) {
 
 void sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* scalars, int threads) {
   const float inv_scale = inverse(clip.grad_scale);
-  parallel(table.tiles, threads, [&](int64_t first, int64_t last) {
+  parallel(table.tiles, threads, /*backwards=*/false, [&](int64_t first, int64_t last) {
     for_each_tile(table, first, last, [&](const Tensor& t, uint32_t, int64_t tile, int64_t begin, int n) {
       slots[tile] = tile_squares(t, begin, n, inv_scale);
       if (begin == 0) *t.step += 1;  // update() takes it back if the step is skipped
@@ -117,7 +126,8 @@ void finish(const Clip& clip, Scalars* scalars) { adapterkern::finish(clip, *sca
 void update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
             uint32_t seed, int threads) {
   const bool skipped = scalars->skipped != 0;
-  parallel(table.tiles, threads, [&](int64_t first, int64_t last) {
+  // Backwards: the gradients that the norm's pass read last are still in the cache.
+  parallel(table.tiles, threads, /*backwards=*/true, [&](int64_t first, int64_t last) {
     for_each_tile(table, first, last, [&](const Tensor& t, uint32_t ordinal, int64_t, int64_t begin, int n) {
       if (!skipped)
         update_tile(t, begin, n, make_step(groups[t.group], *scalars, *t.step, seed, ordinal));

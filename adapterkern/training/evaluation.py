@@ -1,6 +1,5 @@
 """Evaluation of a trained task outside of its training."""
 
-import contextlib
 from typing import Any
 
 from adapterkern.llama import LlamaAdapter
@@ -38,9 +37,7 @@ def evaluate(
         task = Task(model, None if head is None else head.to(model.device))
     examples = task.load(eval_data, config, tokenizer)
     accelerator = make_accelerator(config.precision, model.device)
-    with contextlib.ExitStack() as stack:
-        if not config.train_adapters:
-            stack.enter_context(model.disable_adapter())
+    with task.running(config):
         feed = Feed(task, config, cache)
         if cache is not None and choose_cache(model, config, examples, passes=2)[0]:
             feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])

@@ -10,7 +10,6 @@ step has changed no parameter: ClippedAdamW leaves everything as it was when the
 looking costs nothing, every step is checked at once.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -27,7 +26,6 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.interrupt import StopRequest
-from adapterkern.training.optimizer import make_optimizer
 from adapterkern.training.precision import make_accelerator
 from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
@@ -111,9 +109,7 @@ def train(
     train_set = task.load(train_data, config, tokenizer)
     eval_set = [] if eval_data is None else task.load(eval_data, config, tokenizer)
     set_seed(config.seed)
-    with contextlib.ExitStack() as stack:
-        if not config.train_adapters:
-            stack.enter_context(model.disable_adapter())
+    with task.running(config):
         return _Run(task, train_set, eval_set, config, cache).go()
 
 
@@ -144,7 +140,7 @@ class _Run:
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
         self.accelerator = make_accelerator(config.precision, self.model.device)
         parameters = task.trained(config)
-        self.optimizer = make_optimizer(parameters, config)
+        self.optimizer = task.optimizer(parameters, config)
         # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
         schedule = make_schedule(self.optimizer, config, self.total_steps)
         self.run, self.stepper = self.accelerator.prepare(task, self.optimizer)

@@ -5,6 +5,7 @@ training is a subclass of it, which ``train(..., task=...)`` takes; the loop, th
 evaluation know no more of it than these methods.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkern.llama import LlamaAdapter
+from adapterkern.optim import ClippedAdamW
 from adapterkern.training import data, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
 from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.optimizer import make_optimizer
 from adapterkern.training.prefix import PrefixCache, Slot
 
 Inputs = dict[str, Tensor | None]
@@ -76,6 +79,14 @@ class Task(nn.Module):
         if self.head is not None:
             parameters |= {f"head.{key}": p for key, p in self.head.named_parameters()}
         return parameters
+
+    def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+        """Around a whole run: which adapters run, and so how long the frozen prefix is."""
+        return contextlib.nullcontext() if config.train_adapters else self.model.disable_adapter()
+
+    def optimizer(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
+        """What steps over the parameters of :meth:`trained`."""
+        return make_optimizer(parameters, config)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor:
         """The decoder's last hidden states (B, L, d).

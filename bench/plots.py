@@ -101,7 +101,10 @@ def _time_bars(run: Run, part: str, **fixed: Any) -> Figure | None:
     figure, axes = _figure(len(cases), 5.2, 3.2)
     for axis, (case, entries) in zip(axes, cases, strict=True):
         shown = [e for e in entries if e.variant != COPY]
-        scale, unit = (1e3, "ms") if max(e.median for e in shown) > 1e-3 else (1e6, "µs")
+        slowest = max(e.median for e in shown)
+        scale, unit = next(
+            (s, u) for s, u, from_ in ((1, "s", 1), (1e3, "ms", 1e-3), (1e6, "µs", 0)) if slowest > from_
+        )
         _bars(axis, shown, [[q * scale for q in quartiles(e.times)] for e in shown], ".3g")
         floor = next((e for e in entries if e.variant in (COPY, "frozen backbone")), None)
         if floor is not None:

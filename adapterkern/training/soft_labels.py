@@ -1,0 +1,216 @@
+"""The loss of soft labels: cross-entropy and a divergence from a teacher's distribution, a few tokens at a time.
+
+With logits z of the student and t of the teacher, temperature T, p = softmax(t/T), q = softmax(z/T), m = (p + q)/2:
+
+    "kl"  D = KL(p‖q) = Σ p (log p − log q)                  ∂D/∂z = (q − p)/T            the forward direction
+    "js"  D = ½ KL(p‖m) + ½ KL(q‖m), 0 ≤ D ≤ log 2          ∂D/∂z = q ⊙ (g − Σ q g)/T    g = ½ (log q − log m)
+
+    loss = Σ_i (1 − λ) · CE(z_i, target_i) + λ · T² · a_i · D_i
+
+λ is the mixing weight and a_i a weight of each token, 1 unless told otherwise. For large T both p − q and the 1/T above
+shrink like 1/T, so the gradient of D goes like 1/T²: the factor T² (Hinton et al. 2015) keeps the balance with the
+cross-entropy when T changes. Near p = q, JS is a quarter of KL, and so is its gradient: λ means less with it.
+
+One token's logits are as wide as the vocabulary, 85 times its hidden state in SmolLM2-135M. So neither logits nor their
+gradients ever exist for all tokens: each chunk's are made from the hidden states, turned into the gradient of the
+loss in the hidden states by the formulas above, and dropped. What stays for the backward is that gradient, as large
+as the hidden states, and the backward multiplies it by a number. The LM head runs once in each direction, as it would
+without chunks; it is frozen and gets no gradient.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIVERGENCES = ("kl", "js")
+CHUNK_TOKENS = 256
+IGNORE = -100  # a target that is none, as in torch's cross_entropy
+
+Head = Callable[[Tensor], Tensor]
+
+
+class Teacher(NamedTuple):
+    """What gives the soft labels: its last hidden states (N, its own width), and its LM head."""
+
+    hidden: Tensor
+    head: Head
+
+
+class SoftLabelLoss(NamedTuple):
+    """Sums over the tokens, scalars; all but ``loss`` without gradient, in nats or counts. 0 where not asked for."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor  # Σ a_i D_i, without T²
+    teacher_cross_entropy: Tensor  # counted with ``count``
+    correct: Tensor  # with ``count``: targets that have the student's highest score
+    agreement: Tensor  # with ``count``: tokens where student and teacher have the same highest score
+
+
+def soft_label_loss(
+    hidden: Tensor,
+    head: Head,
+    teacher: Teacher | None = None,
+    targets: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    weight: float = 0.5,
+    divergence: str = "kl",
+    chunk_tokens: int = CHUNK_TOKENS,
+    count: bool = False,
+) -> SoftLabelLoss:
+    """The loss above, of N tokens.
+
+    Args:
+        hidden: (N, d), what the student's head reads; the only input that gets a gradient.
+        head: makes (n, V) logits from (n, d); frozen.
+        teacher: its states of the same N tokens; None leaves the divergence out.
+        targets: (N,) int64, ``IGNORE`` where there is none; None leaves the cross-entropy out.
+        token_weights: (N,), a_i.
+        temperature, weight, divergence: T > 0, λ from 0 to 1, and D, as above.
+        chunk_tokens: so many tokens' logits exist at a time; changes nothing but memory and speed.
+        count: also count what :class:`SoftLabelLoss` says.
+
+    Raises:
+        ValueError: an argument out of its range, or teacher and student differ in tokens or vocabulary.
+    """
+    check_settings(temperature, weight, divergence, chunk_tokens)
+    if teacher is not None and len(teacher.hidden) != len(hidden):
+        raise ValueError(f"teacher: expected states of {len(hidden)} tokens, got {len(teacher.hidden)}")
+    with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+
+    def chunk(part: slice) -> tuple[Tensor, Tensor | None]:
+        """Of a function of its own, so that a chunk's logits are gone before the next one's come."""
+        # The head may be anything that makes logits (quantised, with a bias, under autocast): autograd knows its way
+        # back, and is told only the logits' gradient.
+        with torch.set_grad_enabled(with_gradient):
+            states = hidden[part].detach().requires_grad_(with_gradient)
+            logits = head(states)
+        with torch.no_grad():
+            taught = None if teacher is None else teacher.head(teacher.hidden[part])
+            if taught is not None and taught.shape != logits.shape:
+                raise ValueError(f"teacher: expected a vocabulary of {logits.shape[-1]}, got {taught.shape[-1]}")
+            with torch.autocast(hidden.device.type, enabled=False):
+                sums, gradient = _chunk(
+                    _wide(logits.detach()),
+                    None if taught is None else _wide(taught),
+                    None if targets is None else targets[part],
+                    None if token_weights is None else token_weights[part],
+                    temperature,
+                    weight,
+                    divergence,
+                    with_gradient,
+                    count,
+                )
+        del taught
+        if gradient is None:
+            return sums, None
+        return sums, torch.autograd.grad(logits, states, gradient.to(logits.dtype))[0]
+
+    sums = torch.zeros(6, device=hidden.device, dtype=_wide(hidden.new_empty(0)).dtype)
+    gradient = torch.zeros_like(hidden) if with_gradient else None
+    for start in range(0, len(hidden), chunk_tokens):
+        chunk_sums, chunk_gradient = chunk(slice(start, start + chunk_tokens))
+        sums += chunk_sums
+        if gradient is not None and chunk_gradient is not None:
+            gradient[start : start + chunk_tokens] = chunk_gradient
+    loss, *others = sums.unbind()
+    return SoftLabelLoss(loss if gradient is None else _Known.apply(hidden, loss, gradient), *others)
+
+
+def check_settings(temperature: float, weight: float, divergence: str, chunk_tokens: int) -> None:
+    """Raise ``ValueError`` that names the argument, what was expected and what came."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected a whole number from 1 on, got {chunk_tokens!r}")
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradient in ``hidden`` is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _chunk(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    token_weights: Tensor | None,
+    temperature: float,
+    weight: float,
+    divergence: str,
+    with_gradient: bool,
+    count: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The six sums of a chunk of logits (n, V), and the gradient of the first in ``student``."""
+    zero = student.new_zeros(())
+    cross_entropy = diverged = teacher_cross_entropy = correct = agreement = zero
+    gradient: Tensor | None = None
+    if targets is not None:
+        log_q = F.log_softmax(student, -1)
+        cross_entropy = F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORE)
+        if with_gradient and weight < 1:
+            gradient = log_q.exp_()
+            real = (targets != IGNORE)[:, None].to(gradient.dtype)
+            gradient.scatter_add_(1, targets.clamp(min=0)[:, None], -real)
+            gradient.mul_(real * (1 - weight))
+        if count:
+            correct = (student.argmax(-1) == targets).sum()
+    if teacher is not None:
+        log_p, log_q = (F.log_softmax(t if temperature == 1 else t / temperature, -1) for t in (teacher, student))
+        each, slope = (_kl if divergence == "kl" else _js)(log_p, log_q)
+        a = torch.ones_like(each) if token_weights is None else token_weights
+        diverged = (each * a).sum()
+        if with_gradient:
+            slope.mul_((weight * temperature * a)[:, None])  # λ T² a · 1/T
+            gradient = slope if gradient is None else gradient.add_(slope)
+        if count:
+            agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
+            if targets is not None:
+                teacher_cross_entropy = F.cross_entropy(teacher, targets, reduction="sum", ignore_index=IGNORE)
+    loss = (1 - weight) * cross_entropy + weight * temperature**2 * diverged
+    sums = (loss, cross_entropy, diverged, teacher_cross_entropy, correct.to(zero), agreement.to(zero))
+    return torch.stack(sums), gradient
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's KL(p‖q), and T times its gradient in z."""
+    p = log_p.exp()
+    each = (log_p - log_q).mul_(p).sum(-1)
+    return each, log_q.exp().sub_(p)
+
+
+def _js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's Jensen–Shannon divergence, and T times its gradient in z."""
+    # log m − log q = softplus(δ) − log 2 with δ = log p − log q: near p = q exact to the last digits of a small number,
+    # which the difference of two logarithms is not.
+    log_ratio = log_p - log_q
+    g = (math.log(2) - F.softplus(log_ratio, threshold=40)).mul_(0.5)
+    h = (math.log(2) - F.softplus(-log_ratio, threshold=40)).mul_(0.5)
+    q = log_q.exp()
+    from_q = (q * g).sum(-1)
+    each = h.mul_(log_p.exp()).sum(-1) + from_q
+    return each, g.sub_(from_q[:, None]).mul_(q)

@@ -1,0 +1,523 @@
+"""Soft labels: the loss against its definition in fp64, what it keeps in memory, and the tasks that train with it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from adapterkern.llama import LlamaAdapter
+from adapterkern.modules import AdapterConfig
+from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
+from adapterkern.training.distillation import SETTINGS_NAME, Distillation, KeepBehaviour, WithKept, first_layers
+from adapterkern.training.soft_labels import IGNORE, Teacher, soft_label_loss
+from adapterkern.training.task import Feed
+
+TOKENIZER = tiny_run.tokenizer()
+TEXTS = [{"text": row["text"]} for row in tiny_run.rows(12, seed=3)]
+LM = {"task": "causal-lm", "log_every": 1}
+
+
+# The loss, against its definition over whole logits
+
+
+def plain(z: Tensor, t: Tensor, T: float, divergence: str) -> Tensor:
+    """D of each token, as the definition has it."""
+    p, q = (t / T).softmax(-1), (z / T).softmax(-1)
+    if divergence == "kl":
+        return (p * (p.log() - q.log())).sum(-1)
+    m = (p + q) / 2
+    return ((p * (p.log() - m.log())).sum(-1) + (q * (q.log() - m.log())).sum(-1)) / 2
+
+
+def case(tokens: int, vocabulary: int = 23, seed: int = 0, spread: float = 3.0) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    heads = [nn.Linear(d, vocabulary, dtype=torch.float64).requires_grad_(False) for d in (6, 4)]
+    for head in heads:
+        head.weight.copy_(normal(*head.weight.shape) * spread)
+        head.bias.copy_(normal(vocabulary))
+    targets = torch.randint(vocabulary, (tokens,), generator=draw)
+    targets[::3] = IGNORE
+    return {
+        "hidden": normal(tokens, 6).requires_grad_(),
+        "head": heads[0],
+        "teacher": Teacher(normal(tokens, 4), heads[1]),
+        "targets": targets,
+        "token_weights": normal(tokens).abs(),
+    }
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+@given(
+    tokens=st.integers(0, 9),
+    chunk_tokens=st.integers(1, 10),
+    temperature=st.sampled_from([0.5, 1.0, 2.0, 7.0]),
+    weight=st.sampled_from([0.0, 0.3, 1.0]),
+    with_targets=st.booleans(),
+    weighted=st.booleans(),
+)
+def test_value_and_gradient_are_the_definitions(
+    divergence: str,
+    tokens: int,
+    chunk_tokens: int,
+    temperature: float,
+    weight: float,
+    with_targets: bool,
+    weighted: bool,
+) -> None:
+    c = case(tokens, seed=tokens)
+    z, t = c["head"](c["hidden"]), c["teacher"].head(c["teacher"].hidden)
+    a = c["token_weights"] if weighted else torch.ones(tokens)
+    divergences = (a * plain(z, t, temperature, divergence)).sum()
+    hard = F.cross_entropy(z, c["targets"], reduction="sum", ignore_index=IGNORE)
+    cross_entropy = hard if with_targets else 0 * z.sum()
+    expected = (1 - weight) * cross_entropy + weight * temperature**2 * divergences
+    (expected_gradient,) = torch.autograd.grad(5 * expected, c["hidden"])
+
+    got = soft_label_loss(
+        c["hidden"],
+        c["head"],
+        c["teacher"],
+        c["targets"] if with_targets else None,
+        a if weighted else None,
+        temperature=temperature,
+        weight=weight,
+        divergence=divergence,
+        chunk_tokens=chunk_tokens,
+        count=True,
+    )
+    (gradient,) = torch.autograd.grad(5 * got.loss, c["hidden"])
+    torch.testing.assert_close(got.loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.divergence, divergences.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.cross_entropy, cross_entropy.detach(), rtol=1e-12, atol=1e-12)
+    assert got.agreement == (z.argmax(-1) == t.argmax(-1)).sum()
+    if with_targets:
+        assert got.correct == (z.argmax(-1) == c["targets"]).sum()
+        taught = F.cross_entropy(t, c["targets"], reduction="sum", ignore_index=IGNORE)
+        torch.testing.assert_close(got.teacher_cross_entropy, taught, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+def test_the_written_gradient_is_the_values_own(divergence: str) -> None:
+    c = case(4, vocabulary=7, spread=1.0)
+    settings: Any = {"temperature": 1.7, "weight": 0.6, "divergence": divergence, "chunk_tokens": 3}
+
+    def loss(hidden: Tensor) -> Tensor:
+        return soft_label_loss(hidden, c["head"], c["teacher"], c["targets"], **settings).loss
+
+    assert torch.autograd.gradcheck(loss, (c["hidden"],))
+
+
+def both_ways(first: Tensor, second: Tensor, divergence: str) -> tuple[float, float]:
+    def of(z: Tensor, t: Tensor) -> float:
+        result = soft_label_loss(z, nn.Identity(), Teacher(t, nn.Identity()), weight=1, divergence=divergence)
+        return result.loss.item()
+
+    return of(first, second), of(second, first)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 30.0, 1e4])
+def test_js_is_symmetric_and_bounded_and_kl_is_neither(spread: float) -> None:
+    first, step = torch.randn(2, 1, 50, dtype=torch.float64)
+    second = first + spread * step
+    there, back = both_ways(first, second, "js")
+    assert there == pytest.approx(back, rel=1e-9)
+    assert 0 <= there <= math.log(2) + 1e-12
+    kl, kl_back = both_ways(first, second, "kl")
+    if spread == 0:
+        assert there == kl == 0
+    elif spread == 1e-3:  # close distributions: a quarter
+        assert there == pytest.approx(kl / 4, rel=0.01)
+    else:
+        assert kl > 2 * there
+        assert kl != pytest.approx(kl_back, rel=0.01)
+
+
+def test_the_gradient_keeps_its_size_when_the_temperature_rises() -> None:
+    def size(temperature: float) -> float:
+        c = case(8, spread=0.3)
+        loss = soft_label_loss(c["hidden"], c["head"], c["teacher"], weight=1, temperature=temperature).loss
+        return torch.autograd.grad(loss, c["hidden"])[0].norm().item()
+
+    assert size(40.0) == pytest.approx(size(20.0), rel=0.05)  # both near the limit; without T² a quarter
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_as_accurate_as_whole_logits(dtype: torch.dtype) -> None:
+    c = case(30, vocabulary=500, spread=0.5)
+    exact = (0.4 * F.cross_entropy(c["head"](c["hidden"]), c["targets"], reduction="sum", ignore_index=IGNORE)) + (
+        0.6 * plain(c["head"](c["hidden"]), c["teacher"].head(c["teacher"].hidden), 1.0, "kl").sum()
+    )
+    (exact_gradient,) = torch.autograd.grad(exact, c["hidden"])
+    hidden = c["hidden"].detach().float().requires_grad_()
+    head, teacher = c["head"].float(), Teacher(c["teacher"].hidden.float(), c["teacher"].head.float())
+    with torch.autocast("cpu", dtype=dtype):
+        z, t = head(hidden).float(), teacher.head(teacher.hidden).float()
+        log_q, log_p = z.log_softmax(-1), t.log_softmax(-1)
+        whole = 0.4 * F.cross_entropy(z, c["targets"], reduction="sum", ignore_index=IGNORE)
+        whole = whole + 0.6 * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        ours = soft_label_loss(hidden, head, teacher, c["targets"], weight=0.6, chunk_tokens=7).loss
+    errors = []
+    for loss in (whole, ours):
+        (gradient,) = torch.autograd.grad(1024 * loss, hidden)
+        errors.append((gradient.double() / 1024 - exact_gradient).norm() / exact_gradient.norm())
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
+    assert errors[1] <= 1.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0), ("temperature", math.nan), ("weight", 1.5), ("divergence", "tv"), ("chunk_tokens", 0)],
+)
+def test_bad_settings_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        soft_label_loss(torch.zeros(2, 3), nn.Identity(), **{name: value})
+    with pytest.raises(ValueError, match=name):
+        Distillation(tiny_run.model(), **{name: value})
+
+
+# Memory
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that any operator made, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def saved_elements(compute: Callable[[], Tensor], weights: list[Tensor]) -> int:
+    """Elements that autograd keeps for the backward, ``weights`` left out."""
+    sizes = []
+    known = {weight.data_ptr() for weight in weights}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = compute()
+    loss.backward()
+    return sum(sizes)
+
+
+def test_no_tensor_of_all_tokens_and_the_vocabulary_is_ever_made() -> None:
+    tokens, width, vocabulary, chunk_tokens = 96, 8, 1000, 5
+    heads = [nn.Linear(width, vocabulary).requires_grad_(False) for _ in range(2)]
+    weights = [p for head in heads for p in head.parameters()]
+    hidden, taught = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
+    targets = torch.randint(vocabulary, (tokens,))
+
+    def chunked(divergence: str) -> Tensor:
+        teacher = Teacher(taught, heads[1])
+        return soft_label_loss(
+            hidden, heads[0], teacher, targets, divergence=divergence, chunk_tokens=chunk_tokens
+        ).loss
+
+    for divergence in ("kl", "js"):
+        with Allocations() as made:
+            saved = saved_elements(lambda d=divergence: chunked(d), weights)  # type: ignore[misc]
+        assert made.largest == width * vocabulary > chunk_tokens * vocabulary  # a transposed view of the weight
+        assert saved == tokens * width  # the gradient in the hidden states, and nothing else
+
+    def whole() -> Tensor:
+        q, p = heads[0](hidden).log_softmax(-1), heads[1](taught).log_softmax(-1)
+        return F.kl_div(q, p, reduction="sum", log_target=True)
+
+    with Allocations() as made:
+        assert saved_elements(whole, weights) >= 2 * tokens * vocabulary
+    assert made.largest == tokens * vocabulary
+
+
+def test_a_training_step_holds_a_chunk_of_logits_at_most() -> None:
+    """The whole task, backbone included: of everything made in a step, nothing has tokens × vocabulary elements."""
+    model = tiny_run.model()
+    config = tiny_run.quiet(**LM, padding="max_length", max_length=64)
+    texts = [{"text": " ".join(row["text"] for row in TEXTS)}] * 4
+    logits = 4 * 63 * 128
+
+    def largest(task: Any, rows: Any) -> int:
+        inputs = Feed(task, config, None)(task.load(rows, config, TOKENIZER))
+        with Allocations() as made:
+            task(**inputs)[0].backward()
+        return made.largest
+
+    assert largest(Distillation(model, chunk_tokens=8), texts) < logits
+    assert largest(Distillation(model, chunk_tokens=10**6), texts) >= logits
+    rows = [{"prompt": "w1 w2", "completion": "w3"}]
+    assert largest(KeepBehaviour(model, chunk_tokens=8), WithKept(rows, texts)) < logits
+
+
+# The teacher
+
+
+def same_shape(model: LlamaAdapter, seed: int, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    config = type(model.config)(**(model.config.to_dict() | changes))
+    return type(model.base)(config)
+
+
+def summed(model: LlamaAdapter, teacher: Any, examples: Any, temperature: float, weight: float) -> Tensor:
+    """The loss of a :class:`Distillation`, text by text, from whole logits and without padding."""
+    total = torch.zeros((), dtype=torch.float64)
+    for e in examples:
+        ids, targets = torch.from_numpy(e.input_ids)[None], torch.from_numpy(e.targets)
+        z = model(input_ids=ids).logits[0, e.positions]
+        with torch.no_grad():
+            if teacher is None:
+                with model.disable_adapter():
+                    t = model(input_ids=ids).logits[0, e.positions]
+            else:
+                t = teacher(input_ids=ids).logits[0, e.positions]
+        cross_entropy = F.cross_entropy(z.double(), targets, reduction="sum")
+        soft = plain(z.double(), t.double(), temperature, "kl").sum()
+        total = total + (1 - weight) * cross_entropy + weight * temperature**2 * soft
+    return total
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["itself", "another"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_padding_and_prompts_are_ignored(side: str, kind: str, cached: bool) -> None:
+    """Against whole logits of each text alone, in loss and in every parameter's gradient."""
+    model = tiny_run.model(init="xavier")
+    teacher = None if kind == "itself" else same_shape(model, seed=5, hidden_size=16, num_hidden_layers=2)
+    task = Distillation(model, teacher, temperature=2.0, weight=0.7, chunk_tokens=5)
+    rows = [{"prompt": "w1 w2 w3", "completion": row["text"]} for row in TEXTS[:5]]
+    config = tiny_run.quiet(**LM, padding_side=side)
+    examples = task.load(rows, config, TOKENIZER)
+    inputs = Feed(task, config, None)(examples)
+    if cached:
+        inputs["prefix"] = model.run_prefix(inputs["input_ids"], inputs["attention_mask"])
+    parameters = model.adapter_parameters()
+    loss, _ = task(**inputs)
+    expected = summed(model, teacher, examples, 2.0, 0.7)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    got = torch.autograd.grad(loss, parameters)
+    for a, b in zip(got, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(0, 3), (3,)])
+@pytest.mark.parametrize("position", ["layer", "attention"])
+def test_a_model_is_its_own_teacher_with_adapters_off(layers: tuple[int, ...], position: str) -> None:
+    """At the identity the divergence is exactly 0, and nothing pulls; a moved adapter is pulled back."""
+    for init, divergence in (("identity", "kl"), ("identity", "js"), ("xavier", "kl")):
+        model = tiny_run.model(layers=layers, position=position, init=init)
+        task = Distillation(model, weight=1, divergence=divergence)
+        config = tiny_run.quiet(**LM)
+        loss, _ = task(**Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER)))
+        gradients = torch.autograd.grad(loss, model.adapter_parameters())
+        at_rest = init == "identity"
+        assert (abs(loss.item()) < 1e-6) == at_rest
+        assert (max(g.abs().max().item() for g in gradients) < 1e-5) == at_rest
+        assert model.active_adapter == "default"
+
+
+def test_the_teacher_has_no_dropout_and_learns_nothing() -> None:
+    model = tiny_run.model()
+    model.config.attention_dropout = 0.5
+    for layer in model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    task = Distillation(model, weight=1)
+    config = tiny_run.quiet(**LM)
+    inputs = Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER))
+    task.train()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert ids is not None
+    assert mask is not None
+    prefix = torch.zeros(*ids.shape, 32)
+    first, second = (task.taught(ids, mask, prefix) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert model.base.training
+    teacher = same_shape(model, seed=1).train()
+    task = Distillation(model, teacher)
+    task.train()
+    assert not teacher.training
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in task.parameters()}
+
+
+class Scaled(GPT2LMHeadModel):
+    """A model that does more to its logits than its head."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
+def test_teachers_that_do_not_fit_are_refused() -> None:
+    model = tiny_run.model()
+    with pytest.raises(ValueError, match="vocabulary of 128 tokens, got one of 127"):
+        Distillation(model, same_shape(model, seed=1, vocab_size=127))
+    with pytest.raises(ValueError, match="teacher: expected a transformers causal language model, got Linear"):
+        Distillation(model, nn.Linear(2, 2))
+    gpt2 = GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ValueError, match=r"teacher: expected logits that are .* got Scaled"):
+        KeepBehaviour(model, Scaled(gpt2))
+    Distillation(model, GPT2LMHeadModel(gpt2))  # another architecture is fine
+
+
+def test_the_first_layers_share_the_parameters_and_not_the_adapters() -> None:
+    whole = tiny_run.model().unload()
+    ids = torch.randint(3, 100, (2, 7))
+    before = whole(input_ids=ids).logits
+    student = LlamaAdapter(first_layers(whole, 2), AdapterConfig(adapter_dim=4, init="xavier"))
+    assert {p.data_ptr() for p in student.base.parameters()} < {p.data_ptr() for p in whole.parameters()}
+    assert torch.equal(whole(input_ids=ids).logits, before)
+    assert len(whole.model.layers) == whole.config.num_hidden_layers == 4
+    assert len(student.layers) == student.config.num_hidden_layers == 2
+    with student.disable_adapter():
+        expected = whole.lm_head(whole.model.norm(whole(input_ids=ids, output_hidden_states=True).hidden_states[2]))
+        torch.testing.assert_close(student(input_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match="num_layers: expected 1 to 4, got 5"):
+        first_layers(whole, 5)
+
+
+# Training
+
+
+def test_a_student_comes_closer_to_its_teacher() -> None:
+    whole = tiny_run.model().unload()
+    student = LlamaAdapter(first_layers(whole, 2), AdapterConfig(adapter_dim=16))
+    texts = [{"text": row["text"]} for row in tiny_run.rows(64)]
+    task = Distillation(student, whole, weight=1, temperature=1.5)
+    config = tiny_run.quiet(**LM, epochs=6, batch_size=16, lr=2e-2)
+    before = evaluate(student, TEXTS, config, tokenizer=TOKENIZER, task=task)
+    result = train(student, texts, config, tokenizer=TOKENIZER, eval_data=TEXTS, task=task)
+    after = result.metrics
+    assert after is not None
+    assert after["divergence"] < 0.7 * before["divergence"]
+    assert after["agreement"] > before["agreement"]
+    assert after["teacher_perplexity"] == pytest.approx(before["teacher_perplexity"], rel=1e-6)
+    assert after["loss"] == pytest.approx(1.5**2 * after["divergence"], rel=1e-5)
+    assert after["perplexity"] == pytest.approx(math.exp(after["cross_entropy"]))
+
+
+def test_without_weight_it_is_plain_training() -> None:
+    """λ = 0 is the language model's own loss, so the same run to rounding, chunks and prefix cache notwithstanding."""
+
+    def losses(distil: bool) -> list[float]:
+        model = tiny_run.model()
+        task = Distillation(model, weight=0, chunk_tokens=3) if distil else None
+        config = tiny_run.quiet(**LM)
+        result = train(model, TEXTS, config, tokenizer=TOKENIZER, eval_data=TEXTS, task=task)
+        assert result.prefix_layers == 3
+        return [record["loss"] for record in result.history]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
+TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "causal-lm": ([{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 40}"} for i in range(12)], {"task": "causal-lm"}),
+    "classification": (tiny_run.rows(12, seed=1), {"task": "classification"}),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_a_kept_text_weighs_as_one_target(kind: str, side: str) -> None:
+    """A mixed batch against its parts: the task's rows alone, and each kept text alone, from whole logits."""
+    rows, values = TASKS[kind]
+    config = tiny_run.quiet(**values, padding_side=side)
+    model = tiny_run.model(init="xavier")
+    task = KeepBehaviour(model, temperature=2.0, weight=0.3, divergence="js", chunk_tokens=7)
+    examples = task.load(WithKept(rows[:4], TEXTS[:2]), config, TOKENIZER)
+    feed = Feed(task, config, None)
+    order = [4, 0, 1, 5, 2, 3]
+    loss, _ = task(**feed([examples[i] for i in order]))
+    alone, _ = task(**feed(examples[:4]))
+    expected = alone.double()
+    for example in examples[4:]:
+        ids = torch.from_numpy(example.input_ids)[None]
+        z = model(input_ids=ids).logits[0, :-1].double()
+        with model.disable_adapter(), torch.no_grad():
+            t = model(input_ids=ids).logits[0, :-1].double()
+        expected = expected + 0.3 * 2.0**2 * plain(z, t, 2.0, "js").mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = list(task.trained(config).values())
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    only_kept, _ = task(**feed(examples[4:]))
+    assert only_kept.item() == pytest.approx((expected - alone).item(), rel=1e-5)
+    assert sum(len(e.targets) for e in examples[4:]) == 2
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_keeping_lowers_the_drift_and_the_task_is_still_learnt(kind: str) -> None:
+    rows, values = TASKS[kind]
+    if kind == "classification":
+        rows = tiny_run.rows(24)
+    kept = [{"text": row["text"]} for row in tiny_run.rows(24, seed=9)]
+    config = tiny_run.quiet(**values, epochs=30, lr=3e-2)
+
+    def outcome(weight: float) -> dict[str, float]:
+        model = tiny_run.model(layers=(2, 3))
+        task = KeepBehaviour(model, weight=weight)
+        data, unseen = (rows if weight == 0 else WithKept(rows, kept)), WithKept(rows, TEXTS)
+        result = train(model, data, config, tokenizer=TOKENIZER, eval_data=unseen, task=task)
+        assert result.metrics is not None
+        return result.metrics
+
+    free, held = outcome(0.0), outcome(0.5)
+    assert held["kept_divergence"] < 0.5 * free["kept_divergence"]
+    assert held["kept_agreement"] > free["kept_agreement"]
+    assert held["accuracy"] >= 0.9
+    assert held["targets"] == free["targets"] > 0
+
+
+@pytest.mark.parametrize("kind", ["distillation", "keeping"])
+def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, tmp_path: Path) -> None:
+    def run(folder: Path, resume: bool = False, **settings: Any) -> list[Tensor]:
+        model = tiny_run.model()
+        values = {"epochs": 4, "checkpoint_every": 1, "keep_checkpoints": 100}
+        config = tiny_run.quiet(**LM, **values, output_dir=folder, resume=resume)
+        kinds = {"distillation": Distillation, "keeping": KeepBehaviour}
+        task: Any = kinds[kind](model, **({"temperature": 2.0} | settings))
+        data: Any = TEXTS if kind == "distillation" else WithKept(TASKS["causal-lm"][0], TEXTS)
+        train(model, data, config, tokenizer=TOKENIZER, eval_data=data, task=task)
+        return tiny_run.weights(model)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = run(tmp_path / "run")
+        newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+        for checkpoint in newest[5:]:
+            checkpoint.rename(tmp_path / checkpoint.name)
+        with pytest.raises(CheckpointError, match=r"temperature=2\.0, not 3\.0"):
+            run(tmp_path / "run", resume=True, temperature=3.0)
+        assert tiny_run.same_bits(run(tmp_path / "run", resume=True), expected)
+    finally:
+        torch.set_num_threads(threads)
+    saved = json.loads((tmp_path / "run" / SETTINGS_NAME).read_text())
+    assert saved == {"teacher": None, "temperature": 2.0, "weight": 0.5, "divergence": "kl"}
+
+
+def test_distillation_is_for_tokens() -> None:
+    with pytest.raises(ValueError, match="task: expected causal-lm for Distillation"):
+        Distillation(tiny_run.model()).load(tiny_run.rows(4), TrainConfig(), TOKENIZER)

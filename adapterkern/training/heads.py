@@ -7,6 +7,7 @@ adapter as ``head.safetensors`` and ``head_config.json``, label names included.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -47,44 +48,54 @@ class ClassificationHead(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the two files, each atomically; the configuration holds the weights' SHA-256."""
-        directory = Path(directory)
-        tensors = {key: t.detach().to("cpu").contiguous() for key, t in self.state_dict().items()}
-        with replacing(directory / HEAD_WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        config = {
-            "format_version": FORMAT_VERSION,
-            "head": "classification",
-            "hidden_size": self.linear.in_features,
-            "pooling": self.pooling,
-            "labels": self.labels,
-            "weights_sha256": sha256(directory / HEAD_WEIGHTS),
-        }
-        write_json(directory / HEAD_CONFIG, config)
+        fields = {"hidden_size": self.linear.in_features, "pooling": self.pooling, "labels": self.labels}
+        write_head(Path(directory), "classification", self, fields)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "ClassificationHead":
         """Read a saved head. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong."""
-        path, weights = Path(directory) / HEAD_CONFIG, Path(directory) / HEAD_WEIGHTS
-        config = read_json(path)
-        if (config.get("format_version"), config.get("head")) != (FORMAT_VERSION, "classification"):
-            raise ValueError(f"{path}: expected a classification head of format_version {FORMAT_VERSION}")
-        kinds: dict[str, type] = {"hidden_size": int, "pooling": str, "labels": list, "weights_sha256": str}
-        for name, kind in kinds.items():
-            if type(config.get(name)) is not kind:
-                raise ValueError(f"{path}: field {name!r}: expected {kind.__name__}, got {config.get(name)!r}")
+        kinds: dict[str, type] = {"hidden_size": int, "pooling": str, "labels": list}
+        path, config = read_head_config(Path(directory), "classification", kinds)
         if not all(isinstance(label, str) for label in config["labels"]) or config["hidden_size"] < 1:
             raise ValueError(f"{path}: expected hidden_size >= 1 and labels that are texts")
         try:
             head = cls(config["hidden_size"], config["labels"], config["pooling"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if sha256(weights) != config["weights_sha256"]:
-            raise ValueError(f"{weights}: SHA-256 differs from the one in {HEAD_CONFIG}: damaged, or of another save")
-        try:
-            head.load_state_dict(load_file(weights))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights}: not this head's weights: {error}") from error
+        read_head_weights(Path(directory), head, config)
         return head
+
+
+def write_head(directory: Path, kind: str, head: nn.Module, fields: dict[str, Any]) -> None:
+    """Write a head's two files, each atomically: its weights, and ``fields`` with what identifies them."""
+    tensors = {key: t.detach().to("cpu").contiguous() for key, t in head.state_dict().items()}
+    with replacing(directory / HEAD_WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = {"format_version": FORMAT_VERSION, "head": kind, **fields}
+    write_json(directory / HEAD_CONFIG, config | {"weights_sha256": sha256(directory / HEAD_WEIGHTS)})
+
+
+def read_head_config(directory: Path, kind: str, kinds: dict[str, type]) -> tuple[Path, dict[str, Any]]:
+    """The path and the content of a head's configuration, its fields of the ``kinds`` that are expected."""
+    path = directory / HEAD_CONFIG
+    config = read_json(path)
+    if (config.get("format_version"), config.get("head")) != (FORMAT_VERSION, kind):
+        raise ValueError(f"{path}: expected a {kind} head of format_version {FORMAT_VERSION}, got {config.get('head')}")
+    for name, expected in (kinds | {"weights_sha256": str}).items():
+        if type(config.get(name)) is not expected:
+            raise ValueError(f"{path}: field {name!r}: expected {expected.__name__}, got {config.get(name)!r}")
+    return path, config
+
+
+def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) -> None:
+    """Put the saved weights into ``head``, if they are those that its configuration was saved with."""
+    weights = directory / HEAD_WEIGHTS
+    if sha256(weights) != config["weights_sha256"]:
+        raise ValueError(f"{weights}: SHA-256 differs from the one in {HEAD_CONFIG}: damaged, or of another save")
+    try:
+        head.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{weights}: not this head's weights: {error}") from error
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

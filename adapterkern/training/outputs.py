@@ -3,6 +3,7 @@
     adapter_model.safetensors, adapter_config.json    the adapter (not for a head trained alone)
     head.safetensors, head_config.json                the classification head with its label names (not for causal-lm)
     task.json                                         the TrainConfig: how to tokenise, pad and score
+    tasks/NAME/...                                    instead, for several tasks: those three of each
     metrics.jsonl, training.png, checkpoints/         see report.py and checkpoint.py
 
 A checkpoint's folder holds the first three as well, and can be used in the same way.
@@ -20,6 +21,7 @@ from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Classification
 from adapterkern.training.report import METRICS_NAME, PLOT_NAME
 
 TASK_NAME = "task.json"
+TASKS_FOLDER = "tasks"
 FORMAT_VERSION = 1
 _FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS_NAME, CONFIG_NAME)
 
@@ -34,7 +36,7 @@ def prepare_folder(config: TrainConfig) -> None:
         return
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    found = [directory / name for name in (*_FILES, FOLDER) if (directory / name).exists()]
+    found = [directory / name for name in (*_FILES, FOLDER, TASKS_FOLDER) if (directory / name).exists()]
     if found and not config.overwrite:
         raise FileExistsError(
             f"output_dir: {directory} holds an earlier run ({found[0].name}): resume it (resume=True, --resume), "
@@ -55,10 +57,16 @@ def newest_checkpoint(output_dir: Path) -> Path:
     return found[-1]
 
 
-def save_task(directory: Path, model: LlamaAdapter, head: ClassificationHead | None, config: TrainConfig) -> None:
-    """Write the adapter, the head and ``task.json``, each file atomically."""
+def save_task(
+    directory: Path,
+    model: LlamaAdapter,
+    head: ClassificationHead | None,
+    config: TrainConfig,
+    name: str | None = None,
+) -> None:
+    """Write the adapter (the active one, or ``name``), the head and ``task.json``, each file atomically."""
     if config.train_adapters:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, name)
     if head is not None:
         head.save_pretrained(directory)
     write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "config": config.to_dict()})
@@ -73,12 +81,17 @@ def load_task(directory: str | os.PathLike[str]) -> tuple[TrainConfig, Classific
     Raises:
         FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
     """
+    config = load_config(directory)
+    return config, ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
+
+
+def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
+    """The configuration of a finished run of any task. Raises as :func:`load_task`."""
     path = Path(directory) / TASK_NAME
     saved = read_json(path)
     if saved.get("format_version") != FORMAT_VERSION or not isinstance(saved.get("config"), dict):
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION} and a config")
     try:
-        config = TrainConfig.from_dict(saved["config"] | {"output_dir": None, "resume": False, "overwrite": False})
+        return TrainConfig.from_dict(saved["config"] | {"output_dir": None, "resume": False, "overwrite": False})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return config, ClassificationHead.from_pretrained(directory) if config.task == "classification" else None

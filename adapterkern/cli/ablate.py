@@ -1,0 +1,102 @@
+"""``adapterkern ablate``."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkern.cli.options import AddCommand, count
+
+if TYPE_CHECKING:
+    from adapterkern.training.study import Study
+
+HELP = """\
+Train many variants over several seeds, and say what differs by more than chance. Without --vary: where, how deep, how
+wide, which activation, init and learning rate, one at a time, on the demo's backbone and texts.
+
+  adapterkern ablate
+  adapterkern ablate --vary depth=1,2,3 --vary activation=silu,gelu --product --seeds 5
+  adapterkern ablate --vary layers=-1/-2,-1/-3,-2,-1 --vary every=1,2 --set lr=1e-3 --set epochs=3
+  adapterkern ablate --model ./llama --train train.csv --eval test.csv --vary position=layer,attention
+
+The first value of each field is the base point. A field is one of adapter_dim, position, every, layers, depth,
+activation, init (of the adapters), or lr, warmup, max_norm, precision, schedule, ... (an option of `train`).
+After Ctrl-C, or when killed, the same command goes on; a run whose row is in ablation.csv is never computed again.
+
+  adapterkern ablate --preset stability --output stability
+compares inits, clipping and warmup at an aggressive learning rate, counts spikes and draws loss and gradient norm.
+"""
+
+
+def add(command: AddCommand) -> None:
+    parser = command("ablate", run, "compare positions, depths, activations, ... over seeds", HELP)
+    parser.add_argument("--preset", choices=("where", "stability"), default="where", help="default %(default)s")
+    parser.add_argument("--vary", action="append", default=[], metavar="FIELD=V,V,...", help="instead of the preset's")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=V", help="of the base point")
+    parser.add_argument("--product", action="store_true", help="all combinations, instead of one field at a time")
+    parser.add_argument("--no-head-alone", action="store_true", help="leave out the runs without adapters")
+    parser.add_argument("--seeds", type=count, metavar="N", help="seeds 0 to N-1; default the preset's")
+    parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
+    parser.add_argument("--backbone-layers", type=int, default=8, metavar="N", help="first layers used; default 8")
+    parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV instead of Reuters R8")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
+    parser.add_argument("--train-texts", type=count, default=400, metavar="N", help="of Reuters R8; default 400")
+    parser.add_argument("--eval-texts", type=count, default=600, metavar="N", help="of Reuters R8; default 600")
+    parser.add_argument(
+        "--output", type=Path, default=Path("adapterkern-ablation"), metavar="DIR", help="default %(default)s"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from adapterkern.training import ablation_report, stability
+    from adapterkern.training.ablation import run_study
+    from adapterkern.training.backbone import load_backbone
+    from adapterkern.training.corpora import MODEL, obtain
+
+    study = make_study(arguments)
+    train_file, eval_file = _files(arguments)
+    source = arguments.model or os.fspath(obtain(MODEL))
+    llama, tokenizer = load_backbone(source, num_layers=arguments.backbone_layers)
+    findings = run_study(study, llama, train_file, eval_file, arguments.output, tokenizer=tokenizer, say=_say)
+    title = f"{Path(source).stem}, {findings.num_layers} layers; {train_file.name}, {eval_file.name}"
+    ablation_report.report(study, findings, arguments.output, title)
+    if arguments.preset == "stability":
+        stability.report(study, findings, arguments.output)
+    return 0 if findings.complete else 130
+
+
+def make_study(arguments: argparse.Namespace) -> "Study":
+    """The preset with ``--vary``, ``--set`` and the rest put over it."""
+    from adapterkern.training.presets import PRESETS
+    from adapterkern.training.study import parse_axis, parse_setting
+
+    study = PRESETS[arguments.preset]
+    axes = [parse_axis(text) for text in arguments.vary]
+    settings = dict(parse_setting(text) for text in arguments.set)
+    if len({name for name, _ in axes}) != len(axes):
+        raise ValueError(f"--vary: expected each field once, got {' '.join(arguments.vary)}")
+    study = dataclasses.replace(
+        study,
+        vary=dict(axes) or study.vary,
+        seeds=study.seeds if arguments.seeds is None else tuple(range(arguments.seeds)),
+        product=arguments.product or study.product,
+        head_alone=study.head_alone and not arguments.no_head_alone,
+    )
+    return study.based_on(settings)
+
+
+def _files(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    from adapterkern.training.corpora import R8_TEST, R8_TRAIN, column, draw_texts
+
+    if (arguments.train is None) != (arguments.eval is None):
+        raise ValueError("--train, --eval: expected both files or neither")
+    if arguments.train is not None:
+        return arguments.train, arguments.eval
+    train_file = draw_texts(R8_TRAIN, arguments.train_texts, 0)
+    return train_file, draw_texts(R8_TEST, arguments.eval_texts, 0, exclude=frozenset(column(train_file, "text")))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -22,8 +22,12 @@ from adapterkern.training.report import METRICS_NAME, PLOT_NAME
 
 TASK_NAME = "task.json"
 TASKS_FOLDER = "tasks"
+ROUTING_WEIGHTS, ROUTING_CONFIG = "routing.safetensors", "routing_config.json"
 FORMAT_VERSION = 1
-_FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS_NAME, CONFIG_NAME)
+_FILES = (
+    *(METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS_NAME, CONFIG_NAME),
+    *(ROUTING_WEIGHTS, ROUTING_CONFIG),
+)
 
 
 def prepare_folder(config: TrainConfig) -> None:

@@ -1,0 +1,126 @@
+"""A router: for each sequence it picks which of n expert adapters run, at most k of them, or none.
+
+It reads the residual stream h (B, L, d) below the first adapter, once a sequence:
+
+    v = mean over the real tokens of LayerNorm(h)      s = W·v + b ∈ ℝ^{n+1}      p = softmax(s)
+
+Expert i runs if s_i is among the k largest expert scores and above the last score, which stands for "none": with k = 1
+that is the argmax of n + 1 options, with k = 2 a sequence may take two, one or no expert. A chosen expert A_i enters as
+``x + p_i·(A_i(x) − x)``: the choice has no derivative, the gate weight p_i has, and through it (and through the softmax
+all scores) the router learns. Each token is normalised before the mean because some tokens of a LLaMA, the first above
+all, are a thousand times larger than the rest and would be all that the mean shows.
+
+In training, Gumbel noise on the scores turns the choice into a draw from p (without replacement for k > 1), so that
+an expert, or none, that loses today is tried again. Two terms join the loss. The load-balancing loss is that of the
+Switch Transformer (Fedus et al. 2021, arXiv:2101.03961, equation 4; GShard's, Lepikhin et al. 2020, arXiv:2006.16668,
+but for a constant factor), over the sequences that run an expert at all:
+
+    balance = n · Σ_i f_i·P_i      f_i: share of the choices that are expert i      P_i: mean of softmax(s_1..n)_i
+
+It is 1 where the load is even and n where one expert has everything. The cost is the mean probability of running
+anything, 1 − p_none: with coefficient λ, an expert must lower a sequence's loss by more than about λ to be worth it.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Route(NamedTuple):
+    """What a router decided for B sequences."""
+
+    chosen: Tensor  # (B, k) int64, an expert's number or −1
+    weight: Tensor  # (B, k) gate weights; 0 where that is −1
+    scores: Tensor  # (B, n), or (B, n + 1) with "none" last, before any noise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How sequences are routed. ``ValueError`` names an argument that is out of its range.
+
+    Args:
+        experts: n, how many adapters there are to choose from.
+        top_k: at most so many run in a sequence.
+        skip: whether none is an option.
+        noise: scale of the Gumbel noise on the scores in training; 1 draws from the softmax, 0 never explores.
+        balance: coefficient of the load-balancing loss.
+        cost: coefficient of the probability of running anything, in nats a target.
+    """
+
+    experts: int = 4
+    top_k: int = 1
+    skip: bool = True
+    noise: float = 1.0
+    balance: float = 0.01
+    cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, high in (("experts", None), ("top_k", self.experts)):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1 or (high is not None and value > high):
+                bounds = ">= 1" if high is None else f"from 1 to {high}, the number of experts"
+                raise ValueError(f"{name}: expected an integer {bounds}, got {value!r}")
+        if type(self.skip) is not bool:
+            raise ValueError(f"skip: expected True or False, got {self.skip!r}")
+        for name in ("noise", "balance", "cost"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if self.cost and not self.skip:
+            raise ValueError(f"cost: expected 0 where skip=False leaves nothing to save, got {self.cost!r}")
+
+
+class Router(nn.Module):
+    """Scores of n experts (and of none) for each sequence, and the choice that they make.
+
+    Args:
+        hidden_size: d.
+        config: of it, ``experts``, ``top_k`` and ``skip``.
+    """
+
+    def __init__(self, hidden_size: int, config: RoutingConfig) -> None:
+        super().__init__()
+        self.experts, self.top_k, self.skip = config.experts, config.top_k, config.skip
+        self.linear = nn.Linear(hidden_size, config.experts + config.skip)
+        # Near-even odds at the start, as the Switch Transformer has them: what begins far behind is never tried.
+        nn.init.normal_(self.linear.weight, std=0.1 * hidden_size**-0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, noise: float = 0.0) -> Route:
+        """``hidden`` (B, L, d) of any dtype, ``attention_mask`` (B, L) with 1 on real tokens → a route for each."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = self.linear.weight.dtype
+            mask = attention_mask.to(dtype)
+            summed = torch.bmm(mask[:, None], F.layer_norm(hidden.to(dtype), hidden.shape[-1:]))[:, 0]
+            return self.choose(self.linear(summed / mask.sum(1, keepdim=True)), noise)
+
+    def choose(self, scores: Tensor, noise: float = 0.0) -> Route:
+        """The route that ``scores`` make with Gumbel noise of that scale on them; the weights are without noise."""
+        noisy = scores.detach()
+        if noise:
+            noisy = noisy - noise * torch.empty_like(noisy).exponential_().log()
+        best, index = noisy[:, : self.experts].topk(self.top_k, dim=1)
+        weight = scores.softmax(1).gather(1, index)
+        if self.skip:
+            runs = best > noisy[:, self.experts :]
+            index, weight = torch.where(runs, index, -1), torch.where(runs, weight, 0.0)
+        return Route(index, weight, scores)
+
+
+def balance_loss(route: Route, experts: int) -> Tensor:
+    """The Switch Transformer's load-balancing loss, from 1 (even load) to ``experts``; 0 where no sequence runs any."""
+    runs = route.chosen >= 0
+    chosen = F.one_hot(route.chosen.clamp(min=0), experts) * runs[..., None]
+    share = chosen.sum((0, 1)) / runs.sum().clamp(min=1)
+    some = runs.any(1).to(route.scores.dtype)
+    mean = (route.scores[:, :experts].softmax(1) * some[:, None]).sum(0) / some.sum().clamp(min=1)
+    return experts * (share.to(mean.dtype) * mean).sum()
+
+
+def run_probability(route: Route, experts: int) -> Tensor:
+    """The mean probability of running at least one expert, 1 − p_none; 1 for a router without ``skip``."""
+    return route.scores.softmax(1)[:, :experts].sum(1).mean()

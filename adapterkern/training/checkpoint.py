@@ -2,7 +2,8 @@
 
     checkpoints/step-00000120/
         adapter_model.safetensors, adapter_config.json     the adapter, as LlamaAdapter.from_pretrained reads it
-        head.safetensors, head_config.json                 the classification head, if there is one
+        head.safetensors, head_config.json                 the classification head, if there is one; or what the
+                                                           task at hand saves, in subfolders too
         task.json                                          the TrainConfig
         training.safetensors                               fp32 parameters, moments, generator states (uint8)
         state.json                                         step, schedule, scaler, what must match, every file's SHA-256
@@ -79,9 +80,10 @@ def save_checkpoint(output_dir: Path, state: TrainingState, save_model: Any) -> 
     try:
         save_model(temporary)
         save_file(_tensors(state), temporary / TENSORS_NAME)
-        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        written = sorted(temporary.rglob("*"))
+        files = {path.relative_to(temporary).as_posix(): sha256(path) for path in written if path.is_file()}
         write_json(temporary / STATE_NAME, _described(state) | {"files": files})
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*written, temporary / STATE_NAME, temporary):
             _flush(path)
         temporary.rename(target)
         _flush(folder)
@@ -104,7 +106,8 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
         saved = read_json(directory / STATE_NAME)
         _check_fields(directory / STATE_NAME, saved)
         for name, digest in saved["files"].items():
-            if Path(name).name != name or sha256(directory / name) != digest:
+            outside = Path(name).is_absolute() or ".." in Path(name).parts
+            if outside or sha256(directory / name) != digest:
                 raise CheckpointError(f"{directory / name}: damaged: its SHA-256 is not the one in {STATE_NAME}")
         if TENSORS_NAME not in saved["files"]:
             raise CheckpointError(f"{directory / STATE_NAME}: field 'files': {TENSORS_NAME} is missing")

@@ -21,7 +21,7 @@ from rich.table import Table
 from adapterkern import __version__
 from adapterkern.files import replacing, write_json
 from adapterkern.training.ablation import Findings
-from adapterkern.training.study import Study, Variant, show_setting
+from adapterkern.training.study import Setting, Study, Variant, show_setting
 
 TABLE_NAME, PLOT_NAME, STUDY_NAME = "ablation.md", "ablation.png", "study.json"
 
@@ -33,14 +33,17 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9,
 }  # fmt: skip
 
-_QUESTIONS = {
+_TITLES = {
     "layers": "where",
     "every": "where",
-    "position": "position within a layer",
-    "depth": "how deep",
-    "adapter_dim": "how wide",
+    "position": "at which position of a layer",
+    "depth": "how deep (adapters at a site)",
+    "adapter_dim": "how wide (adapter_dim)",
     "activation": "which activation",
-    "init": "initialisation",
+    "init": "which init",
+    "lr": "learning rate",
+    "warmup": "warmup (share of the steps)",
+    "max_norm": "max_norm (inf: no clipping)",
 }
 
 
@@ -160,8 +163,8 @@ def base_point(study: Study, num_layers: int) -> str:
 
 
 def print_table(lines: Sequence[Line], title: str) -> None:
-    """Print the lines, within 100 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    """Print the lines, within 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     for line in lines:
@@ -208,10 +211,17 @@ def plot_axes(study: Study, lines: Sequence[Line], num_layers: int, path: Path, 
             figure.savefig(temporary, dpi=150, format="png")
 
 
+def _order(setting: Setting) -> float:
+    """Numbers ascend; sets of layers and names stay as they are."""
+    name, value = setting
+    return value if name not in ("layers", "every") and isinstance(value, int | float) else 0.0
+
+
 def _panel(panel: Axes, study: Study, index: int, axis: Sequence[Any], lines: Sequence[Line], num_layers: int) -> None:
     shown = [line for line in lines if line.variant.training.train_adapters]
     if not study.product:
         shown = [line for line in shown if line.variant.changed <= {index}]
+    base, axis = axis[0], sorted(axis, key=_order)
     for place, setting in enumerate(axis):
         accuracies = [
             100 * value
@@ -222,7 +232,7 @@ def _panel(panel: Axes, study: Study, index: int, axis: Sequence[Any], lines: Se
         spread = Spread.of(accuracies)
         if spread is None:
             continue
-        colour = OURS if place == 0 else OTHER
+        colour = OURS if setting == base else OTHER
         panel.plot(accuracies, [place] * len(accuracies), ".", color=colour, alpha=0.5, markersize=5)
         panel.errorbar(spread.mean, place, xerr=spread.deviation or 0, fmt="|", color=colour, capsize=3, markersize=9)
     if lines[0].accuracy is not None and not lines[0].variant.changed:
@@ -230,9 +240,8 @@ def _panel(panel: Axes, study: Study, index: int, axis: Sequence[Any], lines: Se
     names = {name for name, _ in axis}
     labels = [show_setting(setting, num_layers) for setting in axis]
     if len(names) == 1:
-        labels = [label.removeprefix(f"{axis[0][0]} ") for label in labels]
+        labels = [label.removeprefix(f"{base[0]} ") for label in labels]
     panel.set_yticks(range(len(axis)), labels)
     panel.set_ylim(len(axis) - 0.4, -0.6)
-    question = _QUESTIONS.get(axis[0][0], "")
-    panel.set_title(f"{question}: {' / '.join(sorted(names, reverse=True))}" if question else axis[0][0], fontsize=9)
+    panel.set_title(_TITLES.get(base[0], base[0]), fontsize=9)
     panel.grid(axis="x", alpha=0.25)

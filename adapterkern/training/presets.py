@@ -12,16 +12,16 @@ from adapterkern.training.study import Study
 
 WHERE = Study(
     adapter=AdapterConfig(adapter_dim=64, layers=(-2, -1)),
-    training=TrainConfig(epochs=2, batch_size=16, lr=2e-3, max_length=32),
+    training=TrainConfig(epochs=2, batch_size=16, lr=8e-3, max_length=32),
     vary={
         "layers": ((-2, -1), (-1,), (-3, -2, -1), (-5, -4), (-8, -7)),
         "every": (2, 1),
         "position": ("layer", "attention"),
         "depth": (1, 2, 4),
-        "adapter_dim": (64, 8, 16, 128, 256),
+        "adapter_dim": (64, 8, 128, 256),
         "activation": ("silu", "gelu", "relu", "tanh", "identity"),
         "init": ("identity", "xavier", "svd"),
-        "lr": (2e-3, 5e-4, 1e-3, 4e-3),
+        "lr": (8e-3, 1e-3, 2e-3, 4e-3, 1.6e-2, 3.2e-2),
         "warmup": (0.06, 0.0),
         "max_norm": (1.0, math.inf),
     },

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from adapterkern.modules import INITS, POSITIONS, AdapterConfig
@@ -51,8 +51,8 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--init", choices=INITS, default=default.init, help="default identity: y = x at the start")
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of ``TrainConfig``."""
+def add_training_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """One option for each field of ``TrainConfig``, but those in ``without``."""
     group = parser.add_argument_group("training", "defaults in brackets")
     try:
         from adapterkern.training import config
@@ -67,6 +67,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "precision": config.PRECISIONS,
     }
     for field in dataclasses.fields(config.TrainConfig):
+        if field.name in without:
+            continue
         if field.name == "output_dir":
             group.add_argument("--output", dest="output_dir", required=True, metavar="DIR", help="where all is written")
             continue

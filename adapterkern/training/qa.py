@@ -12,7 +12,6 @@ Starts and ends are two softmaxes over the window's context tokens and "no answe
 do not hold the answer. The head computes in fp32 also under autocast.
 """
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -235,10 +234,7 @@ class QuestionAnswering(Task):
         """An answer to each question, labelled or not, by its id."""
         windows = self._windows(rows, config, tokenizer, labelled=False)
         accelerator = make_accelerator(config.precision, self.model.device)
-        with contextlib.ExitStack() as stack:
-            if not config.train_adapters:
-                stack.enter_context(self.model.disable_adapter())
-            stack.enter_context(torch.no_grad())
+        with self.running(config), torch.no_grad():
             run = accelerator.prepare_model(self.eval(), evaluation_mode=True)
             return self._answer(run, windows, Feed(self, config, None), config)[1]
 

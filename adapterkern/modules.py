@@ -70,7 +70,8 @@ class Adapter(nn.Module):
 
         ``"identity"``: Xavier-uniform ``down``, zero ``up``: y = x until training moves it. ``"xavier"``: both
         Xavier-uniform. ``"svd"``: both from the truncated SVD of ``matrix`` (d, d), U·√S and √S·Vᵀ, so that ``up·down``
-        is its best approximation of rank r; without ``matrix``, of a Xavier-normal random one.
+        is its best approximation of rank r, to fp32's rounding; without ``matrix``, of a Xavier-normal random one. With
+        ``activation="identity"`` the adapter then adds that map of the normalised input: y = x + up·down·LayerNorm(x).
         """
         _check_choice("init", init, INITS)
         d, r = self.norm.normalized_shape[0], self.down.out_features
@@ -123,7 +124,9 @@ def _svd_factors(matrix: Tensor | None, d: int, r: int, device: torch.device) ->
         U, S, V = torch.svd_lowrank(matrix, q=min(d, r + 8), niter=2)
         Vt = V.T
     else:
-        U, S, Vt = torch.linalg.svd(matrix.to(device, torch.float32), full_matrices=False)
+        # In fp64: where singular values lie close together, fp32's singular vectors are off by 100 times fp32's
+        # rounding (d=576, r=64, a Gaussian matrix: up·down off by 7e-6 against 4e-8, in 0.06 s against 0.10 s).
+        U, S, Vt = torch.linalg.svd(matrix.to(device, torch.float64), full_matrices=False)
     root = S[:r].sqrt()
     return root[:, None] * Vt[:r], U[:, :r] * root
 

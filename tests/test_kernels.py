@@ -15,7 +15,9 @@ HERE = Path(__file__).parent
 NOT_INTERPRETED = ["test_large_inputs_take_the_operator_and_small_ones_the_composition"]
 
 
-@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_traffic.py", "test_ops.py"])
+@pytest.mark.parametrize(
+    "file", ["interpreted_kernels.py", "interpreted_traffic.py", "test_ops.py", "test_low_rank.py"]
+)
 def test_interpreted(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     command += [f"--deselect=tests/{file}::{name}" for name in NOT_INTERPRETED]

@@ -292,6 +292,8 @@ class KeepBehaviour(_Taught):
 
 def check_teacher(model: LlamaAdapter, teacher: Any) -> None:
     """Raise ``ValueError`` if ``teacher`` cannot teach ``model``."""
+    if teacher is model.base:
+        raise ValueError("teacher: expected None for the model itself with its adapters off, got its backbone")
     head = getattr(teacher, "get_output_embeddings", lambda: None)()
     if head is None:
         raise ValueError(f"teacher: expected a transformers causal language model, got {type(teacher).__name__}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from adapterkern import cli
 from adapterkern.llama import LlamaAdapter
 from adapterkern.modules import AdapterConfig
 from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
@@ -374,6 +375,8 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     model = tiny_run.model()
     with pytest.raises(ValueError, match="vocabulary of 128 tokens, got one of 127"):
         Distillation(model, same_shape(model, seed=1, vocab_size=127))
+    with pytest.raises(ValueError, match="teacher: expected None for the model itself"):
+        Distillation(model, model.base)
     with pytest.raises(ValueError, match="teacher: expected a transformers causal language model, got Linear"):
         Distillation(model, nn.Linear(2, 2))
     gpt2 = GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
@@ -521,3 +524,66 @@ def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, t
 def test_distillation_is_for_tokens() -> None:
     with pytest.raises(ValueError, match="task: expected causal-lm for Distillation"):
         Distillation(tiny_run.model()).load(tiny_run.rows(4), TrainConfig(), TOKENIZER)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer, and a file of each kind."""
+    path = tmp_path_factory.mktemp("distill")
+    tiny_run.model().unload().save_pretrained(path / "model")
+    TOKENIZER.save_pretrained(path / "model")
+    for name, rows in {"texts": TEXTS, "labels": tiny_run.rows(12, seed=1), "qa": TASKS["causal-lm"][0]}.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(folder: Path, output: Path, *options: str) -> int:
+    small = ["--max-length", "16", "--batch-size", "4", "--epochs", "1", "--adapter-dim", "4", "--no-progress"]
+    model = ["--model", str(folder / "model"), "--output", str(output)]
+    files = [str(folder / f"{o}.jsonl") if o in ("texts", "labels", "qa") else o for o in options]
+    return cli.main(["distill", *model, *small, "--no-plot", *files])
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--backbone-layers", "2", "--teacher", "whole", "--train", "texts", "--eval", "texts"], "teacher_perplexity"),
+        (
+            ["--train", "qa", "--eval", "qa", "--keep", "texts", "--eval-keep", "texts", "--weight", "0.2"],
+            "kept_agreement",
+        ),
+        (["--task", "classification", "--train", "labels", "--eval", "labels", "--keep", "texts"], "accuracy"),
+    ],
+)
+def test_the_command_trains_and_eval_reads_it(
+    options: list[str], shown: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, tmp_path / "run", *options) == 0
+    out = capsys.readouterr().out
+    assert shown in out
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    name = "accuracy" if "classification" in options else "perplexity"
+    lines = [line for text in (out, capsys.readouterr().out) for line in text.splitlines() if line.startswith(name)]
+    assert float(lines[0].split()[1]) == pytest.approx(float(lines[1].split()[1]), rel=1e-3)
+
+
+def test_the_command_takes_another_teacher_of_the_same_tokens_only(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    same_shape(tiny_run.model(), seed=3, num_hidden_layers=1).save_pretrained(other)
+    TOKENIZER.save_pretrained(other)
+    assert command(folder, tmp_path / "run", "--train", "texts", "--eval", "texts", "--teacher", str(other)) == 0
+    assert json.loads((tmp_path / "run" / SETTINGS_NAME).read_text())["teacher"].endswith("other, 1 layers")
+    changed = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (other / "tokenizer.json").write_text(json.dumps(changed))
+    assert command(folder, tmp_path / "run2", "--train", "texts", "--teacher", str(other)) == 1
+    assert command(folder, tmp_path / "run2", "--train", "texts", "--teacher", "whole") == 1
+    errors = capsys.readouterr().err
+    assert "--teacher: expected the tokens of" in errors
+    assert "--backbone-layers: expected a number of layers together with --teacher whole" in errors

@@ -1,0 +1,72 @@
+"""What transformers expects of a model, asked of the backbone inside: so a wrapped model goes wherever a model goes.
+
+``Trainer``, TRL and others ask a model for much more than its forward: its configurations, its embeddings, the name of
+its class (whose loss shifts labels), what it saves. ``Wrapped`` is a ``PreTrainedModel`` that answers for the backbone,
+and saves what it adds to it and nothing else.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+TRAINER_WEIGHTS = "model.safetensors"  # what transformers' Trainer loads when it resumes
+
+
+class Wrapped(PreTrainedModel):
+    """A model around ``base``, a transformers model, that adds parameters to it.
+
+    A subclass says which ones: :meth:`added`.
+    """
+
+    base: Any
+    # transformers asks these of a class; the backbone has been checked when it was made.
+    _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
+    _supports_attention_backend = supports_gradient_checkpointing = True
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__(base.config)
+        self.base = base
+        self.loss_type: Any = getattr(base, "loss_type", None)
+        self.generation_config: Any = getattr(base, "generation_config", None)
+        self._no_split_modules = base._no_split_modules
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Not by a mixin of its own: ``generate`` is the backbone's."""
+        return False
+
+    def _get_name(self) -> str:
+        # Trainer's label smoothing shifts the labels of classes whose name it finds among the causal language models.
+        return type(self.base).__name__
+
+    @property
+    def base_model(self) -> Any:
+        """The backbone without its head."""
+        return self.base.base_model
+
+    @property
+    def hf_device_map(self) -> Any:
+        """Which part of the backbone is on which device, if it has been spread over several."""
+        return self.base.hf_device_map
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
+        """The backbone's keys: Trainer then misses none of them in its checkpoints."""
+        return {f"base.{key}" for key in self.base.state_dict()}
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the backbone does."""
+        self.base.tie_weights(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.base.set_output_embeddings(value)

@@ -233,6 +233,8 @@ def test_mixed_adapters_equal_each_alone_to_the_bit() -> None:
     mixed = ak.adapter(x, *w, index=index)
     for i, e in enumerate(index):
         assert torch.equal(mixed[i], ak.adapter(x[i], *(t[e] for t in w)))
+    column = torch.stack([index, 1 - index], 1)[:, 0]  # every second number in memory
+    assert torch.equal(ak.adapter(x, *w, index=column), mixed)
 
 
 # Prepared weights

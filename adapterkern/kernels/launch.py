@@ -67,7 +67,7 @@ def adapter_forward(
         prepared = prepared_weights(weights, compute)
         y, *saved = _forward.forward(
             _rows(x, dense=False),
-            None if index is None else index.reshape(-1),
+            None if index is None else index.contiguous().view(-1),
             prepared,
             r=r,
             eps=eps,
@@ -104,7 +104,7 @@ def adapter_backward(
         dx, *grads = _backward.backward(
             _rows(dy, dense=True),
             _rows(x, dense=False),
-            None if index is None else index.reshape(-1),
+            None if index is None else index.contiguous().view(-1),
             z.contiguous(),
             mean,
             rstd,

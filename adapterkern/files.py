@@ -9,11 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it takes ``path``'s place in one step, on error it is removed."""
+    """Yield a temporary path to write; on success it takes ``path``'s place in one step, on error it is removed.
+
+    Raises:
+        OSError: it cannot be written, by ``path``: no space, a folder that may not be written, ...
+    """
     path = Path(path)
+    try:
+        with _replacing(path) as temporary:
+            yield temporary
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(f"{path}: not written: {error}") from error
+    except OSError as error:
+        named = error.filename is not None and not Path(error.filename).name.startswith(f".{path.name}.")
+        if named or error.errno is None:
+            raise
+        raise OSError(error.errno, f"not written: {error.strerror}", os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -42,7 +62,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     try:
         value = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -301,10 +301,11 @@ def write_adapterhub(
     }
     saved = {}
     for layer in config.layers or ():
-        for ours, theirs in _PARTS.items():
+        for ours, theirs in (*_PARTS.items(), ("norm", _ALIAS)):
             for kind in ("weight", "bias"):
                 key = f"model.layers.{layer}.{_SITES[config.position]}.adapters.{name}.{theirs}.{kind}"
-                saved[key] = tensors[f"{layer}.0.{ours}.{kind}"].detach().to("cpu").contiguous()
+                # a copy each: safetensors refuses tensors that share memory
+                saved[key] = tensors[f"{layer}.0.{ours}.{kind}"].detach().to("cpu", copy=True).contiguous()
     directory = Path(directory)
     kept, other = (SAFETENSORS_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFETENSORS_NAME)
     with replacing(directory / kept) as temporary:

@@ -6,16 +6,18 @@ the active adapter. Adapters live in ``model.adapters``, not in the layers: the 
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adapterkern.adapterhub import read_adapterhub, write_adapterhub
+from adapterkern.card import CARD_NAME, push_folder
 from adapterkern.decoder import (
     AdaptedLayer,
     adapt,
@@ -25,18 +27,17 @@ from adapterkern.decoder import (
     layer_device,
     restore,
 )
-from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.files import replacing
+from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from adapterkern.mixing import Decide, DeferredMixture, Mixture, prefix_length
 from adapterkern.modules import Adapter, AdapterConfig
+from adapterkern.pretrained import TRAINER_WEIGHTS, Wrapped
 
 BASE_NAME = "__base__"  # in adapter_names: the bare backbone, as PEFT spells it
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how transformers' generate calls them
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 1
 
 
-class LlamaAdapter(nn.Module):
+class LlamaAdapter(Wrapped):
     """A frozen ``LlamaForCausalLM`` (or another decoder of its shape) with adapters on its residual stream.
 
     Args:
@@ -50,11 +51,10 @@ class LlamaAdapter(nn.Module):
     """
 
     def __init__(self, llama: PreTrainedModel, config: AdapterConfig | None = None, *, fused: bool = True) -> None:
-        super().__init__()
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
             raise ValueError("llama: expected a model without adapters, got one that has some; use add_adapter on it")
-        self.base: Any = llama.requires_grad_(False)
+        super().__init__(llama.requires_grad_(False))
         self.adapters = nn.ModuleDict()
         self._configs: dict[str, AdapterConfig] = {}
         self._active: str | None = None
@@ -79,11 +79,6 @@ class LlamaAdapter(nn.Module):
         return self.decoder.layers
 
     @property
-    def config(self) -> Any:
-        """The backbone's transformers configuration."""
-        return self.base.config
-
-    @property
     def device(self) -> torch.device:
         return self.base.device
 
@@ -92,13 +87,25 @@ class LlamaAdapter(nn.Module):
         """The backbone's dtype; the adapters' is fp32."""
         return self.base.dtype
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The backbone's forward, arguments and outputs unchanged.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's forward, arguments and outputs unchanged; Trainer reads here which columns a model takes.
 
         ``adapter_names`` gives each sequence of the batch an adapter of its own, ``"__base__"`` none: :meth:`mixing`.
         """
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
         with self._mixing_by_name(adapter_names):
-            return self.base(*args, **kwargs)
+            return self.base(*given, *args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The backbone's ``generate``, with the active adapter, or with ``adapter_names``, one for each prompt."""
@@ -125,7 +132,7 @@ class LlamaAdapter(nn.Module):
 
     # Named adapters
 
-    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:  # type: ignore[override]
         """Create adapters under ``name``, each on its layer's device; :meth:`set_adapter` activates them.
 
         Raises:
@@ -158,11 +165,11 @@ class LlamaAdapter(nn.Module):
         self.adapters[name] = sites
         self._configs[name] = config
 
-    def set_adapter(self, name: str) -> None:
+    def set_adapter(self, name: str) -> None:  # type: ignore[override]
         """Make ``name`` the active adapter, the one that runs. The others get no gradient, for nothing uses them."""
         self._active = self._check_name(name)
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, name: str) -> None:  # type: ignore[override]
         """Remove ``name``. If it was active, none is until :meth:`set_adapter`."""
         self._check_name(name)
         del self.adapters[name], self._configs[name]
@@ -270,8 +277,12 @@ class LlamaAdapter(nn.Module):
 
     # Gradient checkpointing
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
+    ) -> None:
         """The backbone's own, non-reentrant; the adapter active at forward time is the one that is recomputed.
+
+        ``how`` goes to the backbone's: which layers, and where to, in a transformers that lets one say so.
 
         Raises:
             ValueError: ``use_reentrant=True``, which gives frozen inputs no gradient.
@@ -282,7 +293,7 @@ class LlamaAdapter(nn.Module):
             raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
         # transformers renames it on the way to version 6 and warns about the old name.
         enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
-        enable(kwargs)
+        enable(kwargs, **how)
         # transformers 5 lets the embeddings' output require a gradient here, for reentrant checkpointing's sake; that
         # would take the backward past the first adapter, down to the embeddings.
         if hasattr(self.base, "_require_grads_hook"):
@@ -292,6 +303,12 @@ class LlamaAdapter(nn.Module):
         """Keep activations again."""
         disable = getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)
         disable()
+
+    def activation_checkpointing_enable(  # type: ignore[override]
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
+    ) -> None:
+        """As :meth:`gradient_checkpointing_enable`, which is its name up to transformers 4."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
 
     def _recompute_as_now(
         self,
@@ -344,36 +361,47 @@ class LlamaAdapter(nn.Module):
 
     # Files
 
-    def save_pretrained(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
-        """Write ``adapter_model.safetensors`` and ``adapter_config.json``, never the backbone.
+    def save_pretrained(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        is_main_process: bool = True,
+        **from_trainer: Any,
+    ) -> None:
+        """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, never the backbone.
 
         Each file is replaced atomically; the configuration is last and holds the weights' SHA-256, so that a pair that
         does not belong together is noticed on loading.
+
+        transformers' Trainer calls this as it does for every model, with ``is_main_process`` and ``state_dict``: the
+        latter None, or gathered from several processes. It then finds ``model.safetensors`` beside them, the adapter by
+        its names within this model, which is what a Trainer resumes from.
         """
+        if not is_main_process:
+            return
         name = self._check_name(name)
         directory = Path(directory)
-        tensors = {key: t.detach().to("cpu").contiguous() for key, t in self.adapters[name].state_dict().items()}
-        with replacing(directory / WEIGHTS_NAME) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        config = {
-            "format_version": FORMAT_VERSION,
-            "adapter": self._configs[name].to_dict(),
-            "base": _describe(self.base),
-            "weights_sha256": sha256(directory / WEIGHTS_NAME),
+        prefix = f"adapters.{name}."
+        state = from_trainer.get("state_dict") or self.state_dict()
+        tensors = {
+            key.removeprefix(prefix): t.detach().to("cpu").contiguous()
+            for key, t in state.items()
+            if key.startswith(prefix)
         }
-        write_json(directory / CONFIG_NAME, config)
+        write_adapter(directory, self.base, self._configs[name], tensors)
+        if "state_dict" in from_trainer:
+            with replacing(directory / TRAINER_WEIGHTS) as temporary:
+                save_file({prefix + key: t for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True
     ) -> "LlamaAdapter":
         """Put the adapter saved in ``directory`` on ``llama``, as ``"default"``. Raises as :meth:`load_adapter`."""
-        config, tensors = _read_adapter(llama, Path(directory))
-        model = cls(llama, config, fused=fused)
-        model.adapters["default"].load_state_dict(tensors)
-        return model
+        return cls._from_read(llama, read_adapter(llama, Path(directory)), fused)
 
-    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:
+    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
         """Add the adapter saved in ``directory`` under ``name``.
 
         Raises:
@@ -381,9 +409,56 @@ class LlamaAdapter(nn.Module):
             ValueError: a file is damaged or of another format version, or was saved for a backbone of another shape;
                 the message names the file and both shapes.
         """
-        config, tensors = _read_adapter(self.base, Path(directory))
-        self.add_adapter(name, config)
-        self.adapters[name].load_state_dict(tensors)
+        self._add_read(name, read_adapter(self.base, Path(directory)))
+
+    def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub; the repository's URL comes back.
+
+        ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as huggingface_hub has them.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, name)
+            return push_folder(directory, repo_id, (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME), **options)
+
+    def save_adapterhub(
+        self, directory: str | os.PathLike[str], name: str | None = None, *, safetensors: bool = False
+    ) -> None:
+        """Write adapter ``name`` (default: the active one) as AdapterHub's ``adapters`` loads it, under its name.
+
+        Raises as :func:`~adapterkern.adapterhub.write_adapterhub`, which says more.
+        """
+        name = self._check_name(name)
+        tensors = self.adapters[name].state_dict()
+        write_adapterhub(directory, name, self._configs[name], tensors, self.base, safetensors=safetensors)
+
+    @classmethod
+    def from_adapterhub(
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True
+    ) -> "LlamaAdapter":
+        """Put the adapter that ``adapters`` saved in ``directory`` on ``llama``, as ``"default"``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: one is damaged, or it is not this package's operator; the message names file and field.
+        """
+        size = llama.config.hidden_size, len(decoder_layers(llama))
+        return cls._from_read(llama, read_adapterhub(directory, *size), fused)
+
+    def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
+        """Add the adapter that ``adapters`` saved in ``directory``, as ``name``. Raises as :meth:`from_adapterhub`."""
+        self._add_read(name, read_adapterhub(directory, self.config.hidden_size, len(self.layers)))
+
+    @classmethod
+    def _from_read(
+        cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], fused: bool
+    ) -> "LlamaAdapter":
+        model = cls(llama, read[0], fused=fused)
+        model.adapters["default"].load_state_dict(read[1])
+        return model
+
+    def _add_read(self, name: str, read: tuple[AdapterConfig, dict[str, Tensor]]) -> None:
+        self.add_adapter(name, read[0])
+        self.adapters[name].load_state_dict(read[1])
 
 
 class _Site:
@@ -407,41 +482,3 @@ class _Site:
             return None
         sites: Any = model.adapters[active]
         return sites[self.index] if self.index in sites else None  # noqa: SIM401 ModuleDict has no get
-
-
-def _describe(llama: PreTrainedModel) -> dict[str, Any]:
-    config = llama.config
-    return {
-        "model_type": config.model_type,
-        "name_or_path": config.name_or_path,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": len(decoder_layers(llama)),
-    }
-
-
-def _read_adapter(llama: PreTrainedModel, directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    path, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    saved = read_json(path)
-    if saved.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
-    try:
-        config = AdapterConfig.from_dict(saved["adapter"])
-        expected = [saved["base"][key] for key in ("hidden_size", "num_hidden_layers")]
-        digest = saved["weights_sha256"]
-    except KeyError as error:
-        raise ValueError(f"{path}: field {error} is missing") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    got = [_describe(llama)[key] for key in ("hidden_size", "num_hidden_layers")]
-    if got != expected:
-        raise ValueError(
-            f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]} and {expected[1]} layers, "
-            f"got one of hidden_size={got[0]} and {got[1]} layers"
-        )
-    if sha256(weights) != digest:
-        raise ValueError(f"{weights}: SHA-256 differs from the one in {CONFIG_NAME}: damaged, or of another save")
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: not a safetensors file: {error}") from error
-    return config, tensors

@@ -13,7 +13,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 import adapterkern as ak
-from adapterkern.llama import CONFIG_NAME, WEIGHTS_NAME
+from adapterkern.card import CARD_NAME
+from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 IDS = torch.randint(1, 128, (3, 10), generator=torch.Generator().manual_seed(1))
@@ -269,7 +270,7 @@ def test_sliding_window_layers_keep_their_kind_when_cut() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     model = adapted(depth=2, position="attention", activation="gelu")
     model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS_NAME, CONFIG_NAME}
+    assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS_NAME, CONFIG_NAME, CARD_NAME}
     loaded = ak.LlamaAdapter.from_pretrained(tiny(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
     loaded.load_adapter(tmp_path, "again")
@@ -325,7 +326,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("adapterkern.llama.save_file", fail)
+    monkeypatch.setattr("adapterkern.folder.save_file", fail)
     draw(model)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)

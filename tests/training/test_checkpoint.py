@@ -122,7 +122,7 @@ def test_a_checkpoint_is_usable_by_itself(tmp_path: Path) -> None:
 def test_no_file_can_hold_code(tmp_path: Path) -> None:
     run(tmp_path)
     names = {p.name for p in tmp_path.rglob("*") if p.is_file()}
-    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".jsonl"}
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".jsonl", ".md"}
 
 
 FILES = [

@@ -13,7 +13,7 @@ from adapterkern.training.data import load_examples
 from adapterkern.training.evaluation import evaluate
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import NonFiniteError, TrainResult, train
-from adapterkern.training.outputs import load_task
+from adapterkern.training.outputs import load_task, push_to_hub
 from adapterkern.training.prefix import PrefixCache
 from adapterkern.training.report import plot_history, read_metrics
 from adapterkern.training.rows import DataError
@@ -32,6 +32,7 @@ __all__ = [
     "load_examples",
     "load_task",
     "plot_history",
+    "push_to_hub",
     "read_metrics",
     "train",
 ]

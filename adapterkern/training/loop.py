@@ -12,6 +12,7 @@ looking costs nothing, every step is checked at once.
 
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from adapterkern.training.interrupt import StopRequest
 from adapterkern.training.precision import make_accelerator
 from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
+from adapterkern.training.rows import source_name
 from adapterkern.training.schedules import make_schedule
 from adapterkern.training.task import Feed, Task, run_evaluation
 
@@ -110,7 +112,8 @@ def train(
     eval_set = [] if eval_data is None else task.load(eval_data, config, tokenizer)
     set_seed(config.seed)
     with task.running(config):
-        return _Run(task, train_set, eval_set, config, cache).go()
+        sources = source_name(train_data), None if eval_data is None else source_name(eval_data)
+        return _Run(task, train_set, eval_set, config, cache, sources).go()
 
 
 @dataclasses.dataclass
@@ -132,8 +135,10 @@ class _Run:
         eval_set: list[Example],
         config: TrainConfig,
         cache: PrefixCache | None,
+        sources: tuple[str, str | None],  # what the model card calls the data
     ) -> None:
         self.task, self.model, self.config = task, task.model, config
+        self.sources = sources
         self.train_set, self.eval_set = train_set, eval_set
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
@@ -154,6 +159,7 @@ class _Run:
         self.window_seconds = self.seconds = self.prefix_seconds = self.eval_seconds = 0.0
         self.prefix_layers = 0
         self.metrics: dict[str, float] | None = None
+        self.metrics_step = 0
         self.checkpoint: Path | None = None
 
     def go(self) -> TrainResult:
@@ -335,7 +341,7 @@ class _Run:
         if not math.isfinite(metrics["loss"]):
             problem = f"the evaluation's loss is {metrics['loss']}"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
-        self.metrics = metrics
+        self.metrics, self.metrics_step = metrics, self.state.step
         report.evaluation({"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch, **metrics})
 
     def _save_checkpoint(self) -> None:
@@ -344,6 +350,19 @@ class _Run:
 
     def _save_model(self, directory: Path) -> None:
         self.task.save(directory, self.config)
+        data, eval_data = self.sources
+        described = {
+            "task": self.config.task if type(self.task) is Task else type(self.task).__name__,
+            "data": os.path.basename(data),
+            "examples": len(self.train_set),
+            "steps": self.state.step,
+            "eval_data": None if eval_data is None else os.path.basename(eval_data),
+            "eval_examples": len(self.eval_set),
+            "metrics": self.metrics,
+            "metrics_step": self.metrics_step,
+            "labels": () if self.task.head is None else self.task.head.labels,
+        }
+        outputs.write_run_card(directory, self.model, self.config, described)
 
     def _stop(self, report: Reporter, signal_name: str | None) -> None:
         if self.pending:

@@ -3,18 +3,22 @@
     adapter_model.safetensors, adapter_config.json    the adapter (not for a head trained alone)
     head.safetensors, head_config.json                the classification head with its label names (not for causal-lm)
     task.json                                         the TrainConfig: how to tokenise, pad and score
+    README.md                                         the model card
     tasks/NAME/...                                    instead, for several tasks: those three of each
     metrics.jsonl, training.png, checkpoints/         see report.py and checkpoint.py
 
-A checkpoint's folder holds the first three as well, and can be used in the same way.
+A checkpoint's folder holds the first four as well, and can be used in the same way.
 """
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from adapterkern.card import CARD_NAME, Training, push_folder, write_card
 from adapterkern.files import read_json, write_json
-from adapterkern.llama import CONFIG_NAME, WEIGHTS_NAME, LlamaAdapter
+from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME
+from adapterkern.llama import LlamaAdapter
 from adapterkern.training.checkpoint import FOLDER, checkpoints
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
@@ -73,7 +77,40 @@ def save_task(
         model.save_pretrained(directory, name)
     if head is not None:
         head.save_pretrained(directory)
-    write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "config": config.to_dict()})
+    # Where the run wrote is nobody's business where the folder goes.
+    saved = config.to_dict() | {"output_dir": None}
+    write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "config": saved})
+
+
+_SETTINGS = ("epochs", "lr", "schedule", "warmup", "weight_decay", "max_norm", "max_length", "precision", "seed")
+
+
+def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, training: dict[str, Any]) -> None:
+    """Write the model card of the adapter or head that lies in ``directory``; where several lie, each has its own.
+
+    ``training`` are the fields of a :class:`~adapterkern.card.Training` that ``config`` does not know.
+    """
+    if config.train_adapters and not (directory / CONFIG_NAME).exists():
+        return
+    settings = {"rows a step": config.rows_per_step} | {name: getattr(config, name) for name in _SETTINGS}
+    adapter = model.adapter_config() if config.train_adapters else None
+    write_card(directory, model.base, adapter, Training(settings=settings, **training))
+
+
+def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
+    """Upload what :func:`train` saved in ``directory`` to the Hugging Face hub; the repository's URL comes back.
+
+    That is the adapter, the head, ``task.json`` and the card: no checkpoints, no metrics, nothing else of the folder.
+    ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as huggingface_hub has them.
+
+    Raises:
+        FileNotFoundError: no run is saved there. ValueError: its configuration is damaged.
+    """
+    config = load_config(directory)
+    files = [CARD_NAME, TASK_NAME]
+    files += [WEIGHTS_NAME, CONFIG_NAME] if config.train_adapters else []
+    files += [HEAD_WEIGHTS, HEAD_CONFIG] if (Path(directory) / HEAD_CONFIG).exists() else []
+    return push_folder(Path(directory), repo_id, files, **options)
 
 
 def load_task(directory: str | os.PathLike[str]) -> tuple[TrainConfig, ClassificationHead | None]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapterkern import __version__
-from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, train
+from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
 
-COMMANDS = (train, evaluate, multitask, qa, distill, demo, ablate, budget, doctor)
+COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

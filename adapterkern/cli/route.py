@@ -1,0 +1,123 @@
+"""``adapterkern route``: train, evaluate."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+from adapterkern.cli.options import (
+    ADAPTER_FIELDS,
+    AddCommand,
+    add_adapter_options,
+    add_backbone_options,
+    add_training_options,
+)
+from adapterkern.modules import AdapterConfig
+
+HELP = """\
+Train adapters among which a router chooses for each text: one of them, at most --top-k of them, or none.
+
+  adapterkern route train --model SmolLM2.gguf --train mixed.jsonl --eval test.jsonl --output run \\
+      --layers=-2,-1 --adapter-dim 16 --experts 4 --cost 0.1
+  adapterkern route evaluate run
+
+--cost says by how many nats an adapter must lower a text's loss to be worth running; --no-skip runs one always.
+"""
+_ROUTING_HELP = {
+    "experts": "adapters to choose among",
+    "top_k": "at most so many run in a text",
+    "skip": "let a text run none",
+    "noise": "of the choice in training: 1 draws by probability, 0 never explores",
+    "balance": "coefficient of the load-balancing loss",
+    "cost": "coefficient of the probability of running anything",
+}
+
+
+def add(command: AddCommand) -> None:
+    parser = command("route", run_train, "experts that a router chooses among: train, evaluate", HELP)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    train = actions.add_parser("train", help="train router, experts and head", allow_abbrev=False)
+    train.set_defaults(run=run_train)
+    add_backbone_options(train, required=True)
+    train.add_argument("--train", required=True, metavar="FILE", help="JSONL, CSV or TSV to learn from")
+    train.add_argument("--eval", metavar="FILE", help="the same, to evaluate on")
+    _add_routing_options(train)
+    add_adapter_options(train)
+    add_training_options(train)
+
+    evaluate = actions.add_parser("evaluate", help="scores and routes of a saved run", allow_abbrev=False)
+    evaluate.set_defaults(run=run_evaluate)
+    evaluate.add_argument("directory", type=Path, help="the --output of a training, or one of its checkpoints")
+    evaluate.add_argument("--data", metavar="FILE", help="JSONL, CSV or TSV; default: the run's own --eval")
+    add_backbone_options(evaluate, required=False)
+
+
+def _add_routing_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of ``RoutingConfig``."""
+    group = parser.add_argument_group("routing", "defaults in brackets")
+    try:
+        from adapterkern.training.router import RoutingConfig
+    except ImportError:  # the extra is missing: --help still works, and running says what to install
+        return
+    for field in dataclasses.fields(RoutingConfig):
+        option, shown = f"--{field.name.replace('_', '-')}", f"{_ROUTING_HELP[field.name]} [{field.default}]"
+        if isinstance(field.default, bool):
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default, help=shown)
+        else:
+            kind = int if isinstance(field.default, int) else float
+            metavar = "N" if kind is int else "X"
+            group.add_argument(option, type=kind, default=field.default, metavar=metavar, help=shown)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from adapterkern.llama import LlamaAdapter
+    from adapterkern.training import TrainConfig, train
+    from adapterkern.training.backbone import Sources, load_backbone, save_sources
+    from adapterkern.training.router import RoutingConfig
+    from adapterkern.training.routing import RoutedTask
+
+    values = vars(arguments)
+    config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})
+    routing = RoutingConfig(**{field.name: values[field.name] for field in dataclasses.fields(RoutingConfig)})
+    adapters = AdapterConfig(**{name: values[name] for name in ADAPTER_FIELDS})
+    dtype = arguments.dtype or "fp32"
+    llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
+    torch.manual_seed(config.seed)
+    task = RoutedTask(LlamaAdapter(llama, adapters, fused=not arguments.unfused), routing)
+    result = train(task.model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval, task=task)
+    eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
+    save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
+    if result.stopped:
+        return 130
+    _print(result.metrics or {})
+    size = f"{result.trainable_parameters:,} parameters"
+    print(f"saved in {config.output_dir}: {size}, {result.steps} steps in {result.seconds:.0f} s")
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from adapterkern.training import evaluate
+    from adapterkern.training.backbone import load_backbone, load_sources
+    from adapterkern.training.outputs import load_config
+    from adapterkern.training.routing import RoutedTask
+
+    sources, config = load_sources(arguments.directory), load_config(arguments.directory)
+    data = arguments.data or sources.eval_data
+    if data is None:
+        raise ValueError(f"--data: expected a file, because {arguments.directory} was trained without --eval; got none")
+    llama, tokenizer = load_backbone(
+        arguments.model or sources.model,
+        num_layers=arguments.backbone_layers or sources.num_layers,
+        dtype=arguments.dtype or sources.dtype,
+    )
+    task = RoutedTask.from_pretrained(llama, arguments.directory, fused=not arguments.unfused)
+    _print(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
+    return 0
+
+
+def _print(metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+        print(f"{name:18} {value:.4f}")

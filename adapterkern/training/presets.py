@@ -15,15 +15,13 @@ WHERE = Study(
     training=TrainConfig(epochs=2, batch_size=16, lr=8e-3, max_length=32),
     vary={
         "layers": ((-2, -1), (-1,), (-3, -2, -1), (-5, -4), (-8, -7)),
-        "every": (2, 1),
+        "every": (1,),
         "position": ("layer", "attention"),
         "depth": (1, 2, 4),
-        "adapter_dim": (64, 8, 128, 256),
+        "adapter_dim": (64, 8, 256),
         "activation": ("silu", "gelu", "relu", "tanh", "identity"),
         "init": ("identity", "xavier", "svd"),
-        "lr": (8e-3, 1e-3, 2e-3, 4e-3, 1.6e-2, 3.2e-2),
-        "warmup": (0.06, 0.0),
-        "max_norm": (1.0, math.inf),
+        "lr": (8e-3, 1e-3, 4e-3, 1.6e-2, 3.2e-2),
     },
 )
 

@@ -4,8 +4,12 @@ The rule. Step t is out of bounds if its value is more than ``factor`` times the
 and more than ``margin`` above that median. Consecutive steps out of bounds are one spike. For the loss ``factor`` is 2
 and ``margin`` 0.5 nats: late in a run the median is near 0, and a batch with one wrong text in sixteen would double it.
 For the gradient norm, before clipping, ``factor`` is 5 and ``margin`` 1, the norm from which the default clips.
+
+A running median follows a run that leaves for good, so a run that never comes back has few spikes. The second count is
+of that: the steps whose loss is above the first step's, that is, above a model that has learnt nothing.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +37,10 @@ _COLOURS = (OURS, OTHER, THIRD, "#e0861a", "#9a7ae0")
 
 
 def spikes(values: Sequence[float], *, factor: float, margin: float) -> list[int]:
-    """Where the spikes of a series begin, as indices; the rule is the module's."""
+    """Where the spikes of a series begin, as indices; the rule is the module's. NaN is a step without a value."""
     found, outside = [], False
     for index, value in enumerate(values):
-        before = values[max(0, index - WINDOW) : index]
+        before = [v for v in values[max(0, index - WINDOW) : index] if not math.isnan(v)]
         median = statistics.median(before) if before else value
         was_outside, outside = outside, value > factor * median and value > median + margin
         if outside and not was_outside:
@@ -51,12 +55,16 @@ class Curve(NamedTuple):
     status: str
     accuracy: float | None
     losses: list[float]
-    norms: list[float]  # of the gradient, before clipping
+    norms: list[float]  # of the gradient, before clipping; NaN where the fp16 scaler skipped the step
     skipped_steps: int
 
     @property
     def loss_spikes(self) -> int:
         return len(spikes(self.losses, **LOSS_RULE))
+
+    @property
+    def steps_above_start(self) -> int:
+        return sum(loss > self.losses[0] for loss in self.losses)
 
     @property
     def norm_spikes(self) -> int:
@@ -102,7 +110,7 @@ def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
                     row["status"],
                     float(row["accuracy"]) if row["accuracy"] else None,
                     [r["loss"] for r in records],
-                    [r["grad_norm"] for r in records],
+                    [r["grad_norm"] or math.nan for r in records],  # a log line without a norm says 0
                     records[-1]["skipped_steps"] if records else 0,
                 )
             )
@@ -111,10 +119,11 @@ def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
     return traces
 
 
-HEADINGS = ("", "spikes", "norm's", "max", "end", "accuracy %", "lost")
+HEADINGS = ("", "spikes", "norm's", "above", "max", "end", "accuracy %", "lost")
 LEGEND = (
-    "spikes of the loss and of the gradient norm, over all seeds; the largest loss, its mean over the last 10 steps;\n"
-    "lost: runs that ended on a number that is not finite / steps skipped by the fp16 scaler"
+    "spikes of the loss and of the gradient norm; above: steps with a loss above the first step's; max: largest loss;\n"
+    "end: mean loss of the last 10 steps; lost: runs that ended not finite / steps skipped by the fp16 scaler.\n"
+    "spikes and lost over all seeds, above and end means over them"
 )
 
 
@@ -132,6 +141,7 @@ def cells(trace: Trace, fields: Sequence[str]) -> tuple[str, ...]:
         " ".join(describe(name, settings[name]) for name in fields),
         str(sum(c.loss_spikes for c in curves)),
         str(sum(c.norm_spikes for c in curves)),
+        f"{statistics.fmean(c.steps_above_start for c in curves):.0f}",
         f"{max(max(run) for run in losses):.2f}" if losses else "",
         f"{statistics.fmean(statistics.fmean(run[-10:]) for run in losses):.3f}" if losses else "",
         shown,
@@ -169,20 +179,21 @@ def markdown(traces: Sequence[Trace], study: Study) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def plot_curves(traces: Sequence[Trace], study: Study, path: Path, lines: str = "init") -> None:
-    """Loss (above) and gradient norm (below) against the step, a column for each setting of all fields but ``lines``.
+def plot_curves(traces: Sequence[Trace], study: Study, path: Path) -> None:
+    """Loss (above) and gradient norm (below) against the step, a column for each setting of all fields but the first.
 
-    One line a run, a colour a value of ``lines``; spikes are ringed, and a run that ended on a number that is not
+    One line a run, a colour a value of the first field; spikes are ringed, and a run that ended on a number that is not
     finite has a cross at its last step.
     """
+    lines, *others = varied(study) or [study.axes[0][0][0]]
     columns: dict[str, list[Trace]] = {}
     for trace in traces:
         settings = dict(trace.variant.settings)
-        name = "\n".join(describe(field, settings[field]) for field in varied(study) if field != lines)
+        name = "\n".join(describe(field, settings[field]) for field in others)
         columns.setdefault(name, []).append(trace)
     if not columns:
         return
-    values = [value for axis in study.axes for name, value in axis if name == lines] or [None]
+    values = [value for axis in study.axes for name, value in axis if name == lines]
     colours = dict(zip(values, _COLOURS, strict=False))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.8 + 2.3 * len(columns), 4.6), layout="constrained")
@@ -190,7 +201,7 @@ def plot_curves(traces: Sequence[Trace], study: Study, path: Path, lines: str = 
         grid = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
         for place, (title, members) in enumerate(columns.items()):
             for trace in members:
-                colour = colours[dict(trace.variant.settings).get(lines)]
+                colour = colours[dict(trace.variant.settings)[lines]]
                 for curve in trace.curves:
                     for axis, series, rule in (
                         (grid[0][place], curve.losses, LOSS_RULE),
@@ -212,7 +223,7 @@ def plot_curves(traces: Sequence[Trace], study: Study, path: Path, lines: str = 
         grid[0][0].set_ylabel("loss (nats per text)")
         grid[1][0].set_ylabel("gradient norm before clipping")
         for value, colour in colours.items():
-            grid[0][0].plot([], [], color=colour, label=str(value))
+            grid[0][0].plot([], [], color=colour, label=describe(lines, value))
         grid[0][0].plot([], [], color=INK, linewidth=0.8, linestyle=":", label=f"where max_norm={DEFAULT_NORM:g} clips")
         grid[0][0].plot([], [], "o", mfc="none", color=INK, label="spike")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(colours) + 2)

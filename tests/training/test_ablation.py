@@ -374,6 +374,7 @@ def test_the_command_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixt
         ([1.0] * 20 + [4.0] * 30 + [9.0], [20, 50]),  # the median follows; 9 is above twice 4
         ([1.0] * 20 + [4.0] * 30 + [7.9], [20]),
         ([1.0, 5.0], [1]),
+        ([math.nan, math.nan, 9.0, 9.0, math.nan, 30.0], [5]),  # skipped steps are no zeros
     ],
 )
 def test_counts_spikes(values: list[float], expected: list[int]) -> None:
@@ -398,3 +399,11 @@ def test_traces_hold_every_step(tmp_path: Path) -> None:
     coarse = dataclasses.replace(study, training=dataclasses.replace(study.training, log_every=2))
     with pytest.raises(ValueError, match="log_every: expected 1 to see every step, got 2"):
         stability.read_traces(coarse, run(coarse, tmp_path), tmp_path)
+
+
+def test_counts_steps_above_the_first() -> None:
+    curve = stability.Curve(0, "finished", 0.5, [2.0, 30.0, 40.0, 2.0, 1.0, 2.1], [1.0] * 6, 0)
+    assert (curve.steps_above_start, curve.loss_spikes, curve.norm_spikes) == (3, 1, 0)
+    study = make(vary={"init": ("identity", "xavier")})
+    cells = stability.cells(stability.Trace(study.variants(32, 4)[0], [curve, curve]), stability.varied(study))
+    assert cells == ("identity", "2", "0", "3", "40.00", "12.850", "50.0 ± 0.0", "0 / 0")

@@ -64,8 +64,8 @@ class SpanSettings:
             if type(value) is not int or value < low:
                 raise ValueError(f"{name}: expected a whole number from {low} on, got {value!r}")
         threshold = self.null_threshold
-        if threshold is not None and (type(threshold) not in (int, float) or math.isnan(threshold)):
-            raise ValueError(f"null_threshold: expected a number or None, got {threshold!r}")
+        if threshold is not None and (type(threshold) not in (int, float) or not math.isfinite(threshold)):
+            raise ValueError(f"null_threshold: expected a finite number or None, got {threshold!r}")
 
 
 class SpanHead(nn.Module):
@@ -127,6 +127,8 @@ class QuestionAnswering(Task):
     def __init__(self, model: LlamaAdapter, settings: SpanSettings | None = None, span: SpanHead | None = None) -> None:
         super().__init__(model)
         self.settings = settings or SpanSettings()
+        if span is not None and span.pointer_dim != self.settings.pointer_dim:
+            raise ValueError(f"span: expected pointer_dim={self.settings.pointer_dim}, got {span.pointer_dim}")
         self.span = None if span is None else span.to(model.device)
         self._questions: dict[int, Question] = {}  # by key
         self._offsets: dict[str, np.ndarray] = {}  # (c, 2) characters of a context's tokens

@@ -296,7 +296,7 @@ def test_learns_its_examples_by_heart_and_says_nothing_where_there_is_nothing(tm
     assert right >= 0.8 * len(predictions)
 
 
-@pytest.mark.parametrize(("threshold", "empty"), [(None, 0), (math.inf, 0), (-math.inf, 26)])
+@pytest.mark.parametrize(("threshold", "empty"), [(None, 0), (1e9, 0), (-1e9, 26)])
 def test_the_threshold_decides_when_nothing_is_said(threshold: float | None, empty: int) -> None:
     adapted = model()
     task = QuestionAnswering(adapted, SpanSettings(null_threshold=threshold))
@@ -376,8 +376,11 @@ def test_other_errors(tmp_path: Path) -> None:
         QuestionAnswering(MODEL).load([GOOD], quiet(), None)
     with pytest.raises(ValueError, match="doc_stride: expected a whole number from 1 on, got 0"):
         SpanSettings(doc_stride=0)
-    with pytest.raises(ValueError, match="null_threshold: expected a number or None, got 'x'"):
-        SpanSettings(null_threshold="x")  # type: ignore[arg-type]
+    for threshold in ("x", math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"null_threshold: expected a finite number or None, got '?{threshold}"):
+            SpanSettings(null_threshold=threshold)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="span: expected pointer_dim=64, got 8"):
+        QuestionAnswering(MODEL, span=SpanHead(32, 8))
 
 
 def test_unanswerable_questions_that_would_be_answered_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

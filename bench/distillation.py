@@ -1,4 +1,4 @@
-"""What soft labels are worth: ``python -m bench.distillation keep|student``.
+"""What soft labels are worth, and what they cost: ``python -m bench.distillation keep|student|memory``.
 
 ``keep``: SmolLM2-135M learns to name the topic of Reuters R8 texts, with and without being held to itself on newsgroup
 texts; how many topics it names, and how far it has drifted on newsgroup texts that it has not seen.
@@ -6,20 +6,26 @@ texts; how many topics it names, and how far it has drifted on newsgroup texts t
 ``student``: the first 8 of its 30 layers, with adapters, learn on newsgroup texts: from the next token alone, or from
 the whole model's logits; for as many tokens, and for as many seconds of CPU.
 
+``memory``: peak memory, memory kept for the backward and time of the loss alone, forward and backward, by the size of
+its chunks; and of the same from whole logits, as one would write it with torch's own functions.
+
 Seconds are of this process's CPU, on one thread: a shared machine slows the clock on the wall, and that one less.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import platform
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytest_benchmark.utils import get_commit_info
 
 from adapterkern.files import write_json
@@ -29,8 +35,9 @@ from adapterkern.training import PrefixCache, TrainConfig, corpora, evaluate, tr
 from adapterkern.training.backbone import load_backbone
 from adapterkern.training.data import Example
 from adapterkern.training.distillation import Distillation, KeepBehaviour, WithKept, first_layers
+from adapterkern.training.soft_labels import Teacher, soft_label_loss
 from adapterkern.training.task import Feed, Task, eval_batches
-from bench.measure import machine
+from bench.measure import kept_for_backward, machine, paired_ratio, peak_bytes
 
 RESULTS = Path(__file__).parent / "results" / "AMD-EPYC" / "distillation"
 Rows = list[dict[str, str]]
@@ -38,9 +45,9 @@ Rows = list[dict[str, str]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distillation", description=__doc__)
-    parser.add_argument("use", choices=("keep", "student"))
+    parser.add_argument("use", choices=("keep", "student", "memory"))
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="student: of the shorter runs")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="student: of the shorter runs")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="keep: seeds 0 to N-1")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -49,7 +56,10 @@ def main() -> None:
         "commit": get_commit_info().get("id"),
         "machine": machine(torch.device("cpu")) | {"python": platform.python_version()},
     }
-    result = keep(arguments.seeds) if arguments.use == "keep" else student(arguments.steps)
+    if arguments.use == "memory":
+        result = memory()
+    else:
+        result = keep(arguments.seeds) if arguments.use == "keep" else student(arguments.steps)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / f"{arguments.use}.json", about | result)
 
@@ -118,7 +128,10 @@ def keep(seeds: int) -> dict[str, Any]:
                 "losses": [record["loss"] for record in result.history if record["kind"] == "train"],
             }
             runs.append(run)
-            print(f"seed {seed} weight {weight}: topics right {run['topics_right']:.3f}, {seconds:.0f} s, {after}")
+            print(
+                f"seed {seed} weight {weight}: topics right {run['topics_right']:.3f}, {seconds:.0f} s, {after}",
+                flush=True,
+            )
             llama = model.unload()
     settings = {"adapters": adapters.to_dict(), "training": training.to_dict()}
     return {"use": "keep", **settings, "before": before, "runs": runs}
@@ -126,7 +139,7 @@ def keep(seeds: int) -> dict[str, Any]:
 
 def student(steps: int) -> dict[str, Any]:
     whole, tokenizer = load_backbone(corpora.obtain(corpora.MODEL))
-    others = [{"text": row["text"]} for row in texts(corpora.NEWSGROUPS_TEST, 60)]
+    others = [{"text": row["text"]} for row in texts(corpora.NEWSGROUPS_TEST, 40)]
     adapters = AdapterConfig(adapter_dim=64)
     training = TrainConfig(
         task="causal-lm", batch_size=8, lr=3e-3, max_length=48, log_every=1, eval_every=10**6, plot=False
@@ -165,6 +178,56 @@ def student(steps: int) -> dict[str, Any]:
         print(f"{name}: {count} steps, {tokens} tokens, {seconds:.0f} s, {after}", flush=True)
     settings = {"adapters": adapters.to_dict(), "training": training.to_dict()}
     return {"use": "student", **settings, "before": before, "runs": runs}
+
+
+def memory(tokens: int = 1024, width: int = 576, vocabulary: int = 49152, rounds: int = 5) -> dict[str, Any]:
+    """In the shapes of SmolLM2-135M; both heads the same, random, in fp32."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    hidden, taught = (torch.randn(tokens, width) for _ in range(2))
+    hidden.requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,))
+
+    def whole() -> torch.Tensor:
+        logits = head(hidden)
+        with torch.no_grad():
+            log_p = head(taught).log_softmax(-1)
+        log_q = logits.log_softmax(-1)
+        return 0.5 * (
+            F.nll_loss(log_q, targets, reduction="sum") + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        )
+
+    def chunked(chunk_tokens: int) -> torch.Tensor:
+        return soft_label_loss(hidden, head, Teacher(taught, head), targets, chunk_tokens=chunk_tokens).loss
+
+    variants = {"whole": whole} | {f"chunks of {n}": functools.partial(chunked, n) for n in (16, 64, 256, 1024)}
+
+    def step(loss: Callable[[], torch.Tensor]) -> None:
+        hidden.grad = None
+        loss().backward()
+
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):  # the first round warms up
+        for name, loss in variants.items():
+            started = time.process_time()
+            step(loss)
+            if number:
+                times[name].append(time.process_time() - started)
+    device = torch.device("cpu")
+    return {
+        "use": "memory",
+        "shape": {"tokens": tokens, "hidden_size": width, "vocabulary": vocabulary, "dtype": "float32"},
+        "one_logits_bytes": 4 * tokens * vocabulary,
+        "variants": {
+            name: {
+                "peak_bytes": peak_bytes(functools.partial(step, loss), device),
+                **kept_for_backward(loss, [head.weight]),
+                "cpu_seconds": statistics.median(times[name]),
+                "over_whole": paired_ratio(times[name], times["whole"]),
+            }
+            for name, loss in variants.items()
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -45,8 +45,6 @@ from adapterkern.training.soft_labels import (
 )
 from adapterkern.training.task import Feed, Inputs, Task, eval_batches
 
-SETTINGS_NAME = "distillation.json"
-
 
 class _Taught(Task):
     """A task with a teacher: what both kinds share.
@@ -101,7 +99,7 @@ class _Taught(Task):
 
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
         if config.resume and config.output_dir is not None:
-            path = outputs.newest_checkpoint(Path(config.output_dir)) / SETTINGS_NAME
+            path = outputs.newest_checkpoint(Path(config.output_dir)) / outputs.DISTILLATION_CONFIG
             saved = read_json(path)
             for name, now in self.settings.items():
                 if saved.get(name) != now:
@@ -110,7 +108,7 @@ class _Taught(Task):
 
     def save(self, directory: Path, config: TrainConfig) -> None:
         super().save(directory, config)
-        write_json(directory / SETTINGS_NAME, self.settings)
+        write_json(directory / outputs.DISTILLATION_CONFIG, self.settings)
 
     def soft_label_loss(self, hidden: Tensor, taught: Tensor | None, **kwargs: Any) -> SoftLabelLoss:
         """Of tokens' states (N, d) and the teacher's of the same tokens (N, its width), with this task's settings."""

@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from adapterkern import cli
 from adapterkern.llama import LlamaAdapter
 from adapterkern.modules import AdapterConfig
-from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
-from adapterkern.training.distillation import SETTINGS_NAME, Distillation, KeepBehaviour, WithKept, first_layers
+from adapterkern.training import CheckpointError, TrainConfig, evaluate, outputs, train
+from adapterkern.training.distillation import Distillation, KeepBehaviour, WithKept, first_layers
 from adapterkern.training.soft_labels import IGNORE, Teacher, soft_label_loss
 from adapterkern.training.task import Feed
 
@@ -517,7 +517,7 @@ def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, t
         assert tiny_run.same_bits(run(tmp_path / "run", resume=True), expected)
     finally:
         torch.set_num_threads(threads)
-    saved = json.loads((tmp_path / "run" / SETTINGS_NAME).read_text())
+    saved = json.loads((tmp_path / "run" / outputs.DISTILLATION_CONFIG).read_text())
     assert saved == {"teacher": None, "temperature": 2.0, "weight": 0.5, "divergence": "kl"}
 
 
@@ -577,7 +577,9 @@ def test_the_command_takes_another_teacher_of_the_same_tokens_only(
     same_shape(tiny_run.model(), seed=3, num_hidden_layers=1).save_pretrained(other)
     TOKENIZER.save_pretrained(other)
     assert command(folder, tmp_path / "run", "--train", "texts", "--eval", "texts", "--teacher", str(other)) == 0
-    assert json.loads((tmp_path / "run" / SETTINGS_NAME).read_text())["teacher"].endswith("other, 1 layers")
+    assert json.loads((tmp_path / "run" / outputs.DISTILLATION_CONFIG).read_text())["teacher"].endswith(
+        "other, 1 layers"
+    )
     changed = json.loads((other / "tokenizer.json").read_text())
     vocabulary = changed["model"]["vocab"]
     vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]

@@ -23,6 +23,7 @@ from adapterkern.files import read_json, replacing, sha256, write_json
 from adapterkern.llama import LlamaAdapter
 from adapterkern.modules import AdapterConfig
 from adapterkern.training import outputs
+from adapterkern.training.checkpoint import CheckpointError
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example
 from adapterkern.training.heads import HEAD_CONFIG, ClassificationHead
@@ -48,6 +49,8 @@ class RoutedTask(Task):
     Raises:
         ValueError: no adapter is active, or one has an expert's name.
     """
+
+    over_processes = False  # the balance is that of a forward's sequences, and an evaluation counts its own
 
     def __init__(
         self, model: LlamaAdapter, routing: RoutingConfig | None = None, head: ClassificationHead | None = None
@@ -118,6 +121,15 @@ class RoutedTask(Task):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad(), self.routed(mask):
             return self.model.generate(input_ids, attention_mask=mask, **kwargs)
+
+    def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+        """As :meth:`Task.running`; refuses to resume a run that was begun with another :class:`RoutingConfig`."""
+        if config.resume and config.output_dir is not None:
+            path = outputs.newest_checkpoint(Path(config.output_dir)) / ROUTING_CONFIG
+            saved = read_json(path).get("routing")
+            if saved != dataclasses.asdict(self.routing):
+                raise CheckpointError(f"{path}: the run was begun with routing {saved}, not {self.routing}")
+        return super().running(config)
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
         if not config.train_adapters:

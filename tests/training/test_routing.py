@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern import mixing
-from adapterkern.training import TrainResult, evaluate, train
+from adapterkern.training import CheckpointError, TrainResult, evaluate, train
 from adapterkern.training.data import collate
 from adapterkern.training.outputs import ROUTING_CONFIG, ROUTING_WEIGHTS, load_config
 from adapterkern.training.router import RoutingConfig, balance_loss, run_probability
@@ -208,6 +208,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     again = routed(sharp=False)  # other weights, which the checkpoint replaces
     run(again, epochs=3, output_dir=tmp_path / "cut", resume=True)
     assert tiny_run.same_bits(everything(whole), everything(again))
+    with pytest.raises(CheckpointError, match="the run was begun with routing"):
+        run(routed(cost=0.5), epochs=3, output_dir=tmp_path / "cut", resume=True)
 
 
 def test_language_model_is_routed_too() -> None:

@@ -113,6 +113,7 @@ TRAINING_HELP = {
     "warmup": "steps of linear warmup, or below 1 their share of all steps",
     "precision": "bf16 and fp16 run under autocast, fp16 with a gradient scaler",
     "max_skipped_steps": "so many steps in a row that the fp16 scaler skips are an error",
+    "shard": "of several processes (torchrun) each holds a part of the backbone (FSDP2), not all of it",
     "overwrite": "replace an earlier run in --output",
     "resume": "go on from the newest checkpoint in --output",
     "checkpoint_every": "steps between checkpoints; default each epoch's end",

@@ -6,7 +6,8 @@
                                                            task at hand saves, in subfolders too
         task.json                                          the TrainConfig
         training.safetensors                               fp32 parameters, moments, generator states (uint8)
-        state.json                                         step, schedule, scaler, what must match, every file's SHA-256
+        state.json                                         step, schedule, scaler, what must match, and the SHA-256 of
+                                                           every other file and of itself
 
 A checkpoint is written into a hidden folder beside its place and renamed when every byte has reached the disk; older
 ones are removed only after that, and renamed first, so that neither a half-written nor a half-removed folder ever looks
@@ -14,6 +15,8 @@ like a checkpoint. The order of rows follows from (seed, epoch), so the step alo
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -26,10 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkern.files import read_json, sha256, write_json
+from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.training import distributed
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "checkpoints"
 STATE_NAME = "state.json"
 TENSORS_NAME = "training.safetensors"
@@ -64,25 +68,40 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-removed among the checkpoints."""
+    for path in (output_dir / FOLDER).glob(".*step-*"):
+        shutil.rmtree(path)
+
+
 def save_checkpoint(output_dir: Path, state: TrainingState, save_model: Any) -> Path:
     """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
 
+    Of several processes all must call it, and the first one writes.
+
     ``save_model(directory)`` writes the files that make the checkpoint usable by itself.
     """
-    folder = output_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{state.step:08d}"
-    if target.exists():  # this run has resumed from it and made no step since
+    target = output_dir / FOLDER / f"step-{state.step:08d}"
+    if distributed.on_first(target.exists):  # this run has resumed from it and made no step since
         return target
+    tensors = _tensors(state)
+    return distributed.on_first(lambda: _write(target, state, tensors, save_model))
+
+
+def _write(target: Path, state: TrainingState, tensors: dict[str, Tensor], save_model: Any) -> Path:
+    folder, output_dir = target.parent, target.parent.parent
     temporary = folder / f".{target.name}.{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         save_model(temporary)
-        save_file(_tensors(state), temporary / TENSORS_NAME)
+        with replacing(temporary / TENSORS_NAME) as path:  # which names it where the disk is full
+            save_file(tensors, path)
         written = sorted(temporary.rglob("*"))
         files = {path.relative_to(temporary).as_posix(): sha256(path) for path in written if path.is_file()}
-        write_json(temporary / STATE_NAME, _described(state) | {"files": files})
+        described = _described(state) | {"files": files}
+        write_json(temporary / STATE_NAME, described | {"sha256": _digest(described)})
         for path in (*written, temporary / STATE_NAME, temporary):
             _flush(path)
         temporary.rename(target)
@@ -104,7 +123,10 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     """
     try:
         saved = read_json(directory / STATE_NAME)
+        digest = saved.pop("sha256", None)
         _check_fields(directory / STATE_NAME, saved)
+        if digest != _digest(saved):
+            raise CheckpointError(f"{directory / STATE_NAME}: damaged: field 'sha256' is not that of the others")
         for name, digest in saved["files"].items():
             outside = Path(name).is_absolute() or ".." in Path(name).parts
             if outside or sha256(directory / name) != digest:
@@ -121,11 +143,14 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
 
     with torch.no_grad():
         for name, parameter in state.parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            parameter.copy_(distributed.like(tensors[f"parameter/{name}"], parameter))
     state.optimizer.load_state_dict(
         {
             "state": {
-                index: {key: tensors[f"optimizer/{key}/{name}"] for key in saved["optimizer_state"][name]}
+                index: {
+                    key: distributed.like(tensors[f"optimizer/{key}/{name}"], state.parameters[name])
+                    for key in saved["optimizer_state"][name]
+                }
                 for index, name in enumerate(_optimizer_order(state))
                 if name in saved["optimizer_state"]
             },
@@ -153,7 +178,12 @@ def _tensors(state: TrainingState) -> dict[str, Tensor]:
     if torch.cuda.is_available():
         tensors |= {f"generator/cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     # A copy each: safetensors refuses tensors that share memory.
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    return {name: distributed.whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """SHA-256 of the fields of ``state.json``, which has nothing else to tell a changed digit by."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _set_generators(tensors: Mapping[str, Tensor]) -> None:

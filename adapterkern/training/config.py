@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 from typing import Any
 
 TASKS = ("classification", "causal-lm")
@@ -29,6 +30,7 @@ FREE_ON_RESUME = frozenset(
         "prefix_cache",
         "prefix_cache_bytes",
         "max_skipped_steps",
+        "shard",
     }
 )
 
@@ -63,6 +65,10 @@ class TrainConfig:
         warmup: steps of linear warmup, or, below 1, their share of all steps.
         precision: ``"fp32"`` (no autocast), ``"bf16"`` autocast, or ``"fp16"`` autocast with a gradient scaler.
         max_skipped_steps: so many steps in a row that the fp16 scaler skips are an error.
+
+    Several processes
+        shard: split the frozen backbone over them (FSDP2) instead of repeating it; ``batch_size · accumulation`` are a
+            step's rows in either case, all processes together.
 
     Files and display
         output_dir: where everything is written; None writes nothing. overwrite: remove an earlier run there.
@@ -119,6 +125,8 @@ class TrainConfig:
     progress: bool = True
     plot: bool = True
 
+    shard: bool = False
+
     prefix_cache: bool | None = None
     prefix_cache_bytes: int = 2 << 30
 
@@ -142,8 +150,9 @@ class TrainConfig:
             _whole(name, getattr(self, name), 0)
         for name in ("lr", "weight_decay", "eps", "max_norm", "warmup"):
             value = getattr(self, name)
-            if not _is_number(value) or not value >= 0:
-                raise ValueError(f"{name}: expected a number from 0 on, got {value!r}")
+            kind, largest = ("number", math.inf) if name == "max_norm" else ("finite number", sys.float_info.max)
+            if not _is_number(value) or not 0 <= value <= largest:
+                raise ValueError(f"{name}: expected a {kind} from 0 on, got {value!r}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:

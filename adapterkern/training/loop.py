@@ -10,6 +10,7 @@ step has changed no parameter: ClippedAdamW leaves everything as it was when the
 looking costs nothing, every step is checked at once.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
 from adapterkern.llama import LlamaAdapter
-from adapterkern.training import checkpoint, data, outputs
+from adapterkern.training import checkpoint, data, distributed, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
 from adapterkern.training.heads import ClassificationHead
@@ -30,41 +32,10 @@ from adapterkern.training.interrupt import StopRequest
 from adapterkern.training.precision import make_accelerator
 from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
+from adapterkern.training.results import NonFiniteError, TrainResult
 from adapterkern.training.rows import source_name
 from adapterkern.training.schedules import make_schedule
 from adapterkern.training.task import Feed, Task, run_evaluation
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is not finite. ``step`` says when (from 1); that step has changed no parameter."""
-
-    def __init__(self, step: int, problem: str, checkpoint: Path | None) -> None:
-        where = f" The newest checkpoint is {checkpoint}." if checkpoint else ""
-        super().__init__(
-            f"step {step}: {problem}.{where} Look at that step's data, lower lr, lengthen the warmup, or, with fp16, "
-            "use bf16 or fp32"
-        )
-        self.step = step
-
-
-@dataclasses.dataclass
-class TrainResult:
-    """What a run came to."""
-
-    steps: int  # optimizer steps, those before a resume included
-    stopped: bool  # by a signal, before its end
-    metrics: dict[str, float] | None  # of the last evaluation
-    history: list[dict[str, Any]]  # the records of metrics.jsonl
-    head: ClassificationHead | None
-    labels: list[str]
-    trainable_parameters: int
-    skipped_steps: int  # by the fp16 scaler
-    seconds: float  # in training steps
-    prefix_seconds: float  # filling the prefix cache
-    eval_seconds: float
-    tokens_per_second: float  # real tokens, padding left out, over `seconds`
-    prefix_layers: int  # layers whose activations were cached; 0 without the cache
-    checkpoint: Path | None  # the newest
 
 
 def train(
@@ -87,13 +58,15 @@ def train(
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; default a new one for the labels that the training data has.
         cache: activations of earlier runs on the same backbone, to use and to add to.
+            Over several processes each has its own, of the texts that it trains on.
         task: another kind of training than ``config.task``, over the same ``model``; see :class:`Task`. It has its own
             head, and reads the data.
 
     Returns:
         a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True, and with an ``output_dir`` a
         checkpoint of the last finished step exists, from which ``resume=True`` goes on to the numbers of an undisturbed
-        run (to the bit on a CPU with as many threads).
+        run (to the bit on a CPU with as many threads). Over several processes, which all call this with the same
+        arguments, they all return; the first has written everything, and has the whole history.
 
     Raises:
         DataError: rows that cannot be used, by file and line.
@@ -101,9 +74,11 @@ def train(
         CheckpointError: with ``resume``, a checkpoint that is damaged or of another run.
         FileExistsError: ``output_dir`` holds an earlier run. FileNotFoundError: there is none to resume.
         ValueError, TypeError: an argument that does not fit, by name.
+        NotImplementedError: several processes, and an engine or a task that cannot use them.
     """
     config = config or TrainConfig()
-    outputs.prepare_folder(config)
+    accelerator = make_accelerator(config.precision, model.device)
+    distributed.on_first(lambda: outputs.prepare_folder(config))
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
@@ -113,7 +88,7 @@ def train(
     set_seed(config.seed)
     with task.running(config):
         sources = source_name(train_data), None if eval_data is None else source_name(eval_data)
-        return _Run(task, train_set, eval_set, config, cache, sources).go()
+        return _Run(task, train_set, eval_set, config, cache, sources, accelerator).go()
 
 
 @dataclasses.dataclass
@@ -136,21 +111,29 @@ class _Run:
         config: TrainConfig,
         cache: PrefixCache | None,
         sources: tuple[str, str | None],  # what the model card calls the data
+        accelerator: Accelerator,
     ) -> None:
-        self.task, self.model, self.config = task, task.model, config
+        self.task, self.model, self.config, self.accelerator = task, task.model, config, accelerator
+        distributed.check(task, config)
         self.sources = sources
         self.train_set, self.eval_set = train_set, eval_set
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.accelerator = make_accelerator(config.precision, self.model.device)
+        if config.shard:
+            distributed.shard(task, self.model.layers, self.model.device)
         parameters = task.trained(config)
         self.optimizer = task.optimizer(parameters, config)
         # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
         schedule = make_schedule(self.optimizer, config, self.total_steps)
-        self.run, self.stepper = self.accelerator.prepare(task, self.optimizer)
+        self.asked = [p for p in task.parameters() if p.requires_grad]
+        self.unsharded = distributed.Unsharded(task, parameters)
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)
+        self.run = distributed.wrap(
+            accelerator.prepare_model(task, evaluation_mode=True), parameters, self.model.device, type(task) is not Task
+        )
         self.state = checkpoint.TrainingState(
-            parameters, self.optimizer, schedule, self.accelerator.scaler, config, data.fingerprint(train_set)
+            parameters, self.optimizer, schedule, accelerator.scaler, config, data.fingerprint(train_set)
         )
         self.feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
         self.order: tuple[int, list[int]] | None = None  # an epoch's number, and its order of rows
@@ -172,13 +155,13 @@ class _Run:
         try:
             with (
                 StopRequest() as stop,
-                Reporter(self.output_dir, self.total_steps, state.step, config.progress) as report,
+                self._reporter() as report,
             ):
                 if state.step:
                     report.say(f"resumed from {self.checkpoint}")
                 self._fill_cache(report, stop)
                 self.run.train()
-                while state.step < self.total_steps and not stop:
+                while state.step < self.total_steps and not self._stopped(stop):
                     self._timed_step(report)
                     self._after_step(report)
                 if state.step < self.total_steps:
@@ -187,6 +170,8 @@ class _Run:
                     self._finish(report)
         finally:
             self.model.train(was_training)
+            for p in self.asked:
+                p.requires_grad_(True)
         return TrainResult(
             steps=state.step,
             stopped=state.step < self.total_steps,
@@ -204,12 +189,23 @@ class _Run:
             checkpoint=self.checkpoint,
         )
 
+    def _reporter(self) -> Reporter:
+        first = distributed.rank() == 0
+        directory = self.output_dir if first else None
+        return Reporter(directory, self.total_steps, self.state.step, self.config.progress and first)
+
+    def _stopped(self, stop: StopRequest) -> bool:
+        """Whether a process has been asked to stop; told where the device is waited for anyway."""
+        if distributed.count() > 1 and self.model.device.type != "cpu" and not any(self._due()):
+            return False
+        return distributed.any_process(bool(stop), self.model.device)
+
     # Before the first step
 
     def _fill_cache(self, report: Reporter, stop: StopRequest) -> None:
-        examples = [*self.train_set, *self.eval_set]
+        examples = [*self._own(), *self.eval_set]
         config = self.config
-        if self.state.step and config.prefix_cache is None:
+        if self.state.step and config.prefix_cache is None and not config.shard:
             config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
         passes = math.ceil(self.total_steps / self.steps_per_epoch)
         use, why = choose_cache(self.model, config, examples, passes)
@@ -233,11 +229,22 @@ class _Run:
             self.prefix_layers = layers
         self.prefix_seconds = time.perf_counter() - started
 
+    def _own(self) -> list[Example]:
+        """The training examples that this process will meet."""
+        if distributed.count() == 1:
+            return self.train_set
+        steps = range(self.state.step, self.total_steps)
+        batches = (batch for step in steps for batch, _ in self._share(self._examples(step)))
+        return list({id(example): example for batch in batches for example in batch}.values())
+
     # A step
+
+    def _share(self, examples: list[Example]) -> list[tuple[list[Example], bool]]:
+        return distributed.share(examples, self.config.batch_size)
 
     def _timed_step(self, report: Reporter) -> None:
         started = time.perf_counter()
-        examples = self._examples()
+        examples = self._examples(self.state.step)
         self._step(examples)
         tokens = data.count_tokens(examples)
         self.tokens += tokens
@@ -249,22 +256,24 @@ class _Run:
         self.seconds += elapsed
         self.window_seconds += elapsed
 
-    def _examples(self) -> list[Example]:
-        epoch, index = divmod(self.state.step, self.steps_per_epoch)
+    def _examples(self, step: int) -> list[Example]:
+        epoch, index = divmod(step, self.steps_per_epoch)
         if self.order is None or self.order[0] != epoch:
             self.order = epoch, self.task.order(self.train_set, self.config, epoch)
         rows = self.config.rows_per_step
         return [self.train_set[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
     def _step(self, examples: list[Example]) -> None:
-        state, size = self.state, self.config.batch_size
-        targets = data.count_targets(examples)
+        state, targets = self.state, data.count_targets(examples)
         losses = []
-        for start in range(0, len(examples), size):
-            loss, _ = self.run(**self.feed(examples[start : start + size]))
-            self.accelerator.backward(loss / targets)
+        batches = self._share(examples)
+        for number, (batch, counts) in enumerate(batches, start=1):
+            loss, _ = self.run(**self.feed(batch))
+            loss = loss if counts else 0 * loss
+            with distributed.exchanging(self.run, number == len(batches)):
+                self.accelerator.backward(loss / (targets / distributed.count()))
             losses.append(loss.detach())
-        loss = torch.stack(losses).sum() / targets
+        loss = distributed.total(torch.stack(losses).sum()) / targets
         # An infinite loss can have finite gradients: the optimizer is told to leave that step out, on the device.
         self.optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
         self.stepper.step()
@@ -346,7 +355,12 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         if self.output_dir is not None:
-            self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, self._save_model)
+            with self._whole():
+                self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, self._save_model)
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """Within it no parameter is a shard: what is trained can be written."""
+        return self.unsharded({name: distributed.whole(p.detach()) for name, p in self.state.parameters.items()})
 
     def _save_model(self, directory: Path) -> None:
         self.task.save(directory, self.config)
@@ -369,7 +383,7 @@ class _Run:
             self._drain()
         if self.state.step:
             self._save_checkpoint()
-        where = f"{signal_name}: stopped after step {self.state.step} of {self.total_steps}"
+        where = f"{signal_name or 'another process'}: stopped after step {self.state.step} of {self.total_steps}"
         if self.output_dir is None:
             report.say(f"{where}; nothing is saved, for want of an output_dir")
         elif self.checkpoint is None:
@@ -382,6 +396,10 @@ class _Run:
     def _finish(self, report: Reporter) -> None:
         self._evaluate(report)
         self._save_checkpoint()
+        with self._whole():
+            distributed.on_first(lambda: self._write_output(report))
+
+    def _write_output(self, report: Reporter) -> None:
         if self.output_dir is not None:
             self._save_model(self.output_dir)
             if self.config.plot:

@@ -80,6 +80,8 @@ class MultiTask(Task):
         ValueError: a name that is no adapter, or no name for a folder; an argument out of its range.
     """
 
+    over_processes = False  # each task's targets are counted over the forwards of one process
+
     def __init__(
         self,
         model: LlamaAdapter,

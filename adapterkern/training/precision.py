@@ -1,7 +1,7 @@
 """Accelerate, set up for one run: autocast and the gradient scaler, on the device where the model already is."""
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -11,7 +11,7 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     """An ``Accelerator`` that trains on ``device`` in ``precision`` and moves nothing.
 
     Raises:
-        NotImplementedError: more than one process.
+        NotImplementedError: DeepSpeed, or FSDP as accelerate does it.
     """
     mixed = _ACCELERATE_NAMES[precision]
     # accelerate keeps one state a process and refuses another precision or device in it. A second run may well want one
@@ -22,8 +22,12 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         if (state.mixed_precision, state.device.type) != (mixed, device.type):
             AcceleratorState._reset_state(reset_partial_state=state.device.type != device.type)
     accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", device_placement=False)
-    if accelerator.num_processes > 1:
-        raise NotImplementedError(f"train: expected one process, got {accelerator.num_processes}: not supported yet")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        engine = accelerator.distributed_type.value
+        raise NotImplementedError(
+            f"train: expected processes without an engine of accelerate's own, got {engine}: "
+            "launch them as for DDP, and set shard=True (--shard) for FSDP2"
+        )
     if precision == "fp16" and accelerator.scaler is None:
         # On a CPU accelerate takes mixed_precision="fp16" and then trains in fp32 without a word. torch has both parts.
         accelerator.native_amp = True

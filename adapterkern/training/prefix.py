@@ -31,6 +31,7 @@ from torch import Tensor
 from adapterkern.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, collate, count_tokens
+from adapterkern.training.distributed import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +237,8 @@ def choose_cache(
         obstacle = f"the backbone has attention_dropout={dropout}, so no two passes are alike"
     elif any(p.is_meta for p in model.decoder.layers[: model.prefix_length].parameters()):
         obstacle = "the prefix's weights are offloaded"
+    elif is_sharded(model):
+        obstacle = "the backbone is split over processes"
     if obstacle:
         if config.prefix_cache:
             raise ValueError(f"prefix_cache: expected None or False, since {obstacle}; got True")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adapterkern.llama import LlamaAdapter
 from adapterkern.optim import ClippedAdamW
-from adapterkern.training import data, outputs
+from adapterkern.training import data, distributed, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
 from adapterkern.training.heads import ClassificationHead
@@ -34,7 +34,13 @@ class Task(nn.Module):
     Args:
         model: the backbone with its adapters.
         head: a classification head, or None: for causal-lm, or until :meth:`load` knows the labels.
+
+    Attributes:
+        over_processes: whether its numbers are right when a step's rows are shared among processes: its loss is a sum
+            over rows, and it keeps nothing from one forward for the next.
     """
+
+    over_processes = True
 
     def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
         super().__init__()
@@ -125,9 +131,10 @@ class Task(nn.Module):
     ) -> dict[str, float]:
         """Metrics of ``examples``, a finite ``loss`` among them. ``run`` is this module as accelerate prepared it."""
         started = time.perf_counter()
-        results = torch.stack([torch.stack(run(**feed(batch))) for batch in eval_batches(examples, config)])
         targets = data.count_targets(examples)
-        loss, correct = (results.cpu().double().sum(0) / targets).tolist()
+        batches = eval_batches(examples, config)
+        sums = distributed.summed(batches, lambda batch: torch.stack(run(**feed(batch))), self.model.device)
+        loss, correct = (sums / targets).tolist()
         seconds = time.perf_counter() - started
         metrics = {"loss": loss, "accuracy": correct, "targets": targets, "seconds": seconds}
         metrics["tokens_per_second"] = data.count_tokens(examples) / seconds

@@ -1,0 +1,149 @@
+"""Two processes with gloo: the numbers of one, by DDP and by FSDP2, and one process's files."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_processes
+from safetensors.torch import load_file
+
+from adapterkern.training import distributed
+
+pytestmark = pytest.mark.timeout(240)
+
+# Two processes sum a step's rows, and FSDP2 the squares of its shards, in another order: fp32 rounding, and what Adam
+# makes of it in 7 steps of 1e-2.
+TOLERANCE = {"ddp": 2e-6, "shard": 2e-6, "ddp bf16": 2e-2, "shard bf16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process and of two; those that resume do so from step 3 of 7."""
+    folder = tmp_path_factory.mktemp("runs")
+    two_processes.run(folder / "one")
+    two_processes.run(folder / "one bf16", precision="bf16", dtype=torch.bfloat16)
+    for name in ("one to ddp", "one to shard"):
+        cut(folder / "one", folder / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes.process, (port, folder), nprocs=2)
+    for name in ("ddp", "shard"):
+        cut(folder / name, folder / f"{name} to one")
+        two_processes.run(folder / f"{name} to one", resume=True)
+    return folder
+
+
+def cut(run: Path, target: Path) -> None:
+    """The run as if it had been killed after step 3."""
+    shutil.copytree(run, target)
+    for checkpoint in sorted((target / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    assert [path.name for path in (target / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def found(folder: Path, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"found-{rank}.pt", weights_only=False)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter_model.safetensors") | load_file(run / "head.safetensors")
+
+
+def same(run: Path, one: Path, tolerance: float) -> None:
+    """Every loss, global clip norm, learning rate and evaluation, and what was learnt."""
+    got, expected = records(run), records(one)
+    assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in expected]
+    for a, b in zip(got, expected, strict=True):
+        for key in {"loss", "grad_norm", "lr", "accuracy", "targets"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
+    for key, tensor in trained(one).items():
+        torch.testing.assert_close(trained(run)[key], tensor, atol=tolerance, rtol=tolerance)
+
+
+def test_clipping_has_something_to_do(folder: Path) -> None:
+    assert all(record["grad_norm"] > 0.3 for record in records(folder / "one") if record["kind"] == "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [("ddp", "one"), ("shard", "one"), ("ddp bf16", "one bf16"), ("shard bf16", "one bf16")],
+)
+def test_two_processes_learn_as_one(folder: Path, name: str, one: str) -> None:
+    same(folder / name, folder / one, TOLERANCE[name])
+
+
+@pytest.mark.parametrize("name", ["ddp to one", "shard to one", "one to ddp", "one to shard"])
+def test_a_checkpoint_resumes_on_another_number_of_processes(folder: Path, name: str) -> None:
+    same(folder / name, folder / "one", 2e-6)
+
+
+def test_a_checkpoint_of_two_holds_what_one_s_does(folder: Path) -> None:
+    one, *others = (folder / name / "checkpoints" / "step-00000006" for name in ("one", "ddp", "shard"))
+    expected = load_file(one / "training.safetensors")
+    for other in others:
+        assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in one.iterdir())
+        got = load_file(other / "training.safetensors")
+        assert got.keys() == expected.keys()
+        for key in expected.keys() - {"generator/cpu"}:
+            torch.testing.assert_close(got[key], expected[key], atol=1e-5, rtol=1e-4)
+
+
+def test_both_processes_know_how_it_went(folder: Path) -> None:
+    for name in ("ddp", "shard"):
+        first, second = (found(folder, rank)[name]["metrics"] for rank in range(2))
+        assert {key: first[key] for key in ("loss", "accuracy")} == {key: second[key] for key in ("loss", "accuracy")}
+
+
+def test_each_process_has_a_prefix_cache_of_what_it_needs(folder: Path) -> None:
+    """Two steps of 8 rows, half of them each, and the 9 texts of the evaluation; no cache where layers are split."""
+    counts = [found(folder, rank)["cached"] for rank in range(2)]
+    assert counts == [8 + 9 + 0, 8 + 9 + 0]
+    assert found(folder)["ddp"]["prefix"] == 3
+    assert found(folder)["shard"]["prefix"] == 0
+
+
+def test_the_backbone_is_split(folder: Path) -> None:
+    assert [found(folder, rank)["part"] for rank in range(2)] == [0.5, 0.5]
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step(folder: Path) -> None:
+    checkpoint = folder / "stopped" / "checkpoints" / "step-00000004"
+    assert [found(folder, rank)["stopped"] for rank in range(2)] == [(True, 4, checkpoint)] * 2
+    assert checkpoint.is_dir()
+
+
+def test_errors_reach_both_processes(folder: Path) -> None:
+    first, second = (found(folder, rank) for rank in range(2))
+    assert first["folder"].startswith("FileExistsError: output_dir:")
+    assert second["folder"] == f"RuntimeError: process 0: {first['folder']}"
+    for each in (first, second):
+        assert each["cache"].startswith("ValueError: prefix_cache: expected None or False, since the backbone is split")
+        assert each["fp16"].startswith("ValueError: precision: expected fp32 or bf16 with shard=True")
+        assert each["task"].startswith("NotImplementedError: task: MultiTask trains in one process only")
+
+
+def test_one_process_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="shard: expected several processes"):
+        two_processes.run(None, shard=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+def test_shares_are_disjoint_complete_and_equally_many(monkeypatch: pytest.MonkeyPatch, count: int, rows: int) -> None:
+    monkeypatch.setattr(distributed, "count", lambda: count)
+    shares = []
+    for rank in range(count):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share(list(range(rows)), 3))
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for batch, counts in share if counts for i in batch) == list(range(rows))
+    assert all(batch and len(batch) <= 3 for share in shares for batch, _ in share)

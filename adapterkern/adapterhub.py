@@ -12,6 +12,7 @@ and may hold a prediction head, which is neither read nor written here. A ``.bin
 torch's weights-only reader, which builds tensors and calls nothing.
 """
 
+import io
 import math
 import os
 import pickle
@@ -88,6 +89,7 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     struct.error,
     RuntimeError,
+    OSError,
     EOFError,
     LookupError,
     ValueError,
@@ -211,10 +213,9 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
         except SafetensorError as error:
             raise ValueError(f"{path}: not a safetensors file: {error}") from error
     else:
+        content = io.BytesIO(path.read_bytes())
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
+            saved = torch.load(content, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
             raise ValueError(f"{path}: not a file of tensors alone: {error}") from error
     if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
@@ -312,7 +313,9 @@ def write_adapterhub(
         if safetensors:
             save_file(saved, temporary, metadata={"format": "pt"})
         else:
-            torch.save(saved, temporary)
+            content = io.BytesIO()  # torch's own writer says of a full disk "unexpected pos"
+            torch.save(saved, content)
+            temporary.write_bytes(content.getbuffer())
     write_json(directory / CONFIG_NAME, described)
     (directory / other).unlink(missing_ok=True)
 

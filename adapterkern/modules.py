@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import sys
 from typing import Any, Literal
 
 import torch
@@ -180,7 +181,7 @@ class AdapterConfig:
         _check_choice("init", self.init, INITS)
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
             raise TypeError(f"eps: expected a number, got {self.eps!r}")
-        if not 0 <= self.eps < math.inf:
+        if not 0 <= self.eps <= sys.float_info.max:
             raise ValueError(f"eps: expected a finite number >= 0, got {self.eps!r}")
         if not isinstance(self.x_free, bool):
             raise TypeError(f"x_free: expected True or False, got {self.x_free!r}")

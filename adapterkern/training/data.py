@@ -8,6 +8,7 @@ indices into (B·L), computed here on the host, so that no step has to ask the d
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.rows import BadRows, DataError, Row, read_rows, source_name
+
+_WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -50,7 +53,7 @@ def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
     """
     names = {_label(row.values.get(config.label_column)) for row in rows} - {None}
     labels = sorted(n for n in names if n is not None)
-    if all(name.lstrip("-").isdecimal() for name in labels):
+    if all(_WHOLE_NUMBER.fullmatch(name) for name in labels):
         labels.sort(key=int)
     if len(labels) < 2:
         raise DataError(f"column {config.label_column!r}: expected at least two different labels, got {labels}")

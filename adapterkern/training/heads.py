@@ -59,7 +59,8 @@ class ClassificationHead(nn.Module):
         if not all(isinstance(label, str) for label in config["labels"]) or config["hidden_size"] < 1:
             raise ValueError(f"{path}: expected hidden_size >= 1 and labels that are texts")
         try:
-            head = cls(config["hidden_size"], config["labels"], config["pooling"])
+            with torch.device("meta"):  # a damaged size may be any number
+                head = cls(config["hidden_size"], config["labels"], config["pooling"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         read_head_weights(Path(directory), head, config)
@@ -93,7 +94,7 @@ def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) 
     if sha256(weights) != config["weights_sha256"]:
         raise ValueError(f"{weights}: SHA-256 differs from the one in {HEAD_CONFIG}: damaged, or of another save")
     try:
-        head.load_state_dict(load_file(weights))
+        head.load_state_dict(load_file(weights), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: not this head's weights: {error}") from error
 

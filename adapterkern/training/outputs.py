@@ -12,6 +12,7 @@ A checkpoint's folder holds the first four as well, and can be used in the same 
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from adapterkern.card import CARD_NAME, Training, push_folder, write_card
 from adapterkern.files import read_json, write_json
 from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME
 from adapterkern.llama import LlamaAdapter
-from adapterkern.training.checkpoint import FOLDER, checkpoints
+from adapterkern.training.checkpoint import FOLDER, checkpoints, remove_leftovers
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.report import METRICS_NAME, PLOT_NAME
@@ -40,11 +41,20 @@ def prepare_folder(config: TrainConfig) -> None:
 
     Raises:
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
+        OSError: nothing can be written there, which is better known before the training than after it.
     """
-    if config.output_dir is None or config.resume:
+    if config.output_dir is None:
         return
     directory = Path(config.output_dir)
+    if config.resume:
+        remove_leftovers(directory)
+        for name in (*_FILES, CARD_NAME):
+            for path in directory.glob(f".{name}.????????"):  # of a process that was killed while it wrote
+                path.unlink()
+        return
     directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory):
+        pass
     found = [directory / name for name in (*_FILES, FOLDER, TASKS_FOLDER) if (directory / name).exists()]
     if found and not config.overwrite:
         raise FileExistsError(

@@ -63,7 +63,7 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
         readers = {".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table, ".tab": _read_table}
         if path.suffix.lower() not in readers:
             raise DataError(f"{path}: expected a name that ends in {', '.join(readers)}")
-        return list(readers[path.suffix.lower()](path, bad))
+        return _of_unicode(readers[path.suffix.lower()](path, bad), bad)
     if not isinstance(data, Iterable):
         raise TypeError(f"data: expected a path or a list of rows, got {type(data).__name__}")
     rows = []
@@ -72,7 +72,7 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
             rows.append(Row(values, f"row {index}"))
         else:
             bad.add(f"row {index}", f"expected a mapping of columns to values, got {type(values).__name__}")
-    return rows
+    return _of_unicode(rows, bad)
 
 
 def source_name(data: Any) -> str:
@@ -99,13 +99,29 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
             bad.add(place, f"not JSON: {error}")
             continue
         if isinstance(values, dict):
             yield Row(values, place)
         else:
             bad.add(place, f"expected a JSON object, got {type(values).__name__}")
+
+
+def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
+    """The rows whose texts UTF-8 can hold: Python's strings and JSON's escapes can have half a surrogate pair."""
+    good = []
+    for row in rows:
+        for name, value in row.values.items():
+            if isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    bad.add(row.place, f"column {name!r}: half a surrogate pair, which is no character")
+                    break
+        else:
+            good.append(row)
+    return good
 
 
 def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:

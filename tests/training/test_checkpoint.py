@@ -157,7 +157,7 @@ def test_damage_is_refused(tmp_path: Path, name: str, damage: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("format_version", 2),
+        ("format_version", 99),
         ("step", "2"),
         ("config", None),
         ("files", {}),

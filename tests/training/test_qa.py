@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,38 @@ def test_a_shared_cache_serves_evaluation() -> None:
     assert result.metrics is not None
     assert metrics["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
     assert known == len(cache) > 0
+
+
+def trained_by(rank: int, port: int, folder: Path) -> None:
+    """What one of two processes does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for shard in (False, True):
+        torch.save(shared_run(shard=shard), folder / f"{rank}-{shard}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def shared_run(**values: Any) -> tuple[list[float], dict[str, float] | None]:
+    """Losses of three steps of 4 windows in forwards of 2, and the metrics after them."""
+    adapted = model()
+    config = quiet(batch_size=2, accumulation=2, max_steps=3, log_every=1, **values)
+    task = QuestionAnswering(adapted, SpanSettings(pointer_dim=8))
+    result = train(adapted, EXAMPLES, config, tokenizer=TOKENIZER, eval_data=EXAMPLES, task=task)
+    return [record["loss"] for record in result.history if record["kind"] == "train"], result.metrics
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_learn_as_one(tmp_path: Path) -> None:
+    losses, metrics = shared_run()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(trained_by, (port, tmp_path), nprocs=2)
+    for rank, shard in itertools.product((0, 1), (False, True)):
+        got_losses, got = torch.load(tmp_path / f"{rank}-{shard}.pt")
+        assert got_losses == pytest.approx(losses, rel=1e-5)
+        for key in ("loss", "exact", "f1"):
+            assert got[key] == pytest.approx(metrics[key], rel=1e-4), (rank, shard, key)  # type: ignore[index]
 
 
 # Errors

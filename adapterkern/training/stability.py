@@ -142,7 +142,7 @@ def cells(trace: Trace, fields: Sequence[str]) -> tuple[str, ...]:
         str(sum(c.loss_spikes for c in curves)),
         str(sum(c.norm_spikes for c in curves)),
         f"{statistics.fmean(c.steps_above_start for c in curves):.0f}",
-        f"{max(max(run) for run in losses):.2f}" if losses else "",
+        f"{max(max(run) for run in losses):.3g}" if losses else "",
         f"{statistics.fmean(statistics.fmean(run[-10:]) for run in losses):.3f}" if losses else "",
         shown,
         f"{sum(c.accuracy is None for c in curves)} / {sum(c.skipped_steps for c in curves)}",

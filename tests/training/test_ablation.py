@@ -406,4 +406,4 @@ def test_counts_steps_above_the_first() -> None:
     assert (curve.steps_above_start, curve.loss_spikes, curve.norm_spikes) == (3, 1, 0)
     study = make(vary={"init": ("identity", "xavier")})
     cells = stability.cells(stability.Trace(study.variants(32, 4)[0], [curve, curve]), stability.varied(study))
-    assert cells == ("identity", "2", "0", "3", "40.00", "12.850", "50.0 ± 0.0", "0 / 0")
+    assert cells == ("identity", "2", "0", "3", "40", "12.850", "50.0 ± 0.0", "0 / 0")

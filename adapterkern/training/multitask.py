@@ -36,6 +36,7 @@ from adapterkern.mixing import prefix_length
 from adapterkern.modules import AdapterConfig
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import data, outputs
+from adapterkern.training.checkpoint import CheckpointError
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
 from adapterkern.training.heads import ClassificationHead
@@ -161,6 +162,11 @@ class MultiTask(Task):
     # A step
 
     def running(self, config: TrainConfig) -> AbstractContextManager[None]:
+        """All tasks' adapters; refuses to resume a run that was begun with another sampling."""
+        if config.resume and config.output_dir is not None:
+            path = outputs.newest_checkpoint(Path(config.output_dir)) / outputs.TASKS_FOLDER / SETTINGS_NAME
+            if (saved := read_json(path)) != self._settings():
+                raise CheckpointError(f"{path}: the run was begun with {saved}, not {self._settings()}")
         # No batch yet: this is for `prefix_length`, the least over all tasks.
         return self.model.mixing(self.names, torch.empty(0, dtype=torch.int64, device=self.model.device))
 
@@ -311,9 +317,11 @@ class MultiTask(Task):
         """A folder a task, ``tasks/NAME``, as a training of that task alone would leave it; and their names."""
         for name in self.names:
             outputs.save_task(self.folder(directory, name), self.model, self._head(name), config, name)
+        write_json(directory / outputs.TASKS_FOLDER / SETTINGS_NAME, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
         temperature = None if math.isinf(self.temperature) else self.temperature  # JSON has no infinity
-        settings = {"format_version": FORMAT_VERSION, "tasks": self.names, "temperature": temperature}
-        write_json(directory / outputs.TASKS_FOLDER / SETTINGS_NAME, settings)
+        return {"format_version": FORMAT_VERSION, "tasks": self.names, "temperature": temperature}
 
     @staticmethod
     def folder(directory: str | os.PathLike[str], name: str) -> Path:

@@ -40,7 +40,7 @@ def model(names: Any = ADAPTERS) -> ak.LlamaAdapter:
 
 
 def config(**values: Any) -> TrainConfig:
-    # eps: where a gradient is almost 0, Adam turns its rounding into steps of any size. max_norm: all steps are clipped.
+    # eps: where a gradient is almost 0, Adam makes any step of its rounding. max_norm: every step is clipped.
     return tiny_run.quiet(**({"batch_size": 12, "eps": 1e-4, "max_norm": 0.05, "log_every": 1} | values))
 
 
@@ -215,10 +215,9 @@ def test_shares_are_whole_and_as_near_as_whole_numbers_come(rows: list[int], tem
 
 
 def test_resumes_to_the_bit(tmp_path: Path) -> None:
-    values = {"checkpoint_every": 1, "keep_checkpoints": 9, "eval_every": 3, "temperature": 2.0}
-    temperature = values.pop("temperature")
+    values = {"checkpoint_every": 1, "keep_checkpoints": 9, "eval_every": 3}
 
-    def go(folder: Path, **more: Any) -> tuple[MultiTask, TrainResult]:
+    def go(folder: Path, temperature: float = 2.0, **more: Any) -> tuple[MultiTask, TrainResult]:
         task = MultiTask(model(), list(ADAPTERS), temperature=temperature)
         return task, together(task, eval_data=UNSEEN, output_dir=folder, **values, **more)
 
@@ -232,6 +231,8 @@ def test_resumes_to_the_bit(tmp_path: Path) -> None:
         assert tiny_run.same_bits(trained(resumed, name), trained(whole, name))
     losses = [[r["loss"] for r in result_.history] for result_ in (result, again)]
     assert losses[0] == losses[1]
+    with pytest.raises(CheckpointError, match=r"the run was begun with .*'temperature': 2.0"):
+        go(tmp_path / "broken", temperature=3.0, resume=True)
     damaged = checkpoints(tmp_path / "broken")[-1] / "tasks" / "b" / "head.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"tasks/b/head.safetensors: damaged"):

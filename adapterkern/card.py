@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from adapterkern import __version__
-from adapterkern.files import replacing
+from adapterkern.files import replacing, write_text
 from adapterkern.modules import AdapterConfig, adapter_num_params
 
 CARD_NAME = "README.md"
@@ -68,7 +68,7 @@ def write_card(
         sections += _training_sections(training)
     sections += [_loading_section(base if on_hub else None, config, training), _versions_section()]
     with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+        write_text(temporary, "\n\n".join(sections) + "\n")
 
 
 def push_folder(

@@ -40,8 +40,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
@@ -52,9 +51,32 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(value)
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        write_text(temporary, text)
+
+
+def json_text(value: Any) -> str:
+    """``value`` as :func:`write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` and wait until it has reached the disk. Raises ``OSError`` with the file's name, as any write."""
+    try:
+        path.write_text(text, encoding="utf-8")
+        flush(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Wait until what was written to a file, or the names in a folder, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapterkern.card import write_card
 from adapterkern.decoder import decoder_layers
-from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.files import json_text, read_json, replacing, sha256, write_text
 from adapterkern.modules import AdapterConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -43,7 +43,7 @@ def write_adapter(directory: Path, llama: Any, config: AdapterConfig, tensors: M
     with replacing(directory / CONFIG_NAME) as described, replacing(directory / WEIGHTS_NAME) as weights:
         save_file(dict(tensors), weights, metadata={"format": "pt"})
         saved = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": _describe(llama)}
-        write_json(described, saved | {"weights_sha256": sha256(weights)})
+        write_text(described, json_text(saved | {"weights_sha256": sha256(weights)}))
     write_card(directory, llama, config)
 
 

@@ -6,6 +6,7 @@ that once got through without such a complaint stand as ``@example``.
 
 import ast
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -42,6 +43,7 @@ from adapterkern.training import (
 )
 from adapterkern.training.checkpoint import CheckpointError, TrainingState, checkpoints
 from adapterkern.training.rows import BadRows, DataError, read_rows
+from adapterkern.training.squad import read_questions
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(12)
@@ -118,14 +120,8 @@ def test_a_full_disk_for_the_configuration_too(tmp_path: Path, monkeypatch: pyte
     """The larger file fits, the smaller one does not: a pair of two saves would be of no use."""
     drawn(1.0).save_pretrained(tmp_path)
     before = files(tmp_path)
-    write_json = ak.folder.write_json  # type: ignore[attr-defined]
-
-    def write(path: Path, value: Any) -> None:
-        with files_up_to(100):
-            write_json(path, value)
-
-    monkeypatch.setattr("adapterkern.folder.write_json", write)
-    with pytest.raises(OSError, match=CONFIG_NAME):
+    monkeypatch.setattr("adapterkern.folder.json_text", lambda value: "x" * 50_000)
+    with files_up_to(20_000), pytest.raises(OSError, match=CONFIG_NAME):
         drawn(2.0).save_pretrained(tmp_path)
     assert files(tmp_path) == before
 
@@ -408,6 +404,32 @@ def test_data_by_line_and_column(tmp_path: Path, content: bytes, problem: str) -
     (tmp_path / "data.csv").write_bytes(content)
     with pytest.raises(DataError, match=problem):
         load(tmp_path / "data.csv")
+
+
+def key_of(container: Any, number: int) -> Any:
+    return list(container)[number % len(container)] if isinstance(container, dict) else number % len(container)
+
+
+SQUAD = {"context": "a b", "qas": [{"id": "1", "question": "q", "answers": [{"text": "b", "answer_start": 2}]}]}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), JSON)
+@example([0, 0, 0, 0, 0], "\ud800")  # half a surrogate pair as context: was the tokenizer's own error
+@example([0, 0, 0, 0, 1, 0, 0], 10**400)
+def test_any_value_in_questions(tmp_path_factory: pytest.TempPathFactory, keys: list[int], value: Any) -> None:
+    path = tmp_path_factory.mktemp("data") / "squad.json"
+    document: Any = copy.deepcopy({"data": [{"paragraphs": [SQUAD]}]})
+    inner = document
+    for number in keys[:-1]:
+        child = inner[key_of(inner, number)]
+        inner = child if child and isinstance(child, dict | list) else inner
+    inner[key_of(inner, keys[-1])] = value
+    path.write_text(json.dumps(document))
+    bad = BadRows(str(path))
+    with refusing(path):
+        for question in read_questions(path, bad):
+            (question.id + question.question + question.context).encode()
+        bad.settle(False)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv"])

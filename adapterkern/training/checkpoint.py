@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.files import flush, read_json, replacing, sha256, write_json
 from adapterkern.training import distributed
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
@@ -103,9 +103,9 @@ def _write(target: Path, state: TrainingState, tensors: dict[str, Tensor], save_
         described = _described(state) | {"files": files}
         write_json(temporary / STATE_NAME, described | {"sha256": _digest(described)})
         for path in (*written, temporary / STATE_NAME, temporary):
-            _flush(path)
+            flush(path)
         temporary.rename(target)
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(output_dir)[: -state.config.keep_checkpoints]:
@@ -276,14 +276,6 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, A
             raise CheckpointError(f"{path}: the optimizer's state of {name} is incomplete, or of no parameter")
     if "generator/cpu" not in tensors:
         raise CheckpointError(f"{path}: generator/cpu is missing")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(directory: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
+HALF_A_PAIR = "half a surrogate pair, which is no character"
 _SHOWN = 10  # bad rows in one message
 _MAX_FIELD = 64 << 20  # characters in one CSV field; Python's own limit of 131,072 is shorter than a long document
 
@@ -109,19 +110,26 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
 
 
 def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
-    """The rows whose texts UTF-8 can hold: Python's strings and JSON's escapes can have half a surrogate pair."""
+    """The rows all of whose texts UTF-8 can hold."""
     good = []
     for row in rows:
-        for name, value in row.values.items():
-            if isinstance(value, str) and not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError:
-                    bad.add(row.place, f"column {name!r}: half a surrogate pair, which is no character")
-                    break
+        wrong = [name for name, value in row.values.items() if isinstance(value, str) and not is_unicode(value)]
+        if wrong:
+            bad.add(row.place, f"column {wrong[0]!r}: {HALF_A_PAIR}")
         else:
             good.append(row)
     return good
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: Python's strings and JSON's escapes can have half a surrogate pair."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:

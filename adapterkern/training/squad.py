@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from adapterkern.files import read_json
 from adapterkern.training.data import Rows
-from adapterkern.training.rows import BadRows, DataError, read_rows
+from adapterkern.training.rows import HALF_A_PAIR, BadRows, DataError, is_unicode, read_rows
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -111,6 +111,8 @@ def _question(values: Mapping[str, Any], place: str, source: str | None, default
         if not isinstance(value, str) or not value.strip():
             got = "an empty text" if isinstance(value, str) else type(value).__name__
             raise ValueError(f"field {name!r}: expected a text, got {got}")
+        if not is_unicode(value):
+            raise ValueError(f"field {name!r}: {HALF_A_PAIR}")
     context = values["context"]
     answers = None if "answers" not in values else tuple(_answers(values["answers"], context))
     impossible = values.get("is_impossible")

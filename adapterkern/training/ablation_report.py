@@ -5,6 +5,7 @@ seed, and its mean and deviation are those of these differences. Deviations are 
 that is not clearly larger than its deviation over the root of the number of seeds is no finding.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 from adapterkern import __version__
 from adapterkern.files import replacing, write_json
 from adapterkern.training.ablation import Findings
-from adapterkern.training.study import Setting, Study, Variant, show_setting
+from adapterkern.training.study import ADAPTER_FIELDS, Setting, Study, Variant, show_setting
 
 TABLE_NAME, PLOT_NAME, STUDY_NAME = "ablation.md", "ablation.png", "study.json"
 
@@ -190,22 +191,24 @@ def plot_axes(study: Study, lines: Sequence[Line], num_layers: int, path: Path, 
     axes = [(index, axis) for index, axis in enumerate(study.axes) if len(axis) > 1]
     if not axes or not lines:
         return
-    columns = min(3, len(axes))
+    columns = math.ceil(len(axes) / math.ceil(len(axes) / 4))
     heights = [max(len(axis) for _, axis in axes[i : i + columns]) for i in range(0, len(axes), columns)]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.3 * columns, 0.9 + sum(0.65 + 0.24 * h for h in heights)), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(
-            len(heights), columns, squeeze=False, sharex=True, height_ratios=[h + 1 for h in heights]
-        )
+        grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=[h + 1 for h in heights])
         panels = list(grid.flat)
         for panel, (index, axis) in zip(panels, axes, strict=False):
             _panel(panel, study, index, axis, lines, num_layers)
         for panel in panels[len(axes) :]:
             panel.set_visible(False)
         for panel in panels[max(0, len(axes) - columns) : len(axes)]:
-            panel.tick_params(labelbottom=True)
             panel.set_xlabel(f"{unit}s predicted right (%)")
+        # One scale for all that concerns the adapters; a learning rate that is far off would squeeze them.
+        alike = [panel for panel, (_, axis) in zip(panels, axes, strict=False) if axis[0][0] in ADAPTER_FIELDS]
+        limits = [panel.get_xlim() for panel in alike]
+        for panel in alike:
+            panel.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
         figure.suptitle(f"dots: runs, bars: mean ± deviation over {len(study.seeds)} seeds, dashed: the base point")
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")

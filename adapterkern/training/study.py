@@ -9,7 +9,7 @@ from adapterkern.modules import AdapterConfig
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 _SITES = ("layers", "every")  # two ways to say where, hence one axis
-_ADAPTER_FIELDS = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", "max_params"))
+ADAPTER_FIELDS = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", "max_params"))
 _TRAINING_FIELDS = tuple(
     f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"task", "train_adapters", "seed"}
 )
@@ -112,7 +112,7 @@ def _apply(
         fields["every"] = 1
     elif "every" in fields:
         fields["layers"] = None
-    adapter = dataclasses.replace(adapter, **{k: v for k, v in fields.items() if k in _ADAPTER_FIELDS})
+    adapter = dataclasses.replace(adapter, **{k: v for k, v in fields.items() if k in ADAPTER_FIELDS})
     changed = {k: v for k, v in fields.items() if k in _TRAINING_FIELDS}
     return adapter, TrainConfig.from_dict(training.to_dict() | changed)
 
@@ -160,8 +160,8 @@ def parse_setting(text: str) -> Setting:
 
 
 def _check_field(name: str) -> None:
-    if name not in _ADAPTER_FIELDS + _TRAINING_FIELDS:
-        raise ValueError(f"vary: expected one of {', '.join(_ADAPTER_FIELDS + _TRAINING_FIELDS)}, got {name!r}")
+    if name not in ADAPTER_FIELDS + _TRAINING_FIELDS:
+        raise ValueError(f"vary: expected one of {', '.join(ADAPTER_FIELDS + _TRAINING_FIELDS)}, got {name!r}")
 
 
 def _layer_set(text: str) -> tuple[int, ...]:

@@ -219,9 +219,14 @@ def world(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config: TrainC
 def run_key(variant: Variant, seed: int, world: str) -> str:
     """16 hexadecimal digits that change with everything that decides a run's numbers."""
     training = dataclasses.replace(variant.training, seed=seed).to_dict()
+    floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
     described = {
         "adapter": variant.adapter.to_dict() if variant.training.train_adapters else None,
-        "training": {name: value for name, value in training.items() if name not in FREE_ON_RESUME},
+        "training": {
+            name: float(value) if name in floats and value is not None else value  # warmup 0 and 0.0 are one run
+            for name, value in training.items()
+            if name not in FREE_ON_RESUME
+        },
         "world": world,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -243,6 +243,14 @@ def test_another_run_is_computed(change: dict[str, Any], tmp_path: Path, monkeyp
     assert len(calls) == 2
 
 
+def test_whole_numbers_and_floats_are_one_run() -> None:
+    variants = [
+        make(vary={"max_norm": (n,), "warmup": (w,)}).variants(32, 4)[0] for n, w in ((1, 0), (1.0, 0.0), (1, 2))
+    ]
+    keys = [ablation.run_key(variant, 0, "world") for variant in variants]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_stopped_study_goes_on_within_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = make(vary={"depth": (1,)}, head_alone=False, training=tiny_run.quiet(epochs=2, log_every=1))
     whole = run(study, tmp_path / "whole")

@@ -30,6 +30,7 @@ class Wrapped(PreTrainedModel):
         self.loss_type: Any = getattr(base, "loss_type", None)
         self.generation_config: Any = getattr(base, "generation_config", None)
         self._no_split_modules = base._no_split_modules
+        _keep_differentiable(base)
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -70,3 +71,15 @@ class Wrapped(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
+
+
+def _keep_differentiable(base: nn.Module) -> None:
+    """See that gradients pass 4-bit layers on a CPU, whatever has run or will run before a training step.
+
+    bitsandbytes 0.50 lays a 4-bit weight out anew for inference when a forward in eval mode needs no gradient, and
+    never back: from then on the layer gives its input no gradient, and nothing is said.
+    """
+    for module in base.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.state_dict()  # saving restores the layout that is saved

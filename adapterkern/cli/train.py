@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from adapterkern.llama import LlamaAdapter
-    from adapterkern.training import TrainConfig, train
+    from adapterkern.training import TrainConfig, distributed, train
     from adapterkern.training.backbone import Sources, load_backbone, save_sources
 
     values = vars(arguments)
@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = LlamaAdapter(llama, adapters, fused=not arguments.unfused)
     model.print_trainable_parameters()
     result = train(model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval)
+    if distributed.rank() > 0:
+        return 130 if result.stopped else 0
     eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
     save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
     if result.stopped:

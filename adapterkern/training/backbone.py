@@ -27,7 +27,8 @@ def load_backbone(
         source: a ``.gguf`` file, a folder that transformers saved, or a name on the hub.
         num_layers: keep only the first so many decoder layers; default all.
         dtype: of the weights, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-        device: default the first CUDA device if there is one, else the CPU.
+        device: default the first CUDA device if there is one, else the CPU; in a process that torchrun or accelerate
+            has started, the one of its local rank.
 
     Raises:
         FileNotFoundError: a ``.gguf`` file or folder that is not there.
@@ -47,7 +48,8 @@ def load_backbone(
     llama: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
     if num_layers is not None:
         keep_first_layers(llama, num_layers)
-    llama.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    llama.to(device or (cuda if torch.cuda.is_available() else "cpu"))
     return llama.eval(), tokenizer
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,45 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_pair(weights: Path, config: Path, save: Callable[[Path], None], fields: Mapping[str, Any]) -> None:
+    """Write weights, and ``fields`` with their SHA-256 as ``weights_sha256``: both or, whenever it is killed, neither.
+
+    The weights wait under a hidden name until the configuration that names their hash has taken its place; until then
+    the earlier pair stands, and from then on :func:`find_weights` finds them under either name.
+    """
+    waiting = _waiting(weights)
+    with contextlib.suppress(ValueError, FileNotFoundError):  # a configuration that is damaged, or there is none
+        if sha256(waiting) == read_json(config).get("weights_sha256"):
+            waiting.replace(weights)  # of a process that was killed before it came to this
+    try:
+        with replacing(config) as described:
+            with replacing(waiting) as temporary:
+                save(temporary)
+            write_text(described, json_text({**fields, "weights_sha256": sha256(waiting)}))
+    except BaseException:
+        waiting.unlink(missing_ok=True)
+        raise
+    waiting.replace(weights)
+
+
+def find_weights(weights: Path, config: Path, digest: str) -> Path:
+    """The file of these weights that has the SHA-256 ``digest``, which stands in ``config``.
+
+    Raises:
+        FileNotFoundError: there are none. ValueError: they have another one.
+    """
+    waiting = _waiting(weights)
+    if waiting.exists() and sha256(waiting) == digest:
+        return waiting
+    if sha256(weights) != digest:
+        raise ValueError(f"{weights}: SHA-256 differs from the one in {config.name}: damaged, or of another save")
+    return weights
+
+
+def _waiting(weights: Path) -> Path:
+    return weights.with_name(f".{weights.name}.next")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The folder that a saved adapter is: ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
 
-The configuration holds the weights' SHA-256, so that a pair that does not belong together is noticed on loading; both
-are on the disk before either takes its place, so that a full disk leaves the earlier pair.
+The configuration holds the weights' SHA-256, so that a pair that does not belong together is noticed on loading. A full
+disk or a killed process leaves the pair that was there before, or the new one.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapterkern.card import write_card
 from adapterkern.decoder import decoder_layers
-from adapterkern.files import json_text, read_json, replacing, sha256, write_text
+from adapterkern.files import find_weights, read_json, write_pair
 from adapterkern.modules import AdapterConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -40,10 +40,12 @@ def write_adapter(directory: Path, llama: Any, config: AdapterConfig, tensors: M
     Raises:
         OSError: a file cannot be written; the message names it, and an earlier adapter in the folder is as it was.
     """
-    with replacing(directory / CONFIG_NAME) as described, replacing(directory / WEIGHTS_NAME) as weights:
-        save_file(dict(tensors), weights, metadata={"format": "pt"})
-        saved = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": _describe(llama)}
-        write_text(described, json_text(saved | {"weights_sha256": sha256(weights)}))
+
+    def save(path: Path) -> None:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+
+    fields = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": _describe(llama)}
+    write_pair(directory / WEIGHTS_NAME, directory / CONFIG_NAME, save, fields)
     write_card(directory, llama, config)
 
 
@@ -79,10 +81,8 @@ def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, 
         config = AdapterConfig.from_dict(saved["adapter"]).resolve(*shape)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if sha256(weights) != saved["weights_sha256"]:
-        raise ValueError(f"{weights}: SHA-256 differs from the one in {CONFIG_NAME}: damaged, or of another save")
     try:
-        tensors = load_file(weights)
+        tensors = load_file(find_weights(weights, path, saved["weights_sha256"]))
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file: {error}") from error
     _check_tensors(weights, tensors, config, shape[0])

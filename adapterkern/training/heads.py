@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.files import find_weights, read_json, write_pair
 from adapterkern.training.config import POOLINGS
 
 HEAD_WEIGHTS = "head.safetensors"
@@ -70,10 +70,12 @@ class ClassificationHead(nn.Module):
 def write_head(directory: Path, kind: str, head: nn.Module, fields: dict[str, Any]) -> None:
     """Write a head's two files, each atomically: its weights, and ``fields`` with what identifies them."""
     tensors = {key: t.detach().to("cpu").contiguous() for key, t in head.state_dict().items()}
-    with replacing(directory / HEAD_WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+
+    def save(path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt"})
+
     config = {"format_version": FORMAT_VERSION, "head": kind, **fields}
-    write_json(directory / HEAD_CONFIG, config | {"weights_sha256": sha256(directory / HEAD_WEIGHTS)})
+    write_pair(directory / HEAD_WEIGHTS, directory / HEAD_CONFIG, save, config)
 
 
 def read_head_config(directory: Path, kind: str, kinds: dict[str, type]) -> tuple[Path, dict[str, Any]]:
@@ -91,10 +93,9 @@ def read_head_config(directory: Path, kind: str, kinds: dict[str, type]) -> tupl
 def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) -> None:
     """Put the saved weights into ``head``, if they are those that its configuration was saved with."""
     weights = directory / HEAD_WEIGHTS
-    if sha256(weights) != config["weights_sha256"]:
-        raise ValueError(f"{weights}: SHA-256 differs from the one in {HEAD_CONFIG}: damaged, or of another save")
     try:
-        head.load_state_dict(load_file(weights), assign=True)
+        found = find_weights(weights, directory / HEAD_CONFIG, config["weights_sha256"])
+        head.load_state_dict(load_file(found), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: not this head's weights: {error}") from error
 

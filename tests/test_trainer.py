@@ -1,6 +1,7 @@
 """LlamaAdapter in transformers' Trainer and TRL's SFTTrainer, as it is: what is saved, resumed, smoothed and scored."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
+from training import tiny_run
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -201,3 +203,17 @@ def test_sft_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-4)
     loaded = ak.LlamaAdapter.from_pretrained(adapted().unload(), tmp_path / "checkpoint-6")
     assert all(map(torch.equal, weights(loaded), weights(model)))
+
+
+def test_the_documentation_s_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_run.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    texts, unseen = ([row["text"] for row in tiny_run.rows(count, seed)] for count, seed in ((32, 0), (8, 1)))
+    given: dict[str, Any] = {"llama": tiny_run.model().unload(), "tokenizer": tokenizer}
+    exec(code[1], given | {"texts": texts, "unseen": unseen})
+    assert {"adapter_model.safetensors", "model.safetensors"} <= {path.name for path in Path("adapter").iterdir()}
+    assert len(list(Path("out").glob("checkpoint-*"))) == 3

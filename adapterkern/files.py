@@ -118,6 +118,13 @@ def _waiting(weights: Path) -> Path:
     return weights.with_name(f".{weights.name}.next")
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+    for name in (path.name, _waiting(path).name):
+        for temporary in path.parent.glob(f".{name}.????????"):  # as mkstemp names them
+            temporary.unlink()
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong in it."""
     path = Path(path)

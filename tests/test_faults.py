@@ -85,7 +85,8 @@ def test_a_resumed_run_clears_up(tmp_path: Path) -> None:
     before = files(tmp_path).keys()
     (tmp_path / "checkpoints" / ".step-00000003.77").mkdir()
     (tmp_path / "checkpoints" / ".old-step-00000001.77" / "sub").mkdir(parents=True)
-    (tmp_path / ".head.safetensors.a1b2c3d4").write_bytes(b"half")
+    (tmp_path / ".head_config.json.a1b2c3d4").write_bytes(b"half")
+    (tmp_path / "..head.safetensors.next.a1b2c3d4").write_bytes(b"half")
     (tmp_path / ".mine").write_text("no business of ours")
     train(tiny_run.model(), ROWS, tiny_run.quiet(**(vars(config) | {"resume": True})), tokenizer=TOKENIZER)
     assert files(tmp_path).keys() == before | {".mine"}

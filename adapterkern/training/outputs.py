@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern.card import CARD_NAME, Training, push_folder, write_card
-from adapterkern.files import read_json, write_json
+from adapterkern.files import read_json, remove_temporaries, write_json
 from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME
 from adapterkern.llama import LlamaAdapter
 from adapterkern.training.checkpoint import FOLDER, checkpoints, remove_leftovers
@@ -49,8 +49,7 @@ def prepare_folder(config: TrainConfig) -> None:
     if config.resume:
         remove_leftovers(directory)
         for name in (*_FILES, CARD_NAME):
-            for path in directory.glob(f".{name}.????????"):  # of a process that was killed while it wrote
-                path.unlink()
+            remove_temporaries(directory / name)
         return
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=directory):

@@ -27,9 +27,11 @@ _ROUTING_HELP = {
     "experts": "adapters to choose among",
     "top_k": "at most so many run in a text",
     "skip": "let a text run none",
+    "gate": "weight of a chosen adapter: its probability, or 1 with the gradient integrated from none to it",
     "noise": "of the choice in training: 1 draws by probability, 0 never explores",
     "balance": "coefficient of the load-balancing loss",
     "cost": "coefficient of the probability of running anything",
+    "free_epochs": "epochs before the cost counts",
 }
 
 
@@ -57,7 +59,7 @@ def _add_routing_options(parser: argparse.ArgumentParser) -> None:
     """One option for each field of ``RoutingConfig``."""
     group = parser.add_argument_group("routing", "defaults in brackets")
     try:
-        from adapterkern.training.router import RoutingConfig
+        from adapterkern.training.router import GATES, RoutingConfig
     except ImportError:  # the extra is missing: --help still works, and running says what to install
         return
     for field in dataclasses.fields(RoutingConfig):
@@ -65,9 +67,10 @@ def _add_routing_options(parser: argparse.ArgumentParser) -> None:
         if isinstance(field.default, bool):
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default, help=shown)
         else:
-            kind = int if isinstance(field.default, int) else float
-            metavar = "N" if kind is int else "X"
-            group.add_argument(option, type=kind, default=field.default, metavar=metavar, help=shown)
+            kind = type(field.default)
+            metavar = {int: "N", float: "X", str: None}[kind]
+            choices = GATES if field.name == "gate" else None
+            group.add_argument(option, type=kind, choices=choices, default=field.default, metavar=metavar, help=shown)
 
 
 def run_train(arguments: argparse.Namespace) -> int:

@@ -5,15 +5,24 @@ It reads the residual stream h (B, L, d) below the first adapter, once a sequenc
     v = mean over the real tokens of LayerNorm(h)      s = W·v + b ∈ ℝ^{n+1}      p = softmax(s)
 
 Expert i runs if s_i is among the k largest expert scores and above the last score, which stands for "none": with k = 1
-that is the argmax of n + 1 options, with k = 2 a sequence may take two, one or no expert. A chosen expert A_i enters as
-``x + p_i·(A_i(x) − x)``: the choice has no derivative, the gate weight p_i has, and through it (and through the softmax
-all scores) the router learns. Each token is normalised before the mean because some tokens of a LLaMA, the first above
-all, are a thousand times larger than the rest and would be all that the mean shows.
+that is the argmax of n + 1 options, with k = 2 a sequence may take two, one or no expert. Each token is normalised
+before the mean because some tokens of a LLaMA, the first above all, are a thousand times larger than the rest and would
+be all that the mean shows. In training, Gumbel noise on the scores turns the choice into a draw from p (without
+replacement for k > 1), so that an expert, or none, that loses today is tried again.
 
-In training, Gumbel noise on the scores turns the choice into a draw from p (without replacement for k > 1), so that
-an expert, or none, that loses today is tried again. Two terms join the loss. The load-balancing loss is that of the
-Switch Transformer (Fedus et al. 2021, arXiv:2101.03961, equation 4; GShard's, Lepikhin et al. 2020, arXiv:2006.16668,
-but for a constant factor), over the sequences that run an expert at all:
+A chosen expert A_i enters as ``x + w_i·(A_i(x) − x)``. The choice has no derivative; the gate weight w_i has:
+
+- ``gate="probability"``: w_i = p_i, as in the Switch Transformer (Fedus et al. 2021, arXiv:2101.03961).
+- ``gate="integrated"``: w_i = u + log p_i − stopgrad(log p_i), u uniform in (0, 1) in training and 1 otherwise. In the
+  mean over u the router gets (L(run) − L(none))·∇log p_i, since ∫ ∂L/∂w dw over (0, 1) is that difference; over draws
+  from p, that is the gradient of the expected loss.
+
+The difference matters where running costs something. p_i scales its expert's branch, and so do the expert's own up
+weights: once these are at their optimum, the loss's derivative by the scale is 0 over the expert's sequences, and even
+a small cost meets no resistance. The integrated gate sees what the expert is worth against none (exactly for k = 1).
+
+Two terms join the loss. The load-balancing loss is the Switch Transformer's (equation 4; GShard's, Lepikhin et al.
+2020, arXiv:2006.16668, but for a constant factor), over the sequences that run an expert at all:
 
     balance = n · Σ_i f_i·P_i      f_i: share of the choices that are expert i      P_i: mean of softmax(s_1..n)_i
 
@@ -28,6 +37,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+GATES = ("probability", "integrated")
 
 
 class Route(NamedTuple):
@@ -46,24 +57,31 @@ class RoutingConfig:
         experts: n, how many adapters there are to choose from.
         top_k: at most so many run in a sequence.
         skip: whether none is an option.
+        gate: what a chosen expert's branch is multiplied by, ``"probability"`` or ``"integrated"``: see above.
         noise: scale of the Gumbel noise on the scores in training; 1 draws from the softmax, 0 never explores.
         balance: coefficient of the load-balancing loss.
         cost: coefficient of the probability of running anything, in nats a target.
+        free_epochs: epochs before the cost counts, in which experts become worth something.
     """
 
     experts: int = 4
     top_k: int = 1
     skip: bool = True
+    gate: str = "integrated"
     noise: float = 1.0
     balance: float = 0.01
     cost: float = 0.0
+    free_epochs: int = 1
 
     def __post_init__(self) -> None:
-        for name, high in (("experts", None), ("top_k", self.experts)):
+        for name, low in (("experts", 1), ("top_k", 1), ("free_epochs", 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < 1 or (high is not None and value > high):
-                bounds = ">= 1" if high is None else f"from 1 to {high}, the number of experts"
-                raise ValueError(f"{name}: expected an integer {bounds}, got {value!r}")
+            if type(value) is not int or value < low:
+                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k: expected at most {self.experts}, the number of experts, got {self.top_k}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {self.gate!r}")
         if type(self.skip) is not bool:
             raise ValueError(f"skip: expected True or False, got {self.skip!r}")
         for name in ("noise", "balance", "cost"):
@@ -79,12 +97,12 @@ class Router(nn.Module):
 
     Args:
         hidden_size: d.
-        config: of it, ``experts``, ``top_k`` and ``skip``.
+        config: of it, ``experts``, ``top_k``, ``skip`` and ``gate``.
     """
 
     def __init__(self, hidden_size: int, config: RoutingConfig) -> None:
         super().__init__()
-        self.experts, self.top_k, self.skip = config.experts, config.top_k, config.skip
+        self.experts, self.top_k, self.skip, self.gate = config.experts, config.top_k, config.skip, config.gate
         self.linear = nn.Linear(hidden_size, config.experts + config.skip)
         # Near-even odds at the start, as the Switch Transformer has them: what begins far behind is never tried.
         nn.init.normal_(self.linear.weight, std=0.1 * hidden_size**-0.5)
@@ -99,12 +117,17 @@ class Router(nn.Module):
             return self.choose(self.linear(summed / mask.sum(1, keepdim=True)), noise)
 
     def choose(self, scores: Tensor, noise: float = 0.0) -> Route:
-        """The route that ``scores`` make with Gumbel noise of that scale on them; the weights are without noise."""
+        """The route that ``scores`` make with Gumbel noise of that scale on them; without any, u is 1 as well."""
         noisy = scores.detach()
         if noise:
             noisy = noisy - noise * torch.empty_like(noisy).exponential_().log()
         best, index = noisy[:, : self.experts].topk(self.top_k, dim=1)
-        weight = scores.softmax(1).gather(1, index)
+        log_p = scores.log_softmax(1).gather(1, index)
+        if self.gate == "probability":
+            weight = log_p.exp()
+        else:
+            reached = torch.rand_like(log_p[:, :1]) if noise else 1.0
+            weight = reached + (log_p - log_p.detach())
         if self.skip:
             runs = best > noisy[:, self.experts :]
             index, weight = torch.where(runs, index, -1), torch.where(runs, weight, 0.0)

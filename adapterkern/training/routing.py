@@ -64,6 +64,7 @@ class RoutedTask(Task):
         for name in self.experts[1:]:
             model.add_adapter(name, model.adapter_config(first))
         self.router = Router(model.config.hidden_size, self.routing).to(model.device)
+        self._epoch = 0  # as the loop has told `order`
         self._route: Route | None = None  # on its way from `hidden` to `forward`
         self._seen: list[Tensor] | None = None  # the choices of an evaluation
 
@@ -103,10 +104,11 @@ class RoutedTask(Task):
         if self._seen is not None:
             self._seen.append(route.chosen)
         if self.training:
-            n, how = self.routing.experts, self.routing
-            loss = loss + targets.numel() * (
-                how.balance * balance_loss(route, n) + how.cost * run_probability(route, n)
-            )
+            how = self.routing
+            extra = how.balance * balance_loss(route, how.experts)
+            if self._epoch >= how.free_epochs:
+                extra = extra + how.cost * run_probability(route, how.experts)
+            loss = loss + targets.numel() * extra
         return loss, correct
 
     @torch.no_grad()
@@ -121,6 +123,10 @@ class RoutedTask(Task):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad(), self.routed(mask):
             return self.model.generate(input_ids, attention_mask=mask, **kwargs)
+
+    def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
+        self._epoch = epoch
+        return super().order(examples, config, epoch)
 
     def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
         """As :meth:`Task.running`; refuses to resume a run that was begun with another :class:`RoutingConfig`."""

@@ -14,7 +14,7 @@ from adapterkern.training.router import Route, Router, RoutingConfig, balance_lo
 
 
 def router_of(**values: Any) -> Router:
-    return Router(8, RoutingConfig(experts=3, **values))
+    return Router(8, RoutingConfig(**({"experts": 3, "gate": "probability"} | values)))
 
 
 # Choices
@@ -58,6 +58,29 @@ def test_noise_draws_from_the_softmax() -> None:
     assert (router.choose(many).chosen == 0).all()
 
 
+def test_integrated_gate_is_one_where_nothing_is_drawn() -> None:
+    route = router_of(gate="integrated", top_k=2).choose(torch.tensor([[3.0, 1.0, 2.0, 1.5]]))
+    assert route.chosen.tolist() == [[0, 2]]
+    assert route.weight.tolist() == [[1.0, 1.0]]
+    assert router_of(gate="integrated").choose(torch.tensor([[0.0, 0.0, 0.0, 1.0]])).weight.item() == 0.0
+
+
+def test_integrated_gate_gives_the_gradient_of_the_expected_loss() -> None:
+    """Also for experts whose loss has derivative 0 where they run fully, of which the probability gate learns nothing.
+
+    Expert i at weight w has loss a_i·((1 − w)² − 1), so a_i less than none's at w = 1: where it is at its optimum.
+    """
+    worth = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    scores = torch.tensor([0.3, -0.2, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    many = 200_000
+    route = router_of(gate="integrated").choose(scores.expand(many, 4), noise=1.0)
+    losses = worth[route.chosen[:, 0]] * ((1 - route.weight[:, 0]) ** 2 - 1) * (route.chosen[:, 0] >= 0)
+    got = torch.autograd.grad(losses.mean(), scores)[0]
+    expected = torch.autograd.grad(-(scores.softmax(0)[:3] * worth).sum(), scores)[0]
+    assert torch.allclose(got, expected, atol=0.01)
+    assert expected.abs().min() > 0.03
+
+
 def test_neither_padding_nor_the_size_of_a_token_steers_the_route() -> None:
     """The first token of a LLaMA is a thousand times larger than the rest: each token counts the same."""
     router = router_of()
@@ -79,6 +102,8 @@ def test_neither_padding_nor_the_size_of_a_token_steers_the_route() -> None:
         ({"experts": 2.0}, "experts"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": 5}, "top_k"),
+        ({"gate": "none"}, "gate"),
+        ({"free_epochs": -1}, "free_epochs"),
         ({"skip": 1}, "skip"),
         ({"noise": -1.0}, "noise"),
         ({"noise": math.inf}, "noise"),

@@ -13,7 +13,7 @@ from adapterkern import mixing
 from adapterkern.training import CheckpointError, TrainResult, evaluate, train
 from adapterkern.training.data import collate
 from adapterkern.training.outputs import ROUTING_CONFIG, ROUTING_WEIGHTS, load_config
-from adapterkern.training.router import RoutingConfig, balance_loss, run_probability
+from adapterkern.training.router import GATES, RoutingConfig, balance_loss, run_probability
 from adapterkern.training.routing import RoutedTask
 
 TOKENIZER = tiny_run.tokenizer()
@@ -47,10 +47,11 @@ def run(task: RoutedTask, **values: Any) -> TrainResult:
 # The model
 
 
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("top_k", "skip"), [(1, True), (1, False), (2, True), (3, True)])
-def test_equals_a_dense_formulation_with_its_gradients(top_k: int, skip: bool) -> None:
+def test_equals_a_dense_formulation_with_its_gradients(top_k: int, skip: bool, gate: str) -> None:
     """Every expert on every sequence, times its weight or 0, in fp64: same states, and the same gradient everywhere."""
-    task = routed(layers=(3,), top_k=top_k, skip=skip).double()
+    task = routed(layers=(3,), top_k=top_k, skip=skip, gate=gate).double()
     model, direction = task.model, torch.randn(*IDS.shape, 32, dtype=torch.float64)
     parameters = [p for name, p in task.trained(tiny_run.quiet()).items() if not name.startswith("head")]
 
@@ -67,6 +68,7 @@ def test_equals_a_dense_formulation_with_its_gradients(top_k: int, skip: bool) -
     stream = model.run_prefix(IDS, MASK)
     scores = task.router(stream, MASK).scores
     p = scores.softmax(1)
+    weight = p if gate == "probability" else p / p.detach()
     gates = torch.zeros(len(IDS), 3, dtype=torch.float64)
     for b in range(len(IDS)):
         for i in sorted(range(3), key=lambda i: -scores[b, i].item())[:top_k]:
@@ -74,7 +76,7 @@ def test_equals_a_dense_formulation_with_its_gradients(top_k: int, skip: bool) -
                 gates[b, i] = 1
     dense = stream
     for i, name in enumerate(task.experts):
-        dense = dense + (gates[:, i] * p[:, i])[:, None, None] * (model.adapters[name]["3"](stream) - stream)
+        dense = dense + (gates[:, i] * weight[:, i])[:, None, None] * (model.adapters[name]["3"](stream) - stream)
     dense = model.decoder.norm(dense)
 
     assert torch.allclose(states[MASK > 0], dense[MASK > 0])
@@ -84,7 +86,7 @@ def test_equals_a_dense_formulation_with_its_gradients(top_k: int, skip: bool) -
 
 def test_router_gradient_is_that_of_finite_differences() -> None:
     """Through two sites and the layers between them, and through both losses, in fp64."""
-    task = routed(top_k=2, noise=0.0).double().train()
+    task = routed(top_k=2, noise=0.0, gate="probability").double().train()
     direction = torch.randn(*IDS.shape, 32, dtype=torch.float64) * MASK[..., None]
 
     def value() -> Tensor:
@@ -106,12 +108,16 @@ def test_router_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_training_adds_its_terms_for_each_target_and_evaluation_none() -> None:
-    task = routed(noise=0.0, balance=0.3, cost=0.2)
+    task = routed(noise=0.0, balance=0.3, cost=0.2, free_epochs=1)
     inputs = collate(task.load(ROWS, tiny_run.quiet(), TOKENIZER), tiny_run.quiet())._asdict()
     plain = task(**inputs)[0]
     route = task.route(inputs["input_ids"], inputs["attention_mask"])
     extra = 0.3 * balance_loss(route, 3) + 0.2 * run_probability(route, 3)
+    task.order([], tiny_run.quiet(), epoch=1)
     assert task.train()(**inputs)[0].item() == pytest.approx((plain + len(ROWS) * extra).item())
+    task.order([], tiny_run.quiet(), epoch=0)
+    free = plain + len(ROWS) * 0.3 * balance_loss(route, 3)
+    assert task(**inputs)[0].item() == pytest.approx(free.item())
 
 
 def test_only_chosen_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +292,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         RoutedTask.from_pretrained(bare_model(), tmp_path)
     path.write_text(good)
     weights.write_bytes(tensors[:-1] + bytes([tensors[-1] ^ 1]))
-    with pytest.raises(ValueError, match="SHA-256 is not"):
+    with pytest.raises(ValueError, match="SHA-256 differs"):
         RoutedTask.from_pretrained(bare_model(), tmp_path)
     weights.unlink()
     with pytest.raises(FileNotFoundError):

@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("accuracy", "throughput"))
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", type=int, default=16, help="in one step, all tasks together")
     parser.add_argument("--length", type=int, default=48, help="tokens a row")
     parser.add_argument("--rounds", type=int, default=7)

@@ -103,7 +103,7 @@ def test_score_errors() -> None:
         score(read([ROW]), {"q2": "Bo"})
     with pytest.raises(ValueError, match="questions: expected at least one"):
         score([], {})
-    with pytest.raises(ValueError, match="row 0.*: field 'answers': expected answers to score against"):
+    with pytest.raises(ValueError, match=r"row 0.*: field 'answers': expected answers to score against"):
         score(read([{key: value for key, value in ROW.items() if key != "answers"}]), {"q1": ""})
 
 

@@ -67,7 +67,7 @@ class RoutingConfig:
     experts: int = 4
     top_k: int = 1
     skip: bool = True
-    gate: str = "integrated"
+    gate: str = "probability"
     noise: float = 1.0
     balance: float = 0.01
     cost: float = 0.0

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import AddCommand, count
-from adapterkern.files import read_json
 from adapterkern.modules import adapter_num_params, largest_adapter_dim
 
 # (hidden size, decoder layers)
@@ -48,6 +47,8 @@ def model_shape(name: str) -> tuple[int, int]:
     """(hidden size, decoder layers) of a known model or of a transformers ``config.json``."""
     if name.lower() in SHAPES:
         return SHAPES[name.lower()]
+    from adapterkern.files import read_json  # needs the train extra, a name from the table above does not
+
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():

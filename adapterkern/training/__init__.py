@@ -1,10 +1,13 @@
 """Training of adapters on a frozen LLaMA: ``train``, ``evaluate``, ``TrainConfig`` and what they work with.
 
 rows.py, data.py     files and lists → examples → padded batches
-task.py, heads.py    hidden states → loss, what is trained and saved; other kinds of training subclass Task
+task.py, heads.py    hidden states → loss, what is trained and saved; the kinds below subclass Task
+    multitask.py, routing.py (router.py), distillation.py (soft_labels.py), qa.py (spans.py, squad.py)
 prefix.py            activations below the first adapter, computed once
-loop.py              steps, evaluations, checkpoints, in their order
+loop.py              steps, evaluations, checkpoints, in their order; distributed.py over several processes
 outputs.py           what a run leaves in its folder
+ablation.py          many runs of a study (study.py, presets.py), and what they say (ablation_report.py, stability.py)
+demo.py, corpora.py  the demo, and the texts and the model that things are shown on
 """
 
 from adapterkern.training.checkpoint import CheckpointError

@@ -53,7 +53,7 @@ def train(
 
     Args:
         model: on the device where it shall train. The backbone stays frozen.
-        train_data, eval_data: see :func:`~adapterkern.training.data.load_examples`.
+        train_data, eval_data: see :func:`~adapterkern.training.data.load_examples`; or what ``task`` loads.
         config: see :class:`TrainConfig`.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; default a new one for the labels that the training data has.

@@ -250,8 +250,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON file and the plot")
-    parser.add_argument("--train", type=int, default=600, help="texts of each corpus to learn from")
-    parser.add_argument("--test", type=int, default=400, help="texts of each corpus to test on")
+    parser.add_argument("--train", type=int, default=400, help="texts of each corpus to learn from")
+    parser.add_argument("--test", type=int, default=300, help="texts of each corpus to test on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=layer_list, default=[-1], help="after which layers adapters stand")
     arguments = parser.parse_args()

@@ -290,11 +290,11 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("damage", ["not json\n", '{"kind": "train"}\n'])
 def test_metrics_that_are_none(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + damage + '{"step": 3}\n{"st')
+    path.write_text('{"kind": "train", "step": 1}\n' + damage + '{"kind": "train", "step": 3}\n{"st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
         read_metrics(path)
-    path.write_text('{"step": 1}\n{"st')
-    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"kind": "train", "step": 1}\n{"st')
+    assert read_metrics(path) == [{"kind": "train", "step": 1}]
 
 
 def test_head_and_task_must_fit() -> None:

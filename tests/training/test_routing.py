@@ -97,14 +97,15 @@ def test_router_gradient_is_that_of_finite_differences() -> None:
     weight = task.router.linear.weight
     gradient = torch.autograd.grad(value(), weight)[0]
     for _ in range(3):
-        step = 1e-3 * torch.randn_like(gradient)  # RMSNorm computes in fp32
+        step = 1e-3 * torch.randn_like(gradient)
         with torch.no_grad():
             weight.add_(step)
             up = value()
             weight.sub_(2 * step)
             down = value()
             weight.add_(step)
-        assert (up - down).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=2e-3)
+        # The backbone's RMSNorm computes in fp32: the values, of the order of 10, have its rounding.
+        assert (up - down).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=2e-3, abs=5e-6)
 
 
 def test_training_adds_its_terms_for_each_target_and_evaluation_none() -> None:

@@ -104,7 +104,7 @@ def test_router_gradient_is_that_of_finite_differences() -> None:
             weight.sub_(2 * step)
             down = value()
             weight.add_(step)
-        # The backbone's RMSNorm computes in fp32: the values, of the order of 10, have its rounding.
+        # The backbone's RMSNorm computes in fp32: the values, near 5, have its rounding.
         assert (up - down).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=2e-3, abs=5e-6)
 
 

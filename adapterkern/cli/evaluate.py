@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import AddCommand, add_backbone_options
+from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics
 
 
 def add(command: AddCommand) -> None:
@@ -20,24 +21,12 @@ def add(command: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.llama import LlamaAdapter
     from adapterkern.training import evaluate, load_task
-    from adapterkern.training.backbone import load_backbone, load_sources
+    from adapterkern.training.backbone import load_sources
 
     sources = load_sources(arguments.directory)
     config, head = load_task(arguments.directory)
-    data = arguments.data or sources.eval_data
-    if data is None:
-        raise ValueError(f"--data: expected a file, because {arguments.directory} was trained without --eval; got none")
-    llama, tokenizer = load_backbone(
-        arguments.model or sources.model,
-        num_layers=arguments.backbone_layers or sources.num_layers,
-        dtype=arguments.dtype or sources.dtype,
-    )
-    if config.train_adapters:
-        model = LlamaAdapter.from_pretrained(llama, arguments.directory, fused=not arguments.unfused)
-    else:
-        model = LlamaAdapter(llama)
-    for name, value in evaluate(model, data, config, tokenizer=tokenizer, head=head).items():
-        print(f"{name:18} {value:.4f}")
+    data = evaluation_data(arguments, sources)
+    model, tokenizer = load_saved_model(arguments, sources, config.train_adapters)
+    print_metrics(evaluate(model, data, config, tokenizer=tokenizer, head=head))
     return 0

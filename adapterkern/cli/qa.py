@@ -13,6 +13,7 @@ from adapterkern.cli.options import (
     add_backbone_options,
     add_training_options,
 )
+from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics
 from adapterkern.modules import AdapterConfig
 
 HELP = """\
@@ -94,7 +95,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
     if result.stopped:
         return 130
-    _print(result.metrics or {})
+    print_metrics(result.metrics or {})
     print(f"saved in {config.output_dir}: {result.steps} steps in {result.seconds:.0f} s")
     return 0
 
@@ -102,18 +103,17 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from adapterkern.training import evaluate
 
-    task, config, tokenizer, data = _load(arguments)
-    if data is None:
-        raise ValueError(f"--data: expected a file, because {arguments.directory} was trained without --eval; got none")
-    _print(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
+    task, config, tokenizer, sources = _load(arguments)
+    data = evaluation_data(arguments, sources)
+    print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
     return 0
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
     from adapterkern.files import write_json
 
-    task, config, tokenizer, data = _load(arguments)
-    predictions = task.predict(data, config, tokenizer)
+    task, config, tokenizer, _ = _load(arguments)
+    predictions = task.predict(arguments.data, config, tokenizer)
     write_json(arguments.output, {id_: prediction.text for id_, prediction in predictions.items()})
     if arguments.n_best is not None:
         write_json(arguments.n_best, {id_: [c._asdict() for c in p.candidates] for id_, p in predictions.items()})
@@ -122,28 +122,13 @@ def run_predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, str | None]:
-    """The task, its configuration, the tokenizer, and the data to read."""
-    from adapterkern.llama import LlamaAdapter
-    from adapterkern.training.backbone import load_backbone, load_sources
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """The task, its configuration, the tokenizer, and where the run's backbone and data came from."""
+    from adapterkern.training.backbone import load_sources
     from adapterkern.training.outputs import load_config
     from adapterkern.training.qa import QuestionAnswering
 
     sources = load_sources(arguments.directory)
     config = load_config(arguments.directory)
-    llama, tokenizer = load_backbone(
-        arguments.model or sources.model,
-        num_layers=arguments.backbone_layers or sources.num_layers,
-        dtype=arguments.dtype or sources.dtype,
-    )
-    if config.train_adapters:
-        model = LlamaAdapter.from_pretrained(llama, arguments.directory, fused=not arguments.unfused)
-    else:
-        model = LlamaAdapter(llama)
-    task = QuestionAnswering.from_pretrained(model, arguments.directory)
-    return task, config, tokenizer, arguments.data or sources.eval_data
-
-
-def _print(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        print(f"{name:18} {value:.4f}")
+    model, tokenizer = load_saved_model(arguments, sources, config.train_adapters)
+    return QuestionAnswering.from_pretrained(model, arguments.directory), config, tokenizer, sources

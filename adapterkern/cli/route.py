@@ -12,6 +12,7 @@ from adapterkern.cli.options import (
     add_backbone_options,
     add_training_options,
 )
+from adapterkern.cli.saved import evaluation_data, load_saved_backbone, print_metrics
 from adapterkern.modules import AdapterConfig
 
 HELP = """\
@@ -95,7 +96,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
     if result.stopped:
         return 130
-    _print(result.metrics or {})
+    print_metrics(result.metrics or {})
     size = f"{result.trainable_parameters:,} parameters"
     print(f"saved in {config.output_dir}: {size}, {result.steps} steps in {result.seconds:.0f} s")
     return 0
@@ -103,24 +104,13 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from adapterkern.training import evaluate
-    from adapterkern.training.backbone import load_backbone, load_sources
+    from adapterkern.training.backbone import load_sources
     from adapterkern.training.outputs import load_config
     from adapterkern.training.routing import RoutedTask
 
     sources, config = load_sources(arguments.directory), load_config(arguments.directory)
-    data = arguments.data or sources.eval_data
-    if data is None:
-        raise ValueError(f"--data: expected a file, because {arguments.directory} was trained without --eval; got none")
-    llama, tokenizer = load_backbone(
-        arguments.model or sources.model,
-        num_layers=arguments.backbone_layers or sources.num_layers,
-        dtype=arguments.dtype or sources.dtype,
-    )
+    data = evaluation_data(arguments, sources)
+    llama, tokenizer = load_saved_backbone(arguments, sources)
     task = RoutedTask.from_pretrained(llama, arguments.directory, fused=not arguments.unfused)
-    _print(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
+    print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
     return 0
-
-
-def _print(metrics: dict[str, float]) -> None:
-    for name, value in metrics.items():
-        print(f"{name:18} {value:.4f}")

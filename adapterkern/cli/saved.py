@@ -1,0 +1,42 @@
+"""What commands do with a saved run: find its backbone and data again, and print its scores."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkern.training.backbone import Sources
+
+
+def load_saved_backbone(arguments: argparse.Namespace, sources: "Sources") -> tuple[Any, Any]:
+    """The run's backbone and tokenizer; what the command line says of them goes before what the run had."""
+    from adapterkern.training.backbone import load_backbone
+
+    return load_backbone(
+        arguments.model or sources.model,
+        num_layers=arguments.backbone_layers or sources.num_layers,
+        dtype=arguments.dtype or sources.dtype,
+    )
+
+
+def load_saved_model(arguments: argparse.Namespace, sources: "Sources", train_adapters: bool) -> tuple[Any, Any]:
+    """The run's model, with the adapter if it trained one, and its tokenizer."""
+    from adapterkern.llama import LlamaAdapter
+
+    llama, tokenizer = load_saved_backbone(arguments, sources)
+    if train_adapters:
+        return LlamaAdapter.from_pretrained(llama, arguments.directory, fused=not arguments.unfused), tokenizer
+    return LlamaAdapter(llama), tokenizer
+
+
+def evaluation_data(arguments: argparse.Namespace, sources: "Sources") -> str:
+    """``--data``, or what the run was evaluated on."""
+    data = arguments.data or sources.eval_data
+    if data is None:
+        raise ValueError(f"--data: expected a file, because {arguments.directory} was trained without --eval; got none")
+    return data
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """A line each."""
+    for name, value in metrics.items():
+        print(f"{name:18} {value:.4f}")

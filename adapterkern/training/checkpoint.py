@@ -20,9 +20,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -61,6 +61,13 @@ class TrainingState:
     window: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)  # (loss, norm) not logged yet
 
 
+class Whole(NamedTuple):
+    """What a run has learnt, by the parameters' names, in one piece however many processes share it."""
+
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]  # moments and step count, of those that have been updated
+
+
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = Path(output_dir) / FOLDER
@@ -74,22 +81,21 @@ def remove_leftovers(output_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def save_checkpoint(output_dir: Path, state: TrainingState, save_model: Any) -> Path:
+def save_checkpoint(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any) -> Path:
     """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
 
-    Of several processes all must call it, and the first one writes.
+    Of several processes all must call it, and the first one writes ``whole``, the numbers of them all.
 
     ``save_model(directory)`` writes the files that make the checkpoint usable by itself.
     """
+    return distributed.on_first(lambda: _write(output_dir, state, whole, save_model))
+
+
+def _write(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any) -> Path:
     target = output_dir / FOLDER / f"step-{state.step:08d}"
-    if distributed.on_first(target.exists):  # this run has resumed from it and made no step since
+    if target.exists():  # this run has resumed from it and made no step since
         return target
-    tensors = _tensors(state)
-    return distributed.on_first(lambda: _write(target, state, tensors, save_model))
-
-
-def _write(target: Path, state: TrainingState, tensors: dict[str, Tensor], save_model: Any) -> Path:
-    folder, output_dir = target.parent, target.parent.parent
+    folder = target.parent
     temporary = folder / f".{target.name}.{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,10 +103,10 @@ def _write(target: Path, state: TrainingState, tensors: dict[str, Tensor], save_
     try:
         save_model(temporary)
         with replacing(temporary / TENSORS_NAME) as path:  # which names it where the disk is full
-            save_file(tensors, path)
+            save_file(_tensors(whole), path)
         written = sorted(temporary.rglob("*"))
         files = {path.relative_to(temporary).as_posix(): sha256(path) for path in written if path.is_file()}
-        described = _described(state) | {"files": files}
+        described = _described(state, whole) | {"files": files}
         write_json(temporary / STATE_NAME, described | {"sha256": _digest(described)})
         for path in (*written, temporary / STATE_NAME, temporary):
             flush(path)
@@ -170,15 +176,15 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     state.window = [(loss, norm) for loss, norm in saved["window"]]
 
 
-def _tensors(state: TrainingState) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in state.parameters.items()}
-    for name, values in _optimizer_state(state):
+def _tensors(whole: Whole) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in whole.parameters.items()}
+    for name, values in whole.optimizer.items():
         tensors |= {f"optimizer/{key}/{name}": value for key, value in values.items()}
     tensors["generator/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors |= {f"generator/cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     # A copy each: safetensors refuses tensors that share memory.
-    return {name: distributed.whole(t.detach()).to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def _digest(described: dict[str, Any]) -> str:
@@ -200,14 +206,7 @@ def _optimizer_order(state: TrainingState) -> list[str]:
     return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def _optimizer_state(state: TrainingState) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    saved = state.optimizer.state_dict()["state"]
-    for index, name in enumerate(_optimizer_order(state)):
-        if index in saved:
-            yield name, saved[index]
-
-
-def _described(state: TrainingState) -> dict[str, Any]:
+def _described(state: TrainingState, whole: Whole) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": state.step,
@@ -219,8 +218,8 @@ def _described(state: TrainingState) -> dict[str, Any]:
         "data_fingerprint": state.data_fingerprint,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
-        "optimizer_state": {name: sorted(values) for name, values in _optimizer_state(state)},
-        "parameters": {name: list(p.shape) for name, p in state.parameters.items()},
+        "optimizer_state": {name: sorted(values) for name, values in whole.optimizer.items()},
+        "parameters": {name: list(p.shape) for name, p in whole.parameters.items()},
     }
 
 

@@ -10,7 +10,6 @@ step has changed no parameter: ClippedAdamW leaves everything as it was when the
 looking costs nothing, every step is checked at once.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -27,6 +26,7 @@ from adapterkern.llama import LlamaAdapter
 from adapterkern.training import checkpoint, data, distributed, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
+from adapterkern.training.engine import make_engine
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.interrupt import StopRequest
 from adapterkern.training.precision import make_accelerator
@@ -34,7 +34,6 @@ from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
 from adapterkern.training.results import NonFiniteError, TrainResult
 from adapterkern.training.rows import source_name
-from adapterkern.training.schedules import make_schedule
 from adapterkern.training.task import Feed, Task, run_evaluation
 
 
@@ -114,26 +113,19 @@ class _Run:
         accelerator: Accelerator,
     ) -> None:
         self.task, self.model, self.config, self.accelerator = task, task.model, config, accelerator
-        distributed.check(task, config)
         self.sources = sources
         self.train_set, self.eval_set = train_set, eval_set
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        if config.shard:
-            distributed.shard(task, self.model.layers, self.model.device)
-        parameters = task.trained(config)
-        self.optimizer = task.optimizer(parameters, config)
-        # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
-        schedule = make_schedule(self.optimizer, config, self.total_steps)
-        self.asked = [p for p in task.parameters() if p.requires_grad]
-        self.unsharded = distributed.Unsharded(task, parameters)
-        self.stepper = accelerator.prepare_optimizer(self.optimizer)
-        self.run = distributed.wrap(
-            accelerator.prepare_model(task, evaluation_mode=True), parameters, self.model.device, type(task) is not Task
-        )
+        self.engine = make_engine(task, config, accelerator, self.total_steps)
         self.state = checkpoint.TrainingState(
-            parameters, self.optimizer, schedule, accelerator.scaler, config, data.fingerprint(train_set)
+            self.engine.parameters,
+            self.engine.optimizer,
+            self.engine.schedule,
+            accelerator.scaler,
+            config,
+            data.fingerprint(train_set),
         )
         self.feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
         self.order: tuple[int, list[int]] | None = None  # an epoch's number, and its order of rows
@@ -153,6 +145,7 @@ class _Run:
             checkpoint.load_checkpoint(self.checkpoint, state)
         was_training = self.model.training
         try:
+            self.engine.start()
             with (
                 StopRequest() as stop,
                 self._reporter() as report,
@@ -160,7 +153,7 @@ class _Run:
                 if state.step:
                     report.say(f"resumed from {self.checkpoint}")
                 self._fill_cache(report, stop)
-                self.run.train()
+                self.engine.run.train()
                 while state.step < self.total_steps and not self._stopped(stop):
                     self._timed_step(report)
                     self._after_step(report)
@@ -170,8 +163,7 @@ class _Run:
                     self._finish(report)
         finally:
             self.model.train(was_training)
-            for p in self.asked:
-                p.requires_grad_(True)
+            self.engine.end()
         return TrainResult(
             steps=state.step,
             stopped=state.step < self.total_steps,
@@ -205,7 +197,7 @@ class _Run:
     def _fill_cache(self, report: Reporter, stop: StopRequest) -> None:
         examples = [*self._own(), *self.eval_set]
         config = self.config
-        if self.state.step and config.prefix_cache is None and not config.shard:
+        if self.state.step and config.prefix_cache is None and not distributed.is_sharded(self.model):
             config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
         passes = math.ceil(self.total_steps / self.steps_per_epoch)
         use, why = choose_cache(self.model, config, examples, passes)
@@ -265,28 +257,23 @@ class _Run:
 
     def _step(self, examples: list[Example]) -> None:
         state, targets = self.state, data.count_targets(examples)
+        self.task.begin_step(examples, self.config, *divmod(state.step, self.steps_per_epoch))
         losses = []
         batches = self._share(examples)
         for number, (batch, counts) in enumerate(batches, start=1):
-            loss, _ = self.run(**self.feed(batch))
+            loss, _ = self.engine.run(**self.feed(batch))
             loss = loss if counts else 0 * loss
-            with distributed.exchanging(self.run, number == len(batches)):
-                self.accelerator.backward(loss / (targets / distributed.count()))
+            self.engine.backward(loss / targets, number == len(batches))
             losses.append(loss.detach())
         loss = distributed.total(torch.stack(losses).sum()) / targets
-        # An infinite loss can have finite gradients: the optimizer is told to leave that step out, on the device.
-        self.optimizer.found_inf = (~loss.isfinite()).float()  # type: ignore[attr-defined]
-        self.stepper.step()
+        grad_norm = self.engine.step(loss)
         state.step += 1
-        skipped = self.stepper.step_was_skipped
-        if skipped:
+        if grad_norm is None:
             state.skipped_steps += 1
             state.skipped_in_a_row += 1
         else:
             state.schedule.step()
             state.skipped_in_a_row = 0
-        self.stepper.zero_grad()
-        grad_norm = None if skipped else self.optimizer.grad_norm
         self.pending.append(_Step(state.step, loss, grad_norm))
 
     def _drain(self) -> None:
@@ -345,7 +332,7 @@ class _Run:
     def _evaluate(self, report: Reporter) -> None:
         if not self.eval_set:
             return
-        metrics = run_evaluation(self.task, self.run, self.eval_set, self.feed, self.config)
+        metrics = run_evaluation(self.task, self.engine.run, self.eval_set, self.feed, self.config)
         self.eval_seconds += metrics["seconds"]
         if not math.isfinite(metrics["loss"]):
             problem = f"the evaluation's loss is {metrics['loss']}"
@@ -355,12 +342,9 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         if self.output_dir is not None:
-            with self._whole():
-                self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, self._save_model)
-
-    def _whole(self) -> contextlib.AbstractContextManager[None]:
-        """Within it no parameter is a shard: what is trained can be written."""
-        return self.unsharded({name: distributed.whole(p.detach()) for name, p in self.state.parameters.items()})
+            whole = self.engine.whole()
+            with self.engine.showing(whole.parameters):
+                self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, whole, self._save_model)
 
     def _save_model(self, directory: Path) -> None:
         self.task.save(directory, self.config)
@@ -396,7 +380,7 @@ class _Run:
     def _finish(self, report: Reporter) -> None:
         self._evaluate(report)
         self._save_checkpoint()
-        with self._whole():
+        with self.engine.showing(self.engine.whole().parameters):
             distributed.on_first(lambda: self._write_output(report))
 
     def _write_output(self, report: Reporter) -> None:

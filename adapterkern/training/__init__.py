@@ -4,7 +4,8 @@ rows.py, data.py     files and lists → examples → padded batches
 task.py, heads.py    hidden states → loss, what is trained and saved; the kinds below subclass Task
     multitask.py, routing.py (router.py), distillation.py (soft_labels.py), qa.py (spans.py, squad.py)
 prefix.py            activations below the first adapter, computed once
-loop.py              steps, evaluations, checkpoints, in their order; distributed.py over several processes
+loop.py              steps, evaluations, checkpoints, in their order
+engine.py, zero.py   how a step is made: one process, DDP, FSDP2; DeepSpeed. distributed.py is for all of them
 outputs.py           what a run leaves in its folder
 ablation.py          many runs of a study (study.py, presets.py), and what they say (ablation_report.py, stability.py)
 demo.py, corpora.py  the demo, and the texts and the model that things are shown on

@@ -37,8 +37,8 @@ class Engine:
     run: Any
 
     def __init__(self, task: Task, config: TrainConfig, accelerator: Accelerator, total_steps: int) -> None:
-        self.check(task, config)
         self.task, self.config, self.accelerator = task, config, accelerator
+        self.check(task, config)
         if config.shard:
             mesh = init_device_mesh(task.model.device.type, (distributed.count(),))
             for layer in task.model.layers:
@@ -72,7 +72,7 @@ class Engine:
         self.run = DistributedDataParallel(
             self.run,
             device_ids=None if device.type == "cpu" else [device],
-            find_unused_parameters=type(self.task) is not Task,  # a forward may leave some of them out
+            find_unused_parameters=not self.task.uniform,
         )
 
     def _ask_for_trained_only(self) -> None:
@@ -152,8 +152,3 @@ class Engine:
         finally:
             for (owner, key, _), parameter in zip(self._places, before, strict=True):
                 owner._parameters[key] = parameter
-
-
-def make_engine(task: Task, config: TrainConfig, accelerator: Accelerator, total_steps: int) -> Engine:
-    """The engine that the processes were started with."""
-    return Engine(task, config, accelerator, total_steps)

@@ -44,7 +44,8 @@ class ClassificationHead(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """``hidden`` (B, L, d), ``attention_mask`` (B, L) with 1 on real tokens → scores (B, labels), fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(pool(hidden, attention_mask, self.pooling))
+            pooled = pool(hidden, attention_mask, self.pooling)
+            return self.linear(pooled.to(self.linear.weight.dtype)).float()  # bf16 under DeepSpeed
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the two files, each atomically; the configuration holds the weights' SHA-256."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from adapterkern.llama import LlamaAdapter
 from adapterkern.training import checkpoint, data, distributed, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
-from adapterkern.training.engine import make_engine
+from adapterkern.training.engine import Engine
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.interrupt import StopRequest
 from adapterkern.training.precision import make_accelerator
@@ -35,6 +35,7 @@ from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
 from adapterkern.training.results import NonFiniteError, TrainResult
 from adapterkern.training.rows import source_name
 from adapterkern.training.task import Feed, Task, run_evaluation
+from adapterkern.training.zero import Zero
 
 
 def train(
@@ -118,7 +119,8 @@ class _Run:
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self.engine = make_engine(task, config, accelerator, self.total_steps)
+        zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+        self.engine = (Zero if zero else Engine)(task, config, accelerator, self.total_steps)
         self.state = checkpoint.TrainingState(
             self.engine.parameters,
             self.engine.optimizer,

@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -11,7 +12,7 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     """An ``Accelerator`` that trains on ``device`` in ``precision`` and moves nothing.
 
     Raises:
-        NotImplementedError: DeepSpeed, or FSDP as accelerate does it.
+        NotImplementedError: FSDP or Megatron, as accelerate does them.
     """
     mixed = _ACCELERATE_NAMES[precision]
     # accelerate keeps one state a process and refuses another precision or device in it. A second run may well want one
@@ -21,8 +22,10 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         state = AcceleratorState()
         if (state.mixed_precision, state.device.type) != (mixed, device.type):
             AcceleratorState._reset_state(reset_partial_state=state.device.type != device.type)
-    accelerator = Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", device_placement=False)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    # accelerate does not look for DeepSpeed where it is told to use the CPU.
+    cpu = device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, device_placement=False)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         engine = accelerator.distributed_type.value
         raise NotImplementedError(
             f"train: expected processes without an engine of accelerate's own, got {engine}: "

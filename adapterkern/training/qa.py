@@ -86,13 +86,14 @@ class SpanHead(nn.Module):
         Row 0 is "no answer", row i + 1 token i; column 0 is the start, column 1 the end.
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            tokens, last = tokens.float(), last.float()
+            dtype = self.token.weight.dtype  # bf16 under DeepSpeed
+            tokens, last = tokens.to(dtype), last.to(dtype)
             scores = self.token(tokens)
             if self.pointer_dim:
                 key = self.key(tokens).unflatten(-1, (2, self.pointer_dim))
                 query = self.query(last).unflatten(-1, (2, self.pointer_dim))
                 scores = scores + torch.einsum("bkcp,bcp->bkc", key, query) / math.sqrt(self.pointer_dim)
-            return torch.cat([self.none(last)[:, None], scores], dim=1)
+            return torch.cat([self.none(last)[:, None], scores], dim=1).float()
 
 
 class Candidate(NamedTuple):

@@ -17,7 +17,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from adapterkern.decoder import decoder_layers, decoder_slice
 from adapterkern.files import read_json, write_json
 from adapterkern.llama import LlamaAdapter
-from adapterkern.training import data, outputs
+from adapterkern.training import data, distributed, outputs
 from adapterkern.training.checkpoint import CheckpointError
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
@@ -43,7 +42,7 @@ from adapterkern.training.soft_labels import (
     check_settings,
     soft_label_loss,
 )
-from adapterkern.training.task import Feed, Inputs, Task, eval_batches
+from adapterkern.training.task import Feed, Inputs, Task, eval_batches, summed
 
 
 class _Taught(Task):
@@ -61,6 +60,7 @@ class _Taught(Task):
         ValueError: a setting out of its range, or a teacher that does not fit.
     """
 
+    uniform = False  # a forward runs the teacher where it has something to teach, the LM head once a chunk of tokens
     teacher: Any
 
     def __init__(
@@ -171,16 +171,10 @@ class Distillation(_Taught):
         loss, *others = self.soft_label_loss(hidden, taught, targets=targets)
         return loss, torch.stack(others)
 
-    def evaluate(
-        self, run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig
-    ) -> dict[str, float]:
+    def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
         """``loss`` as in training, and of the hard labels and against the teacher what :func:`_token_metrics` says."""
-        started = time.perf_counter()
-        loss, sums = _summed(run, eval_batches(examples, config), feed)
         targets = data.count_targets(examples)
-        metrics = {"loss": loss / targets} | _token_metrics(sums, targets)
-        seconds = time.perf_counter() - started
-        return metrics | {"seconds": seconds, "tokens_per_second": data.count_tokens(examples) / seconds}
+        return {"loss": sums[0] / targets} | _token_metrics(sums[1:], targets)
 
 
 class WithKept(NamedTuple):
@@ -198,6 +192,13 @@ class KeepBehaviour(_Taught):
     runs the kept ones only.
     """
 
+    _company = False  # whether forwards with nothing to keep run the teacher too
+
+    def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
+        """Where the model is split over processes, they gather it together: the teacher runs in all of a step's
+        forwards, or in none."""
+        self._company = any(map(_is_kept, examples)) and distributed.is_sharded(self)
+
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
         if not isinstance(rows, WithKept):
             return super().load(rows, config, tokenizer)
@@ -211,7 +212,8 @@ class KeepBehaviour(_Taught):
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Inputs:
         rows = [row for row, example in enumerate(examples) if _is_kept(example)]
         if not rows:
-            return super().collate(examples, config)
+            inputs = super().collate(examples, config)
+            return inputs | self._nothing_kept(inputs) if self.training and self._company else inputs
         none = np.empty(0, dtype=np.int64)
         # Of a kept text, a classification's targets have IGNORE, one for each row; those of a causal-lm have nothing.
         bare = {} if config.task == "classification" else {"targets": none, "positions": none}
@@ -231,6 +233,12 @@ class KeepBehaviour(_Taught):
             "kept_targets": torch.from_numpy(np.concatenate(targets)),
             "kept_weights": torch.from_numpy(np.concatenate(weights)),
         }
+
+    def _nothing_kept(self, inputs: Inputs) -> Inputs:
+        """The first row's last token, of no weight."""
+        assert inputs["input_ids"] is not None
+        first, last = torch.tensor([0]), torch.tensor([inputs["input_ids"].shape[1] - 1])
+        return {"kept": first, "kept_positions": last, "kept_targets": first, "kept_weights": torch.tensor([0.0])}
 
     def forward(
         self,
@@ -282,7 +290,7 @@ class KeepBehaviour(_Taught):
         metrics = super().evaluate(run, [e for e in examples if not _is_kept(e)], feed, config)
         kept = [e for e in examples if _is_kept(e)]
         if kept:
-            _, sums = _summed(run, eval_batches(kept, config), feed)
+            _, *sums = summed(run, eval_batches(kept, config), feed)
             tokens = sum(len(e.positions) for e in kept)
             metrics |= {f"kept_{name}": value for name, value in _token_metrics(sums, tokens).items()}
         return metrics
@@ -341,13 +349,6 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 def _is_kept(example: Example) -> bool:
     return example.targets[0] == IGNORE
-
-
-def _summed(run: nn.Module, batches: Sequence[Sequence[Example]], feed: Feed) -> tuple[float, list[float]]:
-    """The sums over all batches of what a forward in eval mode gives."""
-    results = [torch.cat([loss[None], others]) for loss, others in (run(**feed(batch)) for batch in batches)]
-    loss, *others = torch.stack(results).cpu().double().sum(0).tolist()
-    return loss, others
 
 
 def _token_metrics(sums: Sequence[float], targets: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ from adapterkern.llama import LlamaAdapter
 from adapterkern.mixing import prefix_length
 from adapterkern.modules import AdapterConfig
 from adapterkern.optim import ClippedAdamW
-from adapterkern.training import data, outputs
+from adapterkern.training import data, distributed, outputs
 from adapterkern.training.checkpoint import CheckpointError
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
@@ -81,7 +81,7 @@ class MultiTask(Task):
         ValueError: a name that is no adapter, or no name for a folder; an argument out of its range.
     """
 
-    over_processes = False  # each task's targets are counted over the forwards of one process
+    uniform = False  # a forward runs the tasks that have a row
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class MultiTask(Task):
         self.names = list(names)
         self.temperature = temperature
         self.heads = nn.ModuleDict({name: head.to(model.device) for name, head in heads.items()})
-        self._targets: dict[str, int] = {}  # of each task, in the forwards of the step under way
+        self._targets: dict[str, int] = {}  # of each task with a row in the step under way
         self._stepped: dict[str, list[nn.Parameter]] = {}  # what the optimizer steps over, by task
 
     def _head(self, name: str) -> ClassificationHead | None:
@@ -138,9 +138,16 @@ class MultiTask(Task):
         return examples
 
     def collate(self, examples: Sequence[TaskExample], config: TrainConfig) -> Inputs:  # type: ignore[override]
-        """A batch; ``choice`` (B,) is each row's task among those that are present, in the order of their members."""
+        """A batch; ``choice`` (B,) is each row's task among those that are present, in the order of their members.
+
+        Of several processes each has some of a step's rows, and the gradients that they exchange must be of the same
+        parameters: all of the step's tasks are present there, those without a row here with zeros.
+        """
         numbers = np.concatenate([example.task for example in examples])
-        present, choice = np.unique(numbers, return_inverse=True)
+        present = np.unique(numbers)
+        if self.training and distributed.count() > 1:
+            present = np.union1d(present, [self.names.index(name) for name in self._targets])
+        choice = np.searchsorted(present, numbers)
         of_target = np.repeat(numbers, [len(example.targets) for example in examples])
         members = {_MEMBERS + self.names[n]: torch.from_numpy(np.flatnonzero(of_target == n)) for n in present}
         batch = data.collate(cast("Sequence[Example]", examples), config)._asdict()
@@ -160,6 +167,15 @@ class MultiTask(Task):
         return [index for _, index in sorted(placed, key=lambda item: item[0])]
 
     # A step
+
+    def begin_step(  # type: ignore[override]
+        self, examples: Sequence[TaskExample], config: TrainConfig, epoch: int, index: int
+    ) -> None:
+        """Count each task's targets, by which its gradient will be divided."""
+        counts = [0] * len(self.names)
+        for example in examples:
+            counts[int(example.task[0])] += len(example.targets)
+        self._targets = {name: count for name, count in zip(self.names, counts, strict=True) if count}
 
     def running(self, config: TrainConfig) -> AbstractContextManager[None]:
         """All tasks' adapters; refuses to resume a run that was begun with another sampling."""
@@ -190,15 +206,20 @@ class MultiTask(Task):
     @torch.no_grad()
     def _part_tasks(self, max_norm: float) -> None:
         """From the gradient of the mean over all targets to each task's own, no longer than ``max_norm``."""
+        gradients = [
+            [distributed.local(p.grad) for p in self._stepped[name] if p.grad is not None] for name in self._targets
+        ]
+        # fp64: a norm is infinite only where a gradient is, and then it becomes NaN, which the optimizer refuses.
+        norms = [torch._foreach_norm(of_task, 2.0, dtype=torch.float64) for of_task in gradients]
+        first = norms[0][0].device
+        squares = torch.stack([torch.stack([n.to(first) for n in of_task]).square().sum() for of_task in norms])
+        if distributed.is_sharded(self):
+            squares = distributed.total(squares)
         total = sum(self._targets.values())
-        for name, targets in self._targets.items():
-            gradients = [p.grad for p in self._stepped[name] if p.grad is not None]
-            # fp64: a norm is infinite only where a gradient is, and then it becomes NaN, which the optimizer refuses.
-            norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float64)
-            norm = torch.stack([n.to(norms[0].device) for n in norms]).norm() * (total / targets)
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1) * (total / targets)
-            for device in {g.device for g in gradients}:
-                there = [g for g in gradients if g.device == device]
+        for of_task, square, targets in zip(gradients, squares.unbind(), self._targets.values(), strict=True):
+            scale = (max_norm / (square.sqrt() * (total / targets) + 1e-6)).clamp(max=1) * (total / targets)
+            for device in {g.device for g in of_task}:
+                there = [g for g in of_task if g.device == device]
                 torch._foreach_mul_(there, scale.to(device, torch.float32))
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor:
@@ -220,8 +241,6 @@ class MultiTask(Task):
     ) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy over all tasks, and how many targets are right (counted in eval mode only)."""
         of = {key.removeprefix(_MEMBERS): rows for key, rows in members.items()}
-        if self.training:
-            self._count(of)
         with self.model.mixing(list(of), choice):
             hidden = self.hidden(input_ids, attention_mask, prefix)
         if positions is None:
@@ -237,13 +256,6 @@ class MultiTask(Task):
         if len(rows) < len(hidden):
             hidden, attention_mask = hidden[rows], attention_mask[rows]
         return self.heads[name](hidden, attention_mask)
-
-    def _count(self, of: Mapping[str, Tensor]) -> None:
-        """Add a forward's targets to the step's. A step begins where no task has a gradient."""
-        if all(parameters[0].grad is None for parameters in self._stepped.values()):
-            self._targets = {}
-        for name, rows in of.items():
-            self._targets[name] = self._targets.get(name, 0) + len(rows)
 
     # Scores
 

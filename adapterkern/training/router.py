@@ -26,12 +26,15 @@ Two terms join the loss. The load-balancing loss is the Switch Transformer's (eq
 
     balance = n · Σ_i f_i·P_i      f_i: share of the choices that are expert i      P_i: mean of softmax(s_1..n)_i
 
-It is 1 where the load is even and n where one expert has everything. The cost is the mean probability of running
-anything, 1 − p_none: with coefficient λ, an expert must lower a sequence's loss by more than about λ to be worth it.
+It is 1 where the load is even and n where one expert has everything. Shares and means are those of a whole step, for
+whatever forwards and processes its sequences fall on. f_i has no derivative: once it and the number of sequences that
+run an expert are known, the balance is a sum over sequences. The cost is the mean probability of running anything,
+1 − p_none: with coefficient λ, an expert must lower a sequence's loss by more than about λ to be worth it.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +50,7 @@ class Route(NamedTuple):
     chosen: Tensor  # (B, k) int64, an expert's number or −1
     weight: Tensor  # (B, k) gate weights; 0 where that is −1
     scores: Tensor  # (B, n), or (B, n + 1) with "none" last, before any noise
+    pooled: Tensor | None = None  # (B, d) v, where the scores were made of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,36 +101,55 @@ class Router(nn.Module):
 
     Args:
         hidden_size: d.
-        config: of it, ``experts``, ``top_k``, ``skip`` and ``gate``.
+        config: of it, ``experts``, ``top_k``, ``skip``, ``gate`` and ``noise``.
     """
 
     def __init__(self, hidden_size: int, config: RoutingConfig) -> None:
         super().__init__()
         self.experts, self.top_k, self.skip, self.gate = config.experts, config.top_k, config.skip, config.gate
+        self.noise = config.noise
         self.linear = nn.Linear(hidden_size, config.experts + config.skip)
         # Near-even odds at the start, as the Switch Transformer has them: what begins far behind is never tried.
         nn.init.normal_(self.linear.weight, std=0.1 * hidden_size**-0.5)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor, noise: float = 0.0) -> Route:
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """What training draws for ``count`` sequences, on the CPU: (count, n + 1) or (count, n + 2).
+
+        The scores' Gumbel noise, scaled, and last u.
+        """
+        gumbel = -self.noise * torch.empty(count, self.linear.out_features).exponential_(generator=generator).log()
+        return torch.cat([gumbel, torch.rand(count, 1, generator=generator)], dim=1)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, drawn: Tensor | None = None) -> Route:
         """``hidden`` (B, L, d) of any dtype, ``attention_mask`` (B, L) with 1 on real tokens → a route for each."""
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = self.linear.weight.dtype
             mask = attention_mask.to(dtype)
             summed = torch.bmm(mask[:, None], F.layer_norm(hidden.to(dtype), hidden.shape[-1:]))[:, 0]
-            return self.choose(self.linear(summed / mask.sum(1, keepdim=True)), noise)
+            pooled = summed / mask.sum(1, keepdim=True)
+            return self.choose(self.linear(pooled), drawn)._replace(pooled=pooled)
 
-    def choose(self, scores: Tensor, noise: float = 0.0) -> Route:
-        """The route that ``scores`` make with Gumbel noise of that scale on them; without any, u is 1 as well."""
+    def joined(self, routes: Sequence[Route]) -> Route:
+        """``routes`` as one. Its scores have a graph of their own: a backward may have freed that of the others."""
+        chosen = torch.cat([route.chosen for route in routes])
+        weight = torch.cat([route.weight for route in routes]).detach()
+        pooled = torch.cat([route.pooled for route in routes if route.pooled is not None]).detach()
+        with torch.autocast(pooled.device.type, enabled=False):
+            return Route(chosen, weight, self.linear(pooled), pooled)
+
+    def choose(self, scores: Tensor, drawn: Tensor | None = None) -> Route:
+        """The route that ``scores`` make with the noise of :meth:`draw` on them; without any, u is 1 as well."""
         noisy = scores.detach()
-        if noise:
-            noisy = noisy - noise * torch.empty_like(noisy).exponential_().log()
+        if drawn is not None:
+            drawn = drawn.to(noisy)
+            noisy = noisy + drawn[:, :-1]
         best, index = noisy[:, : self.experts].topk(self.top_k, dim=1)
         log_p = scores.log_softmax(1).gather(1, index)
         if self.gate == "probability":
             weight = log_p.exp()
         else:
-            reached = torch.rand_like(log_p[:, :1]) if noise else 1.0
+            reached = 1.0 if drawn is None else drawn[:, -1:]
             weight = reached + (log_p - log_p.detach())
         if self.skip:
             runs = best > noisy[:, self.experts :]
@@ -134,13 +157,23 @@ class Router(nn.Module):
         return Route(index, weight, scores)
 
 
-def balance_loss(route: Route, experts: int) -> Tensor:
-    """The Switch Transformer's load-balancing loss, from 1 (even load) to ``experts``; 0 where no sequence runs any."""
+def choice_counts(route: Route, experts: int) -> Tensor:
+    """(n + 1,) int64: how many choices are each expert, and last how many sequences run any. Counts of parts add up."""
     runs = route.chosen >= 0
     chosen = F.one_hot(route.chosen.clamp(min=0), experts) * runs[..., None]
-    share = chosen.sum((0, 1)) / runs.sum().clamp(min=1)
-    some = runs.any(1).to(route.scores.dtype)
-    mean = (route.scores[:, :experts].softmax(1) * some[:, None]).sum(0) / some.sum().clamp(min=1)
+    return torch.cat([chosen.sum((0, 1)), runs.any(1).sum()[None]])
+
+
+def balance_loss(route: Route, experts: int, counts: Tensor | None = None) -> Tensor:
+    """The Switch Transformer's load-balancing loss, from 1 (even load) to ``experts``; 0 where no sequence runs any.
+
+    ``counts`` are the :func:`choice_counts` of everything of which ``route`` is a part; the parts' values add up.
+    """
+    counts = choice_counts(route, experts) if counts is None else counts
+    chosen, sequences = counts[:-1], counts[-1]
+    some = (route.chosen >= 0).any(1).to(route.scores.dtype)
+    mean = (route.scores[:, :experts].softmax(1) * some[:, None]).sum(0) / sequences.clamp(min=1)
+    share = chosen / chosen.sum().clamp(min=1)
     return experts * (share.to(mean.dtype) * mean).sum()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,23 +23,44 @@ from transformers import PreTrainedModel
 from adapterkern.files import read_json, replacing, sha256, write_json
 from adapterkern.llama import LlamaAdapter
 from adapterkern.modules import AdapterConfig
-from adapterkern.training import outputs
+from adapterkern.training import distributed, outputs
 from adapterkern.training.checkpoint import CheckpointError
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data import Example
+from adapterkern.training.data import Example, count_targets
 from adapterkern.training.heads import HEAD_CONFIG, ClassificationHead
 from adapterkern.training.outputs import ROUTING_CONFIG, ROUTING_WEIGHTS
-from adapterkern.training.router import Route, Router, RoutingConfig, balance_loss, run_probability
-from adapterkern.training.task import Feed, Task
+from adapterkern.training.router import (
+    Route,
+    Router,
+    RoutingConfig,
+    balance_loss,
+    choice_counts,
+    run_probability,
+)
+from adapterkern.training.task import Inputs, Task
 
 FORMAT_VERSION = 1
+_DRAWS = 1  # sets what choices draw apart from what other things do with the same seed
+
+
+@dataclasses.dataclass
+class _Step:
+    """What the forwards of one step share."""
+
+    rows: int
+    targets: int
+    costs: bool  # whether the cost counts already
+    own: list[bool]  # of each forward to come, whether it counts, or keeps others company
+    drawn: dict[int, Tensor]  # for each example's choice, by its id
+    routes: list[Route] = dataclasses.field(default_factory=list)  # of the forwards until now
 
 
 class RoutedTask(Task):
     """Classification or causal-lm over experts that a router chooses among, for ``train(..., task=...)``.
 
-    The training loss of B targets gets B · (``balance`` · balance loss + ``cost`` · probability of running anything)
-    beside the cross-entropy; an evaluation's is the cross-entropy alone.
+    The training loss of a step's T targets gets T · (``balance`` · balance loss + ``cost`` · probability of running
+    anything) beside the cross-entropy, both of all its sequences, however many forwards and processes share them; an
+    evaluation's is the cross-entropy alone. What a sequence's choice draws follows from seed, step and place in it.
 
     Args:
         model: its active adapter becomes the first expert; the others are new, of the same configuration, and named
@@ -50,7 +72,7 @@ class RoutedTask(Task):
         ValueError: no adapter is active, or one has an expert's name.
     """
 
-    over_processes = False  # the balance is that of a forward's sequences, and an evaluation counts its own
+    uniform = False  # a forward runs the experts that are chosen
 
     def __init__(
         self, model: LlamaAdapter, routing: RoutingConfig | None = None, head: ClassificationHead | None = None
@@ -64,28 +86,47 @@ class RoutedTask(Task):
         for name in self.experts[1:]:
             model.add_adapter(name, model.adapter_config(first))
         self.router = Router(model.config.hidden_size, self.routing).to(model.device)
-        self._epoch = 0  # as the loop has told `order`
-        self._route: Route | None = None  # on its way from `hidden` to `forward`
-        self._seen: list[Tensor] | None = None  # the choices of an evaluation
+        self._step: _Step | None = None
+        self._drawn: Tensor | None = None  # on its way from `forward` to `hidden`
+        self._route: Route | None = None  # on its way back
 
     @contextlib.contextmanager
-    def routed(self, attention_mask: Tensor, noise: float = 0.0) -> Iterator[list[Route]]:
+    def routed(self, attention_mask: Tensor, drawn: Tensor | None = None) -> Iterator[list[Route]]:
         """Within it the model's next forward, or ``generate``, on sequences of this mask is routed.
 
-        The list that it gives holds the route as soon as it has been decided.
+        ``drawn`` is what :meth:`Router.draw` gives, for choices as in training. The list that comes out holds the route
+        as soon as it has been decided.
         """
         routes: list[Route] = []
 
         def decide(hidden: Tensor) -> tuple[Tensor, Tensor]:
             beams = hidden.shape[0] // len(attention_mask)
-            routes.append(self.router(hidden, attention_mask.repeat_interleave(beams, 0).to(hidden.device), noise))
+            routes.append(self.router(hidden, attention_mask.repeat_interleave(beams, 0).to(hidden.device), drawn))
             return routes[-1].chosen, routes[-1].weight
 
         with self.model.mixing(self.experts, decide):
             yield routes
 
+    def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
+        own = [counts for _, counts in distributed.share(examples, config.batch_size)]
+        seed = np.random.SeedSequence([config.seed, epoch, index, _DRAWS]).generate_state(1, np.uint64)
+        drawn = self.router.draw(len(examples), torch.Generator().manual_seed(int(seed[0])))
+        self._step = _Step(
+            rows=len(examples),
+            targets=count_targets(examples),
+            costs=epoch >= self.routing.free_epochs,
+            own=own,
+            drawn={id(example): row for example, row in zip(examples, drawn, strict=True)},
+        )
+
+    def collate(self, examples: Sequence[Example], config: TrainConfig) -> Inputs:
+        inputs = super().collate(examples, config)
+        if self.training and self._step is not None:
+            inputs["drawn"] = torch.stack([self._step.drawn[id(example)] for example in examples])
+        return inputs
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor:
-        with self.routed(attention_mask, self.routing.noise if self.training else 0.0) as routes:
+        with self.routed(attention_mask, self._drawn) as routes:
             hidden = super().hidden(input_ids, attention_mask, prefix)
         self._route = routes[0]
         return hidden
@@ -97,19 +138,45 @@ class RoutedTask(Task):
         targets: Tensor,
         positions: Tensor | None = None,
         prefix: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Task.forward`; in eval mode it counts more: see :meth:`metrics`.
+
+        ``drawn`` (B, ...) is what :meth:`Router.draw` gives. In training it is drawn here where it is missing, and a
+        forward that :meth:`begin_step` has not announced is a step of its own.
+        """
+        if self.training and self.routing.noise:
+            self._drawn = self.router.draw(len(input_ids)) if drawn is None else drawn
         loss, correct = super().forward(input_ids, attention_mask, targets, positions, prefix)
-        route, self._route = self._route, None
+        route, self._route, self._drawn = self._route, None, None
         assert route is not None  # `hidden` has just set it
-        if self._seen is not None:
-            self._seen.append(route.chosen)
         if self.training:
-            how = self.routing
-            extra = how.balance * balance_loss(route, how.experts)
-            if self._epoch >= how.free_epochs:
-                extra = extra + how.cost * run_probability(route, how.experts)
-            loss = loss + targets.numel() * extra
-        return loss, correct
+            return loss + self._extra(route, targets.numel()), correct
+        runs = route.chosen >= 0
+        each = [(route.chosen == i).any(1).sum() for i in range(len(self.experts))]
+        return loss, torch.stack([correct, (~runs).all(1).sum(), runs.sum(), *each])
+
+    def _extra(self, route: Route, targets: int) -> Tensor:
+        """What this forward adds to the step's loss: its sequences' cost, and if it is the last one, the balance.
+
+        The balance needs to know all choices. It reaches the router alone, since no layer below is trained: so it can
+        wait for them with nothing kept but what the router has read.
+        """
+        how, rows = self.routing, len(route.chosen)
+        step = self._step or _Step(rows=rows, targets=targets, costs=how.free_epochs == 0, own=[True], drawn={})
+        extra = route.scores.new_zeros(())
+        if step.costs:
+            extra = how.cost * run_probability(route, how.experts) * (rows / step.rows)
+        own = step.own.pop(0)
+        if not own:  # then it has run nothing, which the balance leaves out
+            route = route._replace(chosen=torch.full_like(route.chosen, -1))
+        step.routes.append(route)
+        if not step.own:
+            self._step = None
+            joined = self.router.joined(step.routes)
+            totals = distributed.total(choice_counts(joined, how.experts))
+            extra = extra + how.balance * balance_loss(joined, how.experts, totals)
+        return step.targets * extra
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> Route:
@@ -123,10 +190,6 @@ class RoutedTask(Task):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad(), self.routed(mask):
             return self.model.generate(input_ids, attention_mask=mask, **kwargs)
-
-    def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
-        self._epoch = epoch
-        return super().order(examples, config, epoch)
 
     def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
         """As :meth:`Task.running`; refuses to resume a run that was begun with another :class:`RoutingConfig`."""
@@ -144,22 +207,13 @@ class RoutedTask(Task):
         parts |= {"router": self.router} | ({} if self.head is None else {"head": self.head})
         return {f"{part}.{key}": p for part, module in parts.items() for key, p in module.named_parameters()}
 
-    def evaluate(
-        self, run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig
-    ) -> dict[str, float]:
+    def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
         """The task's metrics; ``skipped``, the share of sequences without an expert; ``experts_run``, the mean number
         of them; and ``expert_0``, ``expert_1``, …: the share of the sequences that ran each.
         """
-        self._seen = []
-        try:
-            metrics = super().evaluate(run, examples, feed, config)
-            chosen = torch.cat(self._seen)
-        finally:
-            self._seen = None
-        runs = chosen >= 0
-        metrics["skipped"] = 1 - runs.any(1).float().mean().item()
-        metrics["experts_run"] = runs.float().sum(1).mean().item()
-        return metrics | {f"expert_{i}": (chosen == i).any(1).float().mean().item() for i in range(len(self.experts))}
+        skipped, runs, *each = (count / len(examples) for count in sums[2:])
+        shares = {f"expert_{i}": share for i, share in enumerate(each)}
+        return super().metrics(sums, examples, config) | {"skipped": skipped, "experts_run": runs} | shares
 
     def save(self, directory: Path, config: TrainConfig) -> None:
         """Write experts and router (``routing.safetensors``, ``routing_config.json``), head and ``task.json``."""

@@ -36,11 +36,11 @@ class Task(nn.Module):
         head: a classification head, or None: for causal-lm, or until :meth:`load` knows the labels.
 
     Attributes:
-        over_processes: whether its numbers are right when a step's rows are shared among processes: its loss is a sum
-            over rows, and it keeps nothing from one forward for the next.
+        uniform: whether all forwards in training run the same modules, as often: processes that split a model up, or
+            wait for all gradients, then meet each other.
     """
 
-    over_processes = True
+    uniform = True
 
     def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
         super().__init__()
@@ -73,6 +73,13 @@ class Task(nn.Module):
     def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
         """As many indices as there are examples: an epoch's order. A function of (seed, epoch) alone."""
         return data.epoch_order(len(examples), config.seed, epoch)
+
+    def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
+        """Told before the forwards of each step: all of its rows, and that it is the ``index``-th of the ``epoch``.
+
+        A forward has some of them, those of one process fewer still. Losses of forwards are summed, so one that is not
+        a sum over rows needs what only the whole step says.
+        """
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
         """What a run trains, by names that do not depend on the adapter's own name."""
@@ -129,15 +136,21 @@ class Task(nn.Module):
     def evaluate(
         self, run: nn.Module, examples: Sequence[Example], feed: "Feed", config: TrainConfig
     ) -> dict[str, float]:
-        """Metrics of ``examples``, a finite ``loss`` among them. ``run`` is this module as accelerate prepared it."""
+        """Metrics of ``examples``, a finite ``loss`` among them. ``run`` is this module as accelerate prepared it.
+
+        Of several processes each runs its share of the batches, and all have the result.
+        """
         started = time.perf_counter()
-        targets = data.count_targets(examples)
-        batches = eval_batches(examples, config)
-        sums = distributed.summed(batches, lambda batch: torch.stack(run(**feed(batch))), self.model.device)
-        loss, correct = (sums / targets).tolist()
+        sums = summed(run, eval_batches(examples, config), feed)
+        metrics = self.metrics(sums, examples, config)
         seconds = time.perf_counter() - started
-        metrics = {"loss": loss, "accuracy": correct, "targets": targets, "seconds": seconds}
-        metrics["tokens_per_second"] = data.count_tokens(examples) / seconds
+        return metrics | {"seconds": seconds, "tokens_per_second": data.count_tokens(examples) / seconds}
+
+    def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
+        """What the sums over ``examples`` say, of the loss and of what else :meth:`forward` gives in eval mode."""
+        targets = data.count_targets(examples)
+        loss = sums[0] / targets
+        metrics = {"loss": loss, "accuracy": sums[1] / targets, "targets": targets}
         if config.task == "causal-lm":
             metrics["perplexity"] = math.exp(min(loss, 700.0))
         return metrics
@@ -174,6 +187,16 @@ def eval_batches(examples: Sequence[Example], config: TrainConfig) -> list[list[
     size = config.eval_batch_size or config.batch_size
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def summed(run: nn.Module, batches: Sequence[Sequence[Example]], feed: Feed) -> list[float]:
+    """The sums over all batches of what a forward in eval mode gives: its loss, and then its other numbers."""
+
+    def of(batch: Sequence[Example]) -> Tensor:
+        loss, others = run(**feed(batch))
+        return torch.cat([loss[None], others.flatten()])
+
+    return distributed.summed(batches, of, feed.task.model.device).tolist()
 
 
 def run_evaluation(

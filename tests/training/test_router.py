@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapterkern.training.router import Route, Router, RoutingConfig, balance_loss, run_probability
+from adapterkern.training.router import Route, Router, RoutingConfig, balance_loss, choice_counts, run_probability
 
 
 def router_of(**values: Any) -> Router:
@@ -36,7 +36,7 @@ def test_the_best_experts_above_none_run_with_their_probability(
     route = router_of(top_k=top_k).choose(torch.tensor([scores]))
     assert route.chosen.tolist() == [expected]
     p = torch.tensor(scores).softmax(0)
-    assert torch.equal(route.weight[0], torch.stack([p[i] if i >= 0 else torch.tensor(0.0) for i in expected]))
+    torch.testing.assert_close(route.weight[0], torch.stack([p[i] if i >= 0 else torch.tensor(0.0) for i in expected]))
 
 
 def test_without_skip_something_always_runs() -> None:
@@ -51,7 +51,7 @@ def test_noise_draws_from_the_softmax() -> None:
     router = router_of()
     scores = torch.tensor([1.0, 0.0, -1.0, 0.5])
     many = scores.expand(20000, 4)
-    drawn = router.choose(many, noise=1.0)
+    drawn = router.choose(many, router.draw(len(many)))
     frequency = torch.bincount(torch.where(drawn.chosen[:, 0] < 0, 3, drawn.chosen[:, 0]), minlength=4) / len(many)
     assert torch.allclose(frequency, scores.softmax(0), atol=4 * math.sqrt(0.25 / len(many)))
     assert torch.equal(drawn.weight[drawn.chosen == 0], scores.softmax(0)[0].expand(int((drawn.chosen == 0).sum())))
@@ -73,7 +73,8 @@ def test_integrated_gate_gives_the_gradient_of_the_expected_loss() -> None:
     worth = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
     scores = torch.tensor([0.3, -0.2, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
     many = 200_000
-    route = router_of(gate="integrated").choose(scores.expand(many, 4), noise=1.0)
+    router = router_of(gate="integrated")
+    route = router.choose(scores.expand(many, 4), router.draw(many))
     losses = worth[route.chosen[:, 0]] * ((1 - route.weight[:, 0]) ** 2 - 1) * (route.chosen[:, 0] >= 0)
     got = torch.autograd.grad(losses.mean(), scores)[0]
     expected = torch.autograd.grad(-(scores.softmax(0)[:3] * worth).sum(), scores)[0]
@@ -139,6 +140,24 @@ def test_balance_by_hand_over_the_sequences_that_run_something() -> None:
     assert balance_loss(route, 3).item() == pytest.approx(3 * P.sum().item() / 3)
     route = route_of([[-1], [1], [1]], scores)
     assert balance_loss(route, 3).item() == pytest.approx(3 * P[1].item())
+
+
+def test_parts_of_a_step_add_up_to_its_balance() -> None:
+    router = router_of()
+    with torch.no_grad():
+        router.linear.bias.copy_(torch.tensor([1.0, 0.0, -1.0, 0.5]))
+    routes = [router(torch.randn(size, 4, 8), torch.ones(size, 4), router.draw(size)) for size in (7, 2, 5)]
+    whole = router.joined(routes)
+    counts = [choice_counts(route, 3) for route in routes]
+    assert torch.equal(sum(counts[1:], counts[0]), choice_counts(whole, 3))
+    assert (whole.chosen < 0).any()
+    parts = sum(balance_loss(route, 3, choice_counts(whole, 3)) for route in routes)
+    value = balance_loss(whole, 3)
+    torch.testing.assert_close(parts, value)
+    gradients = [torch.autograd.grad(v, list(router.parameters())) for v in (parts, value)]  # type: ignore[list-item]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert value.item() != pytest.approx(sum(balance_loss(route, 3).item() for route in routes) / 3, rel=1e-3)
 
 
 def test_balance_of_a_batch_that_runs_nothing_is_zero() -> None:

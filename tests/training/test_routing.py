@@ -108,17 +108,56 @@ def test_router_gradient_is_that_of_finite_differences() -> None:
         assert (up - down).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=2e-3, abs=5e-6)
 
 
-def test_training_adds_its_terms_for_each_target_and_evaluation_none() -> None:
+@pytest.mark.parametrize("batch_size", [16, 5])
+def test_training_adds_its_terms_for_each_target_of_a_step_and_evaluation_none(batch_size: int) -> None:
+    """Of the whole step's sequences, for whatever forwards they fall on."""
     task = routed(noise=0.0, balance=0.3, cost=0.2, free_epochs=1)
-    inputs = collate(task.load(ROWS, tiny_run.quiet(), TOKENIZER), tiny_run.quiet())._asdict()
+    config = tiny_run.quiet(batch_size=batch_size)
+    examples = task.load(ROWS, config, TOKENIZER)
+    inputs = collate(examples, config)._asdict()
     plain = task(**inputs)[0]
     route = task.route(inputs["input_ids"], inputs["attention_mask"])
-    extra = 0.3 * balance_loss(route, 3) + 0.2 * run_probability(route, 3)
-    task.order([], tiny_run.quiet(), epoch=1)
-    assert task.train()(**inputs)[0].item() == pytest.approx((plain + len(ROWS) * extra).item())
-    task.order([], tiny_run.quiet(), epoch=0)
-    free = plain + len(ROWS) * 0.3 * balance_loss(route, 3)
-    assert task(**inputs)[0].item() == pytest.approx(free.item())
+    assert len(route.chosen.unique()) > 2
+    terms = 0.3 * balance_loss(route, 3), 0.2 * run_probability(route, 3)
+
+    def step(epoch: int) -> tuple[Tensor, list[Tensor]]:
+        """The loss of a step, and its gradient in the router."""
+        task.train().begin_step(examples, config, epoch, 0)
+        task.zero_grad()
+        losses = []
+        for start in range(0, len(ROWS), batch_size):
+            loss, _ = task(**task.collate(examples[start : start + batch_size], config))
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(), [p.grad.clone() for p in task.router.parameters()]  # type: ignore[union-attr]
+
+    for epoch, extra in ((1, sum(terms)), (0, terms[0])):
+        loss, gradients = step(epoch)
+        assert loss.item() == pytest.approx((plain + len(ROWS) * extra).item())
+        whole = task.train()(**inputs)[0]  # announced by nobody: a step of its own, whose cost is free as yet
+        assert whole.item() == pytest.approx((plain + len(ROWS) * terms[0]).item())
+        if epoch == 0:
+            for p, gradient in zip(task.router.parameters(), gradients, strict=True):
+                torch.testing.assert_close(torch.autograd.grad(whole, p, retain_graph=True)[0], gradient)
+
+
+def test_what_choices_draw_follows_from_seed_step_and_place() -> None:
+    task = routed(noise=1.0)
+    config = tiny_run.quiet()
+    examples = task.train().load(ROWS, config, TOKENIZER)
+
+    def drawn(some: slice = slice(None), epoch: int = 1, index: int = 2, **values: Any) -> Tensor:
+        torch.manual_seed(len(values))  # no matter
+        task.begin_step(examples, tiny_run.quiet(**values), epoch, index)
+        got = task.collate(examples[some], config)["drawn"]
+        assert got is not None
+        return got
+
+    expected = drawn()
+    assert expected.shape == (16, 3 + 1 + 1)
+    assert torch.equal(drawn(slice(3, 9), batch_size=3), expected[3:9])
+    for other in (drawn(epoch=2), drawn(index=1), drawn(seed=1)):
+        assert not torch.equal(other, expected)
 
 
 def test_only_chosen_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +220,7 @@ def test_cost_makes_sequences_skip() -> None:
         assert metrics is not None
         skipped.append(metrics["skipped"])
     assert skipped[1] == 1.0
-    assert skipped[0] < 0.5
+    assert skipped[0] < 0.75  # 0.33 on average over 60 seeds
 
 
 def test_only_experts_router_and_head_change() -> None:

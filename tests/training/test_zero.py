@@ -1,14 +1,15 @@
 """Two processes under DeepSpeed's ZeRO-2 and ZeRO-3, with gloo on a CPU: the numbers and the files of one process."""
 
-import socket
 from pathlib import Path
 
+import pair
 import pytest
 import torch
 import two_processes
 import zero_processes
+from pair import found
 from safetensors.torch import load_file
-from test_distributed import cut, found, records, same
+from test_distributed import cut, records, same
 from test_qa import shared_run
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -26,12 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two_processes.run(folder / "one causal-lm", task="causal-lm")
     for stage in STAGES:
         cut(folder / "one", folder / f"one to {stage}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        torch.multiprocessing.spawn(zero_processes.process, (port, folder), nprocs=2)
+        pair.start(zero_processes.work, folder)
     for stage in STAGES:
         cut(folder / stage, folder / f"{stage} to one")
         two_processes.run(folder / f"{stage} to one", resume=True)

@@ -22,7 +22,8 @@ def test_each_run_has_its_own_precision(order: tuple[str, ...]) -> None:
         assert layer(torch.ones(2, 4)).dtype == torch.float32  # accelerate hands outputs back in fp32
 
 
-def test_engines_that_would_not_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(NotImplementedError, match="got DEEPSPEED"):
+@pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM"])
+def test_engines_that_would_not_work_are_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(engine))
+    with pytest.raises(NotImplementedError, match=f"got {engine}: .* set shard=True"):
         make_accelerator("fp32", CPU)

@@ -55,16 +55,16 @@ def adapt(layer: nn.Module, site: Site) -> None:
     """Make ``layer`` pass the residual stream through ``site``; :func:`restore` undoes it."""
     layer.__dict__["_adapter_site"] = site  # not through setattr: the layer must not own the model
     cls: Any = type(layer)
-    _change_class(layer, _adapted_class(cls))
+    change_class(layer, _adapted_class(cls))
 
 
 def restore(layer: nn.Module) -> None:
     """Give an adapted layer its own class back."""
     del layer.__dict__["_adapter_site"]
-    _change_class(layer, type(layer).__bases__[1])
+    change_class(layer, type(layer).__bases__[1])
 
 
-def _change_class(layer: nn.Module, cls: Any) -> None:
+def change_class(layer: nn.Module, cls: Any) -> None:
     layer.__class__ = cls
     if "_old_forward" in layer.__dict__:  # accelerate's device hooks hold the forward that they found on the layer
         layer.__dict__["_old_forward"] = cls.forward.__get__(layer)

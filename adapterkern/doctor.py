@@ -11,6 +11,7 @@ from adapterkern import ops, optim
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
 _TRAIN_EXTRA = _PACKAGES[2:]
+_OPTIONAL = ("liger-kernel", "deepspeed", "bitsandbytes", "torchao", "trl")  # shown where they are installed
 _VARIABLES = ("ADAPTERKERN_FUSED", "TRITON_INTERPRET", "ADAPTERKERN_CACHE", "ADAPTERKERN_CUDA_ARCH")
 
 
@@ -19,6 +20,7 @@ def report() -> list[str]:
     versions = {name: _version(name) for name in ("adapterkern", *_PACKAGES)} | {"torch": torch.__version__}
     lines = ["versions", f"  {'python':13} {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines += [f"  {name:13} {version or 'not installed'}" for name, version in versions.items()]
+    lines += [f"  {name:13} {version}" for name in _OPTIONAL if (version := _version(name))]
 
     lines.append("devices")
     lines.append(f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")

@@ -4,10 +4,10 @@ The backbone is used as it is, its parameters frozen; ``decoder.py`` makes its l
 the active adapter. Adapters live in ``model.adapters``, not in the layers: the backbone's state_dict stays as it was.
 """
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from adapterkern.decoder import (
 )
 from adapterkern.files import replacing
 from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
+from adapterkern.liger import causal_lm_output, reads, use_liger, without_liger
 from adapterkern.mixing import Decide, DeferredMixture, Mixture, prefix_length
 from adapterkern.modules import Adapter, AdapterConfig
 from adapterkern.pretrained import TRAINER_WEIGHTS, Wrapped
@@ -44,13 +45,18 @@ class LlamaAdapter(Wrapped):
         llama: a transformers model with ``model.layers``; frozen here, kept in its own dtype and on its own devices.
         config: where the adapters of the first adapter, named ``"default"``, stand.
         fused: whether adapters use the fused operator; ``model.fused`` changes it live, over the same parameters.
+        liger: whether the backbone runs Liger's kernels (liger.py); ``model.liger`` changes it live. In training the
+            outputs then have no logits beside their loss.
 
     Raises:
         TypeError: ``llama`` is not a decoder of this shape.
-        ValueError: it already has adapters, or ``config`` does not fit it.
+        ValueError: it already has adapters, ``config`` does not fit it, or Liger has nothing for it.
+        ImportError: ``liger`` without liger-kernel.
     """
 
-    def __init__(self, llama: PreTrainedModel, config: AdapterConfig | None = None, *, fused: bool = True) -> None:
+    def __init__(
+        self, llama: PreTrainedModel, config: AdapterConfig | None = None, *, fused: bool = True, liger: bool = False
+    ) -> None:
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
             raise ValueError("llama: expected a model without adapters, got one that has some; use add_adapter on it")
@@ -61,6 +67,8 @@ class LlamaAdapter(Wrapped):
         self._enabled = True
         self._mixture: Mixture | DeferredMixture | None = None
         self._fused = fused
+        self._liger = False
+        self.liger = liger
         self.add_adapter("default", config or AdapterConfig())
         self.set_adapter("default")
         for index, layer in enumerate(layers):
@@ -105,7 +113,12 @@ class LlamaAdapter(Wrapped):
         """
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
         with self._mixing_by_name(adapter_names):
+            if labels is not None and not args and self._loss_is_fused(kwargs):
+                return causal_lm_output(self.base, *given, **kwargs)  # type: ignore[arg-type]
             return self.base(*given, *args, **kwargs)
+
+    def _loss_is_fused(self, kwargs: dict[str, Any]) -> bool:
+        return self.liger and self.training and not kwargs.get("logits_to_keep") and reads(self.get_output_embeddings())
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The backbone's ``generate``, with the active adapter, or with ``adapter_names``, one for each prompt."""
@@ -119,6 +132,7 @@ class LlamaAdapter(Wrapped):
 
     def unload(self) -> PreTrainedModel:
         """Take the adapters off and return the backbone as it was, still frozen."""
+        self.liger = False
         for layer in self.layers:
             restore(layer)
         return self.base
@@ -181,7 +195,7 @@ class LlamaAdapter(Wrapped):
         """The adapter that runs outside :meth:`mixing`; None inside :meth:`disable_adapter` or after its deletion."""
         return self._active if self._enabled else None
 
-    @contextlib.contextmanager
+    @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within it the model is the bare backbone."""
         before, self._enabled = self._enabled, False
@@ -192,7 +206,7 @@ class LlamaAdapter(Wrapped):
 
     def mixing(
         self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
-    ) -> contextlib.AbstractContextManager[None]:
+    ) -> AbstractContextManager[None]:
         """Within it each sequence of a batch runs adapters of its own, instead of the active one.
 
         y = x + Σ_k weight_k · (A_k(x) − x) at each site that the sequence's k-th choice has, by grouped calls of the
@@ -222,15 +236,15 @@ class LlamaAdapter(Wrapped):
             raise ValueError("weight: expected None where index is a function, which gives both, got a tensor")
         return self._mixing(DeferredMixture(adapters, configs, index))
 
-    def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+    def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
         if adapter_names is None:
-            return contextlib.nullcontext()
+            return nullcontext()
         names = list(dict.fromkeys(name for name in adapter_names if name != BASE_NAME))
         numbers = {name: number for number, name in enumerate(names)} | {BASE_NAME: -1}
         index = torch.tensor([numbers[name] for name in adapter_names], dtype=torch.int64, device=self.device)
         return self.mixing(names, index)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _mixing(self, mixture: Mixture | DeferredMixture) -> Iterator[None]:
         before, self._mixture = self._mixture, mixture
         try:
@@ -249,6 +263,17 @@ class LlamaAdapter(Wrapped):
         for module in self.adapters.modules():
             if isinstance(module, Adapter):
                 module.fused = value
+
+    @property
+    def liger(self) -> bool:
+        """Whether the backbone runs Liger's kernels. Assigning changes the classes of its modules, and nothing else."""
+        return self._liger
+
+    @liger.setter
+    def liger(self, value: bool) -> None:
+        if value != self._liger:
+            (use_liger if value else without_liger)(self.base)
+            self._liger = value
 
     def adapter_config(self, name: str | None = None) -> AdapterConfig:
         """The configuration of ``name`` (default: the active adapter), its layers and ``adapter_dim`` resolved."""
@@ -277,45 +302,11 @@ class LlamaAdapter(Wrapped):
 
     # Gradient checkpointing
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
-    ) -> None:
-        """The backbone's own, non-reentrant; the adapter active at forward time is the one that is recomputed.
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The adapter that is active in the forward is the one that is recomputed."""
+        return nullcontext(), self._state(self._active, self._enabled, self._fused, self._mixture)
 
-        ``how`` goes to the backbone's: which layers, and where to, in a transformers that lets one say so.
-
-        Raises:
-            ValueError: ``use_reentrant=True``, which gives frozen inputs no gradient.
-        """
-        kwargs: dict[str, Any] = {"use_reentrant": False, "context_fn": self._recompute_as_now}
-        kwargs |= gradient_checkpointing_kwargs or {}
-        if kwargs["use_reentrant"]:
-            raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
-        # transformers renames it on the way to version 6 and warns about the old name.
-        enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
-        enable(kwargs, **how)
-        # transformers 5 lets the embeddings' output require a gradient here, for reentrant checkpointing's sake; that
-        # would take the backward past the first adapter, down to the embeddings.
-        if hasattr(self.base, "_require_grads_hook"):
-            self.base.disable_input_require_grads()
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        disable = getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)
-        disable()
-
-    def activation_checkpointing_enable(  # type: ignore[override]
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
-    ) -> None:
-        """As :meth:`gradient_checkpointing_enable`, which is its name up to transformers 4."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
-
-    def _recompute_as_now(
-        self,
-    ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        return contextlib.nullcontext(), self._state(self._active, self._enabled, self._fused, self._mixture)
-
-    @contextlib.contextmanager
+    @contextmanager
     def _state(
         self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | DeferredMixture | None
     ) -> Iterator[None]:
@@ -396,10 +387,10 @@ class LlamaAdapter(Wrapped):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> "LlamaAdapter":
         """Put the adapter saved in ``directory`` on ``llama``, as ``"default"``. Raises as :meth:`load_adapter`."""
-        return cls._from_read(llama, read_adapter(llama, Path(directory)), fused)
+        return cls._from_read(llama, read_adapter(llama, Path(directory)), fused=fused, liger=liger)
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
         """Add the adapter saved in ``directory`` under ``name``.
@@ -433,7 +424,7 @@ class LlamaAdapter(Wrapped):
 
     @classmethod
     def from_adapterhub(
-        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> "LlamaAdapter":
         """Put the adapter that ``adapters`` saved in ``directory`` on ``llama``, as ``"default"``.
 
@@ -442,7 +433,7 @@ class LlamaAdapter(Wrapped):
             ValueError: one is damaged, or it is not this package's operator; the message names file and field.
         """
         size = llama.config.hidden_size, len(decoder_layers(llama))
-        return cls._from_read(llama, read_adapterhub(directory, *size), fused)
+        return cls._from_read(llama, read_adapterhub(directory, *size), fused=fused, liger=liger)
 
     def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
         """Add the adapter that ``adapters`` saved in ``directory``, as ``name``. Raises as :meth:`from_adapterhub`."""
@@ -450,9 +441,9 @@ class LlamaAdapter(Wrapped):
 
     @classmethod
     def _from_read(
-        cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], fused: bool
+        cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool
     ) -> "LlamaAdapter":
-        model = cls(llama, read[0], fused=fused)
+        model = cls(llama, read[0], **flags)
         model.adapters["default"].load_state_dict(read[1])
         return model
 

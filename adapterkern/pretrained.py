@@ -1,10 +1,11 @@
 """What transformers expects of a model, asked of the backbone inside: so a wrapped model goes wherever a model goes.
 
 ``Trainer``, TRL and others ask a model for much more than its forward: its configurations, its embeddings, the name of
-its class (whose loss shifts labels), what it saves. ``Wrapped`` is a ``PreTrainedModel`` that answers for the backbone,
-and saves what it adds to it and nothing else.
+its class (whose loss shifts labels), gradient checkpointing, what it saves. ``Wrapped`` is a ``PreTrainedModel`` that
+answers for the backbone, and saves what it adds to it and nothing else.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -14,10 +15,7 @@ TRAINER_WEIGHTS = "model.safetensors"  # what transformers' Trainer loads when i
 
 
 class Wrapped(PreTrainedModel):
-    """A model around ``base``, a transformers model, that adds parameters to it.
-
-    A subclass says which ones: :meth:`added`.
-    """
+    """A model around ``base``, a transformers model, that adds parameters to it."""
 
     base: Any
     # transformers asks these of a class; the backbone has been checked when it was made.
@@ -71,6 +69,45 @@ class Wrapped(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
+
+    # Gradient checkpointing
+
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What surrounds a layer's forward, and what surrounds its recomputation; a subclass with a state knows."""
+        return nullcontext(), nullcontext()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
+    ) -> None:
+        """The backbone's own, non-reentrant; what is recomputed is in the state of the forward.
+
+        ``how`` goes to the backbone's: which layers, and where to, in a transformers that lets one say so.
+
+        Raises:
+            ValueError: ``use_reentrant=True``, which gives frozen inputs no gradient.
+        """
+        kwargs: dict[str, Any] = {"use_reentrant": False, "context_fn": self._recomputing}
+        kwargs |= gradient_checkpointing_kwargs or {}
+        if kwargs["use_reentrant"]:
+            raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
+        # transformers renames it on the way to version 6 and warns about the old name.
+        enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
+        enable(kwargs, **how)
+        # transformers 5 lets the embeddings' output require a gradient here, for reentrant checkpointing's sake; that
+        # would take the backward past the first adapter, down to the embeddings.
+        if hasattr(self.base, "_require_grads_hook"):
+            self.base.disable_input_require_grads()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        disable = getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)
+        disable()
+
+    def activation_checkpointing_enable(  # type: ignore[override]
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
+    ) -> None:
+        """As :meth:`gradient_checkpointing_enable`, which is its name up to transformers 4."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
 
 
 def _keep_differentiable(base: nn.Module) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import adapterkern as ak
+from adapterkern.liger import use_liger
 from bench.cases import Case, Variant, relative_error
 from bench.llama_step import Step, StepSpec, make_llama
 from bench.measure import kept_for_backward
@@ -30,9 +31,9 @@ LLAMA_1B = (2048, 8192, 16, 32, 8, 128256)
 LLAMA_7B = (4096, 11008, 32, 32, 32, 32000)
 LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FROZEN, EAGER, OURS, CACHED, LORA, LIGER, HUB = (
-    "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "PEFT LoRA", "PEFT LoRA + Liger",
-    "AdapterHub adapters",
+FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB = (
+    "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "ours + Liger", "PEFT LoRA",
+    "PEFT LoRA + Liger", "AdapterHub adapters",
 )  # fmt: skip
 # fp32 gradients of the same function, summed in another order; bf16 ones rounded at other places.
 BUDGETS = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -93,7 +94,9 @@ def _backbone_params(s: Any) -> int:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    return [FROZEN, EAGER, OURS, CACHED, LORA, *([LIGER] if device.type == "cuda" else []), HUB]
+    if device.type == "cpu":  # where Liger's kernels do not run
+        return [FROZEN, EAGER, OURS, CACHED, LORA, HUB]
+    return [FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB]
 
 
 def build(case: Case, device: torch.device, peer_python: str | None) -> list[Variant]:
@@ -101,7 +104,8 @@ def build(case: Case, device: torch.device, peer_python: str | None) -> list[Var
     spec = StepSpec(**case.shape)
     llama = make_llama(spec)
     shared = {id(p): p for p in llama.parameters()}
-    peft_llamas = {name: copy.deepcopy(llama, dict(shared)) for name in (LORA, LIGER)}  # before ours changes the layers
+    # before ours changes the layers
+    copies = {name: copy.deepcopy(llama, dict(shared)) for name in (OURS_LIGER, LORA, LIGER)}
     sites = ak.AdapterConfig(adapter_dim=spec.adapter_dim, layers=spec.sites, init="xavier")
     model = ak.LlamaAdapter(llama, sites)
     model.add_adapter("eager", sites)
@@ -133,8 +137,14 @@ def build(case: Case, device: torch.device, peer_python: str | None) -> list[Var
         model.set_adapter("default")
         error = None if name in (FROZEN, EAGER) else relative_error(_gradients(step), reference)
         variants.append(_variant(name, step, error, spec))
-    lora = [_lora(name, spec, peft_llamas[name]) for name in names(case, device) if name in peft_llamas]
-    return [*variants, *lora, _adapterhub(spec, peer_python)]
+    for name in (name for name in names(case, device) if name in copies):
+        if name != LORA and importlib.util.find_spec("liger_kernel") is None:
+            variants.append(Variant(name, missing="liger-kernel is not installed"))
+        elif name == OURS_LIGER:
+            variants.append(_ours_with_liger(spec, copies[name], model, reference))
+        else:
+            variants.append(_lora(name, spec, copies[name]))
+    return [*variants, _adapterhub(spec, peer_python)]
 
 
 def _clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
@@ -169,18 +179,24 @@ def _variant(name: str, step: Step, error: float | None, spec: StepSpec) -> Vari
     return Variant(name, step, error, None if error is None else BUDGETS[spec.dtype], info)
 
 
+def _ours_with_liger(spec: StepSpec, llama: Any, ours: ak.LlamaAdapter, reference: Tensor) -> Variant:
+    model = ak.LlamaAdapter(llama, ours.adapter_config("default"), liger=True)
+    model.adapters["default"].load_state_dict(ours.adapters["default"].state_dict())
+
+    def hidden_states(ids: Tensor) -> Tensor:
+        return model.decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+    step = Step(spec, llama, hidden_states, model.adapter_parameters(), _clipped_adamw)
+    return _variant(OURS_LIGER, step, relative_error(_gradients(step), reference), spec)
+
+
 def _lora(name: str, spec: StepSpec, llama: Any) -> Variant:
     if importlib.util.find_spec("peft") is None:
         return Variant(name, missing="peft is not installed")
     import peft
 
     if name == LIGER:
-        if importlib.util.find_spec("liger_kernel") is None:
-            return Variant(name, missing="liger-kernel is not installed")
-        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=llama)  # this copy's modules alone, not transformers' classes
-
+        use_liger(llama)  # Liger's own function would change the rotations of every other variant, too
     wanted = ak.modules.adapter_num_params(spec.hidden_size, spec.adapter_dim)
     layer = llama.model.layers[0]
     per_rank = sum(

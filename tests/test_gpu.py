@@ -184,3 +184,26 @@ def test_one_variant_whatever_the_rows() -> None:
         ak.adapter(torch.randn(T, 1280, device="cuda", dtype=torch.bfloat16), *w)
         counts.append(compiled())
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_liger_in_the_backbone(dtype: torch.dtype) -> None:
+    """The loss and the gradients of the backbone's own modules, to the dtype's rounding."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=512)).to("cuda", dtype)
+    model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=16, init="xavier")).train()
+    ids = torch.randint(512, (4, 100), device="cuda")
+    results = []
+    for liger in (False, True):
+        model.liger = liger
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        flat = torch.cat([p.grad.flatten() for p in model.adapter_parameters()])  # type: ignore[union-attr]
+        results.append((loss.detach(), flat))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert relative_error(results[1][0], results[0][0]) < tolerance
+    assert (results[1][1] - results[0][1]).norm() < tolerance * results[0][1].norm()

@@ -11,6 +11,7 @@ from adapterkern.cli.options import (
     add_backbone_options,
     add_training_options,
     count,
+    model_flags,
 )
 from adapterkern.modules import AdapterConfig
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         if other.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"--teacher: expected the tokens of {arguments.model}, got others in {arguments.teacher}")
     torch.manual_seed(config.seed)
-    model = LlamaAdapter(llama, adapters, fused=not arguments.unfused)
+    model = LlamaAdapter(llama, adapters, **model_flags(arguments))
     model.print_trainable_parameters()
     settings = {name: values[name] for name in ("temperature", "weight", "divergence", "chunk_tokens")}
     data: dict[str, object] = {"train": arguments.train, "eval": arguments.eval}

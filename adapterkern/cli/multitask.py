@@ -12,6 +12,7 @@ from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_training_options,
+    model_flags,
 )
 from adapterkern.modules import AdapterConfig
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapters = _adapters(values, list(files))
     dtype = arguments.dtype or "fp32"
     llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
-    model = LlamaAdapter(llama, AdapterConfig(adapter_dim=1, layers=[0]), fused=not arguments.unfused)
+    model = LlamaAdapter(llama, AdapterConfig(adapter_dim=1, layers=[0]), **model_flags(arguments))
     model.delete_adapter("default")
     for name, adapter in adapters.items():
         torch.manual_seed(config.seed)  # as if each were the only one

@@ -37,6 +37,12 @@ def add_backbone_options(parser: argparse.ArgumentParser, required: bool) -> Non
     group.add_argument("--backbone-layers", type=int, metavar="N", help="keep only the first N decoder layers")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the backbone's weights; default fp32")
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
+    group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
+
+
+def model_flags(arguments: argparse.Namespace) -> dict[str, bool]:
+    """What the options of :func:`add_backbone_options` say to a ``LlamaAdapter``."""
+    return {"fused": not arguments.unfused, "liger": arguments.liger}
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_training_options,
+    model_flags,
 )
 from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics
 from adapterkern.modules import AdapterConfig
@@ -87,7 +88,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
     torch.manual_seed(config.seed)
     adapters = AdapterConfig(**{name: values[name] for name in ADAPTER_FIELDS})
-    model = LlamaAdapter(llama, adapters, fused=not arguments.unfused)
+    model = LlamaAdapter(llama, adapters, **model_flags(arguments))
     model.print_trainable_parameters()
     task = QuestionAnswering(model, settings)
     result = train(model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval, task=task)

@@ -11,6 +11,7 @@ from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_training_options,
+    model_flags,
 )
 from adapterkern.cli.saved import evaluation_data, load_saved_backbone, print_metrics
 from adapterkern.modules import AdapterConfig
@@ -90,7 +91,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or "fp32"
     llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
     torch.manual_seed(config.seed)
-    task = RoutedTask(LlamaAdapter(llama, adapters, fused=not arguments.unfused), routing)
+    task = RoutedTask(LlamaAdapter(llama, adapters, **model_flags(arguments)), routing)
     result = train(task.model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval, task=task)
     eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
     save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
@@ -111,6 +112,6 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     sources, config = load_sources(arguments.directory), load_config(arguments.directory)
     data = evaluation_data(arguments, sources)
     llama, tokenizer = load_saved_backbone(arguments, sources)
-    task = RoutedTask.from_pretrained(llama, arguments.directory, fused=not arguments.unfused)
+    task = RoutedTask.from_pretrained(llama, arguments.directory, **model_flags(arguments))
     print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
     return 0

@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from adapterkern.cli.options import model_flags
+
 if TYPE_CHECKING:
     from adapterkern.training.backbone import Sources
 
@@ -24,8 +26,8 @@ def load_saved_model(arguments: argparse.Namespace, sources: "Sources", train_ad
 
     llama, tokenizer = load_saved_backbone(arguments, sources)
     if train_adapters:
-        return LlamaAdapter.from_pretrained(llama, arguments.directory, fused=not arguments.unfused), tokenizer
-    return LlamaAdapter(llama), tokenizer
+        return LlamaAdapter.from_pretrained(llama, arguments.directory, **model_flags(arguments)), tokenizer
+    return LlamaAdapter(llama, None, **model_flags(arguments)), tokenizer
 
 
 def evaluation_data(arguments: argparse.Namespace, sources: "Sources") -> str:

@@ -10,6 +10,7 @@ from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_training_options,
+    model_flags,
 )
 from adapterkern.modules import AdapterConfig
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or "fp32"
     llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
     torch.manual_seed(config.seed)
-    model = LlamaAdapter(llama, adapters, fused=not arguments.unfused)
+    model = LlamaAdapter(llama, adapters, **model_flags(arguments))
     model.print_trainable_parameters()
     result = train(model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval)
     if distributed.rank() > 0:

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapterkern.files import read_json, write_json
@@ -243,14 +242,13 @@ class MultiTask(Task):
         of = {key.removeprefix(_MEMBERS): rows for key, rows in members.items()}
         with self.model.mixing(list(of), choice):
             hidden = self.hidden(input_ids, attention_mask, prefix)
-        if positions is None:
-            parts = [(self._scores(name, hidden, attention_mask, rows), targets[rows]) for name, rows in of.items()]
-        else:
-            parts = [(self.model.base.get_output_embeddings()(hidden.flatten(0, 1)[positions]), targets)]
-        loss = torch.stack([F.cross_entropy(s.float(), t, reduction="sum") for s, t in parts]).sum()
-        if self.training:
-            return loss, targets.new_zeros(())
-        return loss, torch.stack([(s.argmax(-1) == t).sum() for s, t in parts]).sum()
+        if positions is not None:
+            return self.next_tokens(hidden.flatten(0, 1)[positions], targets)
+        of_tasks = [
+            self.scored(self._scores(name, hidden, attention_mask, rows), targets[rows]) for name, rows in of.items()
+        ]
+        losses, corrects = zip(*of_tasks, strict=True)
+        return torch.stack(losses).sum(), torch.stack(corrects).sum()
 
     def _scores(self, name: str, hidden: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
         if len(rows) < len(hidden):
@@ -342,7 +340,7 @@ class MultiTask(Task):
 
     @classmethod
     def from_pretrained(
-        cls, llama: Any, directory: str | os.PathLike[str], *, fused: bool = True
+        cls, llama: Any, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> tuple["MultiTask", TrainConfig]:
         """All tasks of a saved run or checkpoint on ``llama``, and the configuration of their training.
 
@@ -358,7 +356,7 @@ class MultiTask(Task):
             raise ValueError(f"{path}: field 'tasks': expected names, got {names!r}")
         if temperature is not None and type(temperature) not in (int, float):
             raise ValueError(f"{path}: field 'temperature': expected a number or null, got {temperature!r}")
-        model = LlamaAdapter(llama, AdapterConfig(adapter_dim=1, layers=[0]), fused=fused)
+        model = LlamaAdapter(llama, AdapterConfig(adapter_dim=1, layers=[0]), fused=fused, liger=liger)
         model.delete_adapter("default")
         heads = {}
         for name in names:

@@ -235,7 +235,7 @@ class RoutedTask(Task):
 
     @classmethod
     def from_pretrained(
-        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> "RoutedTask":
         """The task saved in ``directory``, on ``llama``; its head too, if it has one.
 
@@ -262,7 +262,7 @@ class RoutedTask(Task):
                 f"{weights}: SHA-256 differs from the one in {ROUTING_CONFIG}: damaged, or of another save"
             )
         head = ClassificationHead.from_pretrained(directory) if (Path(directory) / HEAD_CONFIG).exists() else None
-        model = LlamaAdapter(llama, adapter, fused=fused)
+        model = LlamaAdapter(llama, adapter, fused=fused, liger=liger)
         task = cls(model, routing, None if head is None else head.to(model.device))
         try:
             _modules(task).load_state_dict(load_file(weights))

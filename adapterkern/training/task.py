@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapterkern import liger
 from adapterkern.llama import LlamaAdapter
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import data, distributed, outputs
@@ -124,14 +125,25 @@ class Task(nn.Module):
         The second is counted in eval mode only.
         """
         hidden = self.hidden(input_ids, attention_mask, prefix)
-        if self.head is not None:
-            scores = self.head(hidden, attention_mask)
-        else:
-            # Scores of the targets only: those of prompts and padding would be (tokens × vocabulary) for nothing.
-            scores = self.model.base.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+        if self.head is None:
+            return self.next_tokens(hidden.flatten(0, 1)[positions], targets)
+        return self.scored(self.head(hidden, attention_mask), targets)
+
+    def scored(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of scores (K, classes), what :meth:`forward` gives."""
         loss = F.cross_entropy(scores.float(), targets, reduction="sum")
-        correct = targets.new_zeros(()) if self.training else (scores.argmax(-1) == targets).sum()
-        return loss, correct
+        return loss, targets.new_zeros(()) if self.training else (scores.argmax(-1) == targets).sum()
+
+    def next_tokens(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the states (K, d) before the targets, what :meth:`forward` gives.
+
+        The others' scores, those of prompts and padding, would be (tokens × vocabulary) for nothing.
+        """
+        head = self.model.get_output_embeddings()
+        if not (self.model.liger and liger.reads(head)):
+            return self.scored(head(states), targets)
+        loss, best = liger.linear_cross_entropy(states, head, targets)
+        return loss, targets.new_zeros(()) if self.training else (best == targets).sum()
 
     def evaluate(
         self, run: nn.Module, examples: Sequence[Example], feed: "Feed", config: TrainConfig

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from triton.runtime import interpreter
 
 import adapterkern as ak
 from adapterkern import liger
+from bench.measure import kept_for_backward
 
 functional = pytest.importorskip("liger_kernel.transformers.functional", reason="liger-kernel is not installed")
 
@@ -162,6 +164,28 @@ def test_gradient_checkpointing() -> None:
     same(model)
 
 
+def test_offloaded_weights_come_to_the_kernels_and_the_loss_has_its_logits() -> None:
+    model = adapted().train()
+    expected, expected_gradients = learn(model)
+    accelerate.cpu_offload(model.base, execution_device=torch.device("cpu"))
+    model.liger = True
+    got, gradients = learn(model)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    model.liger = False
+    assert torch.equal(learn(model)[0].logits, expected.logits)
+
+
+def test_keeps_less_for_the_backward() -> None:
+    model = adapted().train()
+    kept = []
+    for kernels in (False, True):
+        model.liger = kernels
+        kept.append(kept_for_backward(lambda: model(IDS, labels=LABELS).loss, list(model.parameters()))["kept_bytes"])
+    assert kept[1] < 0.9 * kept[0]
+
+
 def test_a_mixed_batch() -> None:
     model = adapted().train()
     model.add_adapter("other", ak.AdapterConfig(adapter_dim=4, layers=[1], init="xavier"))
@@ -176,7 +200,7 @@ def test_a_training_run(task: str) -> None:
         model = tiny_run.model()
         model.liger = kernels
         config = tiny_run.quiet(task=task, max_steps=2, log_every=1)
-        rows = tiny_run.rows(4)
+        rows = tiny_run.rows(6)
         result = ak.train(model, rows, config, tokenizer=tiny_run.tokenizer(), eval_data=rows)
         assert result.metrics is not None
         losses = [record["loss"] for record in result.history if record["kind"] == "train"]

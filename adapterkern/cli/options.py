@@ -8,6 +8,7 @@ from typing import Protocol
 from adapterkern.modules import INITS, POSITIONS, AdapterConfig
 from adapterkern.ops import MAX_ADAPTER_DIM
 from adapterkern.reference import ACTIVATIONS
+from adapterkern.training import config
 
 ADAPTER_FIELDS = ("adapter_dim", "max_params", "position", "every", "layers", "depth", "activation", "init")
 
@@ -60,10 +61,6 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
 def add_training_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
     """One option for each field of ``TrainConfig``, but those in ``without``."""
     group = parser.add_argument_group("training", "defaults in brackets")
-    try:
-        from adapterkern.training import config
-    except ImportError:  # the extra is missing: --help still works, and running says what to install
-        return
     choices = {
         "task": config.TASKS,
         "pooling": config.POOLINGS,

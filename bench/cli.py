@@ -12,6 +12,7 @@ EPILOG = """
   python -m bench readme                   write README's performance section from the newest results
   python -m bench traffic|aot OPTIONS      one of the two alone, with options of its own
   python -m bench sweep                    block sizes, timed on a GPU
+  python -m bench profiled                 one step of one adapter, for a profiler to look at
 """
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
         return _report(argv[1:])
     if argv[:1] == ["readme"]:
         return _readme()
-    if argv[:1] == ["sweep"]:
+    if argv[:1] in (["sweep"], ["profiled"]):
         return _alone(argv)
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measure.", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter

@@ -1,11 +1,14 @@
 #!/bin/sh
-# Build, test and measure on one GPU, in about eight minutes: sh bench/on_gpu.sh [folder for the results]
-# A stage that runs out of time is interrupted, and the bench then keeps what it has measured.
-# Needs torch, triton, pytest, pytest-benchmark, transformers, matplotlib, hypothesis and numpy; the extension also nvcc,
-# pybind11 and ninja.
+# Build, test, measure and profile on one GPU: sh bench/on_gpu.sh [folder for the results] [stage ...]
+# Without stages all of them, in at most 16 minutes; where a command may take ten, give `build test sanitizer` first and
+# `build bench sweep profile` next. A stage that runs out of time is interrupted, and the bench then keeps what it has.
+# Needs torch, triton, pytest, pytest-benchmark, pytest-timeout, transformers, matplotlib, hypothesis and numpy; the
+# extension also nvcc, pybind11 and ninja. compute-sanitizer, ncu, peft and liger-kernel are used where they are there.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-bench/results/$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')}
+[ $# -gt 0 ] && shift
+stages=${*:-build test sanitizer bench sweep profile}
 mkdir -p "$out"
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 failed=0
@@ -15,12 +18,28 @@ step() {  # name, seconds it may take, command: the log goes to the folder, its 
     timeout -s INT -k 20 "$limit" "$@" >"$out/$name.log" 2>&1 || { echo "$name: exit $?"; failed=1; }
     tail -n "${lines:-12}" "$out/$name.log"
 }
+check() {  # a tool of compute-sanitizer, over small sizes: the extension, every kernel of the adapter, a mixed batch
+    step "$1" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+        python3 -m pytest -q -o addopts= tests/test_optim_cuda.py tests/test_gpu.py \
+        -k "test_more_tensors_and_groups or test_activations or test_mixed_adapters or (test_shapes and 577)"
+}
 
-step build 60 python3 -m pip install --quiet --no-build-isolation --no-deps -e .
-step test 120 python3 -m pytest -q -o addopts= tests/test_gpu.py
-step sanitizer 60 compute-sanitizer --error-exitcode 1 \
-    python3 -m pytest -q -o addopts= tests/test_optim_cuda.py -k test_more_tensors_and_groups
-name=$(date -u +%Y-%m-%d)-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown)
-lines=150 step bench 240 python3 -m bench adapter optimizer step memory --json "$out/$name.json"
-lines=30 step sweep 80 python3 -m bench sweep -r 64 --json "$out/sweep.json"
+for stage in $stages; do
+    case $stage in
+    build) step build 60 python3 -m pip install --quiet --no-build-isolation --no-deps -e . ;;
+    test) step test 240 python3 -m pytest -q -o addopts= tests/test_gpu.py tests/test_optim_cuda.py ;;
+    sanitizer) check memcheck; check racecheck ;;
+    bench)
+        name=$(date -u +%Y-%m-%d)-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown)
+        lines=150 step bench 240 python3 -m bench adapter optimizer step memory --json "$out/$name.json"
+        ;;
+    sweep) lines=30 step sweep 80 python3 -m bench sweep -r 64 --json "$out/sweep.json" ;;
+    profile)
+        lines=200 step profile 90 ncu --profile-from-start off --clock-control none --section SpeedOfLight \
+            --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis --section Occupancy \
+            python3 -m bench profiled
+        ;;
+    *) echo "on_gpu.sh: no stage $stage: build test sanitizer bench sweep profile"; exit 2 ;;
+    esac
+done
 exit $failed

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
 import numpy as np
 import pytest
+import test_trainer
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -207,3 +209,17 @@ def test_a_training_run(task: str) -> None:
         runs.append((losses, result.metrics["loss"], result.metrics["accuracy"]))
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
     assert runs[1][1:] == pytest.approx(runs[0][1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_in_trainer(tmp_path: Path, smoothing: float) -> None:
+    """Smoothed labels need logits, which a forward without labels gives."""
+    model = test_trainer.adapted()
+    model.liger = True
+    test_trainer.check_trainer(tmp_path, model, smoothing)
+
+
+def test_in_sft_trainer(tmp_path: Path) -> None:
+    model = test_trainer.adapted()
+    model.liger = True
+    test_trainer.check_sft_trainer(tmp_path, model)

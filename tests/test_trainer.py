@@ -87,13 +87,10 @@ def by_hand(model: ak.LlamaAdapter, batches: list[list[dict[str, Tensor]]], smoo
     return losses
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_trains_as_a_loop_by_hand(tmp_path: Path, smoothing: float, checkpointing: bool) -> None:
-    model = adapted()
-    backbone = {key: p.clone() for key, p in model.base.state_dict().items()}
+def check_trainer(folder: Path, model: ak.LlamaAdapter, smoothing: float, checkpointing: bool = False) -> None:
+    """The losses and the weights of a loop by hand."""
     run = trainer(
-        tmp_path,
+        folder,
         model,
         ROWS[:4],  # every step has these four, in whatever order
         label_smoothing_factor=smoothing,
@@ -105,6 +102,14 @@ def test_trains_as_a_loop_by_hand(tmp_path: Path, smoothing: float, checkpointin
     expected = by_hand(other, [ROWS[:4]] * 6, smoothing)
     assert logged(run, "loss") == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trains_as_a_loop_by_hand(tmp_path: Path, smoothing: float, checkpointing: bool) -> None:
+    model = adapted()
+    backbone = {key: p.clone() for key, p in model.base.state_dict().items()}
+    check_trainer(tmp_path, model, smoothing, checkpointing)
     assert all(torch.equal(p, backbone[key]) for key, p in model.base.state_dict().items())
 
 
@@ -171,15 +176,14 @@ def test_is_a_model_to_transformers() -> None:
 # TRL
 
 
-def test_sft_trainer(tmp_path: Path) -> None:
-    """Its fused LM head computes the loss from base_model's states: that must be the adapted backbone's."""
+def sft_trainer(folder: Path, model: ak.LlamaAdapter) -> Any:
+    """6 steps on the first four rows."""
     trl = pytest.importorskip("trl", reason="trl is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in ROWS[:4]])
-    model = adapted()
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "max_grad_norm": 0.0, "logging_steps": 1}
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         **defaults,
         use_cpu=True,
         bf16=False,
@@ -195,12 +199,24 @@ def test_sft_trainer(tmp_path: Path) -> None:
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), eos_token="</s>", bos_token="<s>"
     )
     optimizer = ak.ClippedAdamW(model.adapter_parameters(), lr=1e-2, max_norm=0.3)
-    run = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, None))
+    return trl.SFTTrainer(
+        model, arguments, train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, None)
+    )
+
+
+def check_sft_trainer(folder: Path, model: ak.LlamaAdapter) -> None:
+    """Its fused LM head computes the loss from base_model's states: that must be the adapted backbone's."""
+    run = sft_trainer(folder, model)
     run.train()
     other = adapted()
     expected = by_hand(other, [[{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS[:4]]] * 6)
     assert logged(run, "loss") == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-4)
+
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    model = adapted()
+    check_sft_trainer(tmp_path, model)
     loaded = ak.LlamaAdapter.from_pretrained(adapted().unload(), tmp_path / "checkpoint-6")
     assert all(map(torch.equal, weights(loaded), weights(model)))
 

@@ -72,7 +72,7 @@ class Engine:
         self.run = DistributedDataParallel(
             self.run,
             device_ids=None if device.type == "cpu" else [device],
-            find_unused_parameters=not self.task.uniform,
+            find_unused_parameters=not self.task.trains_all,
         )
 
     def _ask_for_trained_only(self) -> None:

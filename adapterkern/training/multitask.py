@@ -80,7 +80,7 @@ class MultiTask(Task):
         ValueError: a name that is no adapter, or no name for a folder; an argument out of its range.
     """
 
-    uniform = False  # a forward runs the tasks that have a row
+    uniform = trains_all = False  # a step trains the tasks that have a row in it
 
     def __init__(
         self,

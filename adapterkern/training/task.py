@@ -37,11 +37,11 @@ class Task(nn.Module):
         head: a classification head, or None: for causal-lm, or until :meth:`load` knows the labels.
 
     Attributes:
-        uniform: whether all forwards in training run the same modules, as often: processes that split a model up, or
-            wait for all gradients, then meet each other.
+        uniform: whether all forwards in training run the same modules, as often: DeepSpeed's processes then meet.
+        trains_all: whether each of them gives all that is trained a gradient, be it 0: DDP's wait for every one.
     """
 
-    uniform = True
+    uniform = trains_all = True
 
     def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
         super().__init__()

@@ -5,8 +5,10 @@ through the site's adapter. A subclass rather than a hook, because then whatever
 checkpointing, sharding) wraps the adapter with it.
 """
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -64,10 +66,33 @@ def restore(layer: nn.Module) -> None:
     change_class(layer, type(layer).__bases__[1])
 
 
-def change_class(layer: nn.Module, cls: Any) -> None:
-    layer.__class__ = cls
-    if "_old_forward" in layer.__dict__:  # accelerate's device hooks hold the forward that they found on the layer
-        layer.__dict__["_old_forward"] = cls.forward.__get__(layer)
+def change_class(module: nn.Module, cls: Any) -> None:
+    """Make ``module`` one of ``cls``, whatever hooks of accelerate it bears. :func:`check_forward` comes first."""
+    if _is_left_behind(module):
+        del module.__dict__["forward"]
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:  # accelerate's device hooks hold the forward that they found on the module
+        module.__dict__["_old_forward"] = cls.forward.__get__(module)
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raise ``ValueError`` if the instance has a forward of its own, which a change of class would not reach.
+
+    accelerate's hooks are one that is understood, and so is what they leave behind: the class's, as an attribute.
+    """
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__ and not _is_left_behind(module):
+        raise ValueError(
+            f"llama: expected every {type(module).__name__} to run its class's forward, got one with another on the "
+            "instance (compiled or replaced), beside which no adapter would run; module.compile() leaves the class's"
+        )
+
+
+def _is_left_behind(module: nn.Module) -> bool:
+    """Whether the instance's forward is that of one of its classes, as accelerate leaves it when it removes a hook."""
+    own = module.__dict__.get("forward")
+    if own is None or "_old_forward" in module.__dict__ or getattr(own, "__self__", None) is not module:
+        return False
+    return any(own.__func__ is vars(cls).get("forward") for cls in type(module).__mro__)
 
 
 def decoder_layers(llama: Any) -> nn.ModuleList:
@@ -84,10 +109,11 @@ def decoder_layers(llama: Any) -> nn.ModuleList:
 def check_attention_site(layer: nn.Module) -> None:
     """``position="attention"`` writes the layer's forward anew, so the layer must be LLaMA's to the last multiplier."""
     parts = {name for name, _ in layer.named_children()}
-    if parts != _LLAMA_PARTS or hasattr(layer, "residual_multiplier"):
+    experts = any("expert" in name for name, _ in layer.named_modules())  # some of which scale, or give more than a sum
+    if parts != _LLAMA_PARTS or experts or hasattr(layer, "residual_multiplier"):
         raise ValueError(
             f"position: expected 'layer' for {type(layer).__name__}: 'attention' needs a layer made of "
-            f"{', '.join(sorted(_LLAMA_PARTS))} with plain residual sums, got {', '.join(sorted(parts))}"
+            f"{', '.join(sorted(_LLAMA_PARTS))} with plain residual sums and no experts, got {', '.join(sorted(parts))}"
         )
 
 
@@ -103,10 +129,26 @@ def layer_device(layer: nn.Module) -> torch.device:
     raise ValueError("llama: expected a model with its weights loaded, got one on the meta device")
 
 
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within it nothing is dropped out."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
 def decoder_slice(decoder: Any, start: int, stop: int) -> Any:
     """The decoder with only these layers, sharing every parameter."""
+    check_forward(decoder)
     part = copy.copy(decoder)
     part._modules = dict(decoder._modules)
+    own = part.__dict__.pop("forward", None)
+    if "_old_forward" in part.__dict__:  # accelerate's hook is bound to the decoder
+        part.__dict__["_old_forward"] = type(decoder).forward.__get__(part)
+        part.__dict__["forward"] = functools.partial(own.func, part)
     part.layers = decoder.layers[start:stop]
     part.config = copy.copy(decoder.config)
     part.config.num_hidden_layers = stop - start

@@ -10,7 +10,7 @@ Here norms, MLPs and attentions of one model change their class, as adapted laye
 new class runs the forward it had, with another ``apply_rotary_pos_emb`` among its globals.
 
 The kernels are Triton's. Where they cannot run (a CPU outside Triton's interpreter, fp64, ``ADAPTERKERN_FUSED=0``)
-every module does what it did before. Their backwards write over what they saved, so that a second one over the same
+every module does what it did before. SwiGLU's backward writes over what it saved, so that a second one over the same
 graph (``retain_graph=True``) gives wrong gradients, and says nothing; and the loss waits for the device twice a step.
 """
 
@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from adapterkern.decoder import change_class
+from adapterkern.decoder import change_class, check_forward
 from adapterkern.ops import INTERPRETED, fused_enabled
 
 # Their norms, MLPs, rotations and losses are LLaMA's to the last operation; tests/interpreted_liger.py asks each.
@@ -52,10 +53,14 @@ def use_liger(llama: Any) -> None:
         raise ValueError(f"liger: expected a backbone of type {', '.join(MODEL_TYPES)}, got {kind!r}")
     if llama.config.hidden_act not in ("silu", "swish"):
         raise ValueError(f"liger: expected a backbone whose hidden_act is 'silu', got {llama.config.hidden_act!r}")
+    changed: list[tuple[nn.Module, Any]] = []
     for module in llama.model.modules():
         cls: Any = type(module)
-        if (new := _fused_class(cls)) is not None:
-            change_class(module, new)
+        if not isinstance(module, _Fused) and (new := _fused_class(cls)) is not None:
+            check_forward(module)
+            changed.append((module, new))
+    for module, new in changed:
+        change_class(module, new)
 
 
 def without_liger(llama: Any) -> None:
@@ -95,7 +100,8 @@ class _Norm(_Fused):
             return super().forward(hidden_states)
         from liger_kernel.transformers.functional import liger_rms_norm
 
-        return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        # Not in place: autograd may have given the same tensor to what was added to this output.
+        return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, in_place=False)
 
 
 class _MLP(_Fused):
@@ -153,6 +159,11 @@ def reads(head: Any) -> bool:
     return head.weight.shape == (head.out_features, head.in_features)
 
 
+def has_plain_loss(llama: Any) -> bool:
+    """Whether ``llama`` scores by transformers' loss of causal language models, which is the one that is fused."""
+    return llama.loss_function is ForCausalLMLoss
+
+
 def linear_cross_entropy(
     hidden: Tensor, head: nn.Linear, targets: Tensor, reduction: str = "sum", ignore_index: int = IGNORE
 ) -> tuple[Tensor, Tensor]:
@@ -163,6 +174,14 @@ def linear_cross_entropy(
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     device = head.weight.device
+    # The kernel reads the logit of any label.
+    fits = ((targets >= 0) & (targets < head.out_features) | (targets == ignore_index)).all()
+    problem = f"labels: expected token ids from 0 to {head.out_features - 1}, or {ignore_index}"
+    if targets.device.type == "cpu":
+        if not fits:
+            raise ValueError(f"{problem}, got {targets.min().item()} to {targets.max().item()}")
+    else:  # the device reports it, and the host does not wait
+        torch._assert_async(fits, problem)
     result = liger_fused_linear_cross_entropy(
         hidden.to(device),
         head.weight,
@@ -211,4 +230,4 @@ def causal_lm_output(
         hidden_states=states.hidden_states,
         attentions=states.attentions,
     )
-    return outputs if kwargs.get("return_dict", True) else outputs.to_tuple()
+    return outputs.to_tuple() if kwargs.get("return_dict") is False else outputs

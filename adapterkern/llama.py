@@ -4,6 +4,7 @@ The backbone is used as it is, its parameters frozen; ``decoder.py`` makes its l
 the active adapter. Adapters live in ``model.adapters``, not in the layers: the backbone's state_dict stays as it was.
 """
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +23,16 @@ from adapterkern.decoder import (
     AdaptedLayer,
     adapt,
     check_attention_site,
+    check_forward,
     decoder_layers,
     decoder_slice,
+    eval_mode,
     layer_device,
     restore,
 )
 from adapterkern.files import replacing
 from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
-from adapterkern.liger import causal_lm_output, reads, use_liger, without_liger
+from adapterkern.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.mixing import Decide, DeferredMixture, Mixture, prefix_length
 from adapterkern.modules import Adapter, AdapterConfig
 from adapterkern.pretrained import TRAINER_WEIGHTS, Wrapped
@@ -60,6 +63,8 @@ class LlamaAdapter(Wrapped):
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
             raise ValueError("llama: expected a model without adapters, got one that has some; use add_adapter on it")
+        for layer in layers:
+            check_forward(layer)
         super().__init__(llama.requires_grad_(False))
         self.adapters = nn.ModuleDict()
         self._configs: dict[str, AdapterConfig] = {}
@@ -68,11 +73,13 @@ class LlamaAdapter(Wrapped):
         self._mixture: Mixture | DeferredMixture | None = None
         self._fused = fused
         self._liger = False
-        self.liger = liger
         self.add_adapter("default", config or AdapterConfig())
         self.set_adapter("default")
+        self.liger = liger
         for index, layer in enumerate(layers):
             adapt(layer, _Site(self, index))
+        if self.checkpoints_activations:
+            self.gradient_checkpointing_enable()  # again, and from now on in the state of the forward
 
     # What the backbone is
 
@@ -118,7 +125,10 @@ class LlamaAdapter(Wrapped):
             return self.base(*given, *args, **kwargs)
 
     def _loss_is_fused(self, kwargs: dict[str, Any]) -> bool:
-        return self.liger and self.training and not kwargs.get("logits_to_keep") and reads(self.get_output_embeddings())
+        keep = kwargs.get("logits_to_keep")
+        if not self.liger or not self.training or isinstance(keep, Tensor) or keep:
+            return False
+        return reads(self.get_output_embeddings()) and has_plain_loss(self.base)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The backbone's ``generate``, with the active adapter, or with ``adapter_names``, one for each prompt."""
@@ -134,7 +144,11 @@ class LlamaAdapter(Wrapped):
         """Take the adapters off and return the backbone as it was, still frozen."""
         self.liger = False
         for layer in self.layers:
-            restore(layer)
+            site = layer.__dict__.get("_adapter_site")
+            if site is not None and site.model is self:
+                restore(layer)
+        if self.checkpoints_activations:
+            self.enable_checkpointing({"use_reentrant": False})
         return self.base
 
     def merge_and_unload(self) -> PreTrainedModel:
@@ -152,7 +166,7 @@ class LlamaAdapter(Wrapped):
         Raises:
             ValueError: the name is taken or not a valid one, or ``config`` does not fit the backbone.
         """
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"name: expected a non-empty name without dots, got {name!r}")
         if name in self.adapters:
             raise ValueError(f"name: expected a new name, got {name!r}, which exists")
@@ -311,11 +325,18 @@ class LlamaAdapter(Wrapped):
         self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | DeferredMixture | None
     ) -> Iterator[None]:
         before = self._active, self._enabled, self._fused, self._mixture
-        self._active, self._enabled, self.fused, self._mixture = active, enabled, fused, mixture
+        self._set_state(active, enabled, fused, mixture)
         try:
             yield
         finally:
-            self._active, self._enabled, self.fused, self._mixture = before
+            self._set_state(*before)
+
+    def _set_state(
+        self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | DeferredMixture | None
+    ) -> None:
+        self._active, self._enabled, self._mixture = active, enabled, mixture
+        if fused != self._fused:  # else what single adapters have been told stays
+            self.fused = fused
 
     # The frozen prefix
 
@@ -326,13 +347,43 @@ class LlamaAdapter(Wrapped):
             return self._mixture.prefix_length(len(self.layers))
         return len(self.layers) if self.active_adapter is None else prefix_length(self._configs[self.active_adapter])
 
+    @functools.cached_property
+    def split_obstacle(self) -> str:
+        """Why the decoder cannot be run in two parts; "" if it can. Asked of it once, on four tokens.
+
+        Two parts are right for a decoder that only runs its layers between embeddings and norm. Some scale the
+        embeddings as well, or have a norm of another name.
+        """
+        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        middle, end = len(self.layers) // 2, len(self.layers)
+        with torch.no_grad(), eval_mode(self.base), self.disable_adapter():
+            try:
+                first, second = decoder_slice(self.decoder, 0, middle), decoder_slice(self.decoder, middle, end)
+            except ValueError as error:
+                return str(error)
+            first.norm = nn.Identity()
+            below = first(input_ids=ids, use_cache=False).last_hidden_state
+            parts = second(inputs_embeds=below, use_cache=False).last_hidden_state
+            whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        if (parts - whole).norm() <= 1e-2 * whole.norm():
+            return ""
+        return f"{type(self.decoder).__name__} does more than run its layers between embeddings and norm"
+
+    def _check_split(self) -> None:
+        if self.split_obstacle:
+            raise ValueError(f"model: expected a decoder that can be run in two parts, but {self.split_obstacle}")
+
     def run_prefix(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """The residual stream (B, L, d) after the first ``prefix_length`` layers, before any adapter; no gradient.
 
         ``below`` is the stream after the first ``start`` of them, where that is known.
+
+        Raises:
+            ValueError: the decoder cannot be run in two parts, :attr:`split_obstacle`.
         """
+        self._check_split()
         prefix = decoder_slice(self.decoder, start, self.prefix_length)
         prefix.norm = nn.Identity()
         source = {"input_ids": input_ids} if below is None else {"inputs_embeds": below}
@@ -343,7 +394,11 @@ class LlamaAdapter(Wrapped):
         """From what :meth:`run_prefix` gave to the decoder's last hidden state (B, L, d), as its own forward has it.
 
         ``hidden`` is the stream after ``start`` layers, by default ``prefix_length`` and never more.
+
+        Raises:
+            ValueError: the decoder cannot be run in two parts, :attr:`split_obstacle`.
         """
+        self._check_split()
         start = self.prefix_length if start is None else start
         if start > 0:
             hidden = _Site(self, start - 1).run("layer", hidden)

@@ -26,7 +26,6 @@ class Wrapped(PreTrainedModel):
         super().__init__(base.config)
         self.base = base
         self.loss_type: Any = getattr(base, "loss_type", None)
-        self.generation_config: Any = getattr(base, "generation_config", None)
         self._no_split_modules = base._no_split_modules
         _keep_differentiable(base)
 
@@ -34,6 +33,11 @@ class Wrapped(PreTrainedModel):
     def can_generate(cls) -> bool:
         """Not by a mixin of its own: ``generate`` is the backbone's."""
         return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers 5 asks it of every class around a mixture of experts."""
+        return True
 
     def _get_name(self) -> str:
         # Trainer's label smoothing shifts the labels of classes whose name it finds among the causal language models.
@@ -43,6 +47,25 @@ class Wrapped(PreTrainedModel):
     def base_model(self) -> Any:
         """The backbone without its head."""
         return self.base.base_model
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's, which ``generate`` follows."""
+        return getattr(self._modules.get("base"), "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "base" in self._modules:  # transformers sets it while it makes this model
+            self.base.generation_config = value
+
+    @property
+    def loss_function(self) -> Any:
+        """The backbone's."""
+        return self.base.loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self.base.loss_function = value
 
     @property
     def hf_device_map(self) -> Any:
@@ -90,13 +113,22 @@ class Wrapped(PreTrainedModel):
         kwargs |= gradient_checkpointing_kwargs or {}
         if kwargs["use_reentrant"]:
             raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
-        # transformers renames it on the way to version 6 and warns about the old name.
-        enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
-        enable(kwargs, **how)
+        self.enable_checkpointing(kwargs, **how)
         # transformers 5 lets the embeddings' output require a gradient here, for reentrant checkpointing's sake; that
         # would take the backward past the first adapter, down to the embeddings.
         if hasattr(self.base, "_require_grads_hook"):
             self.base.disable_input_require_grads()
+
+    def enable_checkpointing(self, kwargs: dict[str, Any], **how: Any) -> None:
+        """The backbone's own, as it is told."""
+        # transformers renames it on the way to version 6 and warns about the old name.
+        enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
+        enable(kwargs, **how)
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether gradient checkpointing is on in the backbone."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""

@@ -157,7 +157,37 @@ def test_states_and_tuples_come_with_the_loss() -> None:
     loss, states = model(IDS, labels=LABELS, output_hidden_states=True, use_cache=False, return_dict=False)
     torch.testing.assert_close(loss, outputs.loss)
     assert len(states) == 3
-    assert model(IDS, labels=LABELS[:, -2:], logits_to_keep=2).logits.shape == (2, 2, 64)  # then no fused loss
+    for keep in (2, torch.tensor([7, 8])):  # then no fused loss
+        assert model(IDS, labels=LABELS[:, -2:], logits_to_keep=keep).logits.shape == (2, 2, 64)
+
+
+@pytest.mark.parametrize("return_dict", [True, None])
+def test_return_dict(return_dict: bool | None) -> None:
+    model = adapted().train()
+    model.liger = True
+    assert model(IDS, labels=LABELS, return_dict=return_dict).loss > 0
+
+
+def test_a_loss_of_last_and_earlier_states() -> None:
+    """Both get one gradient from the sum, and a norm's backward must not write over it."""
+    model, gradients = adapted(), []
+    for kernels in (False, True):
+        model.liger = kernels
+        model.zero_grad()
+        states = model(IDS, output_hidden_states=True).hidden_states
+        (states[-1] + states[-2]).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.adapter_parameters()])  # type: ignore[union-attr]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_another_loss_function_is_asked_and_a_label_beyond_the_vocabulary_refused() -> None:
+    model = adapted().train()
+    model.liger = True
+    with pytest.raises(ValueError, match=r"labels: expected token ids from 0 to 63, or -100, got .* to 64"):
+        model(IDS, labels=LABELS.clamp(min=64))
+    model.loss_function = lambda **kwargs: torch.tensor(7.0)
+    assert model(IDS, labels=LABELS).loss == 7
 
 
 def test_gradient_checkpointing() -> None:

@@ -13,11 +13,10 @@ what it could do before stays. A kept text weighs as much as one target, however
     loss = ( Σ_targets (1 − λ) · CE  +  Σ_kept texts λ · T² · (mean over its tokens of D) ) / (targets + kept texts)
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkern.decoder import decoder_layers, decoder_slice
+from adapterkern.decoder import decoder_layers, decoder_slice, eval_mode
 from adapterkern.files import read_json, write_json
 from adapterkern.llama import LlamaAdapter
 from adapterkern.training import data, distributed, outputs
@@ -133,7 +132,7 @@ class _Taught(Task):
                 return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             assert prefix is not None
             start = self.model.prefix_length
-            with self.model.disable_adapter(), _eval_mode(self.model.base):
+            with self.model.disable_adapter(), eval_mode(self.model.base):
                 return self.model.run_suffix(prefix, attention_mask, start)
 
     def shared_prefix(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor | None:
@@ -310,7 +309,7 @@ def check_teacher(model: LlamaAdapter, teacher: Any) -> None:
         raise ValueError(f"teacher: expected it on the student's device {model.device}, got {teacher.device}")
     # Some models scale or cap their logits, or project the hidden states first: asked of the model, not of a list.
     ids = torch.arange(4, device=teacher.device)[None]
-    with torch.no_grad(), _eval_mode(teacher):
+    with torch.no_grad(), eval_mode(teacher):
         logits = teacher(input_ids=ids, use_cache=False).logits
         hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
         if hidden.shape[-1] != head.weight.shape[1] or not torch.allclose(head(hidden), logits, rtol=1e-2, atol=1e-2):
@@ -334,17 +333,6 @@ def first_layers(llama: Any, num_layers: int) -> Any:
     part.model.layers = nn.ModuleList([copy.copy(layer) for layer in layers[:num_layers]])
     part.config = part.model.config
     return part
-
-
-@contextlib.contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout, which a teacher must not have."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def _is_kept(example: Example) -> bool:

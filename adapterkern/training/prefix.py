@@ -239,6 +239,8 @@ def choose_cache(
         obstacle = "the prefix's weights are offloaded"
     elif is_sharded(model):
         obstacle = "the backbone is split over processes"
+    elif model.split_obstacle:
+        obstacle = model.split_obstacle
     if obstacle:
         if config.prefix_cache:
             raise ValueError(f"prefix_cache: expected None or False, since {obstacle}; got True")

@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkern.files import read_json, replacing, write_json
+from adapterkern.card import base_name
+from adapterkern.files import check_owner, read_json, replacing, write_json
 from adapterkern.modules import AdapterConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -274,8 +275,11 @@ def write_adapterhub(
             unless told otherwise. An earlier file of the other kind is removed.
 
     Raises:
-        ValueError: a field of ``config`` has a value that ``adapters`` does not know, or ``name`` has a dot.
+        ValueError: a field of ``config`` has a value that ``adapters`` does not know, ``name`` has a dot, or the folder
+            holds another library's adapter.
     """
+    directory = Path(directory)
+    check_owner(directory / CONFIG_NAME, "AdapterHub", lambda saved: isinstance(saved.get("config"), dict))
     if not name or "." in name:
         raise ValueError(f"name: expected a text without dots, got {name!r}")
     for field, expected in (("depth", 1), ("eps", 1e-5)):
@@ -295,7 +299,7 @@ def write_adapterhub(
         "config": dict(sorted((_FIXED | _WITHOUT_EFFECT | fields).items())),
         "hidden_size": hidden_size,
         "model_class": type(llama).__name__,
-        "model_name": llama.config.name_or_path,
+        "model_name": base_name(llama),
         "model_type": llama.config.model_type,
         "name": name,
         "version": VERSION,
@@ -307,7 +311,6 @@ def write_adapterhub(
                 key = f"model.layers.{layer}.{_SITES[config.position]}.adapters.{name}.{theirs}.{kind}"
                 # a copy each: safetensors refuses tensors that share memory
                 saved[key] = tensors[f"{layer}.0.{ours}.{kind}"].detach().to("cpu", copy=True).contiguous()
-    directory = Path(directory)
     kept, other = (SAFETENSORS_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFETENSORS_NAME)
     with replacing(directory / kept) as temporary:
         if safetensors:

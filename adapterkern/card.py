@@ -53,12 +53,11 @@ def write_card(
     path = Path(directory) / CARD_NAME
     if path.exists() and MARK.encode() not in path.read_bytes():
         return
-    base = llama.config.name_or_path
-    on_hub = bool(_HUB_NAME.fullmatch(base)) and not os.path.exists(base)
-    shown = base if on_hub else Path(base).name or llama.config.model_type
+    on_hub = hub_name(llama)
+    shown = base_name(llama) or llama.config.model_type
     what = "Bottleneck adapter" if config is not None else "Classification head"
     sections = [
-        f"---\n{_front_matter(base if on_hub else None, llama, training)}\n---",
+        f"---\n{_front_matter(on_hub, llama, training)}\n---",
         f"{MARK}\n\n# {what} for {_text(shown)}",
         _base_section(shown, llama),
     ]
@@ -66,9 +65,20 @@ def write_card(
         sections.append(_adapter_section(config, llama.config.hidden_size))
     if training is not None:
         sections += _training_sections(training)
-    sections += [_loading_section(base if on_hub else None, config, training), _versions_section()]
+    sections += [_loading_section(on_hub, config, training), _versions_section()]
     with replacing(path) as temporary:
         write_text(temporary, "\n\n".join(sections) + "\n")
+
+
+def hub_name(llama: Any) -> str | None:
+    """What the hub calls the backbone; None for one from a folder."""
+    name = llama.config.name_or_path
+    return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
+
+
+def base_name(llama: Any) -> str:
+    """That, or the last part of the folder's path, which is nobody's affair as a whole; or ""."""
+    return hub_name(llama) or Path(llama.config.name_or_path).name
 
 
 def push_folder(

@@ -86,18 +86,26 @@ def write_pair(weights: Path, config: Path, save: Callable[[Path], None], fields
     the earlier pair stands, and from then on :func:`find_weights` finds them under either name.
     """
     waiting = _waiting(weights)
-    with contextlib.suppress(ValueError, FileNotFoundError):  # a configuration that is damaged, or there is none
-        if sha256(waiting) == read_json(config).get("weights_sha256"):
-            waiting.replace(weights)  # of a process that was killed before it came to this
+    if _belong_together(waiting, config):
+        waiting.replace(weights)  # of a process that was killed before it came to this
     try:
         with replacing(config) as described:
             with replacing(waiting) as temporary:
                 save(temporary)
             write_text(described, json_text({**fields, "weights_sha256": sha256(waiting)}))
     except BaseException:
-        waiting.unlink(missing_ok=True)
+        if not _belong_together(waiting, config):  # an interrupt may come between the rename and here
+            waiting.unlink(missing_ok=True)
         raise
     waiting.replace(weights)
+
+
+def _belong_together(weights: Path, config: Path) -> bool:
+    """Whether both files are there and ``config`` names the weights' hash."""
+    try:
+        return sha256(weights) == read_json(config).get("weights_sha256")
+    except (ValueError, FileNotFoundError):  # a configuration that is damaged, or there is none
+        return False
 
 
 def find_weights(weights: Path, config: Path, digest: str) -> Path:
@@ -135,6 +143,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) -> None:
+    """Raise ``ValueError`` if the JSON file at ``path`` is another program's: its only copy, perhaps.
+
+    One that is damaged, or not there, may be written.
+    """
+    try:
+        saved = read_json(path)
+    except (ValueError, FileNotFoundError):
+        return
+    if not owns(saved):
+        raise ValueError(f"{path}: expected {owner}'s or none, got one with the fields {', '.join(sorted(saved)[:6])}")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkern.card import write_card
+from adapterkern.card import base_name, write_card
 from adapterkern.decoder import decoder_layers
-from adapterkern.files import find_weights, read_json, write_pair
+from adapterkern.files import check_owner, find_weights, read_json, write_pair
 from adapterkern.modules import AdapterConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,7 +39,10 @@ def write_adapter(directory: Path, llama: Any, config: AdapterConfig, tensors: M
 
     Raises:
         OSError: a file cannot be written; the message names it, and an earlier adapter in the folder is as it was.
+        ValueError: the folder holds another library's adapter, or ``tensors`` are not those of ``config``.
     """
+    check_owner(directory / CONFIG_NAME, "adapterkern", lambda saved: "format_version" in saved)
+    _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -108,7 +111,7 @@ def _describe(llama: Any) -> dict[str, Any]:
     config = llama.config
     return {
         "model_type": config.model_type,
-        "name_or_path": config.name_or_path,
+        "name_or_path": base_name(llama),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(decoder_layers(llama)),
     }

@@ -37,6 +37,10 @@ from adapterkern.mixing import Decide, DeferredMixture, Mixture, prefix_length
 from adapterkern.modules import Adapter, AdapterConfig
 from adapterkern.pretrained import TRAINER_WEIGHTS, Wrapped
 
+# What Trainer, TRL and accelerate may say to save_pretrained. Only state_dict says something about an adapter.
+_FROM_TRAINER = frozenset(
+    ("state_dict", "safe_serialization", "save_function", "max_shard_size", "push_to_hub", "variant", "token")
+)
 BASE_NAME = "__base__"  # in adapter_names: the bare backbone, as PEFT spells it
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how transformers' generate calls them
 
@@ -423,7 +427,13 @@ class LlamaAdapter(Wrapped):
         transformers' Trainer calls this as it does for every model, with ``is_main_process`` and ``state_dict``: the
         latter None, or gathered from several processes. It then finds ``model.safetensors`` beside them, the adapter by
         its names within this model, which is what a Trainer resumes from.
+
+        Raises:
+            OSError: a file cannot be written. ValueError: there is no such adapter, ``state_dict`` has not all of its
+                tensors, or the folder holds another library's adapter. What was there before stays, then.
         """
+        if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
+            raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
         if not is_main_process:
             return
         name = self._check_name(name)

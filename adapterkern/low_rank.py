@@ -30,12 +30,14 @@ def init_from_weights(
         name: the adapter, by default the active one.
 
     Raises:
-        ValueError: there is no adapter at a layer, or the number or shape of its matrices does not fit. Nothing is
-            changed then.
+        ValueError: there is no adapter at a layer, the number or shape of its matrices does not fit, or one is not
+            finite; or ``adapter_dim`` is larger than d. Nothing is changed then.
     """
     config = model.adapter_config(name)
-    sites = model.adapters[name or model.active_adapter or ""]
+    sites = model.adapters[model._check_name(name)]
     d, count = model.config.hidden_size, len(model.layers)
+    if config.adapter_dim > d:
+        raise ValueError(f"adapter_dim: expected at most hidden_size={d} for matrices, got {config.adapter_dim}")
     chosen: list[tuple[Any, Tensor]] = []
     for layer, given in weights.items():
         site = layer + count if layer < 0 else layer
@@ -45,6 +47,8 @@ def init_from_weights(
         if len(matrices) != config.depth or any(matrix.shape != (d, d) for matrix in matrices):
             shapes = [tuple(matrix.shape) for matrix in matrices]
             raise ValueError(f"weights: expected {config.depth} of shape ({d}, {d}) for layer {layer}, got {shapes}")
+        if not all(matrix.isfinite().all() for matrix in matrices):
+            raise ValueError(f"weights: expected finite numbers, got others for layer {layer}")
         chosen += zip(sites[str(site)], matrices, strict=True)  # type: ignore[index]
     for adapter, matrix in chosen:
         adapter.reset_parameters("svd", matrix)

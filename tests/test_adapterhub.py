@@ -220,3 +220,22 @@ def test_missing_files(tmp_path: Path) -> None:
         ak.LlamaAdapter.from_adapterhub(llama(), path)
     with pytest.raises(FileNotFoundError, match=CONFIG_NAME):
         ak.LlamaAdapter.from_adapterhub(llama(), tmp_path)
+
+
+def test_one_library_s_file_is_not_written_over_the_other_s(tmp_path: Path) -> None:
+    """Both call it adapter_config.json, and so does PEFT."""
+    model = ak.LlamaAdapter(llama(), ak.AdapterConfig(adapter_dim=4))
+    model.save_pretrained(tmp_path / "ours")
+    model.save_adapterhub(tmp_path / "theirs")
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / CONFIG_NAME).write_text('{"peft_type": "LORA", "r": 8}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for save, folder, owner in (
+        (model.save_adapterhub, "ours", "AdapterHub"),
+        (model.save_adapterhub, "peft", "AdapterHub"),
+        (model.save_pretrained, "theirs", "adapterkern"),
+        (model.save_pretrained, "peft", "adapterkern"),
+    ):
+        with pytest.raises(ValueError, match=f"{CONFIG_NAME}: expected {owner}'s or none, got one with the fields"):
+            save(tmp_path / folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before

@@ -1,5 +1,6 @@
 """Backbones that come with hooks, compiled or checkpointed layers, experts, or more than layers: right, or refused."""
 
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -169,3 +170,26 @@ def test_loss_and_generation_settings_are_the_backbone_s() -> None:
     assert model.generate(IDS).shape == (3, 13)
     model.loss_function = lambda **kwargs: torch.tensor(7.0)
     assert model(IDS, labels=IDS).loss == 7
+
+
+def test_a_state_dict_of_other_names_does_not_replace_an_adapter(tmp_path: Path) -> None:
+    """DistributedDataParallel's names begin with "module."."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    state = {f"module.{key}": p for key, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"tensor 1\.0\.down\.bias: expected by adapter_config.json"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(TypeError, match="save_pretrained: unexpected argument 'nam'"):
+        model.save_pretrained(tmp_path, nam="other")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("save", [ak.LlamaAdapter.save_pretrained, ak.LlamaAdapter.save_adapterhub])
+def test_no_path_of_this_machine_is_saved(tmp_path: Path, save: Any) -> None:
+    tiny().save_pretrained(tmp_path / "somebody" / "backbone")
+    llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "somebody" / "backbone")
+    save(adapted(llama), tmp_path / "adapter")
+    described = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert "somebody" not in described
+    assert '"backbone"' in described

@@ -121,6 +121,24 @@ def test_death_between_the_renames_of_a_save(tmp_path: Path, monkeypatch: pytest
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".next")]
 
 
+def test_an_interrupt_right_after_a_save_s_decisive_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn(1.0).save_pretrained(tmp_path)
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Any) -> Path:
+        replaced = replace(path, target)
+        if Path(target).name == CONFIG_NAME:
+            raise KeyboardInterrupt
+        return replaced
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drawn(2.0).save_pretrained(tmp_path)
+    loaded = ak.LlamaAdapter.from_pretrained(tiny_run.model().unload(), tmp_path)
+    assert tiny_run.same_bits(tiny_run.weights(loaded), tiny_run.weights(drawn(2.0)))
+
+
 # Disks
 
 

@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapterkern.card import base_name
 from adapterkern.decoder import decoder_layers, decoder_slice, eval_mode
-from adapterkern.files import read_json, write_json
+from adapterkern.files import write_json
 from adapterkern.llama import LlamaAdapter
 from adapterkern.training import data, distributed, outputs
 from adapterkern.training.checkpoint import CheckpointError
@@ -87,8 +88,8 @@ class _Taught(Task):
         """What a run's numbers depend on beyond its ``TrainConfig``; kept in ``distillation.json``."""
         described = None
         if self.teacher is not None:
-            config = self.teacher.config
-            described = f"{config.name_or_path or type(self.teacher).__name__}, {config.num_hidden_layers} layers"
+            name = base_name(self.teacher) or type(self.teacher).__name__
+            described = f"{name}, {self.teacher.config.num_hidden_layers} layers"
         return {
             "teacher": described,
             "temperature": self.temperature,
@@ -97,9 +98,8 @@ class _Taught(Task):
         }
 
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
-        if config.resume and config.output_dir is not None:
-            path = outputs.newest_checkpoint(Path(config.output_dir)) / outputs.DISTILLATION_CONFIG
-            saved = read_json(path)
+        if before := outputs.settings_to_resume(config, outputs.DISTILLATION_CONFIG):
+            path, saved = before
             for name, now in self.settings.items():
                 if saved.get(name) != now:
                     raise CheckpointError(f"{path}: the run was begun with {name}={saved.get(name)!r}, not {now!r}")

@@ -37,10 +37,13 @@ class AdaptedLayer(nn.Module):
     input_layernorm: Any
     post_attention_layernorm: Any
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         site = self._adapter_site
         if not site.has("attention"):
-            return site.run("layer", super().forward(hidden_states, **kwargs))
+            hidden_states = super().forward(hidden_states, **kwargs)
+            if isinstance(hidden_states, tuple):  # some layers of transformers 4 give more beside it
+                return (site.run("layer", hidden_states[0]), *hidden_states[1:])
+            return site.run("layer", hidden_states)
         attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = site.run("attention", hidden_states + attended)
         # A batch that mixes adapters may have some at both positions.

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adapterkern import cli
 from adapterkern.cli import options
-from adapterkern.training import TrainConfig, corpora
+from adapterkern.training import TrainConfig, corpora, loop
 
 TOPICS = {"fruit": ["apple", "pear", "plum", "cherry"], "metal": ["iron", "copper", "zinc", "silver"]}
 
@@ -76,6 +78,40 @@ def test_train_then_eval_gives_the_same_accuracy(
     assert accuracy(capsys.readouterr().out) > 0.9
 
 
+def test_eval_of_a_checkpoint_of_a_killed_run(
+    model_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It knows where backbone and data are; and a copy elsewhere, which does not, can be told."""
+    step = loop._Run._step
+
+    def killed(self: loop._Run, examples: Any) -> None:
+        if self.state.step == 12:
+            raise KeyboardInterrupt
+        step(self, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", killed)
+        assert cli.main(train_arguments(model_folder, files, tmp_path / "run")) == 130
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert cli.main(["eval", str(checkpoint)]) == 0
+    scored = accuracy(capsys.readouterr().out)
+    with monkeypatch.context() as patch:
+        patch.chdir(checkpoint)
+        assert cli.main(["eval", "."]) == 0
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    both = ["--model", str(model_folder), "--data", str(files[1])]
+    assert cli.main(["eval", str(copy), *both[2:]]) == 1
+    assert "copy/sources.json" in capsys.readouterr().err
+    assert cli.main(["eval", str(copy), *both]) == 0
+    assert accuracy(capsys.readouterr().out) == scored
+    assert cli.main(["eval", str(checkpoint), "--backbone-layers", "0"]) == 1
+    assert "num_layers: expected 1 to 4, got 0" in capsys.readouterr().err
+
+
 def test_demo_on_your_own_files(
     model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,6 +143,7 @@ def test_an_existing_run_is_not_overwritten(
         (["demo", "--train", "x.csv"], "train, eval: expected both files or neither"),
         (["budget", "--model-config", "gpt-5", "--max-params", "1e6"], "--model-config: expected a config.json"),
         (["budget", "--model-config", "llama-7b", "--max-params", "100"], "--max-params: expected at least 20,481"),
+        (["budget", "--model-config", "llama-7b", "--max-params", "8e6", "--depth", "0"], "--depth: expected a whole"),
         (["train", "--model", "/no/such.gguf", "--train", "x", "--output", "{tmp}"], "model: no file /no/such.gguf"),
         (["train", "--model", "./no", "--train", "x", "--output", "{tmp}"], "model: no folder no"),
     ],
@@ -129,6 +166,15 @@ def test_budget_of_llama_7b(capsys: pytest.CaptureFixture[str]) -> None:
 def test_budget_reads_a_config(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["budget", "--model-config", str(model_folder), "--max-params", "1000"]) == 0
     assert "hidden_size=32, 4 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (32, 0), (-1, 4)])
+def test_budget_of_no_shape(shape: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"hidden_size": shape[0], "num_hidden_layers": shape[1]}))
+    assert cli.main(["budget", "--model-config", str(path), "--max-params", "1000"]) == 1
+    message = f"{path}: expected hidden_size and num_hidden_layers from 1 on, got {shape[0]} and {shape[1]}"
+    assert message in capsys.readouterr().err
 
 
 def test_doctor_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:

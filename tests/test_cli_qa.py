@@ -41,6 +41,14 @@ def test_evaluate_gives_what_training_gave(run: Path, capsys: pytest.CaptureFixt
     assert got["total"] == 26
 
 
+def test_evaluate_takes_a_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["qa", "evaluate", str(run)]) == 0
+    expected = shown(capsys.readouterr().out)["exact"]
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    assert cli.main(["qa", "evaluate", str(newest)]) == 0
+    assert shown(capsys.readouterr().out)["exact"] == expected
+
+
 def test_predict_writes_answers_and_candidates(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions = tmp_path / "questions.jsonl"
     row = {"id": "x", "question": "Who came?", "context": "Ann came by the old road. " * 20}

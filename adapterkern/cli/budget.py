@@ -57,12 +57,17 @@ def model_shape(name: str) -> tuple[int, int]:
         )
     config = read_json(path)
     try:
-        return int(config["hidden_size"]), int(config["num_hidden_layers"])
+        shape = int(config["hidden_size"]), int(config["num_hidden_layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected whole numbers hidden_size and num_hidden_layers: {error}") from error
+    if min(shape) < 1:
+        raise ValueError(f"{path}: expected hidden_size and num_hidden_layers from 1 on, got {shape[0]} and {shape[1]}")
+    return shape
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.depth < 1:
+        raise ValueError(f"--depth: expected a whole number from 1 on, got {arguments.depth}")
     hidden_size, num_layers = model_shape(arguments.model_config)
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")
     print(f"{'every':>6} {'adapters':>9} {'adapter_dim':>12} {'parameters':>12} {'of budget':>10}")

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 
 from adapterkern.cli.options import (
     ADAPTER_FIELDS,
@@ -13,6 +12,7 @@ from adapterkern.cli.options import (
     count,
     model_flags,
 )
+from adapterkern.cli.saved import save_run_sources
 from adapterkern.modules import AdapterConfig
 
 HELP = """\
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from adapterkern.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import Sources, load_backbone, save_sources
+    from adapterkern.training.backbone import load_backbone
     from adapterkern.training.distillation import Distillation, KeepBehaviour, WithKept, first_layers
 
     values = vars(arguments)
@@ -90,9 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
             data[name] = data[name] if kept is None else WithKept(values[name], kept)
     else:
         task = Distillation(model, teacher, **settings)
-    result = train(model, data["train"], config, tokenizer=tokenizer, eval_data=data["eval"], task=task)  # type: ignore[arg-type]
-    eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
-    save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
+    result = train(
+        model,
+        data["train"],  # type: ignore[arg-type]
+        config,
+        tokenizer=tokenizer,
+        eval_data=data["eval"],  # type: ignore[arg-type]
+        task=task,
+        on_start=lambda: save_run_sources(arguments),
+    )
     if result.stopped:
         return 130
     for name, value in (result.metrics or {}).items():

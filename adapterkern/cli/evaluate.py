@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import AddCommand, add_backbone_options
-from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics
+from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics, run_sources
 
 
 def add(command: AddCommand) -> None:
@@ -22,9 +22,8 @@ def add(command: AddCommand) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from adapterkern.training import evaluate, load_task
-    from adapterkern.training.backbone import load_sources
 
-    sources = load_sources(arguments.directory)
+    sources = run_sources(arguments)
     config, head = load_task(arguments.directory)
     data = evaluation_data(arguments, sources)
     model, tokenizer = load_saved_model(arguments, sources, config.train_adapters)

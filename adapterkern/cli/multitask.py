@@ -78,13 +78,25 @@ def run(arguments: argparse.Namespace) -> int:
     task: Any = MultiTask(model, list(files), temperature=arguments.temperature)
     train_files: Any = {name: of_task[0] for name, of_task in files.items()}
     eval_files: Any = {name: of_task[1] for name, of_task in files.items() if len(of_task) == 2}
-    result = train(model, train_files, config, tokenizer=tokenizer, eval_data=eval_files or None, task=task)
+
+    def save_run_sources() -> None:
+        for name in files:
+            eval_data = os.path.abspath(eval_files[name]) if name in eval_files else None
+            sources = Sources(arguments.model, arguments.backbone_layers, dtype, eval_data)
+            save_sources(task.folder(config.output_dir, name), sources)
+
+    result = train(
+        model,
+        train_files,
+        config,
+        tokenizer=tokenizer,
+        eval_data=eval_files or None,
+        task=task,
+        on_start=save_run_sources,
+    )
     if result.stopped:
         return 130
     for name in files:
-        eval_data = os.path.abspath(eval_files[name]) if name in eval_files else None
-        sources = Sources(arguments.model, arguments.backbone_layers, dtype, eval_data)
-        save_sources(task.folder(config.output_dir, name), sources)
         if result.metrics is not None and f"{name}/accuracy" in result.metrics:
             loss, accuracy = (result.metrics[f"{name}/{key}"] for key in ("loss", "accuracy"))
             print(f"{name}: loss {loss:.4f}, accuracy {accuracy:.2%}")
@@ -107,7 +119,10 @@ def _adapters(values: dict[str, Any], names: list[str]) -> dict[str, AdapterConf
     for name, text in values["adapters"]:
         if name not in names:
             raise ValueError(f"--adapters: expected a task among {', '.join(names)}, got {name!r}")
-        own[name] = json.loads(text)
+        try:
+            own[name] = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--adapters: expected a JSON object of fields, got {text}: {error}") from error
         if not isinstance(own[name], dict):
             raise ValueError(f"--adapters: expected a JSON object of fields, got {text}")
     shared = {name: values[name] for name in ADAPTER_FIELDS}

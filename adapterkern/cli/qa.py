@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from adapterkern.cli.options import (
     add_training_options,
     model_flags,
 )
-from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics
+from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics, run_sources, save_run_sources
 from adapterkern.modules import AdapterConfig
 
 HELP = """\
@@ -72,7 +71,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     from adapterkern.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import Sources, load_backbone, save_sources
+    from adapterkern.training.backbone import load_backbone
     from adapterkern.training.qa import QuestionAnswering, SpanSettings
 
     values = vars(arguments)
@@ -91,9 +90,15 @@ def run_train(arguments: argparse.Namespace) -> int:
     model = LlamaAdapter(llama, adapters, **model_flags(arguments))
     model.print_trainable_parameters()
     task = QuestionAnswering(model, settings)
-    result = train(model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval, task=task)
-    eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
-    save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
+    result = train(
+        model,
+        arguments.train,
+        config,
+        tokenizer=tokenizer,
+        eval_data=arguments.eval,
+        task=task,
+        on_start=lambda: save_run_sources(arguments),
+    )
     if result.stopped:
         return 130
     print_metrics(result.metrics or {})
@@ -125,11 +130,10 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """The task, its configuration, the tokenizer, and where the run's backbone and data came from."""
-    from adapterkern.training.backbone import load_sources
     from adapterkern.training.outputs import load_config
     from adapterkern.training.qa import QuestionAnswering
 
-    sources = load_sources(arguments.directory)
+    sources = run_sources(arguments)
     config = load_config(arguments.directory)
     model, tokenizer = load_saved_model(arguments, sources, config.train_adapters)
     return QuestionAnswering.from_pretrained(model, arguments.directory), config, tokenizer, sources

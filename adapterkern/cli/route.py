@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 from adapterkern.cli.options import (
@@ -13,7 +12,7 @@ from adapterkern.cli.options import (
     add_training_options,
     model_flags,
 )
-from adapterkern.cli.saved import evaluation_data, load_saved_backbone, print_metrics
+from adapterkern.cli.saved import evaluation_data, load_saved_backbone, print_metrics, run_sources, save_run_sources
 from adapterkern.modules import AdapterConfig
 
 HELP = """\
@@ -80,7 +79,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     from adapterkern.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import Sources, load_backbone, save_sources
+    from adapterkern.training.backbone import load_backbone
     from adapterkern.training.router import RoutingConfig
     from adapterkern.training.routing import RoutedTask
 
@@ -92,9 +91,15 @@ def run_train(arguments: argparse.Namespace) -> int:
     llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
     torch.manual_seed(config.seed)
     task = RoutedTask(LlamaAdapter(llama, adapters, **model_flags(arguments)), routing)
-    result = train(task.model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval, task=task)
-    eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
-    save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
+    result = train(
+        task.model,
+        arguments.train,
+        config,
+        tokenizer=tokenizer,
+        eval_data=arguments.eval,
+        task=task,
+        on_start=lambda: save_run_sources(arguments),
+    )
     if result.stopped:
         return 130
     print_metrics(result.metrics or {})
@@ -105,11 +110,10 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from adapterkern.training import evaluate
-    from adapterkern.training.backbone import load_sources
     from adapterkern.training.outputs import load_config
     from adapterkern.training.routing import RoutedTask
 
-    sources, config = load_sources(arguments.directory), load_config(arguments.directory)
+    sources, config = run_sources(arguments), load_config(arguments.directory)
     data = evaluation_data(arguments, sources)
     llama, tokenizer = load_saved_backbone(arguments, sources)
     task = RoutedTask.from_pretrained(llama, arguments.directory, **model_flags(arguments))

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 
 from adapterkern.cli.options import (
     ADAPTER_FIELDS,
@@ -12,6 +11,7 @@ from adapterkern.cli.options import (
     add_training_options,
     model_flags,
 )
+from adapterkern.cli.saved import save_run_sources
 from adapterkern.modules import AdapterConfig
 
 HELP = """\
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from adapterkern.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, distributed, train
-    from adapterkern.training.backbone import Sources, load_backbone, save_sources
+    from adapterkern.training.backbone import load_backbone
 
     values = vars(arguments)
     config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})
@@ -51,11 +51,16 @@ def run(arguments: argparse.Namespace) -> int:
     torch.manual_seed(config.seed)
     model = LlamaAdapter(llama, adapters, **model_flags(arguments))
     model.print_trainable_parameters()
-    result = train(model, arguments.train, config, tokenizer=tokenizer, eval_data=arguments.eval)
+    result = train(
+        model,
+        arguments.train,
+        config,
+        tokenizer=tokenizer,
+        eval_data=arguments.eval,
+        on_start=lambda: save_run_sources(arguments),
+    )
     if distributed.rank() > 0:
         return 130 if result.stopped else 0
-    eval_data = None if arguments.eval is None else os.path.abspath(arguments.eval)
-    save_sources(config.output_dir or ".", Sources(arguments.model, arguments.backbone_layers, dtype, eval_data))
     if result.stopped:
         return 130
     print(f"saved in {config.output_dir}: {result.steps} steps in {result.seconds:.0f} s")

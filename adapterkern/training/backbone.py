@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapterkern.decoder import decoder_layers
 from adapterkern.files import read_json, write_json
+from adapterkern.training.checkpoint import FOLDER
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,8 +84,20 @@ def save_sources(directory: str | os.PathLike[str], sources: Sources) -> None:
 
 
 def load_sources(directory: str | os.PathLike[str]) -> Sources:
-    """Read it back. Raises ``FileNotFoundError``, or ``ValueError`` that names the file and the field."""
+    """Read it back; a checkpoint's is its run's.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged; the message names file and field.
+    """
     path = Path(directory) / SOURCES_NAME
+    if not path.exists():
+        step = Path(os.path.abspath(directory))
+        while step != step.parent:
+            if step.parent.name == FOLDER and step.name.startswith("step-"):
+                inside = Path(os.path.abspath(directory)).relative_to(step)  # tasks/NAME, or nothing
+                path = step.parent.parent / inside / SOURCES_NAME
+                break
+            step = step.parent
     saved = read_json(path)
     kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None}
     for name, kind in kinds.items():

@@ -28,8 +28,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adapterkern.files import flush, read_json, replacing, sha256, write_json
+from adapterkern.llama import LlamaAdapter
 from adapterkern.training import distributed
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
@@ -54,11 +56,46 @@ class TrainingState:
     scaler: Any  # a torch GradScaler or None
     config: TrainConfig
     data_fingerprint: str
+    # "task", "adapters", "backbone": what else makes the run this one and no other; compared where both sides say it.
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     prefix_cached: bool = False
     window: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)  # (loss, norm) not logged yet
+
+
+_SHAPES = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_SAMPLES = 64  # values of each of the backbone's parameters
+
+
+def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
+    """The backbone's shape, and SHA-256 over a sample of its weights: a moment's work whatever its size.
+
+    The weights are left out (None) where this process does not have them all: split or offloaded.
+    """
+    described = {name: getattr(model.config, name, None) for name in _SHAPES}
+    parameters = [part for p in model.decoder.parameters() for part in _plain(p.detach())]
+    if distributed.is_sharded(model) or any(p.is_meta for p in parameters):
+        return described | {"weights": None}
+    digest = hashlib.sha256()
+    for p in parameters:
+        flat = p.reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].contiguous()
+        digest.update(f"{tuple(p.shape)} {p.dtype}".encode())
+        digest.update(some.view(torch.uint8).cpu().numpy().tobytes())
+    return described | {"weights": digest.hexdigest()}
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor is made of: torchao's quantised ones have several, another is its only one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
 
 
 class Whole(NamedTuple):
@@ -216,11 +253,16 @@ def _described(state: TrainingState, whole: Whole) -> dict[str, Any]:
         "window": state.window,
         "config": state.config.to_dict(),
         "data_fingerprint": state.data_fingerprint,
+        **state.origin,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "optimizer_state": {name: sorted(values) for name, values in whole.optimizer.items()},
         "parameters": {name: list(p.shape) for name, p in whole.parameters.items()},
     }
+
+
+# Not in checkpoints of older versions, which are taken as they are.
+_ORIGIN: dict[str, type] = {"task": str, "adapters": list, "backbone": dict}
 
 
 def _check_fields(path: Path, saved: dict[str, Any]) -> None:
@@ -243,9 +285,15 @@ def _check_fields(path: Path, saved: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         if type(saved.get(name)) not in kind:
             raise CheckpointError(f"{path}: field {name!r} is missing or of a wrong type")
+    for name, of_kind in _ORIGIN.items():
+        if name in saved and type(saved[name]) is not of_kind:
+            raise CheckpointError(f"{path}: field {name!r} is of a wrong type")
 
 
 def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> None:
+    origin = state.origin
+    if "task" in saved and saved["task"] != origin.get("task", saved["task"]):
+        raise CheckpointError(f"{path}: the run was begun with another task: {saved['task']}, not {origin['task']}")
     now = state.config.to_dict()
     for name in sorted((now.keys() | saved["config"].keys()) - FREE_ON_RESUME):
         if now.get(name) != saved["config"].get(name):
@@ -263,6 +311,23 @@ def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> 
             f"{path}: another model: parameter {name} had shape {saved['parameters'].get(name)}, "
             f"and has {shapes.get(name)}"
         )
+    # As many, since their parameters have the same names.
+    both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
+    for number, (before, adapter) in enumerate(both):
+        # All values are the checkpoint's: how they were first made is no matter.
+        for name in sorted(before.keys() - {"init"}):
+            if before[name] != adapter.get(name):
+                raise CheckpointError(
+                    f"{path}: the run was begun with {name}={before[name]!r} in trained adapter {number}, "
+                    f"not {adapter.get(name)!r}"
+                )
+    backbone = origin.get("backbone", {})
+    for name in sorted(backbone.keys() & saved.get("backbone", {}).keys()):
+        value, now_is = saved["backbone"][name], backbone[name]
+        if name == "weights" and None not in (value, now_is) and value != now_is:
+            raise CheckpointError(f"{path}: the run was begun with other weights in the backbone")
+        if name != "weights" and value != now_is:
+            raise CheckpointError(f"{path}: the run was begun with a backbone of {name}={value!r}, not {now_is!r}")
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: TrainingState) -> None:

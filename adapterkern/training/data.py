@@ -46,17 +46,11 @@ class Batch(NamedTuple):
 
 
 def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
-    """The set of labels that the rows have, numbers in numerical order and anything else in alphabetical order.
-
-    Raises:
-        DataError: fewer than two.
-    """
+    """The set of labels that the rows have, numbers in numerical order and anything else in alphabetical order."""
     names = {_label(row.values.get(config.label_column)) for row in rows} - {None}
     labels = sorted(n for n in names if n is not None)
     if all(_WHOLE_NUMBER.fullmatch(name) for name in labels):
         labels.sort(key=int)
-    if len(labels) < 2:
-        raise DataError(f"column {config.label_column!r}: expected at least two different labels, got {labels}")
     return labels
 
 
@@ -75,12 +69,13 @@ def load_examples(
         the examples, and the label names (none for causal-lm).
 
     Raises:
-        DataError: naming each bad row by file and line, unless ``config.skip_bad_rows``; or if no row is left.
+        DataError: naming each bad row by file and line, unless ``config.skip_bad_rows``; or if no row is left, or all
+            have one label.
     """
     bad = BadRows(source_name(data))
     rows = read_rows(data, bad)
     if config.task == "classification":
-        names = list(labels) if labels is not None else label_names(rows, config) if rows else []
+        names = list(labels) if labels is not None else label_names(rows, config)
         examples = _classification(rows, config, tokenizer, names, bad)
     else:
         names = []
@@ -88,6 +83,10 @@ def load_examples(
     bad.settle(config.skip_bad_rows)
     if not examples:
         raise DataError(f"{source_name(data)}: no rows")
+    if config.task == "classification" and labels is None and len(names) < 2:
+        raise DataError(
+            f"{source_name(data)}: column {config.label_column!r}: expected at least two different labels, got {names}"
+        )
     return examples, names
 
 

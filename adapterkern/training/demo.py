@@ -5,6 +5,7 @@ fetches both.
 """
 
 import dataclasses
+import functools
 import os
 import time
 from pathlib import Path
@@ -74,8 +75,16 @@ def run_demo(
         config = dataclasses.replace(
             TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
         )
-        result = train(adapted, train_file, config, tokenizer=tokenizer, eval_data=eval_file, cache=cache)
-        save_sources(output / folder, Sources(source, num_layers, eval_data=os.fspath(eval_file.resolve())))
+        sources = Sources(source, num_layers, eval_data=os.fspath(eval_file.resolve()))
+        result = train(
+            adapted,
+            train_file,
+            config,
+            tokenizer=tokenizer,
+            eval_data=eval_file,
+            cache=cache,
+            on_start=functools.partial(save_sources, output / folder, sources),
+        )
         if result.stopped:
             return runs
         runs.insert(0, _line(name, result))

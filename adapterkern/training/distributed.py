@@ -81,6 +81,30 @@ def on_first(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def each(work: Callable[[], T]) -> T:
+    """What ``work``, in which no process waits for another, gives on this one. What it raises on one, all raise.
+
+    Raises:
+        RuntimeError: on the other processes, with the first failing one's number and error as its text.
+    """
+    if count() == 1:
+        return work()
+    results: list[T] = []
+    failure: BaseException | None = None
+    try:
+        results.append(work())
+    except BaseException as error:  # as in `on_first`
+        failure = error
+    told: list[str | None] = [None] * count()
+    dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for number, problem in enumerate(told):
+        if problem is not None:
+            raise RuntimeError(f"process {number}: {problem}")
+    return results[0]
+
+
 def summed(batches: Sequence[T], of: Callable[[T], Tensor], device: torch.device) -> Tensor:
     """Σ of(batch) over all batches, each computed by one of the processes: fp64, on the CPU."""
     results = []

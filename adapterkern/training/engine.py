@@ -62,6 +62,7 @@ class Engine:
 
     def start(self) -> None:
         """Put the module together that exchanges gradients, now that everything has its value."""
+        self.task.zero_grad()  # of whatever was before, an earlier run's broken step for one
         # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
         self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
         self.run = self.accelerator.prepare_model(self.task, evaluation_mode=True)
@@ -82,7 +83,8 @@ class Engine:
             p.requires_grad_(id(p) in trained)
 
     def end(self) -> None:
-        """What asked for a gradient before the run does so again."""
+        """What asked for a gradient before the run does so again; none is left."""
+        self.task.zero_grad()
         for p in self._asked:
             p.requires_grad_(True)
 

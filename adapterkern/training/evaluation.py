@@ -6,7 +6,7 @@ from adapterkern.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Rows
 from adapterkern.training.heads import ClassificationHead
-from adapterkern.training.precision import make_accelerator
+from adapterkern.training.precision import left_as_found, make_accelerator
 from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.task import Feed, Task, run_evaluation
 
@@ -37,7 +37,7 @@ def evaluate(
         task = Task(model, None if head is None else head.to(model.device))
     examples = task.load(eval_data, config, tokenizer)
     accelerator = make_accelerator(config.precision, model.device)
-    with task.running(config):
+    with task.running(config), left_as_found(task):
         feed = Feed(task, config, cache)
         if cache is not None and choose_cache(model, config, examples, passes=2)[0]:
             feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from adapterkern.llama import LlamaAdapter
 from adapterkern.training import checkpoint, data, distributed, outputs
@@ -29,7 +31,7 @@ from adapterkern.training.data import Example, Rows
 from adapterkern.training.engine import Engine
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.interrupt import StopRequest
-from adapterkern.training.precision import make_accelerator
+from adapterkern.training.precision import left_as_found, make_accelerator
 from adapterkern.training.prefix import PrefixCache, choose_cache
 from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
 from adapterkern.training.results import NonFiniteError, TrainResult
@@ -48,6 +50,7 @@ def train(
     head: ClassificationHead | None = None,
     cache: PrefixCache | None = None,
     task: Task | None = None,
+    on_start: Callable[[], object] | None = None,
 ) -> TrainResult:
     """Train the active adapter, with a classification head or as a language model.
 
@@ -61,6 +64,8 @@ def train(
             Over several processes each has its own, of the texts that it trains on.
         task: another kind of training than ``config.task``, over the same ``model``; see :class:`Task`. It has its own
             head, and reads the data.
+        on_start: called once, in the first process, when all has been checked and an earlier run replaced: for files of
+            one's own in ``output_dir``, which are there also when the run is killed.
 
     Returns:
         a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True, and with an ``output_dir`` a
@@ -86,9 +91,9 @@ def train(
     train_set = task.load(train_data, config, tokenizer)
     eval_set = [] if eval_data is None else task.load(eval_data, config, tokenizer)
     set_seed(config.seed)
-    with task.running(config):
+    with left_as_found(task), task.running(config):
         sources = source_name(train_data), None if eval_data is None else source_name(eval_data)
-        return _Run(task, train_set, eval_set, config, cache, sources, accelerator).go()
+        return _Run(task, train_set, eval_set, config, cache, sources, accelerator).go(on_start)
 
 
 @dataclasses.dataclass
@@ -119,8 +124,13 @@ class _Run:
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        # Refuses what it cannot order, before an earlier run is replaced.
+        self.order = 0, task.order(train_set, config, 0)  # an epoch's number, and its order of rows
+        backbone = checkpoint.describe_backbone(self.model)  # while this process has all of it
         zero = accelerator.distributed_type is DistributedType.DEEPSPEED
         self.engine = (Zero if zero else Engine)(task, config, accelerator, self.total_steps)
+        # FSDP2 makes the task's class one of its own.
+        self.kind = next(c.__name__ for c in type(task).__mro__ if not issubclass(c, FSDPModule))
         self.state = checkpoint.TrainingState(
             self.engine.parameters,
             self.engine.optimizer,
@@ -128,9 +138,9 @@ class _Run:
             accelerator.scaler,
             config,
             data.fingerprint(train_set),
+            {"task": self.kind, "adapters": self._trained_adapters(), "backbone": backbone},
         )
         self.feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
-        self.order: tuple[int, list[int]] | None = None  # an epoch's number, and its order of rows
         self.pending: list[_Step] = []
         self.window_tokens = self.tokens = 0
         self.window_seconds = self.seconds = self.prefix_seconds = self.eval_seconds = 0.0
@@ -139,13 +149,19 @@ class _Run:
         self.metrics_step = 0
         self.checkpoint: Path | None = None
 
-    def go(self) -> TrainResult:
+    def _trained_adapters(self) -> list[dict[str, Any]]:
+        """The configurations of the adapters that are trained, whatever they are called."""
+        owners = {id(p): name for name in self.model.adapters for p in self.model.adapters[name].parameters()}
+        names = dict.fromkeys(owners[id(p)] for p in self.engine.parameters.values() if id(p) in owners)
+        return [self.model.adapter_config(name).to_dict() for name in names]
+
+    def go(self, on_start: Callable[[], object] | None) -> TrainResult:
         config, state = self.config, self.state
         if config.resume:
             assert self.output_dir is not None  # TrainConfig has checked it
             self.checkpoint = outputs.newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
-        was_training = self.model.training
+        distributed.on_first(lambda: self._prepare_files(on_start))
         try:
             self.engine.start()
             with (
@@ -154,7 +170,7 @@ class _Run:
             ):
                 if state.step:
                     report.say(f"resumed from {self.checkpoint}")
-                self._fill_cache(report, stop)
+                distributed.each(lambda: self._fill_cache(report, stop))
                 self.engine.run.train()
                 while state.step < self.total_steps and not self._stopped(stop):
                     self._timed_step(report)
@@ -164,7 +180,6 @@ class _Run:
                 else:
                     self._finish(report)
         finally:
-            self.model.train(was_training)
             self.engine.end()
         return TrainResult(
             steps=state.step,
@@ -183,10 +198,16 @@ class _Run:
             checkpoint=self.checkpoint,
         )
 
+    def _prepare_files(self, on_start: Callable[[], object] | None) -> None:
+        outputs.remove_earlier_run(self.config)
+        if on_start is not None:
+            on_start()
+
     def _reporter(self) -> Reporter:
-        first = distributed.rank() == 0
-        directory = self.output_dir if first else None
-        return Reporter(directory, self.total_steps, self.state.step, self.config.progress and first)
+        made: list[Reporter] = []  # it cannot be sent: every process has its own
+        steps = self.total_steps, self.state.step
+        distributed.on_first(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
+        return made[0] if made else Reporter(None, *steps, show=False)
 
     def _stopped(self, stop: StopRequest) -> bool:
         """Whether a process has been asked to stop; told where the device is waited for anyway."""
@@ -252,7 +273,7 @@ class _Run:
 
     def _examples(self, step: int) -> list[Example]:
         epoch, index = divmod(step, self.steps_per_epoch)
-        if self.order is None or self.order[0] != epoch:
+        if self.order[0] != epoch:
             self.order = epoch, self.task.order(self.train_set, self.config, epoch)
         rows = self.config.rows_per_step
         return [self.train_set[i] for i in self.order[1][index * rows : (index + 1) * rows]]
@@ -352,7 +373,7 @@ class _Run:
         self.task.save(directory, self.config)
         data, eval_data = self.sources
         described = {
-            "task": self.config.task if type(self.task) is Task else type(self.task).__name__,
+            "task": self.config.task if self.kind == Task.__name__ else self.kind,
             "data": os.path.basename(data),
             "examples": len(self.train_set),
             "steps": self.state.step,

@@ -40,9 +40,9 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Example, Rows
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimizer import make_optimizer
+from adapterkern.training.precision import left_as_found
 from adapterkern.training.task import Feed, Inputs, Task
 
-SETTINGS_NAME = "multitask.json"
 FORMAT_VERSION = 1
 _MEMBERS = "members/"  # + a task's name: in a batch, which of the targets are that task's
 
@@ -124,6 +124,11 @@ class MultiTask(Task):
             raise ValueError("train_adapters: expected True: heads alone have nothing to mix, got False")
         if unknown := [name for name in rows if name not in self.names]:
             raise ValueError(f"data: expected tasks among {', '.join(self.names)}, got {unknown[0]!r}")
+        if not rows:
+            raise ValueError(f"data: expected rows of tasks among {', '.join(self.names)}, got none")
+        headless = [name for name in self.names if name not in rows and name not in self.heads]
+        if headless and config.task == "classification":
+            raise ValueError(self._missing(headless[0]))
         examples = []
         for number, name in enumerate(self.names):
             if name in rows:
@@ -132,9 +137,10 @@ class MultiTask(Task):
                 examples += [TaskExample(*example, mine) for example in one.load(rows[name], config, tokenizer)]
                 if one.head is not None:
                     self.heads[name] = one.head
-            elif config.task == "classification" and name not in self.heads:
-                raise ValueError(f"data: expected rows of all tasks, {', '.join(self.names)}; {name!r} is missing")
         return examples
+
+    def _missing(self, name: str) -> str:
+        return f"data: expected rows of all tasks, {', '.join(self.names)}; {name!r} is missing"
 
     def collate(self, examples: Sequence[TaskExample], config: TrainConfig) -> Inputs:  # type: ignore[override]
         """A batch; ``choice`` (B,) is each row's task among those that are present, in the order of their members.
@@ -153,7 +159,10 @@ class MultiTask(Task):
         return batch | {"choice": torch.from_numpy(choice.astype(np.int64))} | members
 
     def order(self, examples: Sequence[TaskExample], config: TrainConfig, epoch: int) -> list[int]:  # type: ignore[override]
+        """Raises ``ValueError`` for a task without a row: it would be saved as if it had learnt something."""
         rows = [[i for i, e in enumerate(examples) if e.task[0] == number] for number in range(len(self.names))]
+        if [] in rows:
+            raise ValueError(self._missing(self.names[rows.index([])]))
         counts = shares([len(of_task) for of_task in rows], self.temperature)
         placed = []
         for of_task, count in zip(rows, counts, strict=True):
@@ -178,9 +187,9 @@ class MultiTask(Task):
 
     def running(self, config: TrainConfig) -> AbstractContextManager[None]:
         """All tasks' adapters; refuses to resume a run that was begun with another sampling."""
-        if config.resume and config.output_dir is not None:
-            path = outputs.newest_checkpoint(Path(config.output_dir)) / outputs.TASKS_FOLDER / SETTINGS_NAME
-            if (saved := read_json(path)) != self._settings():
+        if before := outputs.settings_to_resume(config, outputs.MULTITASK_CONFIG):
+            path, saved = before
+            if saved != self._settings():
                 raise CheckpointError(f"{path}: the run was begun with {saved}, not {self._settings()}")
         # No batch yet: this is for `prefix_length`, the least over all tasks.
         return self.model.mixing(self.names, torch.empty(0, dtype=torch.int64, device=self.model.device))
@@ -302,12 +311,11 @@ class MultiTask(Task):
             for tokens, number in zip(ids, map(self.names.index, tasks), strict=True)
         ]
         size, feed = config.eval_batch_size or config.batch_size, Feed(self, config, None)
-        was_training = self.training
-        self.eval()
         predictions = []
-        for start in range(0, len(examples), size):
-            predictions += self._predict(feed(examples[start : start + size]), tasks[start : start + size])  # type: ignore[arg-type]
-        self.train(was_training)
+        with left_as_found(self):
+            self.eval()
+            for start in range(0, len(examples), size):
+                predictions += self._predict(feed(examples[start : start + size]), tasks[start : start + size])  # type: ignore[arg-type]
         return predictions
 
     def _predict(self, batch: Any, tasks: Sequence[str]) -> list[Prediction]:
@@ -327,7 +335,7 @@ class MultiTask(Task):
         """A folder a task, ``tasks/NAME``, as a training of that task alone would leave it; and their names."""
         for name in self.names:
             outputs.save_task(self.folder(directory, name), self.model, self._head(name), config, name)
-        write_json(directory / outputs.TASKS_FOLDER / SETTINGS_NAME, self._settings())
+        write_json(directory / outputs.MULTITASK_CONFIG, self._settings())
 
     def _settings(self) -> dict[str, Any]:
         temperature = None if math.isinf(self.temperature) else self.temperature  # JSON has no infinity
@@ -348,7 +356,8 @@ class MultiTask(Task):
             FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
         """
         folder = Path(directory) / outputs.TASKS_FOLDER
-        path, saved = folder / SETTINGS_NAME, read_json(folder / SETTINGS_NAME)
+        path = Path(directory) / outputs.MULTITASK_CONFIG
+        saved = read_json(path)
         names, temperature = saved.get("tasks"), saved.get("temperature", 0)
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")

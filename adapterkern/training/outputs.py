@@ -6,6 +6,7 @@
     README.md                                         the model card
     tasks/NAME/...                                    instead, for several tasks: those three of each
     metrics.jsonl, training.png, checkpoints/         see report.py and checkpoint.py
+    sources.json                                      from a command: where backbone and evaluation data are
 
 A checkpoint's folder holds the first four as well, and can be used in the same way.
 """
@@ -16,11 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from adapterkern.card import CARD_NAME, Training, push_folder, write_card
+from adapterkern.card import CARD_NAME, MARK, Training, push_folder, write_card
 from adapterkern.files import read_json, remove_temporaries, write_json
 from adapterkern.folder import CONFIG_NAME, WEIGHTS_NAME
 from adapterkern.llama import LlamaAdapter
-from adapterkern.training.checkpoint import FOLDER, checkpoints, remove_leftovers
+from adapterkern.training.backbone import SOURCES_NAME
+from adapterkern.training.checkpoint import FOLDER, CheckpointError, checkpoints, remove_leftovers
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.report import METRICS_NAME, PLOT_NAME
@@ -29,6 +31,7 @@ TASK_NAME = "task.json"
 TASKS_FOLDER = "tasks"
 ROUTING_WEIGHTS, ROUTING_CONFIG = "routing.safetensors", "routing_config.json"
 DISTILLATION_CONFIG = "distillation.json"
+MULTITASK_CONFIG = f"{TASKS_FOLDER}/multitask.json"
 FORMAT_VERSION = 1
 _FILES = (
     *(METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS_NAME, CONFIG_NAME),
@@ -37,7 +40,7 @@ _FILES = (
 
 
 def prepare_folder(config: TrainConfig) -> None:
-    """Make ``output_dir``; with ``overwrite`` remove an earlier run's files from it, and no others.
+    """Make ``output_dir``, and see that this run may write there. Of an earlier run nothing is removed yet.
 
     Raises:
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
@@ -54,17 +57,28 @@ def prepare_folder(config: TrainConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=directory):
         pass
-    found = [directory / name for name in (*_FILES, FOLDER, TASKS_FOLDER) if (directory / name).exists()]
+    # By itself sources.json is no run: it is there before the first checkpoint.
+    found = [name for name in (*_FILES, FOLDER, MULTITASK_CONFIG) if (directory / name).exists()]
     if found and not config.overwrite:
         raise FileExistsError(
-            f"output_dir: {directory} holds an earlier run ({found[0].name}): resume it (resume=True, --resume), "
+            f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True, --resume), "
             "replace it (overwrite=True, --overwrite), or name another folder"
         )
-    for path in found:
+
+
+def remove_earlier_run(config: TrainConfig) -> None:
+    """With ``overwrite``, remove an earlier run's files from ``output_dir``, and no others: its card, not another."""
+    if config.output_dir is None or not config.overwrite:
+        return
+    directory = Path(config.output_dir)
+    for path in (directory / name for name in (*_FILES, SOURCES_NAME, FOLDER, TASKS_FOLDER)):
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
+    card = directory / CARD_NAME
+    if card.exists() and MARK.encode() in card.read_bytes():
+        card.unlink()
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -73,6 +87,21 @@ def newest_checkpoint(output_dir: Path) -> Path:
     if not found:
         raise FileNotFoundError(f"resume: expected a checkpoint in {output_dir / FOLDER}, found none")
     return found[-1]
+
+
+def settings_to_resume(config: TrainConfig, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """Where the run to resume has its settings of a kind of task, and what they are; None where none is resumed.
+
+    Raises:
+        CheckpointError: it has none: it is of another kind. ValueError: they are damaged.
+    """
+    if not config.resume or config.output_dir is None:
+        return None
+    path = newest_checkpoint(Path(config.output_dir)) / name
+    try:
+        return path, read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing: the run was begun with another kind of task") from error
 
 
 def save_task(
@@ -87,6 +116,11 @@ def save_task(
         model.save_pretrained(directory, name)
     if head is not None:
         head.save_pretrained(directory)
+    save_config(directory, config)
+
+
+def save_config(directory: Path, config: TrainConfig) -> None:
+    """Write ``task.json``."""
     # Where the run wrote is nobody's business where the folder goes.
     saved = config.to_dict() | {"output_dir": None}
     write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "config": saved})

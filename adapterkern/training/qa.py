@@ -31,7 +31,7 @@ from adapterkern.training import data, outputs
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import Rows
 from adapterkern.training.heads import read_head_config, read_head_weights, write_head
-from adapterkern.training.precision import make_accelerator
+from adapterkern.training.precision import left_as_found, make_accelerator
 from adapterkern.training.rows import BadRows, DataError, source_name
 from adapterkern.training.spans import Window, best_spans, cut
 from adapterkern.training.squad import Question, read_questions, score
@@ -237,7 +237,7 @@ class QuestionAnswering(Task):
         """An answer to each question, labelled or not, by its id."""
         windows = self._windows(rows, config, tokenizer, labelled=False)
         accelerator = make_accelerator(config.precision, self.model.device)
-        with self.running(config), torch.no_grad():
+        with self.running(config), left_as_found(self), torch.no_grad():
             run = accelerator.prepare_model(self.eval(), evaluation_mode=True)
             return self._answer(run, windows, Feed(self, config, None), config)[1]
 

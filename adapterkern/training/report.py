@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from adapterkern.files import replacing
+from adapterkern.training import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ PLOT_NAME = "training.png"
 
 class Reporter:
     """Shows and records a run; a context manager around it.
+
+    Of several processes each has one, and all record the same lines at the same steps: where the first one's cannot be
+    written, all raise.
 
     Args:
         directory: where ``metrics.jsonl`` goes; None records in ``history`` alone.
@@ -109,12 +113,16 @@ class Reporter:
 
     def _record(self, record: dict[str, Any]) -> None:
         self.history.append(record)
-        if self.path is not None:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise OSError(error.errno, f"not written: {error.strerror}", os.fspath(self.path)) from error
+        distributed.on_first(lambda: self._write(record))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"not written: {error.strerror}", os.fspath(self.path)) from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

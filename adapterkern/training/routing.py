@@ -83,6 +83,8 @@ class RoutedTask(Task):
         if first is None:
             raise ValueError("model: expected an active adapter to be the first expert, got none; see set_adapter")
         self.experts = [first, *(f"expert-{i}" for i in range(1, self.routing.experts))]
+        if taken := [name for name in self.experts[1:] if name in model.adapters]:  # then none is added
+            raise ValueError(f"model: expected a new name, got {taken[0]!r}, which exists")
         for name in self.experts[1:]:
             model.add_adapter(name, model.adapter_config(first))
         self.router = Router(model.config.hidden_size, self.routing).to(model.device)
@@ -191,14 +193,20 @@ class RoutedTask(Task):
         with torch.no_grad(), self.routed(mask):
             return self.model.generate(input_ids, attention_mask=mask, **kwargs)
 
-    def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def running(self, config: TrainConfig) -> Iterator[None]:
         """As :meth:`Task.running`; refuses to resume a run that was begun with another :class:`RoutingConfig`."""
-        if config.resume and config.output_dir is not None:
-            path = outputs.newest_checkpoint(Path(config.output_dir)) / ROUTING_CONFIG
-            saved = read_json(path).get("routing")
-            if saved != dataclasses.asdict(self.routing):
-                raise CheckpointError(f"{path}: the run was begun with routing {saved}, not {self.routing}")
-        return super().running(config)
+        if before := outputs.settings_to_resume(config, ROUTING_CONFIG):
+            path, saved = before
+            if saved.get("routing") != dataclasses.asdict(self.routing):
+                raise CheckpointError(
+                    f"{path}: the run was begun with routing {saved.get('routing')}, not {self.routing}"
+                )
+        try:
+            with super().running(config):
+                yield
+        finally:
+            self._step = self._drawn = self._route = None  # of a step that was broken off
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
         if not config.train_adapters:
@@ -230,8 +238,7 @@ class RoutedTask(Task):
         write_json(directory / ROUTING_CONFIG, fields)
         if self.head is not None:
             self.head.save_pretrained(directory)
-        described = {"format_version": outputs.FORMAT_VERSION, "config": config.to_dict()}
-        write_json(directory / outputs.TASK_NAME, described)
+        outputs.save_config(directory, config)
 
     @classmethod
     def from_pretrained(

@@ -61,6 +61,7 @@ class Zero(Engine):
         return self.accelerator.state.deepspeed_plugin.deepspeed_config
 
     def start(self) -> None:
+        self.task.zero_grad()
         self._ask_for_trained_only()
         rows = self.config.batch_size
         self._settings().update(
@@ -95,10 +96,6 @@ class Zero(Engine):
         for name, state in loaded.items():
             for key in _MOMENTS:
                 safe_set_full_optimizer_state(self.parameters[name], state[key], key)
-
-    def end(self) -> None:
-        super().end()
-        vars(self.task).pop("forward", None)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.run.set_gradient_accumulation_boundary(is_boundary=last)

@@ -11,6 +11,7 @@ from adapterkern.llama import LlamaAdapter
 from adapterkern.training import CheckpointError, TrainResult, load_task, read_metrics, train
 from adapterkern.training import checkpoint as checkpoint_module
 from adapterkern.training.checkpoint import checkpoints
+from adapterkern.training.task import Task
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(22)
@@ -194,6 +195,45 @@ def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
         run(tmp_path, rows=ROWS[::-1], max_steps=2, resume=True)
     with pytest.raises(CheckpointError, match=r"another model: parameter adapter\.2\.0\.down\.bias had shape \[8\]"):
         run(tmp_path, tiny_run.model(adapter_dim=4), max_steps=2, resume=True)
+
+
+def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
+    """Of the same parameters' names and shapes."""
+    run(tmp_path, max_steps=2)
+
+    class Another(Task):
+        pass
+
+    config, model = tiny_run.quiet(output_dir=tmp_path, max_steps=2, resume=True), tiny_run.model()
+    with pytest.raises(CheckpointError, match="begun with another task: Task, not Another"):
+        train(model, ROWS, config, tokenizer=TOKENIZER, task=Another(model))
+    for adapter, message in (
+        ({"activation": "gelu"}, "activation='silu' in trained adapter 0, not 'gelu'"),
+        ({"position": "attention"}, "position='layer' in trained adapter 0, not 'attention'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run(tmp_path, tiny_run.model(**adapter), max_steps=2, resume=True)
+    with pytest.raises(CheckpointError, match="begun with other weights in the backbone"):
+        run(tmp_path, tiny_run.model(seed=5), max_steps=2, resume=True)
+    narrower = tiny_run.model()
+    narrower.config.num_key_value_heads = 1
+    with pytest.raises(CheckpointError, match="a backbone of num_key_value_heads=2, not 1"):
+        run(tmp_path, narrower, max_steps=2, resume=True)
+    assert run(tmp_path, tiny_run.model(init="xavier"), max_steps=2, resume=True).steps == 2
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_resumes(tmp_path: Path) -> None:
+    """As version 0.1 wrote them."""
+    result = run(tmp_path, max_steps=2)
+    assert result.checkpoint is not None
+    path = result.checkpoint / "state.json"
+    older = {
+        name: value
+        for name, value in json.loads(path.read_text()).items()
+        if name not in ("task", "adapters", "backbone", "sha256")
+    }
+    path.write_text(json.dumps(older | {"sha256": checkpoint_module._digest(older)}))
+    assert run(tmp_path, max_steps=2, resume=True).steps == 2
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

@@ -59,8 +59,15 @@ def test_bad_rows_of_a_file_have_its_line(tmp_path: Path) -> None:
 
 
 def test_one_label_is_no_task() -> None:
-    with pytest.raises(DataError, match="at least two different labels"):
+    with pytest.raises(DataError, match="data: column 'label': expected at least two different labels, got \\['a'\\]"):
         load([{"text": "w1", "label": "a"}])
+
+
+def test_a_label_column_that_is_not_there_is_named_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,topic\nw1,a\nw2,b\n")
+    with pytest.raises(DataError, match=r"2 bad rows:\n  .*a\.csv:2: column 'label' is missing"):
+        load(path)
 
 
 def test_no_rows() -> None:

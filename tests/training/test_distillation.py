@@ -1,5 +1,6 @@
 """The two tasks that learn from soft labels: what they compute, what they train, and the command."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -293,6 +294,19 @@ def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, t
         torch.set_num_threads(threads)
     saved = json.loads((tmp_path / "run" / outputs.DISTILLATION_CONFIG).read_text())
     assert saved == {"teacher": None, "temperature": 2.0, "weight": 0.5, "divergence": "kl"}
+
+
+def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
+    """Neither a plain one as a distillation, nor the reverse."""
+    model = tiny_run.model()
+    config = tiny_run.quiet(**LM, max_steps=1, output_dir=tmp_path / "plain")
+    train(model, TEXTS, config, tokenizer=TOKENIZER)
+    resumed = dataclasses.replace(config, resume=True)
+    with pytest.raises(CheckpointError, match=r"distillation.json: missing: .* another kind of task"):
+        train(model, TEXTS, resumed, tokenizer=TOKENIZER, task=Distillation(model))
+    train(model, TEXTS, dataclasses.replace(config, output_dir=tmp_path), tokenizer=TOKENIZER, task=Distillation(model))
+    with pytest.raises(CheckpointError, match="begun with another task: Distillation, not Task"):
+        train(model, TEXTS, dataclasses.replace(resumed, output_dir=tmp_path), tokenizer=TOKENIZER)
 
 
 def test_distillation_is_for_tokens() -> None:

@@ -29,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two_processes.run(folder / "one bf16", precision="bf16", dtype=torch.bfloat16)
     for name in ("one to ddp", "one to shard"):
         cut(folder / "one", folder / name)
+    shutil.copytree(folder / "one", folder / "damaged")
+    (folder / "damaged" / "metrics.jsonl").write_text("nonsense\n")
     pair.start(two_processes.work, folder)
     for name in ("ddp", "shard"):
         cut(folder / name, folder / f"{name} to one")
@@ -85,6 +87,11 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(folder: Path, name:
 def test_a_checkpoint_of_two_holds_what_one_s_does(folder: Path) -> None:
     one, *others = (folder / name / "checkpoints" / "step-00000006" for name in ("one", "ddp", "shard"))
     expected = load_file(one / "training.safetensors")
+    states = [json.loads((run / "state.json").read_text()) for run in (one, *others)]
+    for state in states:
+        assert state["task"] == "Task"
+        assert state["backbone"]["weights"] is not None
+        assert {n: state[n] for n in ("adapters", "backbone")} == {n: states[0][n] for n in ("adapters", "backbone")}
     for other in others:
         assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in one.iterdir())
         got = load_file(other / "training.safetensors")
@@ -124,6 +131,12 @@ def test_errors_reach_both_processes(folder: Path) -> None:
     for each in (first, second):
         assert each["cache"].startswith("ValueError: prefix_cache: expected None or False, since the backbone is split")
         assert each["fp16"].startswith("ValueError: precision: expected fp32 or bf16 with shard=True")
+    for name, error in (("metrics", "IsADirectoryError: [Errno 21] not written"), ("damaged", "ValueError: ")):
+        assert first[name].startswith(error)
+        assert "metrics.jsonl" in first[name]
+        assert second[name] == f"RuntimeError: process 0: {first[name]}"
+    assert second["full"] == "OSError: prefix_cache: no room"
+    assert first["full"] == f"RuntimeError: process 1: {second['full']}"
 
 
 def test_one_process_cannot_be_split() -> None:

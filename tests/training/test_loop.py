@@ -218,6 +218,43 @@ def test_a_non_finite_evaluation_is_reported() -> None:
         run(model, eval_rows=rows, eval_every=2)
 
 
+# One run after another
+
+
+def test_a_gradient_left_behind_goes_nowhere() -> None:
+    """As an interrupted backward leaves it, and somebody then trains on with the same objects."""
+    clean, model = tiny_run.model(), tiny_run.model()
+    run(clean, max_steps=2)
+    for p in model.adapter_parameters():
+        p.grad = torch.ones_like(p)
+    run(model, max_steps=2)
+    assert tiny_run.same_bits(tiny_run.weights(model), tiny_run.weights(clean))
+    assert all(p.grad is None for p in model.adapter_parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_task_is_as_it_was_after_a_run_and_an_evaluation(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_run.model()
+    task = Task(model)
+    config = tiny_run.quiet(max_steps=1, precision=precision)
+
+    def modes() -> list[bool]:
+        return [module.training for module in task.modules()]
+
+    model.base.eval()  # as load_backbone gives it, while the task and its head are new
+    train(model, ROWS, config, tokenizer=TOKENIZER, task=task)
+    before = modes()
+    assert len(set(before)) == 2
+    evaluate(model, ROWS, config, tokenizer=TOKENIZER, task=task)
+    monkeypatch.setattr(Task, "metrics", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, ROWS, config, tokenizer=TOKENIZER, task=task)
+    with pytest.raises(ZeroDivisionError):
+        train(model, ROWS, config, tokenizer=TOKENIZER, eval_data=ROWS, task=task)
+    assert modes() == before
+    assert not {"forward", "_original_forward"} & vars(task).keys()
+
+
 # Optimizer
 
 
@@ -279,6 +316,47 @@ def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path: Path) -> None:
+    run(output_dir=tmp_path, max_steps=2)
+    (tmp_path / "sources.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for wrong, kind in (
+        ({"rows": tmp_path / "trian.csv"}, FileNotFoundError),
+        ({"eval_rows": [{"text": "w1"}]}, ValueError),
+        ({"shard": True}, ValueError),
+    ):
+        with pytest.raises(kind):
+            run(output_dir=tmp_path, overwrite=True, **wrong)  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_sources_alone_are_no_earlier_run(tmp_path: Path) -> None:
+    """They are what a run leaves that was killed before its first line and checkpoint: nothing to resume."""
+    for folder in (tmp_path, tmp_path / "tasks" / "a"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sources.json").write_text("{}")
+    assert run(output_dir=tmp_path, max_steps=1).steps == 1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["card of the run", "card of somebody's own"])
+def test_an_earlier_run_s_card_and_sources_go_with_it(tmp_path: Path, own: bool) -> None:
+    run(output_dir=tmp_path, max_steps=1)
+    (tmp_path / "sources.json").write_text("{}")
+    card = tmp_path / "README.md"
+    assert card.exists()
+    if own:
+        card.write_text("mine")
+    seen = []
+    train(
+        tiny_run.model(),
+        ROWS,
+        tiny_run.quiet(output_dir=tmp_path, overwrite=True, max_steps=1),
+        tokenizer=TOKENIZER,
+        on_start=lambda: seen.extend(os.listdir(tmp_path)),
+    )
+    assert seen == (["README.md"] if own else [])
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,6 +299,13 @@ def test_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(error, match=message):
             together(task, data)
+    rows = [{"text": "w1 w2"}]
+    for data, message in (
+        ({"a": rows}, "data: expected rows of all tasks, a, b; 'b' is missing"),
+        ({}, "data: expected rows of tasks among a, b, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            together(task, data, task="causal-lm")
     with pytest.raises(ValueError, match="train_adapters: expected True"):
         together(task, {name: DATA[name] for name in "ab"}, train_adapters=False)
     with pytest.raises(ValueError, match="tasks: expected one for each of 2 texts, got 1"):
@@ -306,8 +313,21 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="got 'z'"):
         task.predict(["w1"], ["z"], config(), TOKENIZER)
     task.load({name: DATA[name] for name in "ab"}, config(), TOKENIZER)
+    with pytest.raises(ValueError, match="'b' is missing"):  # it has a head now, and would learn nothing all the same
+        together(task, {"a": DATA["a"]})
     with pytest.raises(ValueError, match="texts: expected none empty, got ''"):
         task.predict(["w1", ""], ["a", "b"], config(), TOKENIZER)
+    task.train()
+    with pytest.raises(IndexError):
+        task.predict(["w1"], ["a"], config(), lambda _: {"input_ids": [[10_000]]})
+    assert all(module.training for module in task.modules())
+
+
+def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
+    one = model(["a"])
+    train(one, DATA["a"], config(output_dir=tmp_path, max_steps=1), tokenizer=TOKENIZER)
+    with pytest.raises(CheckpointError, match=r"multitask.json: missing: the run was begun with another kind of task"):
+        together(MultiTask(one, ["a"]), {"a": DATA["a"]}, output_dir=tmp_path, max_steps=1, resume=True)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,13 +344,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments, *more, *own]) == 0
     shown = capsys.readouterr().out
     assert f"b: {2 * 65 + 96} adapter parameters" in shown
-    assert cli.main(["eval", str(tmp_path / "run" / "tasks" / "b")]) == 0
+    checkpoint = checkpoints(tmp_path / "run")[-1]
+    for folder in (checkpoint, tmp_path / "run"):  # the checkpoint's scores are checked by being the run's
+        assert cli.main(["eval", str(folder / "tasks" / "b")]) == 0
     accuracy = next(line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
     assert f"accuracy {float(accuracy):.2%}" in next(line for line in shown.splitlines() if line.startswith("b: loss"))
     for wrong, message in (
         (["--data", "a", "x.csv"], "--data: expected NAME TRAIN [EVAL], each name once, got a x.csv"),
         (["--adapters", "z", "{}"], "--adapters: expected a task among a, b, got 'z'"),
         (["--adapters", "a", "[]"], "--adapters: expected a JSON object of fields, got []"),
+        (["--adapters", "a", "{bad"], "--adapters: expected a JSON object of fields, got {bad: "),
     ):
         assert cli.main([*arguments, *more, *wrong]) == 1
         assert message in capsys.readouterr().err

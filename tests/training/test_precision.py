@@ -22,6 +22,16 @@ def test_each_run_has_its_own_precision(order: tuple[str, ...]) -> None:
         assert layer(torch.ones(2, 4)).dtype == torch.float32  # accelerate hands outputs back in fp32
 
 
+def test_gradients_are_whole_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    Accelerator(cpu=True).sync_gradients = False  # as a loop of the user's own may have left it
+    accelerator = make_accelerator("fp32", CPU)
+    x = torch.ones(1, requires_grad=True)
+    accelerator.backward(x.sum())
+    assert x.grad == 1
+    assert accelerator.sync_gradients
+
+
 @pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM"])
 def test_engines_that_would_not_work_are_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(engine))

@@ -307,6 +307,19 @@ def test_the_threshold_decides_when_nothing_is_said(threshold: float | None, emp
     assert sum(p.text == "" for p in predictions.values()) == empty
 
 
+def test_a_prediction_leaves_the_task_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = QuestionAnswering(model())
+    config = quiet(precision="bf16")
+    task.load(EXAMPLES, config, TOKENIZER)
+    task.train()
+    task.predict(EXAMPLES, config, TOKENIZER)
+    monkeypatch.setattr(task, "_answer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task.predict(EXAMPLES, config, TOKENIZER)
+    assert all(module.training for module in task.modules())
+    assert "forward" not in vars(task)
+
+
 @pytest.mark.parametrize("train_adapters", [True, False])
 def test_resume_and_prefix_cache_give_the_same_numbers(tmp_path: Path, train_adapters: bool) -> None:
     def outcome(folder: str, **values: Any) -> list[Tensor]:

@@ -300,6 +300,7 @@ def test_saves_and_loads_to_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(task.eval().route(IDS, MASK).weight, again.route(IDS, MASK).weight)
     with pytest.raises(FileExistsError):
         run(routed(), output_dir=tmp_path)
+    assert json.loads((tmp_path / "task.json").read_text())["config"]["output_dir"] is None
     config = load_config(tmp_path)
     scored = evaluate(again.model, ROWS[:8], config, tokenizer=TOKENIZER, task=again)
     assert metrics is not None
@@ -307,6 +308,21 @@ def test_saves_and_loads_to_the_same_bits(tmp_path: Path) -> None:
         assert scored[name] == pytest.approx(metrics[name], rel=1e-5)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     assert tiny_run.same_bits(everything(task), everything(RoutedTask.from_pretrained(bare_model(), newest)))
+
+
+def test_a_broken_off_run_leaves_nothing_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = routed(noise=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(task.model, "run_suffix", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(task, prefix_cache=True)
+    assert (task._step, task._drawn, task._route) == (None, None, None)
+
+
+def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
+    train(tiny_run.model(), ROWS, tiny_run.quiet(output_dir=tmp_path, max_steps=1), tokenizer=TOKENIZER)
+    with pytest.raises(CheckpointError, match=r"routing_config.json: missing: .* another kind of task"):
+        run(routed(), output_dir=tmp_path, max_steps=1, resume=True)
 
 
 def bare_model() -> Any:
@@ -342,8 +358,10 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
 def test_needs_an_active_adapter_and_free_names() -> None:
     model = tiny_run.model()
     RoutedTask(model)
-    with pytest.raises(ValueError, match="expected a new name, got 'expert-1'"):
+    model.delete_adapter("expert-1")
+    with pytest.raises(ValueError, match="expected a new name, got 'expert-2'"):
         RoutedTask(model)
+    assert "expert-1" not in model.adapters
     model.delete_adapter("default")
     with pytest.raises(ValueError, match=r"^model: expected an active adapter"):
         RoutedTask(model)

@@ -25,6 +25,19 @@ def run(output_dir: Path | None, dtype: torch.dtype = torch.float32, cache: Any 
     return train(model, ROWS, config, tokenizer=tiny_run.tokenizer(), eval_data=EVAL_ROWS, cache=cache)
 
 
+class FullDisk(PrefixCache):
+    """Of the one process that is told 0."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def fill(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.room:
+            raise OSError("prefix_cache: no room")
+        return super().fill(*args, **kwargs)
+
+
 def work(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, values in {
@@ -64,10 +77,20 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     found["stopped"] = stopped.stopped, stopped.steps, stopped.checkpoint
     _Run._step = step  # type: ignore[method-assign]
 
+    # In the first process's way only, once the run has begun: a folder of the file's name, and a line that is none.
+    def block(self: _Run, examples: Any) -> None:
+        if self.output_dir == folder / "metrics" and rank == 0 and not self.state.step:
+            (folder / "metrics" / "metrics.jsonl").mkdir()
+        step(self, examples)
+
+    _Run._step = block  # type: ignore[method-assign]
     for name, call in {
         "folder": lambda: run(folder / "ddp"),
         "cache": lambda: run(None, shard=True, prefix_cache=True),
         "fp16": lambda: run(None, shard=True, precision="fp16"),
+        "metrics": lambda: run(folder / "metrics", eval_every=1),  # a folder stands in the file's place
+        "damaged": lambda: run(folder / "damaged", resume=True),
+        "full": lambda: run(None, cache=FullDisk(1 - rank), prefix_cache=True),
     }.items():
         try:
             call()

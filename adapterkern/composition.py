@@ -41,7 +41,8 @@ def composed_forward(
             for whole, part in zip((y, *saved), _forward(rows[chosen], one, eps, activation, compute), strict=True):
                 whole[chosen] = part
     z, mean, rstd = saved if save else (x.new_empty(0) for _ in range(3))
-    return y.view(x.shape), z, mean, rstd
+    # Not y.view: autograd refuses to have a view that a Function returns written in place.
+    return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
 
 
 def composed_backward(
@@ -71,7 +72,7 @@ def composed_backward(
         dx, *rest = grads(slice(None), Weights(*weights))
     else:
         dx = dy_rows.clone(memory_format=torch.contiguous_format) if needed[0] else None
-        rest = [torch.zeros_like(w) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
+        rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
         for e, (one, chosen) in enumerate(_turns(index, weights, rows.shape[0])):
             part_dx, *parts = grads(chosen, one)
             if dx is not None and part_dx is not None:
@@ -96,7 +97,8 @@ def _forward(
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
     branch = F.linear(ACTIVATIONS[activation].fn(z), w.up_weight.to(compute), w.up_bias.to(compute))
-    y = branch.add_(rows) if compute == rows.dtype else (rows + branch).to(rows.dtype)
+    # branch first: a sum is laid out like its first operand, and y is contiguous whatever x is
+    y = branch.add_(rows) if compute == rows.dtype else (branch + rows).to(rows.dtype)
     return y, z, mean.view(-1), rstd.view(-1)
 
 
@@ -144,5 +146,5 @@ def _backward(
         dz = dz.mul_(rho)
         dx = torch.addmm(dy, dz, A) if compute == rows.dtype else dz @ A
         dx.addcmul_(xhat, c2)
-        dx = (dx if compute == rows.dtype else dy + dx).to(rows.dtype)
+        dx = (dx if compute == rows.dtype else dx + dy).to(rows.dtype)
     return [dx, *(grads[name].to(t.dtype) if need[i] else None for i, (name, t) in enumerate(w._asdict().items()))]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapterkern.ops import MAX_ADAPTER_DIM, adapter, eager_autocast, fused_enabled
+from adapterkern.ops import MAX_ADAPTER_DIM, adapter, eager_autocast, fused_enabled, stock_dtype
 from adapterkern.reference import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ class Adapter(nn.Module):
     """``y = x + up(act(down(norm(x))))``: a bottleneck adapter on the residual stream (Houlsby et al. 2019).
 
     ``norm`` is an ``nn.LayerNorm``, ``down`` and ``up`` are ``nn.Linear``; with ``fused=True`` they only hold the
-    parameters and one fused operator does the work, with ``fused=False`` they are called one by one.
+    parameters and one fused operator does the work, with ``fused=False`` they are called one by one (but for x of a
+    dtype that they cannot take beside their parameters', such as fp32 x and bf16 parameters: then they are cast).
 
     Args:
         hidden_size: d, the width of the residual stream.
@@ -80,13 +81,13 @@ class Adapter(nn.Module):
             raise ValueError(
                 f"matrix: expected shape ({d}, {d}) with init='svd', got {tuple(matrix.shape)} and {init!r}"
             )
+        factors = _svd_factors(matrix, d, r, self.down.weight.device) if init == "svd" else None
         self.norm.reset_parameters()
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
-        if init == "svd":
-            down, up = _svd_factors(matrix, d, r, self.down.weight.device)
-            self.down.weight.copy_(down)
-            self.up.weight.copy_(up)
+        if factors is not None:
+            self.down.weight.copy_(factors[0])
+            self.up.weight.copy_(factors[1])
             return
         nn.init.xavier_uniform_(self.down.weight)
         if init == "identity":
@@ -95,8 +96,10 @@ class Adapter(nn.Module):
             nn.init.xavier_uniform_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and fused_enabled():
-            norm, down, up = self.norm, self.down, self.up
+        norm, down, up = self.norm, self.down, self.up
+        fused = self.fused and fused_enabled()
+        # Called one by one, the modules take x in their parameters' dtype only, or in a lower one beside fp32.
+        if fused or stock_dtype(x, (norm.weight, down.weight, up.weight)) is not None:
             return adapter(
                 x,
                 norm.weight,
@@ -107,10 +110,11 @@ class Adapter(nn.Module):
                 up.bias,
                 eps=norm.eps,
                 activation=self.activation,
+                fused=fused,
                 x_free=self.x_free,
             )
         with eager_autocast(x):
-            return (x + self.up(ACTIVATIONS[self.activation].fn(self.down(self.norm(x))))).to(x.dtype)
+            return (x + up(ACTIVATIONS[self.activation].fn(down(norm(x))))).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, fused={self.fused}"
@@ -227,10 +231,15 @@ class AdapterConfig:
         """
         sites = self.site_layers(num_layers)
         resolved = dataclasses.replace(self, every=1, layers=sites, max_params=None)
+        most = hidden_size if self.init == "svd" else MAX_ADAPTER_DIM
         if self.max_params is None:
+            if self.adapter_dim > most:
+                raise ValueError(
+                    f"adapter_dim: expected at most hidden_size={hidden_size} with init='svd', got {self.adapter_dim}"
+                )
             return resolved
         count = len(sites) * self.depth
-        dim = largest_adapter_dim(hidden_size, count, self.max_params)
+        dim = min(most, largest_adapter_dim(hidden_size, count, self.max_params))
         if dim == 0:
             raise ValueError(
                 f"max_params: expected at least {count * adapter_num_params(hidden_size, 1):,}, what {count} adapters "

@@ -17,17 +17,21 @@ instead (``uses_composition``), which have the least overhead.
 import contextlib
 import importlib.util
 import logging
+import math
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from adapterkern.composition import composed_backward, composed_forward, stats_dtype
 from adapterkern.reference import ACTIVATIONS, Weights, adapter_eager
 
 MAX_ADAPTER_DIM = 512
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LOW = (torch.bfloat16, torch.float16)
+_DTYPES = (*_LOW, torch.float32, torch.float64)
 
 _log = logging.getLogger("adapterkern")
 # Triton reads the variable when the kernels are imported, once a process.
@@ -85,7 +89,8 @@ def adapter(
         up_weight, up_bias: ``(d, r)`` and ``(d,)``.
         eps: added to the variance.
         activation: ``"silu"``, ``"gelu"`` (exact), ``"relu"``, ``"tanh"`` or ``"identity"``.
-        fused: ``False`` runs the stock PyTorch composition instead, with the same numbers to rounding.
+        fused: ``False`` runs the stock PyTorch composition instead, with the same numbers to rounding. Forward-mode AD
+            and torch.func's transforms (grad, vjp, jvp, vmap) run that too: the fused operator has no rules for them.
         x_free: keep y instead of x for the backward, which recovers x = y − W_up·h − b_up. That costs no memory where
             the model keeps y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within
             eager's own bf16 error while the branch is about as large as x or smaller and reach three times that where
@@ -98,12 +103,14 @@ def adapter(
         autocast is on) for the matrix products; their gradients have their own dtype.
 
     Raises:
-        TypeError: an argument is not a tensor of a supported floating dtype.
+        TypeError: an argument is not a dense tensor of a supported floating dtype, or eps is no number.
         ValueError: a shape, device or activation does not fit; the message names the argument.
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
     check_inputs(x, weights, eps, activation, index)
-    if not (fused and fused_enabled()) or uses_composition(x, down_weight.shape[-2]):
+    if not (fused and fused_enabled()) or uses_composition(x, down_weight.shape[-2]) or _transformed():
+        if (dtype := stock_dtype(x, weights)) is not None:
+            weights = Weights(*(w.to(dtype) for w in weights))
         with eager_autocast(x):
             if index is not None:
                 return _eager_mixed(x, weights, index, eps, activation)
@@ -121,6 +128,19 @@ def uses_composition(x: Tensor, adapter_dim: int) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or INTERPRETED:
         return False
     return x.numel() < 1 << 21 or x.numel() < 8 * adapter_dim * x.shape[-1]
+
+
+def _transformed() -> bool:
+    """Whether the call is under forward-mode AD or a torch.func transform, which need a formula for each operation."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
+    """What PyTorch's own operations need ``weights`` cast to beside ``x``; None where they take them as they are."""
+    dtypes = {w.dtype for w in weights}
+    # beside a low-precision x autocast is on and casts fp32, though not fp64
+    wanted = torch.float32 if x.dtype in _LOW else x.dtype
+    return None if dtypes in ({x.dtype}, {wanted}) else wanted
 
 
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
@@ -149,7 +169,7 @@ def _through_triton(device_type: str, dtype: torch.dtype) -> bool:
 
 def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
     """The stock composition of a call with ``index``, an adapter at a time."""
-    rows = x.reshape(*index.shape, -1, x.shape[-1])
+    rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 cannot be told of 0 elements
     y = rows.clone()
     for e in range(weights.down_weight.shape[0]):
         chosen = index == e
@@ -161,7 +181,7 @@ def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activat
 def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast to x's dtype, if x has a low-precision dtype and autocast is off: fp32 modules then take x as it is."""
     kind = x.device.type
-    if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(kind):
+    if x.dtype in _LOW and not torch.is_autocast_enabled(kind):
         return torch.autocast(kind, dtype=x.dtype)
     return contextlib.nullcontext()
 
@@ -171,6 +191,8 @@ def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index
     for name, t in (("x", x), *weights._asdict().items()):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {t.dtype}")
         if t.device != x.device:
@@ -188,8 +210,10 @@ def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index
         shape = (*n, *size)
         if t.shape != shape:
             raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {eps!r}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
     if index is not None:

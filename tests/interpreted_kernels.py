@@ -3,7 +3,10 @@
 Every uninitialised tensor is filled with NaN, so what a kernel fails to write, or reads unmasked, shows.
 """
 
+import sys
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +304,37 @@ def test_a_freed_parameter_s_address_is_no_hit() -> None:
     assert len(cache._entries) <= 2
 
 
+def test_the_same_memory_in_other_strides_or_another_dtype_is_no_hit() -> None:
+    x, w = torch.randn(3, 24), list(make_weights(24, 8))
+    bits = torch.randn(24).to(torch.bfloat16)
+    for up, bias in ((w[2].t(), bits), (w[2].view(24, 8), bits), (w[2].view(24, 8), bits.view(torch.float16))):
+        w[4], w[5] = up, bias
+        assert relative_error(ak.adapter(x, *w), exact(x, w, x)[0]) < 1e-6
+
+
+def test_an_expired_entry_that_another_thread_removes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_entries", entries := {})
+
+    class Gone:
+        def expired(self) -> bool:
+            entries.pop("old", None)
+            return True
+
+    entries["old"] = cache._Entry((Gone(),), (), None)  # type: ignore[arg-type]
+    ak.adapter(torch.randn(3, 24), *make_weights(24, 8))
+    assert "old" not in entries
+
+
+def test_a_thread_without_graph_managers_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_manager(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    trees: Any = types.SimpleNamespace(get_manager=get_manager)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    assert not cache._recording(torch.device("cuda", 0))
+
+
 def test_weights_that_a_graph_has_used_are_prepared_at_every_call(
     preparations: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +373,28 @@ def test_one_hidden_sized_tensor_is_saved_and_it_is_x_or_y() -> None:
         large = [t.data_ptr() for t in rows if t.numel() >= T * D]
         assert large == [(y if x_free else leaf).data_ptr()]
         assert sum(t.nbytes for t in rows if t.data_ptr() not in large) == T * R * 4 + 2 * T * 4
+
+
+def test_products_follow_each_of_torch_s_tf32_settings() -> None:
+    """The last way, transformers' TrainingArguments(tf32=True), makes torch refuse to tell allow_tf32."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, matmul.fp32_precision
+    try:
+        assert launch._precision(torch.float32) == "ieee"
+        matmul.allow_tf32 = True
+        assert launch._precision(torch.float32) == "tf32"
+        assert launch._precision(torch.bfloat16) == "ieee"
+        matmul.allow_tf32 = False
+        assert launch._precision(torch.float32) == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert launch._precision(torch.float32) == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        assert launch._precision(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision, matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("mode", ["plain", "x-free", "mixed"])

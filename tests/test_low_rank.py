@@ -120,11 +120,15 @@ def test_weights_are_given_by_layer_and_place() -> None:
 
 
 def test_weights_that_do_not_fit_change_nothing() -> None:
-    model = ak.LlamaAdapter(tiny(), ak.AdapterConfig(adapter_dim=3, layers=(1,)))
+    model = ak.LlamaAdapter(tiny(), ak.AdapterConfig(adapter_dim=3, layers=(1, 2)))
     d = model.config.hidden_size
     before = [p.clone() for p in model.adapter_parameters()]
     for weights, message in (
-        ({1: torch.eye(d), 0: torch.eye(d)}, r"weights: expected layers out of \[1\], got 0"),
+        ({1: torch.eye(d), 0: torch.eye(d)}, r"weights: expected layers out of \[1, 2\], got 0"),
+        (
+            {1: torch.eye(d), 2: torch.full((d, d), torch.nan)},
+            "weights: expected finite numbers, got others for layer 2",
+        ),
         ({1: torch.ones(d, 2)}, rf"weights: expected 1 of shape \({d}, {d}\) for layer 1, got \[\({d}, 2\)\]"),
         ({1: torch.ones(2, d, d)}, "for layer 1, got"),
     ):
@@ -133,3 +137,17 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     with pytest.raises(ValueError, match="name: expected one of default, got 'other'"):
         init_from_weights(model, {}, "other")
     assert all(torch.equal(a, b) for a, b in zip(before, model.adapter_parameters(), strict=True))
+    with model.disable_adapter():  # it is the active one all the same
+        init_from_weights(model, {1: torch.eye(d), 2: torch.eye(d)})
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.adapter_parameters(), strict=True) if a.dim() == 2)
+
+
+def test_svd_fills_no_more_dimensions_than_there_are() -> None:
+    with pytest.raises(ValueError, match="adapter_dim: expected at most hidden_size=32 with init='svd', got 40"):
+        ak.AdapterConfig(adapter_dim=40, init="svd").resolve(32, 2)
+    assert ak.AdapterConfig(init="svd", max_params=1_000_000).resolve(32, 2).adapter_dim == 32
+    adapter = ak.Adapter(8, 9, init="xavier")
+    before = [p.clone() for p in adapter.parameters()]
+    with pytest.raises(ValueError, match="adapter_dim: expected at most hidden_size=8"):
+        adapter.reset_parameters("svd")
+    assert all(map(torch.equal, before, adapter.parameters()))

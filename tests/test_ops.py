@@ -8,6 +8,7 @@ from conftest import DISTRIBUTIONS, make_weights, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import adapterkern as ak
 from adapterkern import ops
@@ -90,6 +91,16 @@ def test_strided_and_zero_stride_inputs() -> None:
     torch.testing.assert_close(op(x, *weights), op(x.contiguous(), *weights), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(6, 12), (2, 3, 12)], ids=str)
+def test_the_result_may_be_written_in_place(shape: tuple[int, ...]) -> None:
+    x, w = torch.randn(shape, requires_grad=True), make_weights(12, 4)
+    y = op(x, *w)
+    y += 1
+    (got,) = torch.autograd.grad(y.square().sum(), x)
+    (expected,) = torch.autograd.grad((eager(x, *w) + 1).square().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("wanted", [[i] for i in range(7)] + [[0, 3], [1, 2], [3, 4, 5, 6]], ids=str)
 def test_only_gradients_asked_for(wanted: list[int]) -> None:
     leaves = [torch.randn(6, 12), *make_weights(12, 4)]
@@ -147,6 +158,74 @@ def test_compiles_without_a_graph_break(autocast: bool) -> None:
         assert relative_error(g, e) < (1e-2 if autocast else 1e-6)
 
 
+def test_results_are_contiguous_whatever_x_is() -> None:
+    """As the fake says: a compiled graph is built on its strides."""
+    leaves = [torch.randn(32, 48).t(), *(w.requires_grad_() for w in make_weights(32, 8))]
+    leaves[0].requires_grad_()
+    y = op(*leaves, compute_dtype=torch.bfloat16)
+    grads = torch.autograd.grad(y, leaves, torch.randn(32, 48).t())
+    assert all(t.is_contiguous() for t in (y, *grads))
+    arguments = (*leaves, 1e-5, "silu", torch.bfloat16, True)
+    torch.library.opcheck(torch.ops.adapterkern.adapter_forward.default, arguments)
+    stacked = [torch.stack([w, w], -1).detach().movedim(-1, 0).requires_grad_() for w in leaves[1:]]
+    index = torch.tensor([0, 1, -1] * 16)
+    y = torch.ops.adapterkern.adapter_forward(leaves[0], *stacked, 1e-5, "silu", None, True, False, index)[0]
+    assert all(g.is_contiguous() for g in torch.autograd.grad(y.sum(), [leaves[0], *stacked]))
+
+
+def test_transforms_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator would return zero tangents, and has no rule for torch.func."""
+    monkeypatch.setattr(ops, "uses_composition", lambda *_: False)
+    x, w = torch.randn(2, 3, 8), make_weights(8, 4)
+
+    def fused(x: Tensor) -> Tensor:
+        return ak.adapter(x, *w)
+
+    def stock(x: Tensor) -> Tensor:
+        return ak.adapter(x, *w, fused=False)
+
+    def dual(function) -> Tensor:  # type: ignore[no-untyped-def]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x)))[1]
+
+    for transformed in (
+        dual,
+        lambda f: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f: torch.func.grad(lambda x: f(x).square().sum())(x),
+        lambda f: torch.func.vjp(f, x)[1](x)[0],
+        lambda f: torch.vmap(f)(x),
+    ):
+        torch.testing.assert_close(transformed(fused), transformed(stock), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", ops._DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", ops._DTYPES, ids=str)
+def test_the_stock_path_takes_every_dtype_beside_every_other(
+    dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool
+) -> None:
+    x, weights = torch.randn(2, 3, 8).to(dtype), make_weights(8, 4, weight_dtype)
+    stacked = Weights(*(w[None] for w in weights))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = value_and_grads(eager, x, weights, x)
+        mixed = ak.adapter(x, *stacked, index=torch.zeros(2, dtype=torch.int64), fused=False)
+        module = ak.Adapter(8, 4, fused=False, dtype=weight_dtype)
+        assert module(x).dtype == dtype
+    assert [t.dtype for t in got] == [dtype, dtype] + [weight_dtype] * 6
+    expected = eager(x.double(), *(w.double() for w in weights))
+    low = (autocast and dtype != torch.float64) or dtype in LOW
+    for y in (got[0], mixed):
+        assert relative_error(y, expected) < (2e-2 if low else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8)], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_empty_mixed_batch(shape: tuple[int, ...], fused: bool) -> None:
+    weights = (w[None] for w in make_weights(8, 4))
+    index = torch.zeros(shape[0], dtype=torch.int64)
+    assert ak.adapter(torch.zeros(shape), *weights, index=index, fused=fused).shape == shape
+
+
 def test_large_inputs_take_the_operator_and_small_ones_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     monkeypatch.setattr(ops, "adapter_eager", lambda *a, **k: names.append("composition") or adapter_eager(*a, **k))
@@ -178,6 +257,7 @@ def bad(index: int, value: object, **kwargs: object):  # type: ignore[no-untyped
     [
         (bad(0, [1.0]), TypeError, "x: expected a torch.Tensor, got list"),
         (bad(0, torch.zeros(3, 8, dtype=torch.int64)), TypeError, "x: expected dtype .*, got torch.int64"),
+        (bad(0, torch.eye(8).to_sparse()), TypeError, "x: expected a dense tensor, got layout torch.sparse_coo"),
         (bad(2, None), TypeError, "norm_bias: expected a torch.Tensor, got NoneType"),
         (bad(0, torch.tensor(1.0)), ValueError, r"x: expected shape \(..., d\) .* got \(\)"),
         (bad(0, torch.zeros(3, 0)), ValueError, r"x: expected shape .* got \(3, 0\)"),
@@ -188,6 +268,8 @@ def bad(index: int, value: object, **kwargs: object):  # type: ignore[no-untyped
         (bad(5, torch.zeros(4, 8)), ValueError, r"up_weight: expected shape \(8, 4\) .* got \(4, 8\)"),
         (bad(6, torch.zeros(8, device="meta")), ValueError, "up_bias: expected device cpu like x, got meta"),
         (bad(6, torch.zeros(8), activation="swish"), ValueError, "activation: expected one of silu, .* got 'swish'"),
+        (bad(6, torch.zeros(8), activation=["silu"]), ValueError, r"activation: .*, got \['silu'\]"),
+        (bad(6, torch.zeros(8), eps="a"), TypeError, "eps: expected a number, got 'a'"),
         (bad(6, torch.zeros(8), eps=-1.0), ValueError, r"eps: expected a number >= 0, got -1\.0"),
     ],
 )

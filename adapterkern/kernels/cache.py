@@ -1,15 +1,10 @@
 """Prepared weights, kept while their parameters stay as they were: one small launch per adapter and optimizer step.
 
 An entry is good while each parameter still is the same storage (compared by a weak reference, so that an address used
-again is no hit), at the same address and version, and while no optimizer has stepped since. The version counter sees
-in-place updates and `load_state_dict`; the step hook sees optimizers that write through `.data` or through a flat
-buffer (DeepSpeed, FSDP), which leave the counter alone. What neither sees is a hand-written `p.data.add_(…)` outside
-an optimizer: `clear()` is for that.
-
-An entry belongs to the stream that filled it, as any buffer does that a stream reads without waiting. While a CUDA
-graph is recorded the cache is neither read nor filled: the preparation becomes part of the graph, so that a replay uses
-the weights of its own time, and no buffer of the graph's memory pool outlives the recording. Weights that a graph has
-used are prepared at every call from then on, in eager mode too: a replay may change them, and leaves no trace of it.
+again is no hit), read as the same dtype, shape and strides, at the same address and version, and while no optimizer has
+stepped since. The version counter sees in-place updates and `load_state_dict`; the step hook sees optimizers that write
+through `.data` or through a flat buffer (DeepSpeed, FSDP), which leave the counter alone. What neither sees is a
+hand-written `p.data.add_(…)` outside an optimizer: `clear()` is for that.
 """
 
 import sys
@@ -57,7 +52,10 @@ def _recording(device: torch.device) -> bool:
     if torch.cuda.is_current_stream_capturing():
         return True
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    manager = trees.get_manager(device.index, create_if_none_exists=False) if trees is not None else None
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False) if trees is not None else None
+    except AssertionError:  # a thread that torch did not start has no table of managers to look into
+        return False
     return manager is not None and manager.stream == torch.cuda.current_stream(device)
 
 
@@ -68,19 +66,21 @@ def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
     down = storages[2]._cdata
     if _recording(device):
         _in_graphs[down] = StorageWeakRef(storages[2])
-    if down in _in_graphs and _in_graphs[down].expired():
-        del _in_graphs[down]
+    used = _in_graphs.get(down)
+    if used is not None and used.expired():
+        _in_graphs.pop(down, None)
     if down in _in_graphs or any(w.is_inference() for w in weights):  # inference tensors keep no version
         return prepare(weights, dtype)
     stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     key = (dtype, stream, *(w.data_ptr() for w in weights))
-    state = (_steps, *(s._cdata for s in storages), *(w._version for w in weights), weights[2].shape)
+    state = (_steps, *(s._cdata for s in storages), *((w._version, w.dtype, w.shape, w.stride()) for w in weights))
     entry = _entries.get(key)
     # A live weak reference keeps a storage's identity from being given to another.
     if entry is not None and entry.state == state and not any(s.expired() for s in entry.storages):
         return entry.prepared
-    for old in [k for k, e in _entries.items() if any(s.expired() for s in e.storages)]:
-        del _entries[old]
+    for old, e in list(_entries.items()):  # another thread may be at it too
+        if any(s.expired() for s in e.storages):
+            _entries.pop(old, None)
     entry = _Entry(tuple(map(StorageWeakRef, storages)), state, prepare(weights, dtype))
     _entries[key] = entry
     return entry.prepared

@@ -43,7 +43,8 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _precision(compute: torch.dtype) -> str:
-    return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # fp32_precision follows allow_tf32 and set_float32_matmul_precision too; allow_tf32 raises once it has been set.
+    return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def adapter_forward(
@@ -78,7 +79,8 @@ def adapter_forward(
             vec=_vector(x),
         )
     z, mean, rstd = (x.new_empty(0) if t is None else t for t in saved)
-    return y.view(x.shape), z, mean, rstd
+    # Not y.view: autograd refuses to have a view that a Function returns written in place.
+    return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
 
 
 def adapter_backward(
@@ -96,7 +98,7 @@ def adapter_backward(
 ) -> list[Tensor | None]:
     """The gradients in ``needed`` (None for the others); ``x`` is y where ``x_free``."""
     if x.numel() == 0:
-        return [torch.zeros_like(t) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
+        return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
     with _on(x.device):
         prepared = prepared_weights(weights, z.dtype)
         wide = has_wide_products(x.device)

@@ -20,8 +20,8 @@ parameter's step count, which a skipped step leaves alone. Nothing depends on th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -29,30 +29,14 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adapterkern._optim_parts import Entry, Part, Request, backend, make_part
+from adapterkern._optim_parts import Entry, Planned, Request, backend, layouts, local, make_part, moved
 
 __all__ = ["ClippedAdamW", "ClippedGradScaler", "backend"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class _Planned:
-    """A part with what must stay true for its table of pointers to be valid."""
-
-    part: Part
-    params: list[Tensor]
-    reduce_over: tuple[Any, ...]  # the process groups over which DTensor shards add up
-    sharded: bool
-    states: list[dict[str, Any]]
-    addresses: list[int]  # of the parameters
-    moments: list[int]  # addresses of exp_avg: state is replaced as a whole, so one tensor stands for all
-    strides: list[tuple[int, ...]]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+_STATE = ("step", "exp_avg", "exp_avg_sq", "master")
+# What holds for all groups: in one of them it would be kept, and never looked at.
+_FOR_ALL = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite")
 
 
 class ClippedAdamW(Optimizer):
@@ -60,7 +44,7 @@ class ClippedAdamW(Optimizer):
 
     Args:
         params: parameters or groups, as for any torch optimizer; float32, bfloat16 or float16, dense, real.
-            A group may set its own lr, betas, eps, weight_decay and maximize.
+            A group may set its own lr, betas, eps, weight_decay and maximize; the other arguments hold for all.
         lr, weight_decay: a float, or a float32 tensor of one element, read on the device: a captured graph follows it.
         betas, eps: floats, as in torch.optim.AdamW.
         max_norm: largest global gradient norm, over all groups; None or infinity: no clipping. May be a tensor as lr.
@@ -96,7 +80,7 @@ class ClippedAdamW(Optimizer):
     ) -> None:
         if low_precision not in ("master", "stochastic"):
             raise ValueError(f"low_precision: expected 'master' or 'stochastic', got {low_precision!r}")
-        if not 0 <= seed < 2**32:
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {seed}")
         _check_not_negative("max_norm", math.inf if max_norm is None else max_norm)
         self.max_norm = max_norm
@@ -105,7 +89,7 @@ class ClippedAdamW(Optimizer):
         self.clear_grads = clear_grads
         self.error_if_nonfinite = error_if_nonfinite
         self._compute_copies: dict[Tensor, Tensor] = {}
-        self._plan: list[_Planned] | None = None
+        self._plan: list[Planned] | None = None
         self._last: tuple[Tensor, Tensor] | None = None  # grad_norm and skipped, where the last step left them
         self._known: tuple[list[int], list[int]] = ([], [])  # whom the plan is for: parameters and their states
         super().__init__(
@@ -149,7 +133,10 @@ class ClippedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plan = self._valid_plan()
-        gradients = [self._gradients(planned) for planned in plan]
+        gradients: list[Any] = [self._gradients(planned) for planned in plan]
+        if None in gradients:
+            plan = self._plan = self._make_plan()
+            gradients = [self._gradients(planned) for planned in plan]
         request = Request(
             groups=self.param_groups,
             max_norm=math.inf if self.max_norm is None else self.max_norm,
@@ -164,9 +151,12 @@ class ClippedAdamW(Optimizer):
             _share_norm(plan, request)
         for planned, grads in zip(plan, gradients, strict=True):
             planned.part.update(grads, request)
+            # The kernels write behind autograd's back, which must refuse a backward through what is no longer there.
+            torch.autograd.graph.increment_version(planned.written)
             if self.clear_grads:
+                torch.autograd.graph.increment_version(grads)
                 for p, used in zip(planned.params, grads, strict=True):
-                    if (grad := _local(_grad(p))) is not used:
+                    if (grad := local(_grad(p))) is not used:
                         grad.zero_()
         self._last = (plan[0].part.norm, plan[0].part.skipped) if plan else (torch.zeros(()), torch.zeros(()))
         scaled = request.grad_scale is not None or request.found_inf is not None
@@ -177,36 +167,41 @@ class ClippedAdamW(Optimizer):
             )
         return loss
 
-    def _valid_plan(self) -> list[_Planned]:
+    def _valid_plan(self) -> list[Planned]:
         """The parts for the parameters that have a gradient; made anew only where a pointer or the set has changed."""
         live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         plan = self._plan
         # Identities rather than look-ups in self.state: hashing a tensor costs more than all the rest of this check.
         known = (list(map(id, live)), list(map(id, self.state.values())))
-        if plan is None or known != self._known or not all(map(_still_valid, plan)):
+        if plan is None or known != self._known or not all(map(Planned.still_valid, plan)):
             self._plan = plan = self._make_plan()
             self._known = (known[0], list(map(id, self.state.values())))
         return plan
 
-    def _gradients(self, planned: _Planned) -> list[Tensor]:
-        """The part's gradients, each with its parameter's strides; one that differs is copied."""
+    def _gradients(self, planned: Planned) -> list[Tensor] | None:
+        """The part's gradients, each with its parameter's strides; one that differs is copied.
+
+        None if a parameter's `.data` has become another view of its memory: autograd then lays its gradient out so.
+        """
         grads: list[Any] = [p.grad for p in planned.params]
         if planned.sharded:
             for p in planned.params:
                 self._check_gradient(p)
-            grads = list(map(_local, grads))
-        if [g.stride() for g in grads] == planned.strides:
+            grads = list(map(local, grads))
+        if layouts(grads) == planned.layouts:
             return grads
         for p in planned.params:
             self._check_gradient(p)
+        if layouts(list(map(local, planned.params))) != planned.layouts:
+            return None
         return [
             g
             if g.stride() == strides
             else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
-            for g, strides in zip(grads, planned.strides, strict=True)
+            for g, strides in zip(grads, planned.layouts[0], strict=True)
         ]
 
-    def _make_plan(self) -> list[_Planned]:
+    def _make_plan(self) -> list[Planned]:
         found: dict[tuple[torch.device, tuple[Any, ...]], list[tuple[Tensor, Entry]]] = {}
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -214,50 +209,51 @@ class ClippedAdamW(Optimizer):
                     self._check_gradient(p)
                     found.setdefault((p.device, _shard_groups(p)), []).append((p, self._entry(p, index)))
         return [
-            _Planned(
+            Planned(
                 part=make_part(device, [entry for _, entry in members]),
                 params=[p for p, _ in members],
                 reduce_over=reduce_over,
-                sharded=any(hasattr(p, "to_local") for p, _ in members),
                 states=[self.state[p] for p, _ in members],
-                addresses=[e.param.data_ptr() for _, e in members],
-                moments=[e.exp_avg.data_ptr() for _, e in members],
-                strides=[e.param.stride() for _, e in members],
             )
             for (device, reduce_over), members in found.items()
         ]
 
     def _entry(self, p: Tensor, group: int) -> Entry:
         """Parameter `p` with its state, which is made on its first step, as torch.optim.AdamW does."""
+        self._check_dtype(p)  # model.double() changes it after the constructor has looked
         state = self.state[p]
         stochastic = p.dtype != torch.float32 and self.low_precision == "stochastic"
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        if p.dtype != torch.float32 and not stochastic and "master" not in state:
+        if p.dtype == torch.float32:
+            state.pop("master", None)  # of a run in low precision
+        elif not stochastic and "master" not in state:
             state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
-        param = _local(p.detach())
+        param = local(p.detach())
         if torch.empty_like(param, device="meta").stride() != param.stride():
             raise ValueError(f"{self._name(p)}: expected memory without gaps or overlaps, got strides {param.stride()}")
-        local: dict[str, Tensor] = {}
-        for key in ("exp_avg", "exp_avg_sq", "master"):
-            if key not in state:
-                continue
-            value = _local(state[key])
-            if value.device != param.device or value.dtype != torch.float32 or value.shape != param.shape:
+        found: dict[str, Tensor] = {}
+        for key in _STATE[: 4 if "master" in state else 3]:
+            value, shape = local(state.get(key)), () if key == "step" else param.shape
+            if not isinstance(value, Tensor) or (value.device, value.dtype, value.shape) != (
+                param.device,
+                torch.float32,
+                shape,
+            ):
+                got = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else value
                 raise ValueError(
-                    f"state {key!r} of {self._name(p)}: expected float32 {tuple(param.shape)} on {param.device}, "
-                    f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+                    f"state {key!r} of {self._name(p)}: expected float32 {tuple(shape)} on {param.device}, got {got}"
                 )
-            if value.stride() != param.stride():  # loaded from a run with another memory layout
+            if key != "step" and value.stride() != param.stride():  # loaded from a run with another memory layout
                 value = state[key] = torch.empty_like(param, dtype=torch.float32).copy_(value)
-            local[key] = value
+            found[key] = value
         copy = self._compute_copies.get(p)
         main = param
-        if "master" in local and not stochastic:
-            main, copy = local["master"], param
-        return Entry(param, main, local["exp_avg"], local["exp_avg_sq"], state["step"], copy, stochastic, group)
+        if "master" in found and not stochastic:
+            main, copy = found["master"], param
+        return Entry(param, main, found["exp_avg"], found["exp_avg_sq"], found["step"], copy, stochastic, group)
 
     def write_compute_copy(self, param: Tensor, copy: Tensor) -> None:
         """From now on a step that updates `param` also writes it, rounded, to `copy`, in the same pass.
@@ -284,6 +280,9 @@ class ClippedAdamW(Optimizer):
     # ---- checks ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        for key in _FOR_ALL:
+            if isinstance(param_group, dict) and key in param_group:
+                raise ValueError(f"{key}: expected it as an argument, for all groups, got it in one of them")
         super().add_param_group(param_group)
         self._plan = None
         self._check_group(self.param_groups[-1])
@@ -291,16 +290,20 @@ class ClippedAdamW(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         for key in ("lr", "eps", "weight_decay"):
             _check_not_negative(key, group[key])
-        for beta in group["betas"]:
-            if isinstance(beta, Tensor) or not 0 <= beta < 1:
-                raise ValueError(f"betas: expected two floats in [0, 1), got {group['betas']}")
+        betas = group["betas"]
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not pair or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
+            raise ValueError(f"betas: expected two floats in [0, 1), got {betas}")
         if group.get("amsgrad"):
             raise ValueError("amsgrad: expected False (ClippedAdamW has no amsgrad), got True")
         for p in group["params"]:
-            if p.dtype not in _DTYPES:
-                raise TypeError(f"{self._name(p)}: expected float32, bfloat16 or float16, got {p.dtype}")
-            if p.dtype == torch.float16 and self.low_precision == "stochastic":
-                raise TypeError(f"{self._name(p)}: low_precision='stochastic' is for bfloat16, got {p.dtype}")
+            self._check_dtype(p)
+
+    def _check_dtype(self, p: Tensor) -> None:
+        if p.dtype not in _DTYPES:
+            raise TypeError(f"{self._name(p)}: expected float32, bfloat16 or float16, got {p.dtype}")
+        if p.dtype == torch.float16 and self.low_precision == "stochastic":
+            raise TypeError(f"{self._name(p)}: low_precision='stochastic' is for bfloat16, got {p.dtype}")
 
     def _check_gradient(self, p: Tensor) -> None:
         grad = _grad(p)
@@ -308,6 +311,8 @@ class ClippedAdamW(Optimizer):
             raise TypeError(f"gradient of {self._name(p)}: expected a dense tensor, got layout {grad.layout}")
         if grad.dtype != p.dtype:
             raise TypeError(f"gradient of {self._name(p)}: expected {p.dtype}, got {grad.dtype}")
+        if grad.shape != p.shape:
+            raise ValueError(f"gradient of {self._name(p)}: expected shape {tuple(p.shape)}, got {tuple(grad.shape)}")
         expected, got = getattr(p, "placements", None), getattr(grad, "placements", None)
         if expected != got:
             raise TypeError(f"gradient of {self._name(p)}: expected placements {expected}, got {got}")
@@ -339,7 +344,7 @@ class ClippedAdamW(Optimizer):
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, p in zip(saved, own, strict=True):
             for name, value in final["state"].get(key, {}).items():
-                if name in ("step", "exp_avg", "exp_avg_sq", "master"):
+                if name in _STATE:
                     self.state[p][name] = torch.as_tensor(value).to(p.device, torch.float32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -355,6 +360,8 @@ class ClippedAdamW(Optimizer):
 
 
 def _check_not_negative(name: str, value: float | Tensor) -> None:
+    if not isinstance(value, (Tensor, Real)):
+        raise TypeError(f"{name}: expected a number from 0 on, got {value!r}")
     if not isinstance(value, Tensor) and not value >= 0:
         raise ValueError(f"{name}: expected a number from 0 on, got {value}")
 
@@ -365,13 +372,6 @@ def _grad(p: Tensor) -> Tensor:
     return grad
 
 
-def _still_valid(planned: _Planned) -> bool:
-    params, moments = planned.params, [state["exp_avg"] for state in planned.states]
-    if planned.sharded:
-        params, moments = list(map(_local, params)), list(map(_local, moments))
-    return planned.addresses == [p.data_ptr() for p in params] and planned.moments == [m.data_ptr() for m in moments]
-
-
 def _shard_groups(p: Tensor) -> tuple[Any, ...]:
     """The process groups over which the shards of a DTensor's gradient make up the whole; () for a plain tensor."""
     if not hasattr(p, "to_local"):
@@ -380,7 +380,7 @@ def _shard_groups(p: Tensor) -> tuple[Any, ...]:
     return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
 
 
-def _share_norm(plan: list[_Planned], request: Request) -> None:
+def _share_norm(plan: list[Planned], request: Request) -> None:
     """Makes the norm global where one part is not all: shards add up over their ranks, parts over devices."""
     totals = []
     for planned in plan:
@@ -389,7 +389,7 @@ def _share_norm(plan: list[_Planned], request: Request) -> None:
             torch.distributed.all_reduce(total, group=group)
         totals.append(total)
     for planned in plan:
-        planned.part.total.copy_(torch.stack([t.to(planned.part.device, non_blocking=True) for t in totals]).sum())
+        planned.part.total.copy_(torch.stack([moved(t, planned.part.device) for t in totals]).sum())
         planned.part.finish(request)
 
 
@@ -412,7 +412,7 @@ class ClippedGradScaler(torch.amp.GradScaler):
             optimizer.step()
         finally:
             del optimizer.grad_scale  # type: ignore[attr-defined]
-        skipped = optimizer.skipped.to(scale.device, non_blocking=True)
+        skipped = moved(optimizer.skipped, scale.device)
         state["found_inf_per_device"] = {skipped.device: skipped}
         state["stage"] = OptState.STEPPED
         return None

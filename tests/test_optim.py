@@ -287,6 +287,25 @@ def test_a_schedule_in_tensors_is_the_schedule_in_floats(any_backend):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("low_precision", ["master", "stochastic"])
+def test_autograd_hears_of_the_step(any_backend, low_precision):
+    """As with torch.optim: a backward through what a step has overwritten is refused, not wrong."""
+    if low_precision == "stochastic" and any_backend != "cpu twin":
+        pytest.skip("stochastic rounding needs the extension")
+    single, half = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer, other = ClippedAdamW([single, half], low_precision=low_precision, clear_grads=True), nn.Parameter(single)
+    copy = torch.zeros(3, dtype=torch.bfloat16)
+    optimizer.write_compute_copy(single, copy)
+    single.grad, half.grad = torch.ones(3), torch.ones(3, dtype=torch.bfloat16)
+    results = [(written * other).sum() for written in (single, half, copy, single.grad)]
+    optimizer.step()
+    for y in results:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+    with torch.inference_mode():
+        optimizer.step()
+
+
 def test_layouts_other_than_contiguous(any_backend):
     p = nn.Parameter(torch.randn(6, 5).t())
     wide = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))

@@ -4,11 +4,13 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import pytest
 import torch
 from optim_oracle import TILE, Oracle, parameters, set_grads, worst
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from adapterkern.optim import ClippedAdamW, ClippedGradScaler
 
@@ -136,6 +138,107 @@ def test_pointers_that_move_between_steps_are_noticed():
     assert worst([optimizer.state[p]["exp_avg"] for p in params], oracle.exp_avg) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("key", "how"),
+    [("step", "item"), ("exp_avg", "item"), ("exp_avg_sq", "item"), ("master", "item"), ("exp_avg", "data")],
+)
+def test_a_state_tensor_that_is_replaced_is_the_one_that_counts(key, how):
+    params, fresh = parameters(SIZES, torch.bfloat16), parameters(SIZES, torch.bfloat16)
+    optimizer, expected = ClippedAdamW(params, lr=1e-2), ClippedAdamW(fresh, lr=1e-2)
+    kept = []
+    for step in range(3):
+        for each, opt in ((params, optimizer), (fresh, expected)):
+            set_grads(each, step)
+            opt.step()
+        if step == 1:
+            expected.state[fresh[1]][key].mul_(2)
+            state = optimizer.state[params[1]]
+            kept.append(state[key].data)
+            if how == "item":
+                state[key] = state[key] * 2
+            else:
+                state[key].data = state[key] * 2
+    assert all(torch.equal(p, q) for p, q in zip(params, fresh, strict=True))
+
+
+def test_a_state_tensor_of_another_kind_is_refused_by_name():
+    (p,) = parameters([3])
+    optimizer = ClippedAdamW([p])
+    set_grads([p], 0)
+    optimizer.step()
+    good = optimizer.state[p]["step"]
+    for bad, got in [(torch.tensor(5), "torch.int64 ()"), (torch.ones(2), "torch.float32 (2,)"), (5, "5")]:
+        optimizer.state[p]["step"] = bad
+        message = re.escape("state 'step' of parameter 0 of group 0: expected float32 () on cpu, got " + got)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    optimizer.state[p]["step"] = good
+    optimizer.step()
+    assert good == 2
+
+
+def test_parameters_and_gradients_that_change_in_place_are_checked_again():
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = ClippedAdamW([weight])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    weight.grad.data = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0: expected shape \(4, 4\), got \(2, 4\)"):
+        optimizer.step()
+    weight.grad.data = torch.ones(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"gradient of parameter 0 of group 0: expected torch\.float32, got torch\.bf"):
+        optimizer.step()
+    weight.grad.data = torch.ones(4, 4)
+    whole = weight.data
+    weight.data = whole[:2]  # at the same address
+    weight.grad = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"state 'exp_avg' .* expected float32 \(2, 4\) on cpu, got .* \(4, 4\)"):
+        optimizer.step()
+    weight.data, weight.grad = whole.double(), torch.ones(4, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0: expected float32, .* got torch\.float64"):
+        optimizer.step()
+    weight.grad = None
+    weight.data, oracle = whole.t(), Oracle([whole.t()])
+    optimizer.state.clear()
+    weight.grad = torch.arange(16.0).view(4, 4)
+    oracle.step([weight.grad])
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
+    assert worst([weight], oracle.params) < 1e-6
+
+
+def test_a_low_precision_run_loads_into_fp32_parameters():
+    low, full = parameters(SIZES, torch.bfloat16), parameters(SIZES)
+    a, b = ClippedAdamW(low), ClippedAdamW(full)
+    set_grads(low, 0)
+    a.step()
+    b.load_state_dict(a.state_dict())
+    set_grads(full, 1)
+    b.step()
+    assert all("master" not in b.state[p] and b.state[p]["step"] == 2 for p in full)
+
+
+def test_nothing_is_copied_to_the_cpu_without_waiting():
+    """Read at once, such a copy from a GPU holds whatever was there."""
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to:
+                waits.append(not (kwargs or {}).get("non_blocking"))
+            return func(*args, **(kwargs or {}))
+
+    waits = []
+    (p,) = parameters([3])
+    optimizer = ClippedAdamW([p], lr=torch.tensor(1e-3))
+    scaler = ClippedGradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    set_grads([p], 0)
+    with Copies():
+        scaler.step(optimizer)
+    assert waits
+    assert all(waits)
+
+
 def test_grad_norm_is_the_callers_to_keep():
     params = parameters(SIZES)
     optimizer = ClippedAdamW(params)
@@ -163,9 +266,17 @@ def test_refusals_name_what_came():
         ({"max_norm": math.nan}, ValueError, "max_norm: .* got nan"),
         ({"low_precision": "none"}, ValueError, "low_precision"),
         ({"seed": -1}, ValueError, "seed"),
+        ({"seed": None}, ValueError, "seed: expected an integer .* got None"),
+        ({"lr": None}, TypeError, "lr: expected a number from 0 on, got None"),
+        ({"eps": "a"}, TypeError, "eps: expected a number from 0 on, got 'a'"),
+        ({"betas": None}, ValueError, r"betas: expected two floats in \[0, 1\), got None"),
+        ({"betas": (0.9,)}, ValueError, r"betas: expected two floats in \[0, 1\), got \(0.9,\)"),
     ]:
         with pytest.raises(error, match=message):
             ClippedAdamW([weight], **bad)
+    with pytest.raises(ValueError, match="max_norm: expected it as an argument, for all groups"):
+        ClippedAdamW([{"params": [weight], "max_norm": 1.0}])
+    ClippedAdamW(torch.optim.AdamW([{"params": [weight], "layer": 3}]).param_groups)
     for dtype in (torch.float64, torch.complex64):
         with pytest.raises(TypeError, match=rf"parameter 1 of group 0: .* got {dtype}"):
             ClippedAdamW([weight, nn.Parameter(torch.zeros(2, dtype=dtype))])
@@ -326,6 +437,7 @@ def _sharded_run(rank: int, world: int, file: str) -> None:
             shard.copy_(kept)
         optimizer.step()
         assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-6)
+    assert all(p._version >= 4 for p in params)  # a DTensor's own counter, not its shard's
     assert worst([p.full_tensor() if hasattr(p, "full_tensor") else p for p in params], oracle.params) < 1e-6
     torch.distributed.destroy_process_group()
 

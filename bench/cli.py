@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", help="cpu or cuda; default cuda where there is one")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default all")
     parser.add_argument("--json", type=Path, help="where to save; default bench/results for a whole run")
+    parser.add_argument("--append", action="store_true", help="add to what --json has, of the same commit")
     parser.add_argument("--baseline", metavar="VARIANT", help="the tables' denominator; default eager under autocast")
     parser.add_argument("--peer-python", help="the interpreter of an environment made from bench/peers/adapters.txt")
     args, others = parser.parse_known_args(argv)
@@ -68,7 +69,9 @@ def _measure(args: argparse.Namespace) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
     whole = not (args.parts or args.quick or args.only)
     path = args.json or engine.result_path(device, whole)
-    options = engine.Options(tuple(args.parts or PARTS), device, args.quick, path, args.peer_python, args.only)
+    options = engine.Options(
+        tuple(args.parts or PARTS), device, args.quick, path, args.peer_python, args.only, args.append
+    )
     status = int(engine.run(options))
     if not path.exists():
         return status or 1

@@ -8,8 +8,10 @@ into the fixture's pedantic mode, by a clock that stands still except when it is
 import dataclasses
 import datetime
 import importlib
+import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +37,7 @@ class Options:
     json: Path
     peer_python: str | None
     only: str = ""
+    append: bool = False  # to what the file has, of the same commit
 
     @property
     def rounds(self) -> int:
@@ -73,6 +76,18 @@ class Engine:
         self._done = self._total = 0
         self._start = time.monotonic()
         self._commit = get_commit_info()  # the one that runs; another may be made before it is over
+        self._before = self._earlier_run()
+        self._saved = False
+
+    def _earlier_run(self) -> dict[str, Any] | None:
+        path = self.options.json
+        if not (self.options.append and path.exists()):
+            return None
+        before: dict[str, Any] = json.loads(path.read_text())
+        expected, got = self._commit.get("id"), before["commit_info"].get("id")
+        if expected != got:
+            raise ValueError(f"--append: expected results of commit {expected} in {path}, got {got}")
+        return before
 
     def plan(self) -> list[tuple[Case, str]]:
         """Every case with every name of a variant."""
@@ -133,16 +148,45 @@ class Engine:
             self.say(report.longreprtext)
 
     def pytest_benchmark_update_machine_info(self, config: object, machine_info: dict[str, Any]) -> None:
-        del machine_info["node"]
-        device = self.options.device
-        machine_info.update(machine(device), quick=self.options.quick)
-        machine_info["roofs"] = {"gemm_flops": gemm_flops(device), "l2_bytes": l2_bandwidth(device)}
+        machine_info.pop("node", None)
+        device, known = self.options.device, {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
+        least = {"device": str(device), "threads": torch.get_num_threads(), **known}
+        machine_info.update(least | self._or(machine, {}), quick=self.options.quick)
+        machine_info["roofs"] = {"gemm_flops": self._or(gemm_flops, None), "l2_bytes": self._or(l2_bandwidth, None)}
+
+    def _or(self, told: Callable[[torch.device], Any], otherwise: Any) -> Any:
+        """What ``told`` says of the device. This runs when all is measured: no error may keep that from being saved."""
+        try:
+            return told(self.options.device)
+        except Exception as error:
+            self.say(f"{told.__name__} is left out: {type(error).__name__}: {error}")
+            return otherwise
 
     def pytest_benchmark_update_commit_info(self, config: object, commit_info: dict[str, Any]) -> None:
         commit_info.update(self._commit)
 
     def pytest_benchmark_update_json(self, config: object, benchmarks: object, output_json: dict[str, Any]) -> None:
         output_json["tables"], output_json["missing"] = self.tables, self.missing
+        if self._before is not None:
+            again = {b["extra_info"]["case"]["name"] for b in output_json["benchmarks"]}
+            kept = [b for b in self._before["benchmarks"] if b["extra_info"]["case"]["name"] not in again]
+            output_json["benchmarks"] = kept + output_json["benchmarks"]
+            output_json["tables"] = self._before["tables"] | self.tables
+            output_json["missing"] = [m for m in self._before["missing"] if m["case"] not in again] + self.missing
+        self._saved = True
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """pytest-benchmark writes nothing where no case was timed to its end; counted tables are worth a file."""
+        if self._saved:
+            return
+        if not self.tables:
+            self.say(f"nothing was measured to its end: {self.options.json} is as it was")
+            return
+        config, plugin = session.config, session.config._benchmarksession  # type: ignore[attr-defined]
+        about = {"machine_info": plugin.get_machine_info(), "commit_info": dict(self._commit)}
+        written = config.hook.pytest_benchmark_generate_json(config=config, benchmarks=[], include_data=True, **about)
+        config.hook.pytest_benchmark_update_json(config=config, benchmarks=[], output_json=written)
+        plugin.save_json(written)
 
 
 def replay(benchmark: Any, times: list[float]) -> None:

@@ -219,13 +219,25 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
     }
     if device.type == "cuda":
-        query = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader", f"--id={device.index or 0}"]
-        shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-        about["gpu"] = dict(zip(_GPU_QUERY.split(","), shown, strict=True))
+        about["gpu"] = _gpu_state(device)
     else:
         with open("/proc/cpuinfo") as file:
             about["clock_mhz"] = [float(line.split(":")[1]) for line in file if line.startswith("cpu MHz")]
     return about
+
+
+def _gpu_state(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi tells, or why it does not. By UUID: its own numbers take no notice of CUDA_VISIBLE_DEVICES."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader", f"--id={uuid}"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"missing": str(error)}
+    shown, names = done.stdout.strip().split(", "), _GPU_QUERY.split(",")
+    if done.returncode or len(shown) != len(names):
+        return {"missing": f"nvidia-smi: exit {done.returncode}: {(done.stdout + done.stderr).strip()}"}
+    return dict(zip(names, shown, strict=True))
 
 
 def _version(name: str) -> str | None:
@@ -233,3 +245,5 @@ def _version(name: str) -> str | None:
         return getattr(__import__(name), "__version__", "installed")
     except ModuleNotFoundError:
         return None
+    except Exception as error:  # a broken package is no reason to lose a run
+        return f"broken ({type(error).__name__})"

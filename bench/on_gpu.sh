@@ -1,9 +1,11 @@
 #!/bin/sh
 # Build, test, measure and profile on one GPU: sh bench/on_gpu.sh [folder for the results] [stage ...]
-# Without stages all of them, in at most 16 minutes; where a command may take ten, give `build test sanitizer` first and
-# `build bench sweep profile` next. A stage that runs out of time is interrupted, and the bench then keeps what it has.
+# Without stages all of them, in at most 19 minutes; where a command may take ten, give `build test sanitizer`, `build bench`
+# and `build sweep profile` in turn. A stage that runs out of time is interrupted. The bench's parts run one by one, those that
+# are done soonest first, into one file: a part that is interrupted keeps its finished cases and costs no other its own.
 # Needs torch, triton, pytest, pytest-benchmark, pytest-timeout, transformers, matplotlib, hypothesis and numpy; the
-# extension also nvcc, pybind11 and ninja. compute-sanitizer, ncu, peft and liger-kernel are used where they are there.
+# extension also nvcc, setuptools>=77, pybind11 and ninja. compute-sanitizer, ncu, peft and liger-kernel are used where
+# they are there.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-bench/results/$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')}
@@ -30,8 +32,11 @@ for stage in $stages; do
     test) step test 240 python3 -m pytest -q -o addopts= tests/test_gpu.py tests/test_optim_cuda.py ;;
     sanitizer) check memcheck; check racecheck ;;
     bench)
-        name=$(date -u +%Y-%m-%d)-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown)
-        lines=150 step bench 240 python3 -m bench adapter optimizer step memory --json "$out/$name.json"
+        json=$out/$(date -u +%Y-%m-%d)-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown).json
+        for part in optimizer:60 memory:60 step:150 adapter:180; do
+            lines=150 step "bench-${part%:*}" "${part#*:}" \
+                python3 -m bench "${part%:*}" --append --json "$json"
+        done
         ;;
     sweep) lines=30 step sweep 80 python3 -m bench sweep -r 64 --json "$out/sweep.json" ;;
     profile)

@@ -164,14 +164,14 @@ def scaling(run: Run) -> Figure | None:
 def roofline(run: Run) -> Figure | None:
     """FLOPs a second against FLOPs a byte, under what a copy and a large product reach."""
     cases = _cases(run, "adapter", grouped=False, dtype="bfloat16")
-    if not cases:
+    product = run.machine["roofs"]["gemm_flops"]
+    if not cases or product is None:
         return None
     figure, (axis,) = _figure(1, 6.4, 4.2)
     names = list(dict.fromkeys(e.variant for _, entries in cases for e in entries if e.variant != COPY))
     colours = _colours(names)
     intensities = [c["flops"] / c["floor_bytes"] for c, _ in cases]
     bandwidth = max(c["floor_bytes"] / e.median for c, entries in cases for e in entries if e.variant == COPY)
-    product = run.machine["roofs"]["gemm_flops"]
     ridge = product / bandwidth
     ends = [min(ridge, *intensities) / 2, ridge, max(ridge, *intensities) * 2]
     roof = f"copy {bandwidth / 1e9:.3g} GB/s, bf16 product {product / 1e9:.3g} GFLOP/s"

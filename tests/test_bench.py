@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import report
+from bench import adapter, measure, report
 from bench.cases import COPY, Case, Variant
 from bench.measure import interleave, kept_for_backward, peak_bytes
 
@@ -82,34 +83,116 @@ def test_comparing_two_runs_leaves_out_what_is_wrong_in_either(tmp_path: Path) -
     assert next(x for x in lines if ": ours" in x).split("|")[-2].strip() == report.DASH
 
 
-def test_ctrl_c_keeps_the_cases_before_it(tmp_path: Path) -> None:
-    script = tmp_path / "interrupted.py"
-    script.write_text(
-        """
+# Runs the engine over made-up parts. argv: file, parts, the case that is interrupted.
+ENGINE = """
 import sys, types, torch
 from pathlib import Path
-from bench import engine
+from bench import engine, tables
 from bench.cases import Case, Variant
 
 def build(case, device):
-    if case.name == "second":
+    if case.name == sys.argv[3]:
         raise KeyboardInterrupt
     return [Variant("a", lambda: None), Variant("b", missing="nobody has it")]
+
+def broken(device):
+    raise OSError("no such machine")
 
 part = types.ModuleType("part")
 part.cases = lambda device, quick: [Case("fake", "first", {}, floor_bytes=4096), Case("fake", "second", {})]
 part.names = lambda case, device: ["a", "b"]
 part.build = build
 sys.modules["part"], engine.TIMED["fake"] = part, "part"
-engine.run(engine.Options(("fake",), torch.device("cpu"), True, Path(sys.argv[1]), None))
+tables.COUNTED["counted"] = lambda device, quick: {"rows": []}
+engine.gemm_flops = engine.machine = broken
+path, parts = Path(sys.argv[1]), tuple(sys.argv[2].split(","))
+engine.run(engine.Options(parts, torch.device("cpu"), True, path, None, append=True))
 """
-    )
+
+
+def run_engine(out: Path, parts: str, interrupted: str = "none") -> str:
+    """What it says; every run adds to the file."""
     root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", ENGINE, str(out), parts, interrupted]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stderr
+
+
+def test_ctrl_c_keeps_the_cases_before_it(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    subprocess.run(
-        [sys.executable, str(script), str(out)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True
-    )
+    run_engine(out, "fake", "second")
     run = report.load(out)
     assert [e.variant for e in run.groups["fake", "first"]] == ["a", COPY]
     assert list(run.groups) == [("fake", "first")]
     assert run.data["missing"] == [{"case": "first", "variant": "b", "reason": "nobody has it"}]
+
+
+def test_ctrl_c_before_the_first_case_is_over_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert f"nothing was measured to its end: {out}" in run_engine(out, "fake", "first")
+    assert not out.exists()
+
+
+def test_a_part_adds_to_the_file_of_another_and_a_broken_machine_loses_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    said = run_engine(out, "counted")
+    assert "broken is left out: OSError: no such machine" in said
+    run_engine(out, "fake", "second")
+    run_engine(out, "fake", "first")
+    run_engine(out, "fake")  # again, and whole: the last of each counts
+    run = report.load(out)
+    assert [(case, e.variant) for case, entries in run.groups.items() for e in entries] == [
+        (("fake", "first"), "a"),
+        (("fake", "first"), COPY),
+        (("fake", "second"), "a"),
+    ]
+    assert run.data["tables"] == {"counted": {"rows": []}}
+    assert len(run.data["missing"]) == 2
+    assert run.machine["device"] == "cpu"
+    assert run.title.startswith("cpu, ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("echo RTX, 1, 2 MHz, 3 MHz, 4 MHz, 5 W", {"name": "RTX", "clocks.mem": "3 MHz"}),
+        ("echo Insufficient Permissions; exit 4", {"missing": "nvidia-smi: exit 4: Insufficient Permissions"}),
+        (None, {"missing": "[Errno 2] No such file or directory: 'nvidia-smi'"}),
+    ],
+    ids=["told", "refused", "not there"],
+)
+def test_nvidia_smi_is_asked_for_the_uuid_and_may_fail(
+    answer: str | None, state: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if answer is not None:
+        (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\necho "$*" >"$0.asked"\n{answer}\n')
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    properties = types.SimpleNamespace(uuid="12-34")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    got = measure._gpu_state(torch.device("cuda", 1))
+    assert state.items() <= got.items()
+    if answer is not None:
+        assert "--id=GPU-12-34" in (tmp_path / "nvidia-smi.asked").read_text()
+
+
+def test_max_autotune_is_for_the_main_shape_alone() -> None:
+    gpu = torch.device("cuda")
+    tuned = [c for c in adapter.cases(gpu, quick=False) if "torch.compile max-autotune" in adapter.names(c, gpu)]
+    assert {tuple(c.shape.values())[:4] for c in tuned} == {(8192, 4096, 64, "bfloat16")}
+    assert {c.shape["pass"] for c in tuned} == {"forward", "backward", "both"}
+
+
+def test_on_a_gpu_each_part_runs_by_itself_into_one_file(tmp_path: Path) -> None:
+    """With a python3 that does nothing but fail in one part: the others run all the same."""
+    fake = tmp_path / "python3"
+    fake.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/called\n[ "$3" != step ]\n')
+    fake.chmod(0o755)
+    script = Path(__file__).parent.parent / "bench" / "on_gpu.sh"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", script, tmp_path, "bench"], env=environment, check=False, capture_output=True)
+    assert done.returncode == 1
+    calls = [line.split() for line in (tmp_path / "called").read_text().splitlines()]
+    assert [c[2] for c in calls] == ["optimizer", "memory", "step", "adapter"]
+    assert len({c[-1] for c in calls}) == 1
+    assert all("--append" in c for c in calls)

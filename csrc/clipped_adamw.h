@@ -237,6 +237,7 @@ namespace cpu {
 void sum_squares(const Table&, const Clip&, double* slots, Scalars*, int threads);
 void finish(const Clip&, Scalars*);
 void update(const Table&, const std::vector<Group>&, const Scalars*, bool clear_grads, uint32_t seed, int threads);
+int other_cores(int threads);  // where OpenMP has bound the caller to fewer cores than threads: how many others there are
 }  // namespace cpu
 
 // Each returns nullptr, or what CUDA said went wrong.

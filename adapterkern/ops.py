@@ -132,8 +132,8 @@ def uses_composition(x: Tensor, adapter_dim: int) -> bool:
 
 @cache
 def _least_numel(dtype: torch.dtype) -> int:
-    # AMX makes bf16's products so cheap that the op's fp32 statistics show, until eager's activations leave the cache: on
-    # 2 cores of a Xeon 1.18, 1.13, 1.05 of the composition's time at 4, 8, 12 M elements, 0.78 to 0.81 from 16 M on.
+    # AMX makes bf16's products so cheap that the op's fp32 statistics show, until eager's activations leave the cache:
+    # on 2 cores of a Xeon 1.18, 1.13, 1.05 of the composition's time at 4, 8, 12 M elements, 0.78 to 0.81 from 16 M on.
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return 1 << 24 if dtype == torch.bfloat16 and amx() else 1 << 21
 

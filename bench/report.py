@@ -254,8 +254,8 @@ def compare(old: Run, new: Run) -> str:
 
 def readme_section(runs: Sequence[Run]) -> str:
     """What stands between README's markers: of each device's newest run every training step, the main adapter case,
-    the first optimizer case, what was lost, and the counted tables folded away."""
-    parts = []
+    the first optimizer case, what was lost, and the counted tables folded away, once where devices agree."""
+    parts: list[str] = []
     for run in runs:
         parts.append(f"**{run.title}** ([all figures]({run.path.relative_to(RESULTS.parent.parent)}))")
         groups = run.groups
@@ -268,7 +268,9 @@ def readme_section(runs: Sequence[Run]) -> str:
         for part, counted in run.data["tables"].items():
             if part == "aot":
                 counted = counted | {"rows": [r for r in counted["rows"] if r["sm"] == 90]}
-            parts.append(f"<details><summary>{TITLES[part]}</summary>\n\n{COUNTED[part](counted)}\n\n</details>")
+            folded = f"<details><summary>{TITLES[part]}</summary>\n\n{COUNTED[part](counted)}\n\n</details>"
+            if folded not in parts:
+                parts.append(folded)
     return "\n\n".join([BEGIN, *parts, END])
 
 

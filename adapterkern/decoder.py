@@ -133,14 +133,22 @@ def layer_device(layer: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Within it nothing is dropped out."""
-    was_training = module.training
-    module.eval()
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """After it every part of ``module`` is in the mode, training or eval, that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Within it nothing is dropped out."""
+    with modes_kept(module):
+        module.eval()
+        yield
 
 
 def decoder_slice(decoder: Any, start: int, stop: int) -> Any:

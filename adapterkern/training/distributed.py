@@ -120,11 +120,6 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())  # FSDP2's, DeepSpeed's
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor that is split; another tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A shard's whole tensor, which all processes must ask for; another tensor itself."""
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor

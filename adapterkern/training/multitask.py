@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapterkern._optim_parts import local
 from adapterkern.files import read_json, write_json
 from adapterkern.llama import LlamaAdapter
 from adapterkern.mixing import prefix_length
@@ -214,9 +215,7 @@ class MultiTask(Task):
     @torch.no_grad()
     def _part_tasks(self, max_norm: float) -> None:
         """From the gradient of the mean over all targets to each task's own, no longer than ``max_norm``."""
-        gradients = [
-            [distributed.local(p.grad) for p in self._stepped[name] if p.grad is not None] for name in self._targets
-        ]
+        gradients = [[local(p.grad) for p in self._stepped[name] if p.grad is not None] for name in self._targets]
         # fp64: a norm is infinite only where a gradient is, and then it becomes NaN, which the optimizer refuses.
         norms = [torch._foreach_norm(of_task, 2.0, dtype=torch.float64) for of_task in gradients]
         first = norms[0][0].device

@@ -9,6 +9,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import nn
 
+from adapterkern.decoder import modes_kept
+
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -55,12 +57,10 @@ def left_as_found(module: nn.Module) -> Iterator[None]:
     """
     names = ("forward", "_original_forward")
     forward = {name: vars(module)[name] for name in names if name in vars(module)}
-    modes = [(part, part.training) for part in module.modules()]
     try:
-        yield
+        with modes_kept(module):
+            yield
     finally:
         for name in names:
             vars(module).pop(name, None)
         vars(module).update(forward)
-        for part, training in modes:
-            part.training = training

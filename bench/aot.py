@@ -9,8 +9,6 @@ import argparse
 import itertools
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ from adapterkern.kernels.backward import Needed, backward
 from adapterkern.kernels.forward import forward
 from adapterkern.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
 from adapterkern.kernels.weights import padded_adapter_dim, prepare
+from bench import sass
 
 ADAPTER_DIMS = (16, 32, 64, 128, 256)
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
@@ -66,7 +65,7 @@ class Launch:
 
 
 def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "launch_pdl") if k in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, aligned = {}, {}, []
     for i, p in enumerate(kernel.params):
@@ -134,7 +133,7 @@ def adapter_launches(
     index = torch.empty(max(1, rows // 512), dtype=torch.int64, device=device) if grouped else None
     vec = 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
     R = padded_adapter_dim(r)
-    common = {"activation": activation, "precision": "ieee", "vec": vec, "sms": sms}
+    common = {"activation": activation, "precision": "ieee", "vec": vec, "sms": sms, "pdl": wide}
     with recorded_launches() as launches:
         prepared = prepare(params, compute)
         tiles = forward_tiles(compute.itemsize, R, wide)
@@ -168,6 +167,7 @@ class Compiled:
     wgmma: int
     mma: int
     cp_async: int
+    loops: list[sass.Loop]
 
 
 def compile_launch(launch: Launch, sm: int) -> Compiled:
@@ -180,24 +180,18 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
     )
     out = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(launch.options))
     ptx = out.asm["ptx"]
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(out.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage: {usage!r}")
+    registers, stack = sass.usage(out.asm["cubin"])
     return Compiled(
         kernel=launch.name,
         sm=sm,
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=registers,
+        stack=stack,
         shared=out.metadata.shared,
         warps=out.metadata.num_warps,
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
         cp_async=len(re.findall(r"cp\.async\.(?:cg|ca)\.shared", ptx)),
+        loops=sass.loops(out.asm["cubin"]) if sm == 90 else [],
     )
 
 

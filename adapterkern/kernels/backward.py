@@ -1,7 +1,7 @@
 """The adapter's backward in the closed form, from z (T×r), two row constants, and x or y.
 
     dh = dy·W_up      dz = dh ⊙ act'(z)      c1 = dz·rowsum(A)/d      c2 = Σᵣ(dz ⊙ (z − c))/d          (1)
-    dx = dy + ρ(dz·A − c1 − x̂·c2)           G  = dzᵀ·x̂               Uᵀ = hᵀ·dy                        (2)
+    dx = dy + ρ(dz·A − c1 − x̂·c2)           Gᵀ = x̂ᵀ·dz               U  = dyᵀ·h                        (2)
     dW_down = G·diag(γ) + s·βᵀ   db_down = s = Σₜ dz   dγ = Σᵣ G ⊙ W_down   dβ = s·W_down               (3)
     dW_up = U                    db_up = Σₜ dy
 
@@ -11,9 +11,18 @@ the fp32 sums of G and U never leave its registers until the end. (3) adds up th
 into gradients. LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them: four units of T×d
 traffic in all (dy; dy, x, dx), where three is the floor.
 
-dy's second read is meant for L2. (1) and (2) therefore alternate over chunks of rows, one wave of row tiles each, and
-(2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk through its own
-partial buffer, so the order of every addition is fixed and two runs agree to the bit.
+Folded. In bf16, (1) leaves ζ = ρ·dz rounded instead of dz, and makes c1 and c2 from ζ (c2 times −ρ). With x̂ = ρ(x − μ),
+
+    dx = dy + ζ·A + (−c1 − μ·c2) + x·c2           Gᵀ = xᵀ·ζ − qᵀ        q = Σₜ μ·ζ                      (2')
+
+so x and dy go from shared memory into the products without passing through registers: 20 instructions per element
+instead of 52. It cancels where |μ| ≫ σ. (1) leaves each tile's largest (ρμ)², and a program of (2) one of whose rows
+passes 16² takes x − μ, rounded, in place of x (and no q). fp16, which has no room for ρ·dz, and rows of another dtype
+than the products' are not folded.
+
+dy's second read is meant for L2. (1) and (2) therefore alternate over equal chunks of rows, at most one wave of row
+tiles each, and (2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk
+through its own partial buffer, so the order of every addition is fixed and two runs agree to the bit.
 
 x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up, for one more product and no more
 traffic.
@@ -24,7 +33,8 @@ switch.
 
 # mypy: allow-untyped-defs
 # A Triton function's types are its callers'.
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,9 +42,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hidden import hidden
-from .primitives import dot, narrow, tile_rows
-from .tiles import Tiles, ceil_div, multiprocessors, row_shares
+from .hidden import Hidden, hidden
+from .primitives import follow, narrow
+from .slice import slice_kernel
+from .tiles import Tiles, ceil_div, early_launch, multiprocessors, row_shares
 from .weights import Prepared
 
 # From this R on, G and U are summed in two launches of (2), one accumulator each. Half the registers an accumulator
@@ -56,134 +67,13 @@ class Needed(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["tile0", "tiles", "S", "stride"],
-    do_not_specialize_on_alignment=["p_order", "p_bounds"],
-)
-def slice_kernel(
-    p_dy,  # (T, d) contiguous
-    p_x,  # (T, d), rows `stride`·VEC apart; y if X_FREE
-    p_order,  # (T/S,) sequences sorted by adapter, or None
-    p_bounds,  # (n + 1,) where each adapter's sequences begin in it
-    p_dz,  # (T, R)
-    p_h,  # (T, R)
-    p_mean,  # (T,)
-    p_rstd,  # (T,)
-    p_c1,  # (T,)
-    p_c2,  # (T,)
-    p_a,  # (n, R, D)
-    p_w,  # (n, D, R)
-    p_bias,  # (n, D)
-    p_dx,  # (T, d), or None
-    p_g,  # (shares, n, R, D) fp32, or None
-    p_s,  # (shares, n, R) fp32, or None
-    p_u,  # (shares, n, R, D) fp32, or None
-    p_dbias,  # (shares, n, D) fp32, or None
-    tile0,
-    tiles,
-    S,
-    stride,
-    d: tl.constexpr,
-    D: tl.constexpr,
-    BR: tl.constexpr,
-    VEC: tl.constexpr,
-    X_FREE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
-    DX: tl.constexpr = p_dx is not None
-    G: tl.constexpr = p_g is not None
-    U: tl.constexpr = p_u is not None
-    share = tl.program_id(1)
-    e = tl.program_id(2).to(tl.int64)
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    o_r = tl.arange(0, BR)
-    m_d = o_d < d
-    o_rd = o_r[:, None] * D + o_d[None, :]
-    partial = share * tl.num_programs(2) + e
-    if DX:
-        b_a = tl.load(p_a + e * BR * D + o_rd)
-    if X_FREE and (DX or G):
-        b_w = tl.load(p_w + e * BR * D + o_d[None, :] * BR + o_r[:, None])
-        bias = tl.load(p_bias + e * D + o_d)
-
-    # Sums begin at zero in the first chunk and where the last chunk left them after that.
-    later = tile0 > 0
-    if G:
-        g = tl.load(p_g + partial * BR * D + o_rd, mask=tl.broadcast_to(later, o_rd.shape), other=0)
-    if U:
-        u = tl.load(p_u + partial * BR * D + o_rd, mask=tl.broadcast_to(later, o_rd.shape), other=0)
-    if p_s is not None:
-        s = tl.load(p_s + partial * BR + o_r, mask=tl.broadcast_to(later, o_r.shape), other=0)
-    if p_dbias is not None:
-        dbias = tl.load(p_dbias + partial * D + o_d, mask=tl.broadcast_to(later, o_d.shape), other=0)
-
-    first = tile0
-    last = tile0 + tiles
-    if p_order is not None:
-        first = tl.load(p_bounds + e).to(tl.int32) * tl.cdiv(S, BT)
-        last = tl.load(p_bounds + e + 1).to(tl.int32) * tl.cdiv(S, BT)
-    shares = tl.num_programs(1)
-    for i in range(0, tl.cdiv(last - first - share, shares)):
-        position, i_t, m_t = tile_rows(last - 1 - share - i * shares, S, BT)
-        if p_order is not None:
-            i_t += (tl.load(p_order + position).to(tl.int64) - position) * S
-        m = m_t[:, None] & m_d[None, :]
-        o_tr = i_t[:, None] * BR + o_r[None, :]
-        if DX or U or p_dbias is not None:
-            b_dy = tl.load(p_dy + i_t[:, None] * d + o_d[None, :], mask=m, other=0, eviction_policy="evict_first")
-            dy = b_dy.to(tl.float32)
-        if DX or G or p_s is not None:
-            b_dz = tl.load(p_dz + o_tr, mask=m_t[:, None], other=0)
-        if U or (X_FREE and (DX or G)):
-            b_h = tl.load(p_h + o_tr, mask=m_t[:, None], other=0)
-        if DX or G:
-            b_x = tl.load(
-                p_x + i_t[:, None] * stride * VEC + o_d[None, :], mask=m, other=0, eviction_policy="evict_first"
-            )
-            x = b_x.to(tl.float32)
-            if X_FREE:
-                x -= bias[None, :]
-                x -= dot(b_h, b_w, tl.zeros((BT, BD), tl.float32), PRECISION)
-                x = narrow(x, b_x.dtype).to(tl.float32)
-            mean = tl.load(p_mean + i_t, mask=m_t, other=0)
-            rstd = tl.load(p_rstd + i_t, mask=m_t, other=0)
-            xhat = (x - mean[:, None]) * rstd[:, None]
-        if DX:
-            c1 = tl.load(p_c1 + i_t, mask=m_t, other=0)
-            c2 = tl.load(p_c2 + i_t, mask=m_t, other=0)
-            t = dot(b_dz, b_a, tl.zeros((BT, BD), tl.float32), PRECISION)
-            dx = dy + rstd[:, None] * (t - c1[:, None] - xhat * c2[:, None])
-            tl.store(
-                p_dx + i_t[:, None] * d + o_d[None, :], narrow(dx, b_dy.dtype), mask=m, eviction_policy="evict_first"
-            )
-        if G:
-            g = dot(tl.trans(b_dz), narrow(xhat, b_dz.dtype), g, PRECISION)
-        if U:
-            u = dot(tl.trans(b_h), narrow(dy, b_h.dtype), u, PRECISION)
-        if p_s is not None:
-            s += tl.sum(b_dz.to(tl.float32), 0)
-        if p_dbias is not None:
-            dbias += tl.sum(dy, 0)
-
-    if G:
-        tl.store(p_g + partial * BR * D + o_rd, g)
-    if U:
-        tl.store(p_u + partial * BR * D + o_rd, u)
-    if p_s is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
-        if tl.program_id(0) == 0:
-            tl.store(p_s + partial * BR + o_r, s)
-    if p_dbias is not None:
-        tl.store(p_dbias + partial * D + o_d, dbias)
-
-
-@triton.jit(
     do_not_specialize=["shares"],
     do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd"],
 )
 def reduce_kernel(
     p_g,  # (shares, n, R, D) fp32, or None
     p_s,  # (shares, n, R) fp32, or None
+    p_q,  # (shares, n, R) fp32, or None
     p_u,  # (shares, n, R, D) fp32, or None
     p_dbias,  # (shares, n, D) fp32, or None
     p_gamma,  # (n, d)
@@ -200,9 +90,11 @@ def reduce_kernel(
     r: tl.constexpr,
     D: tl.constexpr,
     BR: tl.constexpr,
+    PDL: tl.constexpr,
     RB: tl.constexpr,
     BD: tl.constexpr,
 ):
+    follow(PDL)
     # A program owns BD columns of one adapter and goes over r in steps of RB; everything it needs is in those columns.
     n = tl.num_programs(1)
     e = tl.program_id(1).to(tl.int64)
@@ -221,6 +113,7 @@ def reduce_kernel(
         g = tl.zeros((RB, BD), tl.float32)
         u = tl.zeros((RB, BD), tl.float32)
         s = tl.zeros((RB,), tl.float32)
+        q = tl.zeros((RB,), tl.float32)
         for k in range(0, shares):
             partial = k * n + e
             if p_g is not None:
@@ -229,6 +122,9 @@ def reduce_kernel(
                 u += tl.load(p_u + partial * BR * D + o_rd, mask=m, other=0)
             if p_s is not None:
                 s += tl.load(p_s + partial * BR + o_r)
+            if p_q is not None:
+                q += tl.load(p_q + partial * BR + o_r)
+        g -= q[:, None]
         if p_dgamma is not None or p_dbeta is not None:
             wd = tl.load(p_wd + o_wd, mask=m, other=0).to(tl.float32)
             dgamma += tl.sum(g * wd, 0)
@@ -270,6 +166,7 @@ def backward(
     row_tiles: Tiles,
     tiles: Tiles,
     vec: int,
+    pdl: bool,
     sms: int | None = None,
 ) -> list[Tensor | None]:
     """Launch the backward for the gradients in ``needed``. ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``."""
@@ -278,53 +175,57 @@ def backward(
     r = weights[2].shape[-2]
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
+    row_tiles, tiles = (t.reading(vec * x.element_size()) for t in (row_tiles, tiles))
 
     with_g = needed.norm_weight or needed.down_weight
     with_s = needed.norm_bias or needed.down_weight or needed.down_bias
     with_dz = needed.x or with_g or with_s
     with_h = needed.up_weight or (x_free and (needed.x or with_g))
-    dx = torch.empty_like(dy) if needed.x else None
-    dz = dy.new_empty((T, R), dtype=z.dtype) if with_dz else None
-    h = dy.new_empty((T, R), dtype=z.dtype) if with_h else None
-    # One allocation each: a slice of a shared one would be aligned for some T only, which is another compiled variant.
-    c1, c2 = (dy.new_empty(T, dtype=torch.float32) if with_dz else None for _ in range(2))
+    folded = with_dz and x.dtype == z.dtype == torch.bfloat16
+    direct = folded and not x_free
+    if not direct:
+        tiles = replace(tiles, BT=min(tiles.BT, 32))
 
-    order, bounds = sorted_by_adapter(index, n) if index is not None else (None, None)
     sequences = 1 if index is None else index.numel()
     S = T // sequences
-    shape = {"d": d, "D": D, "BR": R, "PRECISION": precision}
-
+    n_tiles, n_row_tiles = (sequences * ceil_div(S, t.BT) for t in (tiles, row_tiles))
     slices = ceil_div(d, tiles.BD)
-    n_tiles = sequences * ceil_div(S, tiles.BT)
     shares = row_shares(slices * n, n_tiles, sms)
 
-    def partial(wanted: bool, *size: int) -> Tensor | None:
-        return dy.new_empty((shares, n, *size), dtype=torch.float32) if wanted else None
+    def empty(wanted: bool, *size: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return dy.new_empty(size, dtype=dtype) if wanted else None
 
-    g, u = partial(with_g, R, D), partial(needed.up_weight, R, D)
-    s, dbias = partial(with_s, R), partial(needed.up_bias, D)
+    dx = torch.empty_like(dy) if needed.x else None
+    # One allocation each: a slice of a shared one would be aligned for some T only, which is another compiled variant.
+    rows = Hidden(
+        dz=empty(with_dz, T, R, dtype=z.dtype), c1=empty(with_dz, T), c2=empty(with_dz, T),
+        h=empty(with_h, T, R, dtype=z.dtype), s=empty(with_s, n_row_tiles, R),
+        q=empty(direct and with_g, n_row_tiles, R), worst=empty(folded, n_row_tiles),
+    )  # fmt: skip
+    g, u = empty(with_g, shares, n, R, D), empty(needed.up_weight, shares, n, R, D)
+    s, q = empty(with_s, shares, n, R), empty(direct and with_g, shares, n, R)
+    dbias = empty(needed.up_bias, shares, n, D)
+    order, bounds = sorted_by_adapter(index, n) if index is not None else (None, None)
+    shape = {"d": d, "D": D, "BR": R, "PRECISION": precision, "PDL": pdl}
 
-    passes = [(dx, g, s, u, dbias)]
+    passes = [(dx, g, s, q, u, dbias)]
     if R >= SEPARATE_UP and (needed.x or with_g) and needed.up_weight:
-        passes = [(dx, g, s, None, None), (None, None, None, u, dbias)]
+        passes = [(dx, g, s, q, None, None), (None, None, None, None, u, dbias)]
 
-    # A chunk is a wave of (1)'s row tiles. Stacked adapters are walked in one: their rows lie in the order of `index`.
-    ratio = max(row_tiles.BT, tiles.BT) // row_tiles.BT
-    wave = ceil_div(sms, ratio) if index is None else n_tiles
-    per_chunk = wave * max(row_tiles.BT, tiles.BT)
-    for row0 in range(0, T, T if index is not None else per_chunk):
-        rows = T - row0 if index is not None else min(per_chunk, T - row0)
+    for row0, chunk in _chunks(T, max(row_tiles.BT, tiles.BT), row_tiles.BT, sms) if index is None else [(0, T)]:
+        hidden0, tile0 = row0 // row_tiles.BT, row0 // tiles.BT
+        of_chunk = ceil_div(chunk, row_tiles.BT) if index is None else n_row_tiles
         if with_dz or with_h:
             hidden(
-                dy, index, z, p, dz, c1, c2, h, dx, row0=row0, rows=rows,
-                activation=activation, precision=precision, tiles=row_tiles, sms=sms,
+                dy, index, z, mean, rstd, p, rows, dx, tile0=hidden0, n_tiles=of_chunk,
+                activation=activation, precision=precision, tiles=row_tiles, sms=sms, pdl=pdl,
             )  # fmt: skip
         for outputs in passes:
             slice_kernel[(slices, shares, n)](
-                dy, x, order, bounds, dz, h, mean, rstd, c1, c2, p.A, p.w_up, p.b_up, *outputs,
-                row0 // tiles.BT, ceil_div(rows, tiles.BT), S, x.stride(0) // vec,
-                VEC=vec, X_FREE=x_free, BT=tiles.BT, BD=tiles.BD,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shape,
+                dy, x, order, bounds, rows.dz, rows.h, mean, rstd, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
+                p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, S,
+                x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, num_warps=tiles.num_warps,
+                **shape, **tiles.blocks, **early_launch(pdl),
             )  # fmt: skip
 
     grads = [
@@ -334,10 +235,18 @@ def backward(
     if any(needed[1:]):
         block = 32
         reduce_kernel[(ceil_div(d, block), n)](
-            g, s, u, dbias, *(w.contiguous() for w in weights[:3]), *grads, shares,
-            d=d, r=r, D=D, BR=R, RB=16, BD=block, num_warps=2,
+            g, s, q, u, dbias, *(w.contiguous() for w in weights[:3]), *grads, shares,
+            d=d, r=r, D=D, BR=R, PDL=pdl, RB=min(R, 128), BD=block,
+            num_warps=min(8, R // 8), **early_launch(pdl),
         )  # fmt: skip
     return [dx, *grads]
+
+
+def _chunks(T: int, unit: int, row_tile: int, sms: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of equal chunks, in whole units, of at most a wave of row tiles."""
+    count = ceil_div(T, sms * row_tile)
+    size = ceil_div(ceil_div(T, unit), count) * unit
+    return ((row0, min(size, T - row0)) for row0 in range(0, T, size))
 
 
 def sorted_by_adapter(index: Tensor, n: int) -> tuple[Tensor, Tensor]:

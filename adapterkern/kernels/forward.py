@@ -3,21 +3,26 @@
     μ, σ² = mean, variance of a row       ρ = 1/√(σ² + eps)
     z = ρ((x − s)·Aᵀ − (μ − s)·rowsum(A)) + c        h = act(z)        y = x + h·W_upᵀ + b_up
 
-A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). Statistics go block by block with Chan's
-update: each column block's mean and squared deviations are merged into the row's, so neither a large mean nor a large
-channel cancels.
+A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). 16-bit rows go into the product as they lie,
+with Σx and Σx² beside it, each thread's own until the end. That leaves the variance right to 256·2⁻²⁴ where no mean
+outweighs its deviation by more than 16. A tile with such a row goes the shifted way, and so does every row of another
+dtype than the product's: block by block with Chan's update, where neither a large mean nor a large channel cancels,
+for 510 instructions per 64×64 block instead of 230.
 
-s is a constant of the row: 0, or, where the first block's mean outweighs its deviation, that mean rounded to x's
-dtype. Without it a row of σ ≈ 0 loses everything (ρ reaches 1/√eps = 316, and 316·μ·2⁻²⁴·√d is what fp32 accumulation
-leaves), and an fp32 row that is rounded to bf16 for the product loses σ/μ. With it such rows are exact: numbers of
-one binade differ by one that their own dtype holds.
+s is a constant of the row: 0, or, where the first block's mean outweighs its deviation by more than 4, that mean
+rounded to x's dtype. Without it a row of σ ≈ 0 loses everything (ρ reaches 1/√eps = 316, and 316·μ·2⁻²⁴·√d is what
+fp32 accumulation leaves), and an fp32 row that is rounded to bf16 for the product loses σ/μ. With it such rows are
+exact: numbers of one binade differ by one that their own dtype holds.
 
 A program owns a row tile and goes over d twice: up, and then down again, since the columns read last are those most
-likely still in L2. Loads: x twice, A and W_up once per row tile. Stores: y, and for the backward z (T×r, rounded to
-the compute dtype; h is act of the rounded z) and two fp32 row constants.
+likely still in L2. Loads: x twice, A and W_up once per row tile, all of them asynchronous and some blocks ahead
+(`tl.range` pipelines what feeds no product, too). Stores: y, and for the backward z (T×r, rounded to the compute dtype;
+h is act of the rounded z) and two fp32 row constants.
 
 Where row tiles are too few to fill the device (decoding), two launches share each tile's columns: the first leaves
 partial products and statistics of its columns in fp32, the second adds them up, in order, and emits its columns of y.
+Programs that share a tile share its s, so they decide by s: without one in the first block, no row's mean² passes
+some d/4 times its variance.
 """
 
 # mypy: allow-untyped-defs
@@ -27,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, dot, narrow, tile_rows
-from .tiles import Tiles, ceil_div, column_split, multiprocessors
+from .primitives import activate, dot, follow, narrow, tile_rows
+from .tiles import Tiles, ceil_div, column_split, early_launch, multiprocessors
 from .weights import Prepared
 
 
@@ -54,18 +59,18 @@ def _shift(mean, m2, n, X: tl.constexpr):
 
 @triton.jit
 def _project(p_rows, p_a, m_t, shift, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-             BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Moments and (x − s)·Aᵀ of a row tile over columns lo … hi; the block at column 0 sets s."""
     o_r = tl.arange(0, BR)
     acc = tl.zeros((BT, BR), tl.float32)
     mean = tl.zeros((BT,), tl.float32)
     m2 = tl.zeros((BT,), tl.float32)
     count = 0.0
-    for o in range(lo, hi, BD):
+    for o in tl.range(lo, hi, BD, num_stages=STAGES):
         o_d = o + tl.arange(0, BD)
         m_d = o_d < d
         b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0)
-        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None], eviction_policy="evict_last")
+        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
         x = b_x.to(tl.float32)
         n = tl.minimum(d - o, BD).to(tl.float32)
         mean_n, m2_n = _block_moments(x, m_d, n)
@@ -76,20 +81,40 @@ def _project(p_rows, p_a, m_t, shift, lo, hi, d: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
+def _project_plain(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                   BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """As _project with s = 0: x goes into the product as it lies, and Σx and Σx² stay in their threads to the end."""
+    RUN: tl.constexpr = 8  # consecutive columns that one thread has loaded
+    o_r = tl.arange(0, BR)
+    acc = tl.zeros((BT, BR), tl.float32)
+    total = tl.zeros((BT, BD // RUN), tl.float32)
+    squares = tl.zeros((BT, BD // RUN), tl.float32)
+    for o in tl.range(lo, hi, BD, num_stages=STAGES):
+        o_d = o + tl.arange(0, BD)
+        b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
+        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
+        acc = dot(b_x, b_a, acc, PRECISION)
+        x = tl.reshape(b_x.to(tl.float32), (BT, BD // RUN, RUN))
+        total += tl.sum(x, 2)
+        squares += tl.sum(x * x, 2)
+    n = tl.maximum(hi - lo, 1).to(tl.float32)
+    mean = tl.sum(total, 1) / n
+    return acc, mean, tl.maximum(tl.sum(squares, 1) - mean * mean * n, 0.0)
+
+
+@triton.jit
 def _emit(p_rows, p_out, p_w, p_bias, h, m_t, lo, blocks, d: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
+          PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """y = x + h·W_upᵀ + b_up over BD·blocks columns from lo, last column first."""
     o_r = tl.arange(0, BR)
-    for i in range(0, blocks):
+    for i in tl.range(0, blocks, num_stages=STAGES):
         o_d = lo + (blocks - 1 - i) * BD + tl.arange(0, BD)
-        m_d = o_d < d
-        m = m_t[:, None] & m_d[None, :]
-        b_x = tl.load(p_rows + o_d[None, :], mask=m, other=0, eviction_policy="evict_first")
-        b_w = tl.load(p_w + o_d[None, :] * BR + o_r[:, None], eviction_policy="evict_last")
-        bias = tl.load(p_bias + o_d)
-        y = b_x.to(tl.float32) + bias[None, :]
+        m = m_t[:, None] & (o_d < d)[None, :]
+        b_x = tl.load(p_rows + o_d[None, :], mask=m, other=0)
+        b_w = tl.load(p_w + o_d[None, :] * BR + o_r[:, None])
+        y = b_x.to(tl.float32) + tl.load(p_bias + o_d)[None, :]
         y = dot(h, b_w, y, PRECISION)
-        tl.store(p_out + o_d[None, :], narrow(y, b_x.dtype), mask=m, eviction_policy="evict_first")
+        tl.store(p_out + o_d[None, :], narrow(y, b_x.dtype), mask=m)
 
 
 @triton.jit
@@ -139,9 +164,13 @@ def forward_kernel(
     ACT: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    follow(PDL)
+    PLAIN: tl.constexpr = p_x.dtype.element_ty == p_a.dtype.element_ty and p_a.dtype.element_ty != tl.float32
     sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
     p_rows = p_x + i_t[:, None] * stride * VEC
     p_out = p_y + i_t[:, None] * d
@@ -157,12 +186,18 @@ def forward_kernel(
     else:
         p_a += e * BR * D
         p_w += e * BR * D
-        acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION)
+        shift = zero
+        if PLAIN:
+            acc, mean, m2 = _project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            if tl.max((mean * mean * d > 256 * m2).to(tl.int32), 0) > 0:
+                acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+        else:
+            acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         z, rstd = _hidden(acc, shift, mean, m2, p_asum + e * BR, p_c + e * BR, eps, d, BR, p_a.dtype.element_ty)
         if p_z is not None:
             _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
         h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_rows, p_out, p_w, p_bias + e * D, h, m_t, 0, blocks, d, BR, BD, PRECISION)
+        _emit(p_rows, p_out, p_w, p_bias + e * D, h, m_t, 0, blocks, d, BR, BD, PRECISION, STAGES)
 
 
 @triton.jit(do_not_specialize=["T", "S", "stride", "width"], do_not_specialize_on_alignment=["p_index"])
@@ -181,10 +216,14 @@ def forward_partial_kernel(
     BR: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # One of `splits` programs of a row tile: columns lo … lo + width·BD.
+    follow(PDL)
+    PLAIN: tl.constexpr = p_x.dtype.element_ty == p_a.dtype.element_ty and p_a.dtype.element_ty != tl.float32
     sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
     split = tl.program_id(1).to(tl.int64)
     p_rows = p_x + i_t[:, None] * stride * VEC
@@ -200,7 +239,15 @@ def forward_partial_kernel(
         shift = _shift(mean, m2, n, b_x.dtype)
         lo = tl.program_id(1) * width * BD
         hi = tl.minimum(lo + width * BD, d)
-        acc, shift, mean, m2 = _project(p_rows, p_a + e * BR * D, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION)
+        p_a += e * BR * D
+        if PLAIN:
+            # The same choice in every split of a tile, which share s.
+            if tl.max(tl.abs(shift), 0) == 0:
+                acc, mean, m2 = _project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+            else:
+                acc, shift, mean, m2 = _project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+        else:
+            acc, shift, mean, m2 = _project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
         o_r = tl.arange(0, BR)
         tl.store(p_acc + ((split * T + i_t) * BR)[:, None] + o_r[None, :], acc, mask=m_t[:, None])
         p_m = p_moments + split * 3 * T + i_t
@@ -238,9 +285,12 @@ def forward_finish_kernel(
     ACT: tl.constexpr,
     VEC: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    follow(PDL)
     sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
     split = tl.program_id(1)
     lo = split * width * BD
@@ -259,23 +309,22 @@ def forward_finish_kernel(
                 _save(p_z, p_mean, p_rstd, tl.zeros((BT, BR), p_z.dtype.element_ty), zero, zero, i_t, m_t, r, BR)
     else:
         acc = tl.zeros((BT, BR), tl.float32)
-        mean, m2, shift = zero, zero, zero
+        mean, m2 = zero, zero
         count = 0.0
-        for k in range(0, splits):
+        shift = tl.load(p_moments + i_t, mask=m_t, other=0)  # the same in every split
+        for k in tl.range(0, splits, num_stages=STAGES):
             row = tl.cast(k, tl.int64) * T + i_t
             acc += tl.load(p_acc + (row * BR)[:, None] + o_r[None, :], mask=m_t[:, None], other=0)
             p_m = p_moments + tl.cast(k, tl.int64) * 3 * T + i_t
-            shift = tl.load(p_m, mask=m_t, other=0)  # the same in each
             n = tl.minimum(d - k * width * BD, width * BD).to(tl.float32)
-            count, mean, m2 = _merge(
-                count, mean, m2, n, tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
-            )
+            mean_n, m2_n = tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
+            count, mean, m2 = _merge(count, mean, m2, n, mean_n, m2_n)
         z, rstd = _hidden(acc, shift, mean, m2, p_asum + e * BR, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)
         if p_z is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
         h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_rows, p_out, p_w + e * BR * D, p_bias + e * D, h, m_t, lo, blocks, d, BR, BD, PRECISION)
+        _emit(p_rows, p_out, p_w + e * BR * D, p_bias + e * D, h, m_t, lo, blocks, d, BR, BD, PRECISION, STAGES)
 
 
 def forward(
@@ -290,15 +339,17 @@ def forward(
     save: bool,
     tiles: Tiles,
     vec: int,
+    pdl: bool,
     sms: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``."""
     T, d = x.shape
     sequences = 1 if index is None else index.numel()
     S = T // sequences
+    tiles = tiles.reading(vec * x.element_size())
     n_tiles = sequences * ceil_div(S, tiles.BT)
     sms = multiprocessors(x.device) if sms is None else sms
-    splits, width = column_split(n_tiles, min(S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms)
+    splits, width = column_split(n_tiles, min(S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)
 
     y = x.new_empty((T, d))
     compute = prepared.A.dtype
@@ -307,8 +358,8 @@ def forward(
     rstd = torch.empty_like(mean) if mean is not None else None
     p = prepared
     D, R = p.A.shape[2], p.A.shape[1]
-    shape = {"d": d, "D": D, "BR": R, "VEC": vec, "PRECISION": precision, "BT": tiles.BT, "BD": tiles.BD}
-    how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    shape = {"d": d, "D": D, "BR": R, "VEC": vec, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
+    how = {"num_warps": tiles.num_warps}
     stride = x.stride(0) // vec
     if splits == 1:
         forward_kernel[(n_tiles,)](
@@ -322,6 +373,6 @@ def forward(
     forward_partial_kernel[grid](x, index, p.A, acc, moments, T, S, stride, width, **shape, **how)
     forward_finish_kernel[grid](
         x, index, acc, moments, p.a_sum, p.c, p.w_up, p.b_up, y, z, mean, rstd, T, S, stride, eps, splits, width,
-        r=r, ACT=activation, **shape, **how,
+        r=r, ACT=activation, **shape, **how, **early_launch(pdl),
     )  # fmt: skip
     return y, z, mean, rstd

@@ -1,82 +1,95 @@
 """The first of the backward's three kernels: everything of size T×r that the other two need, from one read of dy.
 
     dh = dy·W_up      dz = dh ⊙ act'(z)      c1 = dz·rowsum(A)/d      c2 = Σᵣ(dz ⊙ (z − c))/d      h = act(z)
+    s = Σₜ dz         folded: ρ·dz in place of dz, −ρ·c2 in place of c2, q = Σₜ ρ·μ·dz, and the largest (ρ·μ)²
 
-A program owns a row tile. Where row tiles are too few to fill the device, a launch before it shares each tile's
-columns among programs, as the forward's does, and leaves partial products in fp32.
+A program owns a row tile, and leaves the sums over its rows to the next kernel. Where row tiles are too few to fill
+the device, a launch before it shares each tile's columns among programs, as the forward's does, and leaves partial
+products in fp32. What `folded` is for stands in backward.py.
 """
 
 # mypy: allow-untyped-defs
 # A Triton function's types are its callers'.
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, activate_grad, dot, narrow, tile_rows
-from .tiles import Tiles, ceil_div, column_split
+from .primitives import activate, activate_grad, dot, follow, narrow, tile_rows
+from .tiles import Tiles, column_split, early_launch
 from .weights import Prepared
 
 
 @triton.jit
 def _product(p_rows, p_w, m_t, lo, hi, d: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-             PRECISION: tl.constexpr):  # fmt: skip
+             PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """dy·W_up of a row tile over columns lo … hi."""
     o_r = tl.arange(0, BR)
     dh = tl.zeros((BT, BR), tl.float32)
-    for o in range(lo, hi, BD):
+    for o in tl.range(lo, hi, BD, num_stages=STAGES):
         o_d = o + tl.arange(0, BD)
         b_dy = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
-        b_w = tl.load(p_w + o_d[:, None] * BR + o_r[None, :], eviction_policy="evict_last")
+        b_w = tl.load(p_w + o_d[:, None] * BR + o_r[None, :])
         dh = dot(narrow(b_dy.to(tl.float32), b_w.dtype), b_w, dh, PRECISION)
     return dh
 
 
-@triton.jit(do_not_specialize=["T", "S", "width"], do_not_specialize_on_alignment=["p_index"])
+@triton.jit(do_not_specialize=["tile0", "rows", "S", "width"], do_not_specialize_on_alignment=["p_index"])
 def hidden_partial_kernel(
     p_dy,  # (T, d) contiguous
     p_index,  # (T/S,) adapter of each sequence, or None
     p_w,  # (n, D, R)
-    p_dh,  # (splits, T, R) fp32
-    T,
+    p_dh,  # (splits, rows, R) fp32
+    tile0,
+    rows,
     S,
     width,
     d: tl.constexpr,
     D: tl.constexpr,
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
+    follow(PDL)
+    sequence, i_t, m_t = tile_rows(tile0 + tl.program_id(0), S, BT)
     e = tl.full((), 0, tl.int64)
     if p_index is not None:
         e = tl.load(p_index + sequence).to(tl.int64)
     if e >= 0:
         lo = tl.program_id(1) * width * BD
         hi = tl.minimum(lo + width * BD, d)
-        dh = _product(p_dy + i_t[:, None] * d, p_w + e * BR * D, m_t, lo, hi, d, BT, BR, BD, PRECISION)
-        o_tr = (tl.program_id(1).to(tl.int64) * T + i_t)[:, None] * BR + tl.arange(0, BR)[None, :]
+        dh = _product(p_dy + i_t[:, None] * d, p_w + e * BR * D, m_t, lo, hi, d, BT, BR, BD, PRECISION, STAGES)
+        row = tl.program_id(1).to(tl.int64) * rows + i_t - tile0 * BT
+        o_tr = row[:, None] * BR + tl.arange(0, BR)[None, :]
         tl.store(p_dh + o_tr, dh, mask=m_t[:, None])
 
 
-@triton.jit(do_not_specialize=["tile0", "T", "S", "splits"], do_not_specialize_on_alignment=["p_index"])
+@triton.jit(do_not_specialize=["tile0", "rows", "S", "splits"], do_not_specialize_on_alignment=["p_index"])
 def hidden_kernel(
     p_dy,  # (T, d) contiguous
     p_index,  # (T/S,) adapter of each sequence, or None
     p_z,  # (T, r)
+    p_mean,  # (T,)
+    p_rstd,  # (T,)
     p_asum,  # (n, R)
     p_c,  # (n, R)
     p_w,  # (n, D, R)
-    p_dh,  # (splits, T, R) fp32, or None: the product is made here
+    p_dh,  # (splits, rows, R) fp32, or None: the product is made here
     p_dz,  # (T, R), or None with the next two
     p_c1,  # (T,)
     p_c2,  # (T,)
     p_h,  # (T, R), or None
+    p_s,  # (tiles, R) fp32, or None
+    p_q,  # (tiles, R) fp32, or None
+    p_worst,  # (tiles,) fp32, or None: not folded
     p_dx,  # (T, d), or None: rows without an adapter pass dy on here
     tile0,
-    T,
+    rows,
     S,
     splits,
     d: tl.constexpr,
@@ -85,9 +98,13 @@ def hidden_kernel(
     BR: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    follow(PDL)
+    tile = tl.cast(tile0 + tl.program_id(0), tl.int64)
     sequence, i_t, m_t = tile_rows(tile0 + tl.program_id(0), S, BT)
     p_rows = p_dy + i_t[:, None] * d
     o_r = tl.arange(0, BR)
@@ -96,65 +113,90 @@ def hidden_kernel(
         e = tl.load(p_index + sequence).to(tl.int64)
     if e < 0:
         if p_dx is not None:
-            for o in range(0, d, BD):
+            for o in tl.range(0, d, BD, num_stages=STAGES):
                 o_d = o + tl.arange(0, BD)
                 m = m_t[:, None] & (o_d < d)[None, :]
                 tl.store(p_dx + i_t[:, None] * d + o_d[None, :], tl.load(p_rows + o_d[None, :], mask=m), mask=m)
     else:
         m = m_t[:, None] & (o_r < r)[None, :]
-        z = tl.load(p_z + i_t[:, None] * r + o_r[None, :], mask=m, other=0).to(tl.float32)
         o_tr = i_t[:, None] * BR + o_r[None, :]
-        if p_h is not None:
-            tl.store(p_h + o_tr, narrow(activate(z, ACT), p_h.dtype.element_ty), mask=m_t[:, None])
         if p_dz is not None:
             if p_dh is not None:
                 dh = tl.zeros((BT, BR), tl.float32)
-                for k in range(0, splits):
-                    dh += tl.load(p_dh + tl.cast(k, tl.int64) * T * BR + o_tr, mask=m_t[:, None], other=0)
+                o_part = (i_t - tile0 * BT)[:, None] * BR + o_r[None, :]
+                for k in tl.range(0, splits, num_stages=STAGES):
+                    dh += tl.load(p_dh + tl.cast(k, tl.int64) * rows * BR + o_part, mask=m_t[:, None], other=0)
             else:
-                dh = _product(p_rows, p_w + e * BR * D, m_t, 0, d, d, BT, BR, BD, PRECISION)
-            b_dz = narrow(tl.where(m, dh * activate_grad(z, ACT), 0.0), p_dz.dtype.element_ty)
+                dh = _product(p_rows, p_w + e * BR * D, m_t, 0, d, d, BT, BR, BD, PRECISION, STAGES)
+        z = tl.load(p_z + i_t[:, None] * r + o_r[None, :], mask=m, other=0).to(tl.float32)
+        if p_h is not None:
+            tl.store(p_h + o_tr, narrow(activate(z, ACT), p_h.dtype.element_ty), mask=m_t[:, None])
+        if p_dz is not None:
+            dz = tl.where(m, dh * activate_grad(z, ACT), 0.0)
+            if p_s is not None:
+                tl.store(p_s + tile * BR + o_r, tl.sum(dz, 0))
+            mean = tl.load(p_mean + i_t, mask=m_t, other=0)
+            rstd = tl.load(p_rstd + i_t, mask=m_t, other=0)
+            if p_worst is not None:
+                dz *= rstd[:, None]
+            b_dz = narrow(dz, p_dz.dtype.element_ty)
             dz = b_dz.to(tl.float32)
             c1 = tl.sum(dz * tl.load(p_asum + e * BR + o_r)[None, :], 1) / d
             c2 = tl.sum(dz * (z - tl.load(p_c + e * BR + o_r)[None, :]), 1) / d
+            if p_worst is not None:
+                c2 = -rstd * c2
+                tl.store(p_worst + tile, tl.max(mean * mean * rstd * rstd, 0))
+            if p_q is not None:
+                tl.store(p_q + tile * BR + o_r, tl.sum(dz * mean[:, None], 0))
             tl.store(p_dz + o_tr, b_dz, mask=m_t[:, None])
             tl.store(p_c1 + i_t, c1, mask=m_t)
             tl.store(p_c2 + i_t, c2, mask=m_t)
+
+
+class Hidden(NamedTuple):
+    """What (1) leaves for (2), each None where nobody asks for it."""
+
+    dz: Tensor | None  # (T, R), times ρ if folded
+    c1: Tensor | None  # (T,) fp32
+    c2: Tensor | None  # (T,) fp32, times −ρ if folded
+    h: Tensor | None  # (T, R)
+    s: Tensor | None  # (tiles, R) fp32
+    q: Tensor | None  # (tiles, R) fp32
+    worst: Tensor | None  # (tiles,) fp32, the largest (ρ·μ)² of a tile; None if not folded
 
 
 def hidden(
     dy: Tensor,
     index: Tensor | None,
     z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
     prepared: Prepared,
-    dz: Tensor | None,
-    c1: Tensor | None,
-    c2: Tensor | None,
-    h: Tensor | None,
+    out: Hidden,
     dx: Tensor | None,
     *,
-    row0: int,
-    rows: int,
+    tile0: int,
+    n_tiles: int,
     activation: str,
     precision: str,
     tiles: Tiles,
     sms: int,
+    pdl: bool,
 ) -> None:
-    """Fill dz, c1, c2 and h, each if given, for ``rows`` rows of ``dy`` (T, d) from ``row0``."""
+    """Fill ``out`` for ``n_tiles`` row tiles of ``dy`` (T, d) from ``tile0``."""
     T, d = dy.shape
     p = prepared
     R = p.A.shape[1]
     S = T if index is None else T // index.numel()
-    n_tiles = ceil_div(rows, tiles.BT) if index is None else index.numel() * ceil_div(S, tiles.BT)
-    splits, width = column_split(n_tiles, min(S, tiles.BT), d, R, tiles.BD, sms)
-    shape = {"d": d, "D": p.A.shape[2], "BR": R, "PRECISION": precision, "BT": tiles.BT, "BD": tiles.BD}
-    how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    rows = min(n_tiles * tiles.BT, T - tile0 * tiles.BT) if index is None else T
+    splits, width = column_split(n_tiles, min(S, tiles.BT), d, R, tiles.BD, sms, reads=1)
+    shape = {"d": d, "D": p.A.shape[2], "BR": R, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
+    how = {"num_warps": tiles.num_warps}
     dh = None
-    # Only for a call's one and only chunk: the last of many has the others' company on the device.
-    if dz is not None and splits > 1 and rows == T:
-        dh = dy.new_empty((splits, T, R), dtype=torch.float32)
-        hidden_partial_kernel[(n_tiles, splits)](dy, index, p.w_up, dh, T, S, width, **shape, **how)
+    if out.dz is not None and splits > 1:
+        dh = dy.new_empty((splits, rows, R), dtype=torch.float32)
+        hidden_partial_kernel[(n_tiles, splits)](dy, index, p.w_up, dh, tile0, rows, S, width, **shape, **how)
     hidden_kernel[(n_tiles,)](
-        dy, index, z, p.a_sum, p.c, p.w_up, dh, dz, c1, c2, h, dx, row0 // tiles.BT, T, S, splits,
-        r=z.shape[1], ACT=activation, **shape, **how,
+        dy, index, z, mean, rstd, p.a_sum, p.c, p.w_up, dh, *out, dx, tile0, rows, S, splits,
+        r=z.shape[1], ACT=activation, **shape, **how, **early_launch(pdl and dh is not None),
     )  # fmt: skip

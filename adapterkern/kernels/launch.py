@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backward as _backward
 from . import forward as _forward
 from .cache import prepared_weights
-from .tiles import forward_tiles, has_wide_products, hidden_tiles, slice_tiles
+from .tiles import forward_tiles, has_early_launches, has_wide_products, hidden_tiles, slice_tiles
 
 
 def _vector(x: Tensor) -> int:
@@ -77,6 +77,7 @@ def adapter_forward(
             save=save,
             tiles=forward_tiles(compute.itemsize, prepared.A.shape[1], has_wide_products(x.device)),
             vec=_vector(x),
+            pdl=has_early_launches(x.device),
         )
     z, mean, rstd = (x.new_empty(0) if t is None else t for t in saved)
     # Not y.view: autograd refuses to have a view that a Function returns written in place.
@@ -119,5 +120,6 @@ def adapter_backward(
             row_tiles=hidden_tiles(z.element_size(), R, wide),
             tiles=slice_tiles(z.element_size(), R, wide),
             vec=_vector(x),
+            pdl=has_early_launches(x.device),
         )
     return [dx if dx is None else dx.view(x.shape), *grads]

@@ -16,6 +16,18 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def follow(PDL: tl.constexpr):
+    """Waits for the kernel before, and lets the one after start up meanwhile (programmatic dependent launch).
+
+    A kernel that calls this first reads and writes nothing before the launches it depends on are over, however early
+    it was started itself; of the next one only the launch is early (about 1 µs per kernel, from others' measurements).
+    """
+    if PDL and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b, accumulated in fp32. PRECISION is Triton's input precision and matters for fp32 operands only."""
     if INTERPRETED:

@@ -5,10 +5,13 @@ A choice never depends on the number of rows, so one compiled variant serves eve
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+
+# What an SM could load from L2 in the 2 µs that a second launch costs, at 6 TB/s over 132 SMs.
+LAUNCH_BYTES = 90_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +23,25 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants. Stages are one of them, since only `tl.range` pipelines every load of a loop."""
+        return {"BT": self.BT, "BD": self.BD, "STAGES": self.num_stages}
+
+    def reading(self, nbytes: int) -> "Tiles":
+        """These tiles for loads of ``nbytes`` each. Below 4, which is odd d in 16 bits, none is asynchronous, and
+        stages would only take registers."""
+        return self if nbytes >= 4 else replace(self, num_stages=1)
+
 
 def ceil_div(a: int, b: int) -> int:
     """⌈a/b⌉. triton.cdiv, which kernels can call too, takes 6 µs for it on the host."""
     return -(-a // b)
+
+
+def early_launch(pdl: bool) -> dict[str, bool]:
+    """The option of a launch that may start up while the kernel before it runs; that kernel calls `follow`."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 @lru_cache
@@ -31,24 +49,31 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the forward kernels.
 
     ``itemsize`` is the compute dtype's and ``wide`` says that the device has warp-group products, whose operands stay
-    in shared memory.
+    in shared memory. A tile loads A and W_up anew, 2·R/BT units of L2 traffic beside 2 of x: 128 rows share them from
+    R = 128 on, where they outweigh x. Below, 64 rows keep one launch at T = 8192 (128 tiles on 132 SMs).
     """
     if itemsize == 4:
         return Tiles(32, 32, 8 if R >= 256 else 4, 2)
     if R >= 256:
-        return Tiles(64 if wide and R == 256 else 32, 32, 8, 3)
+        return Tiles(64 if wide and R == 256 else 32, 64 if wide and R == 256 else 32, 8, 3)
     if R == 128:
-        return Tiles(64, 64, 8, 3 if wide else 2)
+        return Tiles(128 if wide else 64, 64, 8, 3 if wide else 2)
     return Tiles(64, 64, 4, 4 if wide else 3)
 
 
 @lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's first kernel: the forward's, but where z and an fp32 dz would leave registers."""
+    if itemsize == 2 and R == 512 and wide:
+        return Tiles(16, 32, 8, 3)
     if itemsize == 2 and R == 256:
-        return Tiles(32, 64, 8, 2)
+        return Tiles(32, 64, 8, 3 if wide else 2)
+    if itemsize == 2 and R == 128:
+        return Tiles(64, 64, 8, 3 if wide else 2)
     if itemsize == 2 and R == 32 and not wide:
         return Tiles(64, 64, 8, 3)  # with 4 warps ptxas trades 16 bytes of stack for occupancy
+    if itemsize == 2 and R <= 64 and wide:
+        return Tiles(64, 128, 4, 3)
     return forward_tiles(itemsize, R, wide)
 
 
@@ -56,13 +81,14 @@ def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's second kernel. Its (R, BD) fp32 sums live in registers, two of them below R = 256.
 
-    Without warp-group products its resident slice of A lives there as well, which is why the tiles are smaller.
+    Without warp-group products its resident slice of A lives there as well, which is why the tiles are smaller. BT is
+    for x that goes into the product as it lies; where it cannot, the launcher and the kernel take at most 32 rows.
     """
     if itemsize == 4:
         return Tiles(16, max(16, min(64, 4096 // R)), 8, 1)
     if wide:
-        return Tiles(32, {16: 128, 32: 128, 64: 128, 128: 64, 256: 64, 512: 32}[R], 8, 3 if R <= 128 else 2)
-    return Tiles(16 if R in (32, 64, 512) else 32, 128 if R <= 64 else 32, 8, 2)
+        return Tiles(64, {16: 128, 32: 128, 64: 128, 128: 64, 256: 64, 512: 32}[R], 8, 3 if R <= 128 else 2)
+    return Tiles(16 if R in (64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2)
 
 
 @lru_cache
@@ -79,24 +105,34 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache
+def has_early_launches(device: torch.device) -> bool:
+    """True from Hopper on: programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@lru_cache
 def has_wide_products(device: torch.device) -> bool:
     """True on Hopper and data-centre Blackwell. The interpreter takes their tiles as well."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def column_split(tiles: int, rows: int, d: int, R: int, BD: int, sms: int) -> tuple[int, int]:
+@lru_cache(maxsize=4096)
+def column_split(tiles: int, rows: int, d: int, R: int, BD: int, sms: int, reads: int) -> tuple[int, int]:
     """Over how many programs a row tile's columns go, and how many column blocks each takes; (1, all) for no split.
 
-    One while row tiles alone keep half of the device busy. Beyond, a program of the second launch reads `splits` fp32
-    partial sums (rows, R), and each program of both d/splits columns of x and the weights; the two are equal at the
-    square root below, which is 8 for 64 rows at d = 4096 and R = 64, and 45 for one row.
+    The choice with the least bytes for the busiest SM: its programs' columns of x and of the weights, ``reads`` times,
+    and for a split the fp32 partial sums (rows, R), written once and read by each of the tile's programs, and a second
+    launch. At d = 4096 and R = 64 on 132 SMs that is 3 for 67 tiles of 64 rows (T = 4225) and 1 for 100 to 132.
     """
     blocks = ceil_div(d, BD)
-    if 2 * tiles >= sms:
-        return 1, blocks
-    balanced = math.isqrt(int(d / 2 * (1 / R + 1 / rows)))
-    width = ceil_div(blocks, max(1, min(blocks, sms // tiles, balanced)))
-    return ceil_div(blocks, width), width
+    best, least = (1, blocks), math.inf
+    for width in range(blocks, 0, -1):
+        splits = ceil_div(blocks, width)
+        load = 2 * reads * (rows + R) * width * BD + (4 * (1 + splits) * rows * R if splits > 1 else 0)
+        cost = ceil_div(tiles * splits, sms) * load + (LAUNCH_BYTES if splits > 1 else 0)
+        if cost < least:
+            best, least = (splits, width), cost
+    return best
 
 
 def row_shares(slices: int, tiles: int, sms: int) -> int:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adapterkern._graphs import recording
+from adapterkern._index import check_dtype, check_values, vouch
 from adapterkern.modules import Adapter, AdapterConfig
 from adapterkern.ops import adapter
 from adapterkern.reference import Weights
@@ -31,7 +33,7 @@ class _Group(NamedTuple):
     """Adapters of one shape at one site."""
 
     adapters: list[nn.Sequential]  # one a name, each of `depth` adapters
-    choices: Tensor  # (K, B) which of them, -1 for none of them
+    numbers: tuple[int, ...]  # theirs, as ``index`` counts
 
 
 class Mixture:
@@ -60,6 +62,7 @@ class Mixture:
         self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
         self._weight = weight if weight is None or weight.dim() == 2 else weight[:, None]
         self._sites: dict[tuple[str, str], list[_Group]] = {}
+        self._choices: dict[tuple[object, ...], Tensor] = {}
         self._generating = False
         self._stacks: dict[int, list[Weights]] = {}  # of groups, by id; only while generating
 
@@ -91,17 +94,26 @@ class Mixture:
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
             if c.position == position and layer in adapters:
                 members.setdefault((c.adapter_dim, c.activation, c.eps, c.depth, c.x_free), []).append(number)
-        return [_Group([self._adapters[n][layer] for n in ns], self._among(ns)) for ns in members.values()]  # type: ignore[misc]
+        return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
 
-    def _among(self, numbers: list[int]) -> Tensor:
-        """``index`` counted among ``numbers`` alone."""
+    def _choices_among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
+        """``index`` counted among ``numbers`` alone, (K, B·times) on ``device``; made once for all sites."""
+        key = (numbers, times, device)
+        if (made := self._choices.get(key)) is not None:
+            return made
         places = [numbers.index(n) if n in numbers else -1 for n in range(len(self._adapters))]
-        return torch.tensor([*places, -1], device=self._index.device)[self._index]  # -1 finds the last
+        made = torch.tensor([*places, -1], device=self._index.device)[self._index]  # -1 finds the last
+        if times > 1:
+            made = made.repeat_interleave(times, 1)
+        made = made.to(device, non_blocking=True)
+        if not torch.compiler.is_compiling() and not recording(device):  # nothing made there may outlive it
+            self._choices[key] = vouch(made, len(numbers))
+        return made
 
     def _run(self, groups: list[_Group], x: Tensor) -> Tensor:
         times = self._repeats(x.shape[0])
         stacks = [self._stack(group) for group in groups]
-        indices = [group.choices.repeat_interleave(times, 1).to(x.device, non_blocking=True) for group in groups]
+        indices = [self._choices_among(group.numbers, times, x.device) for group in groups]
 
         def choice(k: int) -> Tensor:
             # A sequence is in one group at most: the others pass it on as it is.
@@ -213,16 +225,10 @@ def _run_stacked(like: Adapter, weights: Weights, x: Tensor, index: Tensor) -> T
 
 
 def _check(n: int, index: Tensor, weight: Tensor | None) -> None:
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index: expected a torch.Tensor of dtype int64 or int32, got {got}")
+    check_dtype(index)
     if index.dim() not in (1, 2) or 0 in index.shape[1:]:
         raise ValueError(f"index: expected shape (B,) or (B, K) with K >= 1, got {tuple(index.shape)}")
-    within = ((index >= -1) & (index < n)).all()
-    if index.device.type != "cpu":  # no host synchronisation: the device reports it
-        torch._assert_async(within, f"index: expected values from -1 to {n - 1}")
-    elif not within:
-        raise ValueError(f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}")
+    check_values(index, n)
     if weight is None:
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point():

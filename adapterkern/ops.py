@@ -5,6 +5,11 @@ Two operators make one differentiable function:
     adapterkern::adapter_forward   x, parameters → y and what the backward needs (z, mean, rstd: nothing of size T×d)
     adapterkern::adapter_backward  dy, x, parameters, z, mean, rstd → the gradients that are asked for
 
+Both read the parameters in the form that kernels.weights prepares, which a cache keeps from call to call. Where it
+cannot (in a CUDA graph, and in compiled code, which may become one), a third makes it for a forward and its backward:
+
+    adapterkern::prepare_weights   parameters → the fields of kernels.weights.Prepared
+
 Precision. Parameters keep their own dtype (fp32 as a rule) and their gradients come back in it. ``compute_dtype`` is
 the dtype of the matrix products' operands: x's own dtype, or autocast's where autocast is on. y keeps x's dtype.
 Statistics and sums are at least fp32 everywhere.
@@ -24,14 +29,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
+from adapterkern._checks import LOW, check_inputs
+from adapterkern._checks import MAX_ADAPTER_DIM as MAX_ADAPTER_DIM  # users' import path
 from adapterkern.composition import composed_backward, composed_forward, stats_dtype
-from adapterkern.reference import ACTIVATIONS, Weights, adapter_eager
-
-MAX_ADAPTER_DIM = 512
-_LOW = (torch.bfloat16, torch.float16)
-_DTYPES = (*_LOW, torch.float32, torch.float64)
+from adapterkern.reference import Weights, adapter_eager
 
 _log = logging.getLogger("adapterkern")
 # Triton reads the variable when the kernels are imported, once a process.
@@ -43,16 +47,20 @@ _WEIGHTS = (
 )
 _lib.define(
     f"adapter_forward(Tensor x, {_WEIGHTS}, float eps, str activation, ScalarType? compute_dtype, bool save,"
-    " bool x_free=False, Tensor? index=None)"
+    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None)"
     " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
 )
 _lib.define(
     f"adapter_backward(Tensor dy, Tensor x, Tensor z, Tensor mean, Tensor rstd, {_WEIGHTS},"
     " float eps, str activation, ScalarType compute_dtype, bool[] needed,"
-    " bool x_free=False, Tensor? index=None) -> Tensor[]"
+    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None) -> Tensor[]"
+)
+_lib.define(
+    f"prepare_weights({_WEIGHTS}, ScalarType dtype) -> (Tensor A, Tensor a_sum, Tensor c, Tensor w_up, Tensor b_up)"
 )
 _forward = torch.ops.adapterkern.adapter_forward.default
 _backward = torch.ops.adapterkern.adapter_backward.default
+_prepare = torch.ops.adapterkern.prepare_weights.default
 
 
 def fused_enabled() -> bool:
@@ -147,7 +155,7 @@ def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
     """What PyTorch's own operations need ``weights`` cast to beside ``x``; None where they take them as they are."""
     dtypes = {w.dtype for w in weights}
     # beside a low-precision x autocast is on and casts fp32, though not fp64
-    wanted = torch.float32 if x.dtype in _LOW else x.dtype
+    wanted = torch.float32 if x.dtype in LOW else x.dtype
     return None if dtypes in ({x.dtype}, {wanted}) else wanted
 
 
@@ -189,61 +197,9 @@ def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activat
 def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast to x's dtype, if x has a low-precision dtype and autocast is off: fp32 modules then take x as it is."""
     kind = x.device.type
-    if x.dtype in _LOW and not torch.is_autocast_enabled(kind):
+    if x.dtype in LOW and not torch.is_autocast_enabled(kind):
         return torch.autocast(kind, dtype=x.dtype)
     return contextlib.nullcontext()
-
-
-def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index: Tensor | None = None) -> None:
-    """Raise the ``TypeError`` or ``ValueError`` that names the first argument that does not fit."""
-    for name, t in (("x", x), *weights._asdict().items()):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {t.device}")
-    if x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape (..., d) with d >= 1, got {tuple(x.shape)}")
-    d = x.shape[-1]
-    stack = "" if index is None else "n, "
-    if weights.down_weight.dim() != (2 if index is None else 3) or 0 in weights.down_weight.shape[:-2]:
-        raise ValueError(f"down_weight: expected shape ({stack}r, {d}), got {tuple(weights.down_weight.shape)}")
-    *n, r, _ = weights.down_weight.shape
-    if not 1 <= r <= MAX_ADAPTER_DIM:
-        raise ValueError(f"down_weight: expected 1 <= r <= {MAX_ADAPTER_DIM} rows, got {r}")
-    for name, t, size in zip(Weights._fields, weights, ((d,), (d,), (r, d), (r,), (d, r), (d,)), strict=True):
-        shape = (*n, *size)
-        if t.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a number, got {eps!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
-    if index is not None:
-        _check_index(index, x, n[0])
-
-
-def _check_index(index: Tensor, x: Tensor, n: int) -> None:
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index: expected a torch.Tensor of dtype int64 or int32, got {got}")
-    if index.device != x.device:
-        raise ValueError(f"index: expected device {x.device} like x, got {index.device}")
-    if index.dim() >= x.dim() or index.shape != x.shape[: index.dim()]:
-        raise ValueError(f"index: expected leading dimensions of x, {tuple(x.shape[:-1])}, got {tuple(index.shape)}")
-    within = ((index >= -1) & (index < n)).all()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not within:
-            raise ValueError(
-                f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}"
-            )
-    else:  # no host synchronisation: the device reports it
-        torch._assert_async(within, f"adapterkern.adapter: index: expected values from -1 to {n - 1}")
 
 
 # Implementations
@@ -257,24 +213,24 @@ def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
 
 def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
-    weights, (eps, activation, compute_dtype, save), (_, index) = args[:6], args[6:10], _optional(args, 10)
+    weights, (eps, activation, compute_dtype, save), (_, index, prepared) = args[:6], args[6:10], _optional(args, 10)
     if not _through_triton(x.device.type, x.dtype):
         return composed_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
     from adapterkern.kernels import launch  # Triton takes a third of a second to import
 
     return launch.adapter_forward(
-        x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save
+        x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save, carried=prepared
     )
 
 
 def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y where it is x-free."""
-    weights, (eps, activation, _, needed), (x_free, index) = args[:6], args[6:10], _optional(args, 10)
+    weights, (eps, activation, _, needed), (x_free, index, prepared) = args[:6], args[6:10], _optional(args, 10)
     if _through_triton(x.device.type, x.dtype):
         from adapterkern.kernels import launch
 
         grads = launch.adapter_backward(
-            dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free
+            dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free, carried=prepared
         )
     else:
         grads = composed_backward(dy, x, z, mean, rstd, weights, eps, activation, needed, x_free, index)
@@ -282,14 +238,22 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
 
 
 def _optional(args, start):  # type: ignore[no-untyped-def]
-    """(x_free, index): the dispatcher leaves out trailing arguments that have their default."""
+    """(x_free, index, prepared): the dispatcher leaves out trailing arguments that have their default."""
     given = args[start:]
-    return (*given, *(False, None)[len(given) :])
+    return (*given, *(False, None, None)[len(given) :])
+
+
+def _run_prepare(*args):  # type: ignore[no-untyped-def]
+    """The preparation as a list of results; ``args`` follow the schema."""
+    from adapterkern.kernels.cache import prepare_to_carry
+
+    return prepare_to_carry(args[:6], args[6]).tensors()
 
 
 for _device_type in ("CPU", "CUDA"):
     _lib.impl("adapter_forward", _run_forward, _device_type)
     _lib.impl("adapter_backward", _run_backward, _device_type)
+    _lib.impl("prepare_weights", _run_prepare, _device_type)
 
 
 # Fake, autograd and autocast, the same for every device
@@ -318,6 +282,23 @@ def _fake_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     return [t.new_empty(t.shape) if wanted else _no_grad(t) for t, wanted in zip(tensors, needed, strict=True)]
 
 
+@torch.library.register_fake("adapterkern::prepare_weights", lib=_lib)
+def _fake_prepare(*args):  # type: ignore[no-untyped-def]
+    from adapterkern.kernels.weights import empty_prepared
+
+    return empty_prepared(args[2], args[6]).tensors()
+
+
+def _carried(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+    """The preparation, where the backward would not find the forward's in the cache."""
+    if not _through_triton(x.device.type, x.dtype):
+        return None
+    from adapterkern.kernels import cache
+
+    traced = type(x) is not Tensor and is_fake(x) and not cache.frozen(weights)
+    return _prepare(*weights, dtype) if traced or cache.must_carry(weights, dtype) else None
+
+
 class _Differentiable(torch.autograd.Function):
     """The forward operator's gradient.
 
@@ -327,14 +308,16 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keyset, *args):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
-            y, z, mean, rstd = _forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.arguments = len(args)
         x, *weights = args[:7]
-        ctx.x_free, index = _optional(args, 11)
-        ctx.save_for_backward(y if ctx.x_free else x, z, mean, rstd, index, *weights)
         ctx.eps, ctx.activation, compute_dtype = args[7:10]
         ctx.compute_dtype = compute_dtype or x.dtype
-        ctx.arguments = len(args)
+        ctx.x_free, index, prepared = _optional(args, 11)
+        with torch._C._AutoDispatchBelowAutograd():
+            if prepared is None and (prepared := _carried(x, weights, ctx.compute_dtype)) is not None:
+                args = (*args[:11], ctx.x_free, index, prepared)
+            y, z, mean, rstd = _forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.save_for_backward(y if ctx.x_free else x, z, mean, rstd, index, *weights, *(prepared or ()))
         ctx.mark_non_differentiable(z, mean, rstd)
         ctx.set_materialize_grads(False)
         return y, z, mean, rstd
@@ -343,11 +326,11 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
         if dy is None:
             return (None,) * (1 + ctx.arguments)
-        x, z, mean, rstd, index, *weights = ctx.saved_tensors
+        x, z, mean, rstd, index, *rest = ctx.saved_tensors
+        weights, prepared = rest[:6], rest[6:] or None
         needed = list(ctx.needs_input_grad[1:8])
-        grads = _backward(
-            dy, x, z, mean, rstd, *weights, ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index
-        )
+        how = ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index, prepared
+        grads = _backward(dy, x, z, mean, rstd, *weights, *how)
         given = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
         return None, *given, *(None,) * (ctx.arguments - 7)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern import ops
+from adapterkern import _graphs, ops
 from adapterkern.kernels import backward, cache, forward, hidden, launch, slice, tiles
 from adapterkern.kernels.weights import prepare
 from adapterkern.reference import ACTIVATIONS, Weights
@@ -372,7 +372,7 @@ def test_a_thread_without_graph_managers_records_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     trees: Any = types.SimpleNamespace(get_manager=get_manager)
     monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
-    assert not cache._recording(torch.device("cuda", 0))
+    assert not _graphs.recording(torch.device("cuda", 0))
 
 
 def test_weights_that_a_graph_has_used_are_prepared_at_every_call(
@@ -381,7 +381,7 @@ def test_weights_that_a_graph_has_used_are_prepared_at_every_call(
     module, x = ak.Adapter(40, 12, init="xavier"), torch.randn(3, 40)
     module(x)
     with monkeypatch.context() as recording:
-        recording.setattr(cache, "_recording", lambda device: True)
+        recording.setattr(_graphs, "recording", lambda device: True)
         module(x)
     version = module.up.bias._version
     module.up.bias.data.add_(1)  # what a replay does

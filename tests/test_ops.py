@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import adapterkern as ak
 from adapterkern import ops
+from adapterkern._checks import DTYPES
 from adapterkern.reference import ACTIVATIONS, Weights, adapter_eager
 
 LOW = (torch.bfloat16, torch.float16)
@@ -199,8 +200,8 @@ def test_transforms_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", ops._DTYPES, ids=str)
-@pytest.mark.parametrize("weight_dtype", ops._DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 def test_the_stock_path_takes_every_dtype_beside_every_other(
     dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool
 ) -> None:

@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cache import sorted_by_adapter
 from .hidden import Hidden, hidden
 from .primitives import follow, narrow
 from .slice import slice_kernel
@@ -247,9 +248,3 @@ def _chunks(T: int, unit: int, row_tile: int, sms: int) -> Iterator[tuple[int, i
     count = ceil_div(T, sms * row_tile)
     size = ceil_div(ceil_div(T, unit), count) * unit
     return ((row0, min(size, T - row0)) for row0 in range(0, T, size))
-
-
-def sorted_by_adapter(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The sequences in order of their adapter (B,), those with none first, and where each adapter's begin (n + 1,)."""
-    values, order = torch.sort(index, stable=True)
-    return order, torch.searchsorted(values, torch.arange(n + 1, device=index.device, dtype=index.dtype))

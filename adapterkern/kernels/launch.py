@@ -17,6 +17,7 @@ from . import backward as _backward
 from . import forward as _forward
 from .cache import prepared_weights
 from .tiles import forward_tiles, has_early_launches, has_wide_products, hidden_tiles, slice_tiles
+from .weights import Prepared
 
 
 def _vector(x: Tensor) -> int:
@@ -56,8 +57,12 @@ def adapter_forward(
     activation: str,
     compute: torch.dtype,
     save: bool,
+    carried: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``."""
+    """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
+
+    ``carried``: the fields of a `Prepared` that is to be used.
+    """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d
     kept = (rows, r) if save else (0,)
@@ -65,7 +70,7 @@ def adapter_forward(
         stats = x.new_empty(kept[0], dtype=torch.float32)
         return x.new_empty(x.shape), x.new_empty(kept, dtype=compute), stats, torch.empty_like(stats)
     with _on(x.device):
-        prepared = prepared_weights(weights, compute)
+        prepared = Prepared(*carried) if carried else prepared_weights(weights, compute)
         y, *saved = _forward.forward(
             _rows(x, dense=False),
             None if index is None else index.contiguous().view(-1),
@@ -96,12 +101,13 @@ def adapter_backward(
     activation: str,
     needed: Sequence[bool],
     x_free: bool,
+    carried: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients in ``needed`` (None for the others); ``x`` is y where ``x_free``."""
+    """The gradients in ``needed`` (None for the others); ``x`` is y where ``x_free``; ``carried`` as forward."""
     if x.numel() == 0:
         return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
     with _on(x.device):
-        prepared = prepared_weights(weights, z.dtype)
+        prepared = Prepared(*carried) if carried else prepared_weights(weights, z.dtype)
         wide = has_wide_products(x.device)
         R = prepared.A.shape[1]
         dx, *grads = _backward.backward(

@@ -48,6 +48,10 @@ class Prepared:
     w_up: Tensor  # (n, D, R) compute dtype
     b_up: Tensor  # (n, D) fp32
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields, in order."""
+        return self.A, self.a_sum, self.c, self.w_up, self.b_up
+
 
 # Parameters may lie anywhere (a view into a flat buffer, say): their alignment must not make another variant.
 @triton.jit(do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_bd", "p_wu", "p_bu"])
@@ -99,26 +103,31 @@ def _prepare_kernel(
         tl.store(p_bup + n * D + i_d, up_bias.to(tl.float32), mask=first)
 
 
-def prepare(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """Launch the preparation for the six parameters, stacked (n, …) or one adapter's without the leading n."""
-    down_weight = weights[2]
+def empty_prepared(down_weight: Tensor, dtype: torch.dtype) -> Prepared:
+    """Uninitialised, for a down projection (n, r, d), or (r, d) for n = 1."""
     r, d = down_weight.shape[-2:]
-    n = down_weight.numel() // (r * d)
+    n = down_weight.shape[0] if down_weight.dim() == 3 else 1
     R, D = padded_adapter_dim(r), padded_hidden_size(d)
 
     def empty(dtype: torch.dtype, *size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=down_weight.device)
 
-    out = Prepared(
+    return Prepared(
         A=empty(dtype, n, R, D),
         a_sum=empty(torch.float32, n, R),
         c=empty(torch.float32, n, R),
         w_up=empty(dtype, n, D, R),
         b_up=empty(torch.float32, n, D),
     )
+
+
+def prepare(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
+    """Launch the preparation for the six parameters, stacked (n, …) or one adapter's without the leading n."""
+    out = empty_prepared(weights[2], dtype)
+    r, d = weights[2].shape[-2:]
+    n, R, D = out.A.shape
     block = 1024
     _prepare_kernel[(R + ceil_div(D * R, block), n)](
-        *(w.contiguous() for w in weights), out.A, out.a_sum, out.c, out.w_up, out.b_up,
-        d=d, r=r, D=D, R=R, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+        *(w.contiguous() for w in weights), *out.tensors(), d=d, r=r, D=D, R=R, BLOCK=block, num_warps=4
+    )
     return out

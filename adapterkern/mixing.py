@@ -7,7 +7,8 @@ Every sequence b has K choices index[b, k] among the named adapters (−1: none)
 At a site, the adapters that stand there and agree in (adapter_dim, activation, eps, depth, x_free) are stacked, and one
 grouped ``ak.adapter(..., index=)`` call runs them all; to those that differ or stand elsewhere the sequence is a −1.
 The stack is made anew in every forward, so that gradients reach the adapters' own parameters: a copy of the parameters
-of the names that are mixed, against an activation of B·L rows. During ``generate`` it is made once.
+of the names that are mixed, against an activation of B·L rows. During ``generate`` it is made once. What ``index`` says
+among those names is made once for all sites that they share.
 
 Every adapter that is named gets a gradient, one of zeros where no sequence has chosen it: a GPU cannot tell which were
 chosen without the host waiting for it, and a result must not depend on the device.
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterkern._graphs import recording
+from adapterkern import _graphs
 from adapterkern._index import check_dtype, check_values, vouch
 from adapterkern.modules import Adapter, AdapterConfig
 from adapterkern.ops import adapter
@@ -106,7 +107,7 @@ class Mixture:
         if times > 1:
             made = made.repeat_interleave(times, 1)
         made = made.to(device, non_blocking=True)
-        if not torch.compiler.is_compiling() and not recording(device):  # nothing made there may outlive it
+        if not torch.compiler.is_compiling() and not _graphs.recording(device):  # nothing made there may outlive it
             self._choices[key] = vouch(made, len(numbers))
         return made
 
@@ -129,7 +130,8 @@ class Mixture:
         for k in range(len(self._index)):
             change = choice(k) - x
             if self._weight is not None:
-                weight = self._weight[:, k].repeat_interleave(times).to(x.device, x.dtype, non_blocking=True)
+                weight = self._weight[:, k].to(x.device, x.dtype, non_blocking=True)
+                weight = weight if times == 1 else weight.repeat_interleave(times)
                 change = weight[:, None, None] * change
             y = y + change
         return y

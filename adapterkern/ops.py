@@ -110,6 +110,10 @@ def adapter(
         y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are used in x's dtype (autocast's dtype where
         autocast is on) for the matrix products; their gradients have their own dtype.
 
+    CUDA graphs: a replay sees what the parameters hold by then. Where none of them requires a gradient and a call has
+    used them in these dtypes before the recording, the graph reads what that call has prepared, and sees new values
+    once the next call outside a graph has.
+
     Raises:
         TypeError: an argument is not a dense tensor of a supported floating dtype, or eps is no number.
         ValueError: a shape, device or activation does not fit; the message names the argument.

@@ -3,10 +3,7 @@
 Every uninitialised tensor is filled with NaN, so what a kernel fails to write, or reads unmasked, shows.
 """
 
-import sys
-import types
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern import _graphs, ops
-from adapterkern.kernels import backward, cache, forward, hidden, launch, slice, tiles
-from adapterkern.kernels.weights import prepare
+from adapterkern import ops
+from adapterkern.kernels import backward, forward, hidden, launch, slice, tiles
 from adapterkern.reference import ACTIVATIONS, Weights
 
 assert ops.INTERPRETED
@@ -278,125 +274,6 @@ def test_mixed_adapters_equal_each_alone_to_the_bit() -> None:
         assert torch.equal(mixed[i], ak.adapter(x[i], *(t[e] for t in w)))
     column = torch.stack([index, 1 - index], 1)[:, 0]  # every second number in memory
     assert torch.equal(ak.adapter(x, *w, index=column), mixed)
-
-
-# Prepared weights
-
-
-@pytest.fixture
-def preparations(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    made: list[torch.dtype] = []
-    monkeypatch.setattr(cache, "prepare", lambda w, dtype: made.append(dtype) or prepare(w, dtype))
-    cache.clear()
-    return made
-
-
-def parameters(m: ak.Adapter) -> list[Tensor]:
-    return [m.norm.weight, m.norm.bias, m.down.weight, m.down.bias, m.up.weight, m.up.bias]
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, ak.ClippedAdamW])
-def test_weights_are_prepared_once_an_optimizer_step(
-    kind: type[torch.optim.Optimizer], preparations: list[torch.dtype]
-) -> None:
-    module = ak.Adapter(40, 12, init="xavier")
-    optimizer = kind(module.parameters(), lr=1e-3)  # type: ignore[call-arg]
-    x = torch.randn(3, 40)
-    for step in range(3):
-        for _ in range(2):  # gradient accumulation
-            module(x).square().sum().backward()
-        assert len(preparations) == step + 1
-        optimizer.step()
-    assert relative_error(module(x), exact(x, parameters(module), x)[0]) < 1e-6
-    module(x)
-    assert len(preparations) == 4
-
-
-@pytest.mark.parametrize("change", ["in place", "load_state_dict", "data swapped", "data written by an optimizer"])
-def test_changed_weights_are_prepared_again(change: str) -> None:
-    module = ak.Adapter(40, 12, init="xavier")
-    x = torch.randn(3, 40)
-    module(x)
-    if change == "in place":
-        with torch.no_grad():
-            module.up.weight.mul_(2)
-    elif change == "load_state_dict":
-        module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()})
-    elif change == "data swapped":
-        module.norm.bias.data = torch.randn(40)
-    else:
-
-        class Flat(torch.optim.SGD):
-            def step(self) -> None:
-                module.down.weight.data.mul_(3)
-
-        version = module.down.weight._version
-        Flat(module.parameters(), lr=0.1).step()
-        assert module.down.weight._version == version
-    assert relative_error(module(x), exact(x, parameters(module), x)[0]) < 1e-6
-
-
-def test_a_freed_parameter_s_address_is_no_hit() -> None:
-    x = torch.randn(3, 40)
-    for _ in range(20):  # the allocator hands the same addresses out again
-        w = make_weights(40, 12)
-        assert relative_error(ak.adapter(x, *w), exact(x, w, x)[0]) < 1e-6
-    assert len(cache._entries) <= 2
-
-
-def test_the_same_memory_in_other_strides_or_another_dtype_is_no_hit() -> None:
-    x, w = torch.randn(3, 24), list(make_weights(24, 8))
-    bits = torch.randn(24).to(torch.bfloat16)
-    for up, bias in ((w[2].t(), bits), (w[2].view(24, 8), bits), (w[2].view(24, 8), bits.view(torch.float16))):
-        w[4], w[5] = up, bias
-        assert relative_error(ak.adapter(x, *w), exact(x, w, x)[0]) < 1e-6
-
-
-def test_an_expired_entry_that_another_thread_removes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_entries", entries := {})
-
-    class Gone:
-        def expired(self) -> bool:
-            entries.pop("old", None)
-            return True
-
-    entries["old"] = cache._Entry((Gone(),), (), None)  # type: ignore[arg-type]
-    ak.adapter(torch.randn(3, 24), *make_weights(24, 8))
-    assert "old" not in entries
-
-
-def test_a_thread_without_graph_managers_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def get_manager(*_: object, **__: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    trees: Any = types.SimpleNamespace(get_manager=get_manager)
-    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
-    assert not _graphs.recording(torch.device("cuda", 0))
-
-
-def test_weights_that_a_graph_has_used_are_prepared_at_every_call(
-    preparations: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, x = ak.Adapter(40, 12, init="xavier"), torch.randn(3, 40)
-    module(x)
-    with monkeypatch.context() as recording:
-        recording.setattr(_graphs, "recording", lambda device: True)
-        module(x)
-    version = module.up.bias._version
-    module.up.bias.data.add_(1)  # what a replay does
-    assert module.up.bias._version == version
-    assert relative_error(module(x), exact(x, parameters(module), x)[0]) < 1e-6
-    assert len(preparations) == 3
-
-
-def test_inference_tensors_are_never_kept(preparations: list[torch.dtype]) -> None:
-    with torch.inference_mode():
-        w, x = make_weights(40, 12), torch.randn(3, 40)
-        first = ak.adapter(x, *w)
-        w.up_bias.add_(1)
-        torch.testing.assert_close(ak.adapter(x, *w), first + 1)
-    assert len(preparations) == 2
 
 
 # The operator around the kernels

@@ -3,6 +3,9 @@
 The interpreter shows the same kernels right without one (test_kernels.py); this shows what only hardware can.
 """
 
+import copy
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from conftest import DISTRIBUTIONS, make_weights, relative_error
@@ -111,7 +114,37 @@ def test_device_that_is_not_current() -> None:
         assert torch.equal(g.to(x.device), e)
 
 
-def test_cuda_graph_sees_new_weights() -> None:
+@pytest.fixture
+def preparations(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """One entry for each launch by Python, recorded ones included; replays are none."""
+    from adapterkern.kernels import cache
+
+    made: list[torch.dtype] = []
+    prepare = cache.prepare
+    monkeypatch.setattr(cache, "prepare", lambda w, dtype: made.append(dtype) or prepare(w, dtype))
+    cache.clear()
+    return made
+
+
+def record(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of ``run``, which has run once before, and what it computes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
+def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+
+
+def test_cuda_graph_sees_new_weights(preparations: list[torch.dtype]) -> None:
     x, w, dy = draw(300, 512, 32, torch.bfloat16)
     leaves = [t.clone().requires_grad_() for t in (x, *w)]
 
@@ -119,21 +152,105 @@ def test_cuda_graph_sees_new_weights() -> None:
         y = ak.adapter(*leaves)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = record(step)
+    assert len(preparations) == 2  # before the recording, and one in it for forward and backward
     for _ in range(2):
         with torch.no_grad():
             for leaf in leaves:
                 leaf.mul_(1.25)
         graph.replay()
-        for c, e in zip(captured, step(), strict=True):
-            assert torch.equal(c, e)
+        assert_equal(captured, step())
+
+
+def test_make_graphed_callables(preparations: list[torch.dtype]) -> None:
+    """Forward and backward are graphs of their own: the second reads what the first has prepared."""
+    x, _, dy = draw(300, 512, 32, torch.bfloat16)
+    module = ak.Adapter(512, 32, init="xavier", device="cuda")
+    eager = copy.deepcopy(module)
+    graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
+    assert len(preparations) == 2  # its warm-up and its forward graph
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (graphed, eager)]
+    for _ in range(3):
+        results = []
+        for m, optimizer in zip((graphed, eager), optimizers, strict=True):
+            leaf = x.clone().requires_grad_()
+            optimizer.zero_grad()
+            y = m(leaf)
+            y.backward(dy)
+            results.append([t.clone() for t in (y, leaf.grad, *(p.grad for p in m.parameters()))])
+            optimizer.step()
+        assert_equal(*results)
+    assert len(preparations) == 2 + 3  # one for each of the eager module's steps
+
+
+@pytest.mark.parametrize("x_grad", [False, True])
+def test_cuda_graph_of_frozen_weights_prepares_none(x_grad: bool, preparations: list[torch.dtype]) -> None:
+    from adapterkern.kernels import cache
+
+    x, _, dy = draw(300, 512, 32, torch.bfloat16)
+    x.requires_grad_(x_grad)
+    module = ak.Adapter(512, 32, init="xavier", device="cuda").requires_grad_(False)
+
+    def run() -> list[Tensor]:
+        y = module(x)
+        return [y.detach(), *(torch.autograd.grad(y, x, dy) if x_grad else ())]
+
+    graph, captured = record(run)
+    assert len(preparations) == 1
+    before = [t.clone() for t in run()]
+    graph.replay()
+    assert_equal(captured, before)
+    for factor in (1.25, 0.5):
+        for p in module.parameters():
+            p.mul_(factor)
+        cache.clear()
+        junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(16)]  # where freed memory would be
+        del junk
+        graph.replay()
+        assert_equal(captured, before)
+        before = [t.clone() for t in run()]
+        graph.replay()
+        assert_equal(captured, before)
+
+
+def test_graph_trees_prepare_once_for_forward_and_backward(
+    preparations: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkern.kernels import launch
+
+    calls: list[str] = []
+    for name in ("adapter_forward", "adapter_backward"):
+        function = getattr(launch, name)
+        monkeypatch.setattr(
+            launch, name, lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k)
+        )
+    x = torch.randn(4, 50, 512, device="cuda", dtype=torch.bfloat16)
+    module = ak.Adapter(512, 32, init="xavier", device="cuda")
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    for _ in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert calls.count("adapter_forward") == calls.count("adapter_backward") == len(preparations)
+    assert 2 <= len(preparations) < 6  # the warm-up, the recording, then replays
+
+
+def test_graph_trees_of_frozen_weights_prepare_none(preparations: list[torch.dtype]) -> None:
+    x = torch.randn(4, 50, 512, device="cuda", dtype=torch.bfloat16)
+    module = ak.Adapter(512, 32, init="xavier", device="cuda").requires_grad_(False)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for factor in (1.25, 0.5):
+            expected = module(x)
+            preparations.clear()
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                assert torch.equal(compiled(x), expected)
+            assert not preparations
+            for p in module.parameters():
+                p.mul_(factor)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

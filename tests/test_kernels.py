@@ -17,7 +17,15 @@ NOT_INTERPRETED = ["test_large_inputs_take_the_operator_and_small_ones_the_compo
 
 @pytest.mark.parametrize(
     "file",
-    ["interpreted_kernels.py", "interpreted_traffic.py", "interpreted_liger.py", "test_ops.py", "test_low_rank.py"],
+    [
+        "interpreted_kernels.py",
+        "interpreted_preparation.py",
+        "interpreted_index.py",
+        "interpreted_traffic.py",
+        "interpreted_liger.py",
+        "test_ops.py",
+        "test_low_rank.py",
+    ],
 )
 def test_interpreted(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]

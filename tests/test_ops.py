@@ -1,6 +1,7 @@
 """The operator on CPU: against fp64, through torch.library's checks, under autocast and torch.compile; its errors."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from conftest import DISTRIBUTIONS, make_weights, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 
 import adapterkern as ak
@@ -157,6 +160,26 @@ def test_compiles_without_a_graph_break(autocast: bool) -> None:
     expected = value_and_grads(step, x, weights, dy)
     for g, e in zip(got, expected, strict=True):
         assert relative_error(g, e) < (1e-2 if autocast else 1e-6)
+
+
+def test_compiled_code_prepares_weights_for_the_kernels_alone() -> None:
+    """Once, in the forward; none of the operator's other implementations reads them."""
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append([str(node.target) for node in graph.graph.nodes if "adapterkern" in str(node.target)])
+        return make_boxed_func(graph)
+
+    leaves = [torch.randn(4, 32), *make_weights(32, 8)]
+    for dtype, prepared in ((torch.float32, ops.INTERPRETED), (torch.float64, False)):
+        graphs.clear()
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        leaves = [t.to(dtype).requires_grad_() for t in leaves]
+        torch.compile(ak.adapter, fullgraph=True, backend=backend)(*leaves).sum().backward()
+        names = ["prepare_weights", "adapter_forward", "adapter_backward"]
+        expected = [f"adapterkern.{name}.default" for name in names[0 if prepared else 1 :]]
+        assert graphs == [expected[:-1], expected[-1:]]
 
 
 def test_results_are_contiguous_whatever_x_is() -> None:

@@ -68,8 +68,8 @@ def clear() -> None:
 
 
 def frozen(weights: Iterable[Tensor]) -> bool:
-    """Whether nobody trains the weights: neither they nor what they are views of (under no_grad) require a gradient."""
-    return not any(w.requires_grad or (w._base is not None and w._base.requires_grad) for w in weights)
+    """Whether the weights are declared frozen; views of a parameter that trains are not, made under no_grad either."""
+    return not any(w.requires_grad for w in weights)
 
 
 def must_carry(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -102,14 +102,17 @@ class Mixture:
         key = (numbers, times, device)
         if (made := self._choices.get(key)) is not None:
             return made
-        places = [numbers.index(n) if n in numbers else -1 for n in range(len(self._adapters))]
-        made = torch.tensor([*places, -1], device=self._index.device)[self._index]  # -1 finds the last
-        if times > 1:
-            made = made.repeat_interleave(times, 1)
-        made = made.to(device, non_blocking=True)
-        if not torch.compiler.is_compiling() and not _graphs.recording(device):  # nothing made there may outlive it
-            self._choices[key] = vouch(made, len(numbers))
+        if torch.compiler.is_compiling() or _graphs.recording(device):  # nothing made there may outlive it
+            return self._among(*key)
+        with torch.inference_mode(False):  # a later call may train, and autograd saves no inference tensor
+            made = self._choices[key] = vouch(self._among(*key), len(numbers))
         return made
+
+    def _among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
+        places = [numbers.index(n) if n in numbers else -1 for n in range(len(self._adapters))]
+        among = torch.tensor([*places, -1], device=self._index.device)[self._index]  # -1 finds the last
+        among = among if times == 1 else among.repeat_interleave(times, 1)
+        return among.to(device, non_blocking=True)
 
     def _run(self, groups: list[_Group], x: Tensor) -> Tensor:
         times = self._repeats(x.shape[0])

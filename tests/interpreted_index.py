@@ -83,6 +83,23 @@ def test_a_mixture_s_results_are_the_operator_s_to_the_bit() -> None:
         assert_equal([y.detach(), dx, *pairs], value_and_grads(x, stacked, 2 * y.detach(), index=index))
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_mixture_compiles_without_a_graph_break(before: bool) -> None:
+    mixed, x = mixture(torch.tensor([1, 0, -1, 1])), torch.randn(4, 5, 40)
+
+    def run(x: Tensor) -> Tensor:
+        for site in ("0", "1"):
+            x = mixed.at(site, "layer")(x)  # type: ignore[misc]
+        return x
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    if before:
+        run(x)
+    got = compiled(x)
+    assert len(mixed._choices) == before  # a compiled graph's results are its own
+    assert torch.equal(got, run(x))
+
+
 def test_beams_have_an_index_of_their_own() -> None:
     index = torch.tensor([1, -1])
     mixed = mixture(index)

@@ -330,6 +330,19 @@ def test_an_eager_call_renews_what_graphs_of_frozen_weights_read(change: str, re
     assert torch.equal(read.b_up, bias)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_what_graphs_read_is_renewed_in_and_out_of_inference_mode(first: bool, recording: Recording) -> None:
+    module, x = frozen_adapter(), torch.randn(3, 40)
+    for inference in (first, not first):
+        with torch.inference_mode(inference):
+            ak.adapter(x, *parameters(module))
+            read = read_by_graphs(module, recording)
+        module.up.weight.mul_(1.5)
+    with torch.inference_mode(not first):
+        ak.adapter(x, *parameters(module))
+    assert_equal(read.tensors(), prepare(parameters(module), torch.float32).tensors())
+
+
 def test_what_graphs_read_stays_as_long_as_the_weights(recording: Recording) -> None:
     module, x = frozen_adapter(), torch.randn(3, 40)
     module(x)

@@ -155,6 +155,17 @@ def test_bf16_autocast_as_alone(fused: bool) -> None:
     assert all(g.isfinite().all() for g in gradients(model, got).values())
 
 
+def test_a_mixture_trains_after_inference() -> None:
+    """What it makes under inference_mode, autograd would refuse to save."""
+    model = mixed()
+    with model.mixing(NAMES, torch.tensor([0, -1, 3])):
+        with torch.inference_mode():
+            expected = model(IDS).logits
+        logits = model(IDS).logits
+        assert torch.equal(logits, expected)
+        assert any(g.abs().max() > 0 for g in gradients(model, logits).values())
+
+
 def test_a_low_precision_backbone_keeps_its_dtype() -> None:
     model = ak.LlamaAdapter(tiny().to(torch.bfloat16))
     with model.mixing(["default"], torch.tensor([[0, -1]] * 3), torch.ones(3, 2)):

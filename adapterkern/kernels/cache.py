@@ -154,8 +154,9 @@ def _renewed(
     made = prepare(weights, dtype)
     pinned = _pinned.get(_place(weights, storages, dtype)) if _pinned else None
     if pinned is not None and not pinned.expired():
-        for read, new in zip(pinned.prepared.tensors(), made.tensors(), strict=True):
-            read.copy_(new)
+        with torch.inference_mode():  # where it may have been made, and only there be written
+            for read, new in zip(pinned.prepared.tensors(), made.tensors(), strict=True):
+                read.copy_(new)
         pinned.state = state
     return made
 

@@ -248,10 +248,10 @@ def _optional(args, start):  # type: ignore[no-untyped-def]
 
 
 def _run_prepare(*args):  # type: ignore[no-untyped-def]
-    """The preparation as a list of results; ``args`` follow the schema."""
-    from adapterkern.kernels.cache import prepare_to_carry
+    """The preparation on a device that runs the kernels; ``args`` follow the schema."""
+    from adapterkern.kernels import launch
 
-    return prepare_to_carry(args[:6], args[6]).tensors()
+    return launch.prepare_weights(args[:6], args[6]).tensors()
 
 
 for _device_type in ("CPU", "CUDA"):

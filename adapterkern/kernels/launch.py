@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backward as _backward
 from . import forward as _forward
-from .cache import prepared_weights
+from .cache import prepare_to_carry, prepared_weights
 from .tiles import forward_tiles, has_early_launches, has_wide_products, hidden_tiles, slice_tiles
 from .weights import Prepared
 
@@ -46,6 +46,12 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def _precision(compute: torch.dtype) -> str:
     # fp32_precision follows allow_tf32 and set_float32_matmul_precision too; allow_tf32 raises once it has been set.
     return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def prepare_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
+    """What the other two take as ``carried``."""
+    with _on(weights[0].device):
+        return prepare_to_carry(weights, dtype)
 
 
 def adapter_forward(

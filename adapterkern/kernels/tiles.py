@@ -5,6 +5,7 @@ A choice never depends on the number of rows, so one compiled variant serves eve
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -106,8 +107,9 @@ def multiprocessors(device: torch.device) -> int:
 
 @lru_cache
 def has_early_launches(device: torch.device) -> bool:
-    """True from Hopper on: programmatic dependent launch."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    """True from Hopper on: programmatic dependent launch. ADAPTERKERN_EARLY_LAUNCH=0 turns it off, for bisecting."""
+    wanted = os.environ.get("ADAPTERKERN_EARLY_LAUNCH", "1") != "0"
+    return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @lru_cache

@@ -7,8 +7,10 @@ variants. The error of a variant is its worst, over y and all seven gradients, a
 
 import importlib.util
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._dynamo.config
@@ -18,27 +20,31 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern.reference import Weights, adapter_eager
+from bench import before
 from bench.cases import Case, Variant, error_budget, relative_error
 from bench.measure import kept_for_backward
 
 PASSES = {"forward": (2, 4), "backward": (3, 8), "both": (5, 12)}  # units of floor traffic, products' FLOPs / (T·d·r)
 ADAPTERS = 4  # in a grouped case
+ROWS = (1, 128, 2048, 4225, 8449, 32768)  # besides the main shape's, on a GPU; two of them just over a wave of tiles
+COMPILER = os.environ.get("BENCH_COMPILER", "inductor")  # torch.compile's backend; a rehearsal takes a quicker one
+BARE, BEFORE = "ours bare", "ours before"  # this commit's kernels and an earlier one's, both with the same host path
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """A main shape in every pass, then T, r, d and dtype varied one at a time."""
     gpu = device.type == "cuda"
     main = T, d, r, dtype = _main(device)
-    made = [_case(*main, pass_) for pass_ in (PASSES if gpu or not quick else ("both",))]
+    made = [adapter_case(*main, pass_) for pass_ in (PASSES if gpu or not quick else ("both",))]
     if quick:
-        return [*made, _case(256, 1024, 64, dtype, "both")]
+        return [*made, adapter_case(256, 1024, 64, dtype, "both")]
     passes = ("forward", "backward") if gpu else ("both",)
     for pass_ in passes:
-        made += [_case(t, d, r, dtype, pass_) for t in ((1, 128, 2048, 32768) if gpu else (256, 1024, 8192))]
-        made += [_case(T, d, rank, dtype, pass_) for rank in (16, 32, 128, 256)[:: 1 if gpu else 3]]
-        made += [_case(T, width, r, dtype, pass_) for width in ((2048, 8192) if gpu else (576,))]
-    made += [_case(T, d, r, "float16" if gpu else "float32", "both")]
-    return [*made, _case(T, d, r, dtype, "both", grouped=True)]
+        made += [adapter_case(t, d, r, dtype, pass_) for t in (ROWS if gpu else (256, 1024, 8192))]
+        made += [adapter_case(T, d, rank, dtype, pass_) for rank in (16, 32, 128, 256)[:: 1 if gpu else 3]]
+        made += [adapter_case(T, width, r, dtype, pass_) for width in ((2048, 8192) if gpu else (576,))]
+    made += [adapter_case(T, d, r, "float16" if gpu else "float32", "both")]
+    return [*made, adapter_case(T, d, r, dtype, "both", grouped=True)]
 
 
 def _main(device: torch.device) -> tuple[int, int, int, str]:
@@ -46,7 +52,7 @@ def _main(device: torch.device) -> tuple[int, int, int, str]:
     return 8192 if device.type == "cuda" else 2048, 4096, 64, "bfloat16"
 
 
-def _case(T: int, d: int, r: int, dtype: str, pass_: str, grouped: bool = False) -> Case:
+def adapter_case(T: int, d: int, r: int, dtype: str, pass_: str, grouped: bool = False) -> Case:
     units, products = PASSES[pass_]
     name = f"{pass_}, T={T}, d={d}, r={r}, {dtype}" + (f", {ADAPTERS} adapters mixed" if grouped else "")
     shape = {"T": T, "d": d, "r": r, "dtype": dtype, "pass": pass_, "grouped": grouped}
@@ -92,8 +98,8 @@ def make_inputs(
     return inputs, Weights(*(draw(*n, *s).div_(s[-1] ** 0.5).requires_grad_() for s in sizes))
 
 
-def build(case: Case, device: torch.device) -> list[Variant]:
-    """Every variant of ``case``, ready to run, its error measured."""
+def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Variant]:
+    """The variants ``wanted`` of ``case``, ready to run, their errors measured."""
     torch._functorch.config.donated_buffer = False  # a retained graph is run again
     torch._dynamo.config.recompile_limit = 64  # past it, torch.compile would quietly run eager code
     T, d, r, pass_ = (case.shape[k] for k in ("T", "d", "r", "pass"))
@@ -101,24 +107,42 @@ def build(case: Case, device: torch.device) -> list[Variant]:
     inputs, weights = make_inputs(T, d, r, dtype, device, (ADAPTERS,) if grouped else ())
     index = torch.arange(T, device=device) * ADAPTERS // T if grouped else None
 
-    ways = _ways(names(case, device), weights, dtype, index)
+    ways = _ways(wanted, weights, dtype, index)
     stock = _stock(index)
     oracle = _results(Way(stock, _cast(weights, torch.float64)), *(t.double() for t in inputs[0]))
-    errors = {name: _errors(way, inputs[0], oracle) for name, way in ways.items()}
     eager = _errors(Way(stock, _cast(weights, dtype)), inputs[0], oracle)
     budgets = [error_budget(e, dtype) for e in eager]
-    variants = []
-    for name in names(case, device):
-        if name not in ways:
-            variants.append(Variant(name, missing="liger-kernel is not installed"))
-            continue
+
+    def made(name: str, way: Way) -> Variant:
+        errors = _errors(way, inputs[0], oracle)
         # the tensor that comes closest to its budget, or is farthest above it
-        error, budget = max(zip(errors[name], budgets, strict=True), key=lambda pair: pair[0] / pair[1])
-        way, x = ways[name], inputs[0][0]
-        kept = kept_for_backward(lambda way=way, x=x: way.call(x, way.weights), way.weights, x)
-        run = _runner(way, inputs, pass_)
-        variants.append(Variant(name, run, error, budget, kept))
+        error, budget = max(zip(errors, budgets, strict=True), key=lambda pair: pair[0] / pair[1])
+        return Variant(name, _runner(way, inputs, pass_), error, budget, _kept(way, inputs[0][0]))
+
+    variants = []
+    for name in wanted:
+        way = ways[name]
+        if isinstance(way, str):
+            variants.append(Variant(name, missing=way))
+            continue
+        try:
+            variants.append(made(name, way))
+        except Exception as error:
+            variants.append(Variant.broken(name, error))
     return variants
+
+
+def kept(case: Case, device: torch.device) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each variant's name and what it keeps for its backward, one by one."""
+    dtype = getattr(torch, case.shape["dtype"])
+    inputs, weights = make_inputs(*(case.shape[k] for k in ("T", "d", "r")), dtype, device)
+    for name, way in _ways(names(case, device), weights, dtype, None).items():
+        if isinstance(way, Way):
+            yield name, _kept(way, inputs[0][0])
+
+
+def _kept(way: Way, x: Tensor) -> dict[str, int]:
+    return kept_for_backward(lambda: way.call(x, way.weights), way.weights, x)
 
 
 def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -129,7 +153,8 @@ def _stock(index: Tensor | None) -> Callable[[Tensor, Weights], Tensor]:
     return lambda x, w: ak.adapter(x, *w, fused=False, index=index)
 
 
-def _ways(wanted: list[str], weights: Weights, dtype: torch.dtype, index: Tensor | None) -> dict[str, Way]:
+def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Tensor | None) -> dict[str, Way | str]:
+    """Each of ``wanted``, or why it is missing; ``ours bare [slice_tiles=64,128,8,3]`` has these tiles."""
     low = _cast(weights, dtype)
 
     def autocast(function: Callable[[Tensor, Weights], Tensor]) -> Callable[[Tensor, Weights], Tensor]:
@@ -140,9 +165,9 @@ def _ways(wanted: list[str], weights: Weights, dtype: torch.dtype, index: Tensor
         return call
 
     def compiled(mode: str | None) -> Callable[[Tensor, Weights], Tensor]:
-        return torch.compile(adapter_eager, mode=mode, dynamic=False)
+        return torch.compile(adapter_eager, mode=mode, dynamic=False, backend=COMPILER)
 
-    ways = {
+    ways: dict[str, Way | str] = {
         "loop over adapters": Way(_stock(index), weights),
         "ours grouped": Way(lambda x, w: ak.adapter(x, *w, index=index), weights),
         "eager": Way(adapter_eager, weights),
@@ -154,9 +179,22 @@ def _ways(wanted: list[str], weights: Weights, dtype: torch.dtype, index: Tensor
         "ours": Way(lambda x, w: ak.adapter(x, *w), weights),
         "ours x-free": Way(lambda x, w: ak.adapter(x, *w, x_free=True), weights),
     }
-    if importlib.util.find_spec("liger_kernel"):
-        ways["Liger LayerNorm + linears"] = Way(_liger, low)
-    return {name: ways[name] for name in wanted if name in ways}
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    ways["Liger LayerNorm + linears"] = Way(_liger, low) if liger else "liger-kernel is not installed"
+    for name in wanted:
+        if name.startswith((BARE, BEFORE)):
+            found = _launch(name)
+            ways[name] = before.missing() if found is None else Way(before.through(found), weights)
+    return {name: ways[name] for name in wanted}
+
+
+def _launch(name: str) -> Any:
+    if name == BEFORE:
+        return before.launch()
+    from bench import tiling  # needs Triton, which the other variants do without
+
+    tiles = name.removeprefix(BARE).strip(" []")
+    return tiling.tiled_launch(*tiling.parse(tiles)) if tiles else tiling.launch
 
 
 def _liger(x: Tensor, w: Weights) -> Tensor:

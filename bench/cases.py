@@ -25,7 +25,7 @@ class Case:
 
     part: str
     name: str
-    shape: Mapping[str, Any]
+    shape: Mapping[str, Any] = dataclasses.field(hash=False)
     floor_bytes: int = 0
     flops: int = 0
     wall: bool = False
@@ -36,8 +36,8 @@ class Variant:
     """One way to do a case's work: ``run`` does it once.
 
     ``clock`` replaces the timer where the work happens in another process: it runs once and returns seconds.
-    ``info`` goes into the results as it is. ``missing`` says why a variant cannot run here, and then ``run`` is None.
-    ``close`` is called when its case is over.
+    ``info`` goes into the results as it is. ``missing`` says why a variant cannot run here, and then ``run`` is None;
+    ``failed`` that it should have. ``close`` is called when its case is over.
     """
 
     name: str
@@ -47,7 +47,13 @@ class Variant:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     clock: Callable[[], float] | None = None
     missing: str = ""
+    failed: bool = False
     close: Callable[[], object] = lambda: None
+
+    @classmethod
+    def broken(cls, name: str, error: Exception) -> "Variant":
+        """One that raised while it was made: the others of its case are measured all the same."""
+        return cls(name, missing=f"{type(error).__name__}: {error}", failed=True)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

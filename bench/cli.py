@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
 
 
 def _alone(argv: list[str]) -> int:
-    os.environ["TRITON_INTERPRET"] = str(int(argv[0] == "traffic"))  # before Triton is imported
-    importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
-    return 0
+    if argv[0] in ("traffic", "aot"):
+        os.environ["TRITON_INTERPRET"] = str(int(argv[0] == "traffic"))  # before Triton is imported
+    return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
 
 
 def _measure(args: argparse.Namespace) -> int:

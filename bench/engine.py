@@ -1,4 +1,4 @@
-"""pytest-benchmark as the engine: its fixture, statistics and JSON, our interleaved rounds.
+"""pytest-benchmark as the engine: its fixture, statistics and JSON (written after every case), our interleaved rounds.
 
 pytest-benchmark times one function after another, and here all variants of a case must take turns. So the rounds are
 measured by ``measure.interleave`` when the first variant of a case comes up, and every variant then replays its own
@@ -9,17 +9,19 @@ import dataclasses
 import datetime
 import importlib
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.utils import get_commit_info
+from pytest_benchmark.utils import get_commit_info, safe_dumps
 
+from adapterkern.files import replacing
 from bench.cases import COPY, Case, Variant
 from bench.measure import copy_variant, device_name, host_seconds, interleave, launches, machine, peak_bytes
 from bench.roofs import gemm_flops, l2_bandwidth
@@ -29,7 +31,7 @@ TIMED = {"adapter": "bench.adapter", "optimizer": "bench.optimizer", "step": "be
 
 @dataclasses.dataclass
 class Options:
-    """What the command line asked for."""
+    """What the command line asked for; the fields after ``append`` are for runs that have minutes (bench.gpu)."""
 
     parts: tuple[str, ...]
     device: torch.device
@@ -38,6 +40,9 @@ class Options:
     peer_python: str | None
     only: str = ""
     append: bool = False  # to what the file has, of the same commit
+    plan: Sequence[tuple[Case, Sequence[str]]] | None = None  # these cases and variants instead of the parts' own
+    case_seconds: float | None = None
+    deadline: float = math.inf  # of time.monotonic(): no case starts after it
 
     @property
     def rounds(self) -> int:
@@ -45,7 +50,7 @@ class Options:
 
     def seconds(self, part: str) -> float:
         """How long the rounds of one case may take together."""
-        return {"step": 36.0}.get(part, 6.0) / (4 if self.quick else 1)
+        return self.case_seconds or {"step": 36.0}.get(part, 6.0) / (4 if self.quick else 1)
 
 
 class Replay:
@@ -71,13 +76,15 @@ class Engine:
         self.options = options
         self.tables: dict[str, Any] = {}
         self.missing: list[dict[str, str]] = []
+        self._wanted: dict[Case, list[str]] = {}
         self._case: Case | None = None
         self._measured: dict[str, tuple[Variant, list[float], dict[str, Any]]] = {}
+        self._error: Exception | None = None  # what kept the case from being measured
         self._done = self._total = 0
         self._start = time.monotonic()
         self._commit = get_commit_info()  # the one that runs; another may be made before it is over
         self._before = self._earlier_run()
-        self._saved = False
+        self._about: dict[str, Any] | None = None
 
     def _earlier_run(self) -> dict[str, Any] | None:
         path = self.options.json
@@ -92,15 +99,21 @@ class Engine:
     def plan(self) -> list[tuple[Case, str]]:
         """Every case with every name of a variant."""
         o = self.options
-        found = []
+        self._wanted = {case: list(names) for case, names in self._cases() if o.only in case.name}
+        self._total = len(self._wanted)
+        return [
+            (case, name) for case, names in self._wanted.items() for name in (*names, *[COPY] * (case.floor_bytes > 0))
+        ]
+
+    def _cases(self) -> Iterator[tuple[Case, Sequence[str]]]:
+        o = self.options
+        if o.plan is not None:
+            yield from o.plan
+            return
         for part in (p for p in o.parts if p in TIMED):
             module = self._module(part)
             for case in module.cases(o.device, o.quick):
-                if o.only in case.name:
-                    found += [(case, name) for name in module.names(case, o.device)]
-                    found += [(case, COPY)] * (case.floor_bytes > 0)
-                    self._total += 1
-        return found
+                yield case, module.names(case, o.device)
 
     def _module(self, part: str) -> ModuleType:
         return importlib.import_module(TIMED[part])
@@ -108,16 +121,31 @@ class Engine:
     def measured(self, case: Case, name: str) -> tuple[Variant, list[float], dict[str, Any]]:
         """One variant, its times and its figures; the first call for a case measures all of its variants."""
         if case is not self._case:
-            self._measure(case)
+            self._case, self._measured, self._error = case, {}, None  # lets go of the last case's tensors
+            try:
+                self._measure(case)
+            except Exception as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
         return self._measured[name]
+
+    def is_last(self, case: Case, name: str) -> bool:
+        """Whether ``name`` is the case's last variant in the plan."""
+        return name == (COPY if case.floor_bytes else self._wanted[case][-1])
 
     def _measure(self, case: Case) -> None:
         o = self.options
-        self._case, self._measured = None, {}  # let go of the last case's tensors
         self._done += 1
         self.say(f"[{self._done}/{self._total}] {case.part}: {case.name}")
+        wanted = self._wanted[case]
+        if time.monotonic() > o.deadline:
+            variants = [Variant(name, missing="no time was left") for name in (*wanted, COPY)]
+            self._measured = {v.name: (v, [], {}) for v in variants}
+            return
         module = self._module(case.part)
-        variants = module.build(case, o.device, o.peer_python) if case.part == "step" else module.build(case, o.device)
+        more = (o.peer_python,) if case.part == "step" else ()
+        variants = module.build(case, o.device, wanted, *more)
         if case.floor_bytes:
             variants.append(copy_variant(case.floor_bytes, o.device))
         try:
@@ -132,7 +160,6 @@ class Engine:
         finally:
             for v in variants:
                 v.close()
-        self._case = case
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self._start:5.0f} s  {text}", file=sys.stderr, flush=True)
@@ -147,6 +174,9 @@ class Engine:
         if report.failed:
             self.say(report.longreprtext)
 
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self._config: Any = config
+
     def pytest_benchmark_update_machine_info(self, config: object, machine_info: dict[str, Any]) -> None:
         machine_info.pop("node", None)
         device, known = self.options.device, {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
@@ -155,38 +185,38 @@ class Engine:
         machine_info["roofs"] = {"gemm_flops": self._or(gemm_flops, None), "l2_bytes": self._or(l2_bandwidth, None)}
 
     def _or(self, told: Callable[[torch.device], Any], otherwise: Any) -> Any:
-        """What ``told`` says of the device. This runs when all is measured: no error may keep that from being saved."""
+        """What ``told`` says of the device; no error may keep what is measured from being saved."""
         try:
             return told(self.options.device)
         except Exception as error:
             self.say(f"{told.__name__} is left out: {type(error).__name__}: {error}")
             return otherwise
 
-    def pytest_benchmark_update_commit_info(self, config: object, commit_info: dict[str, Any]) -> None:
-        commit_info.update(self._commit)
-
-    def pytest_benchmark_update_json(self, config: object, benchmarks: object, output_json: dict[str, Any]) -> None:
-        output_json["tables"], output_json["missing"] = self.tables, self.missing
+    def save(self) -> None:
+        """Write all that is measured so far, whole or not at all; a run that is killed keeps its last file."""
+        benchmarks = self._config._benchmarksession
+        if not (benchmarks.benchmarks or self.tables):
+            return
+        if self._about is None:
+            self._about = benchmarks.get_machine_info()
+        document = self._config.hook.pytest_benchmark_generate_json(
+            config=self._config, benchmarks=benchmarks.benchmarks, include_data=True,
+            machine_info=self._about, commit_info=self._commit,
+        )  # fmt: skip
+        document["tables"], document["missing"] = self.tables, self.missing
         if self._before is not None:
-            again = {b["extra_info"]["case"]["name"] for b in output_json["benchmarks"]}
+            again = {b["extra_info"]["case"]["name"] for b in document["benchmarks"]}
             kept = [b for b in self._before["benchmarks"] if b["extra_info"]["case"]["name"] not in again]
-            output_json["benchmarks"] = kept + output_json["benchmarks"]
-            output_json["tables"] = self._before["tables"] | self.tables
-            output_json["missing"] = [m for m in self._before["missing"] if m["case"] not in again] + self.missing
-        self._saved = True
+            document["benchmarks"] = kept + document["benchmarks"]
+            document["tables"] = self._before["tables"] | self.tables
+            document["missing"] = [m for m in self._before["missing"] if m["case"] not in again] + self.missing
+        with replacing(self.options.json) as path:
+            path.write_text(safe_dumps(document, indent=4))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """pytest-benchmark writes nothing where no case was timed to its end; counted tables are worth a file."""
-        if self._saved:
-            return
-        if not self.tables:
+        self.save()
+        if not (session.config._benchmarksession.benchmarks or self.tables):  # type: ignore[attr-defined]
             self.say(f"nothing was measured to its end: {self.options.json} is as it was")
-            return
-        config, plugin = session.config, session.config._benchmarksession  # type: ignore[attr-defined]
-        about = {"machine_info": plugin.get_machine_info(), "commit_info": dict(self._commit)}
-        written = config.hook.pytest_benchmark_generate_json(config=config, benchmarks=[], include_data=True, **about)
-        config.hook.pytest_benchmark_update_json(config=config, benchmarks=[], output_json=written)
-        plugin.save_json(written)
 
 
 def replay(benchmark: Any, times: list[float]) -> None:
@@ -201,7 +231,7 @@ def run(options: Options) -> int:
     suite = str(Path(__file__).with_name("suite.py"))
     # No configuration file: the project's own is for its tests and names plugins that a bench does without.
     arguments = [suite, "-c", "/dev/null", "--rootdir", str(Path(suite).parent), "-p", "no:cacheprovider", "-p"]
-    arguments += ["no:terminal", "--benchmark-json", str(options.json), "--benchmark-disable-gc", "--capture=no"]
+    arguments += ["no:terminal", "--benchmark-disable-gc", "--capture=no"]
     return pytest.main(arguments, plugins=[Engine(options)])
 
 

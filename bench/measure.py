@@ -6,10 +6,14 @@ case's floor bytes is one of the variants, so "% of copy bandwidth" comes from t
 
 On a GPU a round's time is device time between two events around a few calls, each on inputs of its own; L2 is written
 over before, and a spin kernel in front keeps the GPU busy until everything is queued, so that the host's cost to launch
-does not count. Cases marked ``wall`` (training steps) count it: there the host's clock runs until the device is done.
-On a CPU the host's clock is all there is, with a fixed number of threads.
+does not count. That it did not is checked each time (`EventTimer`), and the results say so (``timed``). CUDA graphs
+would do without the spin, but a captured forward of ours prepares its weights in every replay and other variants do
+nothing of the kind. Cases marked ``wall`` (training steps) count the host: there its clock runs until the device is
+done. On a CPU the host's clock is all there is, with a fixed number of threads.
 """
 
+import dataclasses
+import functools
 import gc
 import itertools
 import os
@@ -33,7 +37,14 @@ def timer(device: torch.device, wall: bool) -> Timer:
     """A function that runs its argument once and returns seconds."""
     if device.type == "cpu":
         return _host_time
-    return _synchronised_time if wall else _event_timer(device)
+    return _synchronised_time if wall else EventTimer(device)
+
+
+def how_timed(measured: Timer, run: Callable[[], object]) -> str:
+    """In words, what the times of ``run`` by ``measured`` hold."""
+    if isinstance(measured, EventTimer):
+        return measured.how(run)
+    return "host clock" if measured is _host_time else "host clock until the device is done"
 
 
 def _host_time(run: Callable[[], object]) -> float:
@@ -50,21 +61,61 @@ def _synchronised_time(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _event_timer(device: torch.device) -> Timer:
-    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+@dataclasses.dataclass
+class _Backlog:
+    """What keeps the host out of one variant's times: cycles of spinning before how many calls."""
 
-    def timed(run: Callable[[], object]) -> float:
-        torch.cuda._sleep(4_000_000)  # some 2 ms, in which the host queues the calls
-        flush.zero_()
-        begin.record()
-        for _ in range(CALLS):
+    cycles: int = 4_000_000  # some 2 ms
+    calls: int = CALLS
+    leaked: int = 0  # times that may hold some of the host's
+
+
+class EventTimer:
+    """Device seconds of one call, behind a spin that lasts until the last of a few calls is queued.
+
+    The event before the calls must not have been reached by then. Where it has, the spin is doubled, and at its longest
+    the calls are halved (the queue holds some 1,024 launches), and the time is taken again; at one call it is kept and
+    counted as leaked.
+    """
+
+    LONGEST = 64_000_000
+
+    def __init__(self, device: torch.device) -> None:
+        nbytes = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._backlogs: dict[Callable[[], object], _Backlog] = {}
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        backlog = self._backlogs.setdefault(run, _Backlog())
+        while True:
+            seconds, queued_in_time = self._once(run, backlog)
+            if queued_in_time:
+                return seconds
+            if backlog.cycles < self.LONGEST:
+                backlog.cycles *= 2
+            elif backlog.calls > 1:
+                backlog.calls //= 2
+            else:
+                backlog.leaked += 1
+                return seconds
+
+    def _once(self, run: Callable[[], object], backlog: _Backlog) -> tuple[float, bool]:
+        torch.cuda._sleep(backlog.cycles)
+        self._flush.zero_()
+        self._begin.record()
+        for _ in range(backlog.calls):
             run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / CALLS
+        self._end.record()
+        queued_in_time = not self._begin.query()
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3 / backlog.calls, queued_in_time
 
-    return timed
+    def how(self, run: Callable[[], object]) -> str:
+        backlog = self._backlogs[run]
+        if backlog.leaked:
+            return f"device clock, {backlog.leaked} of the times with host time in them"
+        return f"device clock, {backlog.calls} calls queued behind {backlog.cycles / 1e6:.0f} M cycles"
 
 
 def copy_variant(nbytes: int, device: torch.device) -> Variant:
@@ -82,7 +133,7 @@ def interleave(
     clocks: dict[str, Callable[[], float]] = {}
     for v in variants:
         if v.run is not None or v.clock is not None:
-            clocks[v.name] = v.clock or (lambda run=v.run: measured(run))
+            clocks[v.name] = v.clock or functools.partial(measured, v.run)
     spent = sum(_warm_up(clock, seconds / 4 / len(clocks)) for clock in clocks.values())
     times: dict[str, list[float]] = {name: [] for name in clocks}
     order = list(clocks)
@@ -98,6 +149,9 @@ def interleave(
             order.append(order.pop(0))
     finally:
         gc.enable()
+    for v in variants:
+        if v.run is not None and v.clock is None:
+            v.info["timed"] = how_timed(measured, v.run)
     return times
 
 

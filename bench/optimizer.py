@@ -6,7 +6,7 @@ against fp64, relative; most of it is the rounding of the parameters themselves.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ def names(case: Case, device: torch.device) -> list[str]:
             *others, "ours"]  # fmt: skip
 
 
-def build(case: Case, device: torch.device) -> list[Variant]:
-    """Every variant on parameters of its own, from one start."""
+def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Variant]:
+    """The variants ``wanted``, each on parameters of its own, from one start."""
     sizes = SETS[case.shape["set"]]
     generator = torch.Generator(device).manual_seed(0)
     start, grad = (torch.randn(sum(sizes), device=device, generator=generator) for _ in range(2))
@@ -74,12 +74,16 @@ def build(case: Case, device: torch.device) -> list[Variant]:
     oracle = update(*made("clip + AdamW foreach", torch.float64))
     plain = relative_error(update(*made("clip + AdamW plain")), oracle)
     variants = []
-    for name in names(case, device):
+    for name in wanted:
         if name in OTHERS and importlib.util.find_spec(OTHERS[name][0].split(".")[0]) is None:
             variants.append(Variant(name, missing=f"{OTHERS[name][0].split('.')[0]} is not installed"))
             continue
-        params, step = made(name)
-        error = relative_error(update(params, step), oracle)
+        try:
+            params, step = made(name)
+            error = relative_error(update(params, step), oracle)
+        except Exception as failure:
+            variants.append(Variant.broken(name, failure))
+            continue
         variants.append(Variant(name, step, error, error_budget(plain, torch.float32)))
     return variants
 

@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,12 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cpu":
         shape = (*SMOLLM2[:2], 8, *SMOLLM2[3:])
         batch = (4, 48) if quick else (16, 48)
-        late = _case("SmolLM2-135M, first 8 layers, adapters on the last 3", shape, (5, 6, 7), batch, device)
+        late = step_case("SmolLM2-135M, first 8 layers, adapters on the last 3", shape, (5, 6, 7), batch, device)
         if quick:
             return [late]
         return [
             late,
-            _case(
+            step_case(
                 "SmolLM2-135M, first 4 layers, every 2nd adapted",
                 (*shape[:2], 4, *shape[3:]),
                 (1, 3),
@@ -58,18 +58,21 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             ),
         ]
     free = torch.cuda.mem_get_info(device)[0]
-    models = {"SmolLM2-135M": SMOLLM2, "LLaMA-1B": LLAMA_1B, "LLaMA-7B": LLAMA_7B, "LLaMA-8B": LLAMA_8B}
+    # what is published first, so that a run which is stopped has it
+    models = {"LLaMA-7B": LLAMA_7B, "LLaMA-8B": LLAMA_8B, "LLaMA-1B": LLAMA_1B, "SmolLM2-135M": SMOLLM2}
     made = []
     for name, shape in models.items():
         sites = tuple(range(1, shape[2], 2))
-        case = _case(f"{name}, every 2nd layer adapted", shape, sites, (4, 1024), device, "bfloat16", classify=False)
+        case = step_case(
+            f"{name}, every 2nd layer adapted", shape, sites, (4, 1024), device, "bfloat16", classify=False
+        )
         # weights in bf16, once more for AdapterHub's process, and activations
         if 2.5 * 2 * _backbone_params(case.shape) < free:
             made.append(case)
-    return made[:1] if quick else made
+    return made[-1:] if quick else made
 
 
-def _case(
+def step_case(
     name: str,
     shape: tuple[int, ...],
     sites: tuple[int, ...],
@@ -99,13 +102,13 @@ def names(case: Case, device: torch.device) -> list[str]:
     return [FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB]
 
 
-def build(case: Case, device: torch.device, peer_python: str | None) -> list[Variant]:
-    """Every variant over one backbone: PEFT's copy of the modules shares its weights."""
+def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: str | None) -> list[Variant]:
+    """The variants ``wanted`` over one backbone: PEFT's copy of the modules shares its weights."""
     spec = StepSpec(**case.shape)
     llama = make_llama(spec)
     shared = {id(p): p for p in llama.parameters()}
     # before ours changes the layers
-    copies = {name: copy.deepcopy(llama, dict(shared)) for name in (OURS_LIGER, LORA, LIGER)}
+    copies = {name: copy.deepcopy(llama, dict(shared)) for name in (OURS_LIGER, LORA, LIGER) if name in wanted}
     sites = ak.AdapterConfig(adapter_dim=spec.adapter_dim, layers=spec.sites, init="xavier")
     model = ak.LlamaAdapter(llama, sites)
     model.add_adapter("eager", sites)
@@ -124,27 +127,37 @@ def build(case: Case, device: torch.device, peer_python: str | None) -> list[Var
             return model.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     ours, eager = (model.adapter_parameters(name) for name in ("default", "eager"))
-    steps = {
-        FROZEN: Step(spec, llama, frozen, []),
-        EAGER: Step(spec, llama, forward("eager", False), eager),
-        OURS: Step(spec, llama, forward("default", True), ours, _clipped_adamw),
-        CACHED: Step(spec, llama, lambda ids: model.run_suffix(prefix.to(device)), ours, _clipped_adamw),
-    }
-    prefix = model.run_prefix(steps[OURS].input_ids).cpu()  # where training keeps it
-    reference = _gradients(steps[EAGER])
-    variants = []
-    for name, step in steps.items():
+    plain = Step(spec, llama, forward("eager", False), eager)
+    reference = _gradients(plain)
+
+    def on_backbone(name: str) -> Variant:
+        if name == FROZEN:
+            return _variant(name, Step(spec, llama, frozen, []), None, spec)
+        if name == EAGER:
+            return _variant(name, plain, None, spec)
+        step = Step(spec, llama, forward("default", True), ours, _clipped_adamw)
+        if name == CACHED:
+            prefix = model.run_prefix(step.input_ids).cpu()  # where training keeps it
+            step = Step(spec, llama, lambda ids: model.run_suffix(prefix.to(device)), ours, _clipped_adamw)
         model.set_adapter("default")
-        error = None if name in (FROZEN, EAGER) else relative_error(_gradients(step), reference)
-        variants.append(_variant(name, step, error, spec))
-    for name in (name for name in names(case, device) if name in copies):
-        if name != LORA and importlib.util.find_spec("liger_kernel") is None:
-            variants.append(Variant(name, missing="liger-kernel is not installed"))
-        elif name == OURS_LIGER:
-            variants.append(_ours_with_liger(spec, copies[name], model, reference))
-        else:
-            variants.append(_lora(name, spec, copies[name]))
-    return [*variants, _adapterhub(spec, peer_python)]
+        return _variant(name, step, relative_error(_gradients(step), reference), spec)
+
+    def made(name: str) -> Variant:
+        if name == HUB:
+            return _adapterhub(spec, peer_python)
+        if name in (OURS_LIGER, LIGER) and importlib.util.find_spec("liger_kernel") is None:
+            return Variant(name, missing="liger-kernel is not installed")
+        if name == OURS_LIGER:
+            return _ours_with_liger(spec, copies[name], model, reference)
+        return _lora(name, spec, copies[name]) if name in copies else on_backbone(name)
+
+    variants = []
+    for name in wanted:
+        try:
+            variants.append(made(name))
+        except Exception as error:
+            variants.append(Variant.broken(name, error))
+    return variants
 
 
 def _clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
@@ -174,6 +187,10 @@ def _variant(name: str, step: Step, error: float | None, spec: StepSpec) -> Vari
     info = {
         "tokens": spec.tokens,
         "trainable": sum(p.numel() for p in step.parameters),
+        # what is there before a step, whatever the other variants hold: the backbone, and what is trained with AdamW's
+        # two moments; the model's peak is this and `peak_bytes`
+        "model_bytes": _backbone_params(dataclasses.asdict(spec)) * getattr(torch, spec.dtype).itemsize
+        + 3 * sum(p.nbytes for p in step.trained),
         **kept_for_backward(step.loss, [*step.llama.parameters(), *step.trained]),
     }
     return Variant(name, step, error, None if error is None else BUDGETS[spec.dtype], info)

@@ -20,15 +20,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_table(plugin: Any, part: str) -> None:
     plugin.say(part)
-    plugin.tables[part] = tables.COUNTED[part](plugin.options.device, plugin.options.quick)
+    for counted in tables.COUNTED[part](plugin.options.device, plugin.options.quick):
+        plugin.tables[part] = counted
+        plugin.save()
 
 
 @pytest.mark.benchmark(timer=engine.REPLAY)
 def test_time(plugin: Any, case: Any, name: str, benchmark: Any) -> None:
-    variant, times, figures = plugin.measured(case, name)
-    benchmark.group = f"{case.part}: {case.name}"
-    benchmark.extra_info.update(figures)
-    if variant.missing:
-        plugin.missing.append({"case": case.name, "variant": name, "reason": variant.missing})
-        pytest.skip(variant.missing)
-    engine.replay(benchmark, times)
+    try:
+        variant, times, figures = plugin.measured(case, name)
+        benchmark.group = f"{case.part}: {case.name}"
+        benchmark.extra_info.update(figures)
+        if variant.missing:
+            plugin.missing.append({"case": case.name, "variant": name, "reason": variant.missing})
+            (pytest.fail if variant.failed else pytest.skip)(variant.missing)
+        engine.replay(benchmark, times)
+    finally:
+        if plugin.is_last(case, name):
+            plugin.save()

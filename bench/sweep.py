@@ -1,7 +1,8 @@
 """Block sizes, timed: every candidate for one kernel at a time, the others as the host table has them.
 
 The table in `adapterkern.kernels.tiles` is written from what this prints; nothing tunes at run time. A candidate that
-spills or does not fit is skipped, and so is one whose result differs from the table's by more than rounding.
+does not compile, does not fit, raises, or whose result differs from the table's by more than rounding is recorded with
+the reason, and the sweep goes on: where the error took the CUDA context with it, in the next process, by ``--resume``.
 """
 
 import argparse
@@ -9,95 +10,142 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
 
+from adapterkern.files import replacing
 from adapterkern.kernels import launch
-from adapterkern.kernels.tiles import Tiles, forward_tiles, hidden_tiles, slice_tiles
+from adapterkern.kernels.tiles import Tiles, has_wide_products
 from adapterkern.kernels.weights import padded_adapter_dim
 from bench.adapter import make_inputs
 from bench.measure import timer
+from bench.tiling import TABLES, replaced
 
-TABLES: dict[str, Callable[[int, int, bool], Tiles]] = {
-    "forward_tiles": forward_tiles,
-    "hidden_tiles": hidden_tiles,
-    "slice_tiles": slice_tiles,
+CONTEXT_LOST = 3  # the exit status: call again with --resume
+# At most ten for each kernel, by expectation; (BT, BD, warps, stages). The present table's come first in any case.
+# Whatever an SM loads counts against L2 → SM bandwidth, and weights are loaded once per row tile: 2r/BT units, 2.0 at
+# 64 rows of r = 64 and 1.0 at 128, beside the 3 of x and y. BD and warps trade registers for instructions an element.
+_ROW_TILES = (
+    Tiles(64, 64, 4, 4),  # the table of 193c92f
+    Tiles(128, 64, 8, 3),  # half the weights' reads, the same registers a thread
+    Tiles(128, 64, 8, 4),  # and one more tile in flight
+    Tiles(128, 64, 4, 3),  # as wgmma likes it best: one warp group, 64 accumulators a thread
+    Tiles(64, 64, 4, 3),  # 16 KB less: one block more on an SM
+    Tiles(64, 128, 4, 3),  # half the steps of the loop
+    Tiles(128, 128, 8, 2),  # both
+    Tiles(64, 64, 8, 4),  # half the registers a thread
+    Tiles(64, 32, 4, 4),  # the most blocks on an SM
+)
+CANDIDATES: dict[str, tuple[Tiles, ...]] = {
+    "forward_tiles": _ROW_TILES,
+    "hidden_tiles": _ROW_TILES,
+    "slice_tiles": (
+        Tiles(32, 128, 8, 3),  # the table of 193c92f
+        Tiles(64, 128, 8, 2),  # 20 instructions an element where 32 rows take 52, in the prototype's SASS
+        Tiles(64, 128, 8, 3),
+        Tiles(64, 64, 8, 3),  # half the sums in registers, twice the slices: dz is read twice as often
+        Tiles(64, 64, 4, 3),
+        Tiles(128, 64, 8, 2),  # the fewest barriers an element
+        Tiles(32, 128, 8, 4),
+        Tiles(32, 64, 8, 4),
+        Tiles(32, 64, 4, 4),  # two blocks on an SM
+    ),
 }
 
 
-def candidates(kernel: str, R: int) -> list[Tiles]:
-    """Sizes worth a try: accumulators within registers, 16 rows to 128."""
-    rows, columns, warps, stages = (16, 32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
-    found = [Tiles(*c) for c in itertools.product(rows, columns, warps, stages)]
-    if kernel == "slice_tiles":
-        return [t for t in found if R * t.BD <= 16384 and t.BT <= 64 and t.num_stages < 4]
-    return [t for t in found if t.BT * R <= 16384 and t.BD * R <= 16384 and t.BT >= 32]
+def candidates(kernel: str, r: int, wide: bool = True) -> list[Tiles]:
+    """The table's own tiles and then the listed ones, in bf16."""
+    own = TABLES[kernel](2, padded_adapter_dim(r), wide)
+    return list(dict.fromkeys([own, *CANDIDATES[kernel]]))[:10]
 
 
-def sweep(T: int, d: int, r: int, kernel: str, dtype: torch.dtype = torch.bfloat16) -> list[tuple[float, Tiles]]:
-    """(µs, tiles) of every candidate that works, fastest first."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    inputs, weights = make_inputs(T, d, r, dtype, device)
-    how = {"eps": 1e-5, "activation": "silu", "compute": dtype, "save": True}
-    with torch.no_grad():
-        saved = [launch.adapter_forward(x, weights, None, **how) for x, _ in inputs]
-    measured = timer(device, wall=False)
-    turns = itertools.count()
+class Sweep:
+    """One shape's inputs, and the passes that each kernel belongs to."""
+
+    def __init__(self, T: int, d: int, r: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.inputs, self.weights = make_inputs(T, d, r, dtype, device)
+        self.how = {"eps": 1e-5, "activation": "silu", "compute": dtype, "save": True}
+        self.turns = itertools.count()
+        self.measured = timer(device, wall=False)
+        with torch.no_grad():
+            self.saved = [launch.adapter_forward(x, self.weights, None, **self.how)[1:] for x, _ in self.inputs]
 
     @torch.no_grad()
-    def call(k: int) -> list[torch.Tensor | None]:
-        x, dy = inputs[k % len(inputs)]
+    def call(self, kernel: str, k: int) -> list[torch.Tensor]:
+        """The pass that ``kernel`` is part of, on the k-th inputs."""
+        k %= len(self.inputs)
+        x, dy = self.inputs[k]
         if kernel == "forward_tiles":
-            return list(launch.adapter_forward(x, weights, None, **how))
-        z_mean_rstd = saved[k % len(inputs)][1:]
-        return launch.adapter_backward(
-            dy, x, *z_mean_rstd, weights, None, activation="silu", needed=[True] * 7, x_free=False
+            return list(launch.adapter_forward(x, self.weights, None, **self.how))
+        grads = launch.adapter_backward(
+            dy, x, *self.saved[k], self.weights, None, activation="silu", needed=[True] * 7, x_free=False
         )
+        return [g for g in grads if g is not None]
 
-    expected = [t.clone() for t in call(0) if t is not None]
-    table, found = TABLES[kernel], []
-    R, wide = padded_adapter_dim(r), torch.cuda.get_device_capability()[0] in (9, 10)
-    for tiles in {table(dtype.itemsize, R, wide), *candidates(kernel, R)}:
-        setattr(launch, kernel, lambda *_, tiles=tiles: tiles)
+    def tried(self, kernel: str, tiles: Tiles, rounds: int, expected: list[torch.Tensor]) -> dict[str, Any]:
+        """{"us": …} of the pass with these tiles, or {"error": …}."""
         try:
-            got = [t for t in call(0) if t is not None]
-        except OutOfResources:
-            continue
-        finally:
-            setattr(launch, kernel, table)
-        off = max(((g - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True))
-        if off > 1e-2:
-            print(f"  {tiles}: differs by {off:.1e}")
-            continue
-        setattr(launch, kernel, lambda *_, tiles=tiles: tiles)
-        times = [measured(lambda: call(next(turns))) for _ in range(7)][2:]
-        found.append((statistics.median(times) * 1e6, tiles))
-        setattr(launch, kernel, table)
-    return sorted(found, key=lambda f: f[0])
+            with replaced(kernel, tiles):
+                got = self.call(kernel, 0)
+                off = max(((g - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True))
+                if not off <= 1e-2:
+                    return {"error": f"differs from the table's tiles by {off:.1e}"}
+                run = lambda: self.call(kernel, next(self.turns))  # noqa: E731  # one function for all rounds
+                times = [self.measured(run) for _ in range(rounds + 2)][2:]
+            return {"us": statistics.median(times) * 1e6}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def main(argv: list[str]) -> None:
-    """``python -m bench sweep``: print the best sizes of every kernel and where the table's stand."""
+def _alive(device: torch.device) -> bool:
+    """Whether the CUDA context still takes work."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """``python -m bench sweep``: time the listed sizes of every kernel and show where the table's stand."""
     parser = argparse.ArgumentParser(prog="python -m bench sweep", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--json", type=Path, help="write everything there, after each candidate")
+    parser.add_argument("--resume", action="store_true", help="skip what --json already has")
+    parser.add_argument("--device", default="cuda", help="cpu takes TRITON_INTERPRET=1 and rehearses")
     parser.add_argument("-T", type=int, default=8192)
     parser.add_argument("-d", type=int, default=4096)
-    parser.add_argument("-r", type=int, nargs="+", default=[64])
+    parser.add_argument("-r", type=int, default=64)
     parser.add_argument("--kernel", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--most", type=int, default=10, help="candidates for a kernel")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        sys.exit("python -m bench sweep: needs a GPU, and torch.cuda.is_available() is False")
-    report = []
-    for r, kernel in itertools.product(args.r, args.kernel):
-        found = sweep(args.T, args.d, r, kernel)
-        wide = torch.cuda.get_device_capability()[0] in (9, 10)
-        chosen = TABLES[kernel](2, padded_adapter_dim(r), wide)
-        print(f"r={r} {kernel} (µs of the whole pass)")
-        for time, tiles in [f for i, f in enumerate(found) if i < 5 or f[1] == chosen]:
-            print(f"  {time:8.1f}  {tiles}" + ("  <- the table's" if tiles == chosen else ""), flush=True)
-        report += [{"r": r, "kernel": kernel, "time": time, "tiles": repr(tiles)} for time, tiles in found]
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("python -m bench sweep: needs a GPU, and torch.cuda.is_available() is False")
+        device = torch.device("cuda", torch.cuda.current_device())
+    resumed = args.resume and args.json is not None and args.json.exists()
+    rows: list[dict[str, Any]] = json.loads(args.json.read_text()) if resumed else []
+    known = {(row["kernel"], row["tiles"]) for row in rows}
+    sweep = Sweep(args.T, args.d, args.r, device)
+    for kernel in args.kernel:
+        own, *_ = tried = candidates(kernel, args.r, has_wide_products(device))[: args.most]
+        expected = [t.clone() for t in sweep.call(kernel, 0)]
+        for tiles in (t for t in tried if (kernel, repr(t)) not in known):
+            found = sweep.tried(kernel, tiles, args.rounds, expected)
+            rows.append({"kernel": kernel, "r": args.r, "tiles": repr(tiles), "table": tiles == own, **found})
+            if args.json:
+                with replacing(args.json) as path:
+                    path.write_text(json.dumps(rows, indent=1))
+            if "error" in found and not _alive(device):
+                print(f"{kernel} {tiles}: {found['error']}: the CUDA context is lost")
+                return CONTEXT_LOST
+    for kernel in args.kernel:
+        print(f"r={args.r} {kernel} (µs of the whole pass)")
+        mine = [row for row in rows if row["kernel"] == kernel]
+        for row in sorted(mine, key=lambda row: row.get("us", float("inf"))):
+            figure = f"{row['us']:8.1f}" if "us" in row else "       –"
+            print(f"  {figure}  {row['tiles']}{'  <- the table’s' if row['table'] else ''} {row.get('error', '')}")
+    return 0

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,31 @@ def _in_process(part: str, arguments: list[str], environment: dict[str, str]) ->
         return json.loads(path.read_text())
 
 
-def traffic(device: torch.device, quick: bool) -> dict[str, Any]:
+def traffic(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """Bytes of ours, counted in the interpreter, and of eager PyTorch."""
-    return _in_process("traffic", ["-d", "1024"] if quick else [], {"TRITON_INTERPRET": "1"})
+    yield _in_process("traffic", ["-d", "1024"] if quick else [], {"TRITON_INTERPRET": "1"})
 
 
-def aot(device: torch.device, quick: bool) -> dict[str, Any]:
+def aot(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """Registers, shared memory and tensor-core instructions of every kernel."""
     sms = ["90"] if quick else ["80", "90", "100"]
-    return _in_process("aot", ["-d", "4096", "-r", "64", "--sm", *sms], {"TRITON_INTERPRET": "0"})
+    yield _in_process("aot", ["-d", "4096", "-r", "64", "--sm", *sms], {"TRITON_INTERPRET": "0"})
 
 
-def memory(device: torch.device, quick: bool) -> dict[str, Any]:
+def memory(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """What one adapter keeps for its backward, at the main shape of the adapter part."""
     case = adapter.cases(device, quick)[0]
     unit = case.shape["T"] * case.shape["d"] * getattr(torch, case.shape["dtype"]).itemsize
-    figures = {v.name: v.info for v in adapter.build(case, device) if not v.missing}
-    rows = [
-        {"variant": name, **i, "kept_units": i["kept_bytes"] / unit, "own_units": i["own_bytes"] / unit}
-        for name, i in figures.items()
-    ]
-    return {"case": case.name.split(", ", 1)[1], "rows": rows}
+    rows: list[dict[str, Any]] = []
+    for name, i in adapter.kept(case, device):
+        units = {"kept_units": i["kept_bytes"] / unit, "own_units": i["own_bytes"] / unit}
+        rows.append({"variant": name, **i, **units})
+        yield {"case": case.name.split(", ", 1)[1], "rows": rows}
 
 
-COUNTED: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {"traffic": traffic, "aot": aot, "memory": memory}
+# Each yields its table as far as it is counted, so that a run that is stopped keeps that.
+COUNTED: dict[str, Callable[[torch.device, bool], Iterator[dict[str, Any]]]] = {
+    "traffic": traffic,
+    "aot": aot,
+    "memory": memory,
+}

@@ -1,0 +1,119 @@
+"""``sh bench/on_gpu.sh prepare|first|second``: see the help of each."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import before
+from bench.gpu import carried, steps, summary
+from bench.gpu.runner import Run
+
+CUDA_BIN = "/usr/local/cuda/bin"  # where nvcc, ncu and compute-sanitizer are if they are not on the path
+SHOWN = 11_000  # characters of the summary
+# Takes the place of ncu and compute-sanitizer in a rehearsal: each of their options here has one value.
+STAND_IN = """#!/bin/sh
+echo "stand-in for $(basename "$0")"
+while [ "${1#--}" != "$1" ]; do shift 2; done
+exec "$@"
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Do what the arguments say; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="sh bench/on_gpu.sh", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="fill the folder that is brought along; needs git, no GPU")
+    prepare.add_argument("--old", default=before.COMMIT, metavar="COMMIT", help="the kernels to compare with")
+    prepare.add_argument("--parts", nargs="+", choices=carried.PARTS, default=list(carried.PARTS))
+    prepare.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    first = commands.add_parser("first", help="correctness, the headline, the profile, a training step: 8 minutes")
+    second = commands.add_parser("second", help="block sizes, A/B, memory errors: 4 minutes")
+    pairs = "slice_tiles=BT,BD,warps,stages (or another table), or an environment variable"
+    second.add_argument("--ab", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=pairs)
+    for call, seconds in ((first, 480), (second, 230)):
+        call.add_argument("--out", type=Path, help="where the archive goes; default bench/results/<device>")
+        call.add_argument("--seconds", type=float, default=seconds, help="no step starts that cannot fit")
+        call.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
+    for each in (prepare, first, second):
+        each.add_argument("--carried", type=Path, default=before.CARRIED, metavar="FOLDER")
+    args = parser.parse_args(argv)
+    args.carried = args.carried.resolve()
+    if args.command == "prepare":
+        return carried.prepare(args.carried, args.old, args.parts, args.processes)
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(args, Path(folder))
+
+
+def _measure(args: argparse.Namespace, folder: Path) -> int:
+    out = (args.out or _default_out()).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    work = folder / "work"
+    work.mkdir()
+    for warning in carried.mismatches(args.carried):
+        print(f"warning: {warning}", flush=True)
+    brought = args.carried
+    if args.rehearse and not (brought / "old").is_dir():
+        brought = folder / "carried"
+        _rehearsed_old(brought)
+    ab = getattr(args, "ab", [])
+    if args.rehearse and args.command == "second" and not ab:
+        ab = ["slice_tiles=16,32,8,1", "ADAPTERKERN_REHEARSED=1"]
+    call = steps.Call(work, brought, args.rehearse, ab)
+    run = Run(work, out, args.seconds, before.ROOT, _environment(folder, brought, args.rehearse), summary.text)
+    for step in {"first": steps.first, "second": steps.second}[args.command](call):
+        run.do(step)
+    print(run.summary()[:SHOWN], f"\n{run.archive}", sep="\n", flush=True)
+    return int(any(o.bad for o in run.outcomes))
+
+
+def _environment(folder: Path, brought: Path, rehearse: bool) -> dict[str, str]:
+    """What every step's process sees; the carried cache is unpacked on the way, where it lies from now on."""
+    cache = folder / "cache"
+    cache.mkdir()
+    path = f"{os.environ['PATH']}:{CUDA_BIN}"
+    rehearsed = {}
+    if rehearse:
+        path = f"{_stand_ins(folder / 'bin')}:{path}"
+        rehearsed = {"BENCH_COMPILER": "aot_eager", "OMP_NUM_THREADS": "2"}
+    elif (brought / carried.CACHE).is_file():
+        print(f"{carried.unpack_cache(brought / carried.CACHE, cache)} kernels carried", flush=True)
+    return {
+        **os.environ,
+        **carried.environment(brought, cache),
+        "PATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_INTERPRET": str(int(rehearse)),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+        **rehearsed,
+    }
+
+
+def _stand_ins(folder: Path) -> Path:
+    folder.mkdir()
+    for tool in ("ncu", "compute-sanitizer"):
+        (folder / tool).write_text(STAND_IN)
+        (folder / tool).chmod(0o755)
+    return folder
+
+
+def _rehearsed_old(folder: Path) -> None:
+    """The old kernels straight from git, which a rehearsal has at hand; without git they are reported as missing."""
+    try:
+        before.extract(before.COMMIT, folder / "old")
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        print(f"warning: no old kernels: {error}", flush=True)
+
+
+def _default_out() -> Path:
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "rehearsal"
+    return before.ROOT / "bench" / "results" / name.replace(" ", "-")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""What a bare machine lacks, in one folder: `prepare` makes it where there is git and no GPU.
+
+old/kernels      the kernels of the commit to compare with
+lib/_C*.so       the extension for this interpreter
+site/            liger-kernel, which is pure Python
+cache.tar.xz     compiled kernels and launchers for sm_90
+manifest.json    versions and commits
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from adapterkern.files import replacing, write_json
+from bench import before
+
+ROOT = before.ROOT
+CACHE, MANIFEST = "cache.tar.xz", "manifest.json"
+GROUP = "__grp__"
+
+
+def versions() -> dict[str, str | None]:
+    """What compiled code depends on."""
+    found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in ("torch", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def mismatches(folder: Path) -> list[str]:
+    """What of the folder was made for another machine than this one, and what that costs."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return [f"no {MANIFEST} in {folder.name}/: nothing was prepared, so all is compiled here"]
+    made, here = json.loads(path.read_text()), versions()
+    costs = {"triton": "the cache is useless", "python": "neither the extension nor the launchers load"}
+    return [
+        f"prepared for {name} {made[name]}, and this is {version}: {costs.get(name, 'nothing depends on it')}"
+        for name, version in here.items()
+        if made[name] != version
+    ]
+
+
+def environment(folder: Path, cache: Path) -> dict[str, str]:
+    """What a process needs to find what was carried."""
+    path = os.pathsep.join([str(ROOT), str(folder / "site")])
+    return {"PYTHONPATH": path, before.VARIABLE: str(folder / "old"), "TRITON_CACHE_DIR": str(cache)}
+
+
+def pack_cache(cache: Path, archive: Path) -> int:
+    """What a launch reads of a Triton cache, with groups that name their files without a folder; returns its bytes."""
+    with replacing(archive) as temporary, tarfile.open(temporary, "w:xz", preset=9) as tar:
+        for path in sorted(cache.glob("*/*")):
+            if path.name.startswith(GROUP):
+                _add(tar, path, _group(path, lambda name: name))
+            elif path.suffix in (".json", ".cubin", ".so"):
+                _add(tar, path, path.read_bytes())
+    return archive.stat().st_size
+
+
+def unpack_cache(archive: Path, cache: Path) -> int:
+    """Unpack, and let the groups name the files where they now lie; returns how many kernels there are."""
+    with tarfile.open(archive) as tar:
+        tar.extractall(cache, filter="data")
+    groups = list(cache.glob(f"*/{GROUP}*"))
+    for path in groups:
+        path.write_bytes(_group(path, lambda name, folder=path.parent: str(folder / name)))
+    return len(groups)
+
+
+def _group(path: Path, placed: Callable[[str], str]) -> bytes:
+    """A group file's new text: of its children those that a launch reads, each where ``placed`` says."""
+    names = [n for n in json.loads(path.read_text())["child_paths"] if n.endswith((".json", ".cubin"))]
+    return json.dumps({"child_paths": {name: placed(name) for name in names}}).encode()
+
+
+def _add(tar: tarfile.TarFile, path: Path, content: bytes) -> None:
+    member = tarfile.TarInfo(f"{path.parent.name}/{path.name}")
+    member.size, member.mode = len(content), 0o755 if path.suffix == ".so" else 0o644
+    tar.addfile(member, BytesIO(content))
+
+
+def extension_loads(interpreter: str = sys.executable) -> bool:
+    done = subprocess.run([interpreter, "-c", "import adapterkern._C"], cwd=ROOT, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def place_extension(folder: Path) -> str:
+    """Make ``adapterkern._C`` importable from what was carried, if it is not; says what was done."""
+    if extension_loads():
+        return "adapterkern._C is there and loads"
+    carried = list((folder / "lib").glob("_C*.so"))
+    for path in carried:
+        shutil.copy2(path, ROOT / "adapterkern" / path.name)
+    if carried and extension_loads():
+        return "the carried adapterkern._C loads"
+    for path in carried:
+        (ROOT / "adapterkern" / path.name).unlink()
+    return "adapterkern._C does not load" if carried else "no adapterkern._C was carried"
+
+
+# prepare
+
+
+def prepare(folder: Path, old: str, parts: list[str], processes: int) -> int:
+    """Fill ``folder``; a part that fails costs no other. Returns the exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {"commit": _head(), **versions(), "machine": platform.machine()}
+    if (folder / MANIFEST).is_file():
+        made = json.loads((folder / MANIFEST).read_text()) | made
+    todo: dict[str, Callable[[], Any]] = {
+        "old": lambda: _old(folder, old),
+        "extension": lambda: _extension(folder / "lib"),
+        "liger": lambda: _liger(folder / "site"),
+        "cache": lambda: _cache(folder, processes),
+    }
+    failed = 0
+    for name in parts:
+        start = time.monotonic()
+        try:
+            made[name] = todo[name]()
+            print(f"{name}: {made[name]}, {time.monotonic() - start:.0f} s", flush=True)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            failed = 1
+            output = getattr(error, "stderr", None) or b""
+            print(f"{name}: failed: {error}\n{output.decode(errors='replace')[-2000:]}", flush=True)
+    write_json(folder / MANIFEST, made)
+    return failed
+
+
+PARTS = ("old", "extension", "liger", "cache")
+
+
+def _head() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _old(folder: Path, commit: str) -> str:
+    shutil.rmtree(folder / "old", ignore_errors=True)
+    return before.extract(commit, folder / "old")
+
+
+def _extension(folder: Path) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        build = Path(name)
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", build, "--build-temp", build]
+        more = {"ADAPTERKERN_REQUIRE_CUDA": "1", "ADAPTERKERN_CUDA_ARCH": "90"}
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **more}, check=True, capture_output=True)
+        (library,) = build.glob("adapterkern/_C*.so")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return f"{shutil.copy2(library, folder).name}, {library.stat().st_size} bytes"
+
+
+def _liger(folder: Path) -> str:
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", folder]
+    subprocess.run([*command, "-c", "constraints.txt", "liger-kernel"], cwd=ROOT, check=True, capture_output=True)
+    return next(path.name for path in folder.glob("liger_kernel-*"))
+
+
+def _cache(folder: Path, processes: int) -> str:
+    """Only what the archive lacks is compiled, so this takes minutes once."""
+    with tempfile.TemporaryDirectory() as name:
+        cache = Path(name)
+        if (folder / CACHE).is_file():
+            unpack_cache(folder / CACHE, cache)
+        said = []
+        for call in ("first", "second"):
+            report = cache / f"{call}.json"
+            command = [sys.executable, "-m", "bench.gpu.warm", call, "--processes", str(processes), "--json", report]
+            found = {**os.environ, **environment(folder, cache), "TRITON_INTERPRET": "0"}
+            subprocess.run(command, cwd=ROOT, env=found, check=True, capture_output=True)
+            done = json.loads(report.read_text())
+            said.append(f"{call}: {done['variants']} variants, {done['hits']} there, in {done['seconds']} s")
+            said += [f"{len(done['failed'])} candidates do not compile"] * bool(done["failed"])
+        return f"{'; '.join(said)}; {pack_cache(cache, folder / CACHE) / 2**20:.1f} MiB packed"

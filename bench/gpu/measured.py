@@ -1,0 +1,105 @@
+"""The timed steps: which cases and variants of `python -m bench` they run, the headline first.
+
+``python -m bench.gpu.measured adapter|optimizer|step|ab --json FILE``
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PARTS = ("adapter", "optimizer", "step", "ab")
+SMALL = (64, 128, 16, "bfloat16")  # T, d, r, dtype of a rehearsal
+Plan = Sequence[tuple[Any, Sequence[str]]]
+
+
+def plan(part: str, device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
+    """(case, its variants), in the order in which they are measured."""
+    return {"adapter": _adapter, "optimizer": _optimizer, "step": _step, "ab": _ab}[part](device, rehearse, tiles)
+
+
+def _adapter(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
+    from bench.adapter import BARE, BEFORE, PASSES, ROWS, adapter_case
+
+    T, d, r, dtype = SMALL if rehearse else (8192, 4096, 64, "bfloat16")
+    main = [adapter_case(T, d, r, dtype, pass_) for pass_ in ("both", "forward", "backward")]
+    assert {c.shape["pass"] for c in main} == set(PASSES)
+    cases: list[tuple[Any, Sequence[str]]] = [(c, ("eager autocast", "eager pure", "ours", BARE, BEFORE)) for c in main]
+    # by themselves: compiling may take longer than all else
+    compiled = main[1:2] if rehearse else main
+    cases += [(_beside(c), ("eager autocast", "torch.compile", "ours")) for c in compiled]
+    # just over a wave of tiles first, where the earlier kernels fell off a cliff
+    for rows in (70,) if rehearse else sorted(ROWS, key=lambda T: T not in (4225, 8449)):
+        passes = ("forward", "backward")[: 1 if rehearse else 2]
+        cases += [(adapter_case(rows, d, r, dtype, p), ("ours", BARE, BEFORE)) for p in passes]
+    return cases
+
+
+def _beside(case: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(case, name=f"{case.name}, beside torch.compile")
+
+
+def _optimizer(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
+    from bench import optimizer
+
+    ways = ("clip + AdamW fused", "clip + AdamW foreach", "AdamW fused, clip as grad_scale", "ours")
+    return [(optimizer.cases(device, quick=True)[0], ways)]
+
+
+def _step(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
+    from bench.step import EAGER, FROZEN, LLAMA_7B, LORA, OURS, OURS_LIGER, step_case
+
+    shape = (64, 128, 2, 4, 2, 256) if rehearse else LLAMA_7B
+    sites = tuple(range(1, shape[2], 2))
+    how = {"dtype": "float32" if rehearse else "bfloat16", "classify": False}
+    # On a CPU, Liger's modules do what they did before, so there is nothing to compare.
+    ways = [FROZEN, EAGER, OURS, *([] if rehearse else [OURS_LIGER]), LORA]
+    batches = {"LLaMA-7B": (4, 1024), "LLaMA-7B as LitGPT": (1, 1304)}
+    if rehearse:
+        batches = {"tiny LLaMA": (2, 8), "tiny LLaMA as LitGPT": (1, 24)}
+    return [(step_case(f"{name}, every 2nd layer adapted", shape, sites, batch, device, **how), ways)
+            for name, batch in batches.items()]  # fmt: skip
+
+
+def _ab(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
+    from bench.adapter import BARE, BEFORE, adapter_case
+
+    T, d, r, dtype = SMALL if rehearse else (8192, 4096, 64, "bfloat16")
+    names = (BARE, *(f"{BARE} [{t}]" for t in tiles), BEFORE)
+    rows = (T,) if rehearse else (T, 2048)
+    return [(adapter_case(t, d, r, dtype, pass_), names) for t in rows for pass_ in ("forward", "backward")]
+
+
+def main(argv: list[str]) -> int:
+    """Measure one part's plan into one file, written after every case."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.measured", description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=60.0, help="after this long no further case is started")
+    parser.add_argument("--ab", nargs="*", default=[], metavar="TABLE=TILES")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    args = parser.parse_args(argv)
+    begin = time.monotonic()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+    import torch
+
+    from bench import engine
+
+    device = torch.device("cpu") if args.rehearse else torch.device("cuda", 0)
+    options = engine.Options(
+        parts=(args.part,), device=device, quick=args.rehearse, json=args.json, peer_python=None,
+        plan=plan(args.part, device, args.rehearse, args.ab),
+        case_seconds=0.01 if args.rehearse else {"step": 8.0}.get(args.part, 2.0),
+        deadline=begin + args.seconds,
+    )  # fmt: skip
+    return int(engine.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""What the machine is, and whether what was carried fits it: ``python -m bench.gpu.probe --carried FOLDER``."""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from adapterkern.files import write_json
+from bench.gpu import carried
+
+TOOLS = ("nvcc", "gcc", "ncu", "compute-sanitizer", "nvidia-smi")
+
+
+def main(argv: list[str]) -> int:
+    """Print it, and put the carried extension where Python finds it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.probe", description=__doc__)
+    parser.add_argument("--carried", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true", help="a CPU will do")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    extension = carried.place_extension(args.carried)
+
+    import torch
+
+    from adapterkern import doctor
+    from bench.measure import machine
+
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            print("torch.cuda.is_available() is False: nothing here can run")
+            return 1
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.ones(1, device=device).item()
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    found = {
+        **machine(device),
+        "extension": extension,
+        "tools": {name: shutil.which(name) for name in TOOLS},
+        "carried_kernels": len(list(cache.glob(f"*/{carried.GROUP}*"))),
+        "warnings": carried.mismatches(args.carried),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    print("\n".join([*doctor.report(), *(f"{key}: {value}" for key, value in found.items())]))
+    write_json(args.json, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What the two calls do, in order, and how long each step may take."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.gpu import carried
+from bench.gpu.runner import Command, Step
+from bench.sweep import CONTEXT_LOST
+
+SMALL = ("-T", "64", "-d", "128", "-r", "16", "--device", "cpu")
+# nothing counts without these
+CORRECT = "test_error_table or (test_shapes and bfloat16) or two_runs or side_stream or cuda_graph or beyond_int32"
+SANITIZED = "test_more_tensors_and_groups or test_activations or test_mixed_adapters or (test_shapes and 577)"
+SECTIONS = ("WarpStateStats", "SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What the command line asked for."""
+
+    work: Path
+    carried: Path
+    rehearse: bool
+    ab: Sequence[str] = ()  # TABLE=TILES side by side in one process, NAME=VALUE of the environment in one each
+
+    @property
+    def tiles(self) -> list[str]:
+        from bench.tiling import TABLES
+
+        return [pair for pair in self.ab if pair.partition("=")[0] in TABLES]
+
+    @property
+    def settings(self) -> list[str]:
+        return [pair for pair in self.ab if pair not in self.tiles]
+
+    def module(self, name: str, *arguments: object, rehearsed: bool = True) -> list[str]:
+        """``python -m name``, with --rehearse where this is one."""
+        more = ["--rehearse"] if self.rehearse and rehearsed else []
+        return [sys.executable, "-m", name, *map(str, arguments), *more]
+
+    def pytest(self, *arguments: str) -> list[str]:
+        """pytest with the project's options off, over eight processes where xdist is installed."""
+        workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not self.rehearse else []
+        return [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *workers, *arguments]
+
+
+def first(call: Call) -> list[Step]:
+    """Correctness, the headline, what to change, the tax."""
+    tests = ["tests/test_gpu.py", "tests/test_optim_cuda.py"]
+    return [
+        _probe(call),
+        Step("build", 60, lambda: _build(call), 30, optional=True, why_not="adapterkern._C loads, or this is no GPU"),
+        _compile(call, "first"),
+        Step("correctness", 40, lambda: [
+            Command(call.pytest(tests[0], "-k", CORRECT)), Command(call.module("bench.gpu.check")),
+        ]),
+        _timed(call, "adapter", 90),
+        _timed(call, "optimizer", 35),
+        Step("kernels", 20, lambda: [Command(_profiled(call, "--kernels"))]),
+        Step("profile", 45, lambda: [Command(["ncu", *_ncu(), *_profiled(call)])], tool="ncu"),
+        Step("tests", 60, lambda: [Command(call.pytest(*tests, "-k", f"not (test_gpu and ({CORRECT}))"))]),
+        _timed(call, "step", 110),
+    ]  # fmt: skip
+
+
+def second(call: Call) -> list[Step]:
+    """Block sizes, the A/B that the first call's profile asked for, memory errors."""
+    return [
+        _probe(call),
+        _compile(call, "second"),
+        Step("sweep", 70, lambda: [Command(_sweep(call), again_on=CONTEXT_LOST)]),
+        Step("ab", 45, lambda: _ab(call), optional=True, why_not="no --ab was given"),
+        _sanitizer(call, "memcheck", 60),
+        _sanitizer(call, "racecheck", 45, optional=True),
+    ]
+
+
+def _probe(call: Call) -> Step:
+    argv = call.module("bench.gpu.probe", "--carried", call.carried, "--json", call.work / "probe.json")
+    return Step("probe", 20, lambda: [Command(argv)], 5)
+
+
+def _build(call: Call) -> list[Command]:
+    if call.rehearse or carried.extension_loads():
+        return []
+    return [Command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], {"ADAPTERKERN_CUDA_ARCH": "90"})]
+
+
+def _compile(call: Call, name: str) -> Step:
+    """A rehearsal compiles one variant; the kernels are then run by the interpreter, which can do no such thing."""
+    argv = call.module("bench.gpu.warm", name, "--json", call.work / "compile.json", rehearsed=False)
+    argv += ["--only", "1"] if call.rehearse else []
+    argv += ["--ab", *call.tiles] if call.tiles else []
+    return Step("compile", 60, lambda: [Command(argv, {"TRITON_INTERPRET": "0"})])
+
+
+def _timed(call: Call, part: str, limit: float) -> Step:
+    argv = call.module("bench.gpu.measured", part, "--json", call.work / f"{part}.json", "--seconds", limit - 15)
+    return Step(part, limit, lambda: [Command(argv)], 30)
+
+
+def _profiled(call: Call, *arguments: str) -> list[str]:
+    small = SMALL if call.rehearse else ()
+    return call.module("bench", "profiled", *arguments, *small, rehearsed=False)
+
+
+def _ncu() -> list[str]:
+    options = ["--profile-from-start", "off", "--clock-control", "none"]
+    return [*options, *(o for section in SECTIONS for o in ("--section", section))]
+
+
+def _sweep(call: Call) -> list[str]:
+    small = [*SMALL, "--rounds", "1", "--most", "2"] if call.rehearse else []
+    return call.module("bench", "sweep", "--json", call.work / "sweep.json", *small, rehearsed=False)
+
+
+def _ab(call: Call) -> list[Command]:
+    """The tiles side by side; then each setting in a process of its own, to be read beside the first."""
+
+    def measured(name: str) -> list[str]:
+        tiles = ["--ab", *call.tiles] if call.tiles else []
+        return call.module("bench.gpu.measured", "ab", "--json", call.work / f"{name}.json", "--seconds", 30, *tiles)
+
+    if not call.ab:
+        return []
+    return [
+        Command(measured("ab")),
+        *(Command(measured(f"ab-{pair.replace('/', '_')}"), dict([pair.split("=", 1)])) for pair in call.settings),
+    ]
+
+
+def _sanitizer(call: Call, tool: str, limit: float, optional: bool = False) -> Step:
+    """Small sizes: the extension, every kernel of the adapter, a mixed batch."""
+    argv = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "pytest", "-q"]
+    argv += [
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_optim_cuda.py",
+        "tests/test_gpu.py",
+        "-k",
+        SANITIZED,
+    ]
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step(tool, limit, lambda: [Command(argv, env)], 20, "compute-sanitizer", optional)

@@ -1,0 +1,85 @@
+"""The results of a call on one screen, from the files that its steps have written so far."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import report
+from bench.measure import paired_ratio
+from bench.report import DASH, Entry, seconds, table
+
+# LitGPT's table for LLaMA-7B on an A100, micro-batch 1, 1,304 tokens, bf16: (GB, minutes per 1,000 iterations)
+PUBLISHED = {"LitGPT adapter, A100 (published)": (19.98, 1.50), "LitGPT LoRA, A100 (published)": (21.3, 2.36)}
+LITGPT = "as LitGPT"
+
+
+def text(work: Path) -> str:
+    """Every table that there is, the headline first."""
+    parts = [probe(work / "probe.json")]
+    for name in ("adapter", "optimizer", "step"):
+        parts += timed(work / f"{name}.json")
+    parts += [sweep(work / "sweep.json"), *(t for path in sorted(work.glob("ab*.json")) for t in timed(path))]
+    return "\n\n".join(p for p in parts if p)
+
+
+def probe(path: Path) -> str:
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
+    lines = [f"{found['device']}; {versions}; {found['extension']}; {found['carried_kernels']} kernels carried"]
+    return "\n".join([*lines, *(f"warning: {w}" for w in found["warnings"])])
+
+
+def timed(path: Path) -> list[str]:
+    """A table for each case of a saved run."""
+    if not path.exists():
+        return []
+    run = report.load(path)
+    tables = [
+        f"{case}\n{step_table(case, entries) if part == 'step' else kernel_table(entries)}"
+        for (part, case), entries in run.groups.items()
+    ]
+    missing = [f"missing: {m['variant']} ({m['case']}): {m['reason'][:160]}" for m in run.data["missing"]]
+    return [*tables, *(["\n".join(missing)] if missing else [])]
+
+
+def kernel_table(entries: Sequence[Entry]) -> str:
+    floor = next((e for e in entries if e.variant == report.COPY), None)
+    base = report.baseline_of(entries, "ours before")
+    rows = []
+    for e in entries:
+        ratio = f"{paired_ratio(e.times, base.times):.2f}" if e.valid else DASH
+        of_copy = f"{100 * paired_ratio(floor.times, e.times):.0f}" if floor and e.valid else DASH
+        time = seconds(e.median) if e.valid else "error over budget"
+        error = DASH if e.info["error"] is None else f"{e.info['error']:.1e}"
+        leaked = " host time in it" if "host time" in e.info.get("timed", "") else ""
+        rows.append([e.variant + leaked, time, ratio, of_copy, error])
+    return table(["", "median", f"× {base.variant}", "% of copy", "error"], rows)
+
+
+def step_table(case: str, entries: Sequence[Entry]) -> str:
+    """Step, tax, the model's peak memory; minutes per 1,000 steps beside what LitGPT publishes for the same batch."""
+    base = report.baseline_of(entries, None)
+    rows = []
+    for e in entries:
+        tax = f"{100 * (paired_ratio(e.times, base.times) - 1):+.1f} %" if e.valid else DASH
+        peak = f"{(e.info['model_bytes'] + e.info['peak_bytes']) / 1e9:.2f}"
+        time = seconds(e.median) if e.valid else "error over budget"
+        rows.append([e.variant, time, tax, peak, f"{e.median * 1000 / 60:.2f}"])
+    if LITGPT in case:
+        rows += [[name, DASH, DASH, f"{gb:.2f}", f"{minutes:.2f}"] for name, (gb, minutes) in PUBLISHED.items()]
+    return table(["", "step", f"over {base.variant}", "peak GB", "min per 1,000"], rows)
+
+
+def sweep(path: Path) -> str:
+    if not path.exists():
+        return ""
+    tables = []
+    tried = json.loads(path.read_text())
+    for kernel in dict.fromkeys(row["kernel"] for row in tried):
+        mine = sorted((r for r in tried if r["kernel"] == kernel), key=lambda r: r.get("us", float("inf")))
+        rows = [[f"{r['tiles']}{' (the table)' * r['table']}", f"{r['us']:.1f}" if "us" in r else r["error"][:60]]
+                for r in mine]  # fmt: skip
+        tables.append(table([kernel, "µs of the pass"], rows))
+    return "\n\n".join(tables)

@@ -1,0 +1,180 @@
+"""Which kernel variants the calls of `first` and `second` launch, found without a GPU.
+
+The launchers run on fake CUDA tensors, so each decision on the way (tiles, splits, alignment, what a launch is asked
+for) is the one that a GPU with 132 multiprocessors would see; Triton's own binder makes signature and options, and in
+place of its compiler stands a list.
+"""
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from adapterkern.kernels import launch
+from adapterkern.reference import ACTIVATIONS
+from bench import before, tiling
+from bench.adapter import ROWS
+from bench.sweep import candidates
+
+TARGET = GPUTarget("cuda", 90, 32)
+MULTIPROCESSORS = 132
+ALL, NOT_X = (True,) * 7, (False, *(True,) * 6)
+LOW = ("bfloat16", "float16", "float32")
+TEST_SHAPES = ((1, 4096, 64), (37, 576, 16), (129, 577, 59), (9000, 2048, 32), (300, 5120, 128), (520, 1024, 256),
+               (70, 300, 512))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of the adapter, forward and, unless ``needed`` is None, backward."""
+
+    T: int
+    d: int
+    r: int
+    dtype: str = "bfloat16"
+    activation: str = "silu"
+    x_free: bool = False
+    needed: tuple[bool, ...] | None = ALL
+    sequences: int = 0  # of a call with an index; 0 is one without
+    tf32: bool = False
+    tiles: str = ""  # as `tiling.parse` takes them; such a variant may turn out not to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """What Triton would be asked to compile for a launch."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    optional: bool
+
+
+def headline() -> list[Call]:
+    """The adapter bench at the main shape and at other numbers of rows."""
+    return [Call(T, 4096, 64) for T in (8192, *ROWS)]
+
+
+def tests() -> list[Call]:
+    """What tests/test_gpu.py launches."""
+    calls = [Call(1000, 1024, 64, dtype) for dtype in LOW]
+    calls += [Call(*shape, dtype, x_free=x_free) for shape in TEST_SHAPES for dtype in LOW for x_free in (False, True)]
+    calls += [Call(200, 512, 64, activation=a) for a in ACTIVATIONS]
+    calls += [Call(300, 1024, 64, "float32", tf32=tf32, needed=None) for tf32 in (False, True)]
+    calls += [Call(600, 512, 32, sequences=6), Call(5000, 1024, 64), Call(3000, 1024, 64), Call(300, 512, 32)]
+    calls += [Call(200, 512, 32, needed=NOT_X), Call(2**19 + 100, 4096, 16, needed=None)]
+    calls += [Call(20000, 1280, 48, needed=None)]
+    calls += [Call(400, 256, 16, dtype, needed=n) for dtype in ("bfloat16", "float32") for n in (ALL, NOT_X)]
+    return calls
+
+
+def steps() -> list[Call]:
+    """The training step's: the first adapter's x asks for no gradient."""
+    return [Call(T, 4096, 64, needed=n) for T in (4096, 1304) for n in (ALL, NOT_X)]
+
+
+def swept() -> list[Call]:
+    """The sweep's candidates, and what memcheck runs."""
+    found = [Call(8192, 4096, 64, tiles=f"{kernel}={tiles}") for kernel in tiling.TABLES
+             for tiles in (f"{c.BT},{c.BD},{c.num_warps},{c.num_stages}" for c in candidates(kernel, 64))]  # fmt: skip
+    return found
+
+
+def of_call(name: str, tiles: Iterable[str] = ()) -> list[tuple[Any, list[Call]]]:
+    """(a generation's `launch`, its calls) for ``first`` or ``second``, with the A/B's ``tiles``."""
+    extra = [Call(T, 4096, 64, tiles=t) for t in tiles for T in (8192, *ROWS)]
+    if name == "second":
+        return [(launch, [*headline(), *swept(), *extra])]
+    old = before.launch()
+    return [(launch, [*headline(), *steps(), *tests(), *extra]), *([(old, headline())] if old is not None else [])]
+
+
+def compilations(work: Iterable[tuple[Any, Iterable[Call]]]) -> list[Compilation]:
+    """Every variant once, in the order in which it is first launched."""
+    found: dict[tuple[Any, ...], Compilation] = {}
+    with _standing_in(found) as optional:
+        for generation, calls in work:
+            for call in calls:
+                optional[0] = bool(call.tiles)
+                _run(generation, call)
+    return list(found.values())
+
+
+class _Driver:
+    """Tells Triton of the target, and nothing else."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _standing_in(found: dict[tuple[Any, ...], Compilation]) -> Iterator[list[bool]]:
+    """Inside, tensors on "cuda" are fake and a launch adds itself to ``found`` instead of compiling."""
+    optional = [False]
+
+    def listed(self, key, signature, device, constants, options, attributes, warmup):  # type: ignore[no-untyped-def]
+        made = Compilation(self, signature, constants, attributes, options.__dict__, optional[0])
+        known = found.setdefault((self, key), made)
+        if known.optional and not optional[0]:
+            found[self, key] = made
+
+    properties = types.SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9, minor=0)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "get_device_properties", lambda device=None: properties),
+            (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
+            (FakeTensor, "data_ptr", lambda self: 0),  # aligned, as the allocator's are
+            (JITFunction, "_do_compile", listed),
+            (driver, "_active", _Driver()),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(torch.no_grad())
+        yield optional
+
+
+def _run(generation: Any, call: Call) -> None:
+    """One call of a generation's launchers."""
+    with contextlib.ExitStack() as stack:
+        if call.tiles:
+            stack.enter_context(tiling.replaced(*tiling.parse(call.tiles)))
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", tf32)
+        torch.backends.cuda.matmul.allow_tf32 = call.tf32
+        _launch(generation, call)
+
+
+def _launch(generation: Any, call: Call) -> None:
+    d, r, dtype = call.d, call.r, getattr(torch, call.dtype)
+    n = (3,) if call.sequences else ()
+    weights = [torch.empty(*n, *size, device="cuda") for size in ((d,), (d,), (r, d), (r,), (d, r), (d,))]
+    x = torch.empty(call.T, d, device="cuda", dtype=dtype)
+    index = torch.empty(call.sequences, dtype=torch.int64, device="cuda") if call.sequences else None
+    how = {"eps": 1e-5, "activation": call.activation, "compute": dtype, "save": call.needed is not None}
+    _, *saved = generation.adapter_forward(x, weights, index, **how)
+    if call.needed is not None:
+        generation.adapter_backward(
+            x, x, *saved, weights, index, activation=call.activation, needed=call.needed, x_free=call.x_free
+        )

@@ -1,0 +1,125 @@
+"""Fills a Triton cache for sm_90, on all cores and with or without a GPU: through Triton's own compile path.
+
+A launch looks its variant up by a key of the kernel's source and line, signature, options, and the bytes of Triton's
+own installation: not of any path. Beside the code, Triton 3.6 compiles a launcher in C per signature, which goes into
+the same cache; where no driver is installed a stand-in for libcuda lets it link.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import ASTSource
+
+from bench.gpu.variants import TARGET, Compilation, compilations, of_call
+
+_work: Sequence[Compilation] = ()  # what the forked workers find
+
+
+def warm(work: Sequence[Compilation], processes: int) -> dict[str, Any]:
+    """Compile what the cache lacks; what it had, what it lacked, what failed and why."""
+    global _work
+    _work = work
+    start = time.monotonic()
+    done: dict[str, Any] = {"variants": len(work), "hits": 0, "misses": 0, "launchers": 0, "failed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        _load_libcuda(Path(folder))
+        # the largest first would be better, and nobody knows which they are
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+            for job in as_completed([pool.submit(_compile, i) for i in range(len(work))]):
+                i, hit, launcher, error = job.result()
+                done["hits" if hit else "misses"] += 1
+                done["launchers"] += launcher
+                if error:
+                    name = work[i].kernel.fn.__name__
+                    done["failed"].append({"kernel": name, "error": error, "optional": work[i].optional})
+    os.environ.pop("TRITON_LIBCUDA_PATH", None)
+    return done | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _compile(i: int) -> tuple[int, bool, bool, str]:
+    """Compile one variant and its launcher: (i, whether it was there, whether the launcher was not, error)."""
+    w = _work[i]
+    hits = []
+    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    try:
+        source = ASTSource(w.kernel, w.signature, w.constants, w.attributes)
+        kernel = triton.compile(source, target=TARGET, options=w.options)
+        return i, hits[0], _make_launcher(kernel), ""
+    except Exception as error:
+        return i, False, False, f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def _make_launcher(kernel: Any) -> bool:
+    """Make what launches ``kernel``; whether the compiler in C had to run for it."""
+    made = []
+    compile_c = nvidia.compile_module_from_src.__globals__["_build"]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return compile_c(*args, **kwargs)
+
+    nvidia.compile_module_from_src.__globals__["_build"] = counted
+    try:
+        nvidia.CudaUtils()
+        if hasattr(nvidia, "make_launcher"):  # later ones launch every signature with one module
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    finally:
+        nvidia.compile_module_from_src.__globals__["_build"] = compile_c
+    return bool(made)
+
+
+def _load_libcuda(folder: Path) -> None:
+    """Where no driver is installed, load one with every function that Triton's modules name, to link with."""
+    try:
+        ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
+        return
+    except OSError:
+        pass
+    texts = [(Path(nvidia.__file__).parent / name).read_text() for name in ("driver.c", "driver.py")]
+    names = sorted({name for text in texts for name in re.findall(r"\bcu[A-Z]\w+", text)})
+    source, library = folder / "libcuda.c", folder / "libcuda.so.1"
+    source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names))
+    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+    subprocess.run(command, check=True)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where the linker looks
+
+
+def main(argv: list[str]) -> int:
+    """``python -m bench.gpu.warm first|second``: compile what the cache lacks, and print what it had."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.warm", description=main.__doc__)
+    parser.add_argument("call", choices=("first", "second"))
+    parser.add_argument("--ab", nargs="*", default=[], metavar="TABLE=TILES")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", type=int, help="no more than so many variants")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    work = compilations(of_call(args.call, args.ab))[: args.only]
+    listed = round(time.monotonic() - start, 1)
+    done = warm(work, args.processes) | {"listed_in": listed}
+    for failure in done["failed"]:
+        print(f"{failure['kernel']}: {failure['error']}" + (" (a candidate)" if failure["optional"] else ""))
+    print(", ".join(f"{k} {v}" for k, v in done.items() if k != "failed"), f"failed {len(done['failed'])}", sep=", ")
+    if args.json:
+        args.json.write_text(json.dumps(done, indent=1))
+    return int(any(not f["optional"] for f in done["failed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -42,6 +42,7 @@ class Options:
     append: bool = False  # to what the file has, of the same commit
     plan: Sequence[tuple[Case, Sequence[str]]] | None = None  # these cases and variants instead of the parts' own
     case_seconds: float | None = None
+    roofs: bool = True  # measure them as well
     deadline: float = math.inf  # of time.monotonic(): no case starts after it
 
     @property
@@ -182,7 +183,8 @@ class Engine:
         device, known = self.options.device, {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
         least = {"device": str(device), "threads": torch.get_num_threads(), **known}
         machine_info.update(least | self._or(machine, {}), quick=self.options.quick)
-        machine_info["roofs"] = {"gemm_flops": self._or(gemm_flops, None), "l2_bytes": self._or(l2_bandwidth, None)}
+        if self.options.roofs:
+            machine_info["roofs"] = {"gemm_flops": self._or(gemm_flops, None), "l2_bytes": self._or(l2_bandwidth, None)}
 
     def _or(self, told: Callable[[torch.device], Any], otherwise: Any) -> Any:
         """What ``told`` says of the device; no error may keep what is measured from being saved."""

@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import adapter, measure, report
+from bench import adapter, engine, measure, report
 from bench.cases import COPY, Case, Variant
 from bench.measure import interleave, kept_for_backward, peak_bytes
 
@@ -83,16 +86,17 @@ def test_comparing_two_runs_leaves_out_what_is_wrong_in_either(tmp_path: Path) -
     assert next(x for x in lines if ": ours" in x).split("|")[-2].strip() == report.DASH
 
 
-# Runs the engine over made-up parts. argv: file, parts, the case that is interrupted.
+# Runs the engine over made-up parts. argv: file, parts, the case that is interrupted and how.
 ENGINE = """
-import sys, types, torch
+import os, signal, sys, types, torch
 from pathlib import Path
 from bench import engine, tables
 from bench.cases import Case, Variant
 
-def build(case, device):
+def build(case, device, wanted):
+    assert list(wanted) == ["a", "b"]
     if case.name == sys.argv[3]:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
     return [Variant("a", lambda: None), Variant("b", missing="nobody has it")]
 
 def broken(device):
@@ -103,28 +107,44 @@ part.cases = lambda device, quick: [Case("fake", "first", {}, floor_bytes=4096),
 part.names = lambda case, device: ["a", "b"]
 part.build = build
 sys.modules["part"], engine.TIMED["fake"] = part, "part"
-tables.COUNTED["counted"] = lambda device, quick: {"rows": []}
+
+def counted(device, quick):
+    yield {"rows": [1]}
+    if sys.argv[3] == "counted":
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+    yield {"rows": []}
+
+tables.COUNTED["counted"] = counted
 engine.gemm_flops = engine.machine = broken
 path, parts = Path(sys.argv[1]), tuple(sys.argv[2].split(","))
 engine.run(engine.Options(parts, torch.device("cpu"), True, path, None, append=True))
 """
 
 
-def run_engine(out: Path, parts: str, interrupted: str = "none") -> str:
+def run_engine(out: Path, parts: str, interrupted: str = "none", how: str = "SIGINT") -> str:
     """What it says; every run adds to the file."""
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", ENGINE, str(out), parts, interrupted]
+    command = [sys.executable, "-c", ENGINE, str(out), parts, interrupted, how]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    return subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stderr
+    done = subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGKILL if how == "SIGKILL" else 0), done.stderr
+    return done.stderr
 
 
-def test_ctrl_c_keeps_the_cases_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_what_ends_a_run_keeps_the_cases_before_it(how: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    run_engine(out, "fake", "second")
+    run_engine(out, "fake", "second", how)
     run = report.load(out)
     assert [e.variant for e in run.groups["fake", "first"]] == ["a", COPY]
     assert list(run.groups) == [("fake", "first")]
     assert run.data["missing"] == [{"case": "first", "variant": "b", "reason": "nobody has it"}]
+
+
+def test_a_killed_table_keeps_the_rows_before(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run_engine(out, "counted", "counted", "SIGKILL")
+    assert report.load(out).data["tables"] == {"counted": {"rows": [1]}}
 
 
 def test_ctrl_c_before_the_first_case_is_over_says_so(tmp_path: Path) -> None:
@@ -183,16 +203,83 @@ def test_max_autotune_is_for_the_main_shape_alone() -> None:
     assert {c.shape["pass"] for c in tuned} == {"forward", "backward", "both"}
 
 
-def test_on_a_gpu_each_part_runs_by_itself_into_one_file(tmp_path: Path) -> None:
-    """With a python3 that does nothing but fail in one part: the others run all the same."""
-    fake = tmp_path / "python3"
-    fake.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/called\n[ "$3" != step ]\n')
-    fake.chmod(0o755)
-    script = Path(__file__).parent.parent / "bench" / "on_gpu.sh"
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["sh", script, tmp_path, "bench"], env=environment, check=False, capture_output=True)
-    assert done.returncode == 1
-    calls = [line.split() for line in (tmp_path / "called").read_text().splitlines()]
-    assert [c[2] for c in calls] == ["optimizer", "memory", "step", "adapter"]
-    assert len({c[-1] for c in calls}) == 1
-    assert all("--append" in c for c in calls)
+class _Device:
+    """A GPU that spins for some cycles and a host that takes some for each call, in the place of torch.cuda."""
+
+    def __init__(self, host_cycles: int, queue: int = 1024) -> None:
+        self.host_cycles, self.queue = host_cycles, queue
+        self.spun = self.queued = self.host = 0
+
+    def _sleep(self, cycles: int) -> None:
+        self.spun, self.queued, self.host = cycles, 0, 0
+
+    def call(self) -> None:
+        self.queued += 1
+        self.host += self.host_cycles
+        if self.queued >= self.queue:  # a full queue holds the host until the device moves on
+            self.host = max(self.host, self.spun)
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802  # torch.cuda's name
+        return types.SimpleNamespace(
+            record=lambda: None,
+            synchronize=lambda: None,
+            query=lambda: self.host >= self.spun,
+            elapsed_time=lambda other: 1e3 * self.queued,  # a second for each call
+        )
+
+    def get_device_properties(self, device: torch.device) -> Any:
+        return types.SimpleNamespace(L2_cache_size=8)
+
+
+@pytest.mark.parametrize(
+    ("host_cycles", "queue", "how"),
+    [
+        (1000, 1024, "8 calls queued behind 4 M cycles"),
+        (1_500_000, 1024, "8 calls queued behind 16 M cycles"),  # the host needs 12 M
+        (1000, 4, "2 calls queued behind 64 M cycles"),  # no spin is long enough for a full queue
+        (10**9, 1024, "1 of the times with host time in them"),
+    ],
+)
+def test_device_times_prove_that_the_host_is_not_in_them(
+    host_cycles: int, queue: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = _Device(host_cycles, queue)
+    for name in ("_sleep", "Event", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    timer = measure.EventTimer(CPU)
+    assert timer(device.call) == 1.0
+    assert how in timer.how(device.call)
+
+
+def test_a_broken_variant_costs_no_other_and_a_broken_case_is_built_once(tmp_path: Path) -> None:
+    """The engine by itself: what a variant or a case raises is told, and the rest is measured."""
+    made = []
+
+    def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Variant]:
+        made.append(case.name)
+        if case.name == "broken":
+            raise RuntimeError("out of memory")
+        return [Variant("a", lambda: None), Variant.broken("b", ValueError("no such tile"))]
+
+    case = Case("fake", "broken", {})
+    options = engine.Options(("fake",), CPU, True, tmp_path / "x.json", None, plan=[(case, ("a", "b"))])
+    plugin = engine.Engine(options)
+    plugin._module = lambda part: types.SimpleNamespace(build=build)  # type: ignore[method-assign, return-value]
+    assert plugin.plan() == [(case, "a"), (case, "b")]
+    for name in ("a", "b"):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            plugin.measured(case, name)
+    assert made == ["broken"]
+    good = Case("fake", "good", {})
+    plugin._wanted[good] = ["a", "b"]
+    assert plugin.measured(good, "a")[1]
+    variant, times, _ = plugin.measured(good, "b")
+    assert (variant.missing, variant.failed, times) == ("ValueError: no such tile", True, [])
+
+
+def test_no_case_starts_after_the_deadline(tmp_path: Path) -> None:
+    case = Case("fake", "late", {}, floor_bytes=8)
+    options = engine.Options(("fake",), CPU, True, tmp_path / "x.json", None, plan=[(case, ("a",))], deadline=0.0)
+    plugin = engine.Engine(options)
+    plugin.plan()
+    assert [plugin.measured(case, name)[0].missing for name in ("a", COPY)] == ["no time was left"] * 2

@@ -1,6 +1,7 @@
 """``sh bench/on_gpu.sh prepare|first|second``: see the help of each."""
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -62,9 +63,12 @@ def _measure(args: argparse.Namespace, folder: Path) -> int:
     if args.rehearse and args.command == "second" and not ab:
         ab = ["slice_tiles=16,32,8,1", "ADAPTERKERN_REHEARSED=1"]
     call = steps.Call(work, brought, args.rehearse, ab)
-    run = Run(work, out, args.seconds, before.ROOT, _environment(folder, brought, args.rehearse), summary.text)
+    patience = steps.PATIENCE if args.rehearse else 1
+    run = Run(
+        work, out, args.seconds * patience, before.ROOT, _environment(folder, brought, args.rehearse), summary.text
+    )
     for step in {"first": steps.first, "second": steps.second}[args.command](call):
-        run.do(step)
+        run.do(dataclasses.replace(step, limit=step.limit * patience))
     print(run.summary()[:SHOWN], f"\n{run.archive}", sep="\n", flush=True)
     return int(any(o.bad for o in run.outcomes))
 

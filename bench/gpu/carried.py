@@ -134,7 +134,7 @@ def prepare(folder: Path, old: str, parts: list[str], processes: int) -> int:
         try:
             made[name] = todo[name]()
             print(f"{name}: {made[name]}, {time.monotonic() - start:.0f} s", flush=True)
-        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        except Exception as error:
             failed = 1
             output = getattr(error, "stderr", None) or b""
             print(f"{name}: failed: {error}\n{output.decode(errors='replace')[-2000:]}", flush=True)
@@ -164,7 +164,8 @@ def _extension(folder: Path) -> str:
         (library,) = build.glob("adapterkern/_C*.so")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        return f"{shutil.copy2(library, folder).name}, {library.stat().st_size} bytes"
+        shutil.copy2(library, folder)
+        return f"{library.name}, {library.stat().st_size} bytes"
 
 
 def _liger(folder: Path) -> str:

@@ -71,8 +71,9 @@ def _ab(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
 
     T, d, r, dtype = SMALL if rehearse else (8192, 4096, 64, "bfloat16")
     names = (BARE, *(f"{BARE} [{t}]" for t in tiles), BEFORE)
-    rows = (T,) if rehearse else (T, 2048)
-    return [(adapter_case(t, d, r, dtype, pass_), names) for t in rows for pass_ in ("forward", "backward")]
+    if rehearse:
+        return [(adapter_case(T, d, r, dtype, "backward"), names)]
+    return [(adapter_case(t, d, r, dtype, pass_), names) for t in (T, 2048) for pass_ in ("forward", "backward")]
 
 
 def main(argv: list[str]) -> int:
@@ -96,6 +97,7 @@ def main(argv: list[str]) -> int:
         parts=(args.part,), device=device, quick=args.rehearse, json=args.json, peer_python=None,
         plan=plan(args.part, device, args.rehearse, args.ab),
         case_seconds=0.01 if args.rehearse else {"step": 8.0}.get(args.part, 2.0),
+        roofs=args.part == "adapter" and not args.rehearse,
         deadline=begin + args.seconds,
     )  # fmt: skip
     return int(engine.run(options))

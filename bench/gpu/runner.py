@@ -50,13 +50,14 @@ class Step:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a step; ``status`` is ok, failed, killed, missing or left out."""
+    """What became of a step: ok, failed, killed, missing or left out; and how many kernels it had to compile itself."""
 
     step: str
     status: str
     seconds: float
     limit: float
     reason: str = ""
+    compiled: int = 0
 
     @property
     def bad(self) -> bool:
@@ -73,6 +74,7 @@ class Run:
         self.work, self.archive, self.root = work, out / ARCHIVE, root
         self.seconds, self.environment, self.summarize = seconds, dict(environment), summarize
         self.outcomes: list[Outcome] = []
+        self.kernels = self._kernels()
         self.start = time.monotonic()
         if self.archive.exists():  # an earlier call's is not this one's to write over
             age = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.archive.stat().st_mtime))
@@ -91,9 +93,15 @@ class Run:
         except Exception as error:  # of this code: no step is worth the others
             status, reason = "failed", f"{type(error).__name__}: {error}"
         took = time.monotonic() - begin
-        self.outcomes.append(Outcome(step.name, status, round(took, 1), round(limit, 1), reason))
+        before, self.kernels = self.kernels, self._kernels()
+        compiled = self.kernels - before
+        self.outcomes.append(Outcome(step.name, status, round(took, 1), round(limit, 1), reason, compiled))
         print(f"{time.monotonic() - self.start:6.1f} s  {step.name}: {status} {reason}".rstrip(), flush=True)
         self.save()
+
+    def _kernels(self) -> int:
+        """How many the Triton cache has."""
+        return len(list(Path(self.environment["TRITON_CACHE_DIR"]).glob("*/__grp__*")))
 
     def _done(self, step: Step, limit: float) -> tuple[str, str]:
         if limit < step.least:
@@ -163,10 +171,10 @@ class Run:
         return f"{self.steps_table()}\n\n{self.summarize(self.work)}"
 
     def steps_table(self) -> str:
-        lines = [f"{'step':12} {'status':9} {'s':>6} {'limit':>6}"]
-        lines += [
-            f"{o.step:12} {o.status:9} {o.seconds:6.1f} {o.limit:6.1f}  {o.reason}".rstrip() for o in self.outcomes
-        ]
+        lines = [f"{'step':12} {'status':9} {'s':>6} {'limit':>6} {'compiled':>8}"]
+        for o in self.outcomes:
+            figures = f"{o.step:12} {o.status:9} {o.seconds:6.1f} {o.limit:6.1f} {o.compiled:8}"
+            lines.append(f"{figures}  {o.reason}".rstrip())
         return "\n".join(lines)
 
 

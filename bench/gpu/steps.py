@@ -14,6 +14,7 @@ SMALL = ("-T", "64", "-d", "128", "-r", "16", "--device", "cpu")
 # nothing counts without these
 CORRECT = "test_error_table or (test_shapes and bfloat16) or two_runs or side_stream or cuda_graph or beyond_int32"
 SANITIZED = "test_more_tensors_and_groups or test_activations or test_mixed_adapters or (test_shapes and 577)"
+PATIENCE = 4  # a rehearsal's limits: it shares its cores
 SECTIONS = ("WarpStateStats", "SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy")
 
 

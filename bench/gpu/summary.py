@@ -11,12 +11,13 @@ from bench.report import DASH, Entry, seconds, table
 # LitGPT's table for LLaMA-7B on an A100, micro-batch 1, 1,304 tokens, bf16: (GB, minutes per 1,000 iterations)
 PUBLISHED = {"LitGPT adapter, A100 (published)": (19.98, 1.50), "LitGPT LoRA, A100 (published)": (21.3, 2.36)}
 LITGPT = "as LitGPT"
+OURS = ("ours", "ours bare", "ours before")
 
 
 def text(work: Path) -> str:
-    """Every table that there is, the headline first."""
+    """Every table that there is, the headline first; a case of our own kernels alone is one line."""
     parts = [probe(work / "probe.json")]
-    for name in ("adapter", "optimizer", "step"):
+    for name in ("adapter", "step", "optimizer"):
         parts += timed(work / f"{name}.json")
     parts += [sweep(work / "sweep.json"), *(t for path in sorted(work.glob("ab*.json")) for t in timed(path))]
     return "\n\n".join(p for p in parts if p)
@@ -32,16 +33,34 @@ def probe(path: Path) -> str:
 
 
 def timed(path: Path) -> list[str]:
-    """A table for each case of a saved run."""
+    """A table for each case of a saved run, and one for all those that only compare ours with ours before."""
     if not path.exists():
         return []
     run = report.load(path)
-    tables = [
-        f"{case}\n{step_table(case, entries) if part == 'step' else kernel_table(entries)}"
-        for (part, case), entries in run.groups.items()
+    tables, lines = [], []
+    for (part, case), entries in run.groups.items():
+        if {e.variant for e in entries} <= {*OURS, report.COPY} and path.stem == "adapter":
+            lines.append(_line(case, {e.variant: e for e in entries}))
+        else:
+            tables.append(f"{case}\n{step_table(case, entries) if part == 'step' else kernel_table(entries)}")
+    if lines:
+        tables.append(table(["", *OURS, "bare / before", "% of copy"], lines))
+    missing = dict.fromkeys(f"missing: {m['variant']} ({m['case']}): {m['reason'][:120]}" for m in run.data["missing"])
+    return [f"{path.stem}: {table_}" for table_ in tables] + (["\n".join(list(missing)[:8])] if missing else [])
+
+
+def _line(case: str, entries: dict[str, Entry]) -> list[str]:
+    """One case's times, ours bare over ours before, and ours bare as a share of the copy."""
+    _, bare, before = OURS
+    times = [seconds(entries[n].median) if n in entries and entries[n].valid else DASH for n in OURS]
+    ratio = f"{paired_ratio(entries[bare].times, entries[before].times):.2f}" if before in entries else DASH
+    copy = entries[report.COPY]
+    return [
+        case,
+        *times,
+        ratio,
+        f"{100 * paired_ratio(copy.times, entries[bare].times):.0f}" if bare in entries else DASH,
     ]
-    missing = [f"missing: {m['variant']} ({m['case']}): {m['reason'][:160]}" for m in run.data["missing"]]
-    return [*tables, *(["\n".join(missing)] if missing else [])]
 
 
 def kernel_table(entries: Sequence[Entry]) -> str:

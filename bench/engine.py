@@ -43,6 +43,7 @@ class Options:
     plan: Sequence[tuple[Case, Sequence[str]]] | None = None  # these cases and variants instead of the parts' own
     case_seconds: float | None = None
     roofs: bool = True  # measure them as well
+    launches: bool = True  # count them, with a profiler that takes a while
     deadline: float = math.inf  # of time.monotonic(): no case starts after it
 
     @property
@@ -155,7 +156,8 @@ class Engine:
                 figures: dict[str, Any] = {"case": dataclasses.asdict(case), "variant": v.name, **v.info}
                 figures |= {"error": v.error, "budget": v.budget}
                 if v.run is not None and v.name != COPY:
-                    figures |= {"peak_bytes": peak_bytes(v.run, o.device), "launches": launches(v.run, o.device)}
+                    figures["peak_bytes"] = peak_bytes(v.run, o.device)
+                    figures["launches"] = launches(v.run, o.device) if o.launches else None
                     figures["host_seconds"] = host_seconds(v.run, o.device)
                 self._measured[v.name] = v, times.get(v.name, []), figures
         finally:

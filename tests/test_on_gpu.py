@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -143,6 +144,35 @@ def ended(process: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_tables_that_fail_cost_no_archive(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.summarize = lambda work: str(1 / 0)
+    run.do(Step("good", 5, lambda: [shell("true")], 0))
+    assert "no tables: ZeroDivisionError" in runner.read(run.archive)["summary.md"].decode()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from bench.gpu import __main__ as cli, steps
+from bench.gpu.runner import Command, Step
+
+steps.first = lambda call: [
+    Step("good", 9, lambda: [Command(["true"])], 0),
+    Step("stopped", 9, lambda: [Command(["sh", "-c", f"kill {os.getpid()}; sleep 60"])], 0),
+]
+cli.main(["first", "--rehearse", "--out", sys.argv[1], "--carried", sys.argv[1]])
+"""
+
+
+def test_a_call_that_is_told_to_stop_leaves_its_archive(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", STOPPED, tmp_path], env=environment, check=False, capture_output=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    outcomes = runner.outcomes(tmp_path / runner.ARCHIVE)
+    assert {name: o["status"] for name, o in outcomes.items()} == {"good": "ok", "stopped": "killed"}
 
 
 def test_a_step_that_asks_to_go_on_does_so_with_resume(tmp_path: Path) -> None:

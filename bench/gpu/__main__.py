@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> int:
     args.carried = args.carried.resolve()
     if args.command == "prepare":
         return carried.prepare(args.carried, args.old, args.parts, args.processes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the archive is written on the way out
     with tempfile.TemporaryDirectory() as folder:
         return _measure(args, Path(folder))
 

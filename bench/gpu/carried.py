@@ -35,7 +35,7 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("torch", "triton"):
         try:
-            found[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name).partition("+")[0]  # without the build
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
@@ -57,7 +57,8 @@ def mismatches(folder: Path) -> list[str]:
 
 def environment(folder: Path, cache: Path) -> dict[str, str]:
     """What a process needs to find what was carried."""
-    path = os.pathsep.join([str(ROOT), str(folder / "site")])
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(p for p in (str(ROOT), str(folder / "site"), *inherited) if p)
     return {"PYTHONPATH": path, before.VARIABLE: str(folder / "old"), "TRITON_CACHE_DIR": str(cache)}
 
 

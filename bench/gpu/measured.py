@@ -98,6 +98,7 @@ def main(argv: list[str]) -> int:
         plan=plan(args.part, device, args.rehearse, args.ab),
         case_seconds=0.01 if args.rehearse else {"step": 8.0}.get(args.part, 2.0),
         roofs=args.part == "adapter" and not args.rehearse,
+        launches=False,
         deadline=begin + args.seconds,
     )  # fmt: skip
     return int(engine.run(options))

@@ -88,16 +88,18 @@ class Run:
         """Run a step, and write the archive whatever happens in it."""
         begin = time.monotonic()
         limit = min(step.limit, self.left)
+        status, reason = "killed", "with all that would have followed"
         try:
             status, reason = self._done(step, limit)
         except Exception as error:  # of this code: no step is worth the others
             status, reason = "failed", f"{type(error).__name__}: {error}"
-        took = time.monotonic() - begin
-        before, self.kernels = self.kernels, self._kernels()
-        compiled = self.kernels - before
-        self.outcomes.append(Outcome(step.name, status, round(took, 1), round(limit, 1), reason, compiled))
-        print(f"{time.monotonic() - self.start:6.1f} s  {step.name}: {status} {reason}".rstrip(), flush=True)
-        self.save()
+        finally:
+            took = time.monotonic() - begin
+            before, self.kernels = self.kernels, self._kernels()
+            compiled = self.kernels - before
+            self.outcomes.append(Outcome(step.name, status, round(took, 1), round(limit, 1), reason, compiled))
+            print(f"{time.monotonic() - self.start:6.1f} s  {step.name}: {status} {reason}".rstrip(), flush=True)
+            self.save()
 
     def _kernels(self) -> int:
         """How many the Triton cache has."""
@@ -154,11 +156,7 @@ class Run:
     def save(self) -> None:
         """Write the archive anew, whole or not at all."""
         write_json(self.work / "summary.json", [dataclasses.asdict(o) for o in self.outcomes])
-        try:
-            text = self.summary()
-        except Exception as error:  # a half-written table
-            text = f"{self.steps_table()}\n\nno tables: {type(error).__name__}: {error}"
-        write_text(self.work / "summary.md", text)
+        write_text(self.work / "summary.md", self.summary())
         with replacing(self.archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
             for path in sorted(p for p in self.work.rglob("*") if p.is_file()):
                 content = path.read_bytes()
@@ -168,7 +166,12 @@ class Run:
                 tar.addfile(member, io.BytesIO(content))
 
     def summary(self) -> str:
-        return f"{self.steps_table()}\n\n{self.summarize(self.work)}"
+        """The steps, and the tables of what they measured."""
+        try:
+            tables = self.summarize(self.work)
+        except Exception as error:  # the files that they come from are in the archive
+            tables = f"no tables: {type(error).__name__}: {error}"
+        return f"{self.steps_table()}\n\n{tables}"
 
     def steps_table(self) -> str:
         lines = [f"{'step':12} {'status':9} {'s':>6} {'limit':>6} {'compiled':>8}"]

@@ -55,7 +55,7 @@ def first(call: Call) -> list[Step]:
         _probe(call),
         Step("build", 60, lambda: _build(call), 30, optional=True, why_not="adapterkern._C loads, or this is no GPU"),
         _compile(call, "first"),
-        Step("correctness", 40, lambda: [
+        Step("correctness", 50, lambda: [
             Command(call.pytest(tests[0], "-k", CORRECT)), Command(call.module("bench.gpu.check")),
         ]),
         _timed(call, "adapter", 90),

@@ -25,6 +25,7 @@ SETS = {
     "16 adapters, LLaMA-7B": ADAPTER * 16,
     "LoRA r=8 on q and v, LLaMA-3-8B": LORA_QV * 32,
     "LoRA r=16 on 7 projections, LLaMA-3-8B": LORA_ALL * 32,
+    "1 adapter": ADAPTER,  # for rehearsals
 }
 # what else is there on a GPU: module, class, keyword arguments
 OTHERS = {
@@ -36,13 +37,16 @@ Step = Callable[[], object]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    made = []
-    for name, sizes in list(SETS.items())[: 1 if quick else 3]:
-        n = sum(sizes)
-        shape = {"set": name, "tensors": len(sizes), "parameters": n}
-        title = f"{name}: {len(sizes)} tensors, {n / 1e6:.2f} M fp32 parameters"
-        made.append(Case("optimizer", title, shape, FLOOR_BYTES * n, FLOPS * n))
-    return made
+    return [set_case(name) for name in list(SETS)[: 1 if quick else 3]]
+
+
+def set_case(name: str) -> Case:
+    """The case of one of SETS."""
+    sizes = SETS[name]
+    n = sum(sizes)
+    title = f"{name}: {len(sizes)} tensors, {n / 1e6:.2f} M fp32 parameters"
+    shape = {"set": name, "tensors": len(sizes), "parameters": n}
+    return Case("optimizer", title, shape, FLOOR_BYTES * n, FLOPS * n)
 
 
 def names(case: Case, device: torch.device) -> list[str]:

@@ -48,7 +48,7 @@ def _optimizer(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
     from bench import optimizer
 
     ways = ("clip + AdamW fused", "clip + AdamW foreach", "AdamW fused, clip as grad_scale", "ours")
-    return [(optimizer.cases(device, quick=True)[0], ways)]
+    return [(optimizer.set_case("1 adapter" if rehearse else "16 adapters, LLaMA-7B"), ways)]
 
 
 def _step(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:

@@ -42,13 +42,14 @@ class Options:
     append: bool = False  # to what the file has, of the same commit
     plan: Sequence[tuple[Case, Sequence[str]]] | None = None  # these cases and variants instead of the parts' own
     case_seconds: float | None = None
+    case_rounds: int | None = None
     roofs: bool = True  # measure them as well
     launches: bool = True  # count them, with a profiler that takes a while
     deadline: float = math.inf  # of time.monotonic(): no case starts after it
 
     @property
     def rounds(self) -> int:
-        return 10 if self.quick else 40
+        return self.case_rounds or (10 if self.quick else 40)
 
     def seconds(self, part: str) -> float:
         """How long the rounds of one case may take together."""

@@ -131,11 +131,11 @@ def main(argv: list[str]) -> int:
     known = {(row["kernel"], row["tiles"]) for row in rows}
     sweep = Sweep(args.T, args.d, args.r, device)
     for kernel in args.kernel:
-        own, *_ = tried = candidates(kernel, args.r, has_wide_products(device))[: args.most]
+        tried = candidates(kernel, args.r, has_wide_products(device))[: args.most]
         expected = [t.clone() for t in sweep.call(kernel, 0)]
         for tiles in (t for t in tried if (kernel, repr(t)) not in known):
             found = sweep.tried(kernel, tiles, args.rounds, expected)
-            rows.append({"kernel": kernel, "r": args.r, "tiles": repr(tiles), "table": tiles == own, **found})
+            rows.append({"kernel": kernel, "r": args.r, "tiles": repr(tiles), "table": tiles == tried[0], **found})
             if args.json:
                 with replacing(args.json) as path:
                     path.write_text(json.dumps(rows, indent=1))

@@ -97,6 +97,7 @@ def main(argv: list[str]) -> int:
         parts=(args.part,), device=device, quick=args.rehearse, json=args.json, peer_python=None,
         plan=plan(args.part, device, args.rehearse, args.ab),
         case_seconds=0.01 if args.rehearse else {"step": 8.0}.get(args.part, 2.0),
+        case_rounds=2 if args.rehearse else None,
         roofs=args.part == "adapter" and not args.rehearse,
         launches=False,
         deadline=begin + args.seconds,

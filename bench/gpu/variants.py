@@ -65,17 +65,22 @@ def headline() -> list[Call]:
     return [Call(T, 4096, 64) for T in (8192, *ROWS)]
 
 
+def sanitized() -> list[Call]:
+    """What compute-sanitizer looks at: one odd shape, every activation, mixed adapters."""
+    odd = (129, 577, 59)
+    calls = [Call(*odd, dtype, x_free=x_free) for dtype in LOW for x_free in (False, True)]
+    return [*calls, *(Call(200, 512, 64, activation=a) for a in ACTIVATIONS), Call(600, 512, 32, sequences=6)]
+
+
 def tests() -> list[Call]:
     """What tests/test_gpu.py launches."""
     calls = [Call(1000, 1024, 64, dtype) for dtype in LOW]
     calls += [Call(*shape, dtype, x_free=x_free) for shape in TEST_SHAPES for dtype in LOW for x_free in (False, True)]
-    calls += [Call(200, 512, 64, activation=a) for a in ACTIVATIONS]
     calls += [Call(300, 1024, 64, "float32", tf32=tf32, needed=None) for tf32 in (False, True)]
-    calls += [Call(600, 512, 32, sequences=6), Call(5000, 1024, 64), Call(3000, 1024, 64), Call(300, 512, 32)]
-    calls += [Call(200, 512, 32, needed=NOT_X), Call(2**19 + 100, 4096, 16, needed=None)]
-    calls += [Call(20000, 1280, 48, needed=None)]
+    calls += [Call(5000, 1024, 64), Call(3000, 1024, 64), Call(300, 512, 32), Call(200, 512, 32, needed=NOT_X)]
+    calls += [Call(2**19 + 100, 4096, 16, needed=None), Call(20000, 1280, 48, needed=None)]
     calls += [Call(400, 256, 16, dtype, needed=n) for dtype in ("bfloat16", "float32") for n in (ALL, NOT_X)]
-    return calls
+    return [*calls, *sanitized()]
 
 
 def steps() -> list[Call]:
@@ -84,19 +89,20 @@ def steps() -> list[Call]:
 
 
 def swept() -> list[Call]:
-    """The sweep's candidates, and what memcheck runs."""
-    found = [Call(8192, 4096, 64, tiles=f"{kernel}={tiles}") for kernel in tiling.TABLES
-             for tiles in (f"{c.BT},{c.BD},{c.num_warps},{c.num_stages}" for c in candidates(kernel, 64))]  # fmt: skip
-    return found
+    """The sweep's candidates."""
+    return [
+        Call(8192, 4096, 64, tiles=f"{kernel}={t.BT},{t.BD},{t.num_warps},{t.num_stages}")
+        for kernel in tiling.TABLES
+        for t in candidates(kernel, 64)
+    ]
 
 
 def of_call(name: str, tiles: Iterable[str] = ()) -> list[tuple[Any, list[Call]]]:
     """(a generation's `launch`, its calls) for ``first`` or ``second``, with the A/B's ``tiles``."""
-    extra = [Call(T, 4096, 64, tiles=t) for t in tiles for T in (8192, *ROWS)]
-    if name == "second":
-        return [(launch, [*headline(), *swept(), *extra])]
+    calls = [*headline(), *steps(), *tests()] if name == "first" else [*headline(), *swept(), *sanitized()]
+    calls += [Call(T, 4096, 64, tiles=t) for t in tiles for T in (8192, *ROWS)]
     old = before.launch()
-    return [(launch, [*headline(), *steps(), *tests(), *extra]), *([(old, headline())] if old is not None else [])]
+    return [(launch, calls), *([(old, headline())] if old is not None else [])]
 
 
 def compilations(work: Iterable[tuple[Any, Iterable[Call]]]) -> list[Compilation]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import before, report
-from bench.gpu import carried, runner
+from bench import adapter, before, optimizer, report
+from bench import step as training_step
+from bench.gpu import carried, measured, runner
 from bench.gpu.runner import Command, Run, Step
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +255,22 @@ def test_what_is_compiled_beforehand_covers_the_tests_shapes_and_the_candidates(
     first, second, optional, *kernels = done.stdout.split()
     assert int(first) > int(second) > int(optional) > 20
     assert {"forward_kernel", "slice_kernel", "hidden_kernel", "_prepare_kernel"} <= set(kernels)
+
+
+def test_every_planned_variant_is_known() -> None:
+    """What a rehearsal leaves out, too: on a GPU an unknown name would cost its step."""
+    cuda = torch.device("cuda", 0)
+    tiles = ["slice_tiles=64,128,8,3"]
+    kernels = [*measured.plan("adapter", cuda, False, ()), *measured.plan("ab", cuda, False, tiles)]
+    assert len(kernels) == 3 + 3 + 2 * len(adapter.ROWS) + 4
+    _, weights = adapter.make_inputs(4, 16, 2, torch.bfloat16, torch.device("cpu"))
+    for _, names in kernels:
+        assert list(adapter._ways(names, weights, torch.bfloat16, None)) == list(names)
+    ((case, ways),) = measured.plan("optimizer", cuda, False, ())
+    assert set(ways) <= set(optimizer.names(case, cuda))
+    steps = measured.plan("step", cuda, False, ())
+    assert [(c.shape["batch"], c.shape["length"]) for c, _ in steps] == [(4, 1024), (1, 1304)]
+    assert all(set(ways) <= set(training_step.names(case, cuda)) for case, ways in steps)
 
 
 def test_a_folder_made_for_another_triton_is_warned_of(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if args.command == "prepare":
         return carried.prepare(args.carried, args.old, args.parts, args.processes)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the archive is written on the way out
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return _measure(args, Path(folder))
 
 

@@ -95,8 +95,16 @@ def _add(tar: tarfile.TarFile, path: Path, content: bytes) -> None:
     tar.addfile(member, BytesIO(content))
 
 
-def extension_loads(interpreter: str = sys.executable) -> bool:
-    done = subprocess.run([interpreter, "-c", "import adapterkern._C"], cwd=ROOT, capture_output=True, check=False)
+LOADING = """
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+module_from_spec(PathFinder.find_spec("_C", ["adapterkern"]))
+"""
+
+
+def extension_loads() -> bool:
+    """Whether ``adapterkern._C`` is there and loads; it needs no torch, whose first import takes its time."""
+    done = subprocess.run([sys.executable, "-c", LOADING], cwd=ROOT, capture_output=True, check=False)
     return done.returncode == 0
 
 

@@ -1,6 +1,7 @@
 """What the machine is, and whether what was carried fits it: ``python -m bench.gpu.probe --carried FOLDER``."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -36,8 +37,10 @@ def main(argv: list[str]) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
         torch.ones(1, device=device).item()
     cache = Path(os.environ["TRITON_CACHE_DIR"])
+    manifest = args.carried / carried.MANIFEST
     found = {
         **machine(device),
+        "prepared": json.loads(manifest.read_text()) if manifest.is_file() else None,
         "extension": extension,
         "tools": {name: shutil.which(name) for name in TOOLS},
         "carried_kernels": len(list(cache.glob(f"*/{carried.GROUP}*"))),

@@ -81,7 +81,7 @@ def second(call: Call) -> list[Step]:
 
 def _probe(call: Call) -> Step:
     argv = call.module("bench.gpu.probe", "--carried", call.carried, "--json", call.work / "probe.json")
-    return Step("probe", 20, lambda: [Command(argv)], 5)
+    return Step("probe", 40, lambda: [Command(argv)], 5)  # 10 s, or as long as torch's first import takes
 
 
 def _build(call: Call) -> list[Command]:

@@ -138,6 +138,7 @@ def kept(case: Case, device: torch.device) -> Iterator[tuple[str, dict[str, int]
     inputs, weights = make_inputs(*(case.shape[k] for k in ("T", "d", "r")), dtype, device)
     for name, way in _ways(names(case, device), weights, dtype, None).items():
         if isinstance(way, Way):
+            way.call(inputs[0][0], way.weights)  # prepares and compiles what later calls find there
             yield name, _kept(way, inputs[0][0])
 
 

@@ -17,6 +17,7 @@ from bench import adapter, before, optimizer, report
 from bench import step as training_step
 from bench.gpu import carried, measured, runner
 from bench.gpu.runner import Command, Run, Step
+from bench.sweep import CONTEXT_LOST
 
 ROOT = Path(__file__).parent.parent
 NO_GIT = not (ROOT / ".git").exists()
@@ -89,6 +90,36 @@ def test_the_second_call_rehearsed(tmp_path: Path) -> None:
         (names,) = variants(files[name], tmp_path).values()
         assert names == {"ours bare", "ours bare [slice_tiles=16,32,8,1]", "ours before", "copy"}
     assert "--tool memcheck --error-exitcode 1" in files["memcheck.log"].decode()
+
+
+# The sweep in the interpreter. argv: file, more arguments; the context does not survive an error unless they resume.
+SWEEP = """
+import sys
+from adapterkern.kernels.tiles import Tiles
+from bench import sweep
+sweep.CANDIDATES["slice_tiles"] = (Tiles(48, 32, 4, 1), Tiles(16, 32, 4, 1))
+sweep._alive = lambda device: "--resume" in sys.argv
+small = ["-T", "16", "-d", "128", "-r", "16", "--device", "cpu", "--rounds", "1", "--kernel", "slice_tiles"]
+sys.exit(sweep.main([*small, "--json", *sys.argv[1:]]))
+"""
+
+
+def test_a_candidate_that_raises_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+
+    def sweep(*more: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-c", SWEEP, path, *more]
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+        assert done.returncode == (0 if more else CONTEXT_LOST), done.stderr
+        return json.loads(path.read_text())
+
+    stopped = sweep()
+    assert ["us" in row for row in stopped] == [True, False]
+    assert "Error" in stopped[1]["error"]  # no power of two
+    whole = sweep("--resume")
+    assert whole[:2] == stopped
+    assert ["us" in row for row in whole] == [True, False, True]
 
 
 def a_run(tmp_path: Path, seconds: float = 60.0) -> Run:

@@ -58,7 +58,7 @@ def first(call: Call) -> list[Step]:
         Step("correctness", 50, lambda: [
             Command(call.pytest(tests[0], "-k", CORRECT)), Command(call.module("bench.gpu.check")),
         ]),
-        _timed(call, "adapter", 90),
+        _timed(call, "adapter", 100),
         _timed(call, "optimizer", 35),
         Step("kernels", 20, lambda: [Command(_profiled(call, "--kernels"))]),
         Step("profile", 45, lambda: [Command(["ncu", *_ncu(), *_profiled(call)])], tool="ncu"),

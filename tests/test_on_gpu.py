@@ -15,7 +15,7 @@ import torch
 
 from bench import adapter, before, optimizer, report
 from bench import step as training_step
-from bench.gpu import carried, measured, runner
+from bench.gpu import carried, measured, runner, steps
 from bench.gpu.runner import Command, Run, Step
 from bench.sweep import CONTEXT_LOST
 
@@ -64,10 +64,11 @@ def test_the_first_call_rehearsed(tmp_path: Path) -> None:
     assert all({"eager autocast", "eager pure", "ours", "ours bare", "ours before", "copy"} == names for names in main)
     assert any("torch.compile" in names for names in measured.values())
     assert all("ours" in names for names in variants(files["optimizer.json"], tmp_path).values())
-    steps = variants(files["step.json"], tmp_path)
-    assert len(steps) == 2
-    assert all({"frozen backbone", "eager adapters", "ours"} <= names for names in steps.values())
+    whole = variants(files["step.json"], tmp_path)
+    assert len(whole) == 2
+    assert all({"frozen backbone", "eager adapters", "ours"} <= names for names in whole.values())
     assert json.loads(files["compile.json"])["variants"] == 1
+    assert "compiled beforehand: 0 of 1 variants" in said
     assert "stand-in for ncu" in files["profile.log"].decode()
     assert "19.98" in said  # LitGPT's figures stand beside ours
     assert "ours before: error" in files["correctness.log"].decode()
@@ -137,7 +138,7 @@ def test_a_bad_step_loses_nothing_and_stops_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(runner, "GRACE", 0.2)
     run = a_run(tmp_path)
     hanging = shell("trap '' INT; echo hung > work/hung.txt; sleep 60 & echo $! > work/pid; wait; sleep 60")
-    steps = [
+    tried = [
         Step("good", 5, lambda: [shell("echo 1 > work/good.txt")], 0),
         Step("failing", 5, lambda: [shell("exit 7"), shell("echo 2 > work/after.txt")], 0),
         Step("hanging", 1, lambda: [hanging, shell("echo 3 > work/never.txt")], 0),
@@ -148,7 +149,7 @@ def test_a_bad_step_loses_nothing_and_stops_nothing(tmp_path: Path, monkeypatch:
         Step("last", 5, lambda: [shell("echo 4 > work/last.txt; mkdir -p cache/x; touch cache/x/__grp__k.json")], 0),
     ]
     start = time.monotonic()
-    for step in steps:
+    for step in tried:
         run.do(step)
         assert list(runner.outcomes(run.archive))[-1] == step.name  # written after every one
     assert time.monotonic() - start < 30
@@ -266,8 +267,9 @@ def test_a_carried_variant_is_found_by_another_process_elsewhere(tmp_path: Path)
 LISTED = """
 import sys
 sys.path[:0] = ["tests"]
-import pytest, test_gpu
+import pytest, test_gpu, torch
 from bench.gpu import variants
+torch.cuda.is_available = lambda: True  # a GPU that nothing may touch
 marks = [m.args for m in test_gpu.test_shapes.pytestmark if m.name == "parametrize"]
 shapes = next(values for names, values in marks if names == ("T", "d", "r"))
 assert set(shapes) == set(variants.TEST_SHAPES), set(shapes) ^ set(variants.TEST_SHAPES)
@@ -288,6 +290,12 @@ def test_what_is_compiled_beforehand_covers_the_tests_shapes_and_the_candidates(
     assert {"forward_kernel", "slice_kernel", "hidden_kernel", "_prepare_kernel"} <= set(kernels)
 
 
+@pytest.mark.parametrize("pair", ["slice_tile=64,128,8,3", "slice_tiles=64,128", "slice_tiles=a,b,c,d", "NAME"])
+def test_an_ab_that_nothing_reads_is_refused(pair: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected .*, got"):
+        steps.Call(tmp_path, tmp_path, rehearse=True, ab=[pair])
+
+
 def test_every_planned_variant_is_known() -> None:
     """What a rehearsal leaves out, too: on a GPU an unknown name would cost its step."""
     cuda = torch.device("cuda", 0)
@@ -299,9 +307,9 @@ def test_every_planned_variant_is_known() -> None:
         assert list(adapter._ways(names, weights, torch.bfloat16, None)) == list(names)
     ((case, ways),) = measured.plan("optimizer", cuda, False, ())
     assert set(ways) <= set(optimizer.names(case, cuda))
-    steps = measured.plan("step", cuda, False, ())
-    assert [(c.shape["batch"], c.shape["length"]) for c, _ in steps] == [(4, 1024), (1, 1304)]
-    assert all(set(ways) <= set(training_step.names(case, cuda)) for case, ways in steps)
+    whole = measured.plan("step", cuda, False, ())
+    assert [(c.shape["batch"], c.shape["length"]) for c, _ in whole] == [(4, 1024), (1, 1304)]
+    assert all(set(ways) <= set(training_step.names(case, cuda)) for case, ways in whole)
 
 
 def test_a_folder_made_for_another_triton_is_warned_of(tmp_path: Path) -> None:

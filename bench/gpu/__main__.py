@@ -64,7 +64,10 @@ def _measure(args: argparse.Namespace, folder: Path) -> int:
     ab = getattr(args, "ab", [])
     if args.rehearse and args.command == "second" and not ab:
         ab = ["slice_tiles=16,32,8,1", "ADAPTERKERN_REHEARSED=1"]
-    call = steps.Call(work, brought, args.rehearse, ab)
+    try:
+        call = steps.Call(work, brought, args.rehearse, ab)
+    except ValueError as error:
+        sys.exit(f"sh bench/on_gpu.sh {args.command}: {error}")
     patience = steps.PATIENCE if args.rehearse else 1
     run = Run(
         work, out, args.seconds * patience, before.ROOT, _environment(folder, brought, args.rehearse), summary.text

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -39,8 +40,6 @@ def _adapter(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
 
 
 def _beside(case: Any) -> Any:
-    import dataclasses
-
     return dataclasses.replace(case, name=f"{case.name}, beside torch.compile")
 
 

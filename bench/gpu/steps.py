@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from bench.gpu import carried
 from bench.gpu.runner import Command, Step
 from bench.sweep import CONTEXT_LOST
+from bench.tiling import TABLES, parse
 
 SMALL = ("-T", "64", "-d", "128", "-r", "16", "--device", "cpu")
 # nothing counts without these
@@ -27,10 +29,16 @@ class Call:
     rehearse: bool
     ab: Sequence[str] = ()  # TABLE=TILES side by side in one process, NAME=VALUE of the environment in one each
 
+    def __post_init__(self) -> None:
+        for pair in self.ab:
+            if pair in self.tiles:
+                parse(pair)
+            elif not re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", pair):
+                expected = f"one of {', '.join(TABLES)} or an environment variable's name, and =VALUE"
+                raise ValueError(f"--ab: expected {expected}, got {pair!r}")
+
     @property
     def tiles(self) -> list[str]:
-        from bench.tiling import TABLES
-
         return [pair for pair in self.ab if pair.partition("=")[0] in TABLES]
 
     @property

@@ -16,7 +16,7 @@ OURS = ("ours", "ours bare", "ours before")
 
 def text(work: Path) -> str:
     """Every table that there is, the headline first; a case of our own kernels alone is one line."""
-    parts = [probe(work / "probe.json")]
+    parts = [probe(work / "probe.json"), compiled(work / "compile.json")]
     for name in ("adapter", "step", "optimizer"):
         parts += timed(work / f"{name}.json")
     parts += [sweep(work / "sweep.json"), *(t for path in sorted(work.glob("ab*.json")) for t in timed(path))]
@@ -30,6 +30,15 @@ def probe(path: Path) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
     lines = [f"{found['device']}; {versions}; {found['extension']}; {found['carried_kernels']} kernels carried"]
     return "\n".join([*lines, *(f"warning: {w}" for w in found["warnings"])])
+
+
+def compiled(path: Path) -> str:
+    """What the carried cache had of the variants that the call launches."""
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    there = f"compiled beforehand: {found['hits']} of {found['variants']} variants"
+    return f"{there}; {found['seconds']} s for the others and {found['launchers']} launchers"
 
 
 def timed(path: Path) -> list[str]:

@@ -146,6 +146,7 @@ def _standing_in(found: dict[tuple[Any, ...], Compilation]) -> Iterator[list[boo
     properties = types.SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9, minor=0)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
+            (torch.cuda, "is_available", lambda: False),  # where there is one, fake tensors would wake it
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

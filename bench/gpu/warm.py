@@ -89,7 +89,7 @@ def _load_libcuda(folder: Path) -> None:
         ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
         return
     except OSError:
-        pass
+        pass  # no driver
     texts = [(Path(nvidia.__file__).parent / name).read_text() for name in ("driver.c", "driver.py")]
     names = sorted({name for text in texts for name in re.findall(r"\bcu[A-Z]\w+", text)})
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", type=int, help="no more than so many variants")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the workers are forked, and nothing here launches
     start = time.monotonic()
     work = compilations(of_call(args.call, args.ab))[: args.only]
     listed = round(time.monotonic() - start, 1)

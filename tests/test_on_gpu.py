@@ -264,6 +264,30 @@ def test_a_carried_variant_is_found_by_another_process_elsewhere(tmp_path: Path)
     assert {"hits": 1, "misses": 0, "launchers": 0}.items() <= warm(elsewhere, tmp_path / "there").items()
 
 
+CRASHING = """
+import os
+from types import SimpleNamespace
+from bench.gpu import warm
+
+def compiled(i):
+    if i == 1:
+        os.abort()
+    return i, False, True, ""
+
+warm._compile, warm._load_libcuda = compiled, lambda folder: None
+kernel = SimpleNamespace(fn=lambda: None)
+done = warm.warm([SimpleNamespace(kernel=kernel, optional=i == 1) for i in range(4)], 2)
+assert done["misses"] == 4 and done["launchers"] == 3, done
+assert [(f["error"], f["optional"]) for f in done["failed"]] == [("the compiler crashed", True)], done
+"""
+
+
+def test_a_compiler_that_crashes_costs_one_variant() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CRASHING], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 LISTED = """
 import sys
 sys.path[:0] = ["tests"]

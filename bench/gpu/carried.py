@@ -190,13 +190,20 @@ def _cache(folder: Path, processes: int) -> str:
         cache = Path(name)
         if (folder / CACHE).is_file():
             unpack_cache(folder / CACHE, cache)
-        said = []
+        said, failed = [], []
         for call in ("first", "second"):
             report = cache / f"{call}.json"
             command = [sys.executable, "-m", "bench.gpu.warm", call, "--processes", str(processes), "--json", report]
             found = {**os.environ, **environment(folder, cache), "TRITON_INTERPRET": "0"}
-            subprocess.run(command, cwd=ROOT, env=found, check=True, capture_output=True)
-            done = json.loads(report.read_text())
-            said.append(f"{call}: {done['variants']} variants, {done['hits']} there, in {done['seconds']} s")
-            said += [f"{len(done['failed'])} candidates do not compile"] * bool(done["failed"])
-        return f"{'; '.join(said)}; {pack_cache(cache, folder / CACHE) / 2**20:.1f} MiB packed"
+            done = subprocess.run(command, cwd=ROOT, env=found, check=False, capture_output=True, text=True)
+            if not report.is_file():
+                raise RuntimeError(f"{call}: exit {done.returncode}\n{done.stderr[-2000:]}")
+            made = json.loads(report.read_text())
+            said.append(f"{call}: {made['variants']} variants, {made['hits']} there, in {made['seconds']} s")
+            candidates = sum(f["optional"] for f in made["failed"])
+            said += [f"{candidates} candidates do not compile"] * bool(candidates)
+            failed += [f"{f['kernel']}: {f['error']}" for f in made["failed"] if not f["optional"]]
+        said.append(f"{pack_cache(cache, folder / CACHE) / 2**20:.1f} MiB packed")
+        if failed:  # what does compile is packed all the same
+            raise RuntimeError("\n".join(["; ".join(said), *failed]))
+        return "; ".join(said)

@@ -6,6 +6,7 @@ the same cache; where no driver is installed a stand-in for libcuda lets it link
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -15,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,31 @@ def warm(work: Sequence[Compilation], processes: int) -> dict[str, Any]:
     done: dict[str, Any] = {"variants": len(work), "hits": 0, "misses": 0, "launchers": 0, "failed": []}
     with tempfile.TemporaryDirectory() as folder:
         _load_libcuda(Path(folder))
-        # the largest first would be better, and nobody knows which they are
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-            for job in as_completed([pool.submit(_compile, i) for i in range(len(work))]):
-                i, hit, launcher, error = job.result()
-                done["hits" if hit else "misses"] += 1
-                done["launchers"] += launcher
-                if error:
-                    name = work[i].kernel.fn.__name__
-                    done["failed"].append({"kernel": name, "error": error, "optional": work[i].optional})
+        for i, hit, launcher, error in _compiled(processes):
+            done["hits" if hit else "misses"] += 1
+            done["launchers"] += launcher
+            if error:
+                name = work[i].kernel.fn.__name__
+                done["failed"].append({"kernel": name, "error": error, "optional": work[i].optional})
     os.environ.pop("TRITON_LIBCUDA_PATH", None)
     return done | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _compiled(processes: int) -> Iterator[tuple[int, bool, bool, str]]:
+    """What `_compile` says of each variant, as they are done. A compiler that crashes costs its own alone."""
+    context = multiprocessing.get_context("fork")
+    left = dict.fromkeys(range(len(_work)))
+    with ProcessPoolExecutor(processes, mp_context=context) as pool, contextlib.suppress(BrokenProcessPool):
+        for job in as_completed([pool.submit(_compile, i) for i in left]):
+            result = job.result()
+            del left[result[0]]
+            yield result
+    for i in left:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                yield pool.submit(_compile, i).result()
+            except BrokenProcessPool:
+                yield i, False, False, "the compiler crashed"
 
 
 def _compile(i: int) -> tuple[int, bool, bool, str]:

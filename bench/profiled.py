@@ -71,4 +71,4 @@ def _print_kernels(step: Callable[[], Any], on_gpu: bool) -> None:
         [name[:60], f"{len(each) / STEPS:g}", f"{statistics.median(each):.1f}", f"{sum(each) / STEPS:.1f}"]
         for name, each in by_total
     ]
-    print(table(["launch", "a step", "median µs", "µs a step"], rows))
+    print(table(["launch", "per step", "median µs", "µs per step"], rows))

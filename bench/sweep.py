@@ -26,16 +26,16 @@ from bench.tiling import TABLES, replaced
 CONTEXT_LOST = 3  # the exit status: call again with --resume
 # At most ten for each kernel, by expectation; (BT, BD, warps, stages). The present table's come first in any case.
 # Whatever an SM loads counts against L2 → SM bandwidth, and weights are loaded once per row tile: 2r/BT units, 2.0 at
-# 64 rows of r = 64 and 1.0 at 128, beside the 3 of x and y. BD and warps trade registers for instructions an element.
+# 64 rows of r = 64 and 1.0 at 128, beside the 3 of x and y. BD and warps trade registers for instructions per element.
 _ROW_TILES = (
     Tiles(64, 64, 4, 4),  # the table of 193c92f
-    Tiles(128, 64, 8, 3),  # half the weights' reads, the same registers a thread
+    Tiles(128, 64, 8, 3),  # half the weights' reads, the same registers per thread
     Tiles(128, 64, 8, 4),  # and one more tile in flight
-    Tiles(128, 64, 4, 3),  # as wgmma likes it best: one warp group, 64 accumulators a thread
+    Tiles(128, 64, 4, 3),  # as wgmma likes it best: one warp group, 64 accumulators per thread
     Tiles(64, 64, 4, 3),  # 16 KB less: one block more on an SM
     Tiles(64, 128, 4, 3),  # half the steps of the loop
     Tiles(128, 128, 8, 2),  # both
-    Tiles(64, 64, 8, 4),  # half the registers a thread
+    Tiles(64, 64, 8, 4),  # half the registers per thread
     Tiles(64, 32, 4, 4),  # the most blocks on an SM
 )
 CANDIDATES: dict[str, tuple[Tiles, ...]] = {
@@ -43,11 +43,11 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
     "hidden_tiles": _ROW_TILES,
     "slice_tiles": (
         Tiles(32, 128, 8, 3),  # the table of 193c92f
-        Tiles(64, 128, 8, 2),  # 20 instructions an element where 32 rows take 52, in the prototype's SASS
+        Tiles(64, 128, 8, 2),  # two stages: 50 KB less shared memory
         Tiles(64, 128, 8, 3),
         Tiles(64, 64, 8, 3),  # half the sums in registers, twice the slices: dz is read twice as often
         Tiles(64, 64, 4, 3),
-        Tiles(128, 64, 8, 2),  # the fewest barriers an element
+        Tiles(128, 64, 8, 2),  # the fewest barriers per element
         Tiles(32, 128, 8, 4),
         Tiles(32, 64, 8, 4),
         Tiles(32, 64, 4, 4),  # two blocks on an SM

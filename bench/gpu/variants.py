@@ -26,7 +26,7 @@ from bench.sweep import candidates
 
 TARGET = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132
-ALL, NOT_X = (True,) * 7, (False, *(True,) * 6)
+ALL, NOT_X, ONLY_X = (True,) * 7, (False, *(True,) * 6), (True, *(False,) * 6)
 LOW = ("bfloat16", "float16", "float32")
 TEST_SHAPES = ((1, 4096, 64), (37, 576, 16), (129, 577, 59), (9000, 2048, 32), (300, 5120, 128), (520, 1024, 256),
                (70, 300, 512))  # fmt: skip
@@ -79,6 +79,7 @@ def tests() -> list[Call]:
     calls += [Call(300, 1024, 64, "float32", tf32=tf32, needed=None) for tf32 in (False, True)]
     calls += [Call(5000, 1024, 64), Call(3000, 1024, 64), Call(300, 512, 32), Call(200, 512, 32, needed=NOT_X)]
     calls += [Call(2**19 + 100, 4096, 16, needed=None), Call(20000, 1280, 48, needed=None)]
+    calls += [Call(T, 512, 32, needed=needed) for T in (200, 300) for needed in (None, ONLY_X)]  # frozen weights
     calls += [Call(400, 256, 16, dtype, needed=n) for dtype in ("bfloat16", "float32") for n in (ALL, NOT_X)]
     return [*calls, *sanitized()]
 

@@ -30,7 +30,9 @@ from bench import sass
 ADAPTER_DIMS = (16, 32, 64, 128, 256)
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
+}  # fmt: skip
 ALL = Needed(*[True] * 7)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
@@ -119,6 +121,7 @@ def adapter_launches(
     needed: Needed = ALL,
     sms: int = 132,
     wide: bool = True,
+    pdl: bool | None = None,
     device: str = "meta",
 ) -> list[Launch]:
     """Every launch of one forward and backward with fp32 parameters, weight preparation included."""
@@ -133,7 +136,13 @@ def adapter_launches(
     index = torch.empty(max(1, rows // 512), dtype=torch.int64, device=device) if grouped else None
     vec = 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
     R = padded_adapter_dim(r)
-    common = {"activation": activation, "precision": "ieee", "vec": vec, "sms": sms, "pdl": wide}
+    common = {
+        "activation": activation,
+        "precision": "ieee",
+        "vec": vec,
+        "sms": sms,
+        "pdl": wide if pdl is None else pdl,
+    }
     with recorded_launches() as launches:
         prepared = prepare(params, compute)
         tiles = forward_tiles(compute.itemsize, R, wide)
@@ -147,10 +156,11 @@ def adapter_launches(
     return launches
 
 
-def variants(d: int, r: int, dtype: torch.dtype, wide: bool) -> list[Launch]:
-    """A launch of each variant that this shape can run: fused and split forward, backward x-free or not."""
-    launches = adapter_launches(d, r, dtype, wide=wide) + adapter_launches(d, r, dtype, x_free=True, wide=wide)
-    launches += adapter_launches(d, r, dtype, rows=16, wide=wide)
+def variants(d: int, r: int, dtype: torch.dtype, sm: int) -> list[Launch]:
+    """A launch of each variant that ``sm`` can run of this shape: fused and split forward, backward x-free or not."""
+    how = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90}
+    launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, x_free=True, **how)
+    launches += adapter_launches(d, r, dtype, rows=16, **how)
     return list({launch.variant: launch for launch in launches}.values())
 
 
@@ -201,7 +211,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("-r", type=int, nargs="+", default=ADAPTER_DIMS)
     parser.add_argument("-d", type=int, nargs="+", default=HIDDEN_SIZES)
-    parser.add_argument("--sm", type=int, nargs="+", default=tuple(SHARED_LIMIT))
+    parser.add_argument("--sm", type=int, nargs="+", default=(80, 90, 100))
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args(argv)
@@ -210,7 +220,7 @@ def main(argv: list[str]) -> None:
     print(f"triton {triton.__version__}, {args.dtype}")
     print("   r     d   sm kernel                  registers stack  shared warps wgmma   mma cp.async")
     for r, d, sm in itertools.product(args.r, args.d, args.sm):
-        for launch in variants(d, r, getattr(torch, args.dtype), wide=sm >= 90):
+        for launch in variants(d, r, getattr(torch, args.dtype), sm):
             if args.kernel not in launch.name:
                 continue
             c = compile_launch(launch, sm)

@@ -83,6 +83,25 @@ def test_error_table(distribution: str, dtype: torch.dtype, sms: int, monkeypatc
     check_within_twice_eager(*draw(distribution, dtype))
 
 
+@pytest.mark.parametrize("sms", [2, 64], ids=["fused", "split"])
+def test_rows_whose_squares_overflow(sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_sms(monkeypatch, sms)
+    _, w, dy = draw("normal", torch.bfloat16)
+    check_within_twice_eager((1e18 * (torch.randn(T, D) + 3)).bfloat16(), w, dy)
+
+
+@pytest.mark.parametrize("sms", [2, 64], ids=["fused", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_sms(monkeypatch, sms)
+    x, w, dy = draw("normal", dtype)
+    x[5, 100], x[9, 0], x[66], dy[20, 3] = float("nan"), float("inf"), float("-inf"), float("nan")
+    for ours, theirs in zip(value_and_grads(x, w, dy)[:2], value_and_grads(x, w, dy, fused=False)[:2], strict=True):
+        finite = theirs.isfinite().all(1)
+        assert torch.equal(ours.isfinite().all(1), finite)
+        assert relative_error(ours[finite], theirs[finite].double()) < 8 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", X_FREE)
 def test_error_table_x_free(distribution: str, dtype: torch.dtype) -> None:

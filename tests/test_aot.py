@@ -40,11 +40,13 @@ def test_columns_are_shared_where_that_costs_the_busiest_sm_less(
         (2048, 128, 100, torch.bfloat16),
         (5120, 32, 80, torch.bfloat16),
         (577, 20, 90, torch.float32),
+        (4096, 512, 86, torch.bfloat16),  # 99 KiB of shared memory, as on sm_89
+        (4096, 512, 120, torch.bfloat16),  # the same, with early launches
     ],
     ids=str,
 )
 def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dtype: torch.dtype) -> None:
-    for variant in aot.variants(d, r, dtype, wide=sm >= 90):
+    for variant in aot.variants(d, r, dtype, sm):
         c = aot.compile_launch(variant, sm)
         assert c.stack == 0, c
         assert c.shared <= aot.SHARED_LIMIT[sm], c
@@ -81,7 +83,7 @@ PER_ELEMENT = {
 def test_the_loops_over_rows_and_columns_wait_for_no_load_and_stay_short() -> None:
     """In the machine code: every load of a loop that makes a product is asynchronous, and no loop grows by a tenth."""
     found = {}
-    for variant in aot.variants(4096, 64, torch.bfloat16, wide=True):
+    for variant in aot.variants(4096, 64, torch.bfloat16, 90):
         c, constants = aot.compile_launch(variant, 90), dict(variant.constants)
         loops = [loop for loop in c.loops if loop.wgmma + loop.mma]
         for loop in [*loops, *(loop for loop in c.loops if loop.async_loads)]:

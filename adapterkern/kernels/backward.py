@@ -184,8 +184,8 @@ def backward(
     with_h = needed.up_weight or (x_free and (needed.x or with_g))
     folded = with_dz and x.dtype == z.dtype == torch.bfloat16
     direct = folded and not x_free
-    if not direct:
-        tiles = replace(tiles, BT=min(tiles.BT, 32))
+    if not direct and (needed.x or with_g):  # x goes through registers
+        tiles = replace(tiles, BT=min(tiles.BT, 32), BD=16 if x_free and R == 512 else tiles.BD)
 
     sequences = 1 if index is None else index.numel()
     S = T // sequences
@@ -221,12 +221,13 @@ def backward(
                 dy, index, z, mean, rstd, p, rows, dx, tile0=hidden0, n_tiles=of_chunk,
                 activation=activation, precision=precision, tiles=row_tiles, sms=sms, pdl=pdl,
             )  # fmt: skip
-        for outputs in passes:
+        for i, outputs in enumerate(passes):
+            after_ours = i > 0 or with_dz or with_h
             slice_kernel[(slices, shares, n)](
                 dy, x, order, bounds, rows.dz, rows.h, mean, rstd, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
                 p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, S,
                 x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, num_warps=tiles.num_warps,
-                **shape, **tiles.blocks, **early_launch(pdl),
+                **shape, **tiles.blocks, **early_launch(pdl and after_ours),
             )  # fmt: skip
 
     grads = [

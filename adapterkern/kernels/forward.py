@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, dot, follow, narrow, tile_rows
+from .primitives import activate, dot, follow, narrow, partial_stages, tile_rows
 from .tiles import Tiles, ceil_div, column_split, early_launch, multiprocessors
 from .weights import Prepared
 
@@ -54,7 +54,7 @@ def _block_moments(x, m_d, n):
 
 @triton.jit
 def _shift(mean, m2, n, X: tl.constexpr):
-    return narrow(tl.where(mean * mean * n > 16 * m2, mean, 0.0), X).to(tl.float32)
+    return narrow(tl.where(mean * mean > 16 * (m2 / n), mean, 0.0), X).to(tl.float32)
 
 
 @triton.jit
@@ -99,7 +99,8 @@ def _project_plain(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, B
         squares += tl.sum(x * x, 2)
     n = tl.maximum(hi - lo, 1).to(tl.float32)
     mean = tl.sum(total, 1) / n
-    return acc, mean, tl.maximum(tl.sum(squares, 1) - mean * mean * n, 0.0)
+    m2 = tl.sum(squares, 1) - mean * mean * n
+    return acc, mean, tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def forward_kernel(
         shift = zero
         if PLAIN:
             acc, mean, m2 = _project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
-            if tl.max((mean * mean * d > 256 * m2).to(tl.int32), 0) > 0:
+            if tl.max(tl.where(mean * mean <= 256 * (m2 / d), 0, 1), 0) > 0:  # of a NaN too
                 acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         else:
             acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
@@ -241,8 +242,8 @@ def forward_partial_kernel(
         hi = tl.minimum(lo + width * BD, d)
         p_a += e * BR * D
         if PLAIN:
-            # The same choice in every split of a tile, which share s.
-            if tl.max(tl.abs(shift), 0) == 0:
+            # The same choice in every split of a tile, which share s. The bound keeps Σx² finite.
+            if tl.max(tl.where((shift == 0) & (m2 + mean * mean * n < 1e30), 0, 1), 0) == 0:
                 acc, mean, m2 = _project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
             else:
                 acc, shift, mean, m2 = _project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
@@ -312,7 +313,7 @@ def forward_finish_kernel(
         mean, m2 = zero, zero
         count = 0.0
         shift = tl.load(p_moments + i_t, mask=m_t, other=0)  # the same in every split
-        for k in tl.range(0, splits, num_stages=STAGES):
+        for k in tl.range(0, splits, num_stages=partial_stages(STAGES, BT, BR)):
             row = tl.cast(k, tl.int64) * T + i_t
             acc += tl.load(p_acc + (row * BR)[:, None] + o_r[None, :], mask=m_t[:, None], other=0)
             p_m = p_moments + tl.cast(k, tl.int64) * 3 * T + i_t

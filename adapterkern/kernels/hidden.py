@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, activate_grad, dot, follow, narrow, tile_rows
+from .primitives import activate, activate_grad, dot, follow, narrow, partial_stages, tile_rows
 from .tiles import Tiles, column_split, early_launch
 from .weights import Prepared
 
@@ -124,7 +124,7 @@ def hidden_kernel(
             if p_dh is not None:
                 dh = tl.zeros((BT, BR), tl.float32)
                 o_part = (i_t - tile0 * BT)[:, None] * BR + o_r[None, :]
-                for k in tl.range(0, splits, num_stages=STAGES):
+                for k in tl.range(0, splits, num_stages=partial_stages(STAGES, BT, BR)):
                     dh += tl.load(p_dh + tl.cast(k, tl.int64) * rows * BR + o_part, mask=m_t[:, None], other=0)
             else:
                 dh = _product(p_rows, p_w + e * BR * D, m_t, 0, d, d, BT, BR, BD, PRECISION, STAGES)
@@ -145,7 +145,8 @@ def hidden_kernel(
             c2 = tl.sum(dz * (z - tl.load(p_c + e * BR + o_r)[None, :]), 1) / d
             if p_worst is not None:
                 c2 = -rstd * c2
-                tl.store(p_worst + tile, tl.max(mean * mean * rstd * rstd, 0))
+                in_deviations = mean * rstd
+                tl.store(p_worst + tile, tl.max(in_deviations * in_deviations, 0))
             if p_q is not None:
                 tl.store(p_q + tile * BR + o_r, tl.sum(dz * mean[:, None], 0))
             tl.store(p_dz + o_tr, b_dz, mask=m_t[:, None])

@@ -27,6 +27,12 @@ def follow(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.constexpr_function
+def partial_stages(stages: int, rows: int, columns: int) -> int:
+    """Stages of a loop over fp32 partial sums (rows, columns): 128 KiB, the one in use included."""
+    return max(1, min(stages, 2**17 // (4 * rows * columns)))
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b, accumulated in fp32. PRECISION is Triton's input precision and matters for fp32 operands only."""

@@ -54,9 +54,11 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     R = 128 on, where they outweigh x. Below, 64 rows keep one launch at T = 8192 (128 tiles on 132 SMs).
     """
     if itemsize == 4:
-        return Tiles(32, 32, 8 if R >= 256 else 4, 2)
-    if R >= 256:
-        return Tiles(64 if wide and R == 256 else 32, 64 if wide and R == 256 else 32, 8, 3)
+        return Tiles(16, 16, 8, 2) if R == 512 else Tiles(32, 32, 8 if R == 256 else 4, 2)
+    if R == 512:
+        return Tiles(32, 32, 8, 3 if wide else 2)
+    if R == 256:
+        return Tiles(64, 64, 8, 3) if wide else Tiles(32, 32, 8, 3)
     if R == 128:
         return Tiles(128 if wide else 64, 64, 8, 3 if wide else 2)
     return Tiles(64, 64, 4, 4 if wide else 3)
@@ -65,8 +67,8 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 @lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's first kernel: the forward's, but where z and an fp32 dz would leave registers."""
-    if itemsize == 2 and R == 512 and wide:
-        return Tiles(16, 32, 8, 3)
+    if itemsize == 2 and R == 512:
+        return Tiles(16, 32, 8, 3 if wide else 2)
     if itemsize == 2 and R == 256:
         return Tiles(32, 64, 8, 3 if wide else 2)
     if itemsize == 2 and R == 128:

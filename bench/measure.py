@@ -119,10 +119,16 @@ class EventTimer:
 
 
 def copy_variant(nbytes: int, device: torch.device) -> Variant:
-    """Reads half of ``nbytes`` and writes the other half."""
-    source = torch.ones(nbytes // 2, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return Variant(COPY, lambda: target.copy_(source))
+    """Reads half of ``nbytes`` and writes the other half, each call on a GPU elsewhere than the last."""
+    sets = max(2, min(8, 2**30 // nbytes)) if device.type == "cuda" else 1
+    sources = [torch.ones(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(sets)]
+    turns = itertools.cycle([(torch.zeros_like(source), source) for source in sources])
+
+    def copy() -> object:
+        target, source = next(turns)
+        return target.copy_(source)
+
+    return Variant(COPY, copy)
 
 
 def interleave(

@@ -15,7 +15,7 @@ import torch
 
 from bench import adapter, before, optimizer, report
 from bench import step as training_step
-from bench.gpu import carried, measured, runner, steps
+from bench.gpu import carried, measured, runner, steps, summary
 from bench.gpu.runner import Command, Run, Step
 from bench.sweep import CONTEXT_LOST
 
@@ -87,10 +87,10 @@ def test_the_second_call_rehearsed(tmp_path: Path) -> None:
         (kernel, table) for kernel in ("forward_tiles", "hidden_tiles", "slice_tiles") for table in (True, False)
     ]
     assert all(row["us"] > 0 for row in rows)
-    for name in ("ab.json", "ab-ADAPTERKERN_REHEARSED=1.json"):
+    for name in ("ab.json", "ab-ADAPTERKERN_EARLY_LAUNCH=0.json"):
         (names,) = variants(files[name], tmp_path).values()
         assert names == {"ours bare", "ours bare [slice_tiles=16,32,8,1]", "ours before", "copy"}
-    assert "--tool memcheck --error-exitcode 1" in files["memcheck.log"].decode()
+    assert "--tool memcheck --error-exitcode 99" in files["memcheck.log"].decode()
 
 
 # The sweep in the interpreter. argv: file, more arguments; the context does not survive an error unless they resume.
@@ -165,6 +165,62 @@ def test_a_bad_step_loses_nothing_and_stops_nothing(tmp_path: Path, monkeypatch:
     assert {"good.txt", "after.txt", "hung.txt", "last.txt", "summary.md"} <= set(files)
     assert "never.txt" not in files
     assert ended(int(files["pid"]))  # the children of a killed step go with it
+
+
+def test_without_a_vital_step_nothing_more_is_started(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.do(Step("probe", 5, lambda: [shell("echo no GPU; exit 1")], 0, vital=True))
+    run.do(Step("next", 5, lambda: [shell("touch work/next.txt")], 0))
+    found = [(o.status, o.reason) for o in run.outcomes]
+    assert found == [("failed", "exit 1: no GPU"), ("left out", "probe has failed")]
+    assert not (tmp_path / "work" / "next.txt").exists()
+
+
+def test_a_step_says_what_pytest_counted_and_is_told_its_time(tmp_path: Path) -> None:
+    run = a_run(tmp_path, seconds=100)
+    text = 'echo "== 3 passed, 31 skipped in 2 s =="; echo "$1" > work/seconds.txt'
+    run.do(Step("tests", 200, lambda: [Command(["sh", "-c", text, "sh", "{seconds}"])], 0))
+    assert run.outcomes[0].reason == "3 passed, 31 skipped in 2 s"
+    assert 80 < int((tmp_path / "work" / "seconds.txt").read_text()) <= 85  # what is left of 100, less 15 to end
+
+
+def test_an_archive_that_finds_no_room_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "write_json", full)
+        run.do(Step("good", 5, lambda: [shell("true")], 0))
+    run.do(Step("next", 5, lambda: [shell("true")], 0))
+    assert list(runner.outcomes(run.archive)) == ["good", "next"]
+
+
+def test_a_torn_file_costs_its_own_table_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter.json").write_text('{"benchmarks": [')
+    swept = {"kernel": "slice_tiles", "tiles": "T", "table": True, "us": 7.0}
+    (tmp_path / "sweep.json").write_text(json.dumps([swept]))
+    (tmp_path / "kernels.log").write_text("$ python3\n| launch | µs |\n|---|---|\n| slice | 9 |\n")
+    text = summary.text(tmp_path)
+    assert "adapter.json: no table: JSONDecodeError" in text
+    assert "7.0" in text
+    assert "| slice | 9 |" in text
+
+
+@pytest.mark.parametrize("missing", ["ours bare", "ours before", "copy"])
+def test_a_case_without_one_of_its_variants_still_has_a_line(missing: str) -> None:
+    info: dict[str, Any] = {"error": None, "budget": None}
+    names = [n for n in ("ours", "ours bare", "ours before", "copy") if n != missing]
+    assert report.DASH in summary._line("T=1", {n: report.Entry(n, [2e-6] * 5, info) for n in names})
+
+
+def test_a_cache_that_cannot_be_read_is_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cache.tar.xz").write_bytes(b"no archive")
+    assert carried.unpack_cache(tmp_path / "cache.tar.xz", tmp_path / "cache") == 0
+    assert "cannot be unpacked" in capsys.readouterr().out
+    (tmp_path / carried.MANIFEST).write_text("{")
+    assert "cannot be read" in carried.mismatches(tmp_path)[0]
 
 
 def ended(process: int) -> bool:
@@ -314,10 +370,21 @@ def test_what_is_compiled_beforehand_covers_the_tests_shapes_and_the_candidates(
     assert {"forward_kernel", "slice_kernel", "hidden_kernel", "_prepare_kernel"} <= set(kernels)
 
 
-@pytest.mark.parametrize("pair", ["slice_tile=64,128,8,3", "slice_tiles=64,128", "slice_tiles=a,b,c,d", "NAME"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "slice_tile=64,128,8,3",
+        "slice_tiles=64,128",
+        "slice_tiles=a,b,c,d",
+        "NAME",
+        "FOO=1",
+        "ADAPTERKERN_EARLY_LUNCH=0",
+    ],
+)
 def test_an_ab_that_nothing_reads_is_refused(pair: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected .*, got"):
         steps.Call(tmp_path, tmp_path, rehearse=True, ab=[pair])
+    steps.Call(tmp_path, tmp_path, rehearse=True, ab=["ADAPTERKERN_EARLY_LAUNCH=0", "slice_tiles=64,64,8,2"])
 
 
 def test_every_planned_variant_is_known() -> None:

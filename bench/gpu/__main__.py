@@ -1,4 +1,12 @@
-"""``sh bench/on_gpu.sh prepare|first|second``: see the help of each."""
+"""A GPU for a few minutes: what to prepare, two calls, and one archive of results from each.
+
+1. Here: PYTHON=<an interpreter with the machine's versions of Python, torch and triton> sh bench/on_gpu.sh prepare
+   fills .gpu/, which git ignores: bring it along with the sources. A cache made by other versions is of no use there.
+2. There: sh bench/on_gpu.sh first --out FOLDER, where FOLDER is what comes back from that machine. results.tar.gz in it
+   has every log and figure; the summary is also the end of what is printed. Allow a minute more than --seconds.
+3. There: sh bench/on_gpu.sh second --out FOLDER [--ab ...], with --ab from the first call's kernel times or profile,
+   and --seconds less than what is left.
+"""
 
 import argparse
 import dataclasses
@@ -7,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from bench import before
@@ -25,7 +34,8 @@ exec "$@"
 
 def main(argv: list[str]) -> int:
     """Do what the arguments say; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="sh bench/on_gpu.sh", description=__doc__)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="sh bench/on_gpu.sh", description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="fill the folder that is brought along; needs git, no GPU")
     prepare.add_argument("--old", default=before.COMMIT, metavar="COMMIT", help="the kernels to compare with")
@@ -35,7 +45,7 @@ def main(argv: list[str]) -> int:
     second = commands.add_parser("second", help="block sizes, A/B, memory errors: 4 minutes")
     pairs = "slice_tiles=BT,BD,warps,stages (or another table), or an environment variable"
     second.add_argument("--ab", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=pairs)
-    for call, seconds in ((first, 480), (second, 230)):
+    for call, seconds in ((first, 450), (second, 230)):
         call.add_argument("--out", type=Path, help="where the archive goes; default bench/results/<device>")
         call.add_argument("--seconds", type=float, default=seconds, help="no step starts that cannot fit")
         call.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
@@ -45,14 +55,19 @@ def main(argv: list[str]) -> int:
     args.carried = args.carried.resolve()
     if args.command == "prepare":
         return carried.prepare(args.carried, args.old, args.parts, args.processes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the archive is written on the way out
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # the archive is written on the way out
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         return _measure(args, Path(folder))
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> int:
+    start = time.monotonic()
     out = (args.out or _default_out()).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"sh bench/on_gpu.sh {args.command}: --out: expected a folder that can be made, got {out}: {error}")
     work = folder / "work"
     work.mkdir()
     for warning in carried.mismatches(args.carried):
@@ -63,15 +78,16 @@ def _measure(args: argparse.Namespace, folder: Path) -> int:
         _rehearsed_old(brought)
     ab = getattr(args, "ab", [])
     if args.rehearse and args.command == "second" and not ab:
-        ab = ["slice_tiles=16,32,8,1", "ADAPTERKERN_REHEARSED=1"]
+        ab = ["slice_tiles=16,32,8,1", "ADAPTERKERN_EARLY_LAUNCH=0"]
     try:
         call = steps.Call(work, brought, args.rehearse, ab)
     except ValueError as error:
         sys.exit(f"sh bench/on_gpu.sh {args.command}: {error}")
     patience = steps.PATIENCE if args.rehearse else 1
     run = Run(
-        work, out, args.seconds * patience, before.ROOT, _environment(folder, brought, args.rehearse), summary.text
-    )
+        work, out, args.seconds * patience, before.ROOT, _environment(folder, brought, args.rehearse), summary.text,
+        start,
+    )  # fmt: skip
     for step in {"first": steps.first, "second": steps.second}[args.command](call):
         run.do(dataclasses.replace(step, limit=step.limit * patience))
     print(run.summary()[:SHOWN], f"\n{run.archive}", sep="\n", flush=True)

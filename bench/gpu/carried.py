@@ -9,6 +9,7 @@ manifest.json    versions and commits
 
 import importlib.metadata
 import json
+import lzma
 import os
 import platform
 import shutil
@@ -46,12 +47,16 @@ def mismatches(folder: Path) -> list[str]:
     path = folder / MANIFEST
     if not path.is_file():
         return [f"no {MANIFEST} in {folder.name}/: nothing was prepared, so all is compiled here"]
-    made, here = json.loads(path.read_text()), versions()
+    try:
+        made = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} in {folder.name}/ cannot be read, so nothing is known of what lies there: {error}"]
+    here = versions()
     costs = {"triton": "the cache is useless", "python": "neither the extension nor the launchers load"}
     return [
-        f"prepared for {name} {made[name]}, and this is {version}: {costs.get(name, 'nothing depends on it')}"
+        f"prepared for {name} {made.get(name)}, and this is {version}: {costs.get(name, 'nothing depends on it')}"
         for name, version in here.items()
-        if made[name] != version
+        if made.get(name) != version
     ]
 
 
@@ -74,9 +79,18 @@ def pack_cache(cache: Path, archive: Path) -> int:
 
 
 def unpack_cache(archive: Path, cache: Path) -> int:
-    """Unpack, and let the groups name the files where they now lie; returns how many kernels there are."""
-    with tarfile.open(archive) as tar:
-        tar.extractall(cache, filter="data")
+    """Unpack, and let the groups name the files where they now lie; returns how many kernels there are.
+
+    An archive that cannot be read to its end leaves an empty cache, which costs no more than compiling.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(cache, filter="data")
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        print(f"warning: {archive.name} cannot be unpacked, so all is compiled here: {error}", flush=True)
+        for path in cache.iterdir():
+            shutil.rmtree(path)
     groups = list(cache.glob(f"*/{GROUP}*"))
     for path in groups:
         path.write_bytes(_group(path, lambda name, folder=path.parent: str(folder / name)))
@@ -113,8 +127,11 @@ def place_extension(folder: Path) -> str:
     if extension_loads():
         return "adapterkern._C is there and loads"
     carried = list((folder / "lib").glob("_C*.so"))
-    for path in carried:
-        shutil.copy2(path, ROOT / "adapterkern" / path.name)
+    try:
+        for path in carried:
+            shutil.copy2(path, ROOT / "adapterkern" / path.name)
+    except OSError as error:
+        return f"the carried adapterkern._C finds no place: {error}"
     if carried and extension_loads():
         return "the carried adapterkern._C loads"
     for path in carried:
@@ -160,8 +177,11 @@ def _head() -> str | None:
 
 
 def _old(folder: Path, commit: str) -> str:
-    shutil.rmtree(folder / "old", ignore_errors=True)
-    return before.extract(commit, folder / "old")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        found = before.extract(commit, Path(name) / "old")
+        shutil.rmtree(folder / "old", ignore_errors=True)
+        (Path(name) / "old").rename(folder / "old")
+    return found
 
 
 def _extension(folder: Path) -> str:
@@ -178,9 +198,12 @@ def _extension(folder: Path) -> str:
 
 
 def _liger(folder: Path) -> str:
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", folder]
-    subprocess.run([*command, "-c", "constraints.txt", "liger-kernel"], cwd=ROOT, check=True, capture_output=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        made = Path(name) / "site"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", made]
+        subprocess.run([*command, "-c", "constraints.txt", "liger-kernel"], cwd=ROOT, check=True, capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
     return next(path.name for path in folder.glob("liger_kernel-*"))
 
 

@@ -1,10 +1,12 @@
 """Steps one after another, each with a limit; whatever becomes of one, the archive holds what there is."""
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from adapterkern.files import replacing, write_json, write_text
 
 ARCHIVE = "results.tar.gz"
 LARGEST = 4 << 20  # of a file in the archive, its last bytes
+_COUNTS = re.compile(r"\b\d+ (?:passed|failed|skipped|error)")  # pytest's last line
 GRACE = 5  # seconds between asking a step to stop and stopping it
 
 
@@ -36,7 +39,8 @@ class Step:
 
     ``tool`` is a program that it cannot do without. A step that is ``optional`` may be left out for want of time.
     ``commands`` are asked for when the step begins: what an earlier one did may change them, and where there are none
-    ``why_not`` says why.
+    ``why_not`` says why. "{seconds}" among their arguments becomes what the step has, but for what ending takes.
+    Without a step that is ``vital`` none after it is worth a start.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Step:
     tool: str = ""
     optional: bool = False
     why_not: str = "nothing to do"
+    vital: bool = False
 
 
 @dataclasses.dataclass
@@ -69,13 +74,14 @@ class Run:
 
     def __init__(
         self, work: Path, out: Path, seconds: float, root: Path, environment: Mapping[str, str],
-        summarize: Callable[[Path], str],
+        summarize: Callable[[Path], str], start: float | None = None,
     ) -> None:  # fmt: skip
         self.work, self.archive, self.root = work, out / ARCHIVE, root
         self.seconds, self.environment, self.summarize = seconds, dict(environment), summarize
         self.outcomes: list[Outcome] = []
         self.kernels = self._kernels()
-        self.start = time.monotonic()
+        self.start = time.monotonic() if start is None else start
+        self.lost = ""  # the vital step without which nothing more is started
         if self.archive.exists():  # an earlier call's is not this one's to write over
             age = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.archive.stat().st_mtime))
             self.archive.rename(self.archive.with_name(f"results-{age}.tar.gz"))
@@ -87,10 +93,12 @@ class Run:
     def do(self, step: Step) -> None:
         """Run a step, and write the archive whatever happens in it."""
         begin = time.monotonic()
-        limit = min(step.limit, self.left)
+        limit = max(0.0, min(step.limit, self.left))
         status, reason = "killed", "with all that would have followed"
         try:
             status, reason = self._done(step, limit)
+            if step.vital and status != "ok":
+                self.lost = step.name
         except Exception as error:  # of this code: no step is worth the others
             status, reason = "failed", f"{type(error).__name__}: {error}"
         finally:
@@ -99,16 +107,21 @@ class Run:
             compiled = self.kernels - before
             self.outcomes.append(Outcome(step.name, status, round(took, 1), round(limit, 1), reason, compiled))
             print(f"{time.monotonic() - self.start:6.1f} s  {step.name}: {status} {reason}".rstrip(), flush=True)
-            self.save()
+            try:
+                self.save()
+            except OSError as error:  # the next step may find room
+                print(f"warning: the archive is as it was: {error}", flush=True)
 
     def _kernels(self) -> int:
         """How many the Triton cache has."""
         return len(list(Path(self.environment["TRITON_CACHE_DIR"]).glob("*/__grp__*")))
 
     def _done(self, step: Step, limit: float) -> tuple[str, str]:
+        if self.lost:
+            return "left out", f"{self.lost} has failed"
         if limit < step.least:
             status = "left out" if step.optional else "missing"
-            return status, f"{max(limit, 0):.0f} s are left, and it takes at least {step.least:.0f}"
+            return status, f"{limit:.0f} s are left, and it takes at least {step.least:.0f}"
         if step.tool and shutil.which(step.tool, path=self.environment.get("PATH")) is None:
             return "missing", f"no {step.tool} on the path"
         commands = step.commands()
@@ -117,7 +130,8 @@ class Run:
         deadline, statuses = time.monotonic() + limit, []
         with (self.work / f"{step.name}.log").open("ab") as log:
             for command in commands:
-                for argv in self._turns(command):
+                for turn in self._turns(command):
+                    argv = [a.replace("{seconds}", f"{max(5.0, (limit - 15) / len(commands)):.0f}") for a in turn]
                     log.write(f"$ {' '.join(argv)}\n".encode())
                     log.flush()
                     statuses.append(self._finish(argv, {**self.environment, **command.env}, deadline, log))
@@ -129,7 +143,15 @@ class Run:
         again = commands[-1].again_on
         if again is not None and statuses[-1] == 0:
             bad = [s for s in bad if s != str(again)]
-        return ("failed", f"exit {', '.join(bad)}") if bad else ("ok", "")
+        said = self._said(step.name)
+        return ("failed", f"exit {', '.join(bad)}: {said}") if bad else ("ok", said if _COUNTS.search(said) else "")
+
+    def _said(self, name: str) -> str:
+        """What a step's log says last, or what pytest has counted."""
+        lines = (self.work / f"{name}.log").read_text(errors="replace").split("\n")
+        counts = [line for line in lines if _COUNTS.search(line)]
+        last = [line for line in lines if line.strip() and not line.startswith("$ ")]
+        return (counts or last or [""])[-1].strip("= ")[:160]
 
     def _turns(self, command: Command) -> Iterator[list[str]]:
         yield list(command.argv)
@@ -140,7 +162,7 @@ class Run:
         """The exit status, or None if the deadline came first."""
         child = subprocess.Popen(
             argv, cwd=self.root, env=dict(env), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
         try:
             return child.wait(max(0.1, deadline - time.monotonic()))
@@ -179,6 +201,12 @@ class Run:
             figures = f"{o.step:12} {o.status:9} {o.seconds:6.1f} {o.limit:6.1f} {o.compiled:8}"
             lines.append(f"{figures}  {o.reason}".rstrip())
         return "\n".join(lines)
+
+
+def _die_with_parent() -> None:
+    """In the child: if this process is killed outright, its step does not stay on the GPU (Linux, PR_SET_PDEATHSIG)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _signal(group: int, number: int) -> None:

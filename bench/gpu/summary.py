@@ -1,7 +1,7 @@
 """The results of a call on one screen, from the files that its steps have written so far."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import report
@@ -16,11 +16,27 @@ OURS = ("ours", "ours bare", "ours before")
 
 def text(work: Path) -> str:
     """Every table that there is, the headline first; a case of our own kernels alone is one line."""
-    parts = [probe(work / "probe.json"), compiled(work / "compile.json")]
-    for name in ("adapter", "step", "optimizer"):
-        parts += timed(work / f"{name}.json")
-    parts += [sweep(work / "sweep.json"), *(t for path in sorted(work.glob("ab*.json")) for t in timed(path))]
-    return "\n\n".join(p for p in parts if p)
+    tables: list[tuple[Callable[[Path], str], Path]] = [(probe, work / "probe.json"), (compiled, work / "compile.json")]
+    tables += [(timed, work / f"{name}.json") for name in ("adapter", "step", "optimizer")]
+    tables += [(sweep, work / "sweep.json"), *((timed, path) for path in sorted(work.glob("ab*.json")))]
+    tables += [(launched, work / "kernels.log")]
+    return "\n\n".join(filter(None, (_guarded(table_, path) for table_, path in tables)))
+
+
+def _guarded(table_: Callable[[Path], str], path: Path) -> str:
+    """A file that is torn, or lacks what a table needs, costs no other table; the file itself is in the archive."""
+    try:
+        return table_(path)
+    except Exception as error:
+        return f"{path.name}: no table: {type(error).__name__}: {error}"
+
+
+def launched(path: Path) -> str:
+    """What each launch takes: the last table that the step has printed."""
+    if not path.exists():
+        return ""
+    lines = path.read_text(errors="replace").splitlines()
+    return "\n".join([line[:100] for line in lines if line.startswith("|")][:16])
 
 
 def probe(path: Path) -> str:
@@ -41,10 +57,10 @@ def compiled(path: Path) -> str:
     return f"{there}; {found['seconds']} s for the others and {found['launchers']} launchers"
 
 
-def timed(path: Path) -> list[str]:
+def timed(path: Path) -> str:
     """A table for each case of a saved run, and one for all those that only compare ours with ours before."""
     if not path.exists():
-        return []
+        return ""
     run = report.load(path)
     tables, lines = [], []
     for (part, case), entries in run.groups.items():
@@ -55,21 +71,19 @@ def timed(path: Path) -> list[str]:
     if lines:
         tables.append(table(["", *OURS, "bare / before", "% of copy"], lines))
     missing = dict.fromkeys(f"missing: {m['variant']} ({m['case']}): {m['reason'][:120]}" for m in run.data["missing"])
-    return [f"{path.stem}: {table_}" for table_ in tables] + (["\n".join(list(missing)[:8])] if missing else [])
+    return "\n\n".join([*(f"{path.stem}: {table_}" for table_ in tables), "\n".join(list(missing)[:8])]).rstrip()
 
 
 def _line(case: str, entries: dict[str, Entry]) -> list[str]:
     """One case's times, ours bare over ours before, and ours bare as a share of the copy."""
     _, bare, before = OURS
     times = [seconds(entries[n].median) if n in entries and entries[n].valid else DASH for n in OURS]
-    ratio = f"{paired_ratio(entries[bare].times, entries[before].times):.2f}" if before in entries else DASH
-    copy = entries[report.COPY]
-    return [
-        case,
-        *times,
-        ratio,
-        f"{100 * paired_ratio(copy.times, entries[bare].times):.0f}" if bare in entries else DASH,
-    ]
+
+    def over(name: str, to: str, format_: str, scale: int = 1) -> str:
+        both = name in entries and to in entries
+        return format(scale * paired_ratio(entries[name].times, entries[to].times), format_) if both else DASH
+
+    return [case, *times, over(bare, before, ".2f"), over(report.COPY, bare, ".0f", 100)]
 
 
 def kernel_table(entries: Sequence[Entry]) -> str:

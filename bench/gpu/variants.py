@@ -22,6 +22,7 @@ from adapterkern.kernels import launch
 from adapterkern.reference import ACTIVATIONS
 from bench import before, tiling
 from bench.adapter import ROWS
+from bench.gpu.check import SHAPES
 from bench.sweep import candidates
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -103,7 +104,8 @@ def of_call(name: str, tiles: Iterable[str] = ()) -> list[tuple[Any, list[Call]]
     calls = [*headline(), *steps(), *tests()] if name == "first" else [*headline(), *swept(), *sanitized()]
     calls += [Call(T, 4096, 64, tiles=t) for t in tiles for T in (8192, *ROWS)]
     old = before.launch()
-    return [(launch, calls), *([(old, headline())] if old is not None else [])]
+    compared = [*headline(), *(Call(*shape) for shape in SHAPES)]
+    return [(launch, [*calls, *compared]), *([(old, compared)] if old is not None else [])]
 
 
 def compilations(work: Iterable[tuple[Any, Iterable[Call]]]) -> list[Compilation]:

@@ -173,6 +173,7 @@ def slice_kernel(
     G: tl.constexpr = p_g is not None
     U: tl.constexpr = p_u is not None
     DBIAS: tl.constexpr = p_dbias is not None
+    NO_X: tl.constexpr = not (DX or G)
     FOLDED: tl.constexpr = p_worst is not None
     SAFE_BT: tl.constexpr = min(BT, 32)  # what fits the registers where x goes through them
     share = tl.program_id(1)
@@ -211,27 +212,15 @@ def slice_kernel(
         first, last = begin * tl.cdiv(S, BT), end * tl.cdiv(S, BT)
         safe_first, safe_last = begin * tl.cdiv(S, SAFE_BT), end * tl.cdiv(S, SAFE_BT)
         lo, hi = begin * per_sequence, end * per_sequence
-    direct = False
-    if not (DX or G):
+    direct = NO_X
+    if FOLDED and not X_FREE and not NO_X:
+        direct = _may_go_direct(p_worst, p_order, lo, hi, per_sequence)
+    if direct:
         g, u, dbias = _walk(
             p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
             b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
             d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, True, BT, BD, STAGES,
         )  # fmt: skip
-    elif FOLDED and not X_FREE:
-        direct = _may_go_direct(p_worst, p_order, lo, hi, per_sequence)
-        if direct:
-            g, u, dbias = _walk(
-                p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
-                b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
-                d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, True, True, BT, BD, STAGES,
-            )  # fmt: skip
-        else:
-            g, u, dbias = _walk(
-                p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
-                b_a, b_w, bias, g, u, dbias, o_d, safe_first, safe_last, S, stride,
-                d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, True, False, SAFE_BT, BD, STAGES,
-            )  # fmt: skip
     else:
         g, u, dbias = _walk(
             p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,

@@ -104,7 +104,7 @@ def _prepare_kernel(
 
 
 def empty_prepared(down_weight: Tensor, dtype: torch.dtype) -> Prepared:
-    """Uninitialised, for a down projection (n, r, d), or (r, d) for n = 1."""
+    """Uninitialized, for a down projection (n, r, d), or (r, d) for n = 1."""
     r, d = down_weight.shape[-2:]
     n = down_weight.shape[0] if down_weight.dim() == 3 else 1
     R, D = padded_adapter_dim(r), padded_hidden_size(d)

@@ -16,9 +16,9 @@ Folded. In bf16, (1) leaves ζ = ρ·dz rounded instead of dz, and makes c1 and 
     dx = dy + ζ·A + (−c1 − μ·c2) + x·c2           Gᵀ = xᵀ·ζ − qᵀ        q = Σₜ μ·ζ                      (2')
 
 so x and dy go from shared memory into the products without passing through registers: 20 instructions per element
-instead of 52. It cancels where |μ| ≫ σ. (1) leaves each tile's largest (ρμ)², and a program of (2) one of whose rows
-passes 16² takes x − μ, rounded, in place of x (and no q). fp16, which has no room for ρ·dz, and rows of another dtype
-than the products' are not folded.
+instead of 52. It cancels where |μ| ≫ σ. (1) leaves each tile's largest (ρμ)², and where a row of an adapter's chunk
+passes 16², all of that chunk goes with x − μ, rounded, in place of x (and no q), as it always does where x is recovered
+from y. fp16, which has no room for ρ·dz, and rows of another dtype than the products' are not folded.
 
 dy's second read is meant for L2. (1) and (2) therefore alternate over equal chunks of rows, at most one wave of row
 tiles each, and (2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk

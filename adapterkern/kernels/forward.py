@@ -190,7 +190,7 @@ def forward_kernel(
         shift = zero
         if PLAIN:
             acc, mean, m2 = _project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
-            if tl.max(tl.where(mean * mean <= 256 * (m2 / d), 0, 1), 0) > 0:  # of a NaN too
+            if tl.max(tl.where(mean * mean <= 256 * (m2 / d), 0, 1), 0) > 0:  # a NaN counts
                 acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         else:
             acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)

@@ -1,8 +1,8 @@
 """The second of the backward's three kernels: dx and the sums G and U, from one read of x and dy. See backward.py.
 
 A program owns BD columns and every shares-th row tile. Three walks over the same rows: folded and direct, where x and
-dy go from shared memory into the products; folded but centered, where a row's mean outweighs its deviation; and the
-plain equations, for fp16, fp32 and mixed dtypes.
+dy go from shared memory into the products; folded but centered, where a row's mean outweighs its deviation or x is
+recovered from y; and the plain equations, for fp16, fp32 and mixed dtypes.
 """
 
 # mypy: allow-untyped-defs

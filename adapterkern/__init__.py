@@ -6,12 +6,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from adapterkern.modules import Adapter, AdapterConfig
-from adapterkern.ops import adapter
-from adapterkern.optim import ClippedAdamW
+from adapterkern import _moved as _moved
+from adapterkern.model.adapter import Adapter, AdapterConfig
+from adapterkern.ops.operator import adapter
+from adapterkern.optim.clipped_adamw import ClippedAdamW
 
 if TYPE_CHECKING:
-    from adapterkern.llama import LlamaAdapter
+    from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, evaluate, train
 
 __version__ = "0.1.0"
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _NEED_TRAIN_EXTRA = {
-    "LlamaAdapter": "adapterkern.llama",
+    "LlamaAdapter": "adapterkern.model.llama",
     "TrainConfig": "adapterkern.training",
     "evaluate": "adapterkern.training",
     "train": "adapterkern.training",

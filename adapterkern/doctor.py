@@ -7,7 +7,8 @@ import shutil
 
 import torch
 
-from adapterkern import ops, optim
+from adapterkern.ops import operator
+from adapterkern.optim import clipped_adamw
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
 _TRAIN_EXTRA = _PACKAGES[2:]
@@ -35,7 +36,7 @@ def report() -> list[str]:
     if len(devices) == 1:
         lines.append(f"  no CUDA       {_why_no_cuda()}")
 
-    for title, backend in (("fused adapter", ops.backend), ("ClippedAdamW", optim.backend)):
+    for title, backend in (("fused adapter", operator.backend), ("ClippedAdamW", clipped_adamw.backend)):
         lines.append(title)
         for device in devices:
             name, reason = backend(torch.device(device))

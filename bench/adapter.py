@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.reference import Weights, adapter_eager
+from adapterkern.ops.reference import Weights, adapter_eager
 from bench import before
 from bench.cases import Case, Variant, error_budget, relative_error
 from bench.measure import kept_for_backward

@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from adapterkern.kernels.backward import Needed, backward
-from adapterkern.kernels.forward import forward
-from adapterkern.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
-from adapterkern.kernels.weights import padded_adapter_dim, prepare
+from adapterkern.ops.kernels.backward import Needed, backward
+from adapterkern.ops.kernels.forward import forward
+from adapterkern.ops.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
+from adapterkern.ops.kernels.weights import padded_adapter_dim, prepare
 from bench import sass
 
 ADAPTER_DIMS = (16, 32, 64, 128, 256)

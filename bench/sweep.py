@@ -1,8 +1,8 @@
 """Block sizes, timed: every candidate for one kernel at a time, the others as the host table has them.
 
-The table in `adapterkern.kernels.tiles` is written from what this prints; nothing tunes at run time. A candidate that
-does not compile, does not fit, raises, or whose result differs from the table's by more than rounding is recorded with
-the reason, and the sweep goes on: where the error took the CUDA context with it, in the next process, by ``--resume``.
+The table in `ops.kernels.tiles` is written from what this prints; nothing tunes at run time. A candidate that does not
+compile, does not fit, raises, or whose result differs from the table's by more than rounding is recorded with the
+reason, and the sweep goes on: where the error took the CUDA context with it, in the next process, by ``--resume``.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from adapterkern.files import replacing
-from adapterkern.kernels import launch
-from adapterkern.kernels.tiles import Tiles, has_wide_products
-from adapterkern.kernels.weights import padded_adapter_dim
+from adapterkern.ops.kernels import launch
+from adapterkern.ops.kernels.tiles import Tiles, has_wide_products
+from adapterkern.ops.kernels.weights import padded_adapter_dim
 from bench.adapter import make_inputs
 from bench.measure import timer
 from bench.tiling import TABLES, replaced

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from adapterkern.kernels import launch
-from adapterkern.kernels.tiles import Tiles, forward_tiles, hidden_tiles, slice_tiles
+from adapterkern.ops.kernels import launch
+from adapterkern.ops.kernels.tiles import Tiles, forward_tiles, hidden_tiles, slice_tiles
 
 TABLES = {"forward_tiles": forward_tiles, "hidden_tiles": hidden_tiles, "slice_tiles": slice_tiles}
 
@@ -28,7 +28,7 @@ def replaced(name: str, tiles: Tiles) -> Iterator[None]:
     """Inside, the table ``name`` answers ``tiles``, in whichever of the kernels' modules asks it."""
     modules = [
         m for m in list(sys.modules.values())
-        if getattr(m, "__name__", "").startswith("adapterkern.kernels.") and getattr(m, name, None) is TABLES[name]
+        if getattr(m, "__name__", "").startswith("adapterkern.ops.kernels.") and getattr(m, name, None) is TABLES[name]
     ]  # fmt: skip
     for m in modules:
         setattr(m, name, lambda *_: tiles)

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from adapterkern.kernels import cache, launch
-from adapterkern.reference import Weights, adapter_eager
+from adapterkern.ops.kernels import cache, launch
+from adapterkern.ops.reference import Weights, adapter_eager
 
 KINDS = ("activations", "weights", "rows", "fixed")
 _KIND = {

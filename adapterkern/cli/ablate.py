@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkern.cli.options import AddCommand, count
 
 if TYPE_CHECKING:
-    from adapterkern.training.study import Study
+    from adapterkern.recipes.ablation.study import Study
 
 HELP = """\
 Train many variants over several seeds, and say what differs by more than chance. Without --vary: where, how deep, how
@@ -50,10 +50,10 @@ def add(command: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.training import ablation_report, stability
-    from adapterkern.training.ablation import run_study
-    from adapterkern.training.backbone import load_backbone
-    from adapterkern.training.corpora import MODEL, obtain
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.recipes.ablation import report, stability
+    from adapterkern.recipes.ablation.runs import run_study
+    from adapterkern.recipes.demo.corpora import MODEL, obtain
 
     study = make_study(arguments)
     train_file, eval_file = _files(arguments)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     llama, tokenizer = load_backbone(source, num_layers=arguments.backbone_layers)
     findings = run_study(study, llama, train_file, eval_file, arguments.output, tokenizer=tokenizer, say=_say)
     title = f"{Path(source).stem}, {findings.num_layers} layers; {train_file.name}, {eval_file.name}"
-    ablation_report.report(study, findings, arguments.output, title)
+    report.report(study, findings, arguments.output, title)
     if arguments.preset == "stability":
         stability.report(study, findings, arguments.output)
     return 0 if findings.complete else 130
@@ -69,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def make_study(arguments: argparse.Namespace) -> "Study":
     """The preset with ``--vary``, ``--set`` and the rest put over it."""
-    from adapterkern.training.presets import PRESETS
-    from adapterkern.training.study import parse_axis, parse_setting
+    from adapterkern.recipes.ablation.presets import PRESETS
+    from adapterkern.recipes.ablation.study import parse_axis, parse_setting
 
     study = PRESETS[arguments.preset]
     axes = [parse_axis(text) for text in arguments.vary]
@@ -88,7 +88,7 @@ def make_study(arguments: argparse.Namespace) -> "Study":
 
 
 def _files(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    from adapterkern.training.corpora import R8_TEST, R8_TRAIN, column, draw_texts
+    from adapterkern.recipes.demo.corpora import R8_TEST, R8_TRAIN, column, draw_texts
 
     if (arguments.train is None) != (arguments.eval is None):
         raise ValueError("--train, --eval: expected both files or neither")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import AddCommand, count
-from adapterkern.modules import adapter_num_params, largest_adapter_dim
+from adapterkern.model.adapter import adapter_num_params, largest_adapter_dim
 
 # (hidden size, decoder layers)
 SHAPES = {

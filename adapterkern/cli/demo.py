@@ -24,7 +24,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.training.demo import run_demo
+    from adapterkern.recipes.demo.demo import run_demo
 
     runs = run_demo(
         arguments.output, arguments.model, arguments.train, arguments.eval, num_layers=arguments.backbone_layers

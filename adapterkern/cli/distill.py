@@ -13,7 +13,7 @@ from adapterkern.cli.options import (
     model_flags,
 )
 from adapterkern.cli.saved import save_run_sources
-from adapterkern.modules import AdapterConfig
+from adapterkern.model.adapter import AdapterConfig
 
 HELP = """\
 Train adapters on a teacher's soft labels: (1 - W) * cross-entropy + W * T^2 * divergence.
@@ -59,10 +59,10 @@ def add(command: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from adapterkern.llama import LlamaAdapter
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.llama import LlamaAdapter
+    from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import load_backbone
-    from adapterkern.training.distillation import Distillation, KeepBehaviour, WithKept, first_layers
 
     values = vars(arguments)
     config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})

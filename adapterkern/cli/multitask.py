@@ -14,7 +14,7 @@ from adapterkern.cli.options import (
     add_training_options,
     model_flags,
 )
-from adapterkern.modules import AdapterConfig
+from adapterkern.model.adapter import AdapterConfig
 
 HELP = """\
 Train adapters for several tasks on one backbone, from batches that mix the tasks.
@@ -58,10 +58,11 @@ def add(command: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from adapterkern.llama import LlamaAdapter
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.llama import LlamaAdapter
+    from adapterkern.recipes.multitask.task import MultiTask
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import Sources, load_backbone, save_sources
-    from adapterkern.training.multitask import MultiTask
+    from adapterkern.training.saved import Sources, save_sources
 
     values = vars(arguments)
     config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})

@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from adapterkern.modules import INITS, POSITIONS, AdapterConfig
-from adapterkern.ops import MAX_ADAPTER_DIM
-from adapterkern.reference import ACTIVATIONS
+from adapterkern.model.adapter import INITS, POSITIONS, AdapterConfig
+from adapterkern.ops.operator import MAX_ADAPTER_DIM
+from adapterkern.ops.reference import ACTIVATIONS
 from adapterkern.training import config
 
 ADAPTER_FIELDS = ("adapter_dim", "max_params", "position", "every", "layers", "depth", "activation", "init")

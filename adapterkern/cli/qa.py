@@ -14,7 +14,7 @@ from adapterkern.cli.options import (
     model_flags,
 )
 from adapterkern.cli.saved import evaluation_data, load_saved_model, print_metrics, run_sources, save_run_sources
-from adapterkern.modules import AdapterConfig
+from adapterkern.model.adapter import AdapterConfig
 
 HELP = """\
 Extractive question answering: the answer is a span of the context, or nothing.
@@ -69,10 +69,10 @@ def add(command: AddCommand) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     import torch
 
-    from adapterkern.llama import LlamaAdapter
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.llama import LlamaAdapter
+    from adapterkern.recipes.qa.task import QuestionAnswering, SpanSettings
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import load_backbone
-    from adapterkern.training.qa import QuestionAnswering, SpanSettings
 
     values = vars(arguments)
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - _UNUSED
@@ -130,8 +130,8 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """The task, its configuration, the tokenizer, and where the run's backbone and data came from."""
-    from adapterkern.training.outputs import load_config
-    from adapterkern.training.qa import QuestionAnswering
+    from adapterkern.recipes.qa.task import QuestionAnswering
+    from adapterkern.training.saved import load_config
 
     sources = run_sources(arguments)
     config = load_config(arguments.directory)

@@ -13,7 +13,7 @@ from adapterkern.cli.options import (
     model_flags,
 )
 from adapterkern.cli.saved import evaluation_data, load_saved_backbone, print_metrics, run_sources, save_run_sources
-from adapterkern.modules import AdapterConfig
+from adapterkern.model.adapter import AdapterConfig
 
 HELP = """\
 Train adapters among which a router chooses for each text: one of them, at most --top-k of them, or none.
@@ -60,7 +60,7 @@ def _add_routing_options(parser: argparse.ArgumentParser) -> None:
     """One option for each field of ``RoutingConfig``."""
     group = parser.add_argument_group("routing", "defaults in brackets")
     try:
-        from adapterkern.training.router import GATES, RoutingConfig
+        from adapterkern.recipes.routing.router import GATES, RoutingConfig
     except ImportError:  # the extra is missing: --help still works, and running says what to install
         return
     for field in dataclasses.fields(RoutingConfig):
@@ -77,11 +77,11 @@ def _add_routing_options(parser: argparse.ArgumentParser) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     import torch
 
-    from adapterkern.llama import LlamaAdapter
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.llama import LlamaAdapter
+    from adapterkern.recipes.routing.router import RoutingConfig
+    from adapterkern.recipes.routing.task import RoutedTask
     from adapterkern.training import TrainConfig, train
-    from adapterkern.training.backbone import load_backbone
-    from adapterkern.training.router import RoutingConfig
-    from adapterkern.training.routing import RoutedTask
 
     values = vars(arguments)
     config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})
@@ -109,9 +109,9 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    from adapterkern.recipes.routing.task import RoutedTask
     from adapterkern.training import evaluate
-    from adapterkern.training.outputs import load_config
-    from adapterkern.training.routing import RoutedTask
+    from adapterkern.training.saved import load_config
 
     sources, config = run_sources(arguments), load_config(arguments.directory)
     data = evaluation_data(arguments, sources)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from adapterkern.cli.options import model_flags
 
 if TYPE_CHECKING:
-    from adapterkern.training.backbone import Sources
+    from adapterkern.training.saved import Sources
 
 
 def run_sources(arguments: argparse.Namespace) -> "Sources":
     """Where the run's backbone and data came from; nobody need know where ``--model`` and ``--data`` say both."""
-    from adapterkern.training.backbone import Sources, load_sources
+    from adapterkern.training.saved import Sources, load_sources
 
     try:
         return load_sources(arguments.directory)
@@ -24,7 +24,7 @@ def run_sources(arguments: argparse.Namespace) -> "Sources":
 
 def save_run_sources(arguments: argparse.Namespace) -> None:
     """Write ``sources.json`` into ``--output``: what :func:`run_sources` reads."""
-    from adapterkern.training.backbone import Sources, save_sources
+    from adapterkern.training.saved import Sources, save_sources
 
     data = None if arguments.eval is None else os.path.abspath(arguments.eval)
     save_sources(
@@ -34,7 +34,7 @@ def save_run_sources(arguments: argparse.Namespace) -> None:
 
 def load_saved_backbone(arguments: argparse.Namespace, sources: "Sources") -> tuple[Any, Any]:
     """The run's backbone and tokenizer; what the command line says of them goes before what the run had."""
-    from adapterkern.training.backbone import load_backbone
+    from adapterkern.model.backbone import load_backbone
 
     return load_backbone(
         arguments.model or sources.model,
@@ -45,7 +45,7 @@ def load_saved_backbone(arguments: argparse.Namespace, sources: "Sources") -> tu
 
 def load_saved_model(arguments: argparse.Namespace, sources: "Sources", train_adapters: bool) -> tuple[Any, Any]:
     """The run's model, with the adapter if it trained one, and its tokenizer."""
-    from adapterkern.llama import LlamaAdapter
+    from adapterkern.model.llama import LlamaAdapter
 
     llama, tokenizer = load_saved_backbone(arguments, sources)
     if train_adapters:

@@ -12,7 +12,7 @@ from adapterkern.cli.options import (
     model_flags,
 )
 from adapterkern.cli.saved import save_run_sources
-from adapterkern.modules import AdapterConfig
+from adapterkern.model.adapter import AdapterConfig
 
 HELP = """\
 Train adapters (and a classification head) on a frozen LLaMA.
@@ -39,9 +39,9 @@ def add(command: AddCommand) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
-    from adapterkern.llama import LlamaAdapter
-    from adapterkern.training import TrainConfig, distributed, train
-    from adapterkern.training.backbone import load_backbone
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.llama import LlamaAdapter
+    from adapterkern.training import TrainConfig, processes, train
 
     values = vars(arguments)
     config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         eval_data=arguments.eval,
         on_start=lambda: save_run_sources(arguments),
     )
-    if distributed.rank() > 0:
+    if processes.rank() > 0:
         return 130 if result.stopped else 0
     if result.stopped:
         return 130

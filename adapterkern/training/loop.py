@@ -24,20 +24,22 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from adapterkern.llama import LlamaAdapter
-from adapterkern.training import checkpoint, data, distributed, outputs
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data import Example, Rows
-from adapterkern.training.engine import Engine
+from adapterkern.training.data.examples import Example, Rows, count_targets, count_tokens, fingerprint
+from adapterkern.training.data.prefix import PrefixCache, choose_cache
+from adapterkern.training.data.rows import source_name
 from adapterkern.training.heads import ClassificationHead
-from adapterkern.training.interrupt import StopRequest
-from adapterkern.training.precision import left_as_found, make_accelerator
-from adapterkern.training.prefix import PrefixCache, choose_cache
-from adapterkern.training.report import PLOT_NAME, Reporter, plot_history
-from adapterkern.training.results import NonFiniteError, TrainResult
-from adapterkern.training.rows import source_name
+from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
+from adapterkern.training.parallel.deepspeed import Zero
+from adapterkern.training.parallel.engine import Engine
+from adapterkern.training.run import checkpoint
+from adapterkern.training.run.folder import newest_checkpoint, prepare_folder, remove_earlier_run, write_run_card
+from adapterkern.training.run.interrupt import StopRequest
+from adapterkern.training.run.report import PLOT_NAME, Reporter, plot_history
+from adapterkern.training.run.results import NonFiniteError, TrainResult
 from adapterkern.training.task import Feed, Task, run_evaluation
-from adapterkern.training.zero import Zero
 
 
 def train(
@@ -56,7 +58,7 @@ def train(
 
     Args:
         model: on the device where it shall train. The backbone stays frozen.
-        train_data, eval_data: see :func:`~adapterkern.training.data.load_examples`; or what ``task`` loads.
+        train_data, eval_data: see :func:`~adapterkern.training.data.examples.load_examples`; or what ``task`` loads.
         config: see :class:`TrainConfig`.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; default a new one for the labels that the training data has.
@@ -83,7 +85,7 @@ def train(
     """
     config = config or TrainConfig()
     accelerator = make_accelerator(config.precision, model.device)
-    distributed.on_first(lambda: outputs.prepare_folder(config))
+    processes.on_first(lambda: prepare_folder(config))
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
@@ -137,7 +139,7 @@ class _Run:
             self.engine.schedule,
             accelerator.scaler,
             config,
-            data.fingerprint(train_set),
+            fingerprint(train_set),
             {"task": self.kind, "adapters": self._trained_adapters(), "backbone": backbone},
         )
         self.feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
@@ -159,9 +161,9 @@ class _Run:
         config, state = self.config, self.state
         if config.resume:
             assert self.output_dir is not None  # TrainConfig has checked it
-            self.checkpoint = outputs.newest_checkpoint(self.output_dir)
+            self.checkpoint = newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
-        distributed.on_first(lambda: self._prepare_files(on_start))
+        processes.on_first(lambda: self._prepare_files(on_start))
         try:
             self.engine.start()
             with (
@@ -170,7 +172,7 @@ class _Run:
             ):
                 if state.step:
                     report.say(f"resumed from {self.checkpoint}")
-                distributed.each(lambda: self._fill_cache(report, stop))
+                processes.each(lambda: self._fill_cache(report, stop))
                 self.engine.run.train()
                 while state.step < self.total_steps and not self._stopped(stop):
                     self._timed_step(report)
@@ -199,28 +201,28 @@ class _Run:
         )
 
     def _prepare_files(self, on_start: Callable[[], object] | None) -> None:
-        outputs.remove_earlier_run(self.config)
+        remove_earlier_run(self.config)
         if on_start is not None:
             on_start()
 
     def _reporter(self) -> Reporter:
         made: list[Reporter] = []  # it cannot be sent: every process has its own
         steps = self.total_steps, self.state.step
-        distributed.on_first(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
+        processes.on_first(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
         return made[0] if made else Reporter(None, *steps, show=False)
 
     def _stopped(self, stop: StopRequest) -> bool:
         """Whether a process has been asked to stop; told where the device is waited for anyway."""
-        if distributed.count() > 1 and self.model.device.type != "cpu" and not any(self._due()):
+        if processes.count() > 1 and self.model.device.type != "cpu" and not any(self._due()):
             return False
-        return distributed.any_process(bool(stop), self.model.device)
+        return processes.any_process(bool(stop), self.model.device)
 
     # Before the first step
 
     def _fill_cache(self, report: Reporter, stop: StopRequest) -> None:
         examples = [*self._own(), *self.eval_set]
         config = self.config
-        if self.state.step and config.prefix_cache is None and not distributed.is_sharded(self.model):
+        if self.state.step and config.prefix_cache is None and not processes.is_sharded(self.model):
             config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
         passes = math.ceil(self.total_steps / self.steps_per_epoch)
         use, why = choose_cache(self.model, config, examples, passes)
@@ -246,7 +248,7 @@ class _Run:
 
     def _own(self) -> list[Example]:
         """The training examples that this process will meet."""
-        if distributed.count() == 1:
+        if processes.count() == 1:
             return self.train_set
         steps = range(self.state.step, self.total_steps)
         batches = (batch for step in steps for batch, _ in self._share(self._examples(step)))
@@ -255,13 +257,13 @@ class _Run:
     # A step
 
     def _share(self, examples: list[Example]) -> list[tuple[list[Example], bool]]:
-        return distributed.share(examples, self.config.batch_size)
+        return processes.share(examples, self.config.batch_size)
 
     def _timed_step(self, report: Reporter) -> None:
         started = time.perf_counter()
         examples = self._examples(self.state.step)
         self._step(examples)
-        tokens = data.count_tokens(examples)
+        tokens = count_tokens(examples)
         self.tokens += tokens
         self.window_tokens += tokens
         report.step(self.state.step)
@@ -279,7 +281,7 @@ class _Run:
         return [self.train_set[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
     def _step(self, examples: list[Example]) -> None:
-        state, targets = self.state, data.count_targets(examples)
+        state, targets = self.state, count_targets(examples)
         self.task.begin_step(examples, self.config, *divmod(state.step, self.steps_per_epoch))
         losses = []
         batches = self._share(examples)
@@ -288,7 +290,7 @@ class _Run:
             loss = loss if counts else 0 * loss
             self.engine.backward(loss / targets, number == len(batches))
             losses.append(loss.detach())
-        loss = distributed.total(torch.stack(losses).sum()) / targets
+        loss = processes.total(torch.stack(losses).sum()) / targets
         grad_norm = self.engine.step(loss)
         state.step += 1
         if grad_norm is None:
@@ -383,7 +385,7 @@ class _Run:
             "metrics_step": self.metrics_step,
             "labels": () if self.task.head is None else self.task.head.labels,
         }
-        outputs.write_run_card(directory, self.model, self.config, described)
+        write_run_card(directory, self.model, self.config, described)
 
     def _stop(self, report: Reporter, signal_name: str | None) -> None:
         if self.pending:
@@ -404,7 +406,7 @@ class _Run:
         self._evaluate(report)
         self._save_checkpoint()
         with self.engine.showing(self.engine.whole().parameters):
-            distributed.on_first(lambda: self._write_output(report))
+            processes.on_first(lambda: self._write_output(report))
 
     def _write_output(self, report: Reporter) -> None:
         if self.output_dir is not None:

@@ -16,15 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapterkern import liger
-from adapterkern.llama import LlamaAdapter
-from adapterkern.optim import ClippedAdamW
-from adapterkern.training import data, distributed, outputs
+from adapterkern.model import liger
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.optim.clipped_adamw import ClippedAdamW
+from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data import Example, Rows
+from adapterkern.training.data.examples import (
+    Example,
+    Rows,
+    check_vocabulary,
+    collate,
+    count_targets,
+    count_tokens,
+    epoch_order,
+    load_examples,
+)
+from adapterkern.training.data.prefix import PrefixCache, Slot
 from adapterkern.training.heads import ClassificationHead
-from adapterkern.training.optimizer import make_optimizer
-from adapterkern.training.prefix import PrefixCache, Slot
+from adapterkern.training.optimization import make_optimizer
+from adapterkern.training.saved import save_task
 
 Inputs = dict[str, Tensor | None]
 
@@ -49,13 +59,13 @@ class Task(nn.Module):
         self.head = head
 
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
-        """Examples of ``rows``, as :func:`~adapterkern.training.data.load_examples` reads them.
+        """Examples of ``rows``, as :func:`~adapterkern.training.data.examples.load_examples` reads them.
 
         The first call, with the rows to train on, makes the head where there is none.
         """
         labels = None if self.head is None else self.head.labels
-        examples, names = data.load_examples(rows, config, tokenizer, labels)
-        data.check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
+        examples, names = load_examples(rows, config, tokenizer, labels)
+        check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
         if config.task == "causal-lm":
             if self.head is not None:
                 raise ValueError("head: expected none for causal-lm, which has the backbone's own, got one")
@@ -69,11 +79,11 @@ class Task(nn.Module):
 
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Inputs:
         """What :meth:`forward` takes, on the host: ``input_ids`` (B, L) and whatever else the task needs."""
-        return data.collate(examples, config)._asdict()
+        return collate(examples, config)._asdict()
 
     def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
         """As many indices as there are examples: an epoch's order. A function of (seed, epoch) alone."""
-        return data.epoch_order(len(examples), config.seed, epoch)
+        return epoch_order(len(examples), config.seed, epoch)
 
     def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
         """Told before the forwards of each step: all of its rows, and that it is the ``index``-th of the ``epoch``.
@@ -120,7 +130,7 @@ class Task(nn.Module):
         positions: Tensor | None = None,
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of a :class:`~adapterkern.training.data.Batch`, and how many targets it has right.
+        """The summed cross-entropy of a :class:`~.data.examples.Batch`, and how many targets it has right.
 
         The second is counted in eval mode only.
         """
@@ -156,11 +166,11 @@ class Task(nn.Module):
         sums = summed(run, eval_batches(examples, config), feed)
         metrics = self.metrics(sums, examples, config)
         seconds = time.perf_counter() - started
-        return metrics | {"seconds": seconds, "tokens_per_second": data.count_tokens(examples) / seconds}
+        return metrics | {"seconds": seconds, "tokens_per_second": count_tokens(examples) / seconds}
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
         """What the sums over ``examples`` say, of the loss and of what else :meth:`forward` gives in eval mode."""
-        targets = data.count_targets(examples)
+        targets = count_targets(examples)
         loss = sums[0] / targets
         metrics = {"loss": loss, "accuracy": sums[1] / targets, "targets": targets}
         if config.task == "causal-lm":
@@ -169,7 +179,7 @@ class Task(nn.Module):
 
     def save(self, directory: Path, config: TrainConfig) -> None:
         """Write the trained parts into ``directory``, each file atomically."""
-        outputs.save_task(directory, self.model, self.head, config)
+        save_task(directory, self.model, self.head, config)
 
 
 class Feed:
@@ -208,7 +218,7 @@ def summed(run: nn.Module, batches: Sequence[Sequence[Example]], feed: Feed) -> 
         loss, others = run(**feed(batch))
         return torch.cat([loss[None], others.flatten()])
 
-    return distributed.summed(batches, of, feed.task.model.device).tolist()
+    return processes.summed(batches, of, feed.task.model.device).tolist()
 
 
 def run_evaluation(

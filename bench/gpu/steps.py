@@ -69,7 +69,7 @@ def _is_read(pair: str) -> bool:
 
 def first(call: Call) -> list[Step]:
     """Correctness, the headline, what to change, the tax."""
-    tests = ["tests/test_gpu.py", "tests/test_optim_cuda.py"]
+    tests = ["tests/ops/test_gpu.py", "tests/optim/test_cuda.py"]
     return [
         _probe(call),
         Step("build", 60, lambda: _build(call), 30, optional=True, why_not="adapterkern._C loads, or this is no GPU"),
@@ -159,6 +159,6 @@ def _sanitizer(call: Call, tool: str, limit: float, optional: bool = False) -> S
     # torch's start-up asks the driver for functions that it lacks, which is no error; 99 tells its exit from pytest's
     argv = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--launch-timeout", "0"]
     argv += ["--report-api-errors", "no", sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
-    argv += ["-p", "no:cacheprovider", "tests/test_optim_cuda.py", "tests/test_gpu.py", "-k", SANITIZED]
+    argv += ["-p", "no:cacheprovider", "tests/optim/test_cuda.py", "tests/ops/test_gpu.py", "-k", SANITIZED]
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Step(tool, limit, lambda: [Command(argv, env)], 20, "compute-sanitizer", optional)

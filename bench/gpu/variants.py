@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from adapterkern.kernels import launch
-from adapterkern.reference import ACTIVATIONS
+from adapterkern.ops.kernels import launch
+from adapterkern.ops.reference import ACTIVATIONS
 from bench import before, tiling
 from bench.adapter import ROWS
 from bench.gpu.check import SHAPES
@@ -74,7 +74,7 @@ def sanitized() -> list[Call]:
 
 
 def tests() -> list[Call]:
-    """What tests/test_gpu.py launches."""
+    """What tests/ops/test_gpu.py launches."""
     calls = [Call(1000, 1024, 64, dtype) for dtype in LOW]
     calls += [Call(*shape, dtype, x_free=x_free) for shape in TEST_SHAPES for dtype in LOW for x_free in (False, True)]
     calls += [Call(300, 1024, 64, "float32", tf32=tf32, needed=None) for tf32 in (False, True)]

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 
-from adapterkern.llama import LlamaAdapter
+from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import CheckpointError, TrainResult, load_task, read_metrics, train
-from adapterkern.training import checkpoint as checkpoint_module
-from adapterkern.training.checkpoint import checkpoints
+from adapterkern.training.run import checkpoint as checkpoint_module
+from adapterkern.training.run.checkpoint import checkpoints
 from adapterkern.training.task import Task
+from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(22)

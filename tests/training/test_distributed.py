@@ -3,16 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import pair
 import pytest
 import torch
-import two_processes
-from pair import found
 from safetensors.torch import load_file
 
-from adapterkern.training import distributed
+from adapterkern.training import processes
+from tests.support import pair, two_processes
+from tests.support.pair import found
+from tests.support.runs import cut, records, same
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -36,35 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cut(folder / name, folder / f"{name} to one")
         two_processes.run(folder / f"{name} to one", resume=True)
     return folder
-
-
-def cut(run: Path, target: Path) -> None:
-    """The run as if it had been killed after step 3."""
-    shutil.copytree(run, target)
-    for checkpoint in sorted((target / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(checkpoint)
-    assert [path.name for path in (target / "checkpoints").iterdir()] == ["step-00000003"]
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def trained(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted(run.glob("*.safetensors"))
-    assert files
-    return {f"{path.name} {key}": tensor for path in files for key, tensor in load_file(path).items()}
-
-
-def same(run: Path, one: Path, tolerance: float) -> None:
-    """Every loss, global clip norm, learning rate and evaluation, and what was learnt."""
-    got, expected = records(run), records(one)
-    assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in expected]
-    for a, b in zip(got, expected, strict=True):
-        for key in {"loss", "grad_norm", "lr", "accuracy", "targets"} & b.keys():
-            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
-    for key, tensor in trained(one).items():
-        torch.testing.assert_close(trained(run)[key], tensor, atol=tolerance, rtol=tolerance)
 
 
 def test_clipping_has_something_to_do(folder: Path) -> None:
@@ -147,11 +117,11 @@ def test_one_process_cannot_be_split() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 def test_shares_are_disjoint_complete_and_equally_many(monkeypatch: pytest.MonkeyPatch, count: int, rows: int) -> None:
-    monkeypatch.setattr(distributed, "count", lambda: count)
+    monkeypatch.setattr(processes, "count", lambda: count)
     shares = []
     for rank in range(count):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(list(range(rows)), 3))
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(processes.share(list(range(rows)), 3))
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for batch, counts in share if counts for i in batch) == list(range(rows))
     assert all(batch and len(batch) <= 3 for share in shares for batch, _ in share)

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 import torch.nn.functional as F
 
 from adapterkern.training import ClassificationHead
-from adapterkern.training.data import collate, load_examples
+from adapterkern.training.data.examples import collate, load_examples
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, pool
 from adapterkern.training.task import Task, check_lm_head
+from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
 
 from adapterkern.training import train
-from adapterkern.training.checkpoint import checkpoints
-from adapterkern.training.interrupt import StopRequest
+from adapterkern.training.run.checkpoint import checkpoints
+from adapterkern.training.run.interrupt import StopRequest
+from tests.support import tiny_run
 
 ROWS = tiny_run.rows(24)
 VALUES = {"epochs": 4, "log_every": 1, "accumulation": 2, "checkpoint_every": 10_000, "warmup": 3}
@@ -19,8 +19,8 @@ VALUES = {"epochs": 4, "log_every": 1, "accumulation": 2, "checkpoint_every": 10
 # In the second epoch's second step, between its two forwards, it says "go" and waits until the signal has been sent.
 SCRIPT = """
 import sys
-import tiny_run
 from adapterkern.training import train
+from tests.support import tiny_run
 config = tiny_run.quiet(output_dir=sys.argv[1], **(eval(sys.argv[2]) | {"progress": True}))
 model = tiny_run.model()
 assert not model.split_obstacle  # found by running it, which is not to be counted
@@ -38,8 +38,7 @@ print(result.stopped, result.steps, flush=True)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), repr(VALUES)],
         stdin=subprocess.PIPE,

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 import torch
 
 from adapterkern.training import NonFiniteError, TrainResult, evaluate, load_task, read_metrics, train
 from adapterkern.training.heads import ClassificationHead
-from adapterkern.training.optimizer import make_optimizer
+from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.task import Task
+from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(24)
@@ -113,7 +113,7 @@ def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
     seen: list[int] = []
     collate = __import__("adapterkern.training.data", fromlist=["collate"]).collate
     monkeypatch.setattr(
-        "adapterkern.training.data.collate",
+        "adapterkern.training.data.examples.collate",
         lambda examples, *rest: (seen.extend(id(e) for e in examples), collate(examples, *rest))[1],
     )
     run(epochs=2, batch_size=5, prefix_cache=False)
@@ -163,7 +163,7 @@ def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_nan_is_reported_with_its_step(precision: str, log_every: int) -> None:
     """One row has a token whose embedding is NaN; which step meets that row follows from the order of rows."""
-    from adapterkern.training.data import epoch_order
+    from adapterkern.training.data.examples import epoch_order
 
     rows = tiny_run.rows(24)
     rows[17] = rows[17] | {"text": rows[17]["text"] + " w99"}

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 import torch
 from torch import Tensor
 
-from adapterkern.llama import LlamaAdapter
+from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import PrefixCache, TrainConfig, evaluate, train
-from adapterkern.training.data import Example, load_examples
-from adapterkern.training.prefix import choose_cache, prefix_fingerprint
+from adapterkern.training.data.examples import Example, load_examples
+from adapterkern.training.data.prefix import choose_cache, prefix_fingerprint
+from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(24)

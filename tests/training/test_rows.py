@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from adapterkern.training.rows import BadRows, DataError, Row, read_rows
+from adapterkern.training.data.rows import BadRows, DataError, Row, read_rows
 
 
 def read(data: Any, skip: bool = False) -> list[Row]:

@@ -1,0 +1,330 @@
+"""Adapters in the files of AdapterHub's library ``adapters`` (1.3.0), both ways.
+
+Its sequential bottleneck with ``ln_before=True`` is the operator of this package: on LLaMA it adds
+up(act(down(norm(x)))) to the residual stream, after the feed-forward network (``output_adapter``) or between attention
+and it (``mh_adapter``). A folder of it holds
+
+    adapter_config.json      name, hidden_size, model and ``config``, the 33 fields of a BnConfig
+    pytorch_adapter.bin      or adapter.safetensors; keys model.layers.{i}.{site}.adapters.{name}.{part}, where
+                             adapter_norm_before and adapter_down.0 are one LayerNorm under two names
+
+and may hold a prediction head, which is neither read nor written here. A ``.bin`` file is a pickle: it is read by
+torch's weights-only reader, which builds tensors and calls nothing.
+"""
+
+import io
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapterkern.files import check_owner, read_json, replacing, write_json
+from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.files.card import base_name
+
+CONFIG_NAME = "adapter_config.json"
+BIN_NAME = "pytorch_adapter.bin"
+SAFETENSORS_NAME = "adapter.safetensors"
+VERSION = "adapters.1.3.0"  # the library's version whose files these are
+
+_SITES = {"layer": "output_adapters", "attention": "attention_adapters"}
+_PARTS = {"norm": "adapter_norm_before", "down": "adapter_down.1", "up": "adapter_up"}
+_ALIAS = "adapter_down.0"
+_KEY = re.compile(r"(?:model\.)?layers\.(\d+)\.(output_adapters|attention_adapters)\.adapters\.([^.]+)\.(.+)")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "tanh": "tanh", "linear": "identity"}
+_RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without a version
+
+# A BnConfig that is our operator has these values; with them the next ones change nothing but the drawing of weights.
+_FIXED: dict[str, Any] = {
+    "ln_before": True,
+    "ln_after": False,
+    "original_ln_before": True,
+    "is_parallel": False,
+    "scaling": 1.0,
+    "use_gating": False,
+    "inv_adapter": None,
+    "cross_adapter": False,
+    "dropout": 0.0,
+    "phm_layer": False,
+    "stochastic_depth": 0.0,
+}
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "adapter_residual_before_ln": False,
+    "init_weights": "bert",
+    "init_weights_seed": None,
+    "inv_adapter_reduction_factor": None,
+    "phm_dim": 4,
+    "factorized_phm_W": True,
+    "shared_W_phm": False,
+    "shared_phm_rule": True,
+    "factorized_phm_rule": False,
+    "phm_c_init": "normal",
+    "phm_init_range": 0.0001,
+    "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform",
+    "phm_rank": 1,
+    "phm_bias": True,
+}
+_READ = (
+    "original_ln_after",
+    "residual_before_ln",
+    "mh_adapter",
+    "output_adapter",
+    "non_linearity",
+    "reduction_factor",
+    "leave_out",
+)
+# What torch's reader raises over bytes that are no weights.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+)
+
+
+def read_adapterhub(
+    directory: str | os.PathLike[str], hidden_size: int, num_layers: int
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """An adapter that ``adapters`` saved: its configuration, and its fp32 tensors by our names, ``{i}.0.norm.weight``.
+
+    ``adapter.safetensors`` is read where it is there, else ``pytorch_adapter.bin``.
+
+    Args:
+        hidden_size, num_layers: the backbone's.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or is not our operator on such a backbone; the message names file and field.
+    """
+    directory = Path(directory)
+    path = directory / CONFIG_NAME
+    saved = read_json(path)
+    try:
+        name, config = _read_config(saved, hidden_size, num_layers)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    weights = directory / SAFETENSORS_NAME
+    if not weights.exists():
+        weights = directory / BIN_NAME
+    return config, _read_weights(weights, name, config, hidden_size)
+
+
+def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tuple[str, AdapterConfig]:
+    name, fields = saved.get("name"), saved.get("config")
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name: expected a text without dots, got {name!r}")
+    if saved.get("hidden_size") != hidden_size:
+        raise ValueError(f"hidden_size: expected the backbone's {hidden_size}, got {saved.get('hidden_size')!r}")
+    if not isinstance(fields, dict):
+        raise ValueError(f"config: expected an object of fields, got {fields!r}")
+    if fields.get("architecture") is not None:
+        raise ValueError(f"architecture: expected a bottleneck adapter's None, got {fields['architecture']!r}")
+    if unknown := sorted(fields.keys() - {"architecture", *_FIXED, *_WITHOUT_EFFECT, *_READ}):
+        raise ValueError(f"{unknown[0]}: expected no such field, got {fields[unknown[0]]!r}")
+    # Its own reader lets a field be absent where the class has a default: not these.
+    for field in ("ln_before", "original_ln_before", *_READ[:-1]):
+        if field not in fields:
+            raise ValueError(f"{field}: expected a value, got none")
+    for field, expected in _FIXED.items():
+        got = fields.get(field, expected)
+        if got != expected or isinstance(got, bool) != isinstance(expected, bool):
+            raise ValueError(f"{field}: expected {expected!r}, which is this operator, got {got!r}")
+    # x itself is added once: around the adapter, or by the layer and not around the adapter.
+    if not isinstance(fields["original_ln_after"], bool):
+        raise ValueError(f"original_ln_after: expected True or False, got {fields['original_ln_after']!r}")
+    if fields["residual_before_ln"] is not fields["original_ln_after"]:
+        raise ValueError(
+            f"residual_before_ln: expected {fields['original_ln_after']} as original_ln_after, "
+            f"got {fields['residual_before_ln']!r}"
+        )
+    config = AdapterConfig(
+        adapter_dim=_adapter_dim(fields["reduction_factor"], hidden_size, layers := _layers(fields, num_layers)),
+        position=_position(fields),
+        layers=layers,
+        activation=_activation(fields["non_linearity"], "version" in saved),
+    )
+    return name, config
+
+
+def _layers(fields: dict[str, Any], num_layers: int) -> list[int]:
+    left_out = fields.get("leave_out") or []
+    if not isinstance(left_out, list) or not all(type(layer) is int for layer in left_out):
+        raise ValueError(f"leave_out: expected a list of layer numbers, got {left_out!r}")
+    layers = [layer for layer in range(num_layers) if layer not in left_out]
+    if not layers:
+        raise ValueError(f"leave_out: expected to keep one of {num_layers} layers, got {left_out!r}")
+    return layers
+
+
+def _position(fields: dict[str, Any]) -> Any:
+    attention, layer = fields["mh_adapter"], fields["output_adapter"]
+    for field in ("mh_adapter", "output_adapter"):
+        if not isinstance(fields[field], bool):
+            raise ValueError(f"{field}: expected True or False, got {fields[field]!r}")
+    if attention == layer:
+        raise ValueError(f"mh_adapter: expected one of mh_adapter and output_adapter, got both {attention}")
+    return "attention" if attention else "layer"
+
+
+def _activation(value: Any, has_version: bool) -> str:
+    name = value.lower() if isinstance(value, str) else value
+    if not has_version:
+        name = _RENAMED.get(name, name)
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"non_linearity: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def _adapter_dim(factor: Any, hidden_size: int, layers: list[int]) -> int:
+    factors = dict.fromkeys(layers, factor)
+    if isinstance(factor, dict):
+        factors = {layer: factor.get(str(layer), factor.get("default")) for layer in layers}
+    for value in factors.values():
+        # At most 2**20: below 1 the projection goes up, and a tiny factor asks for any amount of memory.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 2**-20 <= value < math.inf:
+            raise ValueError(f"reduction_factor: expected a number above 0 for each layer, got {factor!r}")
+    dims = {max(1, int(hidden_size // value)) for value in factors.values()}
+    if len(dims) > 1:
+        raise ValueError(f"reduction_factor: expected one dimension for all layers, got {sorted(dims)} by {factor!r}")
+    return dims.pop()
+
+
+def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            saved: Any = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    else:
+        content = io.BytesIO(path.read_bytes())
+        try:
+            saved = torch.load(content, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            raise ValueError(f"{path}: not a file of tensors alone: {error}") from error
+    if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
+        raise ValueError(f"{path}: expected tensors by their names, got {type(saved).__name__}")
+    sites: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in saved.items():
+        match = _KEY.fullmatch(str(key))
+        if match is None or match[2] != _SITES[config.position] or match[3] != name:
+            raise ValueError(f"{path}: {key}: expected only keys of {_SITES[config.position]}.adapters.{name}")
+        sites.setdefault(match[1], {})[match[4]] = tensor
+    layers = [str(layer) for layer in config.layers or ()]
+    if odd := sorted(sites.keys() ^ set(layers)):
+        raise ValueError(f"{path}: layer {odd[0]}: expected adapters of layers {layers}, got {sorted(sites)}")
+    found = {}
+    for layer in layers:
+        parts = sites[layer]
+        for ours, theirs in _PARTS.items():
+            for kind in ("weight", "bias"):
+                where = f"{path}: layer {layer}: {theirs}.{kind}"
+                shape = _shape(ours, kind, hidden_size, config.adapter_dim)
+                alias = parts.pop(f"{_ALIAS}.{kind}", None) if ours == "norm" else None
+                tensor = parts.pop(f"{theirs}.{kind}", alias)
+                if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+                    got = "none" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+                    raise ValueError(f"{where}: expected {shape} of floating point, got {got}")
+                if alias is not None and not torch.equal(alias, tensor):
+                    raise ValueError(f"{where}: expected the same as {_ALIAS}.{kind}, got other values")
+                found[f"{layer}.0.{ours}.{kind}"] = tensor.to(torch.float32).contiguous()
+        if parts:
+            raise ValueError(f"{path}: layer {layer}: {min(parts)}: expected no such tensor")
+    return found
+
+
+def _shape(part: str, kind: str, hidden_size: int, adapter_dim: int) -> tuple[int, ...]:
+    if kind == "weight" and part != "norm":
+        return (adapter_dim, hidden_size) if part == "down" else (hidden_size, adapter_dim)
+    return (adapter_dim,) if part == "down" else (hidden_size,)
+
+
+def write_adapterhub(
+    directory: str | os.PathLike[str],
+    name: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    llama: Any,
+    *,
+    safetensors: bool = False,
+) -> None:
+    """Write an adapter so that ``adapters`` loads it as ``name``, each file atomically.
+
+    Args:
+        config: resolved, its layers named.
+        tensors: by our names, as :func:`read_adapterhub` gives them.
+        llama: the backbone, for what the file says of it.
+        safetensors: write ``adapter.safetensors`` and not ``pytorch_adapter.bin``, which is what ``adapters`` reads
+            unless told otherwise. An earlier file of the other kind is removed.
+
+    Raises:
+        ValueError: a field of ``config`` has a value that ``adapters`` does not know, ``name`` has a dot, or the folder
+            holds another library's adapter.
+    """
+    directory = Path(directory)
+    check_owner(directory / CONFIG_NAME, "AdapterHub", lambda saved: isinstance(saved.get("config"), dict))
+    if not name or "." in name:
+        raise ValueError(f"name: expected a text without dots, got {name!r}")
+    for field, expected in (("depth", 1), ("eps", 1e-5)):
+        if getattr(config, field) != expected:
+            raise ValueError(f"{field}: expected {expected}, all that adapters knows, got {getattr(config, field)}")
+    hidden_size, num_layers = llama.config.hidden_size, len(llama.model.layers)
+    fields = {
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "mh_adapter": config.position == "attention",
+        "output_adapter": config.position == "layer",
+        "non_linearity": {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation],
+        "reduction_factor": _reduction_factor(hidden_size, config.adapter_dim),
+        "leave_out": [layer for layer in range(num_layers) if layer not in (config.layers or ())],
+    }
+    described = {
+        "config": dict(sorted((_FIXED | _WITHOUT_EFFECT | fields).items())),
+        "hidden_size": hidden_size,
+        "model_class": type(llama).__name__,
+        "model_name": base_name(llama),
+        "model_type": llama.config.model_type,
+        "name": name,
+        "version": VERSION,
+    }
+    saved = {}
+    for layer in config.layers or ():
+        for ours, theirs in (*_PARTS.items(), ("norm", _ALIAS)):
+            for kind in ("weight", "bias"):
+                key = f"model.layers.{layer}.{_SITES[config.position]}.adapters.{name}.{theirs}.{kind}"
+                # a copy each: safetensors refuses tensors that share memory
+                saved[key] = tensors[f"{layer}.0.{ours}.{kind}"].detach().to("cpu", copy=True).contiguous()
+    kept, other = (SAFETENSORS_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFETENSORS_NAME)
+    with replacing(directory / kept) as temporary:
+        if safetensors:
+            save_file(saved, temporary, metadata={"format": "pt"})
+        else:
+            content = io.BytesIO()  # torch's own writer says of a full disk "unexpected pos"
+            torch.save(saved, content)
+            temporary.write_bytes(content.getbuffer())
+    write_json(directory / CONFIG_NAME, described)
+    (directory / other).unlink(missing_ok=True)
+
+
+def _reduction_factor(hidden_size: int, adapter_dim: int) -> float:
+    """The factor by which ``adapters`` comes to this dimension: ``int(hidden_size // factor)``."""
+    factor = hidden_size / adapter_dim
+    # 10 // (10 / 3) is 2.0: where the quotient was rounded up, half a dimension more is on the safe side.
+    return factor if hidden_size // factor == adapter_dim else hidden_size / (adapter_dim + 0.5)

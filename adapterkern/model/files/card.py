@@ -1,0 +1,209 @@
+"""The model card of a saved adapter, ``README.md``, and the upload of a folder to the Hugging Face hub.
+
+The card says what a reader of the folder needs: which base model, what the adapter is, what it was trained on and how
+well it did, with which versions, and how to load it. Its front matter is YAML as the hub reads it.
+"""
+
+import dataclasses
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+
+from adapterkern import __version__
+from adapterkern.files import replacing, write_text
+from adapterkern.model.adapter import AdapterConfig, adapter_num_params
+
+CARD_NAME = "README.md"
+MARK = "<!-- Written by adapterkern, and written anew when it saves here again: remove this line to keep changes. -->"
+_PIPELINES = {"classification": "text-classification", "causal-lm": "text-generation"}
+_NOT_SCORES = ("seconds", "tokens_per_second", "targets")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a card says of a training."""
+
+    task: str  # "classification", "causal-lm", or the name of another kind of training
+    data: str  # where the rows came from
+    examples: int
+    steps: int
+    settings: Mapping[str, Any]
+    eval_data: str | None = None
+    eval_examples: int = 0
+    metrics: Mapping[str, float] | None = None  # of the last evaluation
+    metrics_step: int = 0
+    labels: Sequence[str] = ()
+
+
+def write_card(
+    directory: str | os.PathLike[str], llama: Any, config: AdapterConfig | None, training: Training | None = None
+) -> None:
+    """Write ``README.md``, atomically; a card that somebody else wrote there or has changed is left alone.
+
+    ``config`` is the saved adapter's, resolved; None for a head alone. ``llama`` is the backbone.
+    """
+    path = Path(directory) / CARD_NAME
+    if path.exists() and MARK.encode() not in path.read_bytes():
+        return
+    on_hub = hub_name(llama)
+    shown = base_name(llama) or llama.config.model_type
+    what = "Bottleneck adapter" if config is not None else "Classification head"
+    sections = [
+        f"---\n{_front_matter(on_hub, llama, training)}\n---",
+        f"{MARK}\n\n# {what} for {_text(shown)}",
+        _base_section(shown, llama),
+    ]
+    if config is not None:
+        sections.append(_adapter_section(config, llama.config.hidden_size))
+    if training is not None:
+        sections += _training_sections(training)
+    sections += [_loading_section(on_hub, config, training), _versions_section()]
+    with replacing(path) as temporary:
+        write_text(temporary, "\n\n".join(sections) + "\n")
+
+
+def hub_name(llama: Any) -> str | None:
+    """What the hub calls the backbone; None for one from a folder."""
+    name = llama.config.name_or_path
+    return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
+
+
+def base_name(llama: Any) -> str:
+    """That, or the last part of the folder's path, which is nobody's affair as a whole; or ""."""
+    return hub_name(llama) or Path(llama.config.name_or_path).name
+
+
+def push_folder(
+    directory: str | Path,
+    repo_id: str,
+    files: Sequence[str],
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+) -> str:
+    """Upload ``files`` of ``directory``, and nothing else that lies there, to a model repository; its URL comes back.
+
+    The repository is made if there is none. ``token``, ``private`` and ``revision`` are as huggingface_hub has them.
+
+    Raises:
+        FileNotFoundError: a file is not there. What huggingface_hub raises, if the upload fails.
+    """
+    for name in files:
+        if not (Path(directory) / name).is_file():
+            raise FileNotFoundError(f"push_to_hub: no file {Path(directory) / name}")
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=url.repo_id,
+        folder_path=directory,
+        allow_patterns=list(files),
+        revision=revision,
+        commit_message=commit_message,
+    )
+    return str(url)
+
+
+def _front_matter(base: str | None, llama: Any, training: Training | None) -> str:
+    pipeline = _PIPELINES.get(training.task) if training is not None else None
+    results = []
+    if training is not None and training.metrics and pipeline and training.eval_data:
+        results = [
+            EvalResult(pipeline, training.eval_data, training.eval_data, metric_type=name, metric_value=round(value, 6))
+            for name, value in _scores(training.metrics).items()
+        ]
+    data = ModelCardData(
+        base_model=base,
+        library_name="adapterkern",
+        pipeline_tag=pipeline,
+        tags=["adapter", "bottleneck-adapter", llama.config.model_type],
+        model_name="adapter" if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _base_section(shown: str, llama: Any) -> str:
+    config = llama.config
+    return (
+        f"## Base model\n\n{_text(shown)}: {type(llama).__name__}, hidden size {config.hidden_size}, "
+        f"{len(llama.model.layers)} layers, vocabulary {config.vocab_size}. It is frozen, and not in this folder."
+    )
+
+
+def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
+    layers = config.layers or ()
+    where = "after layers" if config.position == "layer" else "between attention and feed-forward network of layers"
+    count = len(layers) * config.depth * adapter_num_params(hidden_size, config.adapter_dim)
+    deep = f", {config.depth} in sequence at each" if config.depth > 1 else ""
+    return (
+        "## Adapter\n\n"
+        f"y = x + W_up · {config.activation}(W_down · LayerNorm(x) + b_down) + b_up on the residual stream {where} "
+        f"{', '.join(map(str, layers))} (from 0){deep}; dimension {config.adapter_dim}, {count:,} parameters in fp32."
+    )
+
+
+def _training_sections(training: Training) -> list[str]:
+    settings = ", ".join(f"{name} {value}" for name, value in training.settings.items())
+    labels = f" Labels: {', '.join(map(_text, training.labels))}." if training.labels else ""
+    evaluated = f" Evaluated on {_text(training.eval_data)}: {training.eval_examples:,} examples." * bool(
+        training.eval_data
+    )
+    sections = [
+        f"## Task\n\n{training.task}.{labels}",
+        f"## Data\n\nTrained on {_text(training.data)}: {training.examples:,} examples.{evaluated}",
+        f"## Training\n\n{training.steps:,} steps; {settings}.",
+    ]
+    if training.metrics:
+        rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in _scores(training.metrics).items())
+        sections.append(f"## Metrics\n\nOf the evaluation at step {training.metrics_step}.\n\n| | |\n|---|---|\n{rows}")
+    return sections
+
+
+def _loading_section(base: str | None, config: AdapterConfig | None, training: Training | None) -> str:
+    lines = [
+        'import adapterkern as ak  # pip install "adapterkern[train]"',
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = "{base or "the base model: a folder, or a name on the hub"}"',
+        'folder = "this folder"  # of the hub: huggingface_hub.snapshot_download("user/name")',
+        "llama = AutoModelForCausalLM.from_pretrained(base)",
+    ]
+    if config is not None:
+        lines.append("model = ak.LlamaAdapter.from_pretrained(llama, folder)")
+    else:
+        lines.append("model = ak.LlamaAdapter(llama)  # the head was trained on the bare backbone: no adapter is saved")
+    if training is not None and training.task in _PIPELINES:
+        lines += [
+            "",
+            "from adapterkern.training import load_task",
+            "",
+            "task, head = load_task(folder)",
+            'ak.evaluate(model, "rows.csv", task, tokenizer=AutoTokenizer.from_pretrained(base), head=head)',
+        ]
+    return "## How to load\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _versions_section() -> str:
+    versions = {"adapterkern": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"## Versions\n\n{shown}, Python {platform.python_version()}."
+
+
+def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name not in _NOT_SCORES}
+
+
+def _text(value: Any) -> str:
+    """A name as Markdown shows it: on one line, as code if it has a character of Markdown's."""
+    shown = " ".join(str(value).split())
+    return f"``{shown}``" if re.search(r"[*_`<>\[\]|#\\~&]", shown) else shown

@@ -1,0 +1,246 @@
+"""Different adapters on the sequences of one batch: what runs at each site inside ``LlamaAdapter.mixing``.
+
+Every sequence b has K choices index[b, k] among the named adapters (−1: none), with weights w, and
+
+    y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
+
+At a site, the adapters that stand there and agree in (adapter_dim, activation, eps, depth, x_free) are stacked, and one
+grouped ``ak.adapter(..., index=)`` call runs them all; to those that differ or stand elsewhere the sequence is a −1.
+The stack is made anew in every forward, so that gradients reach the adapters' own parameters: a copy of the parameters
+of the names that are mixed, against an activation of B·L rows. During ``generate`` it is made once. What ``index`` says
+among those names is made once for all sites that they share.
+
+Every adapter that is named gets a gradient, one of zeros where no sequence has chosen it: a GPU cannot tell which were
+chosen without the host waiting for it, and a result must not depend on the device.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapterkern.model.adapter import Adapter, AdapterConfig
+from adapterkern.ops import graphs
+from adapterkern.ops.index import check_dtype, check_values, vouch
+from adapterkern.ops.operator import adapter
+from adapterkern.ops.reference import Weights
+
+Decide = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+class _Group(NamedTuple):
+    """Adapters of one shape at one site."""
+
+    adapters: list[nn.Sequential]  # one a name, each of `depth` adapters
+    numbers: tuple[int, ...]  # theirs, as ``index`` counts
+
+
+class Mixture:
+    """Which of the named adapters each sequence of a batch runs.
+
+    Args:
+        adapters: name → layer number → adapters in sequence; in the order that ``index`` counts in.
+        configs: their configurations, in the same order.
+        index: int64 or int32, (B,) or (B, K); −1 is none.
+        weight: floating point, of ``index``'s shape; None weighs every choice 1.
+
+    Raises:
+        TypeError, ValueError: ``index`` or ``weight`` does not fit.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, nn.ModuleDict],
+        configs: Mapping[str, AdapterConfig],
+        index: Tensor,
+        weight: Tensor | None = None,
+    ) -> None:
+        _check(len(adapters), index, weight)
+        self._adapters, self._configs = list(adapters.values()), list(configs.values())
+        # (K, B): a choice's row is contiguous, as the kernels read it
+        self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
+        self._weight = weight if weight is None or weight.dim() == 2 else weight[:, None]
+        self._sites: dict[tuple[str, str], list[_Group]] = {}
+        self._choices: dict[tuple[object, ...], Tensor] = {}
+        self._generating = False
+        self._stacks: dict[int, list[Weights]] = {}  # of groups, by id; only while generating
+
+    def generating(self, batch: int | None) -> "Mixture":
+        """This mixture for ``generate`` over ``batch`` prompts: beams follow their prompt, and stacks are kept.
+
+        Raises:
+            ValueError: ``index`` is for another number of sequences.
+        """
+        if batch is not None and batch != self._index.shape[1]:
+            raise ValueError(f"index: expected one entry for each of {batch} prompts, got {self._index.shape[1]}")
+        other = object.__new__(Mixture)
+        other.__dict__ |= self.__dict__ | {"_generating": True, "_stacks": {}}
+        return other
+
+    def prefix_length(self, num_layers: int) -> int:
+        """How many leading layers none of the adapters changes."""
+        return min(map(prefix_length, self._configs), default=num_layers)
+
+    def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
+        """What maps the residual stream (B, L, d) at a site; None where none of the adapters stands."""
+        if (layer, position) not in self._sites:
+            self._sites[layer, position] = self._groups(layer, position)
+        groups = self._sites[layer, position]
+        return partial(self._run, groups) if groups else None
+
+    def _groups(self, layer: str, position: str) -> list[_Group]:
+        members: dict[tuple[object, ...], list[int]] = {}
+        for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
+            if c.position == position and layer in adapters:
+                members.setdefault((c.adapter_dim, c.activation, c.eps, c.depth, c.x_free), []).append(number)
+        return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
+
+    def _choices_among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
+        """``index`` counted among ``numbers`` alone, (K, B·times) on ``device``; made once for all sites."""
+        key = (numbers, times, device)
+        if (made := self._choices.get(key)) is not None:
+            return made
+        if torch.compiler.is_compiling() or graphs.recording(device):  # nothing made there may outlive it
+            return self._among(*key)
+        with torch.inference_mode(False):  # a later call may train, and autograd saves no inference tensor
+            made = self._choices[key] = vouch(self._among(*key), len(numbers))
+        return made
+
+    def _among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
+        places = [numbers.index(n) if n in numbers else -1 for n in range(len(self._adapters))]
+        among = torch.tensor([*places, -1], device=self._index.device)[self._index]  # -1 finds the last
+        among = among if times == 1 else among.repeat_interleave(times, 1)
+        return among.to(device, non_blocking=True)
+
+    def _run(self, groups: list[_Group], x: Tensor) -> Tensor:
+        times = self._repeats(x.shape[0])
+        stacks = [self._stack(group) for group in groups]
+        indices = [self._choices_among(group.numbers, times, x.device) for group in groups]
+
+        def choice(k: int) -> Tensor:
+            # A sequence is in one group at most: the others pass it on as it is.
+            y = x
+            for group, stack, index in zip(groups, stacks, indices, strict=True):
+                for module, weights in zip(group.adapters[0], stack, strict=True):
+                    y = _run_stacked(module, weights, y, index[k])  # type: ignore[arg-type]
+            return y
+
+        if self._weight is None and len(self._index) == 1:
+            return choice(0)
+        y = x
+        for k in range(len(self._index)):
+            change = choice(k) - x
+            if self._weight is not None:
+                weight = self._weight[:, k].to(x.device, x.dtype, non_blocking=True)
+                weight = weight if times == 1 else weight.repeat_interleave(times)
+                change = weight[:, None, None] * change
+            y = y + change
+        return y
+
+    def _repeats(self, batch: int) -> int:
+        """How many sequences of the batch stand for one of ``index``: 1, or the beams of a prompt while generating."""
+        given = self._index.shape[1]
+        if batch == given:
+            return 1
+        if self._generating and given and batch % given == 0:
+            return batch // given
+        raise ValueError(f"index: expected one entry for each of the batch's {batch} sequences, got {given}")
+
+    def _stack(self, group: _Group) -> list[Weights]:
+        """The group's parameters, (n, ...) each, for every adapter of the sequence."""
+        if not self._generating:
+            return _stacked(group.adapters)
+        if id(group) not in self._stacks:  # `_sites` keeps the group alive
+            self._stacks[id(group)] = _stacked(group.adapters)
+        return self._stacks[id(group)]
+
+
+class DeferredMixture:
+    """A mixture whose choices follow from the residual stream, once: where it meets the first of the adapters.
+
+    Args:
+        adapters, configs: as :class:`Mixture` takes them.
+        decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a :class:`Mixture`.
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, nn.ModuleDict], configs: Mapping[str, AdapterConfig], decide: Decide
+    ) -> None:
+        self._adapters, self._configs, self._decide = adapters, configs, decide
+        self._generating = False
+        self._mixture: Mixture | None = None
+
+    def generating(self, batch: int | None) -> "DeferredMixture":
+        """This mixture for ``generate``: decided on the prompts (beams included), and kept for what follows them."""
+        other = DeferredMixture(self._adapters, self._configs, self._decide)
+        other._generating = True
+        return other
+
+    def prefix_length(self, num_layers: int) -> int:
+        """How many leading layers none of the adapters changes."""
+        return min(map(prefix_length, self._configs.values()), default=num_layers)
+
+    def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
+        """As :meth:`Mixture.at`."""
+        if self._mixture is not None:
+            return self._mixture.at(layer, position)
+        stands = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())
+        return partial(self._begin, layer, position) if stands else None
+
+    def _begin(self, layer: str, position: str, x: Tensor) -> Tensor:
+        # Gradient checkpointing runs the layer twice and the decision once, so nothing of it may be recomputed: a pair
+        # of hooks inside those of the checkpoint keeps what the decision saves.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            index, weight = self._decide(x)
+        mixture = Mixture(self._adapters, self._configs, index, weight)
+        self._mixture = mixture.generating(None) if self._generating else mixture
+        run = self._mixture.at(layer, position)
+        assert run is not None  # `at` has found an adapter here
+        return run(x)
+
+
+def prefix_length(config: AdapterConfig) -> int:
+    """How many leading layers an adapter of this resolved configuration leaves as they are."""
+    return (config.layers or (0,))[0] + (config.position == "layer")
+
+
+def _stacked(adapters: list[nn.Sequential]) -> list[Weights]:
+    return [
+        Weights(*(torch.stack(same) if len(same) > 1 else same[0][None] for same in zip(*each, strict=True)))
+        for each in zip(*(map(_weights, sequence) for sequence in adapters), strict=True)  # type: ignore[arg-type]
+    ]
+
+
+def _weights(a: Adapter) -> Weights:
+    return Weights(a.norm.weight, a.norm.bias, a.down.weight, a.down.bias, a.up.weight, a.up.bias)
+
+
+def _run_stacked(like: Adapter, weights: Weights, x: Tensor, index: Tensor) -> Tensor:
+    return adapter(
+        x,
+        *weights,
+        eps=like.norm.eps,
+        activation=like.activation,
+        fused=like.fused,
+        x_free=like.x_free,
+        index=index,
+    )
+
+
+def _check(n: int, index: Tensor, weight: Tensor | None) -> None:
+    check_dtype(index)
+    if index.dim() not in (1, 2) or 0 in index.shape[1:]:
+        raise ValueError(f"index: expected shape (B,) or (B, K) with K >= 1, got {tuple(index.shape)}")
+    check_values(index, n)
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight: expected a torch.Tensor of a floating dtype, got {got}")
+    if weight.shape != index.shape or weight.device != index.device:
+        raise ValueError(
+            f"weight: expected shape {tuple(index.shape)} on {index.device} like index, "
+            f"got {tuple(weight.shape)} on {weight.device}"
+        )

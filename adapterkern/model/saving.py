@@ -1,0 +1,152 @@
+"""What of a model is saved, and how it comes back: our folder, AdapterHub's, the hub, what Trainer asks for.
+
+``Saved`` is the half of ``LlamaAdapter`` that knows files; llama.py has what it saves.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapterkern.files import replacing
+from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
+from adapterkern.model.files.card import CARD_NAME, push_folder
+from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
+from adapterkern.model.pretrained import TRAINER_WEIGHTS, Wrapped
+
+# What Trainer, TRL and accelerate may say to save_pretrained. Only state_dict says something about an adapter.
+_FROM_TRAINER = frozenset(
+    ("state_dict", "safe_serialization", "save_function", "max_shard_size", "push_to_hub", "variant", "token")
+)
+
+
+class Saved(Wrapped):
+    """A wrapped decoder with named adapters that are written and read."""
+
+    adapters: nn.ModuleDict
+
+    if TYPE_CHECKING:  # LlamaAdapter's
+
+        def __init__(
+            self,
+            llama: PreTrainedModel,
+            config: AdapterConfig | None = None,
+            *,
+            fused: bool = True,
+            liger: bool = False,
+        ) -> None: ...
+
+        def add_adapter(self, name: str, config: AdapterConfig) -> None: ...  # type: ignore[override]
+
+        def adapter_config(self, name: str | None = None) -> AdapterConfig: ...
+
+        def _check_name(self, name: str | None) -> str: ...
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        is_main_process: bool = True,
+        **from_trainer: Any,
+    ) -> None:
+        """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, never the backbone.
+
+        Each file is replaced atomically; the configuration is last and holds the weights' SHA-256, so that a pair that
+        does not belong together is noticed on loading.
+
+        transformers' Trainer calls this as it does for every model, with ``is_main_process`` and ``state_dict``: the
+        latter None, or gathered from several processes. It then finds ``model.safetensors`` beside them, the adapter by
+        its names within this model, which is what a Trainer resumes from.
+
+        Raises:
+            OSError: a file cannot be written. ValueError: there is no such adapter, ``state_dict`` has not all of its
+                tensors, or the folder holds another library's adapter. What was there before stays, then.
+        """
+        if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
+            raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
+        if not is_main_process:
+            return
+        name = self._check_name(name)
+        directory = Path(directory)
+        prefix = f"adapters.{name}."
+        state = from_trainer.get("state_dict") or self.state_dict()
+        tensors = {
+            key.removeprefix(prefix): t.detach().to("cpu").contiguous()
+            for key, t in state.items()
+            if key.startswith(prefix)
+        }
+        write_adapter(directory, self.base, self.adapter_config(name), tensors)
+        if "state_dict" in from_trainer:
+            with replacing(directory / TRAINER_WEIGHTS) as temporary:
+                save_file({prefix + key: t for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+    ) -> Self:
+        """Put the adapter saved in ``directory`` on ``llama``, as ``"default"``. Raises as :meth:`load_adapter`."""
+        return cls._from_read(llama, read_adapter(llama, Path(directory)), fused=fused, liger=liger)
+
+    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
+        """Add the adapter saved in ``directory`` under ``name``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or of another format version, or was saved for a backbone of another shape;
+                the message names the file and both shapes.
+        """
+        self._add_read(name, read_adapter(self.base, Path(directory)))
+
+    def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub; the repository's URL comes back.
+
+        ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as huggingface_hub has them.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, name)
+            return push_folder(directory, repo_id, (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME), **options)
+
+    def save_adapterhub(
+        self, directory: str | os.PathLike[str], name: str | None = None, *, safetensors: bool = False
+    ) -> None:
+        """Write adapter ``name`` (default: the active one) as AdapterHub's ``adapters`` loads it, under its name.
+
+        Raises as :func:`~adapterkern.model.files.adapterhub.write_adapterhub`, which says more.
+        """
+        name = self._check_name(name)
+        tensors = self.adapters[name].state_dict()
+        write_adapterhub(directory, name, self.adapter_config(name), tensors, self.base, safetensors=safetensors)
+
+    @classmethod
+    def from_adapterhub(
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+    ) -> Self:
+        """Put the adapter that ``adapters`` saved in ``directory`` on ``llama``, as ``"default"``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: one is damaged, or it is not this package's operator; the message names file and field.
+        """
+        size = llama.config.hidden_size, len(decoder_layers(llama))
+        return cls._from_read(llama, read_adapterhub(directory, *size), fused=fused, liger=liger)
+
+    def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
+        """Add the adapter that ``adapters`` saved in ``directory``, as ``name``. Raises as :meth:`from_adapterhub`."""
+        self._add_read(name, read_adapterhub(directory, self.config.hidden_size, len(decoder_layers(self.base))))
+
+    @classmethod
+    def _from_read(cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool) -> Self:
+        model = cls(llama, read[0], **flags)
+        model.adapters["default"].load_state_dict(read[1])
+        return model
+
+    def _add_read(self, name: str, read: tuple[AdapterConfig, dict[str, Tensor]]) -> None:
+        self.add_adapter(name, read[0])
+        self.adapters[name].load_state_dict(read[1])

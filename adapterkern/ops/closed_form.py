@@ -1,0 +1,150 @@
+"""The operator built from PyTorch operations: what runs on CPU, and for fp64 on any device.
+
+It uses the ATen operations that are fast on CPU (native LayerNorm, mkldnn's products) and the closed form, which
+trades passes over T×d numbers for a few over r×d: it pays where T is many times r. ``weights`` are the six
+parameters, stacked ``(n, ...)`` where ``index`` (one adapter per sequence, −1 for none) is given; then adapters take
+turns over their rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapterkern.ops.reference import ACTIVATIONS, Weights
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and row constants are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def composed_forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (..., d), z (T, r) in ``compute``, mean and rstd (T,); the last three are empty unless ``save``."""
+    rows = x.reshape(-1, x.shape[-1])
+    if index is None:
+        y, *saved = _forward(rows, Weights(*weights), eps, activation, compute)
+    else:
+        y = rows.clone(memory_format=torch.contiguous_format)
+        stats = x.new_zeros(rows.shape[0], dtype=stats_dtype(x.dtype))
+        saved = [x.new_zeros((rows.shape[0], weights[2].shape[-2]), dtype=compute), stats, stats.clone()]
+        for one, chosen in _turns(index, weights, rows.shape[0]):
+            for whole, part in zip((y, *saved), _forward(rows[chosen], one, eps, activation, compute), strict=True):
+                whole[chosen] = part
+    z, mean, rstd = saved if save else (x.new_empty(0) for _ in range(3))
+    # Not y.view: autograd refuses to have a view that a Function returns written in place.
+    return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
+
+
+def composed_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    activation: str,
+    needed: Sequence[bool],
+    x_free: bool = False,
+    index: Tensor | None = None,
+) -> list[Tensor | None]:
+    """The gradients in ``needed`` (None for the others), each as its tensor is; ``x`` is y where ``x_free``."""
+    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
+
+    def grads(chosen: Tensor | slice, one: Weights) -> list[Tensor | None]:
+        some = rows[chosen]
+        if x_free:
+            h = ACTIVATIONS[activation].fn(z[chosen])
+            some = (some - F.linear(h, one.up_weight.to(h.dtype), one.up_bias.to(h.dtype))).to(x.dtype)
+        return _backward(dy_rows[chosen], some, z[chosen], rstd[chosen], one, eps, activation, needed)
+
+    if index is None:
+        dx, *rest = grads(slice(None), Weights(*weights))
+    else:
+        dx = dy_rows.clone(memory_format=torch.contiguous_format) if needed[0] else None
+        rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
+        for e, (one, chosen) in enumerate(_turns(index, weights, rows.shape[0])):
+            part_dx, *parts = grads(chosen, one)
+            if dx is not None and part_dx is not None:
+                dx[chosen] = part_dx
+            for whole, part in zip(rest, parts, strict=True):
+                if whole is not None and part is not None:
+                    whole[e] = part
+    return [None if dx is None else dx.view(x.shape), *rest]
+
+
+def _turns(index: Tensor, weights: Sequence[Tensor], rows: int) -> list[tuple[Weights, Tensor]]:
+    """Each adapter with the rows that are its own."""
+    of_row = index.reshape(-1).repeat_interleave(rows // max(1, index.numel()))
+    return [(Weights(*(w[e] for w in weights)), (of_row == e).nonzero().squeeze(1)) for e in range(len(weights[2]))]
+
+
+def _forward(
+    rows: Tensor, w: Weights, eps: float, activation: str, compute: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats = stats_dtype(rows.dtype)
+    gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
+    normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
+    z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
+    branch = F.linear(ACTIVATIONS[activation].fn(z), w.up_weight.to(compute), w.up_bias.to(compute))
+    # branch first: a sum is laid out like its first operand, and y is contiguous whatever x is
+    y = branch.add_(rows) if compute == rows.dtype else (branch + rows).to(rows.dtype)
+    return y, z, mean.view(-1), rstd.view(-1)
+
+
+def _backward(
+    dy: Tensor,
+    rows: Tensor,
+    z: Tensor,
+    rstd: Tensor,
+    w: Weights,
+    eps: float,
+    activation: str,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    need = Weights(*needed[1:])  # type: ignore[arg-type]
+    d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
+    dy_c = dy.to(compute)
+    grads: dict[str, Tensor] = {}
+    if need.up_weight:
+        grads["up_weight"] = dy_c.T @ ACTIVATIONS[activation].fn(z)
+    if need.up_bias:
+        grads["up_bias"] = dy.sum(0)  # accumulates in fp32; sum(dtype=fp32) would first copy all of dy
+
+    if needed[0] or any(need[:4]):
+        dh = dy_c @ w.up_weight.to(compute)
+        dz = torch.ops.aten.silu_backward(dh, z) if activation == "silu" else dh * ACTIVATIONS[activation].derivative(z)
+        gamma, beta, W = w.norm_weight.to(stats), w.norm_bias.to(stats), w.down_weight.to(stats)
+    if any(need[:4]):
+        s = dz.sum(0).to(stats)
+        grads["down_bias"], grads["norm_bias"] = s, s @ W
+    if needed[0] or need.norm_weight or need.down_weight:
+        # Normalised again rather than kept: T×d numbers that the model would hold until the backward.
+        xhat = torch.native_layer_norm(rows, (d,), None, None, eps)[0].to(compute)
+    if need.norm_weight or need.down_weight:
+        G = (dz.T @ xhat).to(stats)
+        grads["norm_weight"] = (G * W).sum(0)
+        grads["down_weight"] = (G * gamma).addr_(s, beta)
+    dx = None
+    if needed[0]:
+        # dz·A − c1 is dz times A with its rows centred. ρ goes to the product's small side.
+        A = W * gamma
+        A = A.sub_(A.mean(1, keepdim=True)).to(compute)
+        rho = rstd[:, None]
+        u = z - torch.mv(W, beta).add_(w.down_bias).to(compute)
+        c2 = u.mul_(dz).sum(1, keepdim=True).mul_(rho / -d)
+        dz = dz.mul_(rho)
+        dx = torch.addmm(dy, dz, A) if compute == rows.dtype else dz @ A
+        dx.addcmul_(xhat, c2)
+        dx = (dx if compute == rows.dtype else dx + dy).to(rows.dtype)
+    return [dx, *(grads[name].to(t.dtype) if need[i] else None for i, (name, t) in enumerate(w._asdict().items()))]

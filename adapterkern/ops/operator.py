@@ -1,0 +1,398 @@
+"""The adapter as a PyTorch operator: schema, input checks, fake, autograd, autocast and the implementations.
+
+Two operators make one differentiable function:
+
+    adapterkern::adapter_forward   x, parameters → y and what the backward needs (z, mean, rstd: nothing of size T×d)
+    adapterkern::adapter_backward  dy, x, parameters, z, mean, rstd → the gradients that are asked for
+
+Both read the parameters in the form that kernels.weights prepares, which a cache keeps from call to call. Where it
+cannot (in a CUDA graph, and in compiled code, which may become one), a third makes it for a forward and its backward:
+
+    adapterkern::prepare_weights   parameters → the fields of kernels.weights.Prepared
+
+Precision. Parameters keep their own dtype (fp32 as a rule) and their gradients come back in it. ``compute_dtype`` is
+the dtype of the matrix products' operands: x's own dtype, or autocast's where autocast is on. y keeps x's dtype.
+Statistics and sums are at least fp32 everywhere.
+
+CUDA tensors go through the Triton kernels, and so do CPU tensors under ``TRITON_INTERPRET=1``; other CPU tensors, and
+fp64, which the kernels do not have, through `composition`. Small inputs on CPU take the stock modules' operations
+instead (``uses_composition``), which have the least overhead.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+
+from adapterkern.ops.checks import LOW, check_inputs
+from adapterkern.ops.checks import MAX_ADAPTER_DIM as MAX_ADAPTER_DIM  # users' import path
+from adapterkern.ops.closed_form import composed_backward, composed_forward, stats_dtype
+from adapterkern.ops.reference import Weights, adapter_eager
+
+_log = logging.getLogger("adapterkern")
+# Triton reads the variable when the kernels are imported, once a process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_lib = torch.library.Library("adapterkern", "DEF")
+_WEIGHTS = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
+)
+_lib.define(
+    f"adapter_forward(Tensor x, {_WEIGHTS}, float eps, str activation, ScalarType? compute_dtype, bool save,"
+    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None)"
+    " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
+)
+_lib.define(
+    f"adapter_backward(Tensor dy, Tensor x, Tensor z, Tensor mean, Tensor rstd, {_WEIGHTS},"
+    " float eps, str activation, ScalarType compute_dtype, bool[] needed,"
+    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None) -> Tensor[]"
+)
+_lib.define(
+    f"prepare_weights({_WEIGHTS}, ScalarType dtype) -> (Tensor A, Tensor a_sum, Tensor c, Tensor w_up, Tensor b_up)"
+)
+_forward = torch.ops.adapterkern.adapter_forward.default
+_backward = torch.ops.adapterkern.adapter_backward.default
+_prepare = torch.ops.adapterkern.prepare_weights.default
+
+
+def fused_enabled() -> bool:
+    """False when ``ADAPTERKERN_FUSED=0`` in the environment turns every fused path off, for bisecting."""
+    return os.environ.get("ADAPTERKERN_FUSED", "1") != "0"
+
+
+def adapter(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    fused: bool = True,
+    x_free: bool = False,
+    index: Tensor | None = None,
+) -> Tensor:
+    """``y = x + W_up · act(W_down · LayerNorm(x) + b_down) + b_up`` (Houlsby et al. 2019, arXiv:1902.00751).
+
+    Equivalent to::
+
+        h = act(F.linear(F.layer_norm(x, (d,), norm_weight, norm_bias, eps), down_weight, down_bias))
+        y = x + F.linear(h, up_weight, up_bias)
+
+    Args:
+        x: the residual stream, ``(..., d)``; bf16, fp16, fp32 or fp64, any strides.
+        norm_weight, norm_bias: LayerNorm's scale and shift, ``(d,)``.
+        down_weight, down_bias: ``(r, d)`` and ``(r,)``, ``1 <= r <= 512``.
+        up_weight, up_bias: ``(d, r)`` and ``(d,)``.
+        eps: added to the variance.
+        activation: ``"silu"``, ``"gelu"`` (exact), ``"relu"``, ``"tanh"`` or ``"identity"``.
+        fused: ``False`` runs the stock PyTorch composition instead, with the same numbers to rounding. Forward-mode AD
+            and torch.func's transforms (grad, vjp, jvp, vmap) run that too: the fused operator has no rules for them.
+        x_free: keep y instead of x for the backward, which recovers x = y − W_up·h − b_up. That costs no memory where
+            the model keeps y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within
+            eager's own bf16 error while the branch is about as large as x or smaller and reach three times that where
+            it is 10× x; rows of (almost) no variance lose all accuracy.
+        index: mixes n adapters in one call. The parameters are stacked, ``(n, ...)`` each, and ``index`` holds the
+            adapter of each sequence (int64 or int32, of shape ``x.shape[:k]`` for some k < x.dim()); −1 is none, y = x.
+
+    Returns:
+        y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are used in x's dtype (autocast's dtype where
+        autocast is on) for the matrix products; their gradients have their own dtype.
+
+    CUDA graphs: a replay sees what the parameters hold by then. Where none of them requires a gradient and a call has
+    used them in these dtypes before the recording, the graph reads what that call has prepared, and sees new values
+    once the next call outside a graph has.
+
+    Raises:
+        TypeError: an argument is not a dense tensor of a supported floating dtype, or eps is no number.
+        ValueError: a shape, device or activation does not fit; the message names the argument.
+    """
+    weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
+    check_inputs(x, weights, eps, activation, index)
+    if not (fused and fused_enabled()) or uses_composition(x, down_weight.shape[-2]) or _transformed():
+        if (dtype := stock_dtype(x, weights)) is not None:
+            weights = Weights(*(w.to(dtype) for w in weights))
+        with eager_autocast(x):
+            if index is not None:
+                return _eager_mixed(x, weights, index, eps, activation)
+            return adapter_eager(x, weights, eps=eps, activation=activation).to(x.dtype)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    return _forward(x, *weights, eps, activation, None, save, x_free, index)[0]
+
+
+def uses_composition(x: Tensor, adapter_dim: int) -> bool:
+    """Whether ``fused=True`` still runs the stock composition, because x is on CPU and too small for the op to pay.
+
+    On 2 cores (AMD EPYC, AVX-512), forward + backward of the op took 0.79 to 1.02 of the composition's time in bf16 and
+    fp32 above these bounds, and up to 2.3 times at one row. Compiled code always holds the op: no guard on a shape.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or INTERPRETED:
+        return False
+    return x.numel() < _least_numel(x.dtype) or x.numel() < 8 * adapter_dim * x.shape[-1]
+
+
+@cache
+def _least_numel(dtype: torch.dtype) -> int:
+    # AMX makes bf16's products so cheap that the op's fp32 statistics show, until eager's activations leave the cache:
+    # on 2 cores of a Xeon 1.18, 1.13, 1.05 of the composition's time at 4, 8, 12 M elements, 0.78 to 0.81 from 16 M on.
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return 1 << 24 if dtype == torch.bfloat16 and amx() else 1 << 21
+
+
+def _transformed() -> bool:
+    """Whether the call is under forward-mode AD or a torch.func transform, which need a formula for each operation."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
+    """What PyTorch's own operations need ``weights`` cast to beside ``x``; None where they take them as they are."""
+    dtypes = {w.dtype for w in weights}
+    # beside a low-precision x autocast is on and casts fp32, though not fp64
+    wanted = torch.float32 if x.dtype in LOW else x.dtype
+    return None if dtypes in ({x.dtype}, {wanted}) else wanted
+
+
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """What a fused adapter on ``device`` with x of ``dtype`` runs, and why: (name, reason)."""
+    kind = torch.device(device).type
+    if not fused_enabled():
+        return "stock modules", "ADAPTERKERN_FUSED=0 is set"
+    if dtype == torch.float64:
+        return "composition of PyTorch operations", "the kernels have no fp64"
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "composition of PyTorch operations", "triton is not installed"
+        return "Triton kernels", "it is a GPU"
+    if INTERPRETED:
+        return "Triton kernels in the interpreter", "TRITON_INTERPRET=1 is set"
+    return "composition of PyTorch operations", "it is not a GPU; small inputs take the stock modules' operations"
+
+
+@cache
+def _through_triton(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the operator runs as Triton kernels rather than as the composition; logged once for each kind of x."""
+    name, reason = backend(device_type, dtype)
+    _log.info("fused adapters on %s in %s run as %s: %s", device_type, dtype, name, reason)
+    return name.startswith("Triton")
+
+
+def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
+    """The stock composition of a call with ``index``, an adapter at a time."""
+    rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 cannot be told of 0 elements
+    y = rows.clone()
+    for e in range(weights.down_weight.shape[0]):
+        chosen = index == e
+        one = Weights(*(w[e] for w in weights))
+        y[chosen] = adapter_eager(rows[chosen], one, eps=eps, activation=activation).to(x.dtype)
+    return y.view(x.shape)
+
+
+def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Autocast to x's dtype, if x has a low-precision dtype and autocast is off: fp32 modules then take x as it is."""
+    kind = x.device.type
+    if x.dtype in LOW and not torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, dtype=x.dtype)
+    return contextlib.nullcontext()
+
+
+# Implementations
+
+
+def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """What the products multiply and z is kept in. CPUs emulate fp16 products, some ten times slower than fp32 ones."""
+    dtype = compute_dtype or x.dtype
+    return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" and not INTERPRETED else dtype
+
+
+def _run_forward(x, *args):  # type: ignore[no-untyped-def]
+    """The operator's forward on any device; ``args`` follow the schema."""
+    weights, (eps, activation, compute_dtype, save), (_, index, prepared) = args[:6], args[6:10], _optional(args, 10)
+    if not _through_triton(x.device.type, x.dtype):
+        return composed_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
+    from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
+
+    return launch.adapter_forward(
+        x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save, carried=prepared
+    )
+
+
+def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
+    """The operator's backward on any device; ``args`` follow the schema, and x is y where it is x-free."""
+    weights, (eps, activation, _, needed), (x_free, index, prepared) = args[:6], args[6:10], _optional(args, 10)
+    if _through_triton(x.device.type, x.dtype):
+        from adapterkern.ops.kernels import launch
+
+        grads = launch.adapter_backward(
+            dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free, carried=prepared
+        )
+    else:
+        grads = composed_backward(dy, x, z, mean, rstd, weights, eps, activation, needed, x_free, index)
+    return [_no_grad(t) if g is None else g for t, g in zip((x, *weights), grads, strict=True)]
+
+
+def _optional(args, start):  # type: ignore[no-untyped-def]
+    """(x_free, index, prepared): the dispatcher leaves out trailing arguments that have their default."""
+    given = args[start:]
+    return (*given, *(False, None, None)[len(given) :])
+
+
+def _run_prepare(*args):  # type: ignore[no-untyped-def]
+    """The preparation on a device that runs the kernels; ``args`` follow the schema."""
+    from adapterkern.ops.kernels import launch
+
+    return launch.prepare_weights(args[:6], args[6]).tensors()
+
+
+for _device_type in ("CPU", "CUDA"):
+    _lib.impl("adapter_forward", _run_forward, _device_type)
+    _lib.impl("adapter_backward", _run_backward, _device_type)
+    _lib.impl("prepare_weights", _run_prepare, _device_type)
+
+
+# Fake, autograd and autocast, the same for every device
+
+
+def _no_grad(like: Tensor) -> Tensor:
+    """Stands in an operator's list of results for a gradient that was not asked for."""
+    return like.new_empty(0)
+
+
+@torch.library.register_fake("adapterkern::adapter_forward", lib=_lib)
+def _fake_forward(x, *args):  # type: ignore[no-untyped-def]
+    down_weight, compute_dtype, save = args[2], args[8], args[9]
+    y = x.new_empty(x.shape)
+    stats = stats_dtype(x.dtype)
+    if not save:
+        return y, *(x.new_empty(0) for _ in range(3))
+    rows = x.numel() // x.shape[-1]
+    z = x.new_empty((rows, down_weight.shape[-2]), dtype=_operand_dtype(x, compute_dtype))
+    return y, z, x.new_empty(rows, dtype=stats), x.new_empty(rows, dtype=stats)
+
+
+@torch.library.register_fake("adapterkern::adapter_backward", lib=_lib)
+def _fake_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
+    tensors, needed = (x, *args[:6]), args[9]
+    return [t.new_empty(t.shape) if wanted else _no_grad(t) for t, wanted in zip(tensors, needed, strict=True)]
+
+
+@torch.library.register_fake("adapterkern::prepare_weights", lib=_lib)
+def _fake_prepare(*args):  # type: ignore[no-untyped-def]
+    from adapterkern.ops.kernels.weights import empty_prepared
+
+    return empty_prepared(args[2], args[6]).tensors()
+
+
+def _carried(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+    """The preparation, where the backward would not find the forward's in the cache."""
+    if not _through_triton(x.device.type, x.dtype):
+        return None
+    from adapterkern.ops.kernels import cache
+
+    traced = type(x) is not Tensor and is_fake(x) and not cache.frozen(weights)
+    return _prepare(*weights, dtype) if traced or cache.must_carry(weights, dtype) else None
+
+
+class _Differentiable(torch.autograd.Function):
+    """The forward operator's gradient.
+
+    Registered by hand: `torch.library.register_autograd` walks the schema in Python at every call, 48 of the 136 µs of
+    host time that a call took with it (CPU, loaded machine), and this does not.
+    """
+
+    @staticmethod
+    def forward(ctx, keyset, *args):  # type: ignore[no-untyped-def]
+        ctx.arguments = len(args)
+        x, *weights = args[:7]
+        ctx.eps, ctx.activation, compute_dtype = args[7:10]
+        ctx.compute_dtype = compute_dtype or x.dtype
+        ctx.x_free, index, prepared = _optional(args, 11)
+        with torch._C._AutoDispatchBelowAutograd():
+            if prepared is None and (prepared := _carried(x, weights, ctx.compute_dtype)) is not None:
+                args = (*args[:11], ctx.x_free, index, prepared)
+            y, z, mean, rstd = _forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        ctx.save_for_backward(y if ctx.x_free else x, z, mean, rstd, index, *weights, *(prepared or ()))
+        ctx.mark_non_differentiable(z, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, z, mean, rstd
+
+    @staticmethod
+    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        if dy is None:
+            return (None,) * (1 + ctx.arguments)
+        x, z, mean, rstd, index, *rest = ctx.saved_tensors
+        weights, prepared = rest[:6], rest[6:] or None
+        needed = list(ctx.needs_input_grad[1:8])
+        how = ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index, prepared
+        grads = _backward(dy, x, z, mean, rstd, *weights, *how)
+        given = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
+        return None, *given, *(None,) * (ctx.arguments - 7)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The backward operator under ``create_graph=True``: right as it is, and an error to differentiate."""
+
+    @staticmethod
+    def forward(ctx, keyset, *args):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_backward.redispatch(keyset & torch._C._after_autograd_keyset, *args))
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise NotImplementedError(
+            "adapterkern.adapter: the fused backward is not differentiable a second time; "
+            "pass fused=False where you need create_graph=True"
+        )
+
+
+def _register_autograd(name: str, function: type[torch.autograd.Function], tensors: int) -> None:
+    op = getattr(torch.ops.adapterkern, name).default
+
+    def kernel(keyset, *args):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in args[:tensors]):
+            return function.apply(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _lib.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_register_autograd("adapter_forward", _Differentiable, 7)
+_register_autograd("adapter_backward", _DifferentiableOnce, 11)
+
+
+def _register_autocast(device_type: str) -> None:
+    """Under autocast the products' operands take autocast's dtype; x, y and the parameters keep theirs.
+
+    Autocast is off inside both operators, which choose each dtype themselves.
+    """
+    key = f"Autocast{device_type.upper()}"
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def forward(x, *args):  # type: ignore[no-untyped-def]
+        weights_and_how, compute_dtype, rest = args[:8], args[8], args[9:]
+        if compute_dtype is None and x.dtype != torch.float64:
+            compute_dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return _forward(x, *weights_and_how, compute_dtype, *rest)
+
+    def backward(*args):  # type: ignore[no-untyped-def]
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return _backward(*args)
+
+    _lib.impl("adapter_forward", forward, key)
+    _lib.impl("adapter_backward", backward, key)
+
+
+_register_autocast("cpu")
+_register_autocast("cuda")

@@ -1,0 +1,1 @@
+"""What else can be learned with a frozen LLaMA and adapters: siblings over ``training``; none imports another."""

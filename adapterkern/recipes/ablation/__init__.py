@@ -1,0 +1,1 @@
+"""Many runs of a study, and what they say."""

@@ -1,0 +1,300 @@
+"""Ablations: many short runs that differ in one thing at a time, or in everything, and a CSV row for each.
+
+A study has a base point, some fields to vary, and seeds. Each variant is run once a seed; a seed fixes the
+head's weights, the adapters' weights and the order of the rows, so that variants of one seed can be compared in pairs.
+
+A run is known by a digest of all that decides its numbers: the adapters, the training, the tokenised data, the
+backbone. A run whose row is in ``ablation.csv`` is never computed again, whichever study asks for it; one that was
+stopped in its middle goes on from its checkpoint. The file is rewritten as a whole for each row, under another name
+and then renamed, so that it is complete at any moment.
+
+All runs share one cache of prefix activations. Seeds come one after the other, so that a study that is stopped early
+has looked at every variant, and within a seed the shortest prefixes come first: the longer ones start from them.
+
+    output/ablation.csv          a row a run
+    output/curves/KEY.jsonl      its metrics, as ``metrics.jsonl`` of a training
+    output/runs/KEY/             while it runs
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from adapterkern import __version__
+from adapterkern.files import replacing
+from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.recipes.ablation.study import Study, Variant
+from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
+from adapterkern.training.data.examples import Rows, fingerprint, load_examples
+from adapterkern.training.data.prefix import PrefixCache, choose_cache, prefix_fingerprint
+from adapterkern.training.loop import NonFiniteError, TrainResult, train
+from adapterkern.training.run import checkpoint
+from adapterkern.training.run.report import METRICS_NAME
+
+CSV_NAME = "ablation.csv"
+
+_SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init")
+_SHOWN_TRAINING = (
+    *("train_adapters", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "lr", "schedule", "warmup"),
+    *("max_norm", "weight_decay", "precision", "seed"),
+)
+_MEASURED = (
+    *("status", "steps", "skipped_steps", "trainable_parameters", "prefix_layers", "seconds", "prefix_seconds"),
+    *("eval_seconds", "tokens_per_second", "loss", "accuracy"),
+)
+_VERSIONS = ("date", "device", "threads", "adapterkern", "torch", "transformers")
+COLUMNS = ("key", *_SHOWN_ADAPTER, *_SHOWN_TRAINING, *_MEASURED, *_VERSIONS)
+
+
+class Findings(NamedTuple):
+    """What a study has come to."""
+
+    complete: bool  # whether no run is missing
+    variants: list[Variant]
+    rows: dict[tuple[str, int], dict[str, str]]  # of the CSV, by variant's label and seed
+    num_layers: int
+
+
+def run_study(
+    study: Study,
+    llama: PreTrainedModel,
+    train_data: Rows,
+    eval_data: Rows,
+    output: Path,
+    *,
+    tokenizer: Any = None,
+    say: Callable[[str], None] = print,
+) -> Findings:
+    """Compute the rows that ``output/ablation.csv`` does not have yet, and return what is there then.
+
+    Args:
+        llama: the frozen backbone; it comes back without adapters.
+        train_data, eval_data: the same for all runs; see :func:`~adapterkern.training.data.examples.load_examples`.
+        say: gets a line for each run.
+
+    After Ctrl-C (SIGINT) or SIGTERM ``complete`` is False, and the same call goes on from there.
+
+    Raises:
+        DataError, ValueError, TypeError: data or a configuration that cannot be used, before the first run.
+    """
+    model = LlamaAdapter(llama, study.adapter)
+    try:
+        return _Runner(study, model, train_data, eval_data, output, tokenizer, say).go()
+    finally:
+        model.unload()
+
+
+class _Runner:
+    def __init__(
+        self,
+        study: Study,
+        model: LlamaAdapter,
+        train_data: Rows,
+        eval_data: Rows,
+        output: Path,
+        tokenizer: Any,
+        say: Callable[[str], None],
+    ) -> None:
+        self.study, self.model, self.output, self.tokenizer, self.say = study, model, output, tokenizer, say
+        self.train_data, self.eval_data = train_data, eval_data
+        self.variants = study.variants(model.config.hidden_size, len(model.layers))
+        self.world = world(model, train_data, eval_data, study.training, tokenizer)
+        self.cache = PrefixCache(study.training.prefix_cache_bytes)
+        self.path = output / CSV_NAME
+
+    def go(self) -> Findings:
+        plan = [
+            (variant, seed, run_key(variant, seed, self.world)) for variant, seed in _plan(self.study, self.variants)
+        ]
+        done = read_results(self.path)
+        # By key: two variants may come to the same run.
+        missing = {key: (variant, seed) for variant, seed, key in plan if key not in done}
+        self.say(f"{len(plan)} runs, {len(plan) - len(missing)} of them known; {self.path}")
+        complete, started = True, time.perf_counter()
+        for number, (key, (variant, seed)) in enumerate(missing.items(), start=1):
+            row = self._run(variant, seed, key)
+            if row is None:
+                self.say("stopped; the same call goes on from here")
+                complete = False
+                break
+            append_result(self.path, row)
+            shutil.rmtree(self.output / "runs" / key)
+            left = (time.perf_counter() - started) / number * (len(missing) - number)
+            outcome = row["status"] if row["accuracy"] is None else f"accuracy {row['accuracy']:.1%}"
+            self.say(f"[{number}/{len(missing)}] {variant.label}, seed {seed}: {outcome}; {left / 60:.0f} min left")
+        done = read_results(self.path)
+        rows = {(variant.label, seed): done[key] for variant, seed, key in plan if key in done}
+        return Findings(complete, self.variants, rows, len(self.model.layers))
+
+    def _run(self, variant: Variant, seed: int, key: str) -> dict[str, Any] | None:
+        """One run's row; None if it was stopped."""
+        folder = self.output / "runs" / key
+        newest = checkpoint.checkpoints(folder)
+        config = dataclasses.replace(
+            variant.training,
+            seed=seed,
+            output_dir=folder,
+            overwrite=not newest,
+            resume=bool(newest),
+            progress=False,
+            plot=False,
+            eval_every=variant.training.eval_every or 1 << 30,  # at the end alone
+        )
+        self._put(variant.adapter, seed)
+        if config.prefix_cache is None and self._cacheable(config):
+            config = dataclasses.replace(config, prefix_cache=True)  # the next run needs it even where this one doesn't
+        result, status = self._train(config)
+        if result is not None and result.stopped:
+            return None
+        curves = self.output / "curves" / f"{key}.jsonl"
+        with replacing(curves) as temporary:
+            shutil.copyfile(folder / METRICS_NAME, temporary)
+        before = int(newest[-1].name.removeprefix("step-")) if newest else 0
+        return _row(key, variant, config, result, status, before, self.model)
+
+    def _train(self, config: TrainConfig) -> tuple[TrainResult | None, str]:
+        try:
+            result = train(
+                self.model,
+                self.train_data,
+                config,
+                tokenizer=self.tokenizer,
+                eval_data=self.eval_data,
+                cache=self.cache,
+            )
+        except NonFiniteError as error:
+            return None, f"not finite at step {error.step}"
+        return result, "finished"
+
+    def _put(self, adapter: AdapterConfig, seed: int) -> None:
+        """New adapters in the place of the last run's, their weights drawn from ``seed``."""
+        for name in list(self.model.adapters):
+            self.model.delete_adapter(name)
+        torch.manual_seed(seed)
+        self.model.add_adapter("default", adapter)
+        self.model.set_adapter("default")
+
+    def _cacheable(self, config: TrainConfig) -> bool:
+        if not config.train_adapters:
+            with self.model.disable_adapter():
+                return choose_cache(self.model, config, [], passes=2)[0]
+        return choose_cache(self.model, config, [], passes=2)[0]
+
+
+def _plan(study: Study, variants: Iterable[Variant]) -> Iterator[tuple[Variant, int]]:
+    """Seed by seed; within one, short prefixes first."""
+
+    def prefix(variant: Variant) -> tuple[bool, int]:
+        return not variant.training.train_adapters, min(variant.adapter.layers or (0,))
+
+    ordered = sorted(variants, key=prefix)
+    return ((variant, seed) for seed in study.seeds for variant in ordered)
+
+
+def world(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config: TrainConfig, tokenizer: Any) -> str:
+    """A digest of what is the same for all runs of a study: the tokenised data and the backbone's weights.
+
+    Raises:
+        DataError: rows that cannot be used.
+    """
+    whole = dataclasses.replace(config, max_length=1 << 30)
+    train_set, labels = load_examples(train_data, whole, tokenizer)
+    eval_set, _ = load_examples(eval_data, whole, tokenizer, labels)
+    backbone = prefix_fingerprint(model, TrainConfig(), len(model.layers)).hex()
+    return " ".join((fingerprint(train_set), fingerprint(eval_set), *labels, backbone))
+
+
+def run_key(variant: Variant, seed: int, world: str) -> str:
+    """16 hexadecimal digits that change with everything that decides a run's numbers."""
+    training = dataclasses.replace(variant.training, seed=seed).to_dict()
+    floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    described = {
+        "adapter": variant.adapter.to_dict() if variant.training.train_adapters else None,
+        "training": {
+            name: float(value) if name in floats and value is not None else value  # warmup 0 and 0.0 are one run
+            for name, value in training.items()
+            if name not in FREE_ON_RESUME
+        },
+        "world": world,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _row(
+    key: str,
+    variant: Variant,
+    config: TrainConfig,
+    result: TrainResult | None,
+    status: str,
+    before: int,
+    model: LlamaAdapter,
+) -> dict[str, Any]:
+    adapter = {name: getattr(variant.adapter, name) for name in _SHOWN_ADAPTER} if config.train_adapters else {}
+    if adapter:
+        adapter["layers"] = " ".join(str(layer) for layer in variant.adapter.layers or ())
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"key": key, "status": status} | adapter
+    row |= {name: getattr(config, name) for name in _SHOWN_TRAINING}
+    if result is not None:
+        assert result.metrics is not None  # there is data to evaluate on
+        made = result.steps - before
+        row |= {
+            "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
+            "trainable_parameters": result.trainable_parameters,
+            "prefix_layers": result.prefix_layers,
+            # a resumed run has timed some of its steps; all of them at that rate
+            "seconds": f"{result.seconds * result.steps / made:.3f}" if made else None,
+            "prefix_seconds": f"{result.prefix_seconds:.3f}",
+            "eval_seconds": f"{result.eval_seconds:.3f}",
+            "tokens_per_second": f"{result.tokens_per_second:.0f}",
+            "loss": result.metrics["loss"],
+            "accuracy": result.metrics["accuracy"],
+        }
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return row | {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "adapterkern": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+# The file
+
+
+def read_results(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of an ``ablation.csv`` by their keys; none if there is no file.
+
+    Raises:
+        ValueError: its columns are not :data:`COLUMNS`.
+    """
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: expected the columns {','.join(COLUMNS)}, got {reader.fieldnames}")
+        return {row["key"]: row for row in reader}
+
+
+def append_result(path: Path, row: Mapping[str, Any]) -> None:
+    """Write the file again with one more row, in one step."""
+    before = list(read_results(path).values())
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*before, row])

@@ -1,0 +1,198 @@
+"""Extractive question answering as data: SQuAD files, JSONL and lists of rows, and the scores that SQuAD is judged by.
+
+A row has a question, a context, and answers that are spans of that context. SQuAD's own files (v1.1, v2.0) nest them,
+``{"data": [{"paragraphs": [{"context": …, "qas": [{"id", "question", "answers": [{"text", "answer_start"}]}]}]}]}``;
+JSONL and lists hold a question a row, with ``answers`` either as there or as ``{"text": […], "answer_start": […]}``.
+``answer_start`` counts characters (Python's, that is, Unicode code points). A question whose ``answers`` are empty has
+no answer in its context; one without the field is not labelled, and can only be predicted.
+
+Exact match and F1 are those of the official script of SQuAD 2.0, which on questions that have an answer is the script
+of 1.1: a text is lowered and loses ASCII punctuation, the words a, an and the, and superfluous whitespace. F1 is that
+of the two bags of words; a question counts its best gold answer; where the gold answer or the prediction is empty, F1
+is 1 if both are, else 0. Gold answers that normalising empties are left out.
+"""
+
+import os
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adapterkern.files import read_json
+from adapterkern.training.data.examples import Rows
+from adapterkern.training.data.rows import HALF_A_PAIR, BadRows, DataError, is_unicode, read_rows
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Answer(NamedTuple):
+    """A span of a context."""
+
+    text: str
+    start: int  # characters before it
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
+
+
+class Question(NamedTuple):
+    """One row, checked."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...] | None  # empty: the context has no answer; None: not labelled
+    place: str  # for messages: file and id
+
+
+def read_questions(data: Rows, bad: BadRows) -> list[Question]:
+    """The questions of a ``.json`` file in SQuAD's form, of a ``.jsonl`` file, or of a list of mappings.
+
+    Rows that are wrong (a field is missing or of a wrong kind, an answer is not where it says, an id stands twice) go
+    to ``bad``, by file and id.
+
+    Raises:
+        DataError: the file is of another kind, or not in SQuAD's form as a whole.
+    """
+    source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    if source is not None and source.lower().endswith(".json"):
+        rows = list(_flatten(Path(source), bad))
+    elif source is not None and not source.lower().endswith(".jsonl"):
+        raise DataError(f"{source}: expected a name that ends in .json (SQuAD's form) or .jsonl")
+    else:
+        rows = [(row.values, row.place) for row in read_rows(data, bad)]
+    questions: dict[str, Question] = {}
+    for values, place in rows:
+        try:
+            question = _question(values, place, source, f"row-{len(questions)}")
+        except ValueError as error:
+            bad.add(place if "id" not in values else f"{place} (id {values['id']!r})", str(error))
+            continue
+        if question.id in questions:
+            bad.add(question.place, f"field 'id': stands twice, first at {questions[question.id].place}")
+        else:
+            questions[question.id] = question
+    return list(questions.values())
+
+
+def _flatten(path: Path, bad: BadRows) -> Iterable[tuple[Mapping[str, Any], str]]:
+    try:
+        articles = read_json(path).get("data")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if not isinstance(articles, list):
+        raise DataError(f"{path}: field 'data': expected a list of articles, got {type(articles).__name__}")
+    for a, article in enumerate(articles):
+        for p, paragraph in _members(article, "paragraphs", f"{path}: data[{a}]", bad):
+            place = f"{path}: data[{a}].paragraphs[{p}]"
+            for q, row in _members(paragraph, "qas", place, bad):
+                if isinstance(row, dict):
+                    yield {**row, "context": paragraph.get("context")}, f"{place}.qas[{q}]"
+                else:
+                    bad.add(f"{place}.qas[{q}]", f"expected an object, got {type(row).__name__}")
+
+
+def _members(owner: Any, field: str, place: str, bad: BadRows) -> Iterable[tuple[int, Any]]:
+    if isinstance(owner, dict) and isinstance(owner.get(field), list):
+        return enumerate(owner[field])
+    bad.add(place, f"field {field!r}: expected an object with a list of that name")
+    return ()
+
+
+def _question(values: Mapping[str, Any], place: str, source: str | None, default_id: str) -> Question:
+    id_ = values.get("id", default_id)
+    if isinstance(id_, int) and not isinstance(id_, bool):
+        id_ = str(id_)
+    for name, value in (("id", id_), ("question", values.get("question")), ("context", values.get("context"))):
+        if not isinstance(value, str) or not value.strip():
+            got = "an empty text" if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"field {name!r}: expected a text, got {got}")
+        if not is_unicode(value):
+            raise ValueError(f"field {name!r}: {HALF_A_PAIR}")
+    context = values["context"]
+    answers = None if "answers" not in values else tuple(_answers(values["answers"], context))
+    impossible = values.get("is_impossible")
+    if isinstance(impossible, bool) and answers is not None and impossible == bool(answers):
+        raise ValueError(f"field 'is_impossible': is {impossible}, yet there are {len(answers)} answers")
+    where = place if "id" not in values else f"{source or place}: question {id_!r}"
+    return Question(id_, values["question"].strip(), context, answers, where)
+
+
+def _answers(value: Any, context: str) -> Iterable[Answer]:
+    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
+        starts = value.get("answer_start")
+        if not isinstance(starts, Sequence) or len(starts) != len(value["text"]):
+            raise ValueError("field 'answers': expected as many answer_start as text")
+        value = [{"text": t, "answer_start": s} for t, s in zip(value["text"], starts, strict=True)]
+    if not isinstance(value, list | tuple) or not all(isinstance(answer, Mapping) for answer in value):
+        raise ValueError(f"field 'answers': expected a list of objects with text and answer_start, got {value!r:.60}")
+    for number, answer in enumerate(value):
+        text, start = answer.get("text"), answer.get("answer_start")
+        name = f"field 'answers[{number}]"
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}.text': expected a text, got {text!r:.60}")
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise ValueError(f"{name}.answer_start': expected a whole number, got {start!r:.60}")
+        if start < 0 or context[start : start + len(text)] != text:
+            at = context.find(text)
+            found = f"it is at {at}" if at >= 0 else "it is nowhere in it"
+            raise ValueError(f"{name}.answer_start': the context has not {text!r:.60} at {start}: {found}")
+        yield Answer(text, start)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, single spaces: what exact match compares."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(gold: str, prediction: str) -> float:
+    """1.0 if both normalise to the same text, else 0.0."""
+    return float(normalise_answer(gold) == normalise_answer(prediction))
+
+
+def f1(gold: str, prediction: str) -> float:
+    """The harmonic mean of precision and recall of the prediction's words; of two empty texts 1.0."""
+    expected, got = normalise_answer(gold).split(), normalise_answer(prediction).split()
+    if not expected or not got:
+        return float(expected == got)
+    common = sum((Counter(expected) & Counter(got)).values())
+    return 2 * common / (len(expected) + len(got))
+
+
+def score(questions: Iterable[Question], predictions: Mapping[str, str]) -> dict[str, float]:
+    """Exact match and F1 of ``predictions`` (text by question id, "" for no answer), in percent, official names.
+
+    Returns:
+        ``exact``, ``f1``, ``total``; the same with ``HasAns_`` and ``NoAns_`` before them where there are such
+        questions and the data has both kinds.
+
+    Raises:
+        ValueError: a question is not labelled, or has no prediction; the message names it.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {"HasAns_": [], "NoAns_": []}
+    for question in questions:
+        if question.answers is None:
+            raise ValueError(f"{question.place}: field 'answers': expected answers to score against, got none")
+        if question.id not in predictions:
+            raise ValueError(f"predictions: expected one for question {question.id!r}, got none")
+        golds = [answer.text for answer in question.answers if normalise_answer(answer.text)] or [""]
+        pairs = [(exact_match(gold, predictions[question.id]), f1(gold, predictions[question.id])) for gold in golds]
+        best = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+        groups["HasAns_" if question.answers else "NoAns_"].append(best)
+    everything = groups["HasAns_"] + groups["NoAns_"]
+    if not everything:
+        raise ValueError("questions: expected at least one, got none")
+    kinds = {"": everything} | (groups if all(groups.values()) else {})
+    return {
+        prefix + name: value
+        for prefix, pairs in kinds.items()
+        for name, value in (
+            ("exact", 100 * sum(pair[0] for pair in pairs) / len(pairs)),
+            ("f1", 100 * sum(pair[1] for pair in pairs) / len(pairs)),
+            ("total", len(pairs)),
+        )
+    }

@@ -1,0 +1,1 @@
+"""Rows → examples → batches, and the activations of the frozen prefix."""

@@ -1,0 +1,245 @@
+"""From rows of text to padded batches: tokenisation, labels, prompt masking, and the order of the rows.
+
+An example is its token ids and the positions whose state a loss is computed from. A classification example has one
+target, its label. A causal-lm example has one target for each token that is to be learnt, and the state that predicts
+token t stands at t − 1; tokens of a prompt, padding and the first token are no targets. Batches carry positions as flat
+indices into (B·L), computed here on the host, so that no step has to ask the device which states it wants.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.rows import BadRows, DataError, Row, read_rows, source_name
+
+_WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
+
+Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+class Example(NamedTuple):
+    """One tokenised row."""
+
+    input_ids: np.ndarray  # (n,) int64
+    targets: np.ndarray  # (1,) the label's number, or (k,) token ids
+    positions: np.ndarray  # (k,) where the states stand that predict the targets; empty for classification
+
+
+class Batch(NamedTuple):
+    """Examples padded to one length."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64, 1 on real tokens
+    targets: Tensor  # (K,) int64
+    positions: Tensor | None  # (K,) int64 into the flattened (B·L); None for classification, where K = B
+
+    def to(self, device: torch.device) -> "Batch":
+        ids, mask, targets = (t.to(device, non_blocking=True) for t in self[:3])
+        return Batch(ids, mask, targets, None if self.positions is None else self.positions.to(device))
+
+
+def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
+    """The set of labels that the rows have, numbers in numerical order and anything else in alphabetical order."""
+    names = {_label(row.values.get(config.label_column)) for row in rows} - {None}
+    labels = sorted(n for n in names if n is not None)
+    if all(_WHOLE_NUMBER.fullmatch(name) for name in labels):
+        labels.sort(key=int)
+    return labels
+
+
+def load_examples(
+    data: Rows, config: TrainConfig, tokenizer: Any = None, labels: Sequence[str] | None = None
+) -> tuple[list[Example], list[str]]:
+    """Read and tokenise data for ``config.task``.
+
+    Args:
+        data: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or an iterable of mappings. Rows have the columns that
+            ``config`` names; ``input_ids`` (a list of token ids) instead of the text needs no tokenizer.
+        tokenizer: a transformers tokenizer.
+        labels: the label names that a classification head has; by default those that the data has.
+
+    Returns:
+        the examples, and the label names (none for causal-lm).
+
+    Raises:
+        DataError: naming each bad row by file and line, unless ``config.skip_bad_rows``; or if no row is left, or all
+            have one label.
+    """
+    bad = BadRows(source_name(data))
+    rows = read_rows(data, bad)
+    if config.task == "classification":
+        names = list(labels) if labels is not None else label_names(rows, config)
+        examples = _classification(rows, config, tokenizer, names, bad)
+    else:
+        names = []
+        examples = _causal_lm(rows, config, tokenizer, bad)
+    bad.settle(config.skip_bad_rows)
+    if not examples:
+        raise DataError(f"{source_name(data)}: no rows")
+    if config.task == "classification" and labels is None and len(names) < 2:
+        raise DataError(
+            f"{source_name(data)}: column {config.label_column!r}: expected at least two different labels, got {names}"
+        )
+    return examples, names
+
+
+def _label(value: Any) -> str | None:
+    """A label as its name; None if it cannot be one."""
+    if isinstance(value, int):
+        return str(value)
+    return value if isinstance(value, str) and value else None
+
+
+def _classification(
+    rows: list[Row], config: TrainConfig, tokenizer: Any, names: list[str], bad: BadRows
+) -> list[Example]:
+    numbers = {name: number for number, name in enumerate(names)}
+    good = []
+    for row in rows:
+        label = _label(row.values.get(config.label_column))
+        if label is None:
+            problem = "is missing" if config.label_column not in row.values else "is not a text or a whole number"
+            bad.add(row.place, f"column {config.label_column!r} {problem}")
+        elif label not in numbers:
+            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            bad.add(row.place, f"label {label!r} is not one of {shown}")
+        else:
+            good.append((row, numbers[label]))
+    ids = _tokenise([row for row, _ in good], config.text_column, config, tokenizer, bad)
+    none = np.empty(0, dtype=np.int64)
+    return [
+        Example(tokens[: config.max_length], np.array([number]), none)
+        for tokens, (_, number) in zip(ids, good, strict=True)
+        if tokens is not None
+    ]
+
+
+def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example]:
+    with_prompt = bool(rows) and config.prompt_column in rows[0].values
+    if not with_prompt:
+        prompts: list[np.ndarray | None] = [np.empty(0, dtype=np.int64) for _ in rows]
+        texts = _tokenise(rows, config.text_column, config, tokenizer, bad, end=True)
+    else:
+        prompts = _tokenise(rows, config.prompt_column, config, tokenizer, bad)
+        texts = _tokenise(rows, config.completion_column, config, tokenizer, bad, special=False, end=True)
+    examples = []
+    for row, prompt, text in zip(rows, prompts, texts, strict=True):
+        if prompt is None or text is None:
+            continue
+        ids = np.concatenate([prompt, text])[: config.max_length]
+        first = max(len(prompt), 1)  # nothing predicts the first token
+        if len(ids) <= first:
+            bad.add(row.place, f"no token to learn: {len(prompt)} of the prompt, max_length is {config.max_length}")
+            continue
+        examples.append(Example(ids, ids[first:], np.arange(first - 1, len(ids) - 1)))
+    return examples
+
+
+def _tokenise(
+    rows: list[Row],
+    column: str,
+    config: TrainConfig,
+    tokenizer: Any,
+    bad: BadRows,
+    *,
+    special: bool = True,
+    end: bool = False,
+) -> list[np.ndarray | None]:
+    """Token ids of a column, None for a bad row. ``special`` as the tokenizer does, ``end`` adds its end-of-text."""
+    ids: list[np.ndarray | None] = [None] * len(rows)
+    texts: list[str] = []
+    where: list[int] = []
+    for index, row in enumerate(rows):
+        value = row.values.get(column)
+        if "input_ids" in row.values and column == config.text_column:
+            ids[index] = _given_ids(row, bad)
+        elif column not in row.values:
+            bad.add(row.place, f"column {column!r} is missing")
+        elif not isinstance(value, str) or not value.strip():
+            got = "empty" if isinstance(value, str) else type(value).__name__
+            bad.add(row.place, f"column {column!r}: expected a text, got {got}")
+        else:
+            texts.append(value)
+            where.append(index)
+    if texts and tokenizer is None:
+        raise TypeError("tokenizer: expected a transformers tokenizer for rows of text, got None")
+    if texts:
+        encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        final = getattr(tokenizer, "eos_token_id", None) if end else None
+        for index, tokens in zip(where, encoded, strict=True):
+            if final is not None and (not tokens or tokens[-1] != final):
+                tokens = [*tokens, final]
+            if tokens:
+                ids[index] = np.array(tokens, dtype=np.int64)
+            else:
+                bad.add(rows[index].place, f"column {column!r}: the tokenizer makes no token of it")
+    return ids
+
+
+def _given_ids(row: Row, bad: BadRows) -> np.ndarray | None:
+    ids = row.values["input_ids"]
+    good = isinstance(ids, list | tuple) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    if not good:
+        bad.add(row.place, "column 'input_ids': expected a list of at least one token id, none negative")
+        return None
+    return np.array(ids, dtype=np.int64)
+
+
+def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:
+    """Raise ``ValueError`` if a token id is beyond the model's embedding: the tokenizer is another model's."""
+    largest = max(int(example.input_ids.max()) for example in examples)
+    if largest >= vocabulary:
+        raise ValueError(f"tokenizer: expected token ids below the model's {vocabulary}, got {largest}")
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of ``count`` rows in an epoch: a function of (seed, epoch) alone, so that resuming needs no state."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).tolist()
+
+
+def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
+    """Pad to ``length``, by default as ``config.padding`` says; padding has token id 0, mask 0 and no target."""
+    if length is None:
+        longest = max(len(example.input_ids) for example in examples)
+        length = config.max_length if config.padding == "max_length" else longest
+    ids = np.zeros((len(examples), length), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    positions = []
+    for row, example in enumerate(examples):
+        n = len(example.input_ids)
+        start = 0 if config.padding_side == "right" else length - n
+        ids[row, start : start + n] = example.input_ids
+        mask[row, start : start + n] = 1
+        positions.append(example.positions + (row * length + start))
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        targets=torch.from_numpy(np.concatenate([example.targets for example in examples])),
+        positions=torch.from_numpy(np.concatenate(positions)) if config.task == "causal-lm" else None,
+    )
+
+
+def count_tokens(examples: Iterable[Example]) -> int:
+    """Real tokens, padding left out."""
+    return sum(len(example.input_ids) for example in examples)
+
+
+def count_targets(examples: Iterable[Example]) -> int:
+    """What a loss is averaged over: examples of a classification, target tokens of a causal-lm."""
+    return sum(len(example.targets) for example in examples)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of the tokenised data; equal for equal ids, targets and order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in example:
+            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+    return digest.hexdigest()

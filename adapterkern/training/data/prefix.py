@@ -1,0 +1,258 @@
+"""The frozen-prefix cache: activations below the first adapter, computed once a text and reused ever after.
+
+Layers below the first adapter give the same residual stream in every epoch and every evaluation. The cache holds that
+stream, (n, d) for a text of n tokens without its padding, in memory up to a limit and beyond it in a memory-mapped
+temporary file, which has no name any more when training begins, so that nothing is left of it however the process ends.
+
+A text is found by a digest of its token ids and of everything that its activations depend on: the prefix's weights, how
+many layers it has, the backbone's configuration, the precision and the side of the padding. Another model or tokeniser
+therefore never meets these activations, and one cache can serve many runs on one backbone.
+
+The numbers are those of a run without the cache: to the bit where all batches have one shape (full batches with
+``padding="max_length"``), and to rounding where they have not, since matrix products may sum in another order for
+another shape. For the same reason the cache computes in few shapes: full batches of rows whose lengths round up to the
+same multiple of 16. What it holds for a text then depends on no other text, and a resumed run finds the numbers of the
+run before it. Padding is stored nowhere and comes back as zeros: it is masked and nothing depends on it.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.examples import Example, collate, count_tokens
+from adapterkern.training.processes import is_sharded
+
+logger = logging.getLogger(__name__)
+
+_LENGTH_STEP = 16
+
+Context = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+class Slot(NamedTuple):
+    """Where a text's activations are."""
+
+    slab: int
+    start: int
+    length: int
+
+
+class PrefixCache:
+    """Activations of texts after a frozen prefix.
+
+    Args:
+        memory_bytes: how much to hold in memory; the rest goes to a temporary file.
+        directory: where that file is; default the system's temporary folder (``TMPDIR``).
+    """
+
+    def __init__(self, memory_bytes: int = 2 << 30, directory: str | os.PathLike[str] | None = None) -> None:
+        self.memory_bytes = memory_bytes
+        self.directory = directory
+        self._slabs: list[Tensor] = []  # (tokens, d)
+        self._mapped: set[int] = set()  # which of them are files
+        self._slots: dict[bytes, Slot] = {}
+        self._lengths: set[int] = set()  # of prefixes
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return sum(slab.nbytes for number, slab in enumerate(self._slabs) if number not in self._mapped)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(self._slabs[number].nbytes for number in self._mapped)
+
+    def fill(
+        self,
+        model: LlamaAdapter,
+        examples: Sequence[Example],
+        config: TrainConfig,
+        autocast: Context = contextlib.nullcontext,
+        on_batch: Callable[[int], bool] | None = None,
+    ) -> list[Slot] | None:
+        """The slot of each example, in order; computes those that are not there yet.
+
+        ``on_batch`` is called with the number of texts after each batch; if it returns False, the fill is given up and
+        None comes back.
+        """
+        keys = _keys(examples, prefix_fingerprint(model, config, model.prefix_length))
+        new = list({k: e for k, e in zip(keys, examples, strict=True) if k not in self._slots}.items())
+        start, known = self._longest_known(model, [example for _, example in new], config)
+        before = len(self._slabs)
+        complete = False
+        try:
+            slots: dict[bytes, Slot] = {}
+            for length, chunk in _batches(new, config):
+                filled = [example for _, example in chunk] + [chunk[-1][1]] * (config.batch_size - len(chunk))
+                batch = collate(filled, config, length).to(model.device)
+                below = None
+                if start:
+                    below = self.gather([known[id(e)] for e in filled], length, config).to(model.device)
+                with torch.no_grad(), autocast():
+                    hidden = model.run_prefix(batch.input_ids, batch.attention_mask, below, start).to("cpu")
+                if not slots:
+                    slots = self._allocate(new, hidden.shape[-1], hidden.dtype)
+                for (k, example), states in zip(chunk, hidden, strict=False):
+                    n = len(example.input_ids)
+                    offset = 0 if config.padding_side == "right" else length - n
+                    self._view(slots[k]).copy_(states[offset : offset + n])
+                if on_batch is not None and not on_batch(len(chunk)):
+                    return None
+            complete = True
+        finally:
+            if not complete:
+                del self._slabs[before:]
+                self._mapped -= set(range(before, before + 2))
+        self._slots |= slots
+        self._lengths.add(model.prefix_length)
+        return [self._slots[k] for k in keys]
+
+    def _longest_known(
+        self, model: LlamaAdapter, examples: Sequence[Example], config: TrainConfig
+    ) -> tuple[int, dict[int, Slot]]:
+        """The longest shorter prefix that has all ``examples``, and their slots by ``id``; or 0."""
+        for length in sorted((n for n in self._lengths if n < model.prefix_length), reverse=True):
+            keys = _keys(examples, prefix_fingerprint(model, config, length))
+            if all(k in self._slots for k in keys):
+                return length, {id(e): self._slots[k] for k, e in zip(keys, examples, strict=True)}
+        return 0, {}
+
+    def gather(self, slots: Sequence[Slot], length: int, config: TrainConfig) -> Tensor:
+        """The activations (B, length, d) of a batch, on the CPU, padded with zeros on ``config.padding_side``."""
+        first = self._slabs[slots[0].slab]
+        hidden = first.new_zeros(len(slots), length, first.shape[1])
+        for row, slot in zip(hidden, slots, strict=True):
+            start = 0 if config.padding_side == "right" else length - slot.length
+            row[start : start + slot.length] = self._view(slot)
+        return hidden
+
+    def _view(self, slot: Slot) -> Tensor:
+        return self._slabs[slot.slab][slot.start : slot.start + slot.length]
+
+    def _allocate(self, new: list[tuple[bytes, Example]], width: int, dtype: torch.dtype) -> dict[bytes, Slot]:
+        """A slab in memory for as many of the new texts as may go there, and one on disk for the others."""
+        row_bytes = width * dtype.itemsize
+        room = (self.memory_bytes - self.bytes_in_memory) // row_bytes
+        used = [0, 0]  # tokens in memory, on disk
+        placed = []
+        for key, example in new:
+            n = len(example.input_ids)
+            kind = 0 if used[0] + n <= room else 1
+            placed.append((key, kind, used[kind], n))
+            used[kind] += n
+        numbers = {}
+        if used[0]:
+            numbers[0] = len(self._slabs)
+            self._slabs.append(torch.empty(used[0], width, dtype=dtype))
+        if used[1]:
+            numbers[1] = len(self._slabs)
+            self._slabs.append(self._map_file((used[1], width), dtype))
+            self._mapped.add(numbers[1])
+        return {key: Slot(numbers[kind], start, n) for key, kind, start, n in placed}
+
+    def _map_file(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        size = shape[0] * shape[1] * dtype.itemsize
+        handle, name = tempfile.mkstemp(prefix="adapterkern-prefix-", dir=self.directory)
+        try:
+            # Real blocks, not a sparse file: a full disk is an OSError here, and a dead process later.
+            allocate = getattr(os, "posix_fallocate", None)
+            if allocate is not None:
+                allocate(handle, 0, size)
+            else:
+                os.truncate(handle, size)
+            return torch.from_file(name, shared=True, size=shape[0] * shape[1], dtype=dtype).view(shape)
+        except OSError as error:
+            raise OSError(
+                f"prefix_cache: {size / 2**20:.0f} MiB of activations do not fit in {os.path.dirname(name)} "
+                f"({error.strerror}): set TMPDIR to a larger disk, raise prefix_cache_bytes, or set prefix_cache=False"
+            ) from error
+        finally:
+            os.close(handle)
+            os.unlink(name)
+
+
+def _keys(examples: Sequence[Example], key: bytes) -> list[bytes]:
+    return [hashlib.blake2b(e.input_ids.tobytes(), key=key, digest_size=20).digest() for e in examples]
+
+
+def _batches(
+    new: list[tuple[bytes, Example]], config: TrainConfig
+) -> Iterator[tuple[int, list[tuple[bytes, Example]]]]:
+    """Texts that are computed together, and the length to pad them to; the longest, which need most memory, first."""
+    by_length: dict[int, list[tuple[bytes, Example]]] = {}
+    for item in new:
+        n = len(item[1].input_ids)
+        length = config.max_length if config.padding == "max_length" else -(-n // _LENGTH_STEP) * _LENGTH_STEP
+        by_length.setdefault(min(length, config.max_length), []).append(item)
+    for length in sorted(by_length, reverse=True):
+        items = by_length[length]
+        for start in range(0, len(items), config.batch_size):
+            yield length, items[start : start + config.batch_size]
+
+
+def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) -> bytes:
+    """32 bytes that change with all that the activations after ``length`` layers depend on, the token ids apart."""
+    decoder = model.decoder
+    digest = hashlib.sha256()
+    shapes = (config.batch_size, config.padding, config.padding_side, config.max_length)
+    described = (model.config.to_json_string(), model.config._attn_implementation, length, config.precision, shapes)
+    digest.update(repr(described).encode())
+    for module in (decoder.embed_tokens, decoder.rotary_emb, *decoder.layers[:length]):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            # A 64-bit hash of each row on the tensor's own device, and SHA-256 over those: 7B parameters in a moment.
+            rows = torch.hash_tensor(tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=-1)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(rows.view(torch.int64).cpu().numpy().astype(np.int64).tobytes())
+    return digest.digest()
+
+
+def choose_cache(
+    model: LlamaAdapter, config: TrainConfig, examples: Sequence[Example], passes: int
+) -> tuple[bool, str]:
+    """Whether to use a prefix cache on ``examples``, and why, for ``config.prefix_cache`` True, False or None (auto).
+
+    Raises:
+        ValueError: the cache is demanded and cannot be right: the backbone has dropout, or there is no prefix.
+    """
+    if config.prefix_cache is False:
+        return False, "prefix_cache=False"
+    dropout = getattr(model.config, "attention_dropout", 0.0)
+    obstacle = ""
+    if model.prefix_length == 0:
+        obstacle = "the first layer is adapted already"
+    elif dropout:
+        obstacle = f"the backbone has attention_dropout={dropout}, so no two passes are alike"
+    elif any(p.is_meta for p in model.decoder.layers[: model.prefix_length].parameters()):
+        obstacle = "the prefix's weights are offloaded"
+    elif is_sharded(model):
+        obstacle = "the backbone is split over processes"
+    elif model.split_obstacle:
+        obstacle = model.split_obstacle
+    if obstacle:
+        if config.prefix_cache:
+            raise ValueError(f"prefix_cache: expected None or False, since {obstacle}; got True")
+        return False, obstacle
+    # fp32 under autocast and in most cases; half of it at best
+    needed = count_tokens(examples) * model.config.hidden_size * 4
+    where = f"{needed / 2**20:.0f} MiB"
+    if config.prefix_cache:
+        return True, f"{where} of activations"
+    if passes < 2:
+        return False, "every text is needed only once"
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed - config.prefix_cache_bytes > free // 2:
+        return False, f"{where} of activations would take more than half of the free disk"
+    return True, f"{where} of activations"

@@ -1,0 +1,45 @@
+"""The optimizer of a run, and its learning-rate schedule: a linear warmup, then linear or cosine decay, or none."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from adapterkern.optim.clipped_adamw import ClippedAdamW
+from adapterkern.training.config import TrainConfig
+
+_TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
+    """AdamW that clips by the global norm; matrices decay, vectors (biases, LayerNorm's scale and shift) do not."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return ClippedAdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, max_norm=config.max_norm
+    )
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Steps of warmup: ``config.warmup`` itself, or, where it is below 1, that share of all steps, rounded up."""
+    return int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * total_steps)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
+    """The schedule of ``config`` over ``total_steps`` optimizer steps; call its ``step()`` after each of them.
+
+    With w warmup steps of N, step n (from 0) has the learning rate lr·n/w for n < w, and after that lr·(N−n)/(N−w)
+    (linear), lr·(1 + cos(π(n−w)/(N−w)))/2 (cosine), or lr (constant).
+
+    Raises:
+        ValueError: the warmup is longer than the run.
+    """
+    warmup = warmup_steps(config, total_steps)
+    if warmup > total_steps:
+        raise ValueError(f"warmup: expected at most the run's {total_steps} steps, got {warmup}")
+    name = _TRANSFORMERS_NAMES[config.schedule]
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

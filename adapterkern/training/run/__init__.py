@@ -1,0 +1,1 @@
+"""What one run keeps: its folder, checkpoints, metrics, result."""

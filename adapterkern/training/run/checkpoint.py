@@ -1,0 +1,348 @@
+"""Checkpoints: folders that are whole or absent, hold no pickle, and resume a run to the same numbers.
+
+    checkpoints/step-00000120/
+        adapter_model.safetensors, adapter_config.json     the adapter, as LlamaAdapter.from_pretrained reads it
+        head.safetensors, head_config.json                 the classification head, if there is one; or what the
+                                                           task at hand saves, in subfolders too
+        task.json                                          the TrainConfig
+        training.safetensors                               fp32 parameters, moments, generator states (uint8)
+        state.json                                         step, schedule, scaler, what must match, and the SHA-256 of
+                                                           every other file and of itself
+
+A checkpoint is written into a hidden folder beside its place and renamed when every byte has reached the disk; older
+ones are removed only after that, and renamed first, so that neither a half-written nor a half-removed folder ever looks
+like a checkpoint. The order of rows follows from (seed, epoch), so the step alone says where the data stands.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from adapterkern.files import flush, read_json, replacing, sha256, write_json
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.training import processes
+from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
+from adapterkern.training.saved import FOLDER
+
+FORMAT_VERSION = 2
+STATE_NAME = "state.json"
+TENSORS_NAME = "training.safetensors"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or belongs to another run; the message names the file or field."""
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """Everything that a run's next step depends on, but for the data and the configuration."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: Any  # a torch GradScaler or None
+    config: TrainConfig
+    data_fingerprint: str
+    # "task", "adapters", "backbone": what else makes the run this one and no other; compared where both sides say it.
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    prefix_cached: bool = False
+    window: list[tuple[float, float | None]] = dataclasses.field(default_factory=list)  # (loss, norm) not logged yet
+
+
+_SHAPES = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_SAMPLES = 64  # values of each of the backbone's parameters
+
+
+def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
+    """The backbone's shape, and SHA-256 over a sample of its weights: a moment's work whatever its size.
+
+    The weights are left out (None) where this process does not have them all: split or offloaded.
+    """
+    described = {name: getattr(model.config, name, None) for name in _SHAPES}
+    parameters = [part for p in model.decoder.parameters() for part in _plain(p.detach())]
+    if processes.is_sharded(model) or any(p.is_meta for p in parameters):
+        return described | {"weights": None}
+    digest = hashlib.sha256()
+    for p in parameters:
+        flat = p.reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].contiguous()
+        digest.update(f"{tuple(p.shape)} {p.dtype}".encode())
+        digest.update(some.view(torch.uint8).cpu().numpy().tobytes())
+    return described | {"weights": digest.hexdigest()}
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor is made of: torchao's quantised ones have several, another is its only one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
+
+
+class Whole(NamedTuple):
+    """What a run has learnt, by the parameters' names, in one piece however many processes share it."""
+
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]  # moments and step count, of those that have been updated
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folder = Path(output_dir) / FOLDER
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-removed among the checkpoints."""
+    for path in (output_dir / FOLDER).glob(".*step-*"):
+        shutil.rmtree(path)
+
+
+def save_checkpoint(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any) -> Path:
+    """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
+
+    Of several processes all must call it, and the first one writes ``whole``, the numbers of them all.
+
+    ``save_model(directory)`` writes the files that make the checkpoint usable by itself.
+    """
+    return processes.on_first(lambda: _write(output_dir, state, whole, save_model))
+
+
+def _write(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any) -> Path:
+    target = output_dir / FOLDER / f"step-{state.step:08d}"
+    if target.exists():  # this run has resumed from it and made no step since
+        return target
+    folder = target.parent
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_model(temporary)
+        with replacing(temporary / TENSORS_NAME) as path:  # which names it where the disk is full
+            save_file(_tensors(whole), path)
+        written = sorted(temporary.rglob("*"))
+        files = {path.relative_to(temporary).as_posix(): sha256(path) for path in written if path.is_file()}
+        described = _described(state, whole) | {"files": files}
+        write_json(temporary / STATE_NAME, described | {"sha256": _digest(described)})
+        for path in (*written, temporary / STATE_NAME, temporary):
+            flush(path)
+        temporary.rename(target)
+        flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(output_dir)[: -state.config.keep_checkpoints]:
+        _remove(old)
+    return target
+
+
+def load_checkpoint(directory: Path, state: TrainingState) -> None:
+    """Put a checkpoint's numbers into ``state``: parameters, optimizer, schedule, scaler, generators, step.
+
+    Nothing is changed before everything has been checked.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is of another configuration, data or model.
+    """
+    try:
+        saved = read_json(directory / STATE_NAME)
+        digest = saved.pop("sha256", None)
+        _check_fields(directory / STATE_NAME, saved)
+        if digest != _digest(saved):
+            raise CheckpointError(f"{directory / STATE_NAME}: damaged: field 'sha256' is not that of the others")
+        for name, digest in saved["files"].items():
+            outside = Path(name).is_absolute() or ".." in Path(name).parts
+            if outside or sha256(directory / name) != digest:
+                raise CheckpointError(f"{directory / name}: damaged: its SHA-256 is not the one in {STATE_NAME}")
+        if TENSORS_NAME not in saved["files"]:
+            raise CheckpointError(f"{directory / STATE_NAME}: field 'files': {TENSORS_NAME} is missing")
+        tensors = load_file(directory / TENSORS_NAME)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{directory}: damaged: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
+    _check_same_run(directory / STATE_NAME, saved, state)
+    _check_tensors(directory / TENSORS_NAME, tensors, saved, state)
+
+    with torch.no_grad():
+        for name, parameter in state.parameters.items():
+            parameter.copy_(processes.like(tensors[f"parameter/{name}"], parameter))
+    state.optimizer.load_state_dict(
+        {
+            "state": {
+                index: {
+                    key: processes.like(tensors[f"optimizer/{key}/{name}"], state.parameters[name])
+                    for key in saved["optimizer_state"][name]
+                }
+                for index, name in enumerate(_optimizer_order(state))
+                if name in saved["optimizer_state"]
+            },
+            "param_groups": state.optimizer.state_dict()["param_groups"],
+        }
+    )
+    state.schedule.load_state_dict(saved["schedule"])
+    for group, lr in zip(state.optimizer.param_groups, saved["schedule"]["_last_lr"], strict=True):
+        group["lr"] = lr
+    if state.scaler is not None:
+        state.scaler.load_state_dict(saved["scaler"])
+    _set_generators(tensors)
+    state.step = saved["step"]
+    state.skipped_steps = saved["skipped_steps"]
+    state.skipped_in_a_row = saved["skipped_in_a_row"]
+    state.prefix_cached = saved["prefix_cached"]
+    state.window = [(loss, norm) for loss, norm in saved["window"]]
+
+
+def _tensors(whole: Whole) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in whole.parameters.items()}
+    for name, values in whole.optimizer.items():
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in values.items()}
+    tensors["generator/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"generator/cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    # A copy each: safetensors refuses tensors that share memory.
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """SHA-256 of the fields of ``state.json``, which has nothing else to tell a changed digit by."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _set_generators(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["generator/cpu"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            # A checkpoint from a machine with fewer devices says nothing about the others: they keep their state.
+            if f"generator/cuda:{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"generator/cuda:{index}"], index)
+
+
+def _optimizer_order(state: TrainingState) -> list[str]:
+    names = {id(p): name for name, p in state.parameters.items()}
+    return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def _described(state: TrainingState, whole: Whole) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "skipped_steps": state.skipped_steps,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "prefix_cached": state.prefix_cached,
+        "window": state.window,
+        "config": state.config.to_dict(),
+        "data_fingerprint": state.data_fingerprint,
+        **state.origin,
+        "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "optimizer_state": {name: sorted(values) for name, values in whole.optimizer.items()},
+        "parameters": {name: list(p.shape) for name, p in whole.parameters.items()},
+    }
+
+
+# Not in checkpoints of older versions, which are taken as they are.
+_ORIGIN: dict[str, type] = {"task": str, "adapters": list, "backbone": dict}
+
+
+def _check_fields(path: Path, saved: dict[str, Any]) -> None:
+    if saved.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
+    kinds: dict[str, tuple[type, ...]] = {
+        "step": (int,),
+        "skipped_steps": (int,),
+        "skipped_in_a_row": (int,),
+        "prefix_cached": (bool,),
+        "window": (list,),
+        "config": (dict,),
+        "data_fingerprint": (str,),
+        "schedule": (dict,),
+        "scaler": (dict, type(None)),
+        "optimizer_state": (dict,),
+        "parameters": (dict,),
+        "files": (dict,),
+    }
+    for name, kind in kinds.items():
+        if type(saved.get(name)) not in kind:
+            raise CheckpointError(f"{path}: field {name!r} is missing or of a wrong type")
+    for name, of_kind in _ORIGIN.items():
+        if name in saved and type(saved[name]) is not of_kind:
+            raise CheckpointError(f"{path}: field {name!r} is of a wrong type")
+
+
+def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> None:
+    origin = state.origin
+    if "task" in saved and saved["task"] != origin.get("task", saved["task"]):
+        raise CheckpointError(f"{path}: the run was begun with another task: {saved['task']}, not {origin['task']}")
+    now = state.config.to_dict()
+    for name in sorted((now.keys() | saved["config"].keys()) - FREE_ON_RESUME):
+        if now.get(name) != saved["config"].get(name):
+            raise CheckpointError(
+                f"{path}: the run was begun with {name}={saved['config'].get(name)!r}, not {now.get(name)!r}: "
+                "resume with the same, or begin another run"
+            )
+    if saved["data_fingerprint"] != state.data_fingerprint:
+        raise CheckpointError(f"{path}: the run was begun with other training data, or another tokenizer")
+    shapes = {name: list(p.shape) for name, p in state.parameters.items()}
+    if saved["parameters"] != shapes:
+        differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
+        name = differing[0]
+        raise CheckpointError(
+            f"{path}: another model: parameter {name} had shape {saved['parameters'].get(name)}, "
+            f"and has {shapes.get(name)}"
+        )
+    # As many, since their parameters have the same names.
+    both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
+    for number, (before, adapter) in enumerate(both):
+        # All values are the checkpoint's: how they were first made is no matter.
+        for name in sorted(before.keys() - {"init"}):
+            if before[name] != adapter.get(name):
+                raise CheckpointError(
+                    f"{path}: the run was begun with {name}={before[name]!r} in trained adapter {number}, "
+                    f"not {adapter.get(name)!r}"
+                )
+    backbone = origin.get("backbone", {})
+    for name in sorted(backbone.keys() & saved.get("backbone", {}).keys()):
+        value, now_is = saved["backbone"][name], backbone[name]
+        if name == "weights" and None not in (value, now_is) and value != now_is:
+            raise CheckpointError(f"{path}: the run was begun with other weights in the backbone")
+        if name != "weights" and value != now_is:
+            raise CheckpointError(f"{path}: the run was begun with a backbone of {name}={value!r}, not {now_is!r}")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: TrainingState) -> None:
+    for name, parameter in state.parameters.items():
+        found = tensors.get(f"parameter/{name}")
+        if found is None or found.shape != parameter.shape:
+            raise CheckpointError(f"{path}: parameter {name} is missing or of another shape")
+    for name, keys in saved["optimizer_state"].items():
+        if name not in state.parameters or any(f"optimizer/{key}/{name}" not in tensors for key in keys):
+            raise CheckpointError(f"{path}: the optimizer's state of {name} is incomplete, or of no parameter")
+    if "generator/cpu" not in tensors:
+        raise CheckpointError(f"{path}: generator/cpu is missing")
+
+
+def _remove(directory: Path) -> None:
+    hidden = directory.with_name(f".old-{directory.name}.{os.getpid()}")
+    directory.rename(hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,169 @@
+"""What a run tells: a progress bar, ``metrics.jsonl``, and a plot of loss and accuracy.
+
+``metrics.jsonl`` has one JSON object a line, ``"kind": "train"`` (means since the line before) or ``"eval"``. A resumed
+run first drops the lines after its checkpoint, so that the file reads as if nothing had happened.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from adapterkern.files import replacing
+from adapterkern.training import processes
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+PLOT_NAME = "training.png"
+
+
+class Reporter:
+    """Shows and records a run; a context manager around it.
+
+    Of several processes each has one, and all record the same lines at the same steps: where the first one's cannot be
+    written, all raise.
+
+    Args:
+        directory: where ``metrics.jsonl`` goes; None records in ``history`` alone.
+        total_steps: for the progress bar.
+        step: the step a resumed run begins from.
+        show: whether to print at all.
+    """
+
+    def __init__(self, directory: Path | None, total_steps: int, step: int = 0, show: bool = True) -> None:
+        self.path = None if directory is None else directory / METRICS_NAME
+        self.history: list[dict[str, Any]] = []
+        if self.path is not None and step:
+            self.history = [record for record in read_metrics(self.path) if record["step"] <= step]
+            if step == total_steps:  # a finished run evaluates once more
+                self.history = [r for r in self.history if (r["step"], r["kind"]) != (step, "eval")]
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+        self.console = Console(stderr=True, quiet=not show)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not (show and self.console.is_terminal),
+        )
+        self._total_steps = total_steps
+        self._first_step = step
+        self._bar: Any = None
+
+    def __enter__(self) -> "Reporter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def start_side_task(self, name: str, total: int) -> Any:
+        """A second bar, for what is not a training step; :meth:`advance` and :meth:`end_side_task` take its number."""
+        return self._progress.add_task(name, total=total, status="")
+
+    def advance(self, task: Any, count: int = 1) -> None:
+        self._progress.advance(task, count)
+
+    def end_side_task(self, task: Any) -> None:
+        self._progress.remove_task(task)
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is None:
+            self._bar = self._progress.add_task("train", total=self._total_steps, status="")
+        self._progress.update(self._bar, completed=step)
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Record a train line and show it in the bar."""
+        self._record({"kind": "train", **record})
+        status = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
+        if record["skipped_steps"]:
+            status += f"  {record['skipped_steps']} skipped"
+        if self._bar is not None:
+            self._progress.update(self._bar, status=status)
+        if not self.console.is_terminal:
+            self.say(f"step {record['step']}/{self._total_steps}  {status}")
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Record an eval line and print it."""
+        self._record({"kind": "eval", **record})
+        extra = f"perplexity {record['perplexity']:.2f}  " if "perplexity" in record else ""
+        self.say(
+            f"step {record['step']}, epoch {record['epoch']:.2f}: eval loss {record['loss']:.4f}  {extra}"
+            f"accuracy {100 * record['accuracy']:.2f} %"
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        processes.on_first(lambda: self._write(record))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"not written: {error.strerror}", os.fspath(self.path)) from error
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a last line that was cut off in the middle is left out.
+
+    Raises:
+        ValueError: another line is not a record; the message names it.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int or "kind" not in record:
+            raise ValueError(f"{path}:{number}: expected an object with a whole number as 'step', and a 'kind'")
+        records.append(record)
+    return records
+
+
+def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
+    """Draw loss and accuracy over steps as a PNG."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axis, accuracy_axis = figure.subplots(1, 2)
+    train = [r for r in history if r["kind"] == "train"]
+    evaluations = [r for r in history if r["kind"] == "eval"]
+    loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], label="train", linewidth=1.2)
+    steps = [r["step"] for r in evaluations]
+    loss_axis.plot(steps, [r["loss"] for r in evaluations], "o-", label="evaluation", markersize=4)
+    accuracy_axis.plot(steps, [100 * r["accuracy"] for r in evaluations], "o-", color="C1", markersize=4)
+    unit = "text" if task == "classification" else "token"
+    loss_axis.set(xlabel="optimizer step", ylabel=f"cross-entropy (nats per {unit})", title="Loss")
+    accuracy_axis.set(xlabel="optimizer step", ylabel=f"{unit}s predicted right (%)", title="Evaluation accuracy")
+    loss_axis.legend(frameon=False)
+    for axis in (loss_axis, accuracy_axis):
+        axis.grid(alpha=0.3)
+        axis.set_xlim(left=0)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,0 +1,420 @@
+"""Minutes on a GPU, rehearsed: both calls end to end, what a bad step costs, and a cache that travels."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import adapter, before, optimizer, report
+from bench import step as training_step
+from bench.gpu import carried, measured, runner, steps, summary
+from bench.gpu.runner import Command, Run, Step
+from bench.sweep import CONTEXT_LOST
+
+ROOT = Path(__file__).parents[2]
+NO_GIT = not (ROOT / ".git").exists()
+
+
+def rehearse(call: str, out: Path) -> tuple[dict[str, Any], dict[str, bytes], str]:
+    """The steps' outcomes, the archive's files, and what was printed."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    for name in ("PYTHONPATH", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    command = ["sh", ROOT / "bench" / "on_gpu.sh", call, "--rehearse", "--out", out, "--carried", out / "nothing"]
+    done = subprocess.run(command, cwd=out, env=environment, check=False, capture_output=True, text=True)
+    archive = out / runner.ARCHIVE
+    files = runner.read(archive)
+    logs = "\n".join(f"-- {name}\n{text.decode()[-3000:]}" for name, text in files.items() if name.endswith(".log"))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
+    assert list(out.iterdir()) == [archive]
+    assert len(done.stdout) < 12_000
+    return runner.outcomes(archive), files, done.stdout
+
+
+def variants(run: bytes, tmp_path: Path) -> dict[str, set[str]]:
+    """Each case's variants in one of the bench's files."""
+    path = tmp_path / "run.json"
+    path.write_bytes(run)
+    return {case: {e.variant for e in entries} for (_, case), entries in report.load(path).groups.items()}
+
+
+@pytest.mark.skipif(NO_GIT, reason="the old kernels come out of git")
+def test_the_first_call_rehearsed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    outcomes, files, said = rehearse("first", out)
+    assert outcomes.pop("build")["status"] == "left out"
+    assert {name: o["status"] for name, o in outcomes.items()} == dict.fromkeys(
+        ("probe", "compile", "correctness", "adapter", "optimizer", "kernels", "profile", "tests", "step"), "ok"
+    )
+    for name, text in files.items():
+        if name.endswith(".json"):
+            json.loads(text)
+    measured = variants(files["adapter.json"], tmp_path)
+    main = [names for case, names in measured.items() if "T=64" in case and "compile" not in case]
+    assert len(main) == 3
+    assert all({"eager autocast", "eager pure", "ours", "ours bare", "ours before", "copy"} == names for names in main)
+    assert any("torch.compile" in names for names in measured.values())
+    assert all("ours" in names for names in variants(files["optimizer.json"], tmp_path).values())
+    whole = variants(files["step.json"], tmp_path)
+    assert len(whole) == 2
+    assert all({"frozen backbone", "eager adapters", "ours"} <= names for names in whole.values())
+    assert json.loads(files["compile.json"])["variants"] == 1
+    assert "compiled beforehand: 0 of 1 variants" in said
+    assert "stand-in for ncu" in files["profile.log"].decode()
+    assert "19.98" in said  # LitGPT's figures stand beside ours
+    assert "ours before: error" in files["correctness.log"].decode()
+
+
+@pytest.mark.skipif(NO_GIT, reason="the old kernels come out of git")
+def test_the_second_call_rehearsed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    outcomes, files, _ = rehearse("second", out)
+    assert {name: o["status"] for name, o in outcomes.items()} == dict.fromkeys(
+        ("probe", "compile", "sweep", "ab", "memcheck", "racecheck"), "ok"
+    )
+    rows = json.loads(files["sweep.json"])
+    assert [(row["kernel"], row["table"]) for row in rows] == [
+        (kernel, table) for kernel in ("forward_tiles", "hidden_tiles", "slice_tiles") for table in (True, False)
+    ]
+    assert all(row["us"] > 0 for row in rows)
+    for name in ("ab.json", "ab-ADAPTERKERN_EARLY_LAUNCH=0.json"):
+        (names,) = variants(files[name], tmp_path).values()
+        assert names == {"ours bare", "ours bare [slice_tiles=16,32,8,1]", "ours before", "copy"}
+    assert "--tool memcheck --error-exitcode 99" in files["memcheck.log"].decode()
+
+
+# The sweep in the interpreter. argv: file, more arguments; the context does not survive an error unless they resume.
+SWEEP = """
+import sys
+from adapterkern.kernels.tiles import Tiles
+from bench import sweep
+sweep.CANDIDATES["slice_tiles"] = (Tiles(48, 32, 4, 1), Tiles(16, 32, 4, 1))
+sweep._alive = lambda device: "--resume" in sys.argv
+small = ["-T", "16", "-d", "128", "-r", "16", "--device", "cpu", "--rounds", "1", "--kernel", "slice_tiles"]
+sys.exit(sweep.main([*small, "--json", *sys.argv[1:]]))
+"""
+
+
+def test_a_candidate_that_raises_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+
+    def sweep(*more: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-c", SWEEP, path, *more]
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+        assert done.returncode == (0 if more else CONTEXT_LOST), done.stderr
+        return json.loads(path.read_text())
+
+    stopped = sweep()
+    assert ["us" in row for row in stopped] == [True, False]
+    assert "Error" in stopped[1]["error"]  # no power of two
+    whole = sweep("--resume")
+    assert whole[:2] == stopped
+    assert ["us" in row for row in whole] == [True, False, True]
+
+
+def a_run(tmp_path: Path, seconds: float = 60.0) -> Run:
+    for name in ("work", "cache"):
+        (tmp_path / name).mkdir()
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    return Run(tmp_path / "work", tmp_path / "out", seconds, tmp_path, environment, lambda work: "tables")
+
+
+def shell(text: str, **how: Any) -> Command:
+    return Command(["sh", "-c", text, "sh"], **how)
+
+
+def test_a_bad_step_loses_nothing_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GRACE", 0.2)
+    run = a_run(tmp_path)
+    hanging = shell("trap '' INT; echo hung > work/hung.txt; sleep 60 & echo $! > work/pid; wait; sleep 60")
+    tried = [
+        Step("good", 5, lambda: [shell("echo 1 > work/good.txt")], 0),
+        Step("failing", 5, lambda: [shell("exit 7"), shell("echo 2 > work/after.txt")], 0),
+        Step("hanging", 1, lambda: [hanging, shell("echo 3 > work/never.txt")], 0),
+        Step("toolless", 5, lambda: [shell("true")], 0, tool="no-such-tool"),
+        Step("broken", 5, lambda: [shell("true")][1], 0),  # type: ignore[list-item, return-value]
+        Step("long", 5, lambda: [shell("true")], 500),
+        Step("idle", 5, list, 0, why_not="no --ab was given"),
+        Step("last", 5, lambda: [shell("echo 4 > work/last.txt; mkdir -p cache/x; touch cache/x/__grp__k.json")], 0),
+    ]
+    start = time.monotonic()
+    for step in tried:
+        run.do(step)
+        assert list(runner.outcomes(run.archive))[-1] == step.name  # written after every one
+    assert time.monotonic() - start < 30
+    outcomes = runner.outcomes(run.archive)
+    assert {name: o["status"] for name, o in outcomes.items()} == {
+        "good": "ok", "failing": "failed", "hanging": "killed", "toolless": "missing", "broken": "failed",
+        "long": "missing", "idle": "left out", "last": "ok",
+    }  # fmt: skip
+    assert outcomes["last"]["compiled"] == 1
+    assert "exit 7" in outcomes["failing"]["reason"]
+    assert "IndexError" in outcomes["broken"]["reason"]
+    files = runner.read(run.archive)
+    assert {"good.txt", "after.txt", "hung.txt", "last.txt", "summary.md"} <= set(files)
+    assert "never.txt" not in files
+    assert ended(int(files["pid"]))  # the children of a killed step go with it
+
+
+def test_without_a_vital_step_nothing_more_is_started(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.do(Step("probe", 5, lambda: [shell("echo no GPU; exit 1")], 0, vital=True))
+    run.do(Step("next", 5, lambda: [shell("touch work/next.txt")], 0))
+    found = [(o.status, o.reason) for o in run.outcomes]
+    assert found == [("failed", "exit 1: no GPU"), ("left out", "probe has failed")]
+    assert not (tmp_path / "work" / "next.txt").exists()
+
+
+def test_a_step_says_what_pytest_counted_and_is_told_its_time(tmp_path: Path) -> None:
+    run = a_run(tmp_path, seconds=100)
+    text = 'echo "== 3 passed, 31 skipped in 2 s =="; echo "$1" > work/seconds.txt'
+    run.do(Step("tests", 200, lambda: [Command(["sh", "-c", text, "sh", "{seconds}"])], 0))
+    assert run.outcomes[0].reason == "3 passed, 31 skipped in 2 s"
+    assert 80 < int((tmp_path / "work" / "seconds.txt").read_text()) <= 85  # what is left of 100, less 15 to end
+
+
+def test_an_archive_that_finds_no_room_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "write_json", full)
+        run.do(Step("good", 5, lambda: [shell("true")], 0))
+    run.do(Step("next", 5, lambda: [shell("true")], 0))
+    assert list(runner.outcomes(run.archive)) == ["good", "next"]
+
+
+def test_a_torn_file_costs_its_own_table_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter.json").write_text('{"benchmarks": [')
+    swept = {"kernel": "slice_tiles", "tiles": "T", "table": True, "us": 7.0}
+    (tmp_path / "sweep.json").write_text(json.dumps([swept]))
+    (tmp_path / "kernels.log").write_text("$ python3\n| launch | µs |\n|---|---|\n| slice | 9 |\n")
+    text = summary.text(tmp_path)
+    assert "adapter.json: no table: JSONDecodeError" in text
+    assert "7.0" in text
+    assert "| slice | 9 |" in text
+
+
+@pytest.mark.parametrize("missing", ["ours bare", "ours before", "copy"])
+def test_a_case_without_one_of_its_variants_still_has_a_line(missing: str) -> None:
+    info: dict[str, Any] = {"error": None, "budget": None}
+    names = [n for n in ("ours", "ours bare", "ours before", "copy") if n != missing]
+    assert report.DASH in summary._line("T=1", {n: report.Entry(n, [2e-6] * 5, info) for n in names})
+
+
+def test_a_cache_that_cannot_be_read_is_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cache.tar.xz").write_bytes(b"no archive")
+    assert carried.unpack_cache(tmp_path / "cache.tar.xz", tmp_path / "cache") == 0
+    assert "cannot be unpacked" in capsys.readouterr().out
+    (tmp_path / carried.MANIFEST).write_text("{")
+    assert "cannot be read" in carried.mismatches(tmp_path)[0]
+
+
+def ended(process: int) -> bool:
+    """Whether it is gone, within five seconds, or waits for nobody to collect it."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_tables_that_fail_cost_no_archive(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.summarize = lambda work: str(1 / 0)
+    run.do(Step("good", 5, lambda: [shell("true")], 0))
+    assert "no tables: ZeroDivisionError" in runner.read(run.archive)["summary.md"].decode()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from bench.gpu import __main__ as cli, steps
+from bench.gpu.runner import Command, Step
+
+steps.first = lambda call: [
+    Step("good", 9, lambda: [Command(["true"])], 0),
+    Step("stopped", 9, lambda: [Command(["sh", "-c", f"kill {os.getpid()}; sleep 60"])], 0),
+]
+cli.main(["first", "--rehearse", "--out", sys.argv[1], "--carried", sys.argv[1]])
+"""
+
+
+def test_a_call_that_is_told_to_stop_leaves_its_archive(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", STOPPED, tmp_path], env=environment, check=False, capture_output=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    outcomes = runner.outcomes(tmp_path / runner.ARCHIVE)
+    assert {name: o["status"] for name, o in outcomes.items()} == {"good": "ok", "stopped": "killed"}
+
+
+def test_a_step_that_asks_to_go_on_does_so_with_resume(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    text = 'echo "$*" >> work/calls.txt; [ "$1" = --resume ] || exit 3'
+    run.do(Step("sweep", 5, lambda: [shell(text, again_on=3)], 0))
+    assert run.outcomes[-1].status == "ok"
+    assert (tmp_path / "work" / "calls.txt").read_text() == "\n--resume\n"
+
+
+def test_an_earlier_archive_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / runner.ARCHIVE).write_bytes(b"the first call's")
+    a_run(tmp_path).do(Step("good", 5, lambda: [shell("true")], 0))
+    assert sorted(p.read_bytes() == b"the first call's" for p in out.iterdir()) == [False, True]
+
+
+def test_a_packed_cache_finds_its_files_where_it_is_unpacked(tmp_path: Path) -> None:
+    made = tmp_path / "made" / "KEY"
+    made.mkdir(parents=True)
+    for name in ("k.json", "k.cubin", "k.ptx", "k.source"):
+        (made / name).write_text(name)
+    (made / "__grp__k.json").write_text(json.dumps({"child_paths": {p.name: str(p) for p in made.glob("k.*")}}))
+    (tmp_path / "made" / "OTHER").mkdir()
+    (tmp_path / "made" / "OTHER" / "launcher.so").write_bytes(b"so")
+    carried.pack_cache(tmp_path / "made", tmp_path / "cache.tar.xz")
+    there = tmp_path / "there"
+    assert carried.unpack_cache(tmp_path / "cache.tar.xz", there) == 1
+    group = json.loads((there / "KEY" / "__grp__k.json").read_text())["child_paths"]
+    assert group == {name: str(there / "KEY" / name) for name in ("k.json", "k.cubin")}
+    assert all(Path(path).read_text() == name for name, path in group.items())
+    assert (there / "OTHER" / "launcher.so").read_bytes() == b"so"
+    assert not (there / "KEY" / "k.ptx").exists()
+
+
+def test_a_carried_variant_is_found_by_another_process_elsewhere(tmp_path: Path) -> None:
+    """Compiled here, unpacked at another place, looked up by a copy of the project at a third: nothing is compiled."""
+
+    def warm(root: Path, cache: Path) -> dict[str, Any]:
+        report = tmp_path / "warm.json"
+        command = [sys.executable, "-m", "bench.gpu.warm", "second", "--only", "1", "--json", str(report)]
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
+        done = subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(report.read_text())
+
+    assert {"hits": 0, "misses": 1, "launchers": 1}.items() <= warm(ROOT, tmp_path / "made").items()
+    carried.pack_cache(tmp_path / "made", tmp_path / "cache.tar.xz")
+    carried.unpack_cache(tmp_path / "cache.tar.xz", tmp_path / "there")
+    shutil.rmtree(tmp_path / "made")
+    elsewhere = tmp_path / "elsewhere"
+    for package in ("adapterkern", "bench"):
+        shutil.copytree(ROOT / package, elsewhere / package, ignore=shutil.ignore_patterns("results", "*.so"))
+    assert {"hits": 1, "misses": 0, "launchers": 0}.items() <= warm(elsewhere, tmp_path / "there").items()
+
+
+CRASHING = """
+import os
+from types import SimpleNamespace
+from bench.gpu import warm
+
+def compiled(i):
+    if i == 1:
+        os.abort()
+    return i, False, True, ""
+
+warm._compile, warm._load_libcuda = compiled, lambda folder: None
+kernel = SimpleNamespace(fn=lambda: None)
+done = warm.warm([SimpleNamespace(kernel=kernel, optional=i == 1) for i in range(4)], 2)
+assert done["misses"] == 4 and done["launchers"] == 3, done
+assert [(f["error"], f["optional"]) for f in done["failed"]] == [("the compiler crashed", True)], done
+"""
+
+
+def test_a_compiler_that_crashes_costs_one_variant() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CRASHING], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+LISTED = """
+import torch
+from bench.gpu import variants
+from tests.ops import test_gpu
+torch.cuda.is_available = lambda: True  # a GPU that nothing may touch
+marks = [m.args for m in test_gpu.test_shapes.pytestmark if m.name == "parametrize"]
+shapes = next(values for names, values in marks if names == ("T", "d", "r"))
+assert set(shapes) == set(variants.TEST_SHAPES), set(shapes) ^ set(variants.TEST_SHAPES)
+first, second = (variants.compilations(variants.of_call(c, ["slice_tiles=16,64,8,1"])) for c in ("first", "second"))
+kernels = {c.kernel.fn.__name__ for c in first if not c.optional}
+print(len(first), len(second), sum(c.optional for c in second), *sorted(kernels))
+again = variants.compilations(variants.of_call("first", ["slice_tiles=16,64,8,1"]))
+assert [(c.kernel, c.signature) for c in again] == [(c.kernel, c.signature) for c in first]
+"""
+
+
+def test_what_is_compiled_beforehand_covers_the_tests_shapes_and_the_candidates() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LISTED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, optional, *kernels = done.stdout.split()
+    assert int(first) > int(second) > int(optional) > 20
+    assert {"forward_kernel", "slice_kernel", "hidden_kernel", "_prepare_kernel"} <= set(kernels)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "slice_tile=64,128,8,3",
+        "slice_tiles=64,128",
+        "slice_tiles=a,b,c,d",
+        "NAME",
+        "FOO=1",
+        "ADAPTERKERN_EARLY_LUNCH=0",
+    ],
+)
+def test_an_ab_that_nothing_reads_is_refused(pair: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected .*, got"):
+        steps.Call(tmp_path, tmp_path, rehearse=True, ab=[pair])
+    steps.Call(tmp_path, tmp_path, rehearse=True, ab=["ADAPTERKERN_EARLY_LAUNCH=0", "slice_tiles=64,64,8,2"])
+
+
+def test_every_planned_variant_is_known() -> None:
+    """What a rehearsal leaves out, too: on a GPU an unknown name would cost its step."""
+    cuda = torch.device("cuda", 0)
+    tiles = ["slice_tiles=64,128,8,3"]
+    kernels = [*measured.plan("adapter", cuda, False, ()), *measured.plan("ab", cuda, False, tiles)]
+    assert len(kernels) == 3 + 3 + 2 * len(adapter.ROWS) + 4
+    _, weights = adapter.make_inputs(4, 16, 2, torch.bfloat16, torch.device("cpu"))
+    for _, names in kernels:
+        assert list(adapter._ways(names, weights, torch.bfloat16, None)) == list(names)
+    ((case, ways),) = measured.plan("optimizer", cuda, False, ())
+    assert set(ways) <= set(optimizer.names(case, cuda))
+    whole = measured.plan("step", cuda, False, ())
+    assert [(c.shape["batch"], c.shape["length"]) for c, _ in whole] == [(4, 1024), (1, 1304)]
+    assert all(set(ways) <= set(training_step.names(case, cuda)) for case, ways in whole)
+
+
+def test_a_folder_made_for_another_triton_is_warned_of(tmp_path: Path) -> None:
+    assert "nothing was prepared" in carried.mismatches(tmp_path)[0]
+    here = carried.versions()
+    (tmp_path / carried.MANIFEST).write_text(json.dumps(here))
+    assert carried.mismatches(tmp_path) == []
+    (tmp_path / carried.MANIFEST).write_text(json.dumps(here | {"triton": "0.1"}))
+    (warning,) = carried.mismatches(tmp_path)
+    assert "prepared for triton 0.1" in warning
+    assert "the cache is useless" in warning
+
+
+def test_no_old_kernels_are_a_missing_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(before.VARIABLE, str(tmp_path))
+    monkeypatch.delitem(sys.modules, before.PACKAGE, raising=False)
+    assert before.launch() is None
+    assert before.COMMIT in before.missing()

@@ -1,0 +1,164 @@
+"""The kernels compiled ahead of time: what they take of the device, and that one shape means one variant."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+import triton
+
+from adapterkern.ops.kernels import cache, forward, hidden, launch, tiles
+from bench import aot, sass
+from tests.support.numerics import make_weights
+
+NO_PRODUCTS = ("prepare", "reduce", "hidden_finish")
+
+
+@pytest.mark.parametrize(
+    ("tiles_", "rows", "d", "R", "BD", "reads", "expected"),
+    [
+        (128, 64, 4096, 64, 64, 2, (1, 64)),  # T = 8192: a row tile for almost every SM
+        (67, 64, 4096, 64, 64, 2, (3, 22)),  # T = 4225: two thirds of a tile each instead of half the device idle
+        (133, 64, 4096, 64, 128, 1, (3, 11)),  # one tile more than SMs
+        (5000, 64, 4096, 64, 64, 2, (1, 64)),
+        (1, 1, 4096, 64, 64, 2, (64, 1)),  # decoding
+        (1, 16, 576, 16, 64, 2, (1, 9)),  # less work than a second launch takes
+    ],
+)
+def test_columns_are_shared_where_that_costs_the_busiest_sm_less(
+    tiles_: int, rows: int, d: int, R: int, BD: int, reads: int, expected: tuple[int, int]
+) -> None:
+    assert tiles.column_split(tiles_, rows, d, R, BD, 132, reads) == expected
+
+
+@pytest.mark.parametrize(
+    ("d", "r", "sm", "dtype"),
+    [
+        (4096, 64, 90, torch.bfloat16),
+        (4096, 64, 80, torch.bfloat16),
+        (8192, 256, 90, torch.float16),
+        (576, 16, 100, torch.bfloat16),
+        (2048, 128, 100, torch.bfloat16),
+        (5120, 32, 80, torch.bfloat16),
+        (577, 20, 90, torch.float32),
+        (4096, 512, 86, torch.bfloat16),  # 99 KiB of shared memory, as on sm_89
+        (4096, 512, 120, torch.bfloat16),  # the same, with early launches
+    ],
+    ids=str,
+)
+def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dtype: torch.dtype) -> None:
+    for variant in aot.variants(d, r, dtype, sm):
+        c = aot.compile_launch(variant, sm)
+        assert c.stack == 0, c
+        assert c.shared <= aot.SHARED_LIMIT[sm], c
+        if dtype != torch.float32 and c.kernel not in NO_PRODUCTS:
+            assert c.wgmma + c.mma > 0, c
+            if sm == 90 and r >= 64:
+                assert c.wgmma > 0 or (c.kernel.startswith("hidden") and r == 256), c
+
+
+# Instructions per element of each loop with a product: d = 4096, r = 64, bf16, sm_90. NOTES.md has their history.
+# Where the slice kernel has two, the first takes x as it lies, the second centers it, 32 rows at a time.
+PER_ELEMENT = {
+    "3.7": {
+        "forward": [7.2, 15.8, 7.4],  # plain sums, shifted, y
+        "forward_partial": [6.7, 16.3],
+        "forward_finish": [8.1],
+        "hidden": [2.2],
+        "hidden_partial": [2.8],
+        "slice dx g u": [19.4, 29.8],
+        "slice x-free dx g u": [32.6],
+    },
+    "3.6": {
+        "forward": [7.2, 15.0, 7.9],
+        "forward_partial": [6.5, 16.5],
+        "forward_finish": [8.7],
+        "hidden": [2.1],
+        "hidden_partial": [2.7],
+        "slice dx g u": [22.2, 32.1],
+        "slice x-free dx g u": [35.2],
+    },
+}
+
+
+def test_the_loops_over_rows_and_columns_wait_for_no_load_and_stay_short() -> None:
+    """In the machine code: every load of a loop that makes a product is asynchronous, and no loop grows by a tenth."""
+    found = {}
+    for variant in aot.variants(4096, 64, torch.bfloat16, 90):
+        c, constants = aot.compile_launch(variant, 90), dict(variant.constants)
+        loops = [loop for loop in c.loops if loop.wgmma + loop.mma]
+        for loop in [*loops, *(loop for loop in c.loops if loop.async_loads)]:
+            assert loop.plain_loads == 0, (c.kernel, loop)
+        elements = [constants["BT"] * constants["BD"] for _ in loops]
+        if c.kernel == "slice dx g u":
+            elements[1] = 32 * constants["BD"]
+        if loops:
+            found[c.kernel] = [loop.per_element(n, c.warps) for loop, n in zip(loops, elements, strict=True)]
+    expected = next((e for version, e in PER_ELEMENT.items() if triton.__version__.startswith(version)), None)
+    assert set(found) == set(PER_ELEMENT["3.7"])
+    if expected is None:
+        pytest.skip(f"instructions were counted with Triton {' and '.join(PER_ELEMENT)}, not {triton.__version__}")
+    for kernel, counts in found.items():
+        assert len(counts) == len(expected[kernel]), kernel
+        for count, was in zip(counts, expected[kernel], strict=True):
+            assert count <= 1.1 * was, f"{kernel}: {count:.1f} instructions per element, was {was}"
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E R2, desc[UR4][R4.64] ;
+.L_x_2:
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R6.64] ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0060*/                   LDG.E R2, desc[UR4][R4.64] ;
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0080*/              @!P2 BRA `(.L_x_3) ;
+"""
+
+
+def test_loops_are_read_from_machine_code() -> None:
+    inner, last = sass.loops_of(SASS)  # the loop around the first is no innermost one
+    assert (inner.instructions, inner.plain_loads, inner.async_loads, inner.wgmma, inner.mma) == (3, 0, 1, 1, 0)
+    assert (last.instructions, last.plain_loads, last.async_loads, last.wgmma, last.mma) == (3, 1, 0, 0, 1)
+    assert last.per_element(elements=96, warps=4) == 4.0
+
+
+@pytest.mark.parametrize("d", [256, 264, 269])
+@pytest.mark.parametrize("x_free", [False, True])
+def test_one_variant_whatever_the_rows_and_strides(d: int, x_free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "LAUNCH_BYTES", 0)  # columns are shared at this small d, too
+    for module in (forward, hidden):
+        monkeypatch.setattr(module, "column_split", tiles.column_split.__wrapped__)
+    r = 20
+    weights = make_weights(d, r)
+    variants = defaultdict(set)
+    base = torch.randn(5000, d + 16, dtype=torch.bfloat16)
+    for x in (
+        base[:1, :d],
+        base[:16, 16:],
+        base[:33, 3 : d + 3],
+        base[:128, :d].contiguous(),
+        base[::2, :d],
+        base[:, :d],
+    ):
+        with aot.recorded_launches() as launches:
+            cache.clear()
+            _, z, mean, rstd = launch.adapter_forward(
+                x, weights, None, eps=1e-5, activation="silu", compute=x.dtype, save=True
+            )
+            dy = x[:1].expand(x.shape)
+            launch.adapter_backward(
+                dy, x, z, mean, rstd, weights, None, activation="silu", needed=[True] * 7, x_free=x_free
+            )
+        for recorded in launches:
+            variants[recorded.kernel.fn.__name__].add(recorded.variant)
+    assert set(variants) == {
+        "_prepare_kernel", "forward_kernel", "forward_partial_kernel", "forward_finish_kernel",
+        "hidden_partial_kernel", "hidden_kernel", "slice_kernel", "reduce_kernel",
+    }  # fmt: skip
+    # hidden_kernel makes its product, or adds up hidden_partial_kernel's.
+    expected = {name: 2 if name == "hidden_kernel" else 1 for name in variants}
+    assert {name: len(found) for name, found in variants.items()} == expected

@@ -1,0 +1,474 @@
+"""ClippedAdamW as a torch optimizer: state dicts, hooks, copies, changing gradients, AMP, accelerate, DTensor."""
+
+import copy
+import io
+import math
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from adapterkern.optim.clipped_adamw import ClippedAdamW, ClippedGradScaler
+from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, worst
+
+SIZES = [3, TILE + 1]
+
+
+def torch_step(optimizer: torch.optim.Optimizer, params) -> None:
+    nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_goes_to_torch_and_back_mid_run(dtype):
+    ours, theirs = parameters(SIZES, dtype), parameters(SIZES, dtype)
+    a, b = ClippedAdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3)
+    for step in range(12):
+        if step == 4:
+            b.load_state_dict(a.state_dict())
+        if step == 8:
+            a.load_state_dict(b.state_dict())
+            assert all(a.state[p]["exp_avg"].dtype == torch.float32 for p in ours)
+        for params in (ours, theirs):
+            set_grads(params, step)
+        if step < 4 or step >= 8:
+            a.step()
+        if step >= 4:
+            torch_step(b, theirs)
+        for p, q in zip(ours, theirs, strict=True):
+            if step < 4:
+                q.data.copy_(p)
+            elif step < 8:
+                p.data.copy_(q)
+    assert all(a.state[p]["step"] == b.state[q]["step"] == 12 for p, q in zip(ours, theirs, strict=True))
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # torch keeps bf16 moments for a bf16 parameter
+    assert worst(ours, [q.detach().double() for q in theirs]) < tolerance
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("low_precision", ["master", "stochastic"])
+def test_a_copy_continues_to_the_bit(how, low_precision):
+    params = [*parameters(SIZES, torch.bfloat16), *parameters([5])]
+    optimizer = ClippedAdamW(params, lr=1e-2, max_norm=0.3, seed=7, low_precision=low_precision)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    if how in ("load_state_dict", "torch.save"):
+        twins = [nn.Parameter(p.detach().clone()) for p in params]
+        twin = ClippedAdamW(twins, max_norm=0.3, seed=7, low_precision=low_precision)
+        saved = optimizer.state_dict()
+        if how == "torch.save":
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file)
+        twin.load_state_dict(saved)
+    else:
+        twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        twins = twin.param_groups[0]["params"]
+        assert twin.max_norm == 0.3
+    for step in range(3, 6):
+        for each, opt in ((params, optimizer), (twins, twin)):
+            set_grads(each, step)
+            opt.step()
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(params, twins, strict=True))
+    assert all(
+        torch.equal(optimizer.state[p][k], twin.state[q][k])
+        for p, q in zip(params, twins, strict=True)
+        for k in optimizer.state[p]
+    )
+
+
+def test_closure_hooks_scheduler_and_groups_added_later():
+    params = parameters(SIZES)
+    optimizer, calls = ClippedAdamW(params[:1], lr=1e-2), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for p in params)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    optimizer.add_param_group({"params": params[1:], "lr": 1e-3, "weight_decay": 0.0})
+    scheduler.step()
+    assert optimizer.step(closure) < first
+    assert calls == ["before", "after"] * 2
+    assert [g["lr"] for g in optimizer.param_groups] == [5e-3, 5e-4]
+    assert [optimizer.state[p]["step"].item() for p in params] == [2, 1]
+
+
+def test_parameters_without_gradients_are_left_out_and_count_their_own_steps():
+    params = parameters([5, 6, 7])
+    optimizer = ClippedAdamW(params, lr=1e-3, max_norm=None)
+    oracles = [Oracle([p], max_norm=math.inf) for p in params]
+    for step, live in enumerate([(0, 1, 2), (0, 2), (1,), (), (0, 1, 2)]):
+        optimizer.zero_grad()
+        for i in live:
+            oracles[i].step(set_grads([params[i]], step))
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(math.sqrt(sum(params[i].grad.square().sum().item() for i in live)))
+    assert worst(params, [oracle.params[0] for oracle in oracles]) < 1e-6
+    assert [int(optimizer.state[p]["step"]) for p in params] == [3, 3, 3]
+
+
+def test_pointers_that_move_between_steps_are_noticed():
+    params = parameters(SIZES)
+    optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(params)
+    kept = []  # holds on to old memory, so that every replacement lies elsewhere
+    for step in range(6):
+        if step == 2:
+            kept += [p.data for p in params]
+            for p in params:
+                p.data = p.data.clone()
+        if step == 3:
+            for p in params:
+                kept.append(optimizer.state[p]["exp_avg"])
+                optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
+        kept += [p.grad for p in params]
+        oracle.step(set_grads(params, step))
+        optimizer.step()
+    assert worst(params, oracle.params) < 1e-6
+    assert worst([optimizer.state[p]["exp_avg"] for p in params], oracle.exp_avg) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("key", "how"),
+    [("step", "item"), ("exp_avg", "item"), ("exp_avg_sq", "item"), ("master", "item"), ("exp_avg", "data")],
+)
+def test_a_state_tensor_that_is_replaced_is_the_one_that_counts(key, how):
+    params, fresh = parameters(SIZES, torch.bfloat16), parameters(SIZES, torch.bfloat16)
+    optimizer, expected = ClippedAdamW(params, lr=1e-2), ClippedAdamW(fresh, lr=1e-2)
+    kept = []
+    for step in range(3):
+        for each, opt in ((params, optimizer), (fresh, expected)):
+            set_grads(each, step)
+            opt.step()
+        if step == 1:
+            expected.state[fresh[1]][key].mul_(2)
+            state = optimizer.state[params[1]]
+            kept.append(state[key].data)
+            if how == "item":
+                state[key] = state[key] * 2
+            else:
+                state[key].data = state[key] * 2
+    assert all(torch.equal(p, q) for p, q in zip(params, fresh, strict=True))
+
+
+def test_a_state_tensor_of_another_kind_is_refused_by_name():
+    (p,) = parameters([3])
+    optimizer = ClippedAdamW([p])
+    set_grads([p], 0)
+    optimizer.step()
+    good = optimizer.state[p]["step"]
+    for bad, got in [(torch.tensor(5), "torch.int64 ()"), (torch.ones(2), "torch.float32 (2,)"), (5, "5")]:
+        optimizer.state[p]["step"] = bad
+        message = re.escape("state 'step' of parameter 0 of group 0: expected float32 () on cpu, got " + got)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    optimizer.state[p]["step"] = good
+    optimizer.step()
+    assert good == 2
+
+
+def test_parameters_and_gradients_that_change_in_place_are_checked_again():
+    weight = nn.Parameter(torch.randn(4, 4))
+    optimizer = ClippedAdamW([weight])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    weight.grad.data = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0: expected shape \(4, 4\), got \(2, 4\)"):
+        optimizer.step()
+    weight.grad.data = torch.ones(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"gradient of parameter 0 of group 0: expected torch\.float32, got torch\.bf"):
+        optimizer.step()
+    weight.grad.data = torch.ones(4, 4)
+    whole = weight.data
+    weight.data = whole[:2]  # at the same address
+    weight.grad = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"state 'exp_avg' .* expected float32 \(2, 4\) on cpu, got .* \(4, 4\)"):
+        optimizer.step()
+    weight.data, weight.grad = whole.double(), torch.ones(4, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0: expected float32, .* got torch\.float64"):
+        optimizer.step()
+    weight.grad = None
+    weight.data, oracle = whole.t(), Oracle([whole.t()])
+    optimizer.state.clear()
+    weight.grad = torch.arange(16.0).view(4, 4)
+    oracle.step([weight.grad])
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
+    assert worst([weight], oracle.params) < 1e-6
+
+
+def test_a_low_precision_run_loads_into_fp32_parameters():
+    low, full = parameters(SIZES, torch.bfloat16), parameters(SIZES)
+    a, b = ClippedAdamW(low), ClippedAdamW(full)
+    set_grads(low, 0)
+    a.step()
+    b.load_state_dict(a.state_dict())
+    set_grads(full, 1)
+    b.step()
+    assert all("master" not in b.state[p] and b.state[p]["step"] == 2 for p in full)
+
+
+def test_nothing_is_copied_to_the_cpu_without_waiting():
+    """Read at once, such a copy from a GPU holds whatever was there."""
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to:
+                waits.append(not (kwargs or {}).get("non_blocking"))
+            return func(*args, **(kwargs or {}))
+
+    waits = []
+    (p,) = parameters([3])
+    optimizer = ClippedAdamW([p], lr=torch.tensor(1e-3))
+    scaler = ClippedGradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.zeros(()))
+    set_grads([p], 0)
+    with Copies():
+        scaler.step(optimizer)
+    assert waits
+    assert all(waits)
+
+
+def test_grad_norm_is_the_callers_to_keep():
+    params = parameters(SIZES)
+    optimizer = ClippedAdamW(params)
+    with pytest.raises(RuntimeError, match="no step yet"):
+        _ = optimizer.grad_norm
+    norms = []
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert len({n.item() for n in norms}) == 3
+
+
+# ---- what it refuses ----
+
+
+def test_refusals_name_what_came():
+    weight = nn.Parameter(torch.randn(4, 3))
+    for bad, error, message in [
+        ({"lr": -1.0}, ValueError, "lr: expected a number from 0 on, got -1"),
+        ({"eps": -1.0}, ValueError, "eps"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas: .* got \(0.9, 1.0\)"),
+        ({"max_norm": -2.0}, ValueError, "max_norm: .* got -2"),
+        ({"max_norm": math.nan}, ValueError, "max_norm: .* got nan"),
+        ({"low_precision": "none"}, ValueError, "low_precision"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": None}, ValueError, "seed: expected an integer .* got None"),
+        ({"lr": None}, TypeError, "lr: expected a number from 0 on, got None"),
+        ({"eps": "a"}, TypeError, "eps: expected a number from 0 on, got 'a'"),
+        ({"betas": None}, ValueError, r"betas: expected two floats in \[0, 1\), got None"),
+        ({"betas": (0.9,)}, ValueError, r"betas: expected two floats in \[0, 1\), got \(0.9,\)"),
+    ]:
+        with pytest.raises(error, match=message):
+            ClippedAdamW([weight], **bad)
+    with pytest.raises(ValueError, match="max_norm: expected it as an argument, for all groups"):
+        ClippedAdamW([{"params": [weight], "max_norm": 1.0}])
+    ClippedAdamW(torch.optim.AdamW([{"params": [weight], "layer": 3}]).param_groups)
+    for dtype in (torch.float64, torch.complex64):
+        with pytest.raises(TypeError, match=rf"parameter 1 of group 0: .* got {dtype}"):
+            ClippedAdamW([weight, nn.Parameter(torch.zeros(2, dtype=dtype))])
+    with pytest.raises(TypeError, match=r"parameter 'w': low_precision='stochastic' is for bfloat16"):
+        ClippedAdamW([("w", nn.Parameter(torch.zeros(2, dtype=torch.float16)))], low_precision="stochastic")
+    gaps = nn.Parameter(torch.zeros(4, 6)[:, :3])
+    weight.grad, gaps.grad = torch.zeros(4, 3), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="parameter 0 of group 0: expected memory without gaps"):
+        ClippedAdamW([gaps]).step()
+    optimizer = ClippedAdamW([weight], lr=torch.ones(2))
+    with pytest.raises(ValueError, match="lr: expected a float or a float32 tensor of one element, got shape"):
+        optimizer.step()
+    assert optimizer.state[weight]["step"] == 0
+    with pytest.raises(TypeError, match=r"copy: expected bfloat16 or float16, got torch\.float32"):
+        optimizer.write_compute_copy(weight, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"copy: expected shape \(4, 3\), .* got shape \(3, 4\)"):
+        optimizer.write_compute_copy(weight, torch.zeros(3, 4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="param: expected a float32 parameter of this optimizer"):
+        optimizer.write_compute_copy(gaps, torch.zeros(4, 3, dtype=torch.bfloat16))
+
+
+def test_sparse_gradients_are_refused_by_name():
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = ClippedAdamW(table.named_parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"gradient of parameter 'weight': expected a dense tensor, got .*sparse"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused_after_dense_ones_too():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    optimizer = ClippedAdamW([weight])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    weight.grad = torch.eye(4).to_sparse()
+    with pytest.raises(TypeError, match=r"gradient of parameter 0 of group 0: expected a dense tensor"):
+        optimizer.step()
+
+
+def test_amsgrad_state_is_refused():
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="amsgrad"):
+        ClippedAdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
+
+
+# ---- AMP ----
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, ClippedGradScaler])
+@pytest.mark.parametrize("bad", [None, 0, TILE])
+def test_scaled_gradients_take_the_unscaled_step_once(scaler_class, unscale_first, bad):
+    ours, theirs = parameters(SIZES), parameters(SIZES)
+    optimizer, baseline = ClippedAdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3)
+    scaler = scaler_class("cpu", init_scale=1024.0, growth_interval=2)
+    control = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for step in range(5):
+        for each, s in ((ours, scaler), (theirs, control)):
+            s.scale(torch.zeros(()))
+            for g in set_grads(each, step):
+                g.mul_(s.get_scale())
+            if bad is not None and step == 2:
+                each[1].grad[bad] = math.inf
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        control.unscale_(baseline)
+        norm = nn.utils.clip_grad_norm_(theirs, 1.0)
+        control.step(baseline)
+        assert optimizer.skipped == (bad is not None and step == 2)
+        if optimizer.skipped == 0:
+            assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        scaler.update()
+        control.update()
+        assert scaler.get_scale() == control.get_scale()
+    assert worst(ours, [p.detach().double() for p in theirs]) < 1e-6
+    assert all(optimizer.state[p]["step"] == baseline.state[q]["step"] for p, q in zip(ours, theirs, strict=True))
+
+
+def test_found_inf_may_be_more_than_one_and_alone_skips_the_step():
+    params = parameters(SIZES)
+    optimizer = ClippedAdamW(params, clear_grads=True)
+    for found, skipped in [(0.0, 0.0), (2.0, 1.0), (math.nan, 1.0)]:
+        grads = set_grads(params, 0)
+        before = [p.detach().clone() for p in params]
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+        assert optimizer.skipped == skipped
+        assert all(torch.equal(p, b) == bool(skipped) for p, b in zip(params, before, strict=True))
+        assert not any(g.any() for g in grads)
+
+
+def test_the_clipped_scaler_serves_other_optimizers_as_torch_does():
+    p = nn.Parameter(torch.ones(2))
+    scaler = ClippedGradScaler("cpu", init_scale=4.0)
+    sgd = torch.optim.SGD([p], lr=1.0)
+    scaler.scale(p.sum()).backward()
+    scaler.step(sgd)
+    scaler.update()
+    assert torch.equal(p, torch.zeros(2))
+
+
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, ClippedGradScaler])
+def test_accelerate_holds_its_scheduler_back_on_a_skipped_step(scaler_class):
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    accelerate.Accelerator(cpu=True)
+    params = parameters(SIZES)
+    inner = ClippedAdamW(params, lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    scaler = scaler_class("cpu", init_scale=4.0)
+    wrapped = AcceleratedOptimizer(inner, scaler=scaler)
+    scheduler = AcceleratedScheduler(schedule, wrapped)
+    rates = []
+    for step in range(3):
+        scaler.scale(torch.zeros(()))
+        for g in set_grads(params, step):
+            g.mul_(scaler.get_scale())
+        if step == 1:
+            params[0].grad[0] = math.inf
+        wrapped.step()
+        scheduler.step()
+        assert wrapped.step_was_skipped == (step == 1)
+        rates.append(inner.param_groups[0]["lr"])
+    assert rates == [0.5, 0.5, 0.25]
+    assert all(inner.state[p]["step"] == 2 for p in params)
+
+
+# ---- DTensor ----
+
+
+def _sharded_run(rank: int, world: int, file: str) -> None:
+    """DTensors of two placements beside a plain parameter: three parts that make up one norm."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    full = parameters([9, TILE + 2, 1, 5, 7])
+    placements = [[Shard(0)], [Shard(0)], [Shard(0)], [Replicate()]]
+    sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh, at)) for p, at in zip(full, placements, strict=False)]
+    params = [*sharded, full[4]]
+    optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(full)
+    for step in range(4):
+        grads = set_grads(full, step)
+        for p, g, at in zip(sharded, grads, placements, strict=False):
+            p.grad = distribute_tensor(g, mesh, at)
+        norm = oracle.step(grads)
+        if step == 2:  # one rank's infinity skips the step on all
+            shard = sharded[1].grad.to_local()
+            kept = shard.clone()
+            if rank == 1:
+                shard[0] = math.inf
+            optimizer.step()
+            assert optimizer.skipped == 1
+            shard.copy_(kept)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-6)
+    assert all(p._version >= 4 for p in params)  # a DTensor's own counter, not its shard's
+    assert worst([p.full_tensor() if hasattr(p, "full_tensor") else p for p in params], oracle.params) < 1e-6
+    torch.distributed.destroy_process_group()
+
+
+def _fsdp_run(rank: int, world: int, file: str) -> None:
+    """FSDP2 against the same model whole, with the state dict saved and loaded on the way."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(33, 70), nn.SiLU(), nn.Linear(70, 33))
+    whole = copy.deepcopy(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizers = [ClippedAdamW(m.parameters(), lr=1e-2, max_norm=0.01) for m in (model, whole)]
+    for step in range(4):
+        x = torch.randn(8, 33)
+        model(x.chunk(world)[rank]).square().mean().backward()
+        whole(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizers[0].grad_norm.item() == pytest.approx(optimizers[1].grad_norm.item(), rel=1e-5)
+        if step == 1:
+            set_optimizer_state_dict(model, optimizers[0], get_optimizer_state_dict(model, optimizers[0]))
+    sharded = [p.full_tensor() for p in model.parameters()]
+    assert worst(sharded, [p.detach().double() for p in whole.parameters()]) < 1e-4
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("run", [_sharded_run, _fsdp_run])
+def test_dtensor_shards_share_one_norm(tmp_path, run):
+    torch.multiprocessing.spawn(run, (2, str(tmp_path / "rendezvous")), nprocs=2)

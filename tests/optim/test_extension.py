@@ -1,0 +1,106 @@
+"""The CUDA source itself, compiled for the host and run: what can be known of the kernels where there is no GPU.
+
+tests/optim/host_cuda/cuda_runtime.h runs one thread for each CUDA thread. Indexing, chunks, barriers and the order of
+summation are the GPU's own; speed, registers and the memory model are not tested here.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import pytest
+
+from adapterkern.optim.clipped_adamw import backend
+
+ROOT = Path(__file__).resolve().parents[2]
+CXX = shutil.which("g++")
+pytestmark = [
+    pytest.mark.skipif(CXX is None, reason="needs g++"),
+    pytest.mark.skipif(backend("cpu")[0] != "cpu twin", reason=f"the extension is missing: {backend('cpu')[1]}"),
+]
+
+# Prints a digest of everything a run leaves behind, for every kind of parameter. argv: the emulated module, or "twin".
+RUN = """
+import hashlib, importlib.util, itertools, sys, types
+import torch
+if sys.argv[1] != "twin":
+    spec = importlib.util.spec_from_file_location("adapterkern._C", sys.argv[1])
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    on_device_0 = vars(kernels) | {"Where": lambda *_: kernels.Where(0, 1, 0)}
+    sys.modules["adapterkern._C"] = types.SimpleNamespace(**on_device_0)
+from optim_oracle import TILE, parameters, set_grads
+from adapterkern.optim import ClippedAdamW, backend
+assert backend("cpu")[0] == "cpu twin"
+
+def digest(params, optimizer, more=()):
+    kept = [t for p in params for t in (p.detach(), p.grad, *optimizer.state[p].values())]
+    kept += [optimizer.grad_norm, optimizer.skipped, *more]
+    flat = [t.contiguous().view(-1).view(torch.uint8) for t in kept]
+    return hashlib.sha256(torch.cat(flat).numpy().tobytes()).hexdigest()
+
+sizes = [0, 1, 3, TILE - 1, TILE, TILE + 1, 1023, 1025, 20_000]
+low = [(torch.bfloat16, "master"), (torch.float16, "master"), (torch.bfloat16, "stochastic")]
+for (dtype, how), misaligned in itertools.product([(torch.float32, "master"), *low], [False, True]):
+    params = parameters(sizes, dtype, misaligned)
+    optimizer = ClippedAdamW(params, lr=1e-2, low_precision=how, seed=5, clear_grads=misaligned)
+    copies = []
+    if dtype == torch.float32:
+        for p, to in zip(params[1:], itertools.cycle([torch.bfloat16, torch.float16])):
+            copies.append(torch.zeros_like(p, dtype=to))
+            optimizer.write_compute_copy(p, copies[-1])
+    for step in range(3):
+        grads = set_grads(params, step)
+        if step == 1:
+            grads[-1][TILE] = float("inf")
+        optimizer.step()
+    print(dtype, how, misaligned, digest(params, optimizer, copies))
+params = parameters([i % 7 for i in range(900)])
+optimizer = ClippedAdamW([{"params": [p], "lr": 1e-3 * (1 + i // 3)} for i, p in enumerate(params)])
+for step in range(2):
+    set_grads(params, step)
+    optimizer.step()
+print("chunks of tensors and groups", digest(params, optimizer))
+"""
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The extension with its CUDA half compiled for the host."""
+    folder = tmp_path_factory.mktemp("emulated")
+    module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [
+        CXX,
+        "-std=c++20",
+        "-O1",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-pthread",
+    ]
+    command += [
+        f"-I{ROOT / 'tests' / 'host_cuda'}",
+        f"-I{sysconfig.get_path('include')}",
+        f"-I{pybind11.get_include()}",
+    ]
+    command += ["-DADAPTERKERN_WITH_CUDA", "-shared", "-x", "c++", ROOT / "csrc" / "clipped_adamw_cuda.cu"]
+    command += [ROOT / "csrc" / "clipped_adamw_cpu.cpp", ROOT / "csrc" / "bindings.cpp", "-o", module]
+    subprocess.run(command, check=True)
+    return module
+
+
+def test_the_cuda_kernels_and_the_twin_agree_to_the_bit(emulated):
+    def run(module: Path | str) -> list[str]:
+        paths = [str(ROOT), str(ROOT / "tests")]
+        code = f"import sys; sys.path[:0] = {paths!r}\n{RUN}"
+        done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    on_kernels, on_twin = run(emulated), run("twin")
+    assert len(on_twin) == 9
+    assert on_kernels == on_twin

@@ -1,0 +1,85 @@
+"""The extension's build: with and without a CUDA toolkit, incremental, free of torch, and of spilled registers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what the build reads."""
+    copy = tmp_path_factory.mktemp("tree")
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    shutil.copy(ROOT / "setup.py", copy)
+    (copy / "adapterkern").mkdir()
+    (copy / "adapterkern" / "__init__.py").touch()
+    return copy
+
+
+def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env=os.environ | env, capture_output=True, text=True, check=False)
+
+
+def test_without_a_toolkit_the_cpu_twin_is_built_with_a_loud_warning_and_once(tree):
+    first = build(tree, CUDA_HOME="/nonexistent")
+    assert first.returncode == 0, first.stderr
+    assert "built WITHOUT CUDA kernels" in first.stdout + first.stderr
+    code = (
+        "import adapterkern._C as c, sys; print(c.WITH_CUDA, c.cuda_unavailable(0)); assert 'torch' not in sys.modules"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=True)
+    assert loaded.stdout.startswith("False the extension was built without CUDA kernels")
+    assert "no work to do" in build(tree, CUDA_HOME="/nonexistent").stdout
+    (tree / "csrc" / "clipped_adamw.h").touch()
+    again = build(tree, CUDA_HOME="/nonexistent").stdout
+    assert "clipped_adamw_cpu.cpp" in again  # headers count
+
+    (library,) = (tree / "adapterkern").glob("_C.*.so")
+    if nm := shutil.which("nm"):
+        symbols = subprocess.run(
+            [nm, "-D", "--defined-only", library], capture_output=True, text=True, check=True
+        ).stdout
+        ours = {line.split()[-1] for line in symbols.splitlines() if "adapterkern" in line or "PyInit" in line}
+        assert ours == {"PyInit__C"}
+
+
+def test_a_demanded_toolkit_that_is_missing_is_an_error(tree):
+    failed = build(tree, CUDA_HOME="/nonexistent", ADAPTERKERN_REQUIRE_CUDA="1")
+    assert failed.returncode != 0
+    assert "ADAPTERKERN_REQUIRE_CUDA=1, and the CUDA build failed: nvcc was found neither" in failed.stderr
+
+
+def test_a_missing_compiler_is_named(tree):
+    failed = build(tree, PATH="/nonexistent", CXX="no-such-compiler")
+    assert failed.returncode != 0
+    assert "found no C++ compiler" in failed.stderr
+
+
+def test_no_source_includes_torch():
+    for source in (ROOT / "csrc").iterdir():
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_the_kernels_compile_without_spills(arch, tmp_path):
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    if f"compute_{arch}\n" not in listed:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+    command += ["-o", tmp_path / "kernels.cubin", ROOT / "csrc" / "clipped_adamw_cuda.cu"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(stacks) == 3
+    assert set(stacks) == {("0", "0", "0")}
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 80  # three blocks of 256 threads on an SM

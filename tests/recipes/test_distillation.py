@@ -1,0 +1,378 @@
+"""The two tasks that learn from soft labels: what they compute, what they train, and the command."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from adapterkern import cli
+from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
+from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
+from adapterkern.training.run.folder import DISTILLATION_CONFIG
+from adapterkern.training.task import Feed
+from tests.support import tiny_run
+from tests.support.soft_label_reference import Allocations, plain
+
+TOKENIZER = tiny_run.tokenizer()
+TEXTS = [{"text": row["text"]} for row in tiny_run.rows(12, seed=3)]
+LM = {"task": "causal-lm", "log_every": 1}
+
+
+def test_a_training_step_holds_a_chunk_of_logits_at_most() -> None:
+    """The whole task, backbone included: of everything made in a step, nothing has tokens × vocabulary elements."""
+    model = tiny_run.model()
+    config = tiny_run.quiet(**LM, padding="max_length", max_length=64)
+    texts = [{"text": " ".join(row["text"] for row in TEXTS)}] * 4
+    logits = 4 * 63 * 128
+
+    def largest(task: Any, rows: Any) -> int:
+        inputs = Feed(task, config, None)(task.load(rows, config, TOKENIZER))
+        with Allocations() as made:
+            task(**inputs)[0].backward()
+        return made.largest
+
+    assert largest(Distillation(model, chunk_tokens=8), texts) < logits
+    assert largest(Distillation(model, chunk_tokens=10**6), texts) >= logits
+    rows = [{"prompt": "w1 w2", "completion": "w3"}]
+    assert largest(KeepBehaviour(model, chunk_tokens=8), WithKept(rows, texts)) < logits
+
+
+# The teacher
+
+
+def same_shape(model: LlamaAdapter, seed: int, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    config = type(model.config)(**(model.config.to_dict() | changes))
+    return type(model.base)(config)
+
+
+def summed(model: LlamaAdapter, teacher: Any, examples: Any, temperature: float, weight: float) -> Tensor:
+    """The loss of a :class:`Distillation`, text by text, from whole logits and without padding."""
+    total = torch.zeros((), dtype=torch.float64)
+    for e in examples:
+        ids, targets = torch.from_numpy(e.input_ids)[None], torch.from_numpy(e.targets)
+        z = model(input_ids=ids).logits[0, e.positions]
+        with torch.no_grad():
+            if teacher is None:
+                with model.disable_adapter():
+                    t = model(input_ids=ids).logits[0, e.positions]
+            else:
+                t = teacher(input_ids=ids).logits[0, e.positions]
+        cross_entropy = F.cross_entropy(z.double(), targets, reduction="sum")
+        soft = plain(z.double(), t.double(), temperature, "kl").sum()
+        total = total + (1 - weight) * cross_entropy + weight * temperature**2 * soft
+    return total
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["itself", "another"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_padding_and_prompts_are_ignored(side: str, kind: str, cached: bool) -> None:
+    """Against whole logits of each text alone, in loss and in every parameter's gradient."""
+    model = tiny_run.model(init="xavier")
+    teacher = None if kind == "itself" else same_shape(model, seed=5, hidden_size=16, num_hidden_layers=2)
+    task = Distillation(model, teacher, temperature=2.0, weight=0.7, chunk_tokens=5)
+    rows = [{"prompt": "w1 w2 w3", "completion": row["text"]} for row in TEXTS[:5]]
+    config = tiny_run.quiet(**LM, padding_side=side)
+    examples = task.load(rows, config, TOKENIZER)
+    inputs = Feed(task, config, None)(examples)
+    if cached:
+        inputs["prefix"] = model.run_prefix(inputs["input_ids"], inputs["attention_mask"])
+    parameters = model.adapter_parameters()
+    loss, _ = task(**inputs)
+    expected = summed(model, teacher, examples, 2.0, 0.7)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    got = torch.autograd.grad(loss, parameters)
+    for a, b in zip(got, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(0, 3), (3,)])
+@pytest.mark.parametrize("position", ["layer", "attention"])
+def test_a_model_is_its_own_teacher_with_adapters_off(layers: tuple[int, ...], position: str) -> None:
+    """At the identity the divergence is exactly 0, and nothing pulls; a moved adapter is pulled back."""
+    for init, divergence in (("identity", "kl"), ("identity", "js"), ("xavier", "kl")):
+        model = tiny_run.model(layers=layers, position=position, init=init)
+        task = Distillation(model, weight=1, divergence=divergence)
+        config = tiny_run.quiet(**LM)
+        loss, _ = task(**Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER)))
+        gradients = torch.autograd.grad(loss, model.adapter_parameters())
+        at_rest = init == "identity"
+        assert (abs(loss.item()) < 1e-6) == at_rest
+        assert (max(g.abs().max().item() for g in gradients) < 1e-5) == at_rest
+        assert model.active_adapter == "default"
+
+
+def test_the_teacher_has_no_dropout_and_learns_nothing() -> None:
+    model = tiny_run.model()
+    model.config.attention_dropout = 0.5
+    for layer in model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    task = Distillation(model, weight=1)
+    config = tiny_run.quiet(**LM)
+    inputs = Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER))
+    task.train()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert ids is not None
+    assert mask is not None
+    prefix = torch.zeros(*ids.shape, 32)
+    first, second = (task.taught(ids, mask, prefix) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert model.base.training
+    teacher = same_shape(model, seed=1).train()
+    task = Distillation(model, teacher)
+    task.train()
+    assert not teacher.training
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in task.parameters()}
+
+
+class Scaled(GPT2LMHeadModel):
+    """A model that does more to its logits than its head."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
+def test_teachers_that_do_not_fit_are_refused() -> None:
+    model = tiny_run.model()
+    with pytest.raises(ValueError, match="vocabulary of 128 tokens, got one of 127"):
+        Distillation(model, same_shape(model, seed=1, vocab_size=127))
+    with pytest.raises(ValueError, match="teacher: expected None for the model itself"):
+        Distillation(model, model.base)
+    with pytest.raises(ValueError, match="teacher: expected a transformers causal language model, got Linear"):
+        Distillation(model, nn.Linear(2, 2))
+    gpt2 = GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ValueError, match=r"teacher: expected logits that are .* got Scaled"):
+        KeepBehaviour(model, Scaled(gpt2))
+    Distillation(model, GPT2LMHeadModel(gpt2))  # another architecture is fine
+    with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got 0"):
+        KeepBehaviour(model, temperature=0)
+
+
+def test_the_first_layers_share_the_parameters_and_not_the_adapters() -> None:
+    whole = tiny_run.model().unload()
+    ids = torch.randint(3, 100, (2, 7))
+    before = whole(input_ids=ids).logits
+    student = LlamaAdapter(first_layers(whole, 2), AdapterConfig(adapter_dim=4, init="xavier"))
+    assert {p.data_ptr() for p in student.base.parameters()} < {p.data_ptr() for p in whole.parameters()}
+    assert torch.equal(whole(input_ids=ids).logits, before)
+    assert len(whole.model.layers) == whole.config.num_hidden_layers == 4
+    assert len(student.layers) == student.config.num_hidden_layers == 2
+    with student.disable_adapter():
+        expected = whole.lm_head(whole.model.norm(whole(input_ids=ids, output_hidden_states=True).hidden_states[2]))
+        torch.testing.assert_close(student(input_ids=ids).logits, expected)
+    with pytest.raises(ValueError, match="num_layers: expected 1 to 4, got 5"):
+        first_layers(whole, 5)
+
+
+# Training
+
+
+def test_a_student_comes_closer_to_its_teacher() -> None:
+    whole = tiny_run.model().unload()
+    student = LlamaAdapter(first_layers(whole, 2), AdapterConfig(adapter_dim=16))
+    texts = [{"text": row["text"]} for row in tiny_run.rows(64)]
+    task = Distillation(student, whole, weight=1, temperature=1.5)
+    config = tiny_run.quiet(**LM, epochs=6, batch_size=16, lr=2e-2)
+    before = evaluate(student, TEXTS, config, tokenizer=TOKENIZER, task=task)
+    result = train(student, texts, config, tokenizer=TOKENIZER, eval_data=TEXTS, task=task)
+    after = result.metrics
+    assert after is not None
+    assert after["divergence"] < 0.7 * before["divergence"]
+    assert after["agreement"] > before["agreement"]
+    assert after["teacher_perplexity"] == pytest.approx(before["teacher_perplexity"], rel=1e-6)
+    assert after["loss"] == pytest.approx(1.5**2 * after["divergence"], rel=1e-5)
+    assert after["perplexity"] == pytest.approx(math.exp(after["cross_entropy"]))
+
+
+def test_without_weight_it_is_plain_training() -> None:
+    """λ = 0 is the language model's own loss, so the same run to rounding, chunks and prefix cache notwithstanding."""
+
+    def losses(distil: bool) -> list[float]:
+        model = tiny_run.model()
+        task = Distillation(model, weight=0, chunk_tokens=3) if distil else None
+        config = tiny_run.quiet(**LM)
+        result = train(model, TEXTS, config, tokenizer=TOKENIZER, eval_data=TEXTS, task=task)
+        assert result.prefix_layers == 3
+        return [record["loss"] for record in result.history]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+
+
+TASKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "causal-lm": ([{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 40}"} for i in range(12)], {"task": "causal-lm"}),
+    "classification": (tiny_run.rows(12, seed=1), {"task": "classification"}),
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_a_kept_text_weighs_as_one_target(kind: str, side: str) -> None:
+    """A mixed batch against its parts: the task's rows alone, and each kept text alone, from whole logits."""
+    rows, values = TASKS[kind]
+    config = tiny_run.quiet(**values, padding_side=side)
+    model = tiny_run.model(init="xavier")
+    task = KeepBehaviour(model, temperature=2.0, weight=0.3, divergence="js", chunk_tokens=7)
+    examples = task.load(WithKept(rows[:4], TEXTS[:2]), config, TOKENIZER)
+    feed = Feed(task, config, None)
+    order = [4, 0, 1, 5, 2, 3]
+    loss, _ = task(**feed([examples[i] for i in order]))
+    alone, _ = task(**feed(examples[:4]))
+    expected = alone.double()
+    for example in examples[4:]:
+        ids = torch.from_numpy(example.input_ids)[None]
+        z = model(input_ids=ids).logits[0, :-1].double()
+        with model.disable_adapter(), torch.no_grad():
+            t = model(input_ids=ids).logits[0, :-1].double()
+        expected = expected + 0.3 * 2.0**2 * plain(z, t, 2.0, "js").mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = list(task.trained(config).values())
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    only_kept, _ = task(**feed(examples[4:]))
+    assert only_kept.item() == pytest.approx((expected - alone).item(), rel=1e-5)
+    assert sum(len(e.targets) for e in examples[4:]) == 2
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+def test_keeping_lowers_the_drift_and_the_task_is_still_learnt(kind: str) -> None:
+    rows, values = TASKS[kind]
+    if kind == "classification":
+        rows = tiny_run.rows(24)
+    kept = [{"text": row["text"]} for row in tiny_run.rows(24, seed=9)]
+    config = tiny_run.quiet(**values, epochs=30, lr=3e-2)
+
+    def outcome(weight: float) -> dict[str, float]:
+        model = tiny_run.model(layers=(2, 3))
+        task = KeepBehaviour(model, weight=weight)
+        data, unseen = (rows if weight == 0 else WithKept(rows, kept)), WithKept(rows, TEXTS)
+        result = train(model, data, config, tokenizer=TOKENIZER, eval_data=unseen, task=task)
+        assert result.metrics is not None
+        return result.metrics
+
+    free, held = outcome(0.0), outcome(0.5)
+    assert held["kept_divergence"] < 0.5 * free["kept_divergence"]
+    assert held["kept_agreement"] > free["kept_agreement"]
+    assert held["accuracy"] >= 0.9
+    assert held["targets"] == free["targets"] > 0
+
+
+@pytest.mark.parametrize("kind", ["distillation", "keeping"])
+def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, tmp_path: Path) -> None:
+    def run(folder: Path, resume: bool = False, **settings: Any) -> list[Tensor]:
+        model = tiny_run.model()
+        values = {"epochs": 4, "checkpoint_every": 1, "keep_checkpoints": 100}
+        config = tiny_run.quiet(**LM, **values, output_dir=folder, resume=resume)
+        kinds = {"distillation": Distillation, "keeping": KeepBehaviour}
+        task: Any = kinds[kind](model, **({"temperature": 2.0} | settings))
+        data: Any = TEXTS if kind == "distillation" else WithKept(TASKS["causal-lm"][0], TEXTS)
+        train(model, data, config, tokenizer=TOKENIZER, eval_data=data, task=task)
+        return tiny_run.weights(model)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = run(tmp_path / "run")
+        newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+        for checkpoint in newest[5:]:
+            checkpoint.rename(tmp_path / checkpoint.name)
+        with pytest.raises(CheckpointError, match=r"temperature=2\.0, not 3\.0"):
+            run(tmp_path / "run", resume=True, temperature=3.0)
+        assert tiny_run.same_bits(run(tmp_path / "run", resume=True), expected)
+    finally:
+        torch.set_num_threads(threads)
+    saved = json.loads((tmp_path / "run" / DISTILLATION_CONFIG).read_text())
+    assert saved == {"teacher": None, "temperature": 2.0, "weight": 0.5, "divergence": "kl"}
+
+
+def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
+    """Neither a plain one as a distillation, nor the reverse."""
+    model = tiny_run.model()
+    config = tiny_run.quiet(**LM, max_steps=1, output_dir=tmp_path / "plain")
+    train(model, TEXTS, config, tokenizer=TOKENIZER)
+    resumed = dataclasses.replace(config, resume=True)
+    with pytest.raises(CheckpointError, match=r"distillation.json: missing: .* another kind of task"):
+        train(model, TEXTS, resumed, tokenizer=TOKENIZER, task=Distillation(model))
+    train(model, TEXTS, dataclasses.replace(config, output_dir=tmp_path), tokenizer=TOKENIZER, task=Distillation(model))
+    with pytest.raises(CheckpointError, match="begun with another task: Distillation, not Task"):
+        train(model, TEXTS, dataclasses.replace(resumed, output_dir=tmp_path), tokenizer=TOKENIZER)
+
+
+def test_distillation_is_for_tokens() -> None:
+    with pytest.raises(ValueError, match="task: expected causal-lm for Distillation"):
+        Distillation(tiny_run.model()).load(tiny_run.rows(4), TrainConfig(), TOKENIZER)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer, and a file of each kind."""
+    path = tmp_path_factory.mktemp("distill")
+    tiny_run.model().unload().save_pretrained(path / "model")
+    TOKENIZER.save_pretrained(path / "model")
+    for name, rows in {"texts": TEXTS, "labels": tiny_run.rows(12, seed=1), "qa": TASKS["causal-lm"][0]}.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(folder: Path, output: Path, *options: str) -> int:
+    small = ["--max-length", "16", "--batch-size", "4", "--epochs", "1", "--adapter-dim", "4", "--no-progress"]
+    model = ["--model", str(folder / "model"), "--output", str(output)]
+    files = [str(folder / f"{o}.jsonl") if o in ("texts", "labels", "qa") else o for o in options]
+    return cli.main(["distill", *model, *small, "--no-plot", *files])
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--backbone-layers", "2", "--teacher", "whole", "--train", "texts", "--eval", "texts"], "teacher_perplexity"),
+        (
+            ["--train", "qa", "--eval", "qa", "--keep", "texts", "--eval-keep", "texts", "--weight", "0.2"],
+            "kept_agreement",
+        ),
+        (["--task", "classification", "--train", "labels", "--eval", "labels", "--keep", "texts"], "accuracy"),
+    ],
+)
+def test_the_command_trains_and_eval_reads_it(
+    options: list[str], shown: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, tmp_path / "run", *options) == 0
+    out = capsys.readouterr().out
+    assert shown in out
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    name = "accuracy" if "classification" in options else "perplexity"
+    lines = [line for text in (out, capsys.readouterr().out) for line in text.splitlines() if line.startswith(name)]
+    assert float(lines[0].split()[1]) == pytest.approx(float(lines[1].split()[1]), rel=1e-3)
+
+
+def test_the_command_takes_another_teacher_of_the_same_tokens_only(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    same_shape(tiny_run.model(), seed=3, num_hidden_layers=1).save_pretrained(other)
+    TOKENIZER.save_pretrained(other)
+    assert command(folder, tmp_path / "run", "--train", "texts", "--eval", "texts", "--teacher", str(other)) == 0
+    assert json.loads((tmp_path / "run" / DISTILLATION_CONFIG).read_text())["teacher"].endswith("other, 1 layers")
+    changed = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = changed["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (other / "tokenizer.json").write_text(json.dumps(changed))
+    assert command(folder, tmp_path / "run2", "--train", "texts", "--teacher", str(other)) == 1
+    assert command(folder, tmp_path / "run2", "--train", "texts", "--teacher", "whole") == 1
+    errors = capsys.readouterr().err
+    assert "--teacher: expected the tokens of" in errors
+    assert "--backbone-layers: expected a number of layers together with --teacher whole" in errors

@@ -1,0 +1,39 @@
+"""Accelerate, set up for one run after another in one process."""
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+
+from adapterkern.training.parallel.accelerator import make_accelerator
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("order", [("fp32", "bf16", "fp16"), ("fp16", "fp32", "bf16")])
+def test_each_run_has_its_own_precision(order: tuple[str, ...]) -> None:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for precision in order:
+        accelerator = make_accelerator(precision, CPU)
+        layer = accelerator.prepare_model(torch.nn.Linear(4, 4))
+        with accelerator.autocast():
+            product = torch.ones(2, 4) @ layer.weight
+        assert product.dtype == dtypes[precision]
+        assert (accelerator.scaler is not None) == (precision == "fp16")
+        assert layer(torch.ones(2, 4)).dtype == torch.float32  # accelerate hands outputs back in fp32
+
+
+def test_gradients_are_whole_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    Accelerator(cpu=True).sync_gradients = False  # as a loop of the user's own may have left it
+    accelerator = make_accelerator("fp32", CPU)
+    x = torch.ones(1, requires_grad=True)
+    accelerator.backward(x.sum())
+    assert x.grad == 1
+    assert accelerator.sync_gradients
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM"])
+def test_engines_that_would_not_work_are_refused(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(engine))
+    with pytest.raises(NotImplementedError, match=f"got {engine}: .* set shard=True"):
+        make_accelerator("fp32", CPU)

@@ -145,6 +145,29 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
+def read_versioned(path: str | os.PathLike[str], version: int, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object that :func:`write_json` has written with ``"format_version": version``.
+
+    Args:
+        kinds: the fields that it must have, and the type of each: ``{"names": list, "seed": int | None}``.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not JSON, of another version, or a field is missing or of another type.
+    """
+    saved = read_json(path)
+    if saved.get("format_version") != version:
+        raise ValueError(f"{path}: expected format_version {version}, got {saved.get('format_version')!r}")
+    for name, kind in kinds.items():
+        if name not in saved:
+            raise ValueError(f"{path}: field {name!r} is missing")
+        value = saved[name]
+        kinds_of = getattr(kind, "__args__", (kind,))
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds_of):  # a bool is an int, too
+            raise ValueError(f"{path}: field {name!r}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    return saved
+
+
 def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) -> None:
     """Raise ``ValueError`` if the JSON file at ``path`` is another program's: its only copy, perhaps.
 

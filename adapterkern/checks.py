@@ -1,0 +1,42 @@
+"""Checks of arguments: one wording for every refusal, ``name: expected ..., got ...``.
+
+A value of the wrong kind is a ``TypeError``, one out of its range a ``ValueError``.
+"""
+
+from collections.abc import Sequence
+
+
+def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """``value``, an integer from ``low`` to ``high``, both included; None is no bound."""
+    bounds = "" if low is None else f" >= {low}" if high is None else f" from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer{bounds}, got {value!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name}: expected an integer{bounds}, got {value}")
+    return value
+
+
+def number(name: str, value: object, interval: str) -> float:
+    """``value``, a number in ``interval``: ``"[0, 1)"``, ``"(0, inf)"`` (finite), ``"[0, inf]"``; NaN is in none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number in {interval}, got {value!r}")
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+    return value
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """``value``, one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """``value``, True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value

@@ -1,0 +1,43 @@
+"""Every refusal says which argument, what was expected and what came."""
+
+import math
+from typing import Any
+
+import pytest
+
+from adapterkern import checks
+
+
+@pytest.mark.parametrize("value", [1, 7, 2**70])
+def test_integers_in_range_come_back(value: int) -> None:
+    assert checks.integer("n", value, 1) is value
+
+
+@pytest.mark.parametrize(
+    ("check", "arguments", "error", "message"),
+    [
+        (checks.integer, (True, 0), TypeError, "n: expected an integer >= 0, got True"),
+        (checks.integer, (1.0, 0), TypeError, "n: expected an integer >= 0, got 1.0"),
+        (checks.integer, ("1",), TypeError, "n: expected an integer, got '1'"),
+        (checks.integer, (0, 1), ValueError, "n: expected an integer >= 1, got 0"),
+        (checks.integer, (513, 1, 512), ValueError, "n: expected an integer from 1 to 512, got 513"),
+        (checks.number, (False, "[0, 1)"), TypeError, "n: expected a number in [0, 1), got False"),
+        (checks.number, (1, "[0, 1)"), ValueError, "n: expected a number in [0, 1), got 1"),
+        (checks.number, (0.0, "(0, inf)"), ValueError, "n: expected a number in (0, inf), got 0.0"),
+        (checks.number, (math.inf, "(0, inf)"), ValueError, "n: expected a number in (0, inf), got inf"),
+        (checks.number, (math.nan, "[0, inf]"), ValueError, "n: expected a number in [0, inf], got nan"),
+        (checks.choice, ("c", ("a", "b")), ValueError, "n: expected one of a, b, got 'c'"),
+        (checks.choice, (["a"], ("a", "b")), ValueError, "n: expected one of a, b, got ['a']"),
+        (checks.flag, (1,), TypeError, "n: expected True or False, got 1"),
+    ],
+)
+def test_others_are_refused(check: Any, arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as refused:
+        check("n", *arguments)
+    assert str(refused.value) == message
+
+
+def test_numbers_in_range_come_back() -> None:
+    assert checks.number("n", math.inf, "[0, inf]") == math.inf
+    assert checks.number("n", 0, "[0, 1)") == 0
+    assert checks.number("n", -3.5, "(-inf, 0]") == -3.5

@@ -14,88 +14,42 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import set_seed
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.examples import Example, Rows, count_targets, count_tokens, fingerprint
-from adapterkern.training.data.prefix import PrefixCache, choose_cache
-from adapterkern.training.data.rows import source_name
-from adapterkern.training.heads import ClassificationHead
-from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
-from adapterkern.training.parallel.deepspeed import Zero
+from adapterkern.training.data.batches import count_targets, count_tokens
+from adapterkern.training.data.examples import E
+from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
-from adapterkern.training.run.folder import newest_checkpoint, prepare_folder, remove_earlier_run, write_run_card
+from adapterkern.training.run.folder import newest_checkpoint, remove_earlier_run, write_run_card
 from adapterkern.training.run.interrupt import StopRequest
 from adapterkern.training.run.report import PLOT_NAME, Reporter, plot_history
 from adapterkern.training.run.results import NonFiniteError, TrainResult
+from adapterkern.training.saved import Sources, save_sources
 from adapterkern.training.task import Feed, Task, run_evaluation
 
 
-def train(
-    model: LlamaAdapter,
-    train_data: Rows,
-    config: TrainConfig | None = None,
-    *,
-    tokenizer: Any = None,
-    eval_data: Rows | None = None,
-    head: ClassificationHead | None = None,
-    cache: PrefixCache | None = None,
-    task: Task | None = None,
-    on_start: Callable[[], object] | None = None,
-) -> TrainResult:
-    """Train the active adapter, with a classification head or as a language model.
+@dataclasses.dataclass(frozen=True)
+class Data(Generic[E]):
+    """What a run learns from and is evaluated on, with the names that the model card gives them."""
 
-    Args:
-        model: on the device where it shall train. The backbone stays frozen.
-        train_data, eval_data: see :func:`~adapterkern.training.data.examples.load_examples`; or what ``task`` loads.
-        config: see :class:`TrainConfig`.
-        tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
-        head: a head to train further; default a new one for the labels that the training data has.
-        cache: activations of earlier runs on the same backbone, to use and to add to.
-            Over several processes each has its own, of the texts that it trains on.
-        task: another kind of training than ``config.task``, over the same ``model``; see :class:`Task`. It has its own
-            head, and reads the data.
-        on_start: called once, in the first process, when all has been checked and an earlier run replaced: for files of
-            one's own in ``output_dir``, which are there also when the run is killed.
+    train: list[E]
+    eval: list[E]
+    train_name: str
+    eval_name: str | None
 
-    Returns:
-        a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True, and with an ``output_dir`` a
-        checkpoint of the last finished step exists, from which ``resume=True`` goes on to the numbers of an undisturbed
-        run (to the bit on a CPU with as many threads). Over several processes, which all call this with the same
-        arguments, they all return; the first has written everything, and has the whole history.
+    def steps_per_epoch(self, config: TrainConfig) -> int:
+        return math.ceil(len(self.train) / config.rows_per_step)
 
-    Raises:
-        DataError: rows that cannot be used, by file and line.
-        NonFiniteError: a loss or gradient that is not finite, by step.
-        CheckpointError: with ``resume``, a checkpoint that is damaged or of another run.
-        FileExistsError: ``output_dir`` holds an earlier run. FileNotFoundError: there is none to resume.
-        ValueError, TypeError: an argument that does not fit, by name.
-        NotImplementedError: several processes, and an engine or a task that cannot use them.
-    """
-    config = config or TrainConfig()
-    accelerator = make_accelerator(config.precision, model.device)
-    processes.on_first(lambda: prepare_folder(config))
-    if task is None:
-        task = Task(model, None if head is None else head.to(model.device))
-    elif task.model is not model or head is not None:
-        raise ValueError("task: expected one over the same model, and no head beside it")
-    train_set = task.load(train_data, config, tokenizer)
-    eval_set = [] if eval_data is None else task.load(eval_data, config, tokenizer)
-    set_seed(config.seed)
-    with left_as_found(task), task.running(config):
-        sources = source_name(train_data), None if eval_data is None else source_name(eval_data)
-        return _Run(task, train_set, eval_set, config, cache, sources, accelerator).go(on_start)
+    def total_steps(self, config: TrainConfig) -> int:
+        return config.max_steps or config.epochs * self.steps_per_epoch(config)
 
 
 @dataclasses.dataclass
@@ -107,120 +61,122 @@ class _Step:
     grad_norm: Tensor | None  # None if the scaler skipped it
 
 
-class _Run:
-    """One training run: everything that a step needs, and the order in which steps, evaluations and files come."""
+@dataclasses.dataclass
+class _Meter:
+    """Tokens and seconds: of the run, and since the last log line."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    prefix_seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+    def step(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+        self.window_tokens += tokens
+        self.window_seconds += seconds
+
+    def window(self) -> float:
+        """Tokens per second since the last call."""
+        rate = self.window_tokens / self.window_seconds
+        self.window_tokens, self.window_seconds = 0, 0.0
+        return rate
+
+
+class Run(Generic[E]):
+    """One training run: the order in which steps, evaluations and files come.
+
+    ``api.train`` builds what it runs: the task, its data, the engine that makes the steps, the state that a checkpoint
+    holds, and the feed that makes the batches.
+    """
 
     def __init__(
         self,
-        task: Task,
-        train_set: list[Example],
-        eval_set: list[Example],
+        task: Task[E],
+        data: Data[E],
         config: TrainConfig,
-        cache: PrefixCache | None,
-        sources: tuple[str, str | None],  # what the model card calls the data
-        accelerator: Accelerator,
+        engine: Engine,
+        state: checkpoint.TrainingState,
+        feed: Feed,
+        order: list[int],  # of the first epoch
     ) -> None:
-        self.task, self.model, self.config, self.accelerator = task, task.model, config, accelerator
-        self.sources = sources
-        self.train_set, self.eval_set = train_set, eval_set
+        self.task, self.data, self.config = task, data, config
+        self.engine, self.state, self.feed = engine, state, feed
+        self.model = task.model
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
-        self.steps_per_epoch = math.ceil(len(train_set) / config.rows_per_step)
-        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        # Refuses what it cannot order, before an earlier run is replaced.
-        self.order = 0, task.order(train_set, config, 0)  # an epoch's number, and its order of rows
-        backbone = checkpoint.describe_backbone(self.model)  # while this process has all of it
-        zero = accelerator.distributed_type is DistributedType.DEEPSPEED
-        self.engine = (Zero if zero else Engine)(task, config, accelerator, self.total_steps)
-        # FSDP2 makes the task's class one of its own.
-        self.kind = next(c.__name__ for c in type(task).__mro__ if not issubclass(c, FSDPModule))
-        self.state = checkpoint.TrainingState(
-            self.engine.parameters,
-            self.engine.optimizer,
-            self.engine.schedule,
-            accelerator.scaler,
-            config,
-            fingerprint(train_set),
-            {"task": self.kind, "adapters": self._trained_adapters(), "backbone": backbone},
-        )
-        self.feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
+        self.steps_per_epoch, self.total_steps = data.steps_per_epoch(config), data.total_steps(config)
+        self.order = 0, order  # an epoch's number, and its order of rows
         self.pending: list[_Step] = []
-        self.window_tokens = self.tokens = 0
-        self.window_seconds = self.seconds = self.prefix_seconds = self.eval_seconds = 0.0
+        self.meter = _Meter()
         self.prefix_layers = 0
         self.metrics: dict[str, float] | None = None
         self.metrics_step = 0
         self.checkpoint: Path | None = None
 
-    def _trained_adapters(self) -> list[dict[str, Any]]:
-        """The configurations of the adapters that are trained, whatever they are called."""
-        owners = {id(p): name for name in self.model.adapters for p in self.model.adapters[name].parameters()}
-        names = dict.fromkeys(owners[id(p)] for p in self.engine.parameters.values() if id(p) in owners)
-        return [self.model.adapter_config(name).to_dict() for name in names]
-
-    def go(self, on_start: Callable[[], object] | None) -> TrainResult:
+    def go(self, sources: Sources | Mapping[str, Sources] | None) -> TrainResult:
         config, state = self.config, self.state
         if config.resume:
             assert self.output_dir is not None  # TrainConfig has checked it
             self.checkpoint = newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
-        processes.on_first(lambda: self._prepare_files(on_start))
+        processes.on_rank_zero(lambda: self._prepare_files(sources))
         try:
             self.engine.start()
-            with (
-                StopRequest() as stop,
-                self._reporter() as report,
-            ):
+            with StopRequest() as stop, self._reporter() as reporter:
                 if state.step:
-                    report.say(f"resumed from {self.checkpoint}")
-                processes.each(lambda: self._fill_cache(report, stop))
+                    reporter.say(f"resumed from {self.checkpoint}")
+                processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
                 self.engine.run.train()
                 while state.step < self.total_steps and not self._stopped(stop):
-                    self._timed_step(report)
-                    self._after_step(report)
+                    self._timed_step(reporter)
+                    self._after_step(reporter)
                 if state.step < self.total_steps:
-                    self._stop(report, stop.signal_name)
+                    self._stop(reporter, stop.signal_name)
                 else:
-                    self._finish(report)
+                    self._finish(reporter)
         finally:
             self.engine.end()
+        meter, head = self.meter, self.task.head
         return TrainResult(
             steps=state.step,
             stopped=state.step < self.total_steps,
             metrics=self.metrics,
-            history=report.history,
-            head=self.task.head,
-            labels=[] if self.task.head is None else self.task.head.labels,
+            history=reporter.history,
+            head=head,
+            labels=[] if head is None else head.labels,
             trainable_parameters=sum(p.numel() for p in state.parameters.values()),
             skipped_steps=state.skipped_steps,
-            seconds=self.seconds,
-            prefix_seconds=self.prefix_seconds,
-            eval_seconds=self.eval_seconds,
-            tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
+            seconds=meter.seconds,
+            prefix_seconds=meter.prefix_seconds,
+            eval_seconds=meter.eval_seconds,
+            tokens_per_second=meter.tokens / meter.seconds if meter.seconds else 0.0,
             prefix_layers=self.prefix_layers,
             checkpoint=self.checkpoint,
         )
 
-    def _prepare_files(self, on_start: Callable[[], object] | None) -> None:
-        remove_earlier_run(self.config)
-        if on_start is not None:
-            on_start()
+    def _prepare_files(self, sources: Sources | Mapping[str, Sources] | None) -> None:
+        remove_earlier_run(self.config, self.task.files)
+        if sources is not None and self.output_dir is not None:
+            save_sources(self.output_dir, sources)
 
     def _reporter(self) -> Reporter:
-        made: list[Reporter] = []  # it cannot be sent: every process has its own
+        made: list[Reporter] = []  # it cannot be sent: every rank has its own
         steps = self.total_steps, self.state.step
-        processes.on_first(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
+        processes.on_rank_zero(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
         return made[0] if made else Reporter(None, *steps, show=False)
 
     def _stopped(self, stop: StopRequest) -> bool:
-        """Whether a process has been asked to stop; told where the device is waited for anyway."""
-        if processes.count() > 1 and self.model.device.type != "cpu" and not any(self._due()):
+        """Whether a process has been asked to stop; on a GPU asked only when the device is waited for anyway."""
+        if processes.world_size() > 1 and self.model.device.type != "cpu" and not any(self._due()):
             return False
-        return processes.any_process(bool(stop), self.model.device)
+        return processes.any_rank(bool(stop), self.model.device)
 
     # Before the first step
 
-    def _fill_cache(self, report: Reporter, stop: StopRequest) -> None:
-        examples = [*self._own(), *self.eval_set]
+    def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
+        examples = [*self._own(), *self.data.eval]
         config = self.config
         if self.state.step and config.prefix_cache is None and not processes.is_sharded(self.model):
             config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
@@ -228,65 +184,60 @@ class _Run:
         use, why = choose_cache(self.model, config, examples, passes)
         self.state.prefix_cached = use
         layers, depth = self.model.prefix_length, len(self.model.layers)
-        report.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
+        reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
         if not use:
             return
         started = time.perf_counter()
-        bar = report.start_side_task("prefix", len(examples))
+        bar = reporter.start_side_task("prefix", len(examples))
 
         def on_batch(count: int) -> bool:
-            report.advance(bar, count)
+            reporter.advance(bar, count)
             return not stop
 
         assert self.feed.cache is not None
-        slots = self.feed.cache.fill(self.model, examples, self.config, self.accelerator.autocast, on_batch)
-        report.end_side_task(bar)
+        slots = self.feed.cache.fill(self.model, examples, self.config, self.engine.accelerator.autocast, on_batch)
+        reporter.end_side_task(bar)
         if slots is not None:
             self.feed.add(examples, slots)
             self.prefix_layers = layers
-        self.prefix_seconds = time.perf_counter() - started
+        self.meter.prefix_seconds = time.perf_counter() - started
 
-    def _own(self) -> list[Example]:
-        """The training examples that this process will meet."""
-        if processes.count() == 1:
-            return self.train_set
+    def _own(self) -> list[E]:
+        """The training examples that this rank will meet."""
+        if processes.world_size() == 1:
+            return self.data.train
         steps = range(self.state.step, self.total_steps)
         batches = (batch for step in steps for batch, _ in self._share(self._examples(step)))
-        return list({id(example): example for batch in batches for example in batch}.values())
+        return list({example.row: example for batch in batches for example in batch}.values())
 
     # A step
 
-    def _share(self, examples: list[Example]) -> list[tuple[list[Example], bool]]:
+    def _share(self, examples: list[E]) -> list[tuple[list[E], bool]]:
         return processes.share(examples, self.config.batch_size)
 
-    def _timed_step(self, report: Reporter) -> None:
+    def _timed_step(self, reporter: Reporter) -> None:
         started = time.perf_counter()
         examples = self._examples(self.state.step)
         self._step(examples)
-        tokens = count_tokens(examples)
-        self.tokens += tokens
-        self.window_tokens += tokens
-        report.step(self.state.step)
+        reporter.step(self.state.step)
         if self.model.device.type == "cpu" or any(self._due()):
             self._drain()
-        elapsed = time.perf_counter() - started
-        self.seconds += elapsed
-        self.window_seconds += elapsed
+        self.meter.step(count_tokens(examples), time.perf_counter() - started)
 
-    def _examples(self, step: int) -> list[Example]:
+    def _examples(self, step: int) -> list[E]:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.order[0] != epoch:
-            self.order = epoch, self.task.order(self.train_set, self.config, epoch)
+            self.order = epoch, self.task.order(self.data.train, self.config, epoch)
         rows = self.config.rows_per_step
-        return [self.train_set[i] for i in self.order[1][index * rows : (index + 1) * rows]]
+        return [self.data.train[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
-    def _step(self, examples: list[Example]) -> None:
+    def _step(self, examples: list[E]) -> None:
         state, targets = self.state, count_targets(examples)
         self.task.begin_step(examples, self.config, *divmod(state.step, self.steps_per_epoch))
         losses = []
         batches = self._share(examples)
         for number, (batch, counts) in enumerate(batches, start=1):
-            loss, _ = self.engine.run(**self.feed(batch))
+            loss, _ = self.engine.run(self.feed(batch))
             loss = loss if counts else 0 * loss
             self.engine.backward(loss / targets, number == len(batches))
             losses.append(loss.detach())
@@ -313,17 +264,17 @@ class _Run:
                     raise NonFiniteError(step.number, problem, self.checkpoint)
             self.state.window.append((loss, None if step.grad_norm is None else norm))
         if self.state.skipped_in_a_row > self.config.max_skipped_steps:
-            problem = f"{self.state.skipped_in_a_row} steps in a row had gradients beyond fp16, whatever the scale"
+            problem = f"{self.state.skipped_in_a_row} consecutive steps had gradients beyond fp16, whatever the scale"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
 
     # Between steps
 
-    def _after_step(self, report: Reporter) -> None:
+    def _after_step(self, reporter: Reporter) -> None:
         log, evaluation, save = self._due()
         if log:
-            self._log(report)
+            self._log(reporter)
         if evaluation:
-            self._evaluate(report)
+            self._evaluate(reporter)
         if save:
             self._save_checkpoint()
 
@@ -338,78 +289,77 @@ class _Run:
             step % (config.checkpoint_every or self.steps_per_epoch) == 0,
         )
 
-    def _log(self, report: Reporter) -> None:
+    def _log(self, reporter: Reporter) -> None:
         window, self.state.window = self.state.window, []
         norms = [norm for _, norm in window if norm is not None]
-        report.train(
+        reporter.train(
             {
                 "step": self.state.step,
                 "epoch": self.state.step / self.steps_per_epoch,
                 "loss": sum(loss for loss, _ in window) / len(window),
                 "lr": self.state.schedule.get_last_lr()[0],
                 "grad_norm": sum(norms) / len(norms) if norms else 0.0,
-                "tokens_per_second": self.window_tokens / self.window_seconds,
+                "tokens_per_second": self.meter.window(),
                 "skipped_steps": self.state.skipped_steps,
             }
         )
-        self.window_tokens, self.window_seconds = 0, 0.0
 
-    def _evaluate(self, report: Reporter) -> None:
-        if not self.eval_set:
+    def _evaluate(self, reporter: Reporter) -> None:
+        if not self.data.eval:
             return
-        metrics = run_evaluation(self.task, self.engine.run, self.eval_set, self.feed, self.config)
-        self.eval_seconds += metrics["seconds"]
+        metrics = run_evaluation(self.task, self.engine.run, self.data.eval, self.feed, self.config)
+        self.meter.eval_seconds += metrics["seconds"]
         if not math.isfinite(metrics["loss"]):
             problem = f"the evaluation's loss is {metrics['loss']}"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
         self.metrics, self.metrics_step = metrics, self.state.step
-        report.evaluation({"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch, **metrics})
+        reporter.evaluation({"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch, **metrics})
 
     def _save_checkpoint(self) -> None:
         if self.output_dir is not None:
-            whole = self.engine.whole()
-            with self.engine.showing(whole.parameters):
-                self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, whole, self._save_model)
+            gathered = self.engine.gathered()
+            with self.engine.with_parameters(gathered.parameters):
+                self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, gathered, self._save_model)
 
     def _save_model(self, directory: Path) -> None:
         self.task.save(directory, self.config)
-        data, eval_data = self.sources
+        data, kind = self.data, self.task.kind
         described = {
-            "task": self.config.task if self.kind == Task.__name__ else self.kind,
-            "data": os.path.basename(data),
-            "examples": len(self.train_set),
+            "task": self.config.task if kind == Task.__name__ else kind,
+            "data": os.path.basename(data.train_name),
+            "examples": len(data.train),
             "steps": self.state.step,
-            "eval_data": None if eval_data is None else os.path.basename(eval_data),
-            "eval_examples": len(self.eval_set),
+            "eval_data": None if data.eval_name is None else os.path.basename(data.eval_name),
+            "eval_examples": len(data.eval),
             "metrics": self.metrics,
             "metrics_step": self.metrics_step,
             "labels": () if self.task.head is None else self.task.head.labels,
         }
         write_run_card(directory, self.model, self.config, described)
 
-    def _stop(self, report: Reporter, signal_name: str | None) -> None:
+    def _stop(self, reporter: Reporter, signal_name: str | None) -> None:
         if self.pending:
             self._drain()
         if self.state.step:
             self._save_checkpoint()
         where = f"{signal_name or 'another process'}: stopped after step {self.state.step} of {self.total_steps}"
         if self.output_dir is None:
-            report.say(f"{where}; nothing is saved, for want of an output_dir")
+            reporter.say(f"{where}; no output_dir, so nothing was saved")
         elif self.checkpoint is None:
-            report.say(f"{where}; there is nothing to resume")
+            reporter.say(f"{where}; there is nothing to resume")
         else:
-            report.say(
+            reporter.say(
                 f"{where}; saved {self.checkpoint}. The same call with resume=True (--resume) goes on from there"
             )
 
-    def _finish(self, report: Reporter) -> None:
-        self._evaluate(report)
+    def _finish(self, reporter: Reporter) -> None:
+        self._evaluate(reporter)
         self._save_checkpoint()
-        with self.engine.showing(self.engine.whole().parameters):
-            processes.on_first(lambda: self._write_output(report))
+        with self.engine.with_parameters(self.engine.gathered().parameters):
+            processes.on_rank_zero(lambda: self._write_output(reporter))
 
-    def _write_output(self, report: Reporter) -> None:
+    def _write_output(self, reporter: Reporter) -> None:
         if self.output_dir is not None:
             self._save_model(self.output_dir)
             if self.config.plot:
-                plot_history(report.history, self.output_dir / PLOT_NAME, self.config.task)
+                plot_history(reporter.history, self.output_dir / PLOT_NAME, self.config.task)

@@ -1,14 +1,12 @@
 """A run over several processes, as ``torchrun`` or ``accelerate launch`` start them.
 
-A step learns from the same rows however many processes share them: process r of n takes rows r, r + n, r + 2n, … of the
-step, in forwards of at most ``batch_size``. Each divides its summed losses by the targets of the whole step, and the
-gradients are added up; so a configuration means the same on any number of processes, and a checkpoint of two resumes on
-one. Where there are not enough rows for all, a process computes one that is another's, and counts it for nothing: all
-of them must take part in every exchange.
+A step learns from the same rows whatever the number of processes: process r of n takes rows r, r + n, r + 2n, … of the
+step, in forwards of at most ``batch_size``. Each process divides its summed losses by the number of targets of the
+whole step, and the gradients are added. So a configuration means the same on any number of processes, and a checkpoint
+of two processes resumes on one. A process without rows of its own computes a padding batch, since all processes must
+take part in every collective; its result is discarded.
 
-How gradients are exchanged is ``engine.py``'s.
-
-Every function here is the identity, or nothing, in a single process.
+``parallel/`` exchanges the gradients. In a single process every function here is the identity, or does nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,49 +20,49 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 T = TypeVar("T")
 
 
-def count() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number. The first, 0, is the one that writes and talks."""
-    return dist.get_rank() if count() > 1 else 0
+    """This process's number. Rank 0 writes files and prints."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def share(items: Sequence[T], size: int) -> list[tuple[list[T], bool]]:
-    """This process's part of ``items`` in batches of at most ``size``; as many on every process.
+    """This rank's items in batches of at most ``size``, the same number of batches on every rank.
 
-    A batch that comes with False is there for company's sake: its numbers are another process's. It comes first, so
-    that the last one counts wherever one does.
+    A batch paired with False is a padding batch: it keeps this rank in the collectives, and its result is discarded.
+    Padding batches come first, so that the last batch counts wherever one does.
     """
-    n = count()
+    n = world_size()
     own = items[rank() :: n]
     batches = [(list(own[start : start + size]), True) for start in range(0, len(own), size)]
-    most = -(-len(items[::n]) // size)  # process 0 has the most
+    most = -(-len(items[::n]) // size)  # rank 0 has the most
     return [([items[0]], False)] * (most - len(batches)) + batches
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all processes, on each of them."""
-    if count() > 1:
+    """The sum over all ranks, on each of them."""
+    if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)
     return value
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set on one of them; waits for the device."""
-    return flag if count() == 1 else bool(total(torch.tensor(float(flag), device=device)).item())
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any rank; waits for the device."""
+    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag), device=device)).item())
 
 
-def on_first(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the first process, on all of them. What it raises there, the others hear of and raise.
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result on every rank. If it raises, every rank raises.
 
     Raises:
-        RuntimeError: on another process than the first, with the first one's error as its text.
+        RuntimeError: on the other ranks, with rank 0's error in its message.
     """
-    if count() == 1:
+    if world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]
     failure: BaseException | None = None
@@ -81,52 +79,54 @@ def on_first(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def each(work: Callable[[], T]) -> T:
-    """What ``work``, in which no process waits for another, gives on this one. What it raises on one, all raise.
+def on_every_rank(work: Callable[[], T]) -> T:
+    """Run ``work``, which contains no collective, on every rank. If one raises, every rank raises.
 
     Raises:
-        RuntimeError: on the other processes, with the first failing one's number and error as its text.
+        RuntimeError: on the other ranks, with the number and the error of the first rank that failed.
     """
-    if count() == 1:
+    if world_size() == 1:
         return work()
     results: list[T] = []
     failure: BaseException | None = None
     try:
         results.append(work())
-    except BaseException as error:  # as in `on_first`
+    except BaseException as error:  # as in `on_rank_zero`
         failure = error
-    told: list[str | None] = [None] * count()
-    dist.all_gather_object(told, None if failure is None else f"{type(failure).__name__}: {failure}")
+    problems: list[str | None] = [None] * world_size()
+    dist.all_gather_object(problems, None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    for number, problem in enumerate(told):
+    for number, problem in enumerate(problems):
         if problem is not None:
             raise RuntimeError(f"process {number}: {problem}")
     return results[0]
 
 
-def summed(batches: Sequence[T], of: Callable[[T], Tensor], device: torch.device) -> Tensor:
-    """Σ of(batch) over all batches, each computed by one of the processes: fp64, on the CPU."""
+def sum_over_batches(batches: Sequence[T], of: Callable[[T], Tensor], device: torch.device) -> Tensor:
+    """Σ of(batch) over all batches, each computed by one rank: fp64, on the CPU."""
     results = []
     for (batch,), counts in share(batches, 1):
         result = of(batch)
         results.append(result if counts else torch.zeros_like(result))
     own = torch.stack(results).cpu().double().sum(0)
-    return own if count() == 1 else total(own.to(device)).cpu()
+    return own if world_size() == 1 else total(own.to(device)).cpu()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the module's parameters are split over processes."""
+    """Whether the module's parameters are sharded over ranks."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())  # FSDP2's, DeepSpeed's
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A shard's whole tensor, which all processes must ask for; another tensor itself."""
+def gathered(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, which all ranks must ask for; any other tensor itself."""
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """This process's part of a whole tensor, split as ``model`` is, on its device."""
-    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+def sharded_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """This rank's shard of a full tensor, sharded as ``reference`` is, on its device."""
+    if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
         return tensor
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
+    )

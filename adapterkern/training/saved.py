@@ -1,15 +1,20 @@
-"""What a finished run or checkpoint leaves behind, written and read: ``task.json``, and where its sources are.
+"""What a finished run or checkpoint leaves in its folder, written and read again.
 
-task.json       the TrainConfig: how to tokenise, pad and score
-sources.json    from a command: where backbone and evaluation data are
+    adapter_model.safetensors, adapter_config.json    the adapter (not for a head trained alone)
+    head.safetensors, head_config.json                the classification head with its label names (not for causal-lm)
+    task.json       the kind of task, and the TrainConfig: how to tokenize, pad and score
+    sources.json    from a command: where backbone and evaluation data are
+
+Recipes save other files beside these, or in folders of their own.
 """
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterkern.files import read_json, write_json
+from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
 from adapterkern.model.llama import LlamaAdapter
@@ -17,15 +22,18 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 
 TASK_NAME = "task.json"
-FORMAT_VERSION = 1
-FOLDER = "checkpoints"  # in a run's folder
+SOURCES_NAME = "sources.json"
+CHECKPOINTS = "checkpoints"  # the folder in a run's folder
+FORMAT_VERSION = 1  # of task.json
 
 
-def save_task(
+def save_run(
     directory: Path,
     model: LlamaAdapter,
     head: ClassificationHead | None,
     config: TrainConfig,
+    *,
+    kind: str,
     name: str | None = None,
 ) -> None:
     """Write the adapter (the active one, or ``name``), the head and ``task.json``, each file atomically."""
@@ -33,18 +41,55 @@ def save_task(
         model.save_pretrained(directory, name)
     if head is not None:
         head.save_pretrained(directory)
-    save_config(directory, config)
+    save_config(directory, config, kind)
 
 
-def save_config(directory: Path, config: TrainConfig) -> None:
-    """Write ``task.json``."""
-    # Where the run wrote is nobody's business where the folder goes.
+def save_config(directory: Path, config: TrainConfig, kind: str) -> None:
+    """Write ``task.json``. ``kind`` is the name of the task's class."""
+    # Not where the run wrote: the folder may go elsewhere.
     saved = config.to_dict() | {"output_dir": None}
-    write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "config": saved})
+    write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "kind": kind, "config": saved})
+
+
+def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
+    """The configuration of a finished run of any kind. Raises as :func:`load_run`."""
+    path = Path(directory) / TASK_NAME
+    saved = read_versioned(path, FORMAT_VERSION, {"config": dict})
+    try:
+        return TrainConfig.from_dict(saved["config"] | {"output_dir": None, "resume": False, "overwrite": False})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_kind(directory: str | os.PathLike[str]) -> str | None:
+    """The name of the task's class; None for a run of a version that did not save it. Raises as :func:`load_run`."""
+    return read_versioned(Path(directory) / TASK_NAME, FORMAT_VERSION, {}).get("kind")
+
+
+def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, ClassificationHead | None]:
+    """The configuration and the head (None for causal-lm) that :func:`train` saved; ``evaluate`` takes both.
+
+    ``LlamaAdapter.from_pretrained(llama, directory)`` reads the adapter; there is none if the configuration says
+    ``train_adapters=False``. The configuration comes without ``output_dir`` and ``resume``: it is a finished run's.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
+    """
+    config = load_config(directory)
+    return config, ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
+
+
+def load_model(
+    llama: Any, directory: str | os.PathLike[str], config: TrainConfig, *, fused: bool = True, liger: bool = False
+) -> LlamaAdapter:
+    """``llama`` with the run's adapter, or with none where it trained a head alone. Raises as :func:`load_run`."""
+    if config.train_adapters:
+        return LlamaAdapter.from_pretrained(llama, directory, fused=fused, liger=liger)
+    return LlamaAdapter(llama, None, fused=fused, liger=liger)
 
 
 def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
-    """Upload what :func:`train` saved in ``directory`` to the Hugging Face hub; the repository's URL comes back.
+    """Upload what :func:`train` saved in ``directory`` to the Hugging Face hub; returns the repository's URL.
 
     That is the adapter, the head, ``task.json`` and the card: no checkpoints, no metrics, nothing else of the folder.
     ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as huggingface_hub has them.
@@ -59,34 +104,6 @@ def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any)
     return push_folder(Path(directory), repo_id, files, **options)
 
 
-def load_task(directory: str | os.PathLike[str]) -> tuple[TrainConfig, ClassificationHead | None]:
-    """The configuration and the head (None for causal-lm) that :func:`train` saved; ``evaluate`` takes both.
-
-    The adapter is read by ``LlamaAdapter.from_pretrained(llama, directory)``; there is none if the configuration says
-    ``train_adapters=False``. The configuration comes without ``output_dir`` and ``resume``: it is a finished run's.
-
-    Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
-    """
-    config = load_config(directory)
-    return config, ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
-
-
-def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration of a finished run of any task. Raises as :func:`load_task`."""
-    path = Path(directory) / TASK_NAME
-    saved = read_json(path)
-    if saved.get("format_version") != FORMAT_VERSION or not isinstance(saved.get("config"), dict):
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION} and a config")
-    try:
-        return TrainConfig.from_dict(saved["config"] | {"output_dir": None, "resume": False, "overwrite": False})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-SOURCES_NAME = "sources.json"
-
-
 @dataclasses.dataclass(frozen=True)
 class Sources:
     """Where a run's backbone and evaluation data came from, so that ``adapterkern eval DIR`` finds them again."""
@@ -97,26 +114,25 @@ class Sources:
     eval_data: str | None = None
 
 
-def save_sources(directory: str | os.PathLike[str], sources: Sources) -> None:
-    """Write ``sources.json`` into a run's folder."""
-    write_json(Path(directory) / SOURCES_NAME, dataclasses.asdict(sources))
+def save_sources(directory: Path, sources: Sources | Mapping[str, Sources]) -> None:
+    """Write ``sources.json`` into a run's folder, or one into each of the folders in it that a mapping names."""
+    for folder, of_folder in (sources if isinstance(sources, Mapping) else {"": sources}).items():
+        write_json(directory / folder / SOURCES_NAME, dataclasses.asdict(of_folder))
 
 
 def load_sources(directory: str | os.PathLike[str]) -> Sources:
-    """Read it back; a checkpoint's is its run's.
+    """Read ``sources.json`` of a run, or of the run that a checkpoint belongs to.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged; the message names file and field.
     """
     path = Path(directory) / SOURCES_NAME
     if not path.exists():
-        step = Path(os.path.abspath(directory))
-        while step != step.parent:
-            if step.parent.name == FOLDER and step.name.startswith("step-"):
-                inside = Path(os.path.abspath(directory)).relative_to(step)  # tasks/NAME, or nothing
-                path = step.parent.parent / inside / SOURCES_NAME
+        absolute = Path(os.path.abspath(directory))
+        for step in (absolute, *absolute.parents):
+            if step.parent.name == CHECKPOINTS and step.name.startswith("step-"):
+                path = step.parent.parent / absolute.relative_to(step) / SOURCES_NAME  # of tasks/NAME, or of the run
                 break
-            step = step.parent
     saved = read_json(path)
     kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None}
     for name, kind in kinds.items():

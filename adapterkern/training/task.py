@@ -1,56 +1,65 @@
-"""What is learnt: how rows become examples, how a batch becomes a loss, what is trained, scored and saved.
+"""What is learned: how rows become examples, how a batch becomes a loss, what is trained, scored and saved.
 
-``Task`` is classification with a head of ours, or next tokens with the backbone's own LM head. Another kind of
-training is a subclass of it, which ``train(..., task=...)`` takes; the loop, the prefix cache, the checkpoints and the
-evaluation know no more of it than these methods.
+``Task`` is classification with a head of ours, or next tokens with the backbone's own LM head. Another kind of training
+is a subclass, generic in its example, which ``train(..., task=...)`` takes. The loop, the prefix cache, the checkpoints
+and the evaluation call these methods and know nothing else of it:
+
+    data       load: rows → examples          collate: examples → batch          order: of an epoch
+    a step     begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
+    scores     evaluate: examples → metrics   predict: batch → answers
+    files      save, from_pretrained; ``settings`` must be the same when a run is resumed
 """
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from adapterkern.model import liger
+from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
 from adapterkern.model.llama import LlamaAdapter
-from adapterkern.optim.clipped_adamw import ClippedAdamW
+from adapterkern.optim import ClippedAdamW
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.examples import (
-    Example,
-    Rows,
-    check_vocabulary,
-    collate,
-    count_targets,
-    count_tokens,
-    epoch_order,
-    load_examples,
-)
+from adapterkern.training.data import batches
+from adapterkern.training.data.batches import Batch
+from adapterkern.training.data.examples import E, Example, check_vocabulary, load_examples
 from adapterkern.training.data.prefix import PrefixCache, Slot
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.optimization import make_optimizer
-from adapterkern.training.saved import save_task
-
-Inputs = dict[str, Tensor | None]
+from adapterkern.training.saved import load_model, load_run, save_run
 
 
-class Task(nn.Module):
+class Prediction(NamedTuple):
+    """The label that a classification head gives a row."""
+
+    label: str
+    probability: float
+
+
+class Task(nn.Module, Generic[E]):
     """Backbone, adapters and head as one module from a batch to its loss: what accelerate prepares and a step calls.
 
     Args:
         model: the backbone with its adapters.
-        head: a classification head, or None: for causal-lm, or until :meth:`load` knows the labels.
+        head: a classification head; None for causal-lm, and until :meth:`load` knows the labels.
 
     Attributes:
-        uniform: whether all forwards in training run the same modules, as often: DeepSpeed's processes then meet.
-        trains_all: whether each of them gives all that is trained a gradient, be it 0: DDP's wait for every one.
+        files: the files and folders that :meth:`save` may write.
+        uniform: every forward in training runs the same modules equally often, as DeepSpeed needs.
+        trains_all: every forward in training gives every trained parameter a gradient, possibly 0. Without it DDP
+            searches for unused parameters.
     """
 
+    files: ClassVar[tuple[str, ...]] = (WEIGHTS_NAME, CONFIG_NAME, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = trains_all = True
 
     def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
@@ -58,13 +67,24 @@ class Task(nn.Module):
         self.model = model
         self.head = head
 
-    def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
-        """Examples of ``rows``, as :func:`~adapterkern.training.data.examples.load_examples` reads them.
+    @property
+    def kind(self) -> str:
+        """The name of the task's class, for checkpoints and ``task.json``; FSDP2 derives a class of its own."""
+        return next(c.__name__ for c in type(self).__mro__ if not issubclass(c, FSDPModule))
 
-        The first call, with the rows to train on, makes the head where there is none.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run's numbers depend on besides its ``TrainConfig``, as JSON values."""
+        return {}
+
+    # Data
+
+    def load(self, rows: Any, config: TrainConfig, tokenizer: Any) -> list[E]:
+        """Examples of ``rows``, as :func:`~adapterkern.training.load_examples` reads them.
+
+        The first call, with the training rows, makes the head where there is none.
         """
-        labels = None if self.head is None else self.head.labels
-        examples, names = load_examples(rows, config, tokenizer, labels)
+        examples, names = load_examples(rows, config, tokenizer, None if self.head is None else self.head.labels)
         check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
         if config.task == "causal-lm":
             if self.head is not None:
@@ -75,25 +95,20 @@ class Task(nn.Module):
                 torch.manual_seed(config.seed)
                 self.head = ClassificationHead(self.model.config.hidden_size, names, config.pooling)
             self.head.to(self.model.device)
-        return examples
+        return cast("list[E]", examples)  # subclasses with other examples have a `load` of their own
 
-    def collate(self, examples: Sequence[Example], config: TrainConfig) -> Inputs:
-        """What :meth:`forward` takes, on the host: ``input_ids`` (B, L) and whatever else the task needs."""
-        return collate(examples, config)._asdict()
+    def collate(self, examples: Sequence[E], config: TrainConfig) -> Batch:
+        """The batch that :meth:`forward` takes, on the host."""
+        return batches.collate(examples, config)
 
-    def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
-        """As many indices as there are examples: an epoch's order. A function of (seed, epoch) alone."""
-        return epoch_order(len(examples), config.seed, epoch)
+    def order(self, examples: Sequence[E], config: TrainConfig, epoch: int) -> list[int]:
+        """An epoch's order, as many indices as there are examples: a function of (seed, epoch) alone."""
+        return batches.epoch_order(len(examples), config.seed, epoch)
 
-    def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
-        """Told before the forwards of each step: all of its rows, and that it is the ``index``-th of the ``epoch``.
-
-        A forward has some of them, those of one process fewer still. Losses of forwards are summed, so one that is not
-        a sum over rows needs what only the whole step says.
-        """
+    # Training
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
-        """What a run trains, by names that do not depend on the adapter's own name."""
+        """The parameters that a run trains, by names that do not depend on the adapter's own name."""
         parameters: dict[str, nn.Parameter] = {}
         if config.train_adapters:
             name = self.model.active_adapter
@@ -105,124 +120,153 @@ class Task(nn.Module):
         return parameters
 
     def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
-        """Around a whole run: which adapters run, and so how long the frozen prefix is."""
+        """Context of a whole run: which adapters run, and so how long the frozen prefix is."""
         return contextlib.nullcontext() if config.train_adapters else self.model.disable_adapter()
 
     def optimizer(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
-        """What steps over the parameters of :meth:`trained`."""
+        """The optimizer of the parameters of :meth:`trained`."""
         return make_optimizer(parameters, config)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor:
+    def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
+        """Called before the forwards of each step: ``examples`` are all of its rows, on all ranks.
+
+        The step is the ``index``-th of the ``epoch``, both from 0.
+        """
+
+    # A forward
+
+    def hidden(self, batch: Batch) -> Tensor:
         """The decoder's last hidden states (B, L, d).
 
-        ``prefix``, (B, L, d), is the residual stream after the frozen prefix where that is known already.
+        ``batch["prefix"]``, (B, L, d), is the residual stream after the frozen prefix, where the prefix cache has it.
         """
-        if prefix is not None:
-            return self.model.run_suffix(prefix, attention_mask)
-        decoder = self.model.decoder
-        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        if "prefix" in batch:
+            return self.model.run_suffix(batch["prefix"], batch["attention_mask"])
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return self.model.decoder(**inputs, use_cache=False).last_hidden_state
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        targets: Tensor,
-        positions: Tensor | None = None,
-        prefix: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of a :class:`~.data.examples.Batch`, and how many targets it has right.
+    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed cross-entropy of the batch's targets, and (1,) how many targets are right.
 
-        The second is counted in eval mode only.
+        The second is counted in eval mode alone.
         """
-        hidden = self.hidden(input_ids, attention_mask, prefix)
-        if self.head is None:
-            return self.next_tokens(hidden.flatten(0, 1)[positions], targets)
-        return self.scored(self.head(hidden, attention_mask), targets)
-
-    def scored(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of scores (K, classes), what :meth:`forward` gives."""
-        loss = F.cross_entropy(scores.float(), targets, reduction="sum")
-        return loss, targets.new_zeros(()) if self.training else (scores.argmax(-1) == targets).sum()
-
-    def next_tokens(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the states (K, d) before the targets, what :meth:`forward` gives.
-
-        The others' scores, those of prompts and padding, would be (tokens × vocabulary) for nothing.
-        """
-        head = self.model.get_output_embeddings()
+        targets = batch["targets"]
+        if self.head is not None:
+            return _scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training)
+        # The states before the targets only: scores of prompts and padding would be (tokens × vocabulary) for nothing.
+        states, head = hidden.flatten(0, 1)[batch["positions"]], self.model.get_output_embeddings()
         if not (self.model.liger and liger.reads(head)):
-            return self.scored(head(states), targets)
+            return _scored(head(states), targets, count=not self.training)
         loss, best = liger.linear_cross_entropy(states, head, targets)
-        return loss, targets.new_zeros(()) if self.training else (best == targets).sum()
+        return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
-    def evaluate(
-        self, run: nn.Module, examples: Sequence[Example], feed: "Feed", config: TrainConfig
-    ) -> dict[str, float]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss of the batch's targets, and what else :meth:`evaluate` sums over batches (k,)."""
+        return self.loss(self.hidden(batch), batch)
+
+    def predict(self, batch: Batch) -> list[Any]:
+        """The answer to each row of the batch.
+
+        Raises:
+            NotImplementedError: a causal-lm answers by ``generate``.
+        """
+        if self.head is None:
+            raise NotImplementedError("predict: expected a task with a head, got causal-lm; use model.generate")
+        return label(self.head, self.head(self.hidden(batch), batch["attention_mask"]))
+
+    # Scores
+
+    def evaluate(self, run: nn.Module, examples: Sequence[E], feed: "Feed", config: TrainConfig) -> dict[str, float]:
         """Metrics of ``examples``, a finite ``loss`` among them. ``run`` is this module as accelerate prepared it.
 
-        Of several processes each runs its share of the batches, and all have the result.
+        Each rank runs its share of the batches, and all ranks have the result.
         """
         started = time.perf_counter()
-        sums = summed(run, eval_batches(examples, config), feed)
-        metrics = self.metrics(sums, examples, config)
+        metrics = self.metrics(sums_over(run, examples, feed, config), examples, config)
         seconds = time.perf_counter() - started
-        return metrics | {"seconds": seconds, "tokens_per_second": count_tokens(examples) / seconds}
+        return metrics | {"seconds": seconds, "tokens_per_second": batches.count_tokens(examples) / seconds}
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
-        """What the sums over ``examples`` say, of the loss and of what else :meth:`forward` gives in eval mode."""
-        targets = count_targets(examples)
+        """Metrics from the sums over ``examples`` of what :meth:`forward` gives: the loss first."""
+        targets = batches.count_targets(examples)
         loss = sums[0] / targets
         metrics = {"loss": loss, "accuracy": sums[1] / targets, "targets": targets}
         if config.task == "causal-lm":
             metrics["perplexity"] = math.exp(min(loss, 700.0))
         return metrics
 
+    # Files
+
     def save(self, directory: Path, config: TrainConfig) -> None:
-        """Write the trained parts into ``directory``, each file atomically."""
-        save_task(directory, self.model, self.head, config)
+        """Write what was trained into ``directory``, each file atomically."""
+        save_run(directory, self.model, self.head, config, kind=self.kind)
+
+    @classmethod
+    def from_pretrained(
+        cls, llama: Any, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+    ) -> tuple[Self, TrainConfig]:
+        """The task of a saved run or checkpoint on ``llama``, and its configuration, for :func:`evaluate`.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
+        """
+        config, head = load_run(directory)
+        model = load_model(llama, directory, config, fused=fused, liger=liger)
+        return cls(model, None if head is None else head.to(model.device)), config
+
+
+def _scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
+    """Of scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score."""
+    loss = F.cross_entropy(scores.float(), targets, reduction="sum")
+    return loss, (scores.argmax(-1) == targets).sum()[None] if count else targets.new_zeros(1)
+
+
+def label(head: ClassificationHead, scores: Tensor) -> list[Prediction]:
+    """The best label of each row of scores (B, labels), and its probability."""
+    probability, best = scores.softmax(-1).max(-1)
+    return [Prediction(head.labels[number], p) for number, p in zip(best.tolist(), probability.tolist(), strict=True)]
 
 
 class Feed:
-    """Makes a task's inputs: batches on its device, with their prefix activations where those are cached."""
+    """Makes a task's batches on its device, with their prefix activations where the cache has them."""
 
-    def __init__(self, task: Task, config: TrainConfig, cache: PrefixCache | None) -> None:
+    def __init__(self, task: Task[Any], config: TrainConfig, cache: PrefixCache | None) -> None:
         self.task = task
         self.config = config
         self.cache = cache
-        self._slots: dict[int, Slot] = {}
+        self._slots: dict[int, Slot] = {}  # by the example's row
 
     def add(self, examples: Sequence[Example], slots: Sequence[Slot]) -> None:
-        self._slots |= {id(e): slot for e, slot in zip(examples, slots, strict=True)}
+        """Use these slots of the cache for the examples, which are numbered."""
+        self._slots |= {example.row: slot for example, slot in zip(examples, slots, strict=True)}
 
-    def __call__(self, examples: Sequence[Example]) -> Inputs:
-        inputs = self.task.collate(examples, self.config)
-        ids = inputs["input_ids"]
-        if self._slots and self.cache is not None and ids is not None:
-            slots = [self._slots[id(example)] for example in examples]
-            inputs["prefix"] = self.cache.gather(slots, ids.shape[1], self.config)
-        device = self.task.model.device
-        return {name: None if t is None else t.to(device, non_blocking=True) for name, t in inputs.items()}
+    def __call__(self, examples: Sequence[Any]) -> Batch:
+        batch = self.task.collate(examples, self.config)
+        if self._slots and self.cache is not None:
+            slots = [self._slots[example.row] for example in examples]
+            batch["prefix"] = self.cache.gather(slots, batch["input_ids"].shape[1], self.config)
+        return batches.to_device(batch, self.task.model.device)
 
 
-def eval_batches(examples: Sequence[Example], config: TrainConfig) -> list[list[Example]]:
-    """``examples`` in batches of an evaluation, like lengths together."""
+def eval_batches(examples: Sequence[E], config: TrainConfig) -> list[list[E]]:
+    """``examples`` in the batches of an evaluation, similar lengths together."""
     size = config.eval_batch_size or config.batch_size
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
 
-def summed(run: nn.Module, batches: Sequence[Sequence[Example]], feed: Feed) -> list[float]:
+def sums_over(run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig) -> list[float]:
     """The sums over all batches of what a forward in eval mode gives: its loss, and then its other numbers."""
 
     def of(batch: Sequence[Example]) -> Tensor:
-        loss, others = run(**feed(batch))
-        return torch.cat([loss[None], others.flatten()])
+        loss, others = run(feed(batch))
+        return torch.cat([loss[None], others])
 
-    return processes.summed(batches, of, feed.task.model.device).tolist()
+    return processes.sum_over_batches(eval_batches(examples, config), of, feed.task.model.device).tolist()
 
 
 def run_evaluation(
-    task: Task, run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig
+    task: Task[E], run: nn.Module, examples: Sequence[E], feed: Feed, config: TrainConfig
 ) -> dict[str, float]:
     """``task.evaluate`` in eval mode and without gradients."""
     was_training = run.training

@@ -59,7 +59,7 @@ def outcome(name: str, folder: Path | None = None, **values: Any) -> dict[str, A
     result = train(task.model, rows, config, tokenizer=tiny_run.tokenizer(), eval_data=rows, task=task)
     assert result.metrics is not None
     for key, p in task.trained(config).items():
-        parameters[key] = processes.whole(p.detach()).clone()
+        parameters[key] = processes.gathered(p.detach()).clone()
     steps = [record for record in result.history if record["kind"] == "train"]
     timeless = {key: value for key, value in result.metrics.items() if "second" not in key}
     return {

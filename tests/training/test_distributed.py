@@ -117,7 +117,7 @@ def test_one_process_cannot_be_split() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 def test_shares_are_disjoint_complete_and_equally_many(monkeypatch: pytest.MonkeyPatch, count: int, rows: int) -> None:
-    monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(processes, "world_size", lambda: count)
     shares = []
     for rank in range(count):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)

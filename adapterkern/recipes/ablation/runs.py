@@ -36,12 +36,14 @@ from adapterkern.files import replacing
 from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
+from adapterkern.training.api import train
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
-from adapterkern.training.data.examples import Rows, fingerprint, load_examples
+from adapterkern.training.data.batches import fingerprint
+from adapterkern.training.data.examples import Rows, load_examples
 from adapterkern.training.data.prefix import PrefixCache, choose_cache, prefix_fingerprint
-from adapterkern.training.loop import NonFiniteError, TrainResult, train
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.report import METRICS_NAME
+from adapterkern.training.run.results import NonFiniteError, TrainResult
 
 CSV_NAME = "ablation.csv"
 

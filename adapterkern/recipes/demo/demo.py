@@ -5,7 +5,6 @@ fetches both.
 """
 
 import dataclasses
-import functools
 import os
 import time
 from pathlib import Path
@@ -20,10 +19,11 @@ from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.backbone import load_backbone
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.demo.corpora import MODEL, R8_TEST, R8_TRAIN, column, draw_texts, obtain
+from adapterkern.training.api import train
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.prefix import PrefixCache
-from adapterkern.training.loop import TrainResult, train
-from adapterkern.training.saved import Sources, save_sources
+from adapterkern.training.run.results import TrainResult
+from adapterkern.training.saved import Sources
 
 NUM_LAYERS = 8
 TRAIN_TEXTS, EVAL_TEXTS = 1600, 600
@@ -84,7 +84,7 @@ def run_demo(
             tokenizer=tokenizer,
             eval_data=eval_file,
             cache=cache,
-            on_start=functools.partial(save_sources, output / folder, sources),
+            sources=sources,
         )
         if result.stopped:
             return runs

@@ -153,7 +153,7 @@ class MultiTask(Task):
         """
         numbers = np.concatenate([example.task for example in examples])
         present = np.unique(numbers)
-        if self.training and processes.count() > 1:
+        if self.training and processes.world_size() > 1:
             present = np.union1d(present, [self.names.index(name) for name in self._targets])
         choice = np.searchsorted(present, numbers)
         of_target = np.repeat(numbers, [len(example.targets) for example in examples])

@@ -6,15 +6,13 @@ token t stands at t − 1; tokens of a prompt, padding and the first token are n
 indices into (B·L), computed here on the host, so that no step has to ask the device which states it wants.
 """
 
-import hashlib
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.rows import BadRows, DataError, Row, read_rows, source_name
@@ -24,25 +22,26 @@ _WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
-class Example(NamedTuple):
-    """One tokenised row."""
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One tokenized row. Recipes extend it with what their rows have besides."""
 
     input_ids: np.ndarray  # (n,) int64
     targets: np.ndarray  # (1,) the label's number, or (k,) token ids
-    positions: np.ndarray  # (k,) where the states stand that predict the targets; empty for classification
+    positions: np.ndarray  # (k,) positions of the states that predict the targets; empty for classification
+    row: int = dataclasses.field(default=-1, kw_only=True)  # its number in its run, see `numbered`
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What :func:`~adapterkern.training.data.batches.fingerprint` covers."""
+        return self.input_ids, self.targets, self.positions
 
 
-class Batch(NamedTuple):
-    """Examples padded to one length."""
+E = TypeVar("E", bound=Example)
 
-    input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) int64, 1 on real tokens
-    targets: Tensor  # (K,) int64
-    positions: Tensor | None  # (K,) int64 into the flattened (B·L); None for classification, where K = B
 
-    def to(self, device: torch.device) -> "Batch":
-        ids, mask, targets = (t.to(device, non_blocking=True) for t in self[:3])
-        return Batch(ids, mask, targets, None if self.positions is None else self.positions.to(device))
+def numbered(examples: Iterable[E], start: int = 0) -> list[E]:
+    """The examples with ``row`` counting up from ``start``."""
+    return [dataclasses.replace(example, row=row) for row, example in enumerate(examples, start)]
 
 
 def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
@@ -197,49 +196,3 @@ def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:
     largest = max(int(example.input_ids.max()) for example in examples)
     if largest >= vocabulary:
         raise ValueError(f"tokenizer: expected token ids below the model's {vocabulary}, got {largest}")
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of ``count`` rows in an epoch: a function of (seed, epoch) alone, so that resuming needs no state."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).tolist()
-
-
-def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
-    """Pad to ``length``, by default as ``config.padding`` says; padding has token id 0, mask 0 and no target."""
-    if length is None:
-        longest = max(len(example.input_ids) for example in examples)
-        length = config.max_length if config.padding == "max_length" else longest
-    ids = np.zeros((len(examples), length), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    positions = []
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        start = 0 if config.padding_side == "right" else length - n
-        ids[row, start : start + n] = example.input_ids
-        mask[row, start : start + n] = 1
-        positions.append(example.positions + (row * length + start))
-    return Batch(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
-        targets=torch.from_numpy(np.concatenate([example.targets for example in examples])),
-        positions=torch.from_numpy(np.concatenate(positions)) if config.task == "causal-lm" else None,
-    )
-
-
-def count_tokens(examples: Iterable[Example]) -> int:
-    """Real tokens, padding left out."""
-    return sum(len(example.input_ids) for example in examples)
-
-
-def count_targets(examples: Iterable[Example]) -> int:
-    """What a loss is averaged over: examples of a classification, target tokens of a causal-lm."""
-    return sum(len(example.targets) for example in examples)
-
-
-def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of the tokenised data; equal for equal ids, targets and order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for part in example:
-            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
-    return digest.hexdigest()

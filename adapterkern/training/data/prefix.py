@@ -30,7 +30,8 @@ from torch import Tensor
 
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.examples import Example, collate, count_tokens
+from adapterkern.training.data.batches import collate, count_tokens, to_device
+from adapterkern.training.data.examples import Example
 from adapterkern.training.processes import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -90,19 +91,19 @@ class PrefixCache:
         """
         keys = _keys(examples, prefix_fingerprint(model, config, model.prefix_length))
         new = list({k: e for k, e in zip(keys, examples, strict=True) if k not in self._slots}.items())
-        start, known = self._longest_known(model, [example for _, example in new], config)
+        start, known = self._longest_known(model, new, config)
         before = len(self._slabs)
         complete = False
         try:
             slots: dict[bytes, Slot] = {}
             for length, chunk in _batches(new, config):
-                filled = [example for _, example in chunk] + [chunk[-1][1]] * (config.batch_size - len(chunk))
-                batch = collate(filled, config, length).to(model.device)
+                filled = chunk + [chunk[-1]] * (config.batch_size - len(chunk))
+                batch = to_device(collate([example for _, example in filled], config, length), model.device)
                 below = None
                 if start:
-                    below = self.gather([known[id(e)] for e in filled], length, config).to(model.device)
+                    below = self.gather([known[k] for k, _ in filled], length, config).to(model.device)
                 with torch.no_grad(), autocast():
-                    hidden = model.run_prefix(batch.input_ids, batch.attention_mask, below, start).to("cpu")
+                    hidden = model.run_prefix(batch["input_ids"], batch["attention_mask"], below, start).to("cpu")
                 if not slots:
                     slots = self._allocate(new, hidden.shape[-1], hidden.dtype)
                 for (k, example), states in zip(chunk, hidden, strict=False):
@@ -121,13 +122,13 @@ class PrefixCache:
         return [self._slots[k] for k in keys]
 
     def _longest_known(
-        self, model: LlamaAdapter, examples: Sequence[Example], config: TrainConfig
-    ) -> tuple[int, dict[int, Slot]]:
-        """The longest shorter prefix that has all ``examples``, and their slots by ``id``; or 0."""
+        self, model: LlamaAdapter, new: Sequence[tuple[bytes, Example]], config: TrainConfig
+    ) -> tuple[int, dict[bytes, Slot]]:
+        """The longest shorter prefix whose activations of all ``new`` texts are here, and their slots; or 0."""
         for length in sorted((n for n in self._lengths if n < model.prefix_length), reverse=True):
-            keys = _keys(examples, prefix_fingerprint(model, config, length))
+            keys = _keys([example for _, example in new], prefix_fingerprint(model, config, length))
             if all(k in self._slots for k in keys):
-                return length, {id(e): self._slots[k] for k, e in zip(keys, examples, strict=True)}
+                return length, {key: self._slots[k] for (key, _), k in zip(new, keys, strict=True)}
         return 0, {}
 
     def gather(self, slots: Sequence[Slot], length: int, config: TrainConfig) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.parallel.engine import Engine
-from adapterkern.training.run.checkpoint import Whole
+from adapterkern.training.run.checkpoint import Gathered
 from adapterkern.training.task import Task
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +28,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Zero(Engine):
     """A run under DeepSpeed, as accelerate's plugin configures it."""
 
-    def check(self, task: Task, config: TrainConfig) -> None:
+    def check(self, task: Task[Any], config: TrainConfig) -> None:
         """Raise ``ValueError`` or ``NotImplementedError`` for what DeepSpeed cannot do here, or would do twice."""
         super().check(task, config)
         settings = self._settings()
@@ -65,7 +65,7 @@ class Zero(Engine):
         self._ask_for_trained_only()
         rows = self.config.batch_size
         self._settings().update(
-            train_batch_size=rows * processes.count(),  # these two are for DeepSpeed's own statistics
+            train_batch_size=rows * processes.world_size(),  # these two are for DeepSpeed's own statistics
             train_micro_batch_size_per_gpu=rows,
             gradient_accumulation_steps=1,  # each backward says by itself whether it is a step's last
             gradient_clipping=0.0 if math.isinf(self.config.max_norm) else self.config.max_norm,
@@ -99,7 +99,7 @@ class Zero(Engine):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.run.set_gradient_accumulation_boundary(is_boundary=last)
-        self.run.backward(loss * processes.count())
+        self.run.backward(loss * processes.world_size())
 
     def step(self, loss: Tensor) -> Tensor | None:
         self.optimizer.found_inf = (~loss.isfinite()).float()
@@ -107,14 +107,14 @@ class Zero(Engine):
         norm = math.inf if self._zero.overflow else self.run.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
 
-    def whole(self) -> Whole:
+    def gathered(self) -> Gathered:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameters = {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
         step = next(iter(self.optimizer.state.values()))["step"]
         if not step:
-            return Whole(parameters, {})
-        return Whole(
+            return Gathered(parameters, {})
+        return Gathered(
             parameters,
             {
                 name: {key: safe_get_full_optimizer_state(p, key) for key in _MOMENTS} | {"step": step}

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.optimization import make_schedule
-from adapterkern.training.run.checkpoint import Whole
+from adapterkern.training.run.checkpoint import Gathered
 from adapterkern.training.task import Task
 
 
@@ -36,11 +36,11 @@ class Engine:
 
     run: Any
 
-    def __init__(self, task: Task, config: TrainConfig, accelerator: Accelerator, total_steps: int) -> None:
+    def __init__(self, task: Task[Any], config: TrainConfig, accelerator: Accelerator, total_steps: int) -> None:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.check(task, config)
         if config.shard:
-            mesh = init_device_mesh(task.model.device.type, (processes.count(),))
+            mesh = init_device_mesh(task.model.device.type, (processes.world_size(),))
             for layer in task.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(task, mesh=mesh)
@@ -50,9 +50,9 @@ class Engine:
         self._asked = [p for p in task.parameters() if p.requires_grad]
         self._places = self._find_places()
 
-    def check(self, task: Task, config: TrainConfig) -> None:
+    def check(self, task: Task[Any], config: TrainConfig) -> None:
         """Raise what cannot be trained in this way."""
-        if processes.count() == 1 and config.shard:
+        if processes.world_size() == 1 and config.shard:
             raise ValueError("shard: expected several processes (torchrun, accelerate launch), got one")
         if config.shard and config.precision == "fp16":
             raise ValueError("precision: expected fp32 or bf16 with shard=True, got fp16, whose scaler knows no shards")
@@ -66,7 +66,7 @@ class Engine:
         # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
         self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
         self.run = self.accelerator.prepare_model(self.task, evaluation_mode=True)
-        if processes.count() == 1 or self.config.shard:
+        if processes.world_size() == 1 or self.config.shard:
             return
         self._ask_for_trained_only()
         device = self.task.model.device
@@ -93,12 +93,12 @@ class Engine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of this process's part of the step's loss; after the ``last`` one all have the sum."""
         with self._exchanging(last):
-            self.accelerator.backward(loss * processes.count())
+            self.accelerator.backward(loss * processes.world_size())
 
     @contextlib.contextmanager
     def _exchanging(self, now: bool) -> Iterator[None]:
         """Within it a backward exchanges gradients only if ``now``: those before a step's last one need not."""
-        if now or processes.count() == 1:
+        if now or processes.world_size() == 1:
             yield
         elif isinstance(self.run, DistributedDataParallel):
             with self.run.no_sync():
@@ -124,12 +124,12 @@ class Engine:
 
     # Saving
 
-    def whole(self) -> Whole:
-        """Everything in one piece; all processes must ask for it."""
+    def gathered(self) -> Gathered:
+        """Parameters and optimizer state gathered from all ranks, which must all ask for it."""
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if p in self.optimizer.state}
-        return Whole(
-            {name: processes.whole(p.detach()) for name, p in self.parameters.items()},
-            {name: {key: processes.whole(t) for key, t in state.items()} for name, state in states.items()},
+        return Gathered(
+            {name: processes.gathered(p.detach()) for name, p in self.parameters.items()},
+            {name: {key: processes.gathered(t) for key, t in state.items()} for name, state in states.items()},
         )
 
     def _find_places(self) -> list[tuple[nn.Module, str, str]]:
@@ -142,8 +142,8 @@ class Engine:
         ]
 
     @contextlib.contextmanager
-    def showing(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it ``tensors``, by name, stand in the module in place of the parameters: for saving."""
+    def with_parameters(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Puts ``tensors``, by name, in the place of the module's parameters inside the block: for saving."""
         if isinstance(self.task, FSDPModule):
             self.task.reshard()  # gathered after an evaluation; a state_dict of a part would put the shards back
         before = [owner._parameters[key] for owner, key, _ in self._places]

@@ -34,7 +34,7 @@ from adapterkern.files import flush, read_json, replacing, sha256, write_json
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
-from adapterkern.training.saved import FOLDER
+from adapterkern.training.saved import CHECKPOINTS
 
 FORMAT_VERSION = 2
 STATE_NAME = "state.json"
@@ -56,7 +56,7 @@ class TrainingState:
     scaler: Any  # a torch GradScaler or None
     config: TrainConfig
     data_fingerprint: str
-    # "task", "adapters", "backbone": what else makes the run this one and no other; compared where both sides say it.
+    # "task", "settings", "adapters", "backbone": what else a resumed run must have in common, where both have it.
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
@@ -98,8 +98,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     return [part for name in names for part in _plain(getattr(tensor, name))]
 
 
-class Whole(NamedTuple):
-    """What a run has learnt, by the parameters' names, in one piece however many processes share it."""
+class Gathered(NamedTuple):
+    """What a run has learned, by the parameters' names, gathered from all ranks."""
 
     parameters: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]  # moments and step count, of those that have been updated
@@ -107,29 +107,29 @@ class Whole(NamedTuple):
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    folder = Path(output_dir) / FOLDER
+    folder = Path(output_dir) / CHECKPOINTS
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a killed process left half-written or half-removed among the checkpoints."""
-    for path in (output_dir / FOLDER).glob(".*step-*"):
+    for path in (output_dir / CHECKPOINTS).glob(".*step-*"):
         shutil.rmtree(path)
 
 
-def save_checkpoint(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any) -> Path:
+def save_checkpoint(output_dir: Path, state: TrainingState, gathered: Gathered, save_model: Any) -> Path:
     """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
 
-    Of several processes all must call it, and the first one writes ``whole``, the numbers of them all.
+    Of several processes all must call it, and the first one writes ``gathered``.
 
     ``save_model(directory)`` writes the files that make the checkpoint usable by itself.
     """
-    return processes.on_first(lambda: _write(output_dir, state, whole, save_model))
+    return processes.on_rank_zero(lambda: _write(output_dir, state, gathered, save_model))
 
 
-def _write(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any) -> Path:
-    target = output_dir / FOLDER / f"step-{state.step:08d}"
+def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_model: Any) -> Path:
+    target = output_dir / CHECKPOINTS / f"step-{state.step:08d}"
     if target.exists():  # this run has resumed from it and made no step since
         return target
     folder = target.parent
@@ -140,10 +140,10 @@ def _write(output_dir: Path, state: TrainingState, whole: Whole, save_model: Any
     try:
         save_model(temporary)
         with replacing(temporary / TENSORS_NAME) as path:  # which names it where the disk is full
-            save_file(_tensors(whole), path)
+            save_file(_tensors(gathered), path)
         written = sorted(temporary.rglob("*"))
         files = {path.relative_to(temporary).as_posix(): sha256(path) for path in written if path.is_file()}
-        described = _described(state, whole) | {"files": files}
+        described = _described(state, gathered) | {"files": files}
         write_json(temporary / STATE_NAME, described | {"sha256": _digest(described)})
         for path in (*written, temporary / STATE_NAME, temporary):
             flush(path)
@@ -186,12 +186,12 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
 
     with torch.no_grad():
         for name, parameter in state.parameters.items():
-            parameter.copy_(processes.like(tensors[f"parameter/{name}"], parameter))
+            parameter.copy_(processes.sharded_like(tensors[f"parameter/{name}"], parameter))
     state.optimizer.load_state_dict(
         {
             "state": {
                 index: {
-                    key: processes.like(tensors[f"optimizer/{key}/{name}"], state.parameters[name])
+                    key: processes.sharded_like(tensors[f"optimizer/{key}/{name}"], state.parameters[name])
                     for key in saved["optimizer_state"][name]
                 }
                 for index, name in enumerate(_optimizer_order(state))
@@ -213,9 +213,9 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     state.window = [(loss, norm) for loss, norm in saved["window"]]
 
 
-def _tensors(whole: Whole) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in whole.parameters.items()}
-    for name, values in whole.optimizer.items():
+def _tensors(gathered: Gathered) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in gathered.parameters.items()}
+    for name, values in gathered.optimizer.items():
         tensors |= {f"optimizer/{key}/{name}": value for key, value in values.items()}
     tensors["generator/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -243,7 +243,7 @@ def _optimizer_order(state: TrainingState) -> list[str]:
     return [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def _described(state: TrainingState, whole: Whole) -> dict[str, Any]:
+def _described(state: TrainingState, gathered: Gathered) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": state.step,
@@ -256,13 +256,13 @@ def _described(state: TrainingState, whole: Whole) -> dict[str, Any]:
         **state.origin,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
-        "optimizer_state": {name: sorted(values) for name, values in whole.optimizer.items()},
-        "parameters": {name: list(p.shape) for name, p in whole.parameters.items()},
+        "optimizer_state": {name: sorted(values) for name, values in gathered.optimizer.items()},
+        "parameters": {name: list(p.shape) for name, p in gathered.parameters.items()},
     }
 
 
 # Not in checkpoints of older versions, which are taken as they are.
-_ORIGIN: dict[str, type] = {"task": str, "adapters": list, "backbone": dict}
+_ORIGIN: dict[str, type] = {"task": str, "settings": dict, "adapters": list, "backbone": dict}
 
 
 def _check_fields(path: Path, saved: dict[str, Any]) -> None:
@@ -294,6 +294,13 @@ def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> 
     origin = state.origin
     if "task" in saved and saved["task"] != origin.get("task", saved["task"]):
         raise CheckpointError(f"{path}: the run was begun with another task: {saved['task']}, not {origin['task']}")
+    settings, before = origin.get("settings", {}), saved.get("settings", origin.get("settings", {}))
+    for name in sorted(settings.keys() | before.keys()):
+        if settings.get(name) != before.get(name):
+            raise CheckpointError(
+                f"{path}: the run was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
+                "resume with the same, or begin another run"
+            )
     now = state.config.to_dict()
     for name in sorted((now.keys() | saved["config"].keys()) - FREE_ON_RESUME):
         if now.get(name) != saved["config"].get(name):
@@ -340,6 +347,16 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, A
             raise CheckpointError(f"{path}: the optimizer's state of {name} is incomplete, or of no parameter")
     if "generator/cpu" not in tensors:
         raise CheckpointError(f"{path}: generator/cpu is missing")
+
+
+def saved_names(directory: Path) -> set[str]:
+    """The files and folders that the task saved in a checkpoint; none if its list is damaged."""
+    try:
+        files = read_json(directory / STATE_NAME).get("files")
+    except (FileNotFoundError, ValueError):
+        return set()
+    relative = [Path(name) for name in files if not Path(name).is_absolute()] if isinstance(files, dict) else []
+    return {path.parts[0] for path in relative if path.parts} - {TENSORS_NAME, STATE_NAME, ".."}
 
 
 def _remove(directory: Path) -> None:

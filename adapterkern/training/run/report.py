@@ -113,7 +113,7 @@ class Reporter:
 
     def _record(self, record: dict[str, Any]) -> None:
         self.history.append(record)
-        processes.on_first(lambda: self._write(record))
+        processes.on_rank_zero(lambda: self._write(record))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.path is None:

@@ -1,0 +1,69 @@
+"""Examples padded to batches, counted, ordered and fingerprinted.
+
+A batch is a dict of tensors: ``input_ids`` (B, L) int64, ``attention_mask`` (B, L) int64 with 1 on real tokens,
+``targets`` (K,) int64, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L), computed here on the host,
+so that no step asks the device which states it needs. For classification K = B. Recipes add entries of their own.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.examples import Example
+
+Batch = dict[str, Tensor]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of ``count`` rows in an epoch: a function of (seed, epoch) alone, so that resuming needs no state."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).tolist()
+
+
+def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
+    """Pad to ``length``, by default as ``config.padding`` says; padding has token id 0, mask 0 and no target."""
+    if length is None:
+        longest = max(len(example.input_ids) for example in examples)
+        length = config.max_length if config.padding == "max_length" else longest
+    ids = np.zeros((len(examples), length), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    positions = []
+    for row, example in enumerate(examples):
+        n = len(example.input_ids)
+        start = 0 if config.padding_side == "right" else length - n
+        ids[row, start : start + n] = example.input_ids
+        mask[row, start : start + n] = 1
+        positions.append(example.positions + (row * length + start))
+    batch = {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "targets": torch.from_numpy(np.concatenate([example.targets for example in examples])),
+    }
+    return batch | ({"positions": torch.from_numpy(np.concatenate(positions))} if config.task == "causal-lm" else {})
+
+
+def count_tokens(examples: Iterable[Example]) -> int:
+    """Real tokens, padding left out."""
+    return sum(len(example.input_ids) for example in examples)
+
+
+def count_targets(examples: Iterable[Example]) -> int:
+    """What a loss is averaged over: examples of a classification, target tokens of a causal-lm."""
+    return sum(len(example.targets) for example in examples)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """SHA-256 of the tokenized data; equal for equal ids, targets and order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for array in example.arrays():
+            digest.update(len(array).to_bytes(8, "little") + array.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on ``device``, without waiting for the copies."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

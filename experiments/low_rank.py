@@ -33,7 +33,7 @@ from adapterkern.model.backbone import keep_first_layers, load_backbone
 from adapterkern.model.low_rank import init_from_weights
 from adapterkern.recipes.demo import corpora
 from adapterkern.training import TrainConfig, evaluate, load_examples
-from adapterkern.training.data.examples import collate
+from adapterkern.training.data.batches import collate
 from bench.measure import machine
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "AMD-EPYC" / "low-rank"
@@ -149,8 +149,8 @@ def streams(llama: Any, file: Path, tokenizer: Any) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         for start in range(0, len(examples), CONFIG.batch_size):
             batch = collate(examples[start : start + CONFIG.batch_size], CONFIG)
-            llama.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            real = batch.attention_mask.bool()
+            llama.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            real = batch["attention_mask"].bool()
             real[:, 0] = False
             low, high = (t[0] if isinstance(t, tuple) else t for t in kept.values())
             below.append(low[real])

@@ -50,15 +50,15 @@ def test_eval_of_a_checkpoint_of_a_killed_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It knows where backbone and data are; and a copy elsewhere, which does not, can be told."""
-    step = loop._Run._step
+    step = loop.Run._step
 
-    def killed(self: loop._Run, examples: Any) -> None:
+    def killed(self: loop.Run, examples: Any) -> None:
         if self.state.step == 12:
             raise KeyboardInterrupt
         step(self, examples)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", killed)
+        patch.setattr(loop.Run, "_step", killed)
         assert cli.main(train_arguments(model_folder, files, tmp_path / "run")) == 130
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert cli.main(["eval", str(checkpoint)]) == 0

@@ -32,7 +32,7 @@ from adapterkern.files import read_json, sha256
 from adapterkern.model.files.folder import read_adapter
 from adapterkern.training import ClassificationHead, loop, read_metrics, train
 from adapterkern.training.run.checkpoint import checkpoints, save_checkpoint
-from adapterkern.training.saved import load_task
+from adapterkern.training.saved import load_run
 from tests.support import tiny_run
 
 EVERY = 2  # steps between checkpoints
@@ -52,14 +52,14 @@ def train_in(directory: Path, tell: Callable[[str], None]) -> None:
         tell(f"saved {path.name.removeprefix('step-')}")
         return path
 
-    step = loop._Run._step
+    step = loop.Run._step
 
     def make_step(run: Any, examples: Any) -> None:
         step(run, examples)
         tell(f"step {run.state.step}")
 
     loop.checkpoint.save_checkpoint = save
-    loop._Run._step = make_step  # type: ignore[method-assign]
+    loop.Run._step = make_step  # type: ignore[method-assign]
     resume = bool(checkpoints(directory))
     config = tiny_run.quiet(
         output_dir=directory, checkpoint_every=EVERY, log_every=1, resume=resume, overwrite=not resume, eval_every=3
@@ -154,7 +154,7 @@ def look(directory: Path, lines: list[str]) -> dict[str, Any]:
             assert sha256(path / name) == digest, path / name
         read_adapter(MODEL.base, path)
         ClassificationHead.from_pretrained(path)
-        load_task(path)
+        load_run(path)
     newest = int(found[-1].name.removeprefix("step-")) if found else 0
     saved = max([0, *(int(line.split()[1]) for line in lines if line.startswith("saved"))])
     step = max([0, *(int(line.split()[1]) for line in lines if line.startswith("step"))])

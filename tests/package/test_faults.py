@@ -29,7 +29,7 @@ from adapterkern.files import sha256
 from adapterkern.model.files.adapterhub import BIN_NAME
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from adapterkern.recipes.qa.squad import read_questions
-from adapterkern.training import ClassificationHead, TrainConfig, load_examples, load_task, read_metrics, train
+from adapterkern.training import ClassificationHead, TrainConfig, load_examples, load_run, read_metrics, train
 from adapterkern.training.data.rows import BadRows, DataError, read_rows
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.checkpoint import CheckpointError, TrainingState, checkpoints
@@ -191,7 +191,7 @@ def test_training_until_the_disk_is_full(small_disk: Path, tmp_path: Path) -> No
         train(model, ROWS, config, tokenizer=TOKENIZER)
     assert 1 <= len(checkpoints(small_disk)) < 12
     for path in checkpoints(small_disk):
-        load_task(path)
+        load_run(path)
         read_adapter(model.base, path)
     subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
     train(model, ROWS, tiny_run.quiet(output_dir=small_disk, resume=True, **values), tokenizer=TOKENIZER)
@@ -284,7 +284,7 @@ def refusing(*names: object) -> Iterator[None]:
 
 
 def read_all(saved: Path) -> None:
-    load_task(saved)
+    load_run(saved)
     read_adapter(LLAMA, saved)
 
 
@@ -314,7 +314,7 @@ def test_weights_that_are_none_but_have_the_hash(saved: Path, where: float, bit:
 
 def read_changed(saved: Path, name: str) -> None:
     with refusing(name, WEIGHTS_NAME, "head.safetensors"):
-        config, _ = load_task(saved)
+        config, _ = load_run(saved)
         ak.LlamaAdapter.from_pretrained(LLAMA, saved).unload()
         json.dumps(config.to_dict(), allow_nan=False)
 
@@ -522,7 +522,7 @@ def test_a_pickle_is_not_run(saved: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, unpickled)
-    load_task(saved)
+    load_run(saved)
     read_metrics(saved / "metrics.jsonl")
     ak.LlamaAdapter.from_pretrained(LLAMA, saved).unload()
     ak.LlamaAdapter.from_adapterhub(LLAMA, saved / "hub").unload()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adapterkern.training import PrefixCache, TrainResult, train
-from adapterkern.training.loop import _Run
+from adapterkern.training.loop import Run
 from tests.support import tiny_run
 
 ROWS = tiny_run.rows(17)  # steps of 8, 8 and 1 rows: in the last one a process has none
@@ -56,34 +56,34 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     found["cached"] = len(cache)
 
     parts: dict[str, float] = {}
-    step = _Run._step
+    step = Run._step
 
-    def look(self: _Run, examples: Any) -> None:
+    def look(self: Run, examples: Any) -> None:
         local = sum(p.to_local().numel() for p in self.model.base.parameters())  # type: ignore[attr-defined]
         parts["backbone"] = local / sum(p.numel() for p in self.model.base.parameters())
         step(self, examples)
 
-    _Run._step = look  # type: ignore[method-assign]
+    Run._step = look  # type: ignore[method-assign]
     run(None, shard=True, max_steps=1)
     found["part"] = parts["backbone"]
 
-    def signalled(self: _Run, examples: Any) -> None:
+    def signalled(self: Run, examples: Any) -> None:
         if rank == 1 and self.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         step(self, examples)
 
-    _Run._step = signalled  # type: ignore[method-assign]
+    Run._step = signalled  # type: ignore[method-assign]
     stopped = run(folder / "stopped")
     found["stopped"] = stopped.stopped, stopped.steps, stopped.checkpoint
-    _Run._step = step  # type: ignore[method-assign]
+    Run._step = step  # type: ignore[method-assign]
 
     # In the first process's way only, once the run has begun: a folder of the file's name, and a line that is none.
-    def block(self: _Run, examples: Any) -> None:
+    def block(self: Run, examples: Any) -> None:
         if self.output_dir == folder / "metrics" and rank == 0 and not self.state.step:
             (folder / "metrics" / "metrics.jsonl").mkdir()
         step(self, examples)
 
-    _Run._step = block  # type: ignore[method-assign]
+    Run._step = block  # type: ignore[method-assign]
     for name, call in {
         "folder": lambda: run(folder / "ddp"),
         "cache": lambda: run(None, shard=True, prefix_cache=True),

@@ -29,7 +29,7 @@ def blow_up() -> list[bool]:
     def look(self: Zero) -> None:
         start(self)
         engines.append(self)
-        before.extend(p.clone() for p in self.whole().parameters.values())
+        before.extend(p.clone() for p in self.gathered().parameters.values())
 
     def infinite(self: Task, *args: Any, **kwargs: Any) -> Any:
         loss, correct = forward(self, *args, **kwargs)
@@ -38,7 +38,7 @@ def blow_up() -> list[bool]:
     patches = mock.patch.object(Zero, "start", look), mock.patch.object(Task, "forward", infinite)
     with patches[0], patches[1], pytest.raises(NonFiniteError, match="step 1: the loss is inf; the step was not made"):
         run(None, max_steps=1, warmup=0.0)
-    return [torch.equal(a, b) for a, b in zip(before, engines[0].whole().parameters.values(), strict=True)]
+    return [torch.equal(a, b) for a, b in zip(before, engines[0].gathered().parameters.values(), strict=True)]
 
 
 def work(rank: int, folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adapterkern.model.llama import LlamaAdapter
-from adapterkern.training import CheckpointError, TrainResult, load_task, read_metrics, train
+from adapterkern.training import CheckpointError, TrainResult, load_run, read_metrics, train
 from adapterkern.training.run import checkpoint as checkpoint_module
 from adapterkern.training.run.checkpoint import checkpoints
 from adapterkern.training.task import Task
@@ -99,7 +99,7 @@ def test_an_interrupted_write_spoils_nothing(tmp_path: Path, monkeypatch: pytest
             run(tmp_path)
     (kept,) = checkpoints(tmp_path)
     assert kept.name == "step-00000002"
-    assert load_task(kept)[1] is not None
+    assert load_run(kept)[1] is not None
     run(tmp_path, resume=True)
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_usable_by_itself(tmp_path: Path) -> None:
     assert result.checkpoint is not None
     llama = tiny_run.model().unload()
     loaded = LlamaAdapter.from_pretrained(llama, result.checkpoint)
-    config, head = load_task(result.checkpoint)
+    config, head = load_run(result.checkpoint)
     assert tiny_run.same_bits(tiny_run.weights(loaded, head), tiny_run.weights(model, result.head))
     assert (config.max_length, config.output_dir) == (16, None)
 

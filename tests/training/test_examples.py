@@ -1,4 +1,4 @@
-"""Tokenised examples and batches: labels, prompt masking, padding on either side, the order of rows."""
+"""Tokenized examples and batches: labels, prompt masking, padding on either side, the order of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapterkern.training.data.examples import check_vocabulary, collate, epoch_order, fingerprint, load_examples
+from adapterkern.training.data.batches import collate, epoch_order, fingerprint
+from adapterkern.training.data.examples import check_vocabulary, load_examples
 from adapterkern.training.data.rows import DataError
 from tests.support import tiny_run
 
@@ -108,11 +109,10 @@ def test_batches(side: str, padding: str) -> None:
     rows = [{"prompt": "w1", "completion": "w2 w3 w4"}, {"prompt": "w5 w6", "completion": "w7"}]
     examples, _ = load_examples(rows, config, TOKENIZER)
     batch = collate(examples, config)
-    assert batch.input_ids.shape[1] == (5 if padding == "longest" else 16)
-    assert batch.positions is not None
-    following = batch.input_ids.flatten()[batch.positions + 1]
-    assert torch.equal(following, batch.targets)
-    for ids, mask, example in zip(batch.input_ids, batch.attention_mask, examples, strict=True):
+    assert batch["input_ids"].shape[1] == (5 if padding == "longest" else 16)
+    following = batch["input_ids"].flatten()[batch["positions"] + 1]
+    assert torch.equal(following, batch["targets"])
+    for ids, mask, example in zip(batch["input_ids"], batch["attention_mask"], examples, strict=True):
         assert ids[mask.bool()].tolist() == example.input_ids.tolist()
         edge = mask[-len(example.input_ids) :] if side == "left" else mask[: len(example.input_ids)]
         assert edge.all()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from adapterkern.training import ClassificationHead
-from adapterkern.training.data.examples import collate, load_examples
+from adapterkern.training.data.batches import collate
+from adapterkern.training.data.examples import load_examples
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, pool
 from adapterkern.training.task import Task, check_lm_head
 from tests.support import tiny_run
@@ -42,13 +43,12 @@ def test_lm_loss_is_transformers_own(side: str) -> None:
     rows = [{"prompt": "w1 w2", "completion": "w3 w4 w5"}, {"prompt": "w6", "completion": "w7"}]
     examples, _ = load_examples(rows, config, TOKENIZER)
     batch = collate(examples, config)
-    labels = torch.full_like(batch.input_ids, -100)
-    assert batch.positions is not None
-    labels.view(-1)[batch.positions + 1] = batch.targets
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["positions"] + 1] = batch["targets"]
     model = tiny_run.model()
-    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-    loss, _ = Task(model, None)(**batch._asdict())
-    torch.testing.assert_close(loss / len(batch.targets), expected, rtol=1e-5, atol=1e-6)
+    expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+    loss, _ = Task(model, None)(batch)
+    torch.testing.assert_close(loss / len(batch["targets"]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_classification_counts_what_is_right() -> None:
@@ -58,11 +58,15 @@ def test_classification_counts_what_is_right() -> None:
     model = tiny_run.model()
     head = ClassificationHead(32, labels)
     task = Task(model, head).eval()
-    loss, correct = task(**batch._asdict())
-    hidden = model.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    scores = head(hidden, batch.attention_mask)
-    assert correct == (scores.argmax(1) == batch.targets).sum()
-    torch.testing.assert_close(loss, F.cross_entropy(scores, batch.targets, reduction="sum"))
+    loss, correct = task(batch)
+    hidden = model.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    scores = head(hidden, batch["attention_mask"])
+    right = scores.argmax(1) == batch["targets"]
+    assert correct.tolist() == [right.sum()]
+    predicted = [labels.index(p.label) for p in task.predict(batch)]
+    assert predicted == scores.argmax(1).tolist()
+    assert [p.probability for p in task.predict(batch)] == pytest.approx(scores.softmax(1).amax(1).tolist())
+    torch.testing.assert_close(loss, F.cross_entropy(scores, batch["targets"], reduction="sum"))
 
 
 def test_logits_that_are_not_plain_are_refused() -> None:

@@ -2,15 +2,19 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from adapterkern.training import NonFiniteError, TrainResult, evaluate, load_task, read_metrics, train
+from adapterkern.training import NonFiniteError, TrainConfig, TrainResult, evaluate, load_run, read_metrics, train
+from adapterkern.training.data.batches import Batch
+from adapterkern.training.data.examples import Example
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
+from adapterkern.training.saved import Sources
 from adapterkern.training.task import Task
 from tests.support import tiny_run
 
@@ -111,14 +115,15 @@ def test_steps_and_epochs() -> None:
 
 def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    collate = __import__("adapterkern.training.data", fromlist=["collate"]).collate
-    monkeypatch.setattr(
-        "adapterkern.training.data.examples.collate",
-        lambda examples, *rest: (seen.extend(id(e) for e in examples), collate(examples, *rest))[1],
-    )
+    collate = Task.collate
+
+    def seeing(self: Task[Example], examples: Sequence[Example], config: TrainConfig) -> Batch:
+        seen.extend(e.row for e in examples)
+        return collate(self, examples, config)
+
+    monkeypatch.setattr(Task, "collate", seeing)
     run(epochs=2, batch_size=5, prefix_cache=False)
-    assert len(set(seen[:24])) == 24
-    assert set(seen[24:]) == set(seen[:24])
+    assert sorted(seen[:24]) == list(range(24)) == sorted(seen[24:])
     assert seen[24:] != seen[:24]
 
 
@@ -151,7 +156,7 @@ def grown(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
 
 def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     grown(monkeypatch, 2.0**40)
-    with pytest.raises(NonFiniteError, match="step 4: 4 steps in a row had gradients beyond fp16") as error:
+    with pytest.raises(NonFiniteError, match="step 4: 4 consecutive steps had gradients beyond fp16") as error:
         run(precision="fp16", max_skipped_steps=3)
     assert error.value.step == 4
 
@@ -163,7 +168,7 @@ def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_nan_is_reported_with_its_step(precision: str, log_every: int) -> None:
     """One row has a token whose embedding is NaN; which step meets that row follows from the order of rows."""
-    from adapterkern.training.data.examples import epoch_order
+    from adapterkern.training.data.batches import epoch_order
 
     rows = tiny_run.rows(24)
     rows[17] = rows[17] | {"text": rows[17]["text"] + " w99"}
@@ -196,8 +201,8 @@ def test_an_infinite_gradient_is_reported(tmp_path: Path) -> None:
 def test_an_infinite_loss_with_finite_gradients_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, model, states = Task.forward, tiny_run.model(), []
 
-    def infinite_in_step_3(self: Task, **batch: Any) -> Any:
-        loss, correct = forward(self, **batch)
+    def infinite_in_step_3(self: Task[Example], batch: Batch) -> Any:
+        loss, correct = forward(self, batch)
         states.append(tiny_run.weights(model))
         return (loss + math.inf if len(states) == 3 else loss), correct
 
@@ -298,7 +303,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
             assert record["tokens_per_second"] > 0
             assert record["grad_norm"] > 0
 
-    config, head = load_task(tmp_path)
+    config, head = load_run(tmp_path)
     model.eval()
     again = evaluate(model, unseen, config, tokenizer=TOKENIZER, head=head)
     assert not model.training
@@ -341,22 +346,31 @@ def test_sources_alone_are_no_earlier_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["card of the run", "card of somebody's own"])
-def test_an_earlier_run_s_card_and_sources_go_with_it(tmp_path: Path, own: bool) -> None:
+def test_an_earlier_run_s_card_and_sources_go_with_it(
+    tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(output_dir=tmp_path, max_steps=1)
     (tmp_path / "sources.json").write_text("{}")
     card = tmp_path / "README.md"
     assert card.exists()
     if own:
         card.write_text("mine")
-    seen = []
+    seen: list[str] = []
+    forward = Task.forward
+
+    def look(self: Task[Example], batch: Batch) -> Any:
+        seen.extend(os.listdir(tmp_path) if not seen else ())
+        return forward(self, batch)
+
+    monkeypatch.setattr(Task, "forward", look)
     train(
         tiny_run.model(),
         ROWS,
         tiny_run.quiet(output_dir=tmp_path, overwrite=True, max_steps=1),
         tokenizer=TOKENIZER,
-        on_start=lambda: seen.extend(os.listdir(tmp_path)),
+        sources=Sources("model"),
     )
-    assert seen == (["README.md"] if own else [])
+    assert sorted(seen) == ["README.md", "sources.json"] if own else ["sources.json"]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 _NOW = {
+    "doctor": "cli.doctor",
     "adapterhub": "model.files.adapterhub",
     "card": "model.files.card",
     "composition": "ops.closed_form",

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkern.cli.options import AddCommand, count
+from adapterkern.cli.options import integer
 
 if TYPE_CHECKING:
     from adapterkern.recipes.ablation.study import Study
 
+NAME, SUMMARY = "ablate", "compare positions, depths, activations, ... over seeds"
 HELP = """\
 Train many variants over several seeds, and say what differs by more than chance. Without --vary: where, how deep, how
 wide, which activation, init and learning rate, one at a time, on the demo's backbone and texts.
@@ -23,27 +24,26 @@ wide, which activation, init and learning rate, one at a time, on the demo's bac
 
 The first value of each field is the base point. A field is one of adapter_dim, position, every, layers, depth,
 activation, init (of the adapters), or lr, warmup, max_norm, precision, schedule, ... (an option of `train`).
-After Ctrl-C, or when killed, the same command goes on; a run whose row is in ablation.csv is never computed again.
+After Ctrl-C, or when killed, the same command continues; a run whose row is in ablation.csv is never computed again.
 
   adapterkern ablate --preset stability --output stability
 compares inits, clipping and warmup at an aggressive learning rate, counts spikes and draws loss and gradient norm.
 """
 
 
-def add(command: AddCommand) -> None:
-    parser = command("ablate", run, "compare positions, depths, activations, ... over seeds", HELP)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=("where", "stability"), default="where", help="default %(default)s")
     parser.add_argument("--vary", action="append", default=[], metavar="FIELD=V,V,...", help="instead of the preset's")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=V", help="of the base point")
     parser.add_argument("--product", action="store_true", help="all combinations, instead of one field at a time")
     parser.add_argument("--no-head-alone", action="store_true", help="leave out the runs without adapters")
-    parser.add_argument("--seeds", type=count, metavar="N", help="seeds 0 to N-1; default the preset's")
+    parser.add_argument("--seeds", type=integer, metavar="N", help="seeds 0 to N-1; default the preset's")
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
     parser.add_argument("--backbone-layers", type=int, default=8, metavar="N", help="first layers used; default 8")
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV instead of Reuters R8")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
-    parser.add_argument("--train-texts", type=count, default=400, metavar="N", help="of Reuters R8; default 400")
-    parser.add_argument("--eval-texts", type=count, default=600, metavar="N", help="of Reuters R8; default 600")
+    parser.add_argument("--train-texts", type=integer, default=400, metavar="N", help="of Reuters R8; default 400")
+    parser.add_argument("--eval-texts", type=integer, default=600, metavar="N", help="of Reuters R8; default 600")
     parser.add_argument(
         "--output", type=Path, default=Path("adapterkern-ablation"), metavar="DIR", help="default %(default)s"
     )

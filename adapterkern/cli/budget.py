@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from adapterkern.cli.options import AddCommand, count
+from adapterkern import checks
+from adapterkern.cli.options import integer
 from adapterkern.model.adapter import adapter_num_params, largest_adapter_dim
 
 # (hidden size, decoder layers)
@@ -25,21 +26,22 @@ SHAPES = {
 }
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "budget",
-        run,
-        "which adapters fit a number of parameters",
-        "List (every, adapter_dim) that fit a budget of trainable parameters.\n\n"
-        "  adapterkern budget --model-config llama-7b --max-params 8e6",
-    )
+NAME, SUMMARY = "budget", "which adapters fit a number of parameters"
+HELP = """\
+List (every, adapter_dim) that fit a budget of trainable parameters.
+
+  adapterkern budget --model-config llama-7b --max-params 8e6
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-config",
         required=True,
         metavar="NAME",
         help=f"a transformers config.json or its folder, or one of: {', '.join(SHAPES)}",
     )
-    parser.add_argument("--max-params", type=count, required=True, metavar="N", help="such as 8000000 or 8e6")
+    parser.add_argument("--max-params", type=integer, required=True, metavar="N", help="such as 8000000 or 8e6")
     parser.add_argument("--depth", type=int, default=1, metavar="N", help="adapters in sequence at a site; default 1")
 
 
@@ -59,15 +61,15 @@ def model_shape(name: str) -> tuple[int, int]:
     try:
         shape = int(config["hidden_size"]), int(config["num_hidden_layers"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected whole numbers hidden_size and num_hidden_layers: {error}") from error
+        raise ValueError(f"{path}: expected integers hidden_size and num_hidden_layers: {error}") from error
     if min(shape) < 1:
-        raise ValueError(f"{path}: expected hidden_size and num_hidden_layers from 1 on, got {shape[0]} and {shape[1]}")
+        raise ValueError(f"{path}: expected hidden_size and num_hidden_layers >= 1, got {shape[0]} and {shape[1]}")
     return shape
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.depth < 1:
-        raise ValueError(f"--depth: expected a whole number from 1 on, got {arguments.depth}")
+    checks.integer("--depth", arguments.depth, 1)
+    checks.integer("--max-params", arguments.max_params, 1)
     hidden_size, num_layers = model_shape(arguments.model_config)
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")
     print(f"{'every':>6} {'adapters':>9} {'adapter_dim':>12} {'parameters':>12} {'of budget':>10}")

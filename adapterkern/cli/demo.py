@@ -3,17 +3,14 @@
 import argparse
 from pathlib import Path
 
-from adapterkern.cli.options import AddCommand
+NAME, SUMMARY = "demo", "adapters on a real LLaMA and real texts, in minutes on a CPU"
+HELP = """\
+Fetch SmolLM2-135M and Reuters R8 (130 MB, once), train a head alone and adapters on the first 8 layers, and compare
+them on texts that training never saw. With --model, --train and --eval: the same on your own.
+"""
 
 
-def add(command: AddCommand) -> None:
-    parser = command(
-        "demo",
-        run,
-        "adapters on a real LLaMA and real texts, in minutes on a CPU",
-        "Fetch SmolLM2-135M and Reuters R8 (130 MB, once), train a head alone and adapters on the first 8 layers, and\n"
-        "compare them on texts that training never saw. With --model, --train and --eval: the same on your own.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV with text and label")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")

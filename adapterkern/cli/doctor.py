@@ -1,15 +1,89 @@
-"""``adapterkern doctor``."""
+"""``adapterkern doctor``: versions, devices, what runs where and why, and what to do about it."""
 
 import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
 
-from adapterkern.cli.options import AddCommand
-from adapterkern.doctor import report
+import torch
+
+from adapterkern import ops, optim
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
+_TRAIN_EXTRA = _PACKAGES[2:]
+_OPTIONAL = ("liger-kernel", "deepspeed", "bitsandbytes", "torchao", "trl")  # shown where they are installed
+_VARIABLES = ("ADAPTERKERN_FUSED", "TRITON_INTERPRET", "ADAPTERKERN_CACHE", "ADAPTERKERN_CUDA_ARCH")
 
 
-def add(command: AddCommand) -> None:
-    command("doctor", run, "what is installed, what will run where, and why")
+def diagnosis() -> list[str]:
+    """The lines that the command prints."""
+    versions = {name: _version(name) for name in ("adapterkern", *_PACKAGES)} | {"torch": torch.__version__}
+    lines = ["versions", f"  {'python':13} {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    lines += [f"  {name:13} {version or 'not installed'}" for name, version in versions.items()]
+    lines += [f"  {name:13} {version}" for name in _OPTIONAL if (version := _version(name))]
+
+    lines.append("devices")
+    lines.append(f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        devices.append(f"cuda:{index}")
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"  cuda:{index}        {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        )
+    if len(devices) == 1:
+        lines.append(f"  no CUDA       {_why_no_cuda()}")
+
+    for title, backend in (("fused adapter", ops.backend), ("ClippedAdamW", optim.backend)):
+        lines.append(title)
+        for device in devices:
+            name, reason = backend(torch.device(device))
+            lines.append(f"  {device:13} {name}: {reason}")
+
+    settings = [f"  {name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    lines += ["environment", *(settings or ["  nothing set"])]
+    advice = _advice(versions)
+    return [*lines, "what to do", *(f"  {line}" for line in advice or ["nothing: all is there"])]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built for CPUs only"
+    if shutil.which("nvidia-smi") is None:
+        return f"torch is built for CUDA {torch.version.cuda}, but no NVIDIA driver is installed"
+    return f"torch is built for CUDA {torch.version.cuda}, but finds no device (see nvidia-smi)"
+
+
+def _advice(versions: dict[str, str | None]) -> list[str]:
+    advice = []
+    if missing := [name for name in _TRAIN_EXTRA if versions[name] is None]:
+        advice.append(f"for training: pip install 'adapterkern[train]' (missing: {', '.join(missing)})")
+    if versions["triton"] is None and torch.cuda.is_available():
+        advice.append("for the GPU kernels: pip install triton, in the version that your torch names")
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi") and torch.version.cuda is None:
+            advice.append("there is an NVIDIA driver: install a CUDA build of torch to use it")
+        else:
+            advice.append("without a GPU everything runs, on the CPU; the speed is for a CUDA GPU")
+    return advice
+
+
+NAME, SUMMARY, HELP = "doctor", "what is installed, what will run where, and why", ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print("\n".join(report()))
+    print("\n".join(diagnosis()))
     return 0

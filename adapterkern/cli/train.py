@@ -1,67 +1,35 @@
 """``adapterkern train``."""
 
 import argparse
-import dataclasses
+from typing import Any
 
-from adapterkern.cli.options import (
-    ADAPTER_FIELDS,
-    AddCommand,
-    add_adapter_options,
-    add_backbone_options,
-    add_training_options,
-    model_flags,
-)
-from adapterkern.cli.saved import save_run_sources
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.cli.options import add_adapter_options, add_backbone_options, add_data_options, add_training_options
+from adapterkern.cli.run import Job, adapted, train_run
+from adapterkern.training.config import TrainConfig
 
+NAME, SUMMARY = "train", "train adapters on your data"
 HELP = """\
 Train adapters (and a classification head) on a frozen LLaMA.
 
   # labels: reviews.csv has the columns text and label
   adapterkern train --model SmolLM2.gguf --train reviews.csv --eval test.csv --output run --every 2
 
-  # language modelling: qa.jsonl has the keys prompt and completion
+  # language modeling: qa.jsonl has the keys prompt and completion
   adapterkern train --model ./llama --train qa.jsonl --output run --task causal-lm --precision bf16
 
-Ctrl-C stops after the running step and leaves a checkpoint; the same command with --resume goes on from there.
+Ctrl-C stops after the running step and leaves a checkpoint; the same command with --resume continues from there.
 """
 
 
-def add(command: AddCommand) -> None:
-    parser = command("train", run, "train adapters on your data", HELP)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backbone_options(parser, required=True)
-    parser.add_argument("--train", required=True, metavar="FILE", help="JSONL, CSV or TSV to learn from")
-    parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on")
+    add_data_options(parser)
     add_adapter_options(parser)
     add_training_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
+    def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
+        return Job(adapted(arguments, llama), arguments.train, arguments.eval)
 
-    from adapterkern.model.backbone import load_backbone
-    from adapterkern.model.llama import LlamaAdapter
-    from adapterkern.training import TrainConfig, processes, train
-
-    values = vars(arguments)
-    config = TrainConfig(**{field.name: values[field.name] for field in dataclasses.fields(TrainConfig)})
-    adapters = AdapterConfig(**{name: values[name] for name in ADAPTER_FIELDS})
-    dtype = arguments.dtype or "fp32"
-    llama, tokenizer = load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=dtype)
-    torch.manual_seed(config.seed)
-    model = LlamaAdapter(llama, adapters, **model_flags(arguments))
-    model.print_trainable_parameters()
-    result = train(
-        model,
-        arguments.train,
-        config,
-        tokenizer=tokenizer,
-        eval_data=arguments.eval,
-        on_start=lambda: save_run_sources(arguments),
-    )
-    if processes.rank() > 0:
-        return 130 if result.stopped else 0
-    if result.stopped:
-        return 130
-    print(f"saved in {config.output_dir}: {result.steps} steps in {result.seconds:.0f} s")
-    return 0
+    return train_run(arguments, job)

@@ -9,8 +9,9 @@ run/                     checkpoints, the folder, metrics, results
 saved.py                 what a finished run leaves, read again
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from adapterkern import _lazy
 
 if TYPE_CHECKING:
     from adapterkern.training.api import evaluate as evaluate
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from adapterkern.training.saved import push_to_hub as push_to_hub
     from adapterkern.training.task import Task as Task
 
-# Imported when they are touched: the options of the command line are those of config.py, which needs nothing, and
-# transformers and accelerate take seconds.
 _HOMES = {
     "CheckpointError": "run.checkpoint",
     "ClassificationHead": "heads",
@@ -49,11 +48,8 @@ _HOMES = {
     "train": "api",
 }
 __all__ = list(_HOMES)
+_lazily, __dir__ = _lazy.attach(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_task":  # in the cards of adapters saved before 0.2
-        name = "load_run"
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return _lazily("load_run" if name == "load_task" else name)  # the cards of adapters saved before say load_task

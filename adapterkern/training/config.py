@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import os
-import sys
 from typing import Any
+
+from adapterkern import checks
 
 TASKS = ("classification", "causal-lm")
 POOLINGS = ("mean", "last")
@@ -35,22 +36,27 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with what the command line says of it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Every argument has a default; ``ValueError`` names one that is out of its range.
+    """How to train. Every argument has a default; an error names one of a wrong type or out of its range.
 
-    What is learnt
-        task: ``"classification"`` (a label a text) or ``"causal-lm"`` (next token; of a prompt nothing is learnt).
+    What is learned
+        task: ``"classification"`` (one label per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
         train_adapters: False trains the head alone, on the bare backbone.
         pooling: a classification head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` one's.
         text_column, label_column: the columns of classification rows, and of plain-text causal-lm rows (text alone).
         prompt_column, completion_column: of causal-lm rows with a prompt.
-        max_length: tokens a row; longer rows lose their end.
-        skip_bad_rows: leave bad rows out, with a warning, instead of refusing the file.
+        max_length: tokens per row; longer rows are cut at the end.
+        skip_bad_rows: skip bad rows, with a warning, instead of refusing the file.
 
     Batches
-        batch_size: rows in one forward. accumulation: forwards in one step; all their rows (or target tokens, for
-            causal-lm) weigh the same, however they fall on the forwards.
+        batch_size: rows per forward. accumulation: forwards per step; all their rows (or target tokens, for causal-lm)
+            have the same weight, whatever forward they are in.
         eval_batch_size: default ``batch_size``.
         padding: to the ``"longest"`` row of a batch, or always to ``"max_length"``. padding_side: ``"right"`` or
             ``"left"``.
@@ -58,107 +64,110 @@ class TrainConfig:
             NumPy's and torch's generators are seeded with it.
 
     Steps
-        epochs: passes over the data, unless ``max_steps`` says how many steps to make.
+        epochs: passes over the data, unless ``max_steps`` gives the number of steps.
         lr, weight_decay, beta1, beta2, eps: of AdamW. Vectors (biases, norms) do not decay.
         max_norm: largest global norm of the gradient; ``math.inf`` does not clip.
         schedule: after the warmup ``"linear"`` or ``"cosine"`` to 0 at the last step, or ``"constant"``.
         warmup: steps of linear warmup, or, below 1, their share of all steps.
         precision: ``"fp32"`` (no autocast), ``"bf16"`` autocast, or ``"fp16"`` autocast with a gradient scaler.
-        max_skipped_steps: so many steps in a row that the fp16 scaler skips are an error.
+        max_skipped_steps: raise after more than this many consecutive steps that the fp16 scaler skips.
 
     Several processes
-        shard: split the frozen backbone over them (FSDP2) instead of repeating it; ``batch_size · accumulation`` are a
-            step's rows in either case, all processes together.
+        shard: shard the frozen backbone over them (FSDP2) instead of replicating it. In either case a step has
+            ``batch_size · accumulation`` rows, all processes together.
 
     Files and display
         output_dir: where everything is written; None writes nothing. overwrite: remove an earlier run there.
-        resume: go on from the newest checkpoint in ``output_dir``.
-        checkpoint_every: steps between checkpoints; None writes one at each epoch's end.
-        keep_checkpoints: how many of them stay.
-        eval_every: steps between evaluations; None evaluates at each epoch's end.
-        log_every: steps between log lines. A device that works asynchronously is waited for only then.
+        resume: continue from the newest checkpoint in ``output_dir``.
+        checkpoint_every: steps between checkpoints; None writes one at the end of each epoch.
+        keep_checkpoints: how many checkpoints to keep.
+        eval_every: steps between evaluations; None evaluates at the end of each epoch.
+        log_every: steps between log lines. Only a log line waits for an asynchronous device.
         progress: show a progress bar. plot: draw ``training.png`` at the end.
 
     The frozen prefix
-        prefix_cache: keep the activations below the first adapter; None decides by what it saves and costs, and in a
-            resumed run as the run before it.
-        prefix_cache_bytes: how much of them to hold in memory; the rest goes to a memory-mapped temporary file.
+        prefix_cache: keep the activations below the first adapter; None decides by what it saves and costs, and a
+            resumed run keeps the decision.
+        prefix_cache_bytes: size of the cache in memory; the rest goes to a memory-mapped temporary file.
     """
 
-    task: str = "classification"
-    train_adapters: bool = True
-    pooling: str = "mean"
-    text_column: str = "text"
-    label_column: str = "label"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
-    max_length: int = 256
-    skip_bad_rows: bool = False
+    task: str = _option(
+        "classification", "classification learns a label for each text, causal-lm the next token", TASKS
+    )
+    train_adapters: bool = _option(True, "--no-train-adapters trains the head alone")
+    pooling: str = _option("mean", "what the head reads: the mean of the tokens' states, or the last one's", POOLINGS)
+    text_column: str = _option("text", "column of the texts")
+    label_column: str = _option("label", "column of the labels")
+    prompt_column: str = _option("prompt", "causal-lm: column of the prompt, whose tokens carry no loss")
+    completion_column: str = _option("completion", "causal-lm: column of the text to learn after the prompt")
+    max_length: int = _option(256, "tokens per row; longer rows are cut at the end")
+    skip_bad_rows: bool = _option(False, "skip bad rows with a warning instead of refusing the file")
 
-    batch_size: int = 16
-    accumulation: int = 1
-    eval_batch_size: int | None = None
-    padding: str = "longest"
-    padding_side: str = "right"
-    seed: int = 0
+    batch_size: int = _option(16, "rows per forward")
+    accumulation: int = _option(1, "forwards per optimizer step")
+    eval_batch_size: int | None = _option(None, "rows per forward of an evaluation; default: batch_size")
+    padding: str = _option("longest", "pad to the longest row of a batch, or always to max_length", PADDINGS)
+    padding_side: str = _option("right", "side of the padding", PADDING_SIDES)
+    seed: int = _option(0, "of the new weights and the order of rows")
 
-    epochs: int = 3
-    max_steps: int | None = None
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_norm: float = 1.0
-    schedule: str = "linear"
-    warmup: float = 0.06
-    precision: str = "fp32"
-    max_skipped_steps: int = 20
+    epochs: int = _option(3, "passes over the data")
+    max_steps: int | None = _option(None, "optimizer steps, instead of epochs")
+    lr: float = _option(1e-3, "AdamW's learning rate after the warmup")
+    weight_decay: float = _option(0.01, "of matrices; biases and norms do not decay")
+    beta1: float = _option(0.9, "AdamW's first")
+    beta2: float = _option(0.999, "AdamW's second")
+    eps: float = _option(1e-8, "AdamW's")
+    max_norm: float = _option(1.0, "largest global gradient norm; inf does not clip")
+    schedule: str = _option(
+        "linear", "of the learning rate after the warmup: linear or cosine decay to 0, or constant", SCHEDULES
+    )
+    warmup: float = _option(0.06, "steps of linear warmup; below 1, their share of all steps")
+    precision: str = _option("fp32", "bf16 and fp16 run under autocast, fp16 with a gradient scaler", PRECISIONS)
+    max_skipped_steps: int = _option(20, "raise after more than this many consecutive steps that the fp16 scaler skips")
 
-    output_dir: str | os.PathLike[str] | None = None
-    overwrite: bool = False
-    resume: bool = False
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
-    eval_every: int | None = None
-    log_every: int = 10
-    progress: bool = True
-    plot: bool = True
+    output_dir: str | os.PathLike[str] | None = dataclasses.field(
+        default=None, metadata={"help": "the folder for everything that is written"}
+    )
+    overwrite: bool = _option(False, "replace an earlier run in output_dir")
+    resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
+    checkpoint_every: int | None = _option(None, "steps between checkpoints; default: each epoch's end")
+    keep_checkpoints: int = _option(2, "how many checkpoints to keep")
+    eval_every: int | None = _option(None, "steps between evaluations; default: each epoch's end")
+    log_every: int = _option(10, "steps between log lines")
+    progress: bool = _option(True, "show a progress bar")
+    plot: bool = _option(True, "draw training.png")
 
-    shard: bool = False
+    shard: bool = _option(
+        False, "with several processes (torchrun): shard the backbone over them (FSDP2) instead of replicating it"
+    )
 
-    prefix_cache: bool | None = None
-    prefix_cache_bytes: int = 2 << 30
+    prefix_cache: bool | None = _option(
+        None, "compute the layers below the first adapter once per text; default: where it pays"
+    )
+    prefix_cache_bytes: int = _option(
+        2 << 30, "size of the prefix cache in memory; the rest goes to a memory-mapped temporary file"
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("task", TASKS),
-            ("pooling", POOLINGS),
-            ("padding", PADDINGS),
-            ("padding_side", PADDING_SIDES),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for field in dataclasses.fields(self):
+            if choices := field.metadata.get("choices"):
+                checks.choice(field.name, getattr(self, field.name), choices)
+            elif field.type is bool:
+                checks.flag(field.name, getattr(self, field.name))
         for name in ("batch_size", "accumulation", "epochs", "max_length", "keep_checkpoints", "log_every"):
-            _whole(name, getattr(self, name), 1)
+            checks.integer(name, getattr(self, name), 1)
         for name in ("max_steps", "eval_batch_size", "checkpoint_every", "eval_every"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
+                checks.integer(name, getattr(self, name), 1)
         for name in ("seed", "max_skipped_steps", "prefix_cache_bytes"):
-            _whole(name, getattr(self, name), 0)
-        for name in ("lr", "weight_decay", "eps", "max_norm", "warmup"):
-            value = getattr(self, name)
-            kind, largest = ("number", math.inf) if name == "max_norm" else ("finite number", sys.float_info.max)
-            if not _is_number(value) or not 0 <= value <= largest:
-                raise ValueError(f"{name}: expected a {kind} from 0 on, got {value!r}")
+            checks.integer(name, getattr(self, name), 0)
+        for name in ("lr", "weight_decay", "eps", "warmup"):
+            checks.number(name, getattr(self, name), "[0, inf)")
+        checks.number("max_norm", self.max_norm, "[0, inf]")
         for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+            checks.number(name, getattr(self, name), "[0, 1)")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"warmup: expected a share below 1 or a whole number of steps, got {self.warmup!r}")
+            raise ValueError(f"warmup: expected a share below 1 or an integer number of steps, got {self.warmup!r}")
         if self.task == "causal-lm" and not self.train_adapters:
             raise ValueError("train_adapters: expected True for causal-lm, which has no head to train, got False")
         if self.resume and self.output_dir is None:
@@ -204,12 +213,3 @@ def _fits(annotation: Any, value: Any) -> bool:
     if isinstance(value, int):
         return int in kinds or float in kinds
     return type(value) in kinds
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: Any, smallest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-        raise ValueError(f"{name}: expected a whole number from {smallest} on, got {value!r}")

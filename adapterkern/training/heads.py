@@ -79,6 +79,14 @@ def write_head(directory: Path, kind: str, head: nn.Module, fields: dict[str, An
     write_pair(directory / HEAD_WEIGHTS, directory / HEAD_CONFIG, save, config)
 
 
+def head_kind(directory: Path) -> str | None:
+    """The kind of the head that is saved in ``directory``; None if there is none. Raises ``ValueError`` if damaged."""
+    try:
+        return read_json(directory / HEAD_CONFIG).get("head")
+    except FileNotFoundError:
+        return None
+
+
 def read_head_config(directory: Path, kind: str, kinds: dict[str, type]) -> tuple[Path, dict[str, Any]]:
     """The path and the content of a head's configuration, its fields of the ``kinds`` that are expected."""
     path = directory / HEAD_CONFIG

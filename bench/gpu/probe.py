@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
     import torch
 
-    from adapterkern import doctor
+    from adapterkern.cli import doctor
     from bench.measure import machine
 
     device = torch.device("cpu" if args.rehearse else "cuda")
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         "warnings": carried.mismatches(args.carried),
         "seconds": round(time.monotonic() - start, 1),
     }
-    print("\n".join([*doctor.report(), *(f"{key}: {value}" for key, value in found.items())]))
+    print("\n".join([*doctor.diagnosis(), *(f"{key}: {value}" for key, value in found.items())]))
     write_json(args.json, found)
     return 0
 

@@ -1,5 +1,6 @@
 """The commands as a user types them, on a tiny random LLaMA in a folder and a small file of our own."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,7 +16,10 @@ import torch
 
 from adapterkern import cli
 from adapterkern.cli import options
+from adapterkern.model.adapter import AdapterConfig
 from adapterkern.recipes.demo import corpora
+from adapterkern.recipes.qa.task import SpanSettings
+from adapterkern.recipes.routing.router import RoutingConfig
 from adapterkern.training import TrainConfig, loop
 from tests.support.commands import accuracy
 
@@ -107,7 +111,10 @@ def test_an_existing_run_is_not_overwritten(
         (["demo", "--train", "x.csv"], "train, eval: expected both files or neither"),
         (["budget", "--model-config", "gpt-5", "--max-params", "1e6"], "--model-config: expected a config.json"),
         (["budget", "--model-config", "llama-7b", "--max-params", "100"], "--max-params: expected at least 20,481"),
-        (["budget", "--model-config", "llama-7b", "--max-params", "8e6", "--depth", "0"], "--depth: expected a whole"),
+        (
+            ["budget", "--model-config", "llama-7b", "--max-params", "8e6", "--depth", "0"],
+            "--depth: expected an integer >= 1",
+        ),
         (["train", "--model", "/no/such.gguf", "--train", "x", "--output", "{tmp}"], "model: no file /no/such.gguf"),
         (["train", "--model", "./no", "--train", "x", "--output", "{tmp}"], "model: no folder no"),
     ],
@@ -137,7 +144,7 @@ def test_budget_of_no_shape(shape: tuple[int, int], tmp_path: Path, capsys: pyte
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"hidden_size": shape[0], "num_hidden_layers": shape[1]}))
     assert cli.main(["budget", "--model-config", str(path), "--max-params", "1000"]) == 1
-    message = f"{path}: expected hidden_size and num_hidden_layers from 1 on, got {shape[0]} and {shape[1]}"
+    message = f"{path}: expected hidden_size and num_hidden_layers >= 1, got {shape[0]} and {shape[1]}"
     assert message in capsys.readouterr().err
 
 
@@ -149,8 +156,31 @@ def test_doctor_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
         assert part in out
 
 
-def test_every_training_option_has_its_help() -> None:
-    assert set(options.TRAINING_HELP) == {f.name for f in dataclasses.fields(TrainConfig)} - {"output_dir"}
+@pytest.mark.parametrize("record", [TrainConfig, AdapterConfig, RoutingConfig, SpanSettings])
+def test_every_option_has_its_help(record: type) -> None:
+    for field in dataclasses.fields(record):
+        assert field.metadata.get("help") or field.name == "eps", field.name
+
+
+def test_options_give_back_the_configuration() -> None:
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, TrainConfig)
+    assert options.from_options(parser.parse_args([]), TrainConfig) == TrainConfig()
+    given = [
+        "--epochs",
+        "5",
+        "--lr",
+        "1e-2",
+        "--no-plot",
+        "--prefix-cache",
+        "--max-steps",
+        "1e3",
+        "--padding",
+        "max_length",
+    ]
+    made = options.from_options(parser.parse_args(given), TrainConfig)
+    changed = {"epochs": 5, "lr": 1e-2, "plot": False, "prefix_cache": True, "max_steps": 1000, "padding": "max_length"}
+    assert made == TrainConfig(**changed)  # type: ignore[arg-type]
 
 
 def test_the_package_imports_without_the_train_extra() -> None:

@@ -1,0 +1,197 @@
+"""What every command that trains or evaluates does: build, call, print on rank 0, return the status."""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adapterkern.cli.options import from_options, model_flags
+from adapterkern.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from adapterkern.model.llama import LlamaAdapter
+    from adapterkern.training import Task
+    from adapterkern.training.saved import Sources
+
+
+class Job(NamedTuple):
+    """What a command adds to a training."""
+
+    model: "LlamaAdapter"
+    train_data: Any
+    eval_data: Any
+    task: "Task[Any] | None" = None
+    sources: "Sources | Mapping[str, Sources] | None" = None  # default: those of the arguments
+
+
+def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The backbone that the arguments name, and its tokenizer."""
+    from adapterkern.model.backbone import load_backbone
+
+    return load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=arguments.dtype or "fp32")
+
+
+def sources_of(arguments: argparse.Namespace, eval_data: str | None) -> "Sources":
+    """What ``sources.json`` holds of a run with these arguments."""
+    from adapterkern.training.saved import Sources
+
+    data = None if eval_data is None else os.path.abspath(eval_data)
+    return Sources(arguments.model, arguments.backbone_layers, arguments.dtype or "fp32", data)
+
+
+def train_run(
+    arguments: argparse.Namespace,
+    job: Callable[[Any, Any, TrainConfig], Job],
+    load: Callable[[argparse.Namespace], tuple[Any, Any]] = load_arguments_backbone,
+) -> int:
+    """Train what ``job`` makes of (backbone, tokenizer, configuration); the status of the command.
+
+    Raises what :func:`adapterkern.train` raises.
+    """
+    import torch
+
+    from adapterkern.training import train
+
+    config = from_options(arguments, TrainConfig)
+    llama, tokenizer = load(arguments)
+    torch.manual_seed(config.seed)
+    model, train_data, eval_data, task, sources = job(llama, tokenizer, config)
+    result = train(
+        model,
+        train_data,
+        config,
+        tokenizer=tokenizer,
+        eval_data=eval_data,
+        task=task,
+        sources=sources or sources_of(arguments, arguments.eval),
+    )
+    if result.stopped:
+        return 130
+    print_metrics(result.metrics or {})
+    size = f"{result.trainable_parameters:,} parameters"
+    say(f"saved in {config.output_dir}: {size}, {result.steps} steps in {result.seconds:.0f} s")
+    return 0
+
+
+def adapted(arguments: argparse.Namespace, llama: Any) -> "LlamaAdapter":
+    """``llama`` with the adapter of the arguments; prints how many parameters it trains."""
+    from adapterkern.cli.options import adapter_config
+    from adapterkern.model.llama import LlamaAdapter
+
+    model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+    return model
+
+
+def evaluate_run(arguments: argparse.Namespace) -> int:
+    """Print the metrics of the saved run in ``arguments.directory``, of whatever kind it is."""
+    from adapterkern.training import evaluate
+
+    task, config, tokenizer, data = load_saved(arguments)
+    print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
+    return 0
+
+
+def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig, Any, Any]:
+    """A saved run's task, configuration and tokenizer, and the data to use it on: ``--data``, or the run's own.
+
+    Raises:
+        FileNotFoundError: a file of the run is missing. ValueError: one is damaged; or there is no data.
+    """
+    from adapterkern.model.backbone import load_backbone
+    from adapterkern.recipes.multitask.task import MultiTask
+
+    kind = task_class(arguments.directory)
+    if issubclass(kind, MultiTask):
+        source, data = _sources_of_tasks(arguments, kind)
+    else:
+        source = _saved_sources(arguments)
+        data = arguments.data or source.eval_data
+        if data is None:
+            raise ValueError(
+                f"--data: expected a file, because {arguments.directory} was trained without --eval; got none"
+            )
+    llama, tokenizer = load_backbone(
+        arguments.model or source.model,
+        num_layers=source.num_layers if arguments.backbone_layers is None else arguments.backbone_layers,
+        dtype=arguments.dtype or source.dtype,
+    )
+    task, config = kind.from_pretrained(llama, arguments.directory, **model_flags(arguments))
+    return task, config, tokenizer, data
+
+
+def _saved_sources(arguments: argparse.Namespace) -> "Sources":
+    """Where the run's backbone and data came from; not needed where ``--model`` and ``--data`` say both."""
+    from adapterkern.training.saved import Sources, load_sources
+
+    try:
+        return load_sources(arguments.directory)
+    except FileNotFoundError:
+        if arguments.model is None or arguments.data is None:
+            raise
+        return Sources(arguments.model)
+
+
+def _sources_of_tasks(arguments: argparse.Namespace, kind: Any) -> tuple["Sources", dict[str, str]]:
+    """Of a run of several tasks: the sources of one of them, and each task's own data."""
+    from adapterkern.training.saved import load_sources
+
+    names = kind.saved_names(arguments.directory)
+    if arguments.data is not None:
+        folder = kind.folder(arguments.directory, names[0])
+        raise ValueError(f"--data: expected none for a run of several tasks; evaluate one of them, as {folder}")
+    sources = {name: load_sources(kind.folder(arguments.directory, name)) for name in names}
+    data = {name: source.eval_data for name, source in sources.items() if source.eval_data is not None}
+    if not data:
+        raise ValueError(f"{arguments.directory}: expected tasks with data to evaluate on, got none")
+    return next(iter(sources.values())), data
+
+
+def task_class(directory: str | os.PathLike[str]) -> "type[Task[Any]]":
+    """The class of a saved run's task.
+
+    Raises:
+        ValueError: it is no class of this package.
+    """
+    from adapterkern.recipes.multitask.task import MULTITASK_CONFIG, MultiTask
+    from adapterkern.recipes.qa.task import QuestionAnswering
+    from adapterkern.recipes.routing.task import ROUTING_CONFIG, RoutedTask
+    from adapterkern.training.heads import head_kind
+    from adapterkern.training.saved import TASK_NAME, load_kind
+    from adapterkern.training.task import Task
+
+    # A distilled model is evaluated without its teacher.
+    classes: dict[str, type[Task[Any]]] = dict.fromkeys(("Task", "Distillation", "KeepBehaviour"), Task)
+    classes |= {kind.__name__: kind for kind in (MultiTask, QuestionAnswering, RoutedTask)}
+    directory = Path(directory)
+    kind = load_kind(directory) if (directory / TASK_NAME).exists() else None
+    if kind is None:  # saved before task.json named the kind
+        if (directory / MULTITASK_CONFIG).exists():
+            return MultiTask
+        if (directory / ROUTING_CONFIG).exists():
+            return RoutedTask
+        return QuestionAnswering if head_kind(directory) == "span" else Task
+    if kind not in classes:
+        raise ValueError(
+            f"{directory / TASK_NAME}: expected a kind of {', '.join(classes)}, got {kind!r}; "
+            "use evaluate(..., task=...) in Python"
+        )
+    return classes[kind]
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """One line per metric."""
+    width = max(18, *map(len, metrics)) if metrics else 0
+    for name, value in metrics.items():
+        say(f"{name:{width}} {value:.4f}")
+
+
+def say(message: str) -> None:
+    """Print on rank 0 alone; before training has joined the processes, the launcher's RANK says which that is."""
+    from adapterkern.training import processes
+
+    joined = processes.world_size() > 1
+    if (processes.rank() if joined else int(os.environ.get("RANK", 0))) == 0:
+        print(message, flush=True)

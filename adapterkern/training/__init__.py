@@ -1,4 +1,4 @@
-"""One run: train, evaluate, and what they work with. It knows no recipe.
+"""One run: train, evaluate, and what they work with.
 
 api.py                   the doors: ``train``, ``evaluate``
 loop.py                  steps, evaluations, checkpoints, in their order

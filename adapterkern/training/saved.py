@@ -5,7 +5,7 @@
     task.json       the kind of task, and the TrainConfig: how to tokenize, pad and score
     sources.json    from a command: where backbone and evaluation data are
 
-Recipes save other files beside these, or in folders of their own.
+A task may save other files beside these, or in folders of its own.
 """
 
 import dataclasses

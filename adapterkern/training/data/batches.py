@@ -2,7 +2,7 @@
 
 A batch is a dict of tensors: ``input_ids`` (B, L) int64, ``attention_mask`` (B, L) int64 with 1 on real tokens,
 ``targets`` (K,) int64, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L), computed here on the host,
-so that no step asks the device which states it needs. For classification K = B. Recipes add entries of their own.
+so that no step asks the device which states it needs. For classification K = B. A task may add entries of its own.
 """
 
 import hashlib

@@ -24,7 +24,7 @@ Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenized row. Recipes extend it with what their rows have besides."""
+    """One tokenized row. Subclasses have fields of their own."""
 
     input_ids: np.ndarray  # (n,) int64
     targets: np.ndarray  # (1,) the label's number, or (k,) token ids

@@ -85,4 +85,5 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = self._own
 
 
-sys.meta_path.append(_Moved())
+# First: `adapterkern.kernels` has a path of its own by then, on which `adapterkern.kernels.launch` would be found again.
+sys.meta_path.insert(0, _Moved())

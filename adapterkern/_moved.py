@@ -85,5 +85,5 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = self._own
 
 
-# First: `adapterkern.kernels` has a path of its own by then, on which `adapterkern.kernels.launch` would be found again.
+# First, since `adapterkern.kernels` is then a package with a path, on which its modules would be found a second time.
 sys.meta_path.insert(0, _Moved())

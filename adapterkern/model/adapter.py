@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapterkern.ops.operator import MAX_ADAPTER_DIM, adapter, eager_autocast, fused_enabled, stock_dtype
+from adapterkern.ops.checks import MAX_ADAPTER_DIM
+from adapterkern.ops.choice import fused_enabled
+from adapterkern.ops.operator import adapter, eager_autocast, stock_dtype
 from adapterkern.ops.reference import ACTIVATIONS
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from adapterkern.model.decoder import change_class, check_forward
-from adapterkern.ops.operator import INTERPRETED, fused_enabled
+from adapterkern.ops.choice import INTERPRETED, fused_enabled
 
 # Their norms, MLPs, rotations and losses are LLaMA's to the last operation; tests/interpreted_liger.py asks each.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

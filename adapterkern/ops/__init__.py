@@ -1,12 +1,17 @@
 """The operator: torch and triton only.
 
-operator.py      ``adapter()``: schema, fake, autograd, autocast; index.py, graphs.py: what it may keep between calls
+operator.py      ``adapter()``: schema, implementations, fake, autograd, autocast
+choice.py        which implementation runs, and why
 checks.py        what an input may be
 reference.py     the equations: definition, oracle, baseline
 closed_form.py   the operator from ATen operations: fp64, and where nothing native fits
 kernels/         Triton
+index.py         whose index values are known, so that no call checks or sorts them again
+graphs.py        whether a CUDA graph is being recorded
 """
 
-from adapterkern.ops.operator import MAX_ADAPTER_DIM, adapter, backend, fused_enabled
+from adapterkern.ops.checks import MAX_ADAPTER_DIM
+from adapterkern.ops.choice import backend, fused_enabled
+from adapterkern.ops.operator import adapter
 
 __all__ = ["MAX_ADAPTER_DIM", "adapter", "backend", "fused_enabled"]

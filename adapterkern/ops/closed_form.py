@@ -20,7 +20,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def composed_forward(
+def adapter_forward(
     x: Tensor,
     weights: Sequence[Tensor],
     eps: float,
@@ -45,7 +45,7 @@ def composed_forward(
     return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
 
 
-def composed_backward(
+def adapter_backward(
     dy: Tensor,
     x: Tensor,
     z: Tensor,

@@ -1,4 +1,4 @@
-"""The adapter as a PyTorch operator: schema, input checks, fake, autograd, autocast and the implementations.
+"""The adapter as a PyTorch operator: schema, implementations, fake, autograd and autocast.
 
 Two operators make one differentiable function:
 
@@ -14,32 +14,21 @@ Precision. Parameters keep their own dtype (fp32 as a rule) and their gradients 
 the dtype of the matrix products' operands: x's own dtype, or autocast's where autocast is on. y keeps x's dtype.
 Statistics and sums are at least fp32 everywhere.
 
-CUDA tensors go through the Triton kernels, and so do CPU tensors under ``TRITON_INTERPRET=1``; other CPU tensors, and
-fp64, which the kernels do not have, through `composition`. Small inputs on CPU take the stock modules' operations
-instead (``uses_composition``), which have the least overhead.
+Each runs as Triton kernels or in the closed form; choice.py decides, and sends small inputs on a CPU to eager PyTorch.
 """
 
 import contextlib
-import importlib.util
-import logging
 import math
-import os
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
 
+from adapterkern.ops import closed_form
 from adapterkern.ops.checks import LOW, check_inputs
-from adapterkern.ops.checks import MAX_ADAPTER_DIM as MAX_ADAPTER_DIM  # users' import path
-from adapterkern.ops.closed_form import composed_backward, composed_forward, stats_dtype
+from adapterkern.ops.choice import INTERPRETED, fused_enabled, in_transform, prefers_eager, runs_triton
 from adapterkern.ops.reference import Weights, adapter_eager
-
-_log = logging.getLogger("adapterkern")
-# Triton reads the variable when the kernels are imported, once a process.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _lib = torch.library.Library("adapterkern", "DEF")
 _WEIGHTS = (
@@ -61,11 +50,6 @@ _lib.define(
 _forward = torch.ops.adapterkern.adapter_forward.default
 _backward = torch.ops.adapterkern.adapter_backward.default
 _prepare = torch.ops.adapterkern.prepare_weights.default
-
-
-def fused_enabled() -> bool:
-    """False when ``ADAPTERKERN_FUSED=0`` in the environment turns every fused path off, for bisecting."""
-    return os.environ.get("ADAPTERKERN_FUSED", "1") != "0"
 
 
 def adapter(
@@ -97,8 +81,9 @@ def adapter(
         up_weight, up_bias: ``(d, r)`` and ``(d,)``.
         eps: added to the variance.
         activation: ``"silu"``, ``"gelu"`` (exact), ``"relu"``, ``"tanh"`` or ``"identity"``.
-        fused: ``False`` runs the stock PyTorch composition instead, with the same numbers to rounding. Forward-mode AD
-            and torch.func's transforms (grad, vjp, jvp, vmap) run that too: the fused operator has no rules for them.
+        fused: ``False`` runs the stock PyTorch operations (eager) instead, with the same numbers to rounding.
+            Forward-mode AD and torch.func's transforms (grad, vjp, jvp, vmap) run those too: the fused operator has no
+            rules for them.
         x_free: keep y instead of x for the backward, which recovers x = y − W_up·h − b_up. That costs no memory where
             the model keeps y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within
             eager's own bf16 error while the branch is about as large as x or smaller and reach three times that where
@@ -120,7 +105,7 @@ def adapter(
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
     check_inputs(x, weights, eps, activation, index)
-    if not (fused and fused_enabled()) or uses_composition(x, down_weight.shape[-2]) or _transformed():
+    if not (fused and fused_enabled()) or prefers_eager(x, down_weight.shape[-2]) or in_transform():
         if (dtype := stock_dtype(x, weights)) is not None:
             weights = Weights(*(w.to(dtype) for w in weights))
         with eager_autocast(x):
@@ -131,30 +116,6 @@ def adapter(
     return _forward(x, *weights, eps, activation, None, save, x_free, index)[0]
 
 
-def uses_composition(x: Tensor, adapter_dim: int) -> bool:
-    """Whether ``fused=True`` still runs the stock composition, because x is on CPU and too small for the op to pay.
-
-    On 2 cores (AMD EPYC, AVX-512), forward + backward of the op took 0.79 to 1.02 of the composition's time in bf16 and
-    fp32 above these bounds, and up to 2.3 times at one row. Compiled code always holds the op: no guard on a shape.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or INTERPRETED:
-        return False
-    return x.numel() < _least_numel(x.dtype) or x.numel() < 8 * adapter_dim * x.shape[-1]
-
-
-@cache
-def _least_numel(dtype: torch.dtype) -> int:
-    # AMX makes bf16's products so cheap that the op's fp32 statistics show, until eager's activations leave the cache:
-    # on 2 cores of a Xeon 1.18, 1.13, 1.05 of the composition's time at 4, 8, 12 M elements, 0.78 to 0.81 from 16 M on.
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return 1 << 24 if dtype == torch.bfloat16 and amx() else 1 << 21
-
-
-def _transformed() -> bool:
-    """Whether the call is under forward-mode AD or a torch.func transform, which need a formula for each operation."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
-
-
 def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
     """What PyTorch's own operations need ``weights`` cast to beside ``x``; None where they take them as they are."""
     dtypes = {w.dtype for w in weights}
@@ -163,32 +124,8 @@ def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
     return None if dtypes in ({x.dtype}, {wanted}) else wanted
 
 
-def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """What a fused adapter on ``device`` with x of ``dtype`` runs, and why: (name, reason)."""
-    kind = torch.device(device).type
-    if not fused_enabled():
-        return "stock modules", "ADAPTERKERN_FUSED=0 is set"
-    if dtype == torch.float64:
-        return "composition of PyTorch operations", "the kernels have no fp64"
-    if kind == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "composition of PyTorch operations", "triton is not installed"
-        return "Triton kernels", "it is a GPU"
-    if INTERPRETED:
-        return "Triton kernels in the interpreter", "TRITON_INTERPRET=1 is set"
-    return "composition of PyTorch operations", "it is not a GPU; small inputs take the stock modules' operations"
-
-
-@cache
-def _through_triton(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the operator runs as Triton kernels rather than as the composition; logged once for each kind of x."""
-    name, reason = backend(device_type, dtype)
-    _log.info("fused adapters on %s in %s run as %s: %s", device_type, dtype, name, reason)
-    return name.startswith("Triton")
-
-
 def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
-    """The stock composition of a call with ``index``, an adapter at a time."""
+    """A call with ``index`` in stock PyTorch operations, one adapter at a time."""
     rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 cannot be told of 0 elements
     y = rows.clone()
     for e in range(weights.down_weight.shape[0]):
@@ -218,8 +155,8 @@ def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
 def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
     weights, (eps, activation, compute_dtype, save), (_, index, prepared) = args[:6], args[6:10], _optional(args, 10)
-    if not _through_triton(x.device.type, x.dtype):
-        return composed_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
+    if not runs_triton(x.device.type, x.dtype):
+        return closed_form.adapter_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
 
     return launch.adapter_forward(
@@ -230,14 +167,14 @@ def _run_forward(x, *args):  # type: ignore[no-untyped-def]
 def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y where it is x-free."""
     weights, (eps, activation, _, needed), (x_free, index, prepared) = args[:6], args[6:10], _optional(args, 10)
-    if _through_triton(x.device.type, x.dtype):
+    if runs_triton(x.device.type, x.dtype):
         from adapterkern.ops.kernels import launch
 
         grads = launch.adapter_backward(
             dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free, carried=prepared
         )
     else:
-        grads = composed_backward(dy, x, z, mean, rstd, weights, eps, activation, needed, x_free, index)
+        grads = closed_form.adapter_backward(dy, x, z, mean, rstd, weights, eps, activation, needed, x_free, index)
     return [_no_grad(t) if g is None else g for t, g in zip((x, *weights), grads, strict=True)]
 
 
@@ -272,7 +209,7 @@ def _no_grad(like: Tensor) -> Tensor:
 def _fake_forward(x, *args):  # type: ignore[no-untyped-def]
     down_weight, compute_dtype, save = args[2], args[8], args[9]
     y = x.new_empty(x.shape)
-    stats = stats_dtype(x.dtype)
+    stats = closed_form.stats_dtype(x.dtype)
     if not save:
         return y, *(x.new_empty(0) for _ in range(3))
     rows = x.numel() // x.shape[-1]
@@ -295,7 +232,7 @@ def _fake_prepare(*args):  # type: ignore[no-untyped-def]
 
 def _carried(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...] | None:
     """The preparation, where the backward would not find the forward's in the cache."""
-    if not _through_triton(x.device.type, x.dtype):
+    if not runs_triton(x.device.type, x.dtype):
         return None
     from adapterkern.ops.kernels import cache
 

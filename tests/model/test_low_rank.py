@@ -16,7 +16,7 @@ from tests.support.tiny_llama import tiny
 @pytest.fixture
 def _operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs as small as these go through the operator all the same."""
-    monkeypatch.setattr(operator, "uses_composition", lambda x, adapter_dim: False)
+    monkeypatch.setattr(operator, "prefers_eager", lambda x, adapter_dim: False)
 
 
 def best(matrix: Tensor, r: int) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.ops import operator
+from adapterkern.ops import choice
 from adapterkern.ops.kernels import backward, forward, hidden, launch, slice, tiles
 from adapterkern.ops.reference import ACTIVATIONS, Weights
 from tests.support.interpreted import exact, value_and_grads
@@ -18,7 +18,7 @@ from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 
 pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 
-assert operator.INTERPRETED
+assert choice.INTERPRETED
 NAMES = ["y", "x", *Weights._fields]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

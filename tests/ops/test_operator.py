@@ -13,7 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 
 import adapterkern as ak
-from adapterkern.ops import operator
+from adapterkern.ops import choice, operator
 from adapterkern.ops.checks import DTYPES
 from adapterkern.ops.reference import ACTIVATIONS, Weights, adapter_eager
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
@@ -22,7 +22,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def op(x: Tensor, *weights: Tensor, activation: str = "silu", compute_dtype: torch.dtype | None = None) -> Tensor:
-    """The operator itself: ``adapter`` leaves inputs as small as these to the composition."""
+    """The operator itself: ``adapter`` runs inputs as small as these in eager PyTorch."""
     return torch.ops.adapterkern.adapter_forward(x, *weights, 1e-5, activation, compute_dtype, True)[0]
 
 
@@ -171,7 +171,7 @@ def test_compiled_code_prepares_weights_for_the_kernels_alone() -> None:
         return make_boxed_func(graph)
 
     leaves = [torch.randn(4, 32), *make_weights(32, 8)]
-    for dtype, prepared in ((torch.float32, operator.INTERPRETED), (torch.float64, False)):
+    for dtype, prepared in ((torch.float32, choice.INTERPRETED), (torch.float64, False)):
         graphs.clear()
         torch._dynamo.reset()
         backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
@@ -197,9 +197,9 @@ def test_results_are_contiguous_whatever_x_is() -> None:
     assert all(g.is_contiguous() for g in torch.autograd.grad(y.sum(), [leaves[0], *stacked]))
 
 
-def test_transforms_take_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transforms_take_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator would return zero tangents, and has no rule for torch.func."""
-    monkeypatch.setattr(operator, "uses_composition", lambda *_: False)
+    monkeypatch.setattr(operator, "prefers_eager", lambda *_: False)
     x, w = torch.randn(2, 3, 8), make_weights(8, 4)
 
     def fused(x: Tensor) -> Tensor:
@@ -250,21 +250,19 @@ def test_an_empty_mixed_batch(shape: tuple[int, ...], fused: bool) -> None:
     assert ak.adapter(torch.zeros(shape), *weights, index=index, fused=fused).shape == shape
 
 
-def test_large_inputs_take_the_operator_and_small_ones_the_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_inputs_take_the_operator_and_small_ones_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
-    monkeypatch.setattr(
-        operator, "adapter_eager", lambda *a, **k: names.append("composition") or adapter_eager(*a, **k)
-    )
+    monkeypatch.setattr(operator, "adapter_eager", lambda *a, **k: names.append("eager") or adapter_eager(*a, **k))
     monkeypatch.setattr(
         operator, "_forward", lambda *a: names.append("op") or torch.ops.adapterkern.adapter_forward(*a)
     )
     weights = make_weights(4096, 2)
     for rows in (1, 511, 512):
         ak.adapter(torch.randn(rows, 4096), *weights)
-    assert names == ["composition", "composition", "op"]
+    assert names == ["eager", "eager", "op"]
     monkeypatch.setenv("ADAPTERKERN_FUSED", "0")
     ak.adapter(torch.randn(512, 4096), *weights)
-    assert names[3:] == ["composition"]
+    assert names[3:] == ["eager"]
 
 
 def test_double_backward_is_refused() -> None:

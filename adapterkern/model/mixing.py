@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from adapterkern.model.adapter import Adapter, AdapterConfig
 from adapterkern.ops import graphs
-from adapterkern.ops.index import check_dtype, check_values, vouch
+from adapterkern.ops.checks import check_index_dtype, check_index_values
+from adapterkern.ops.index import vouch
 from adapterkern.ops.operator import adapter
 from adapterkern.ops.reference import Weights
 
@@ -230,10 +231,10 @@ def _run_stacked(like: Adapter, weights: Weights, x: Tensor, index: Tensor) -> T
 
 
 def _check(n: int, index: Tensor, weight: Tensor | None) -> None:
-    check_dtype(index)
+    check_index_dtype(index)
     if index.dim() not in (1, 2) or 0 in index.shape[1:]:
         raise ValueError(f"index: expected shape (B,) or (B, K) with K >= 1, got {tuple(index.shape)}")
-    check_values(index, n)
+    check_index_values(index, n)
     if weight is None:
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point():

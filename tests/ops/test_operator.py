@@ -295,11 +295,35 @@ def bad(index: int, value: object, **kwargs: object):  # type: ignore[no-untyped
         (bad(6, torch.zeros(8, device="meta")), ValueError, "up_bias: expected device cpu like x, got meta"),
         (bad(6, torch.zeros(8), activation="swish"), ValueError, "activation: expected one of silu, .* got 'swish'"),
         (bad(6, torch.zeros(8), activation=["silu"]), ValueError, r"activation: .*, got \['silu'\]"),
-        (bad(6, torch.zeros(8), eps="a"), TypeError, "eps: expected a number, got 'a'"),
-        (bad(6, torch.zeros(8), eps=-1.0), ValueError, r"eps: expected a number >= 0, got -1\.0"),
+        (bad(6, torch.zeros(8), eps="a"), TypeError, r"eps: expected a number in \[0, inf\], got 'a'"),
+        (bad(6, torch.zeros(8), eps=True), TypeError, r"eps: expected a number in \[0, inf\], got True"),
+        (bad(6, torch.zeros(8), eps=float("nan")), ValueError, r"eps: expected a number in \[0, inf\], got nan"),
+        (bad(6, torch.zeros(8), eps=-1.0), ValueError, r"eps: expected a number in \[0, inf\], got -1\.0"),
     ],
 )
 def test_errors_name_the_argument(call, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error) as caught:
         call()
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ([0, 1, 0], TypeError, "index: expected a torch.Tensor of dtype int64 or int32, got list"),
+        (torch.zeros(3), TypeError, "index: expected a torch.Tensor of dtype int64 or int32, got torch.float32"),
+        (torch.zeros(3, dtype=torch.int64, device="meta"), ValueError, "index: expected device cpu like x, got meta"),
+        (torch.zeros(4, dtype=torch.int64), ValueError, r"index: expected leading dimensions of x, \(3,\), got \(4,\)"),
+        (
+            torch.zeros(3, 8, dtype=torch.int64),
+            ValueError,
+            r"index: expected leading dimensions .* got \(3, 8\)",
+        ),
+        (torch.tensor([0, 1, 2]), ValueError, "index: expected values from -1 to 1, got 0 to 2"),
+        (torch.tensor([0, -2, 0]), ValueError, "index: expected values from -1 to 1, got -2 to 0"),
+    ],
+)
+def test_errors_of_an_index(index: object, error: type[Exception], message: str) -> None:
+    weights = [torch.stack([w, w]) for w in make_weights(8, 4)]
+    with pytest.raises(error, match=message):
+        ak.adapter(torch.randn(3, 8), *weights, index=index)  # type: ignore[arg-type]

@@ -164,7 +164,7 @@ def _renewed(
 def sorted_by_adapter(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The sequences in order of their adapter (B,), those with none first, and where each adapter's begin (n + 1,).
 
-    Kept for tensors that this package made (`_index.vouch`), one of which serves all sites of a model.
+    Kept for tensors that this package made (``index.vouch``), one of which serves all sites of a model.
     """
     entry = None if graphs.recording(index.device) else vouched(index, n)
     if entry is None:

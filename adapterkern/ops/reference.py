@@ -86,7 +86,7 @@ class Gradients(NamedTuple):
 
 
 def adapter_eager(x: Tensor, weights: Weights, *, eps: float = 1e-5, activation: str = "silu") -> Tensor:
-    """The composition of stock PyTorch operations that everything else must equal. ``x`` is (..., d)."""
+    """The stock PyTorch operations, which every other implementation must equal. ``x`` is (..., d)."""
     w = weights
     normed = F.layer_norm(x, (x.shape[-1],), w.norm_weight, w.norm_bias, eps)
     h = ACTIVATIONS[activation].fn(F.linear(normed, w.down_weight, w.down_bias))
@@ -106,7 +106,7 @@ def adapter_forward(x: Tensor, weights: Weights, *, eps: float = 1e-5, activatio
 
 
 def adapter_backward(dy: Tensor, x: Tensor, fwd: Forward, weights: Weights, *, activation: str = "silu") -> Gradients:
-    """The hand-derived backward of DESIGN.md. ``dy`` and ``x`` are (T, d); returns all seven gradients."""
+    """The backward from its closed form (see the module). ``dy`` and ``x`` are (T, d); returns all seven gradients."""
     w = weights
     d = x.shape[1]
     act = ACTIVATIONS[activation]

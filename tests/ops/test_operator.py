@@ -314,11 +314,7 @@ def test_errors_name_the_argument(call, error: type[Exception], message: str) ->
         (torch.zeros(3), TypeError, "index: expected a torch.Tensor of dtype int64 or int32, got torch.float32"),
         (torch.zeros(3, dtype=torch.int64, device="meta"), ValueError, "index: expected device cpu like x, got meta"),
         (torch.zeros(4, dtype=torch.int64), ValueError, r"index: expected leading dimensions of x, \(3,\), got \(4,\)"),
-        (
-            torch.zeros(3, 8, dtype=torch.int64),
-            ValueError,
-            r"index: expected leading dimensions .* got \(3, 8\)",
-        ),
+        (torch.zeros(3, 8, dtype=torch.int64), ValueError, r"index: expected leading dimensions .* got \(3, 8\)"),
         (torch.tensor([0, 1, 2]), ValueError, "index: expected values from -1 to 1, got 0 to 2"),
         (torch.tensor([0, -2, 0]), ValueError, "index: expected values from -1 to 1, got -2 to 0"),
     ],

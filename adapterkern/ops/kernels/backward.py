@@ -5,34 +5,35 @@
     dW_down = G·diag(γ) + s·βᵀ   db_down = s = Σₜ dz   dγ = Σᵣ G ⊙ W_down   dβ = s·W_down               (3)
     dW_up = U                    db_up = Σₜ dy
 
-Three kernels, one a line. (1), in hidden.py, owns row tiles, reads dy once and leaves dz and h, T×r each. (2) owns a
-slice of d and a fixed share of the rows: its slice of A stays with it while x and dy stream through, each once, and
-the fp32 sums of G and U never leave its registers until the end. (3) adds up the shares in their order and turns them
-into gradients. LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them: four units of T×d
-traffic in all (dy; dy, x, dx), where three is the floor.
+One kernel per number. (1), in hidden.py: a program owns row tiles, reads dy once and stores dz and h, T×r each. (2), in
+slice.py: a program owns a slice of d and a fixed share of the rows. It keeps its slice of A while x and dy stream
+through, each once, and the fp32 sums of G and U stay in its registers until the end. (3) adds up the shares in their
+order and turns them into gradients. LayerNorm's two row means are c1 and c2, so nothing of size T×d is read for them:
+four units of T×d traffic in total (dy; dy, x, dx), where three is the floor.
 
-Folded. In bf16, (1) leaves ζ = ρ·dz rounded instead of dz, and makes c1 and c2 from ζ (c2 times −ρ). With x̂ = ρ(x − μ),
+Folded. In bf16, (1) stores the rounded ζ = ρ·dz instead of dz, and makes c1 and c2 from ζ (c2 times −ρ). With
+x̂ = ρ(x − μ),
 
     dx = dy + ζ·A + (−c1 − μ·c2) + x·c2           Gᵀ = xᵀ·ζ − qᵀ        q = Σₜ μ·ζ                      (2')
 
 so x and dy go from shared memory into the products without passing through registers: 20 instructions per element
-instead of 52. It cancels where |μ| ≫ σ. (1) leaves each tile's largest (ρμ)², and where a row of an adapter's chunk
-passes 16², all of that chunk goes with x − μ, rounded, in place of x (and no q), as it always does where x is recovered
-from y. fp16, which has no room for ρ·dz, and rows of another dtype than the products' are not folded.
+instead of 52. This cancels where |μ| ≫ σ. So (1) stores each tile's largest (ρμ)², and if a row of an adapter's chunk
+exceeds 16², the whole chunk uses the rounded x − μ in place of x (and no q), as it always does where x is recovered
+from y. Not folded are fp16, whose range is too small for ρ·dz, and rows of another dtype than the products'.
 
-dy's second read is meant for L2. (1) and (2) therefore alternate over equal chunks of rows, at most one wave of row
-tiles each, and (2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk
-through its own partial buffer, so the order of every addition is fixed and two runs agree to the bit.
+dy's second read should hit L2. So (1) and (2) alternate over equal chunks of rows, at most one wave of row tiles each,
+and (2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk through its own
+partial buffer, so the order of every addition is fixed and two runs agree to the bit.
 
-x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up, for one more product and no more
-traffic.
+x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up. This takes one more product and no
+more traffic.
 
-Only what is asked for is computed: without dz's users (1) does not run, and each of (2)'s outputs is a compile-time
-switch.
+Only requested results are computed: (1) does not run if nothing uses what it stores, and each output of (2) is a
+compile-time switch.
 """
 
 # mypy: allow-untyped-defs
-# A Triton function's types are its callers'.
+# The types of a Triton function's arguments are its callers'.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -49,9 +50,9 @@ from .slice import slice_kernel
 from .tiles import Tiles, ceil_div, early_launch, multiprocessors, row_shares
 from .weights import Prepared
 
-# From this R on, G and U are summed in two launches of (2), one accumulator each. Half the registers an accumulator
-# takes buy slices twice as wide, and so half the reads of dz and h (2R·slices numbers a row: 8 units at R = 256 and
-# 32 columns), for one more read of dy.
+# For R >= this, G and U are summed in two launches of (2), with one accumulator each. The registers saved make slices
+# twice as wide, so dz and h are read half as often (2R·slices numbers per row: 8 units at R = 256 and 32 columns), for
+# one more read of dy.
 SEPARATE_UP = 256
 
 
@@ -96,7 +97,7 @@ def reduce_kernel(
     BD: tl.constexpr,
 ):
     follow(PDL)
-    # A program owns BD columns of one adapter and goes over r in steps of RB; everything it needs is in those columns.
+    # A program owns BD columns of one adapter and goes over r in steps of RB. All that it needs is in those columns.
     n = tl.num_programs(1)
     e = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -197,7 +198,7 @@ def backward(
         return dy.new_empty(size, dtype=dtype) if wanted else None
 
     dx = torch.empty_like(dy) if needed.x else None
-    # One allocation each: a slice of a shared one would be aligned for some T only, which is another compiled variant.
+    # One allocation each: a slice of a shared one would be aligned only for some T, which compiles another variant.
     rows = Hidden(
         dz=empty(with_dz, T, R, dtype=z.dtype), c1=empty(with_dz, T), c2=empty(with_dz, T),
         h=empty(with_h, T, R, dtype=z.dtype), s=empty(with_s, n_row_tiles, R),
@@ -245,7 +246,7 @@ def backward(
 
 
 def _chunks(T: int, unit: int, row_tile: int, sms: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of equal chunks, in whole units, of at most a wave of row tiles."""
+    """(first row, rows) of equal chunks in multiples of ``unit``, of at most one wave of row tiles each."""
     count = ceil_div(T, sms * row_tile)
     size = ceil_div(ceil_div(T, unit), count) * unit
     return ((row0, min(size, T - row0)) for row0 in range(0, T, size))

@@ -1,17 +1,17 @@
-"""Prepared weights, kept while their parameters stay as they were: one small launch per adapter and optimizer step.
+"""Prepared weights, kept until their parameters change: one small launch per adapter and optimizer step.
 
-An entry is good while each parameter still is the same storage (compared by a weak reference, so that an address used
-again is no hit), read as the same dtype, shape and strides, at the same address and version, and while no optimizer has
-stepped since. The version counter sees in-place updates and `load_state_dict`; the step hook sees optimizers that write
-through `.data` or through a flat buffer (DeepSpeed, FSDP), which leave the counter alone. What neither sees is a
-hand-written `p.data.add_(…)` outside an optimizer: `clear()` is for that.
+An entry is valid while each parameter is the same storage (compared by a weak reference, so that a reused address is no
+hit), read with the same dtype, shape and strides, at the same address and version, and while no optimizer has stepped
+since. The version counter sees in-place updates and ``load_state_dict``. The step hook sees optimizers that write
+through ``.data`` or a flat buffer (DeepSpeed, FSDP), which leave the counter unchanged. Neither sees a hand-written
+``p.data.add_(…)`` outside an optimizer: call ``clear()`` after one.
 
-CUDA graphs. Weights that train are prepared in the graph, so that a replay sees what they hold by then; the backward is
-handed the forward's preparation (`must_carry`), one launch for both. Weights that are frozen when the graph is recorded
-(requires_grad=False, `frozen`) are prepared by none if an eager call has prepared them in that dtype before: the graph
-reads the entry, which then stays where it is as long as the weights do. Such a graph does not see a later change of the
-weights by itself. The next eager call with them in that dtype finds the change, as above, and rewrites what the graphs
-read. Frozen weights without a valid entry are prepared in the graph like the others.
+CUDA graphs. Weights that train are prepared in the graph, so that a replay sees their current values. The backward gets
+the forward's preparation (``must_carry``): one launch for both. Weights that are frozen when the graph is recorded
+(requires_grad=False, ``frozen``) are not prepared in it if an eager call has prepared them in that dtype before: the
+graph reads that entry, which then keeps its memory as long as the weights live. Such a graph does not itself see a
+later change of the weights. The next eager call with them in that dtype finds the change, as above, and rewrites what
+the graphs read. Frozen weights without a valid entry are prepared in the graph like the others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ from adapterkern.ops.index import vouched
 from .weights import Prepared, prepare
 
 _entries: dict[tuple[Any, ...], "_Entry"] = {}
-_pinned: dict[tuple[Any, ...], "_Entry"] = {}  # what graphs read, by how the weights lie
+_pinned: dict[tuple[Any, ...], "_Entry"] = {}  # what graphs read, by _place
 _in_graphs: dict[int, StorageWeakRef] = {}
 _steps = 0
 
@@ -44,7 +44,7 @@ class _Entry:
         return any(s.expired() for s in self.storages)
 
     def valid(self, state: tuple[Any, ...]) -> bool:
-        # A live weak reference keeps a storage's identity from being given to another.
+        # While a weak reference to a storage lives, no other storage gets its identity.
         return self.state == state and not self.expired()
 
 
@@ -57,9 +57,9 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def clear() -> None:
-    """Forget every prepared weight, and which weights graphs have trained.
+    """Forget all prepared weights, and which weights graphs have trained.
 
-    What graphs of frozen weights read stays, and is written anew by the next eager call with those weights.
+    What graphs of frozen weights read stays; the next eager call with those weights rewrites it.
     """
     _entries.clear()
     _in_graphs.clear()
@@ -68,17 +68,17 @@ def clear() -> None:
 
 
 def frozen(weights: Iterable[Tensor]) -> bool:
-    """Whether the weights are declared frozen; views of a parameter that trains are not, made under no_grad either."""
+    """Whether all weights are declared frozen. Views of a parameter that trains are not, even if made under no_grad."""
     return not any(w.requires_grad for w in weights)
 
 
 def must_carry(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the backward can find the forward's preparation only if it is handed over: in a recording."""
+    """Whether the backward gets the forward's preparation only if it is handed over: in a recording."""
     return graphs.recording(weights[0].device) and _before_recording(weights, dtype) is None
 
 
 def prepare_to_carry(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """`prepare(weights, dtype)` for one call and its backward, kept nowhere."""
+    """``prepare(weights, dtype)`` for one call and its backward, not cached."""
     if graphs.recording(weights[0].device) and not frozen(weights):
         storage = weights[2].untyped_storage()
         _in_graphs[storage._cdata] = StorageWeakRef(storage)
@@ -86,12 +86,12 @@ def prepare_to_carry(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
 
 
 def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """`prepare(weights, dtype)`, or what it returned last time if the parameters have not changed since."""
+    """``prepare(weights, dtype)``, or its last result if the parameters have not changed since."""
     device = weights[0].device
     if graphs.recording(device):
         kept = _before_recording(weights, dtype)
         return prepare_to_carry(weights, dtype) if kept is None else kept
-    if any(w.is_inference() for w in weights):  # they keep no version
+    if any(w.is_inference() for w in weights):  # they have no version
         return prepare(weights, dtype)
     storages = [w.untyped_storage() for w in weights]
     if _trained_by_graphs(storages):
@@ -102,7 +102,7 @@ def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
     if entry is not None and entry.valid(state):
         return entry.prepared
     for entries in (_entries, _pinned):
-        for old, e in list(entries.items()):  # another thread may be at it too
+        for old, e in list(entries.items()):  # a copy: another thread may change the table
             if e.expired():
                 entries.pop(old, None)
     entry = _Entry(tuple(map(StorageWeakRef, storages)), state, _renewed(weights, storages, dtype, state))
@@ -111,18 +111,18 @@ def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
 
 
 def _state(weights: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> tuple[Any, ...]:
-    """Differs where the weights may."""
+    """A value that differs whenever the weights may."""
     return (_steps, *(s._cdata for s in storages), *((w._version, w.dtype, w.shape, w.stride()) for w in weights))
 
 
 def _place(weights: Sequence[Tensor], storages: Sequence[UntypedStorage], dtype: torch.dtype) -> tuple[Any, ...]:
-    """What a preparation is of, whatever the weights hold."""
+    """What identifies the weights of a preparation, whatever their values."""
     lie = ((s._cdata, w.data_ptr(), w.dtype, w.shape, w.stride()) for w, s in zip(weights, storages, strict=True))
     return (dtype, *lie)
 
 
 def _trained_by_graphs(storages: Sequence[UntypedStorage]) -> bool:
-    """Whether a replay may have changed the weights, which no version counts."""
+    """Whether a replay may have changed the weights, which changes no version."""
     down = storages[2]._cdata
     used = _in_graphs.get(down)
     if used is not None and used.expired():
@@ -131,16 +131,16 @@ def _trained_by_graphs(storages: Sequence[UntypedStorage]) -> bool:
 
 
 def _before_recording(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared | None:
-    """A valid preparation of frozen weights from before the recording, which from now on stays where it is."""
+    """A valid preparation of frozen weights from before the recording. From now on it keeps its memory."""
     storages = [w.untyped_storage() for w in weights]
     if not frozen(weights) or any(w.is_inference() for w in weights) or _trained_by_graphs(storages):
         return None
     state, place = _state(weights, storages), _place(weights, storages, dtype)
     pinned = _pinned.get(place)
-    if pinned is not None and not pinned.expired():  # an earlier graph reads it: no other may take its place
+    if pinned is not None and not pinned.expired():  # an earlier graph reads it: nothing may replace it
         return pinned.prepared if pinned.valid(state) else None
     pointers = tuple(w.data_ptr() for w in weights)
-    for (of, _, *there), entry in list(_entries.items()):  # of any stream: a recording begins when all have finished
+    for (of, _, *there), entry in list(_entries.items()):  # any stream: a recording begins after all have finished
         if of == dtype and tuple(there) == pointers and entry.valid(state):
             _pinned[place] = entry
             return entry.prepared
@@ -150,11 +150,11 @@ def _before_recording(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared
 def _renewed(
     weights: Sequence[Tensor], storages: Sequence[UntypedStorage], dtype: torch.dtype, state: tuple[Any, ...]
 ) -> Prepared:
-    """`prepare(weights, dtype)`; what graphs read of these weights becomes the same."""
+    """``prepare(weights, dtype)``, also written to what graphs read of these weights."""
     made = prepare(weights, dtype)
     pinned = _pinned.get(_place(weights, storages, dtype)) if _pinned else None
     if pinned is not None and not pinned.expired():
-        with torch.inference_mode():  # where it may have been made, and only there be written
+        with torch.inference_mode():  # `read` may be an inference tensor, writable only here
             for read, new in zip(pinned.prepared.tensors(), made.tensors(), strict=True):
                 read.copy_(new)
         pinned.state = state
@@ -162,9 +162,9 @@ def _renewed(
 
 
 def sorted_by_adapter(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The sequences in order of their adapter (B,), those with none first, and where each adapter's begin (n + 1,).
+    """The sequences sorted by adapter (B,), those with none first, and where each adapter's begin (n + 1,).
 
-    Kept for tensors that this package made (``index.vouch``), one of which serves all sites of a model.
+    Kept for tensors that this package made (``index.vouch``); one of them serves all sites of a model.
     """
     entry = None if graphs.recording(index.device) else vouched(index, n)
     if entry is None:

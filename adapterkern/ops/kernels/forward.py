@@ -3,30 +3,30 @@
     μ, σ² = mean, variance of a row       ρ = 1/√(σ² + eps)
     z = ρ((x − s)·Aᵀ − (μ − s)·rowsum(A)) + c        h = act(z)        y = x + h·W_upᵀ + b_up
 
-A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). 16-bit rows go into the product as they lie,
-with Σx and Σx² beside it, each thread's own until the end. That leaves the variance right to 256·2⁻²⁴ where no mean
-outweighs its deviation by more than 16. A tile with such a row goes the shifted way, and so does every row of another
-dtype than the product's: block by block with Chan's update, where neither a large mean nor a large channel cancels,
-for 510 instructions per 64×64 block instead of 230.
+A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). 16-bit rows go into the product unchanged, with
+Σx and Σx² summed beside it, in each thread separately until the end. The variance is then right to 256·2⁻²⁴ as long as
+no row's mean exceeds 16 deviations. A tile with a row beyond that is computed the shifted way, and so is every row of
+another dtype than the product's: block by block with Chan's update, where neither a large mean nor a large channel
+cancels. This takes 510 instructions per 64×64 block instead of 230.
 
-s is a constant of the row: 0, or, where the first block's mean outweighs its deviation by more than 4, that mean
-rounded to x's dtype. Without it a row of σ ≈ 0 loses everything (ρ reaches 1/√eps = 316, and 316·μ·2⁻²⁴·√d is what
-fp32 accumulation leaves), and an fp32 row that is rounded to bf16 for the product loses σ/μ. With it such rows are
-exact: numbers of one binade differ by one that their own dtype holds.
+s is a constant of the row: 0, or the mean of the first block, rounded to x's dtype, where that mean exceeds 4
+deviations. Without it a row with σ ≈ 0 loses all accuracy (ρ reaches 1/√eps = 316, and fp32 accumulation leaves an
+error of 316·μ·2⁻²⁴·√d), and an fp32 row that is rounded to bf16 for the product loses σ/μ. With it such rows are exact:
+numbers of one binade differ by a number that their own dtype holds.
 
-A program owns a row tile and goes over d twice: up, and then down again, since the columns read last are those most
-likely still in L2. Loads: x twice, A and W_up once per row tile, all of them asynchronous and some blocks ahead
-(`tl.range` pipelines what feeds no product, too). Stores: y, and for the backward z (T×r, rounded to the compute dtype;
-h is act of the rounded z) and two fp32 row constants.
+A program owns a row tile and goes over d twice, up and then down again, since the columns read last are most likely
+still in L2. Loads: x twice, A and W_up once per row tile, all asynchronous and some blocks ahead (``tl.range``
+pipelines also loads that feed no product). Stores: y, and for the backward z (T×r, rounded to the compute dtype; h is
+act of the rounded z) and two fp32 row constants.
 
-Where row tiles are too few to fill the device (decoding), two launches share each tile's columns: the first leaves
-partial products and statistics of its columns in fp32, the second adds them up, in order, and emits its columns of y.
-Programs that share a tile share its s, so they decide by s: without one in the first block, no row's mean² passes
-some d/4 times its variance.
+Where row tiles are too few to fill the device (decoding), two launches share each tile's columns: the first stores
+partial products and statistics of its columns in fp32; the second adds them up, in order, and emits its columns of y.
+Programs that share a tile share its s, so they choose the way by s: where the first block needs none, no row's mean²
+exceeds about d/4 times its variance.
 """
 
 # mypy: allow-untyped-defs
-# A Triton function's types are its callers'.
+# The types of a Triton function's arguments are its callers'.
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +39,7 @@ from .weights import Prepared
 
 @triton.jit
 def _merge(count, mean, m2, n, mean_n, m2_n):
-    """Chan's update: a row's count, mean and squared deviations with those of n more elements."""
+    """Chan's update: a row's count, mean and squared deviations, joined with those of n more elements."""
     total = count + n
     delta = mean_n - mean
     return total, mean + delta * (n / total), m2 + m2_n + delta * delta * (count * n / total)
@@ -83,8 +83,8 @@ def _project(p_rows, p_a, m_t, shift, lo, hi, d: tl.constexpr, D: tl.constexpr, 
 @triton.jit
 def _project_plain(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
                    BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """As _project with s = 0: x goes into the product as it lies, and Σx and Σx² stay in their threads to the end."""
-    RUN: tl.constexpr = 8  # consecutive columns that one thread has loaded
+    """As _project with s = 0: x goes into the product unchanged; Σx and Σx² stay in their threads to the end."""
+    RUN: tl.constexpr = 8  # consecutive columns, loaded by one thread
     o_r = tl.arange(0, BR)
     acc = tl.zeros((BT, BR), tl.float32)
     total = tl.zeros((BT, BD // RUN), tl.float32)
@@ -242,7 +242,7 @@ def forward_partial_kernel(
         hi = tl.minimum(lo + width * BD, d)
         p_a += e * BR * D
         if PLAIN:
-            # The same choice in every split of a tile, which share s. The bound keeps Σx² finite.
+            # Every split of a tile chooses the same, because they share s. The bound keeps Σx² finite.
             if tl.max(tl.where((shift == 0) & (m2 + mean * mean * n < 1e30), 0, 1), 0) == 0:
                 acc, mean, m2 = _project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
             else:
@@ -305,7 +305,7 @@ def forward_finish_kernel(
         e = tl.load(p_index + sequence).to(tl.int64)
     if e < 0:
         _copy(p_rows, p_out, m_t, lo, blocks, d, BD)
-        if p_z is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
+        if p_z is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, tl.zeros((BT, BR), p_z.dtype.element_ty), zero, zero, i_t, m_t, r, BR)
     else:
@@ -321,7 +321,7 @@ def forward_finish_kernel(
             mean_n, m2_n = tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
             count, mean, m2 = _merge(count, mean, m2, n, mean_n, m2_n)
         z, rstd = _hidden(acc, shift, mean, m2, p_asum + e * BR, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)
-        if p_z is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
+        if p_z is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
         h = narrow(activate(z.to(tl.float32), ACT), z.dtype)

@@ -3,13 +3,13 @@
     dh = dy·W_up      dz = dh ⊙ act'(z)      c1 = dz·rowsum(A)/d      c2 = Σᵣ(dz ⊙ (z − c))/d      h = act(z)
     s = Σₜ dz         folded: ρ·dz in place of dz, −ρ·c2 in place of c2, q = Σₜ ρ·μ·dz, and the largest (ρ·μ)²
 
-A program owns a row tile, and leaves the sums over its rows to the next kernel. Where row tiles are too few to fill
-the device, a launch before it shares each tile's columns among programs, as the forward's does, and leaves partial
-products in fp32. What `folded` is for stands in backward.py.
+A program owns a row tile and stores the sums over its rows for the next kernel. Where row tiles are too few to fill
+the device, an extra launch before it shares each tile's columns among programs, as the forward's does, and stores
+partial products in fp32. backward.py explains ``folded``.
 """
 
 # mypy: allow-untyped-defs
-# A Triton function's types are its callers'.
+# The types of a Triton function's arguments are its callers'.
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def hidden_kernel(
     p_asum,  # (n, R)
     p_c,  # (n, R)
     p_w,  # (n, D, R)
-    p_dh,  # (splits, rows, R) fp32, or None: the product is made here
+    p_dh,  # (splits, rows, R) fp32, or None: this kernel makes the product
     p_dz,  # (T, R), or None with the next two
     p_c1,  # (T,)
     p_c2,  # (T,)
@@ -87,7 +87,7 @@ def hidden_kernel(
     p_s,  # (tiles, R) fp32, or None
     p_q,  # (tiles, R) fp32, or None
     p_worst,  # (tiles,) fp32, or None: not folded
-    p_dx,  # (T, d), or None: rows without an adapter pass dy on here
+    p_dx,  # (T, d), or None; rows without an adapter copy dy to it
     tile0,
     rows,
     S,
@@ -155,7 +155,7 @@ def hidden_kernel(
 
 
 class Hidden(NamedTuple):
-    """What (1) leaves for (2), each None where nobody asks for it."""
+    """What kernel (1) of backward.py stores for (2); None for what is not needed."""
 
     dz: Tensor | None  # (T, R), times ρ if folded
     c1: Tensor | None  # (T,) fp32
@@ -184,7 +184,7 @@ def hidden(
     sms: int,
     pdl: bool,
 ) -> None:
-    """Fill ``out`` for ``n_tiles`` row tiles of ``dy`` (T, d) from ``tile0``."""
+    """Fill ``out`` for ``n_tiles`` row tiles of ``dy`` (T, d), starting with tile ``tile0``."""
     T, d = dy.shape
     p = prepared
     R = p.A.shape[1]

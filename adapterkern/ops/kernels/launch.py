@@ -1,9 +1,9 @@
 """From tensors of any shape and stride to launches: rows, prepared weights, block sizes, the current device.
 
-Triton compiles one variant per alignment of a pointer and divisibility of an integer. Here every T×d tensor is
-brought to rows that start at 16-byte boundaries as far as d allows: the row stride is passed in units of VEC
-elements, the most that divides d, and rows that do not fit are copied. So a kernel has one variant, with wide loads,
-whatever the strides are.
+Triton compiles one variant per alignment of a pointer and divisibility of an integer. So every T×d tensor is brought to
+rows that start at 16-byte boundaries, as far as d allows: the row stride is passed in units of VEC elements, the most
+that divides d, and rows that do not fit are copied. A kernel then has one variant, with wide loads, whatever the
+strides are.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from .weights import Prepared
 
 
 def _vector(x: Tensor) -> int:
-    """The most elements, up to 16 bytes, that divide a row."""
+    """The largest number of elements that divides a row and takes at most 16 bytes."""
     return math.gcd(16 // x.element_size(), x.shape[-1])
 
 
 def _rows(x: Tensor, *, dense: bool) -> Tensor:
-    """``x`` (..., d) as rows (T, d), copied if they cannot be read as they lie; ``dense`` rows have no gap between."""
+    """``x`` (..., d) as rows (T, d), copied if they cannot be read in place; ``dense`` rows have no gaps between."""
     d = x.shape[-1]
     rows = x.reshape(-1, d)
     strides = rows.stride()
@@ -37,19 +37,19 @@ def _rows(x: Tensor, *, dense: bool) -> Tensor:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make ``device`` current: Triton launches on the current device, which need not be the tensors'."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
 
 
 def _precision(compute: torch.dtype) -> str:
-    # fp32_precision follows allow_tf32 and set_float32_matmul_precision too; allow_tf32 raises once it has been set.
+    # fp32_precision also follows allow_tf32 and set_float32_matmul_precision. allow_tf32 raises once it has been set.
     return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def prepare_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """What the other two take as ``carried``."""
+    """What the other two functions take as ``carried``."""
     with _on(weights[0].device):
         return prepare_to_carry(weights, dtype)
 
@@ -67,7 +67,7 @@ def adapter_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
 
-    ``carried``: the fields of a `Prepared` that is to be used.
+    ``carried``: the fields of a ``Prepared``; without it the weights are prepared, or found in the cache.
     """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d
@@ -91,7 +91,7 @@ def adapter_forward(
             pdl=has_early_launches(x.device),
         )
     z, mean, rstd = (x.new_empty(0) if t is None else t for t in saved)
-    # Not y.view: autograd refuses to have a view that a Function returns written in place.
+    # Not y.view: autograd forbids in-place writes to a view that a Function returns.
     return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
 
 
@@ -109,7 +109,7 @@ def adapter_backward(
     x_free: bool,
     carried: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients in ``needed`` (None for the others); ``x`` is y where ``x_free``; ``carried`` as forward."""
+    """The gradients in ``needed`` (None for the others); ``x`` is y if ``x_free``; ``carried`` as in the forward."""
     if x.numel() == 0:
         return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
     with _on(x.device):

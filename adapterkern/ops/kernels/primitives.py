@@ -1,26 +1,26 @@
-"""What every kernel shares: the activations, the matrix product, and where a row tile lies.
+"""What every kernel shares: the activations, the matrix product, and the rows of a row tile.
 
-A row tile never crosses a sequence, because with stacked adapters a sequence is what chooses its adapter; a plain
-call is one sequence of T rows. Rows that a tile has beyond its sequence are masked. Row offsets are int64: T·d passes
-2³¹ at T = 524,288 for d = 4096.
+A row tile never crosses a sequence, because with stacked adapters each sequence has its own adapter; a plain call is
+one sequence of T rows. A tile's rows beyond the end of its sequence are masked. Row offsets are int64: T·d exceeds 2³¹
+at T = 524,288 for d = 4096.
 """
 
 # mypy: allow-untyped-defs
-# A Triton function's types are its callers'.
+# The types of a Triton function's arguments are its callers'.
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bit patterns of bf16 operands, so there every operand is widened to fp32 first;
-# products of 16-bit numbers are exact in fp32, which is also what a tensor core accumulates.
+# The interpreter multiplies the bit patterns of bf16 operands, so there every operand is widened to fp32 first.
+# Products of 16-bit numbers are exact in fp32, and tensor cores accumulate in fp32, too.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def follow(PDL: tl.constexpr):
-    """Waits for the kernel before, and lets the one after start up meanwhile (programmatic dependent launch).
+    """Wait for the previous kernel, and let the next one start up meanwhile (programmatic dependent launch).
 
-    A kernel that calls this first reads and writes nothing before the launches it depends on are over, however early
-    it was started itself; of the next one only the launch is early (about 1 µs per kernel, from others' measurements).
+    Called first in a kernel. However early the kernel was started, it reads and writes nothing until the launches it
+    depends on are over. Only the next kernel's launch is early (about 1 µs per kernel, from others' measurements).
     """
     if PDL and not INTERPRETED:
         tl.extra.cuda.gdc_wait()
@@ -29,13 +29,13 @@ def follow(PDL: tl.constexpr):
 
 @triton.constexpr_function
 def partial_stages(stages: int, rows: int, columns: int) -> int:
-    """Stages of a loop over fp32 partial sums (rows, columns): 128 KiB, the one in use included."""
+    """Stages of a loop over fp32 partial sums (rows, columns): at most 128 KiB, including the one in use."""
     return max(1, min(stages, 2**17 // (4 * rows * columns)))
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b, accumulated in fp32. PRECISION is Triton's input precision and matters for fp32 operands only."""
+    """acc + a·b, accumulated in fp32. PRECISION is Triton's input precision; it matters only for fp32 operands."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -44,7 +44,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 → dtype, rounded to nearest even. The interpreter cuts bf16 off, so there the bits are rounded first."""
+    """fp32 → dtype, rounded to nearest even. The interpreter truncates to bf16, so there the bits are rounded first."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -53,7 +53,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def _tanh(z):
-    # (1 − e)/(1 + e) cancels near zero, where the series to z⁹ is exact to 1e-8.
+    # (1 − e)/(1 + e) cancels near zero; there the series up to z⁹ is exact to 1e-8.
     e = tl.exp(-2 * tl.abs(z))
     far = tl.where(z < 0, -1.0, 1.0) * (1 - e) / (1 + e)
     q = z * z
@@ -69,7 +69,7 @@ def activate(z, ACT: tl.constexpr):
     elif ACT == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     elif ACT == "relu":
-        return tl.where(z < 0, 0.0, z)  # this way round a NaN stays one
+        return tl.where(z < 0, 0.0, z)  # in this order a NaN stays a NaN
     elif ACT == "tanh":
         return _tanh(z)
     else:
@@ -97,7 +97,7 @@ def activate_grad(z, ACT: tl.constexpr):
 
 @triton.jit
 def tile_rows(tile, S, BT: tl.constexpr):
-    """The sequence of a row tile, its rows (int64) and which of them exist; S is rows per sequence."""
+    """The sequence of a row tile, its rows (int64) and which of them exist. S is the number of rows per sequence."""
     per_sequence = tl.cdiv(S, BT)
     sequence = tile // per_sequence
     i_t = (tile - sequence * per_sequence) * BT + tl.arange(0, BT)

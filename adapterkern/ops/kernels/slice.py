@@ -1,12 +1,12 @@
 """The second of the backward's three kernels: dx and the sums G and U, from one read of x and dy. See backward.py.
 
-A program owns BD columns and every shares-th row tile. Three walks over the same rows: folded and direct, where x and
-dy go from shared memory into the products; folded but centered, where a row's mean outweighs its deviation or x is
+A program owns BD columns and every shares-th row tile. There are three walks over its rows: folded and direct, where x
+and dy go from shared memory into the products; folded but centered, where a row's mean exceeds 16 deviations or x is
 recovered from y; and the plain equations, for fp16, fp32 and mixed dtypes.
 """
 
 # mypy: allow-untyped-defs
-# A Triton function's types are its callers'.
+# The types of a Triton function's arguments are its callers'.
 import triton
 import triton.language as tl
 
@@ -30,7 +30,7 @@ def _walk(
     G: tl.constexpr, U: tl.constexpr, DBIAS: tl.constexpr, FOLDED: tl.constexpr, DIRECT: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A share of the row tiles first … last, backwards: dx, and G, Uᵀ and Σₜ dy added to what they were."""
+    """Walk a share of the row tiles first … last, backwards: store dx, and add to g (G), u (Uᵀ) and dbias (Σₜ dy)."""
     DX: tl.constexpr = p_dx is not None
     o_r = tl.arange(0, BR)
     m_d = o_d < d
@@ -88,7 +88,7 @@ def _walk(
 
 @triton.jit
 def _hidden_tile(i, p_order, per_sequence):
-    """The number of the i-th row tile of (1): tiles of one sequence lie together, sequences as p_order has them."""
+    """The number of the i-th row tile of (1), counting the sequences in p_order's order and the tiles within each."""
     tile = i.to(tl.int64)
     if p_order is not None:
         position = i // per_sequence
@@ -98,20 +98,20 @@ def _hidden_tile(i, p_order, per_sequence):
 
 @triton.jit
 def _may_go_direct(p_worst, p_order, lo, hi, per_sequence):
-    """Whether no row of (1)'s tiles lo … hi has a mean of more than 16 deviations, the forward's bound."""
+    """Whether no row of (1)'s tiles lo … hi has a mean above 16 deviations, the forward's bound."""
     worst = tl.zeros((256,), tl.float32)
     for o in range(lo, hi, 256):
         i = o + tl.arange(0, 256)
         m_i = i < hi
         tile = _hidden_tile(tl.where(m_i, i, lo), p_order, per_sequence)
         value = tl.load(p_worst + tile, mask=m_i, other=0)
-        worst = tl.where(value <= 256.0, worst, 1.0)  # a NaN is no small number
+        worst = tl.where(value <= 256.0, worst, 1.0)  # a NaN counts as large
     return tl.max(worst, 0) == 0
 
 
 @triton.jit
 def _add_tiles(p_tiles, p_order, total, lo, hi, per_sequence, BR: tl.constexpr):
-    """total (R,) and this share's part of the sums that (1) left for its tiles lo … hi, in their order."""
+    """total (R,) plus this share's part of the sums that (1) stored for its tiles lo … hi, in their order."""
     BLOCK: tl.constexpr = 32
     o_r = tl.arange(0, BR)
     share, shares = tl.program_id(1), tl.num_programs(1)
@@ -131,7 +131,7 @@ def slice_kernel(
     p_dy,  # (T, d) contiguous
     p_x,  # (T, d), rows `stride`·VEC apart; y if X_FREE
     p_order,  # (T/S,) sequences sorted by adapter, or None
-    p_bounds,  # (n + 1,) where each adapter's sequences begin in it
+    p_bounds,  # (n + 1,) where each adapter's sequences begin in p_order
     p_dz,  # (T, R)
     p_h,  # (T, R)
     p_mean,  # (T,)
@@ -175,7 +175,7 @@ def slice_kernel(
     DBIAS: tl.constexpr = p_dbias is not None
     NO_X: tl.constexpr = not (DX or G)
     FOLDED: tl.constexpr = p_worst is not None
-    SAFE_BT: tl.constexpr = min(BT, 32)  # what fits the registers where x goes through them
+    SAFE_BT: tl.constexpr = min(BT, 32)  # what fits in registers if x goes through them
     share = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -183,7 +183,7 @@ def slice_kernel(
     o_rd = o_r[:, None] * D + o_d[None, :]
     tl.static_assert(BR >= 64 or BR != BD, "the sums' shape tells how they lie")
     o_sum = o_rd
-    if BR < 64:  # too few rows for a warp-group product: the sums lie the other way round
+    if BR < 64:  # too few rows for a warp-group product: the sums are transposed
         o_sum = o_r[None, :] * D + o_d[:, None]
     partial = share * tl.num_programs(2) + e
     b_a, b_w, bias = 0, 0, 0
@@ -193,7 +193,7 @@ def slice_kernel(
         b_w = tl.load(p_w + e * BR * D + o_d[None, :] * BR + o_r[:, None])
         bias = tl.load(p_bias + e * D + o_d)
 
-    # Sums begin at zero in the first chunk and where the last chunk left them after that.
+    # Sums start from zero in the first chunk, and after it from what the previous chunk stored.
     later = tile0 > 0
     g, u, dbias = 0, 0, 0
     if G:
@@ -234,7 +234,7 @@ def slice_kernel(
         tl.store(p_u + partial * BR * D + o_sum, u)
     if DBIAS:
         tl.store(p_dbias + partial * D + o_d, dbias)
-    if p_s is not None:  # noqa: SIM102 - joined by `and`, None would no longer be seen at compile time
+    if p_s is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
         if tl.program_id(0) == 0:
             s = tl.load(p_s + partial * BR + o_r, mask=tl.broadcast_to(later, o_r.shape), other=0)
             tl.store(p_s + partial * BR + o_r, _add_tiles(p_s_tiles, p_order, s, lo, hi, per_sequence, BR))

@@ -1,7 +1,7 @@
-"""The host table: block sizes, warps and pipeline stages by element size, d and r. Nothing autotunes.
+"""The host's table of block sizes, warps and pipeline stages by element size, d and r. Nothing is autotuned.
 
-A choice never depends on the number of rows, so one compiled variant serves every batch shape; what does depend on it
-(how many programs share d or the rows) is a run-time argument.
+No entry depends on the number of rows, so one compiled variant serves every batch shape. What does depend on it (how
+many programs share d or the rows) is a run-time argument.
 """
 
 import math
@@ -26,22 +26,22 @@ class Tiles:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """The kernel's constants. Stages are one of them, since only `tl.range` pipelines every load of a loop."""
+        """The kernel's constants. Stages are among them: only ``tl.range`` pipelines every load of a loop."""
         return {"BT": self.BT, "BD": self.BD, "STAGES": self.num_stages}
 
     def reading(self, nbytes: int) -> "Tiles":
-        """These tiles for loads of ``nbytes`` each. Below 4, which is odd d in 16 bits, none is asynchronous, and
-        stages would only take registers."""
+        """These tiles for loads of ``nbytes`` each. Below 4 (odd d in 16 bits) no load is asynchronous, and stages
+        would only take registers."""
         return self if nbytes >= 4 else replace(self, num_stages=1)
 
 
 def ceil_div(a: int, b: int) -> int:
-    """⌈a/b⌉. triton.cdiv, which kernels can call too, takes 6 µs for it on the host."""
+    """⌈a/b⌉. ``triton.cdiv``, which kernels can call too, takes 6 µs on the host."""
     return -(-a // b)
 
 
 def early_launch(pdl: bool) -> dict[str, bool]:
-    """The option of a launch that may start up while the kernel before it runs; that kernel calls `follow`."""
+    """The option of a launch that may start up while the previous kernel runs; that kernel calls ``follow``."""
     return {"launch_pdl": True} if pdl else {}
 
 
@@ -49,9 +49,9 @@ def early_launch(pdl: bool) -> dict[str, bool]:
 def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the forward kernels.
 
-    ``itemsize`` is the compute dtype's and ``wide`` says that the device has warp-group products, whose operands stay
-    in shared memory. A tile loads A and W_up anew, 2·R/BT units of L2 traffic beside 2 of x: 128 rows share them from
-    R = 128 on, where they outweigh x. Below, 64 rows keep one launch at T = 8192 (128 tiles on 132 SMs).
+    ``itemsize`` is the compute dtype's in bytes. ``wide``: the device has warp-group products, whose operands stay in
+    shared memory. Each tile loads A and W_up again: 2·R/BT units of L2 traffic beside x's 2. For R >= 128, where they
+    outweigh x, 128 rows share them. Below, 64 rows keep one launch at T = 8192 (128 tiles on 132 SMs).
     """
     if itemsize == 4:
         return Tiles(16, 16, 8, 2) if R == 512 else Tiles(32, 32, 8 if R == 256 else 4, 2)
@@ -66,7 +66,7 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 
 @lru_cache
 def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
-    """Tiles of the backward's first kernel: the forward's, but where z and an fp32 dz would leave registers."""
+    """Tiles of the backward's first kernel: the forward's, except where z and an fp32 dz would spill."""
     if itemsize == 2 and R == 512:
         return Tiles(16, 32, 8, 3 if wide else 2)
     if itemsize == 2 and R == 256:
@@ -84,8 +84,8 @@ def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
 def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's second kernel. Its (R, BD) fp32 sums live in registers, two of them below R = 256.
 
-    Without warp-group products its resident slice of A lives there as well, which is why the tiles are smaller. BT is
-    for x that goes into the product as it lies; where it cannot, the launcher and the kernel take at most 32 rows.
+    Without warp-group products its resident slice of A is in registers as well, so the tiles are smaller. BT is for x
+    that goes into the product unchanged; where it cannot, the launcher and the kernel take at most 32 rows.
     """
     if itemsize == 4:
         return Tiles(16, max(16, min(64, 4096 // R)), 8, 1)
@@ -100,33 +100,33 @@ def _multiprocessors(index: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs the device runs at once, to the order that choosing a split needs.
+    """How many programs the device runs at once, roughly: what choosing a split needs.
 
-    The interpreter counts as four: one program at a time runs there, and four lets small tests walk every path.
+    The interpreter counts as four. It runs one program at a time, but with four small tests reach every path.
     """
     return _multiprocessors(device.index) if device.type == "cuda" else 4
 
 
 @lru_cache
 def has_early_launches(device: torch.device) -> bool:
-    """True from Hopper on: programmatic dependent launch. ADAPTERKERN_EARLY_LAUNCH=0 turns it off, for bisecting."""
+    """Programmatic dependent launch: Hopper and later. ``ADAPTERKERN_EARLY_LAUNCH=0`` turns it off, for bisecting."""
     wanted = os.environ.get("ADAPTERKERN_EARLY_LAUNCH", "1") != "0"
     return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @lru_cache
 def has_wide_products(device: torch.device) -> bool:
-    """True on Hopper and data-centre Blackwell. The interpreter takes their tiles as well."""
+    """Warp-group products: Hopper and data-center Blackwell. The interpreter takes their tiles as well."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @lru_cache(maxsize=4096)
 def column_split(tiles: int, rows: int, d: int, R: int, BD: int, sms: int, reads: int) -> tuple[int, int]:
-    """Over how many programs a row tile's columns go, and how many column blocks each takes; (1, all) for no split.
+    """How many programs share a row tile's columns, and how many column blocks each takes; (1, all) for no split.
 
-    The choice with the least bytes for the busiest SM: its programs' columns of x and of the weights, ``reads`` times,
-    and for a split the fp32 partial sums (rows, R), written once and read by each of the tile's programs, and a second
-    launch. At d = 4096 and R = 64 on 132 SMs that is 3 for 67 tiles of 64 rows (T = 4225) and 1 for 100 to 132.
+    Chosen for the fewest bytes of the busiest SM: its programs' columns of x and of the weights, ``reads`` times, and
+    for a split also the fp32 partial sums (rows, R), written once and read by each of the tile's programs, and a second
+    launch. At d = 4096 and R = 64 on 132 SMs this gives 3 for 67 tiles of 64 rows (T = 4225) and 1 for 100 to 132.
     """
     blocks = ceil_div(d, BD)
     best, least = (1, blocks), math.inf
@@ -140,5 +140,5 @@ def column_split(tiles: int, rows: int, d: int, R: int, BD: int, sms: int, reads
 
 
 def row_shares(slices: int, tiles: int, sms: int) -> int:
-    """Over how many programs a slice's rows go in the backward. Each writes 2·R·d fp32 partial sums, read once more."""
+    """How many programs share a slice's rows in the backward. Each writes 2·R·d fp32 partial sums, read once more."""
     return max(1, min(tiles, sms // slices))

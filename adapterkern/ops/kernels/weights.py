@@ -2,18 +2,18 @@
 
     A = round(W_down·diag(γ))   rowsum(A)   c = W_down·β + b_down   round(W_up)
 
-LayerNorm's scale is folded into the down projection, so that one product of the raw rows serves it: u = ρ(x·Aᵀ −
-μ·rowsum(A)). The row sums are those of the *rounded* A: then μ cancels in the product to fp32 accuracy, where sums of
-the unrounded weights would leave μ times a bf16 rounding error (relative error of z at a mean of 100σ: 1.6e-3 against
-1.6e-1).
+LayerNorm's scale is folded into the down projection, so that one product of the raw rows is enough:
+u = ρ(x·Aᵀ − μ·rowsum(A)). The row sums are those of the *rounded* A: then μ cancels in the product to fp32 accuracy.
+Sums of the unrounded weights would leave μ times a bf16 rounding error (relative error of z at a mean of 100σ: 1.6e-3
+with the rounded weights' sums, 1.6e-1 without).
 
-All of it comes out padded with zeros, A to (R, D), W_up to (D, R) and b_up to D, where R is r rounded up to a power
-of two of at least 16 (what a tensor-core tile wants) and D is d rounded up to a multiple of 128 (any column tile), so
-no kernel masks a weight. One launch; it reads 2·r·d parameters and writes as many in the compute dtype.
+All outputs are padded with zeros: A to (R, D), W_up to (D, R) and b_up to D, where R is r rounded up to a power of two
+>= 16 (a tensor-core tile's minimum) and D is d rounded up to a multiple of 128 (any column tile). So no kernel masks a
+weight. One launch; it reads 2·r·d parameters and writes as many in the compute dtype.
 """
 
 # mypy: allow-untyped-defs
-# A Triton function's types are its callers'.
+# The types of a Triton function's arguments are its callers'.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ COLUMN_ALIGNMENT = 128
 
 
 def padded_adapter_dim(r: int) -> int:
-    """r as the kernels see it: a power of two, at least 16."""
+    """r as the kernels see it: a power of two >= 16."""
     return max(16, 1 << (r - 1).bit_length())
 
 
@@ -43,7 +43,7 @@ class Prepared:
     """The kernels' view of n stacked adapters (n = 1 for a plain call)."""
 
     A: Tensor  # (n, R, D) compute dtype
-    a_sum: Tensor  # (n, R) fp32, row sums of A as rounded
+    a_sum: Tensor  # (n, R) fp32, row sums of the rounded A
     c: Tensor  # (n, R) fp32, W_down·β + b_down
     w_up: Tensor  # (n, D, R) compute dtype
     b_up: Tensor  # (n, D) fp32
@@ -53,7 +53,7 @@ class Prepared:
         return self.A, self.a_sum, self.c, self.w_up, self.b_up
 
 
-# Parameters may lie anywhere (a view into a flat buffer, say): their alignment must not make another variant.
+# Parameters may start anywhere (e.g. in a flat buffer): their alignment must not compile another variant.
 @triton.jit(do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_bd", "p_wu", "p_bu"])
 def _prepare_kernel(
     p_gamma,  # (n, d)
@@ -73,7 +73,7 @@ def _prepare_kernel(
     R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Programs 0 … R−1 make one row of A each; the rest copy BLOCK elements of W_up each.
+    # Programs 0 … R−1 each make one row of A; the others each copy BLOCK elements of W_up.
     i = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64)
     if i < R:
@@ -104,7 +104,7 @@ def _prepare_kernel(
 
 
 def empty_prepared(down_weight: Tensor, dtype: torch.dtype) -> Prepared:
-    """Uninitialized, for a down projection (n, r, d), or (r, d) for n = 1."""
+    """Uninitialized tensors for a down projection (n, r, d), or (r, d) for n = 1."""
     r, d = down_weight.shape[-2:]
     n = down_weight.shape[0] if down_weight.dim() == 3 else 1
     R, D = padded_adapter_dim(r), padded_hidden_size(d)
@@ -122,7 +122,7 @@ def empty_prepared(down_weight: Tensor, dtype: torch.dtype) -> Prepared:
 
 
 def prepare(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """Launch the preparation for the six parameters, stacked (n, …) or one adapter's without the leading n."""
+    """Launch the preparation of the six parameters, stacked (n, …), or of one adapter's without the leading n."""
     out = empty_prepared(weights[2], dtype)
     r, d = weights[2].shape[-2:]
     n, R, D = out.A.shape

@@ -1,9 +1,9 @@
-"""The operator built from PyTorch operations: what runs on CPU, and for fp64 on any device.
+"""The operator in the closed form (see reference.py), from PyTorch operations: on a CPU, and for fp64 on any device.
 
-It uses the ATen operations that are fast on CPU (native LayerNorm, mkldnn's products) and the closed form, which
-trades passes over T×d numbers for a few over r×d: it pays where T is many times r. ``weights`` are the six
-parameters, stacked ``(n, ...)`` where ``index`` (one adapter per sequence, −1 for none) is given; then adapters take
-turns over their rows.
+It uses the ATen operations that are fast on a CPU (native LayerNorm, mkldnn's products). The closed form of the
+backward replaces passes over T×d numbers by a few over r×d, which pays where T is many times r. ``weights`` are the six
+parameters, stacked ``(n, ...)`` each if ``index`` (one adapter per sequence, −1 for none) is given; then each adapter
+runs on its own rows, one adapter after another.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from adapterkern.ops.reference import ACTIVATIONS, Weights
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics and row constants are kept in."""
+    """The dtype of statistics and row constants for x of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -37,11 +37,11 @@ def adapter_forward(
         y = rows.clone(memory_format=torch.contiguous_format)
         stats = x.new_zeros(rows.shape[0], dtype=stats_dtype(x.dtype))
         saved = [x.new_zeros((rows.shape[0], weights[2].shape[-2]), dtype=compute), stats, stats.clone()]
-        for one, chosen in _turns(index, weights, rows.shape[0]):
-            for whole, part in zip((y, *saved), _forward(rows[chosen], one, eps, activation, compute), strict=True):
-                whole[chosen] = part
+        for one, chosen in _by_adapter(index, weights, rows.shape[0]):
+            for out, of_one in zip((y, *saved), _forward(rows[chosen], one, eps, activation, compute), strict=True):
+                out[chosen] = of_one
     z, mean, rstd = saved if save else (x.new_empty(0) for _ in range(3))
-    # Not y.view: autograd refuses to have a view that a Function returns written in place.
+    # Not y.view: autograd forbids in-place writes to a view that a Function returns.
     return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
 
 
@@ -58,7 +58,7 @@ def adapter_backward(
     x_free: bool = False,
     index: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients in ``needed`` (None for the others), each as its tensor is; ``x`` is y where ``x_free``."""
+    """The gradients in ``needed`` (None for the others), each with its tensor's dtype; ``x`` is y if ``x_free``."""
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
 
     def grads(chosen: Tensor | slice, one: Weights) -> list[Tensor | None]:
@@ -73,18 +73,18 @@ def adapter_backward(
     else:
         dx = dy_rows.clone(memory_format=torch.contiguous_format) if needed[0] else None
         rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
-        for e, (one, chosen) in enumerate(_turns(index, weights, rows.shape[0])):
-            part_dx, *parts = grads(chosen, one)
-            if dx is not None and part_dx is not None:
-                dx[chosen] = part_dx
-            for whole, part in zip(rest, parts, strict=True):
-                if whole is not None and part is not None:
-                    whole[e] = part
+        for e, (one, chosen) in enumerate(_by_adapter(index, weights, rows.shape[0])):
+            dx_of_one, *rest_of_one = grads(chosen, one)
+            if dx is not None and dx_of_one is not None:
+                dx[chosen] = dx_of_one
+            for out, of_one in zip(rest, rest_of_one, strict=True):
+                if out is not None and of_one is not None:
+                    out[e] = of_one
     return [None if dx is None else dx.view(x.shape), *rest]
 
 
-def _turns(index: Tensor, weights: Sequence[Tensor], rows: int) -> list[tuple[Weights, Tensor]]:
-    """Each adapter with the rows that are its own."""
+def _by_adapter(index: Tensor, weights: Sequence[Tensor], rows: int) -> list[tuple[Weights, Tensor]]:
+    """Each adapter's parameters and the numbers of its rows."""
     of_row = index.reshape(-1).repeat_interleave(rows // max(1, index.numel()))
     return [(Weights(*(w[e] for w in weights)), (of_row == e).nonzero().squeeze(1)) for e in range(len(weights[2]))]
 
@@ -97,7 +97,7 @@ def _forward(
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
     branch = F.linear(ACTIVATIONS[activation].fn(z), w.up_weight.to(compute), w.up_bias.to(compute))
-    # branch first: a sum is laid out like its first operand, and y is contiguous whatever x is
+    # The branch comes first: a sum takes its first operand's layout, and y is contiguous whatever x's strides are.
     y = branch.add_(rows) if compute == rows.dtype else (branch + rows).to(rows.dtype)
     return y, z, mean.view(-1), rstd.view(-1)
 
@@ -129,7 +129,7 @@ def _backward(
         s = dz.sum(0).to(stats)
         grads["down_bias"], grads["norm_bias"] = s, s @ W
     if needed[0] or need.norm_weight or need.down_weight:
-        # Normalised again rather than kept: T×d numbers that the model would hold until the backward.
+        # Normalized again, not saved: the model would hold these T×d numbers until the backward.
         xhat = torch.native_layer_norm(rows, (d,), None, None, eps)[0].to(compute)
     if need.norm_weight or need.down_weight:
         G = (dz.T @ xhat).to(stats)
@@ -137,7 +137,7 @@ def _backward(
         grads["down_weight"] = (G * gamma).addr_(s, beta)
     dx = None
     if needed[0]:
-        # dz·A − c1 is dz times A with its rows centred. ρ goes to the product's small side.
+        # dz·A − c1 is dz times A with its rows centered. ρ multiplies dz, the smaller operand.
         A = W * gamma
         A = A.sub_(A.mean(1, keepdim=True)).to(compute)
         rho = rstd[:, None]

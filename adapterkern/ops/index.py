@@ -18,21 +18,24 @@ from adapterkern.ops import graphs
 
 @dataclass(frozen=True, slots=True)
 class Vouched:
-    """A storage whose values are from −1 to n − 1 and stay what they are."""
+    """A storage whose values are from −1 to n − 1 and do not change."""
 
     storage: StorageWeakRef
     version: int
     n: int
-    sorted: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # of kernels.cache
+    sorted: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # kept by kernels/cache.py
 
 
 _vouched: dict[int, Vouched] = {}
 
 
 def vouch(index: Tensor, n: int) -> Tensor:
-    """``index``, noted as ours and right for n adapters; not in a recording, whose replays make the values anew."""
+    """Record that ``index`` is ours and fits n adapters; return it.
+
+    Records nothing while a CUDA graph is recorded: its replays write the values again.
+    """
     if not torch.compiler.is_compiling() and type(index) is Tensor and not graphs.recording(index.device):
-        for identity, entry in list(_vouched.items()):  # another thread may be at it too
+        for identity, entry in list(_vouched.items()):  # a copy: another thread may change the table
             if entry.storage.expired():
                 _vouched.pop(identity, None)
         storage = index.untyped_storage()
@@ -41,7 +44,7 @@ def vouch(index: Tensor, n: int) -> Tensor:
 
 
 def vouched(index: Tensor, n: int) -> Vouched | None:
-    """What is noted of the storage of ``index``, if its values are known to fit n adapters."""
+    """The entry of the storage of ``index``, if its values are known to fit n adapters."""
     entry = _vouched.get(index.untyped_storage()._cdata) if type(index) is Tensor else None
     if entry is None or entry.n > n or entry.version != _version(index) or entry.storage.expired():
         return None

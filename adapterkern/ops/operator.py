@@ -3,18 +3,19 @@
 Two operators make one differentiable function:
 
     adapterkern::adapter_forward   x, parameters → y and what the backward needs (z, mean, rstd: nothing of size T×d)
-    adapterkern::adapter_backward  dy, x, parameters, z, mean, rstd → the gradients that are asked for
+    adapterkern::adapter_backward  dy, x, parameters, z, mean, rstd → the requested gradients
 
-Both read the parameters in the form that kernels.weights prepares, which a cache keeps from call to call. Where it
-cannot (in a CUDA graph, and in compiled code, which may become one), a third makes it for a forward and its backward:
+The Triton kernels read the parameters in the form that kernels/weights.py prepares and kernels/cache.py keeps between
+calls. Where the cache cannot serve (in a CUDA graph, and in compiled code, which may become one), a third operator
+prepares them for one forward and its backward:
 
     adapterkern::prepare_weights   parameters → the fields of kernels.weights.Prepared
 
-Precision. Parameters keep their own dtype (fp32 as a rule) and their gradients come back in it. ``compute_dtype`` is
-the dtype of the matrix products' operands: x's own dtype, or autocast's where autocast is on. y keeps x's dtype.
+Precision. Parameters keep their own dtype (usually fp32), and so do their gradients. ``compute_dtype`` is
+the dtype of the matrix products' operands: x's own dtype, or autocast's while autocast is on. y keeps x's dtype.
 Statistics and sums are at least fp32 everywhere.
 
-Each runs as Triton kernels or in the closed form; choice.py decides, and sends small inputs on a CPU to eager PyTorch.
+choice.py decides whether Triton kernels, the closed form or eager PyTorch runs.
 """
 
 import contextlib
@@ -84,24 +85,25 @@ def adapter(
         fused: ``False`` runs the stock PyTorch operations (eager) instead, with the same numbers to rounding.
             Forward-mode AD and torch.func's transforms (grad, vjp, jvp, vmap) run those too: the fused operator has no
             rules for them.
-        x_free: keep y instead of x for the backward, which recovers x = y − W_up·h − b_up. That costs no memory where
-            the model keeps y anyway (a fused RMSNorm that follows does), and rounds x once more: gradients stay within
-            eager's own bf16 error while the branch is about as large as x or smaller and reach three times that where
-            it is 10× x; rows of (almost) no variance lose all accuracy.
+        x_free: keep y instead of x for the backward, which recovers x = y − W_up·h − b_up. This costs no memory if the
+            model keeps y anyway (as a fused RMSNorm after the adapter does), but it rounds x once more. The gradients'
+            error stays within eager's own bf16 error while the branch is at most about as large as x, and reaches three
+            times that where the branch is 10× x. Rows with (almost) no variance lose all accuracy.
         index: mixes n adapters in one call. The parameters are stacked, ``(n, ...)`` each, and ``index`` holds the
-            adapter of each sequence (int64 or int32, of shape ``x.shape[:k]`` for some k < x.dim()); −1 is none, y = x.
+            adapter of each sequence: int64 or int32, of shape ``x.shape[:k]`` for some k < x.dim(); −1 is none, y = x.
 
     Returns:
-        y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are used in x's dtype (autocast's dtype where
+        y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are cast to x's dtype (to autocast's while
         autocast is on) for the matrix products; their gradients have their own dtype.
 
-    CUDA graphs: a replay sees what the parameters hold by then. Where none of them requires a gradient and a call has
-    used them in these dtypes before the recording, the graph reads what that call has prepared, and sees new values
-    once the next call outside a graph has.
+    CUDA graphs: a replay uses the parameters' current values. The exception is parameters that require no gradient and
+    that a call has used in these dtypes before the recording: then the graph reads what that call prepared, and sees
+    new values only after the next call outside a graph.
 
     Raises:
-        TypeError: an argument is not a dense tensor of a supported floating dtype, or eps is no number.
-        ValueError: a shape, device or activation does not fit; the message names the argument.
+        TypeError: an argument is not a dense tensor of a supported floating dtype, ``index`` is not a tensor of
+            integers, or ``eps`` is not a number.
+        ValueError: a shape, device or value does not fit; the message names the argument.
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
     check_inputs(x, weights, eps, activation, index)
@@ -117,16 +119,16 @@ def adapter(
 
 
 def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
-    """What PyTorch's own operations need ``weights`` cast to beside ``x``; None where they take them as they are."""
+    """The dtype that eager PyTorch needs ``weights`` cast to for ``x``; None if it takes them as they are."""
     dtypes = {w.dtype for w in weights}
-    # beside a low-precision x autocast is on and casts fp32, though not fp64
+    # With a low-precision x autocast is on. It casts fp32, but not fp64.
     wanted = torch.float32 if x.dtype in LOW else x.dtype
     return None if dtypes in ({x.dtype}, {wanted}) else wanted
 
 
 def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
     """A call with ``index`` in stock PyTorch operations, one adapter at a time."""
-    rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 cannot be told of 0 elements
+    rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 is ambiguous for 0 elements
     y = rows.clone()
     for e in range(weights.down_weight.shape[0]):
         chosen = index == e
@@ -136,7 +138,7 @@ def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activat
 
 
 def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Autocast to x's dtype, if x has a low-precision dtype and autocast is off: fp32 modules then take x as it is."""
+    """Autocast to x's dtype if that is a 16-bit one and autocast is off: fp32 modules then take x as it is."""
     kind = x.device.type
     if x.dtype in LOW and not torch.is_autocast_enabled(kind):
         return torch.autocast(kind, dtype=x.dtype)
@@ -147,7 +149,7 @@ def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """What the products multiply and z is kept in. CPUs emulate fp16 products, some ten times slower than fp32 ones."""
+    """The dtype of the products' operands and of z. CPUs emulate fp16 products, about ten times slower than fp32's."""
     dtype = compute_dtype or x.dtype
     return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" and not INTERPRETED else dtype
 
@@ -165,7 +167,7 @@ def _run_forward(x, *args):  # type: ignore[no-untyped-def]
 
 
 def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
-    """The operator's backward on any device; ``args`` follow the schema, and x is y where it is x-free."""
+    """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
     weights, (eps, activation, _, needed), (x_free, index, prepared) = args[:6], args[6:10], _optional(args, 10)
     if runs_triton(x.device.type, x.dtype):
         from adapterkern.ops.kernels import launch
@@ -179,13 +181,13 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
 
 
 def _optional(args, start):  # type: ignore[no-untyped-def]
-    """(x_free, index, prepared): the dispatcher leaves out trailing arguments that have their default."""
+    """(x_free, index, prepared): the dispatcher omits trailing arguments that equal their default."""
     given = args[start:]
     return (*given, *(False, None, None)[len(given) :])
 
 
 def _run_prepare(*args):  # type: ignore[no-untyped-def]
-    """The preparation on a device that runs the kernels; ``args`` follow the schema."""
+    """The preparation, on a device that runs the kernels; ``args`` follow the schema."""
     from adapterkern.ops.kernels import launch
 
     return launch.prepare_weights(args[:6], args[6]).tensors()
@@ -201,7 +203,7 @@ for _device_type in ("CPU", "CUDA"):
 
 
 def _no_grad(like: Tensor) -> Tensor:
-    """Stands in an operator's list of results for a gradient that was not asked for."""
+    """The placeholder in an operator's results for a gradient that was not requested."""
     return like.new_empty(0)
 
 
@@ -231,7 +233,7 @@ def _fake_prepare(*args):  # type: ignore[no-untyped-def]
 
 
 def _carried(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-    """The preparation, where the backward would not find the forward's in the cache."""
+    """The prepared weights to hand on, if the backward would not find the forward's in the cache."""
     if not runs_triton(x.device.type, x.dtype):
         return None
     from adapterkern.ops.kernels import cache
@@ -243,8 +245,8 @@ def _carried(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[
 class _Differentiable(torch.autograd.Function):
     """The forward operator's gradient.
 
-    Registered by hand: `torch.library.register_autograd` walks the schema in Python at every call, 48 of the 136 µs of
-    host time that a call took with it (CPU, loaded machine), and this does not.
+    Registered by hand: ``torch.library.register_autograd`` walks the schema in Python in every call, which took 48 of a
+    call's 136 µs of host time (CPU, loaded machine).
     """
 
     @staticmethod
@@ -277,7 +279,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """The backward operator under ``create_graph=True``: right as it is, and an error to differentiate."""
+    """The backward operator under ``create_graph=True``: its values are right, differentiating them is an error."""
 
     @staticmethod
     def forward(ctx, keyset, *args):  # type: ignore[no-untyped-def]
@@ -309,9 +311,9 @@ _register_autograd("adapter_backward", _DifferentiableOnce, 11)
 
 
 def _register_autocast(device_type: str) -> None:
-    """Under autocast the products' operands take autocast's dtype; x, y and the parameters keep theirs.
+    """Under autocast, the products' operands take autocast's dtype; x, y and the parameters keep theirs.
 
-    Autocast is off inside both operators, which choose each dtype themselves.
+    Inside both operators autocast is off: they choose each dtype themselves.
     """
     key = f"Autocast{device_type.upper()}"
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))

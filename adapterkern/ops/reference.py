@@ -1,6 +1,6 @@
 """The adapter in plain PyTorch: the definition, the oracle of the tests and the baseline of the benchmarks.
 
-One row of the residual stream is x ∈ ℝᵈ; γ, β scale and shift its LayerNorm; W_down is (r, d) and W_up is (d, r).
+One row of the residual stream is x ∈ ℝᵈ; γ and β are LayerNorm's scale and shift; W_down is (r, d) and W_up is (d, r).
 
     μ = mean(x)    ρ = 1/√(var(x) + eps)    x̂ = ρ(x − μ)
     z = W_down·(γ ⊙ x̂ + β) + b_down         h = act(z)            y = x + W_up·h + b_up
@@ -14,8 +14,8 @@ u = x̂·Aᵀ = z − (W_down·β + b_down),
     dW_down = G·diag(γ) + s·βᵀ              db_down = s           dγ = Σᵣ G ⊙ W_down   dβ = s·W_down
     dW_up   = dyᵀ·h                         db_up   = Σₜ dy
 
-LayerNorm's two row means (c1, c2) come from T×r quantities and dγ, dβ from r×d ones, so nothing re-reads x for them.
-Every function computes in the dtype of its inputs: pass float64 for an oracle.
+LayerNorm's two row means (c1, c2) come from T×r numbers, dγ and dβ from r×d, so none of them reads x again. Checked in
+fp64 against autograd. Every function computes in the dtype of its inputs: pass float64 for an oracle.
 """
 
 import math
@@ -54,7 +54,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class Weights(NamedTuple):
-    """The six parameters of one adapter, in ``nn.LayerNorm`` and ``nn.Linear`` layout, in every call's order."""
+    """The six parameters of one adapter, in ``nn.LayerNorm`` and ``nn.Linear`` layout, in the order of arguments."""
 
     norm_weight: Tensor  # (d,)   γ
     norm_bias: Tensor  # (d,)   β
@@ -65,7 +65,7 @@ class Weights(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What the forward returns and what the backward needs of it."""
+    """What the forward returns: y, and what the backward needs."""
 
     y: Tensor  # (T, d)
     z: Tensor  # (T, r) pre-activation
@@ -97,9 +97,9 @@ def adapter_forward(x: Tensor, weights: Weights, *, eps: float = 1e-5, activatio
     """The forward from its equations. ``x`` is (T, d)."""
     w = weights
     mean = x.mean(dim=1)
-    centred = x - mean[:, None]
-    rstd = (centred.square().mean(dim=1) + eps).rsqrt()
-    xhat = centred * rstd[:, None]
+    centered = x - mean[:, None]
+    rstd = (centered.square().mean(dim=1) + eps).rsqrt()
+    xhat = centered * rstd[:, None]
     z = (xhat * w.norm_weight + w.norm_bias) @ w.down_weight.T + w.down_bias
     y = x + ACTIVATIONS[activation].fn(z) @ w.up_weight.T + w.up_bias
     return Forward(y, z, mean, rstd)

@@ -1,4 +1,4 @@
-"""The index of mixed adapters, interpreted: looked at and sorted once for all sites of a model, and when not.
+"""The index of mixed adapters, interpreted: when it is checked and sorted once for all sites of a model.
 
 Run by test_kernels.py.
 """
@@ -169,6 +169,6 @@ def test_a_recording_keeps_nothing_of_an_index_and_finds_what_was_made_before(
         y = run(x)
         y.sum().backward()
     assert torch.equal(y, expected)
-    assert operations.of_an_index() == ["sort"]  # anew: a graph may not read what the table may drop
+    assert operations.of_an_index() == ["sort"]  # again: a graph must not read what the table may drop
     assert len(kept) == 1
     assert entry.sorted == kept

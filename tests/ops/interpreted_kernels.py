@@ -1,6 +1,6 @@
 """The Triton kernels, interpreted, against fp64. Run by test_kernels.py in a process with TRITON_INTERPRET=1.
 
-Every uninitialised tensor is filled with NaN, so what a kernel fails to write, or reads unmasked, shows.
+Every uninitialized tensor is filled with NaN, so what a kernel fails to write, or reads unmasked, shows.
 """
 
 import pytest
@@ -47,10 +47,10 @@ def check_within_twice_eager(x: Tensor, weights: list[Tensor] | Weights, dy: Ten
 
 
 T, D, R = 70, 136, 20
-# Constant and large: without the row shift, ρ = 316 times what fp32 sums of 6e4 leave.
-# A mean of 15 deviations is the most that bf16 rows may have to go into the products as they lie.
+# Constant and large: without the row shift the error is ρ = 316 times that of fp32 sums of 6e4.
+# A mean of 15 deviations is just below the bound up to which bf16 rows go into the products unchanged.
 TABLE = {**DISTRIBUTIONS, "constant 6e4": lambda x: torch.full_like(x, 6e4), "mean 15 sigma": lambda x: x + 15}
-# Where a row's deviation is far below the branch, y's rounding hides it and no x̂ can be had from y.
+# Where a row's deviation is far below the branch, y's rounding hides it, and x̂ cannot be recovered from y.
 X_FREE = [name for name in DISTRIBUTIONS if name not in ("constant rows", "zero rows", "tiny variance")]
 
 
@@ -129,13 +129,13 @@ def test_row_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     run = backward.slice_kernel.run
     monkeypatch.setattr(backward.slice_kernel, "run", lambda *a, **k: calls.append(k["grid"]) or run(*a, **k))
     got = value_and_grads(x, w, dy)
-    assert len(calls) == 5  # two tiles of 32 rows a wave
+    assert len(calls) == 5  # two tiles of 32 rows per wave
     for name, g, e in zip(NAMES, got, exact(x, w, dy), strict=True):
         assert relative_error(g, e) < 1e-6, name
 
 
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What each program of the slice kernel has found of whether its rows may go into the products as they lie."""
+    """For each program of the slice kernel, whether it found that its rows may go into the products unchanged."""
     found: list[bool] = []
     may_go = slice._may_go_direct
 
@@ -296,7 +296,7 @@ def test_one_hidden_sized_tensor_is_saved_and_it_is_x_or_y() -> None:
 
 
 def test_products_follow_each_of_torch_s_tf32_settings() -> None:
-    """The last way, transformers' TrainingArguments(tf32=True), makes torch refuse to tell allow_tf32."""
+    """After the last way, transformers' TrainingArguments(tf32=True), reading allow_tf32 raises."""
     matmul = torch.backends.cuda.matmul
     before = torch.backends.fp32_precision, matmul.fp32_precision
     try:

@@ -2,8 +2,8 @@
 
 Run by test_kernels.py.
 
-A recording is what `graphs.recording` says it is: without a GPU it says so where a test tells it to, and what a replay
-does to the weights is done by hand, past the version counter.
+``graphs.recording`` decides what a recording is. Without a GPU a test patches it, and changes the weights as a replay
+would: by hand, without the version counter.
 """
 
 import copy
@@ -178,7 +178,7 @@ def test_a_recording_prepares_once_for_forward_and_backward(
 
 
 def test_a_recorded_backward_reads_what_its_forward_has_prepared(recording: Recording) -> None:
-    """Not what the weights hold by then: between the two graphs of a callable anything may run."""
+    """Not the weights' values at that time: between the two graphs of a callable anything may run."""
     module, x = ak.Adapter(40, 12, init="xavier"), torch.randn(3, 40, requires_grad=True)
     (expected,) = torch.autograd.grad(module(x).sum(), x)
     with recording():
@@ -204,11 +204,11 @@ def test_compiled_code_prepares_once_for_forward_and_backward(
             y = compiled(x)
             grads = torch.autograd.grad(y.square().sum(), leaves_of(module, x))
             assert_equal([y.detach(), *grads], expected)
-            assert len(preparations) == (0 if frozen else 1), calls  # frozen: what the eager call has left
+            assert len(preparations) == (0 if frozen else 1), calls  # frozen: the eager call's entry
 
 
 def test_compiled_code_hands_the_preparation_over_as_data(recording: Recording, preparations: list[Any]) -> None:
-    """Recorded by graph trees, forward and backward are graphs of their own."""
+    """Graph trees record forward and backward as separate graphs."""
     module, x = ak.Adapter(40, 12, init="xavier"), torch.randn(3, 40, requires_grad=True)
     expected = value_and_gradients(module, x)
     compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -267,7 +267,7 @@ def test_frozen_weights_are_prepared_by_no_recording(
         assert_equal(run(), expected)
         assert_equal(run(), expected)
     assert len(preparations) == 1
-    # in another dtype nothing was there before the recording
+    # in another dtype nothing was prepared before the recording
     with recording(), torch.autocast("cpu", torch.float16):
         run()
     assert preparations[1:] == [torch.float16]

@@ -1,4 +1,4 @@
-"""The kernels compiled ahead of time: what they take of the device, and that one shape means one variant."""
+"""The kernels compiled ahead of time: the resources they use, and one variant per shape."""
 
 from collections import defaultdict
 
@@ -57,7 +57,7 @@ def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dt
 
 
 # Instructions per element of each loop with a product: d = 4096, r = 64, bf16, sm_90. NOTES.md has their history.
-# Where the slice kernel has two, the first takes x as it lies, the second centers it, 32 rows at a time.
+# Where the slice kernel has two, the first takes x unchanged, the second centers it, 32 rows at a time.
 PER_ELEMENT = {
     "3.7": {
         "forward": [7.2, 15.8, 7.4],  # plain sums, shifted, y
@@ -120,7 +120,7 @@ SASS = """
 
 
 def test_loops_are_read_from_machine_code() -> None:
-    inner, last = sass.loops_of(SASS)  # the loop around the first is no innermost one
+    inner, last = sass.loops_of(SASS)  # the loop around the first is not innermost
     assert (inner.instructions, inner.plain_loads, inner.async_loads, inner.wgmma, inner.mma) == (3, 0, 1, 1, 0)
     assert (last.instructions, last.plain_loads, last.async_loads, last.wgmma, last.mma) == (3, 1, 0, 0, 1)
     assert last.per_element(elements=96, warps=4) == 4.0
@@ -159,6 +159,6 @@ def test_one_variant_whatever_the_rows_and_strides(d: int, x_free: bool, monkeyp
         "_prepare_kernel", "forward_kernel", "forward_partial_kernel", "forward_finish_kernel",
         "hidden_partial_kernel", "hidden_kernel", "slice_kernel", "reduce_kernel",
     }  # fmt: skip
-    # hidden_kernel makes its product, or adds up hidden_partial_kernel's.
+    # hidden_kernel makes the product itself or adds up hidden_partial_kernel's.
     expected = {name: 2 if name == "hidden_kernel" else 1 for name in variants}
     assert {name: len(found) for name, found in variants.items()} == expected

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that it is said once."""
+"""Which implementation runs, and that it is logged once."""
 
 import importlib.util
 import logging

@@ -116,7 +116,7 @@ def test_device_that_is_not_current() -> None:
 
 @pytest.fixture
 def preparations(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """One entry for each launch by Python, recorded ones included; replays are none."""
+    """One entry per launch from Python, including recorded ones but not replays."""
     from adapterkern.ops.kernels import cache
 
     made: list[torch.dtype] = []
@@ -163,7 +163,7 @@ def test_cuda_graph_sees_new_weights(preparations: list[torch.dtype]) -> None:
 
 
 def test_make_graphed_callables(preparations: list[torch.dtype]) -> None:
-    """Forward and backward are graphs of their own: the second reads what the first has prepared."""
+    """Forward and backward are separate graphs: the second reads what the first has prepared."""
     x, _, dy = draw(300, 512, 32, torch.bfloat16)
     module = ak.Adapter(512, 32, init="xavier", device="cuda")
     eager = copy.deepcopy(module)

@@ -77,7 +77,7 @@ def test_any_shape(shape: list[int], d: int, r: int, dtype: torch.dtype) -> None
     assert [g.shape for g in got] == [e.shape for e in expected]
     assert [g.dtype for g in got] == [dtype, dtype, *(w.dtype for w in weights)]
     for name, g, e in zip(NAMES, got, expected, strict=True):
-        # d=1 normalises every row to exactly 0: the exact gradients of x cancel to dy, so compare on dy's scale.
+        # d=1 normalizes every row to exactly 0: the exact gradients of x cancel to dy, so compare on dy's scale.
         torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 

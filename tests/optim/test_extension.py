@@ -32,7 +32,7 @@ if sys.argv[1] != "twin":
     spec.loader.exec_module(kernels)
     on_device_0 = vars(kernels) | {"Where": lambda *_: kernels.Where(0, 1, 0)}
     sys.modules["adapterkern._C"] = types.SimpleNamespace(**on_device_0)
-from optim_oracle import TILE, parameters, set_grads
+from tests.support.optim_oracle import TILE, parameters, set_grads
 from adapterkern.optim import ClippedAdamW, backend
 assert backend("cpu")[0] == "cpu twin"
 
@@ -83,7 +83,7 @@ def emulated(tmp_path_factory):
         "-pthread",
     ]
     command += [
-        f"-I{ROOT / 'tests' / 'host_cuda'}",
+        f"-I{ROOT / 'tests' / 'optim' / 'host_cuda'}",
         f"-I{sysconfig.get_path('include')}",
         f"-I{pybind11.get_include()}",
     ]
@@ -95,8 +95,7 @@ def emulated(tmp_path_factory):
 
 def test_the_cuda_kernels_and_the_twin_agree_to_the_bit(emulated):
     def run(module: Path | str) -> list[str]:
-        paths = [str(ROOT), str(ROOT / "tests")]
-        code = f"import sys; sys.path[:0] = {paths!r}\n{RUN}"
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{RUN}"
         done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()

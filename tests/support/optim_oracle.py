@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-TILE = 4096  # of csrc/clipped_adamw.h; test_optim.py checks that it still is
+TILE = 4096  # of csrc/clipped_adamw.h; tests/optim/test_clipped_adamw.py checks it
 
 
 class Oracle:
@@ -38,7 +38,7 @@ class Oracle:
 
 
 def parameters(sizes, dtype=torch.float32, misaligned=False, seed=0) -> list[nn.Parameter]:
-    """One parameter a size; `misaligned` ones start one element into their memory, off every vector boundary."""
+    """One parameter per size; `misaligned` ones start one element into their memory, off every vector boundary."""
     generator = torch.Generator().manual_seed(seed)
     offset = int(misaligned)
     return [nn.Parameter(torch.randn(n + offset, generator=generator).to(dtype)[offset:]) for n in sizes]

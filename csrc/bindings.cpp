@@ -1,5 +1,5 @@
-// Python's view of the two passes: raw pointers, sizes and a raw stream. Nothing here owns device memory; the
-// tensors behind the pointers must outlive the calls, and adapterkern/optim.py sees to that.
+// The Python bindings of the two passes: raw pointers, sizes and a raw stream. Nothing here owns device memory: the
+// tensors behind the pointers must outlive the calls, which adapterkern/optim/backends.py ensures.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,7 +28,7 @@ constexpr bool kWithCuda = false;
   if (error) throw std::runtime_error(std::string("adapterkern's CUDA kernels: ") + error);
 }
 
-// Where to run: device < 0 is the CPU with `threads`, otherwise a CUDA device and its stream.
+// Where to run: on the CPU with `threads` if device < 0, otherwise on a CUDA device and its stream.
 struct Where {
   int device, threads;
   uintptr_t stream;
@@ -74,12 +74,11 @@ const char* cuda_unavailable([[maybe_unused]] int device) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Clipped AdamW over raw pointers: see csrc/clipped_adamw.h and adapterkern/optim.py.";
+  m.doc() = "Clipped AdamW over raw pointers: see csrc/clipped_adamw.h and adapterkern/optim/backends.py.";
   m.attr("TILE") = kTile;
   m.attr("WITH_CUDA") = kWithCuda;
 
-  m.attr("KINDS") = py::dict("float32"_a = int(Kind::kFloat32), "float32_to_bf16"_a = int(Kind::kFloat32ToBf16),
-                             "float32_to_fp16"_a = int(Kind::kFloat32ToFp16), "bf16_master"_a = int(Kind::kBf16Master),
+  m.attr("KINDS") = py::dict("float32"_a = int(Kind::kFloat32), "bf16_master"_a = int(Kind::kBf16Master),
                              "fp16_master"_a = int(Kind::kFp16Master),
                              "bf16_stochastic"_a = int(Kind::kBf16Stochastic));
 
@@ -88,12 +87,12 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("tiles", &Table::tiles)
       .def("add",
            [](Table& table, int kind, int64_t count, int group, uintptr_t main, uintptr_t exp_avg,
-              uintptr_t exp_avg_sq, uintptr_t copy, uintptr_t step) {
+              uintptr_t exp_avg_sq, uintptr_t rounded, uintptr_t step) {
              table.add({pointer<void>(main), nullptr, pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
-                        pointer<void>(copy), pointer<float>(step), count, 0, uint16_t(group), Kind(kind)});
+                        pointer<void>(rounded), pointer<float>(step), count, 0, uint16_t(group), Kind(kind)});
            })
       .def("set_grads", [](Table& table, const std::vector<uintptr_t>& grads) {
-        if (grads.size() != table.tensors.size()) throw std::invalid_argument("expected one gradient a tensor");
+        if (grads.size() != table.tensors.size()) throw std::invalid_argument("expected one gradient per tensor");
         for (size_t i = 0; i < grads.size(); ++i) table.tensors[i].grad = pointer<void>(grads[i]);
       });
 

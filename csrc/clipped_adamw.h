@@ -2,14 +2,14 @@
 //
 // Two passes over a table of tensors that is cut into tiles of kTile elements:
 //
-//   sum_squares   slot[tile] = Σ (g·inv_scale)²; whoever finishes last adds the slots and writes Scalars
+//   sum_squares   slot[tile] = Σ (g·inv_scale)²; the last block to finish adds the slots and writes Scalars
 //   update        m += (1-β1)(ĝ - m)    v = β2·v + (1-β2)·ĝ²    p -= lr·(wd·p + m / bc1 / (√v / √bc2 + eps))
 //                 with ĝ = scale·g, scale = ±inv_scale·min(1, max_norm / (norm + 1e-6)) and bc = 1 - βᵗ
 //
 // A float's square is exact in fp64, so neither the instruction set nor fused multiply-adds can change a sum whose
 // order is fixed: element e of a tile adds to lane e % kLanes, lanes fold in a tree, and slots likewise. The norm is
 // therefore the same to the bit on every device, grid and thread count. The update compiles without contraction on
-// both sides (-ffp-contract=off, -fmad=false): it is bound by memory, and every instruction set then agrees.
+// both sides (-ffp-contract=off, -fmad=false): it is bound by memory, and all instruction sets then agree.
 #pragma once
 
 #include <cmath>
@@ -33,22 +33,20 @@ constexpr int kSlotLanes = 256;  // partial sums over the slots: the threads of 
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-// What a parameter is stored as. "Main" is what AdamW updates; "copy" is written from it in the same pass.
+// What a parameter is stored as. "Main" is what AdamW updates; "rounded" is written from it in the same pass.
 enum class Kind : uint8_t {
-  kFloat32,           // main, gradient: fp32
-  kFloat32ToBf16,     // the same, and a bf16 copy
-  kFloat32ToFp16,     // the same, and an fp16 copy
-  kBf16Master,        // main: fp32 master weights; gradient, copy (the parameter): bf16
-  kFp16Master,        // main: fp32 master weights; gradient, copy (the parameter): fp16
-  kBf16Stochastic,    // main, gradient: bf16, rounded stochastically
+  kFloat32,         // main, gradient: fp32
+  kBf16Master,      // main: fp32 master weights; gradient, rounded (the parameter): bf16
+  kFp16Master,      // main: fp32 master weights; gradient, rounded (the parameter): fp16
+  kBf16Stochastic,  // main, gradient: bf16, rounded stochastically
 };
 
 struct Tensor {
   void* main;         // [count]
-  void* grad;         // [count], cleared by update() where asked
+  void* grad;         // [count], set to zero by update() if clear_grads
   float* exp_avg;     // [count]
   float* exp_avg_sq;  // [count]
-  void* copy;         // [count], or null
+  void* rounded;      // [count] a master's parameter, or null
   float* step;        // [1] updates done so far, as torch.optim.AdamW keeps it
   int64_t count;
   uint32_t first_tile;
@@ -63,7 +61,7 @@ struct Group {
   float one_minus_beta1, beta2, one_minus_beta2;
   float log_beta1, log_beta2;
   float eps;
-  float sign;  // -1 to maximise
+  float sign;  // -1 to maximize
 };
 
 // Optional inputs of the norm pass; every pointer may be null.
@@ -74,15 +72,15 @@ struct Clip {
   float max_norm;           // infinity: no clipping
 };
 
-// The only thing the two passes share, on the device: reading it is the host's own choice.
+// All that the two passes share. It stays on the device; the host reads it only on request.
 struct Scalars {
   double sum_squares;
   float norm;
   float scale;           // gradient multiplier: unscaling and clipping in one
-  float skipped;         // 1: the gradients were not all finite, or found_inf said so; nothing is updated
+  float skipped;         // 1: a gradient was not finite, or found_inf was set; nothing is updated
   unsigned blocks_done;  // CUDA: counts K1's blocks, always back at 0
 };
-static_assert(sizeof(Scalars) == 24, "optim.py views these fields by their offset");
+static_assert(sizeof(Scalars) == 24, "adapterkern/optim/backends.py views these fields by their offset");
 
 // ---- element types ----
 
@@ -102,7 +100,7 @@ AK_INLINE float to_float(float x) { return x; }
 AK_INLINE float to_float(Bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 
 AK_INLINE float to_float(Float16 x) {
-  // Multiplying by 2¹¹² moves the exponent bias from 15 to 127 and normalises subnormals; infinity and NaN need theirs set.
+  // Multiplying by 2¹¹² moves the exponent bias from 15 to 127 and normalizes subnormals; infinity and NaN need theirs set.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t finite = float_bits(bits_float(magnitude) * 0x1p112f);
   return bits_float((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite) | uint32_t(x.bits & 0x8000) << 16);
@@ -125,7 +123,7 @@ AK_INLINE void from_float(float x, Float16& out) {
   out.bits = uint16_t(half | (bits >> 16 & 0x8000));
 }
 
-// A 32-bit finaliser: every input bit flips each output bit with probability near one half.
+// A 32-bit finalizer: every input bit flips each output bit with probability near one half.
 AK_INLINE uint32_t mix(uint32_t x) {
   x = (x ^ x >> 16) * 0x7feb352du;
   x = (x ^ x >> 15) * 0x846ca68bu;
@@ -182,39 +180,45 @@ AK_INLINE float updated(const Step& s, float p, float g, float& m, float& v) {
   return p - (s.decay * p + s.size * (m / (sqrtf(v) * s.inv_sqrt_correction2 + s.eps)));
 }
 
+struct Nothing {};
+
 // One element of each kind: what is stored where. `index` counts within the tensor.
-template <typename Grad, typename Copy>
-struct Float32Main {
+struct Float32 {
   using Main = float;
-  using Gradient = Grad;
-  using Copied = Copy;
-  static AK_INLINE void apply(const Step& s, uint32_t, float& p, Grad g, float& m, float& v, Copy& copy) {
-    p = updated(s, p, to_float(g), m, v);
-    from_float(p, copy);
+  using Gradient = float;
+  using Rounded = Nothing;
+  static AK_INLINE void apply(const Step& s, uint32_t, float& p, float g, float& m, float& v, Nothing&) {
+    p = updated(s, p, g, m, v);
   }
 };
 
-struct NoCopy {};
-AK_INLINE void from_float(float, NoCopy&) {}
+template <typename Low>
+struct Master {
+  using Main = float;
+  using Gradient = Low;
+  using Rounded = Low;
+  static AK_INLINE void apply(const Step& s, uint32_t, float& p, Low g, float& m, float& v, Low& rounded) {
+    p = updated(s, p, to_float(g), m, v);
+    from_float(p, rounded);
+  }
+};
 
 struct Bf16Stochastic {
   using Main = Bfloat16;
   using Gradient = Bfloat16;
-  using Copied = NoCopy;
-  static AK_INLINE void apply(const Step& s, uint32_t index, Bfloat16& p, Bfloat16 g, float& m, float& v, NoCopy&) {
+  using Rounded = Nothing;
+  static AK_INLINE void apply(const Step& s, uint32_t index, Bfloat16& p, Bfloat16 g, float& m, float& v, Nothing&) {
     from_float_stochastic(updated(s, to_float(p), to_float(g), m, v), mix(mix(index) ^ s.key), p);
   }
 };
 
-// Calls f with the element rule of `kind`: the one place where a run-time kind becomes a type.
+// Calls f with the element rule of `kind`: the only place where a run-time kind becomes a type.
 template <typename F>
 AK_INLINE void dispatch(Kind kind, F&& f) {
   switch (kind) {
-    case Kind::kFloat32: return f(Float32Main<float, NoCopy>{});
-    case Kind::kFloat32ToBf16: return f(Float32Main<float, Bfloat16>{});
-    case Kind::kFloat32ToFp16: return f(Float32Main<float, Float16>{});
-    case Kind::kBf16Master: return f(Float32Main<Bfloat16, Bfloat16>{});
-    case Kind::kFp16Master: return f(Float32Main<Float16, Float16>{});
+    case Kind::kFloat32: return f(Float32{});
+    case Kind::kBf16Master: return f(Master<Bfloat16>{});
+    case Kind::kFp16Master: return f(Master<Float16>{});
     case Kind::kBf16Stochastic: return f(Bf16Stochastic{});
   }
 }
@@ -225,7 +229,7 @@ struct Table {
   std::vector<Tensor> tensors;
   int64_t tiles = 0;
 
-  // An empty tensor takes a tile too: its step counts like any other's.
+  // An empty tensor takes a tile too, because its step is counted there.
   void add(Tensor t) {
     t.first_tile = uint32_t(tiles);
     tiles += t.count ? (t.count + kTile - 1) / kTile : 1;
@@ -237,10 +241,10 @@ namespace cpu {
 void sum_squares(const Table&, const Clip&, double* slots, Scalars*, int threads);
 void finish(const Clip&, Scalars*);
 void update(const Table&, const std::vector<Group>&, const Scalars*, bool clear_grads, uint32_t seed, int threads);
-int other_cores(int threads);  // where OpenMP has bound the caller to fewer cores than threads: how many others there are
+int other_cores(int threads);  // where OpenMP has bound the caller to fewer cores than threads: the number of others
 }  // namespace cpu
 
-// Each returns nullptr, or what CUDA said went wrong.
+// Each returns nullptr, or CUDA's error message.
 namespace cuda {
 const char* sum_squares(const Table&, const Clip&, double* slots, Scalars*, int device, void* stream);
 const char* finish(const Clip&, Scalars*, int device, void* stream);

@@ -13,8 +13,8 @@
 
 #include "clipped_adamw.h"
 
-// One binary for every x86-64: the loader picks the widest vectors that the machine has. The results do not depend
-// on it, because nothing here is contracted or reassociated.
+// One binary for every x86-64: the loader picks the widest vectors of the machine. The results do not depend on that,
+// because nothing here is contracted or reassociated.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define AK_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -24,10 +24,11 @@
 namespace adapterkern::cpu {
 namespace {
 
-// OMP_PROC_BIND has OpenMP bind the calling thread to one core, and threads that it starts would inherit that: two took
-// 11.2 ms a step where two cores take 5.7 (8.6 M elements, Xeon), and 6.1 so. They run where other threads of the process
-// may, torch's workers among them; so what taskset or a container allows still holds. Not on the caller's core as well:
-// the kernel moves a thread at once from where it may not be, and in milliseconds from where it had better not be.
+// With OMP_PROC_BIND, OpenMP binds the calling thread to one core, and threads that it starts inherit that: a step on two
+// threads took 11.2 ms instead of the 5.7 ms on two free cores (8.6 M elements, Xeon); with this class it takes 6.1 ms.
+// Started threads may use the cores of the process's other threads (torch's workers among them), so limits of taskset or
+// a container still hold. The caller's own core is excluded: the scheduler moves a thread at once from a core that it may
+// not use, but only after milliseconds from one that is merely busy.
 class Cores {
  public:
   explicit Cores(int threads) {
@@ -50,7 +51,7 @@ class Cores {
 #endif
   }
 
-  // By the caller, and at once: the thread itself would have to wait for a turn on the caller's core.
+  // Called by the caller: the new thread itself would first have to wait for time on the caller's core.
   void give(std::thread& started) const {
 #ifdef __linux__
     if (bound_) pthread_setaffinity_np(started.native_handle(), sizeof others_, &others_);
@@ -73,11 +74,11 @@ class Cores {
 #endif
 };
 
-constexpr int64_t kChunk = 32;  // tiles; half a megabyte of gradients: below that a thread costs more than it saves
+constexpr int64_t kChunk = 32;  // tiles, half a megabyte of gradients; below that a thread costs more than it saves
 
 // Calls f(first, last) on chunks of tiles, the last chunk first if `backwards`. Threads live for one pass (about 20 µs
-// each), so there is no pool to survive a fork or to fight torch's own over the cores, and take chunks as they come: a
-// thread whose core torch's spinning workers hold does less. Which thread does what leaves no trace in the result.
+// each), so no pool has to survive a fork or competes with torch's own for the cores. They take chunks as they come: a
+// thread that shares its core with torch's spinning workers does less. The result does not depend on who does what.
 template <typename F>
 void parallel(int64_t tiles, int threads, bool backwards, F f) {
   const int64_t chunks = (tiles + kChunk - 1) / kChunk;
@@ -116,8 +117,8 @@ double fold(double* lane) {
 }
 
 // Asks for kCount elements 8 KiB ahead. The hardware's own prefetcher lags behind the norm pass: on one core of an
-// EPYC (Zen 4) this takes it from 0.37 to 0.13 ns an element, while the update's four streams go from 0.69 to 1.0 with
-// it, so they do without. Addresses past the end are harmless.
+// EPYC (Zen 4) this takes it from 0.37 to 0.13 ns per element, while the update's four streams go from 0.69 to 1.0 with
+// it, so the update does not prefetch. Addresses past the end are harmless.
 template <int kCount, typename T>
 AK_INLINE void prefetch(const T* p) {
   for (size_t byte = 0; byte < kCount * sizeof(T); byte += 64)
@@ -149,11 +150,11 @@ AK_CLONES void update_tile(const Tensor& t, int64_t begin, int n, const Step& st
     using Rule = decltype(rule);
     auto* __restrict__ main = static_cast<typename Rule::Main*>(t.main) + begin;
     const auto* __restrict__ grad = static_cast<const typename Rule::Gradient*>(t.grad) + begin;
-    auto* __restrict__ copy = static_cast<typename Rule::Copied*>(t.copy) + begin;
+    auto* __restrict__ rounded = static_cast<typename Rule::Rounded*>(t.rounded) + begin;
     float* __restrict__ m = t.exp_avg + begin;
     float* __restrict__ v = t.exp_avg_sq + begin;
     const Step s = step;
-    for (int i = 0; i < n; ++i) Rule::apply(s, uint32_t(begin) + i, main[i], grad[i], m[i], v[i], copy[i]);
+    for (int i = 0; i < n; ++i) Rule::apply(s, uint32_t(begin) + i, main[i], grad[i], m[i], v[i], rounded[i]);
   });
 }
 

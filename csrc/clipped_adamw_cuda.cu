@@ -1,8 +1,9 @@
-// The CUDA kernels: warps on tiles, four adjacent elements a thread, the table in the kernel's own parameters.
+// The CUDA kernels: warps on tiles, four adjacent elements per thread, the table in the kernel's own parameters.
 //
-// K1 reads every gradient once; the block that finishes last adds the slots in a fixed order. K2 walks the tiles
-// backwards, so that the gradients K1 read last, still in L2, are read first, and marks everything else that it touches
-// for early eviction: with plain loads, p, m and v would push out all but the last 2.5 M gradients of a 50 MB L2.
+// K1 (sum_squares_kernel) reads every gradient once; the last block to finish adds the slots in a fixed order. K2
+// (update_kernel) walks the tiles backwards: the gradients that K1 read last are still in L2 and are read first. It marks
+// everything else that it touches for early eviction: with plain loads, p, m and v would push out all but the last 2.5 M
+// gradients of a 50 MB L2.
 // Two launches for up to kMaxTensors tensors; more go in chunks, which changes no bit of the result.
 #include <cuda_runtime.h>
 
@@ -16,12 +17,12 @@ namespace {
 
 constexpr int kThreads = kSlotLanes;
 constexpr int kWarps = kThreads / 32;
-constexpr int kShare = 1024;  // K2's elements a warp: 8 turns of 128, so that 3 M parameters still fill a large GPU
+constexpr int kShare = 1024;  // K2's elements per warp: 8 turns of 128, so that 3 M parameters still fill a large GPU
 constexpr int kShares = kTile / kShare;
 constexpr int kMaxTensors = 400;
 constexpr int kMaxGroups = 100;
 
-// A run of the table that fits a kernel's parameters (32,764 bytes from CUDA 12.1 on).
+// Consecutive tensors of the table that fit into a kernel's parameters (32,764 bytes since CUDA 12.1).
 struct Chunk {
   Tensor tensors[kMaxTensors];  // .group counts within the chunk
   Group groups[kMaxGroups];
@@ -46,15 +47,15 @@ struct alignas(4 * sizeof(T)) Quad {
 };
 
 template <>
-struct Quad<NoCopy> {
-  NoCopy at[4];
+struct Quad<Nothing> {
+  Nothing at[4];
 };
 
 template <typename T>
 __device__ __forceinline__ bool aligned(const T* p) {
   return uintptr_t(p) % sizeof(Quad<T>) == 0;
 }
-__device__ __forceinline__ bool aligned(const NoCopy*) { return true; }
+__device__ __forceinline__ bool aligned(const Nothing*) { return true; }
 
 template <typename T>
 using Word = std::conditional_t<sizeof(T) == 4, uint4, uint2>;  // as wide as a Quad<T>, for the cache-hinted accesses
@@ -85,10 +86,10 @@ __device__ __forceinline__ void store(T* p, const Quad<T>& q, bool wide, int n) 
   for (int i = 0; i < 4; ++i)
     if (i < n) p[i] = q.at[i];
 }
-__device__ __forceinline__ void store(NoCopy*, const Quad<NoCopy>&, bool, int) {}
+__device__ __forceinline__ void store(Nothing*, const Quad<Nothing>&, bool, int) {}
 
-// kFull: the tile is whole and aligned. A warp then keeps kBatch loads in flight, 4 KiB: two blocks on each SM, which
-// is all that 8 M parameters make, would otherwise not cover the latency of device memory.
+// kFull: the tile is full and aligned. A warp then keeps kBatch loads in flight, 4 KiB. Otherwise the two blocks per SM
+// that 8 M parameters give would not cover the latency of device memory.
 template <bool kFull, typename Grad>
 __device__ double tile_squares(const Grad* grad, int n, float inv_scale) {
   constexpr int kBatch = kFull ? 8 : 1;
@@ -164,17 +165,17 @@ struct Pointers {
   typename Rule::Main* main;
   typename Rule::Gradient* grad;
   float *exp_avg, *exp_avg_sq;
-  typename Rule::Copied* copy;
+  typename Rule::Rounded* rounded;
 
   __device__ Pointers(const Tensor& t, int64_t begin)
       : main(static_cast<typename Rule::Main*>(t.main) + begin),
         grad(static_cast<typename Rule::Gradient*>(t.grad) + begin),
         exp_avg(t.exp_avg + begin),
         exp_avg_sq(t.exp_avg_sq + begin),
-        copy(static_cast<typename Rule::Copied*>(t.copy) + begin) {}
+        rounded(static_cast<typename Rule::Rounded*>(t.rounded) + begin) {}
 
   __device__ bool all_aligned() const {
-    return aligned(main) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq) && aligned(copy);
+    return aligned(main) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq) && aligned(rounded);
   }
 };
 
@@ -186,12 +187,12 @@ __device__ void update_share(const Pointers<Rule>& at, uint32_t begin, int n, co
     auto p = load<true>(at.main + e, wide, n - e);
     const auto g = load<true>(at.grad + e, wide, n - e);
     auto m = load<true>(at.exp_avg + e, wide, n - e), v = load<true>(at.exp_avg_sq + e, wide, n - e);
-    Quad<typename Rule::Copied> c;
-    for (int i = 0; i < 4; ++i) Rule::apply(s, begin + e + i, p.at[i], g.at[i], m.at[i], v.at[i], c.at[i]);
+    Quad<typename Rule::Rounded> r;
+    for (int i = 0; i < 4; ++i) Rule::apply(s, begin + e + i, p.at[i], g.at[i], m.at[i], v.at[i], r.at[i]);
     store(at.main + e, p, wide, n - e);
     store(at.exp_avg + e, m, wide, n - e);
     store(at.exp_avg_sq + e, v, wide, n - e);
-    store(at.copy + e, c, wide, n - e);
+    store(at.rounded + e, r, wide, n - e);
   }
 }
 
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   const int ordinal = owner(chunk, tile);
   const Tensor& t = chunk.tensors[ordinal];
   const int64_t begin = int64_t(tile - t.first_tile) * kTile + (last - index) % kShares * kShare;
-  const int n = int(min(int64_t(kShare), t.count - begin));  // none or fewer, past the tensor's end
+  const int n = int(min(int64_t(kShare), t.count - begin));  // <= 0 past the tensor's end
   const Scalars s = *scalars;
   if (s.skipped != 0 && begin == 0 && threadIdx.x % 32 == 0) *t.step -= 1;
   dispatch(t.kind, [&](auto rule) {
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   });
 }
 
-// Fills `chunk` with the tensors from `first` on; returns where the next chunk starts. Groups may be null (K1 needs none).
+// Fills `chunk` with tensors, starting at `first`; returns the start of the next chunk. K1 needs no groups: null.
 size_t fill(Chunk& chunk, const Table& table, const std::vector<Group>* groups, size_t first) {
   chunk.count = 0;
   chunk.first_tensor = uint32_t(first);
@@ -246,7 +247,7 @@ size_t fill(Chunk& chunk, const Table& table, const std::vector<Group>* groups, 
   return i;
 }
 
-// Makes `device` current for one launch and puts the caller's back.
+// Makes `device` current for one launch, then restores the caller's.
 struct DeviceGuard {
   int previous = 0;
   explicit DeviceGuard(int device) {

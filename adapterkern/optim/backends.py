@@ -62,7 +62,6 @@ class Entry:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    copy: Tensor | None  # written from `main` in the same pass
     stochastic: bool
     group: int
 
@@ -132,7 +131,7 @@ class KernelPart:
                 e.main.data_ptr(),
                 e.exp_avg.data_ptr(),
                 e.exp_avg_sq.data_ptr(),
-                0 if e.copy is None else e.copy.data_ptr(),
+                0 if e.main is e.param else e.param.data_ptr(),
                 e.step.data_ptr(),
             )
         self._slots = torch.empty(self._table.tiles, dtype=torch.float64, device=self.device)
@@ -173,13 +172,12 @@ class KernelPart:
 
 def _kind(e: Entry) -> int:
     """What e's tensors are, for the kernels: enum Kind of clipped_adamw.h."""
-    low = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if e.stochastic:
         name = "bf16_stochastic"
-    elif e.param is not e.main:
-        name = f"{low[e.param.dtype]}_master"
+    elif e.main is e.param:
+        name = "float32"
     else:
-        name = "float32" if e.copy is None else f"float32_to_{low[e.copy.dtype]}"
+        name = {torch.bfloat16: "bf16_master", torch.float16: "fp16_master"}[e.param.dtype]
     return int(_C.KINDS[name])
 
 
@@ -246,8 +244,8 @@ class TorchPart:
                 found_inf=self.skipped,
             )
         for e in self.entries:
-            if e.copy is not None:
-                e.copy.copy_(e.main)
+            if e.main is not e.param:
+                e.param.copy_(e.main)
         if request.clear_grads:
             torch._foreach_zero_(grads)
 
@@ -277,7 +275,6 @@ class Planned:
     states: list[dict[str, Any]]
     sharded: bool = field(init=False)
     masters: list[dict[str, Any]] = field(init=False)  # the states whose master is what AdamW updates
-    written: list[Tensor] = field(init=False)  # what autograd must hear of
     layouts: list[list[Any]] = field(init=False)  # of the parameters, and so of their gradients
     kept: list[Tensor] = field(init=False)  # the state's tensors, so that none other comes to the identity of one
     identities: list[int] = field(init=False)
@@ -287,7 +284,6 @@ class Planned:
         entries = self.part.entries
         self.sharded = any(hasattr(p, "to_local") for p in self.params)
         self.masters = [s for s, e in zip(self.states, entries, strict=True) if e.main is not e.param]
-        self.written = self.params + [e.copy for e in entries if e.copy is not None and e.copy is not e.param]
         self.layouts = layouts([e.param for e in entries])
         self.kept = self._state_tensors()
         self.identities = list(map(id, self.kept))

@@ -88,7 +88,6 @@ class ClippedAdamW(Optimizer):
         self.seed = seed
         self.clear_grads = clear_grads
         self.error_if_nonfinite = error_if_nonfinite
-        self._compute_copies: dict[Tensor, Tensor] = {}
         self._plan: list[Planned] | None = None
         self._last: tuple[Tensor, Tensor] | None = None  # grad_norm and skipped, where the last step left them
         self._known: tuple[list[int], list[int]] = ([], [])  # whom the plan is for: parameters and their states
@@ -152,7 +151,7 @@ class ClippedAdamW(Optimizer):
         for planned, grads in zip(plan, gradients, strict=True):
             planned.part.update(grads, request)
             # The kernels write behind autograd's back, which must refuse a backward through what is no longer there.
-            torch.autograd.graph.increment_version(planned.written)
+            torch.autograd.graph.increment_version(planned.params)
             if self.clear_grads:
                 torch.autograd.graph.increment_version(grads)
                 for p, used in zip(planned.params, grads, strict=True):
@@ -249,33 +248,8 @@ class ClippedAdamW(Optimizer):
             if key != "step" and value.stride() != param.stride():  # loaded from a run with another memory layout
                 value = state[key] = torch.empty_like(param, dtype=torch.float32).copy_(value)
             found[key] = value
-        copy = self._compute_copies.get(p)
-        main = param
-        if "master" in found and not stochastic:
-            main, copy = found["master"], param
-        return Entry(param, main, found["exp_avg"], found["exp_avg_sq"], found["step"], copy, stochastic, group)
-
-    def write_compute_copy(self, param: Tensor, copy: Tensor) -> None:
-        """From now on a step that updates `param` also writes it, rounded, to `copy`, in the same pass.
-
-        For a model that computes in low precision with fp32 parameters: it saves the cast before each forward.
-
-        Args:
-            param: a float32 parameter of this optimizer, not a DTensor.
-            copy: bfloat16 or float16, with param's shape, strides and device. Filled at once.
-        """
-        known = any(param is p for group in self.param_groups for p in group["params"])
-        if not known or param.dtype != torch.float32 or hasattr(param, "to_local"):
-            raise ValueError("param: expected a float32 parameter of this optimizer, no DTensor; got another tensor")
-        if copy.dtype not in _DTYPES[1:]:
-            raise TypeError(f"copy: expected bfloat16 or float16, got {copy.dtype}")
-        if (copy.shape, copy.stride(), copy.device) != (param.shape, param.stride(), param.device):
-            expected = f"shape {tuple(param.shape)}, strides {param.stride()} on {param.device}"
-            got = f"shape {tuple(copy.shape)}, strides {copy.stride()} on {copy.device}"
-            raise ValueError(f"copy: expected {expected}, got {got}")
-        copy.copy_(param.detach())
-        self._compute_copies[param] = copy
-        self._plan = None
+        main = param if stochastic else found.get("master", param)
+        return Entry(param, main, found["exp_avg"], found["exp_avg_sq"], found["step"], stochastic, group)
 
     # ---- checks ----
 
@@ -348,7 +322,7 @@ class ClippedAdamW(Optimizer):
                     self.state[p][name] = torch.as_tensor(value).to(p.device, torch.float32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite", "_compute_copies")
+        own = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

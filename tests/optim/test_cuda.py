@@ -39,18 +39,13 @@ def no_sync():
 
 
 @pytest.mark.parametrize("misaligned", [False, True])
-@pytest.mark.parametrize("kind", ["fp32", "bf16 master", "fp16 master", "bf16 stochastic", "bf16 copy", "fp16 copy"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16 master", "fp16 master", "bf16 stochastic"])
 def test_the_gpu_runs_the_twins_arithmetic(kind, misaligned):
     dtype = {"bf16 master": torch.bfloat16, "fp16 master": torch.float16, "bf16 stochastic": torch.bfloat16}.get(kind)
     on_cpu = parameters(SIZES, dtype or torch.float32, misaligned)
     on_gpu = to_cuda(on_cpu, misaligned)
     options = {"lr": 1e-3, "low_precision": "stochastic" if kind == "bf16 stochastic" else "master", "seed": 3}
     twin, optimizer = ClippedAdamW(on_cpu, **options), ClippedAdamW(on_gpu, **options)
-    copies = []
-    if kind.endswith("copy"):
-        for p in on_gpu:
-            copies.append(torch.empty_like(p, dtype=torch.bfloat16 if kind == "bf16 copy" else torch.float16))
-            optimizer.write_compute_copy(p, copies[-1])
     for step in range(20):
         for p, g in zip(on_gpu, set_grads(on_cpu, step), strict=True):
             p.grad = g.cuda()
@@ -64,7 +59,6 @@ def test_the_gpu_runs_the_twins_arithmetic(kind, misaligned):
     same = torch.cat([(p.cpu() == q).float() for p, q in zip(on_gpu, on_cpu, strict=True)])
     assert worst([p.cpu() for p in on_gpu], [q.detach().double() for q in on_cpu]) < tolerance
     assert same.mean() > 0.9
-    assert all(torch.equal(c, p.to(c.dtype)) for c, p in zip(copies, on_gpu, strict=False))
 
 
 def test_more_tensors_and_groups_than_one_launch_holds():

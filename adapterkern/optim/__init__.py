@@ -5,6 +5,6 @@ backends.py        the extension's passes; torch's fused AdamW where it is missi
 """
 
 from adapterkern.optim.backends import backend
-from adapterkern.optim.clipped_adamw import ClippedAdamW, ClippedGradScaler
+from adapterkern.optim.clipped_adamw import ClippedAdamW
 
-__all__ = ["ClippedAdamW", "ClippedGradScaler", "backend"]
+__all__ = ["ClippedAdamW", "backend"]

@@ -26,12 +26,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adapterkern.optim.backends import Entry, Planned, Request, backend, layouts, local, make_part, moved
 
-__all__ = ["ClippedAdamW", "ClippedGradScaler", "backend"]
+__all__ = ["ClippedAdamW", "backend"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
@@ -55,8 +54,9 @@ class ClippedAdamW(Optimizer):
         seed: of stochastic rounding, from 0 to 2³² − 1.
         clear_grads: set gradients to zero in the same pass, also on a skipped step.
         error_if_nonfinite: raise RuntimeError on a non-finite norm (this waits for the device), after a step that
-            changed nothing. Under a GradScaler, whose business overflow is, it has no effect.
+            changed nothing. Under a GradScaler, which expects overflow, it has no effect.
 
+    Under torch.amp.GradScaler a step unscales, clips and skips on the device; the host reads nothing.
     The moments are fp32 whatever the parameter is. `state_dict()` and torch.optim.AdamW's load into each other.
 
     Raises:
@@ -365,28 +365,3 @@ def _share_norm(plan: list[Planned], request: Request) -> None:
     for planned in plan:
         planned.part.total.copy_(torch.stack([moved(t, planned.part.device) for t in totals]).sum())
         planned.part.finish(request)
-
-
-class ClippedGradScaler(torch.amp.GradScaler):
-    """A GradScaler that lets ClippedAdamW's own norm pass look for infinities, and so saves a pass over the gradients.
-
-    A drop-in for torch.amp.GradScaler; optimizers of other kinds, and gradients already unscaled, go its usual way.
-    """
-
-    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        state = self._per_optimizer_states[id(optimizer)]
-        usual = not self.is_enabled() or state["stage"] is not OptState.READY
-        if usual or not isinstance(optimizer, ClippedAdamW) or not optimizer._step_supports_amp_scaling:
-            return super().step(optimizer, *args, **kwargs)
-        if args or kwargs:
-            raise RuntimeError("ClippedGradScaler.step takes no closure: a scaled step cannot evaluate the loss again")
-        scale, _ = self._check_scale_growth_tracker("step")
-        optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.grad_scale  # type: ignore[attr-defined]
-        skipped = moved(optimizer.skipped, scale.device)
-        state["found_inf_per_device"] = {skipped.device: skipped}
-        state["stage"] = OptState.STEPPED
-        return None

@@ -1,4 +1,4 @@
-"""ClippedAdamW: clip_grad_norm_ and AdamW in two passes over the parameters and no word from the device to the host.
+"""ClippedAdamW: clip_grad_norm_ and AdamW in two passes over the parameters, without a host synchronization.
 
     norm = √(Σ g²)                 over all parameters, in fp64, in a fixed order
     ĝ    = g · min(1, max_norm / (norm + 1e-6))
@@ -10,12 +10,13 @@ Equivalent to
     torch.nn.utils.clip_grad_norm_(params, max_norm)
     torch.optim.AdamW(params, lr, betas, eps, weight_decay).step()
 
-except that a step whose gradients are not all finite changes nothing, where clipping by an infinite norm would write
-NaN into every parameter. `skipped` tells, and `grad_norm` shows why.
+except that a step with a gradient that is not finite changes nothing, where clipping by an infinite norm would write
+NaN into every parameter. ``skipped`` is then 1, and ``grad_norm`` is not finite.
 
-The clipped gradients are never written: a step moves 28 bytes a parameter (p, g, m, v read; p, m, v written) plus the
-norm's read of g, where the two calls above move 40. Norm, multiplier and skip flag stay on the device, and so does each
-parameter's step count, which a skipped step leaves alone. Nothing depends on the number of threads or blocks.
+The clipped gradients are never written: a step moves 28 bytes per parameter (p, g, m, v read; p, m, v written) plus the
+norm's read of g, where the two calls above move 40. Norm, multiplier and skip flag stay on the device, and so does the
+step count of each parameter, which a skipped step leaves as it is. No result depends on the number of threads or
+blocks.
 """
 
 import math
@@ -28,39 +29,41 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adapterkern.optim.backends import Entry, Planned, Request, backend, layouts, local, make_part, moved
+from adapterkern.checks import choice, integer, number
+from adapterkern.optim.backends import StepOptions, to_device
+from adapterkern.optim.plan import Plan, check_gradient, is_valid, local, make_plan, name_of, read_gradients
 
-__all__ = ["ClippedAdamW", "backend"]
+__all__ = ["ClippedAdamW"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
-# What holds for all groups: in one of them it would be kept, and never looked at.
+# Arguments for all groups. torch would keep one of them that is set in a group, where nothing reads it.
 _FOR_ALL = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite")
 
 
 class ClippedAdamW(Optimizer):
-    """AdamW with global-norm clipping, in two kernel launches and without a host synchronisation.
+    """AdamW with global-norm clipping, in two kernel launches and without a host synchronization.
 
     Args:
         params: parameters or groups, as for any torch optimizer; float32, bfloat16 or float16, dense, real.
             A group may set its own lr, betas, eps, weight_decay and maximize; the other arguments hold for all.
         lr, weight_decay: a float, or a float32 tensor of one element, read on the device: a captured graph follows it.
         betas, eps: floats, as in torch.optim.AdamW.
-        max_norm: largest global gradient norm, over all groups; None or infinity: no clipping. May be a tensor as lr.
+        max_norm: largest global gradient norm, over all groups; None or infinity: no clipping. May be a tensor, as lr.
         maximize: ascend instead.
         low_precision: how bfloat16 and float16 parameters keep small updates. "master": fp32 master weights in the
-            state, of which the parameter is a rounded copy. "stochastic" (bfloat16 only): no copy; each update rounds
-            up or down at random, in proportion, by a counter-based generator: a run repeats to the bit.
-        seed: of stochastic rounding, from 0 to 2³² − 1.
-        clear_grads: set gradients to zero in the same pass, also on a skipped step.
+            state, of which the parameter is a rounded copy. "stochastic" (bfloat16 only): no master; each update is
+            rounded up or down at random, in proportion, by a counter-based generator: runs agree to the bit.
+        seed: of stochastic rounding, an integer from 0 to 2³² − 1.
+        clear_grads: set gradients to zero in the same pass, also in a skipped step.
         error_if_nonfinite: raise RuntimeError on a non-finite norm (this waits for the device), after a step that
-            changed nothing. Under a GradScaler, which expects overflow, it has no effect.
+            changed nothing. No effect under a GradScaler, which expects overflow.
 
+    The moments are always fp32. ``state_dict()`` and torch.optim.AdamW's load into each other.
     Under torch.amp.GradScaler a step unscales, clips and skips on the device; the host reads nothing.
-    The moments are fp32 whatever the parameter is. `state_dict()` and torch.optim.AdamW's load into each other.
 
     Raises:
-        ValueError, TypeError: for an argument, a parameter or a gradient it cannot take, by name.
+        ValueError, TypeError: for an unsupported argument, parameter or gradient, by name.
     """
 
     def __init__(
@@ -78,29 +81,24 @@ class ClippedAdamW(Optimizer):
         clear_grads: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        if low_precision not in ("master", "stochastic"):
-            raise ValueError(f"low_precision: expected 'master' or 'stochastic', got {low_precision!r}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {seed}")
         _check_not_negative("max_norm", math.inf if max_norm is None else max_norm)
         self.max_norm = max_norm
-        self.low_precision = low_precision
-        self.seed = seed
+        self.low_precision = choice("low_precision", low_precision, ("master", "stochastic"))
+        self.seed = integer("seed", seed, 0, 2**32 - 1)
         self.clear_grads = clear_grads
         self.error_if_nonfinite = error_if_nonfinite
-        self._plan: list[Planned] | None = None
-        self._last: tuple[Tensor, Tensor] | None = None  # grad_norm and skipped, where the last step left them
-        self._known: tuple[list[int], list[int]] = ([], [])  # whom the plan is for: parameters and their states
+        self._plan: Plan | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # the last step's norm and skip flag, in the kernels' memory
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         )
 
-    # ---- what a loop reads ----
+    # ---- what a training loop reads ----
 
     @property
     def grad_norm(self) -> Tensor:
         """The last step's global gradient norm before clipping (after unscaling): a float32 scalar on the device."""
-        return self._of_last_step()[0].clone()  # the kernels overwrite theirs in the next step
+        return self._of_last_step()[0].clone()  # the next step overwrites the kernels' own
 
     @property
     def skipped(self) -> Tensor:
@@ -116,8 +114,8 @@ class ClippedAdamW(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler hands over grad_scale and found_inf instead of waiting for the device. accelerate learns that a
-        # step was skipped, and holds its scheduler back, from step() not being called: there the scaler must decide.
+        # True: GradScaler passes grad_scale and found_inf on instead of waiting for the device. accelerate, however,
+        # sees that a step was skipped (and holds its scheduler back) only if step() is not called: False under it.
         return getattr(self.__dict__.get("step"), "__module__", None) != "accelerate.optimizer"
 
     @overload
@@ -126,39 +124,43 @@ class ClippedAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step on the gradients at hand; parameters without one are left out. Returns the closure's loss."""
+        """One step on the current gradients; parameters without one are left out. Returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._valid_plan()
-        gradients: list[Any] = [self._gradients(planned) for planned in plan]
+        groups, plan = self.param_groups, self._plan
+        if plan is None or not is_valid(plan, groups, self.state):
+            plan = self._make_plan()
+        gradients: list[Any] = [read_gradients(bucket, groups) for bucket in plan.buckets]
         if None in gradients:
-            plan = self._plan = self._make_plan()
-            gradients = [self._gradients(planned) for planned in plan]
-        request = Request(
-            groups=self.param_groups,
+            plan = self._make_plan()
+            gradients = [read_gradients(bucket, groups) for bucket in plan.buckets]
+        options = StepOptions(
+            groups=groups,
             max_norm=math.inf if self.max_norm is None else self.max_norm,
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
             clear_grads=self.clear_grads,
             seed=self.seed,
         )
-        for planned, grads in zip(plan, gradients, strict=True):
-            planned.part.sum_squares(grads, request)
-        if len(plan) > 1 or any(planned.reduce_over for planned in plan):
-            _share_norm(plan, request)
-        for planned, grads in zip(plan, gradients, strict=True):
-            planned.part.update(grads, request)
-            # The kernels write behind autograd's back, which must refuse a backward through what is no longer there.
-            torch.autograd.graph.increment_version(planned.params)
+        for bucket, grads in zip(plan.buckets, gradients, strict=True):
+            bucket.passes.sum_squares(grads, options)
+        if plan.shares_norm:
+            _share_norm(plan, options)
+        for bucket, grads in zip(plan.buckets, gradients, strict=True):
+            bucket.passes.update(grads, options)
+            # The kernels write without autograd, which must refuse a backward through what they have overwritten.
+            torch.autograd.graph.increment_version(bucket.params)
             if self.clear_grads:
                 torch.autograd.graph.increment_version(grads)
-                for p, used in zip(planned.params, grads, strict=True):
-                    if (grad := local(_grad(p))) is not used:
+                for p, read in zip(bucket.params, grads, strict=True):
+                    assert p.grad is not None
+                    if (grad := local(p.grad)) is not read:  # the pass has cleared a copy with other strides
                         grad.zero_()
-        self._last = (plan[0].part.norm, plan[0].part.skipped) if plan else (torch.zeros(()), torch.zeros(()))
-        scaled = request.grad_scale is not None or request.found_inf is not None
+        passes = plan.buckets[0].passes if plan.buckets else None
+        self._last = (passes.norm, passes.skipped) if passes else (torch.zeros(()), torch.zeros(()))
+        scaled = options.grad_scale is not None or options.found_inf is not None
         if self.error_if_nonfinite and not scaled and self.skipped.item():
             raise RuntimeError(
                 f"the gradients' total norm is {self.grad_norm.item()}, so it cannot be clipped: nothing was updated. "
@@ -166,90 +168,70 @@ class ClippedAdamW(Optimizer):
             )
         return loss
 
-    def _valid_plan(self) -> list[Planned]:
-        """The parts for the parameters that have a gradient; made anew only where a pointer or the set has changed."""
-        live = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        plan = self._plan
-        # Identities rather than look-ups in self.state: hashing a tensor costs more than all the rest of this check.
-        known = (list(map(id, live)), list(map(id, self.state.values())))
-        if plan is None or known != self._known or not all(map(Planned.still_valid, plan)):
-            self._plan = plan = self._make_plan()
-            self._known = (known[0], list(map(id, self.state.values())))
-        return plan
-
-    def _gradients(self, planned: Planned) -> list[Tensor] | None:
-        """The part's gradients, each with its parameter's strides; one that differs is copied.
-
-        None if a parameter's `.data` has become another view of its memory: autograd then lays its gradient out so.
-        """
-        grads: list[Any] = [p.grad for p in planned.params]
-        if planned.sharded:
-            for p in planned.params:
-                self._check_gradient(p)
-            grads = list(map(local, grads))
-        if layouts(grads) == planned.layouts:
-            return grads
-        for p in planned.params:
-            self._check_gradient(p)
-        if layouts(list(map(local, planned.params))) != planned.layouts:
-            return None
-        return [
-            g
-            if g.stride() == strides
-            else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
-            for g, strides in zip(grads, planned.layouts[0], strict=True)
-        ]
-
-    def _make_plan(self) -> list[Planned]:
-        found: dict[tuple[torch.device, tuple[Any, ...]], list[tuple[Tensor, Entry]]] = {}
-        for index, group in enumerate(self.param_groups):
+    def _make_plan(self) -> Plan:
+        for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._check_gradient(p)
-                    found.setdefault((p.device, _shard_groups(p)), []).append((p, self._entry(p, index)))
-        return [
-            Planned(
-                part=make_part(device, [entry for _, entry in members]),
-                params=[p for p, _ in members],
-                reduce_over=reduce_over,
-                states=[self.state[p] for p, _ in members],
-            )
-            for (device, reduce_over), members in found.items()
-        ]
+                    check_gradient(p, self.param_groups)
+                    self._complete_state(p)
+        self._plan = make_plan(self.param_groups, self.state, self.low_precision == "stochastic")
+        return self._plan
 
-    def _entry(self, p: Tensor, group: int) -> Entry:
-        """Parameter `p` with its state, which is made on its first step, as torch.optim.AdamW does."""
-        self._check_dtype(p)  # model.double() changes it after the constructor has looked
+    # ---- state ----
+
+    def _complete_state(self, p: Tensor) -> None:
+        """Make the state of ``p`` on its first step, as torch.optim.AdamW does; check it on every call."""
+        self._check_dtype(p)  # the constructor's check is not enough: model.double() changes the dtype later
         state = self.state[p]
-        stochastic = p.dtype != torch.float32 and self.low_precision == "stochastic"
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if p.dtype == torch.float32:
-            state.pop("master", None)  # of a run in low precision
-        elif not stochastic and "master" not in state:
+            state.pop("master", None)  # loaded from a run in low precision
+        elif self.low_precision == "master" and "master" not in state:
             state["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
         param = local(p.detach())
         if torch.empty_like(param, device="meta").stride() != param.stride():
             raise ValueError(f"{self._name(p)}: expected memory without gaps or overlaps, got strides {param.stride()}")
-        found: dict[str, Tensor] = {}
         for key in _STATE[: 4 if "master" in state else 3]:
             value, shape = local(state.get(key)), () if key == "step" else param.shape
-            if not isinstance(value, Tensor) or (value.device, value.dtype, value.shape) != (
-                param.device,
-                torch.float32,
-                shape,
-            ):
+            expected = (param.device, torch.float32, shape)
+            if not isinstance(value, Tensor) or (value.device, value.dtype, value.shape) != expected:
                 got = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else value
                 raise ValueError(
                     f"state {key!r} of {self._name(p)}: expected float32 {tuple(shape)} on {param.device}, got {got}"
                 )
             if key != "step" and value.stride() != param.stride():  # loaded from a run with another memory layout
-                value = state[key] = torch.empty_like(param, dtype=torch.float32).copy_(value)
-            found[key] = value
-        main = param if stochastic else found.get("master", param)
-        return Entry(param, main, found["exp_avg"], found["exp_avg_sq"], found["step"], stochastic, group)
+                state[key] = torch.empty_like(param, dtype=torch.float32).copy_(value)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.AdamW. Moments and masters are copied, and stay fp32."""
+        final: dict[str, Any] = {}
+        last_hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last_hook.remove()
+        # torch casts state to the parameter's dtype and shares what needs no cast: take both from the source instead.
+        saved = chain.from_iterable(group["params"] for group in final["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, p in zip(saved, own, strict=True):
+            for name, value in final["state"].get(key, {}).items():
+                if name in _STATE:
+                    self.state[p][name] = torch.as_tensor(value).to(p.device, torch.float32, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: self.__dict__[name] for name in _FOR_ALL}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        self.__dict__.setdefault("_last", None)  # a copy or an unpickled optimizer has made no step
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            self._check_group(group)
 
     # ---- checks ----
 
@@ -277,91 +259,26 @@ class ClippedAdamW(Optimizer):
         if p.dtype not in _DTYPES:
             raise TypeError(f"{self._name(p)}: expected float32, bfloat16 or float16, got {p.dtype}")
         if p.dtype == torch.float16 and self.low_precision == "stochastic":
-            raise TypeError(f"{self._name(p)}: low_precision='stochastic' is for bfloat16, got {p.dtype}")
+            raise TypeError(f"{self._name(p)}: expected bfloat16 for low_precision='stochastic', got {p.dtype}")
 
-    def _check_gradient(self, p: Tensor) -> None:
-        grad = _grad(p)
-        if grad.layout != torch.strided:
-            raise TypeError(f"gradient of {self._name(p)}: expected a dense tensor, got layout {grad.layout}")
-        if grad.dtype != p.dtype:
-            raise TypeError(f"gradient of {self._name(p)}: expected {p.dtype}, got {grad.dtype}")
-        if grad.shape != p.shape:
-            raise ValueError(f"gradient of {self._name(p)}: expected shape {tuple(p.shape)}, got {tuple(grad.shape)}")
-        expected, got = getattr(p, "placements", None), getattr(grad, "placements", None)
-        if expected != got:
-            raise TypeError(f"gradient of {self._name(p)}: expected placements {expected}, got {got}")
-
-    def _name(self, param: Tensor) -> str:
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                if p is param:
-                    return (
-                        f"parameter {group['param_names'][j]!r}"
-                        if "param_names" in group
-                        else f"parameter {j} of group {i}"
-                    )
-        raise KeyError("not a parameter of this optimizer")
-
-    # ---- saving, loading, copying ----
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads this optimizer's state dict or torch.optim.AdamW's. Moments and masters are copied, and stay fp32."""
-        final: dict[str, Any] = {}
-        last_hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last_hook.remove()
-        # torch casts state to the parameter's dtype and shares what needs no cast: take both from the source instead.
-        saved = chain.from_iterable(group["params"] for group in final["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(saved, own, strict=True):
-            for name, value in final["state"].get(key, {}).items():
-                if name in _STATE:
-                    self.state[p][name] = torch.as_tensor(value).to(p.device, torch.float32, copy=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite")
-        return super().__getstate__() | {name: self.__dict__[name] for name in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._plan = None
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-            self._check_group(group)
+    def _name(self, p: Tensor) -> str:
+        return name_of(p, self.param_groups)
 
 
-def _check_not_negative(name: str, value: float | Tensor) -> None:
-    if not isinstance(value, (Tensor, Real)):
-        raise TypeError(f"{name}: expected a number from 0 on, got {value!r}")
-    if not isinstance(value, Tensor) and not value >= 0:
-        raise ValueError(f"{name}: expected a number from 0 on, got {value}")
+def _check_not_negative(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        number(name, float(value) if isinstance(value, Real) else value, "[0, inf]")
 
 
-def _grad(p: Tensor) -> Tensor:
-    grad = p.grad
-    assert grad is not None  # a plan holds only parameters that have one
-    return grad
-
-
-def _shard_groups(p: Tensor) -> tuple[Any, ...]:
-    """The process groups over which the shards of a DTensor's gradient make up the whole; () for a plain tensor."""
-    if not hasattr(p, "to_local"):
-        return ()
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(i) for i, placement in enumerate(placements) if placement.is_shard())
-
-
-def _share_norm(plan: list[Planned], request: Request) -> None:
-    """Makes the norm global where one part is not all: shards add up over their ranks, parts over devices."""
+def _share_norm(plan: Plan, options: StepOptions) -> None:
+    """Make the norm global: sum shards over their ranks, and buckets over devices."""
     totals = []
-    for planned in plan:
-        total = planned.part.total.double()
-        for group in planned.reduce_over:
+    for bucket in plan.buckets:
+        total = bucket.passes.squared_norm.double()
+        for group in bucket.process_groups:
             torch.distributed.all_reduce(total, group=group)
         totals.append(total)
-    for planned in plan:
-        planned.part.total.copy_(torch.stack([moved(t, planned.part.device) for t in totals]).sum())
-        planned.part.finish(request)
+    for bucket in plan.buckets:
+        passes = bucket.passes
+        passes.squared_norm.copy_(torch.stack([to_device(t, passes.device) for t in totals]).sum())
+        passes.finish(options)

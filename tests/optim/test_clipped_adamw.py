@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adapterkern.optim import backends
-from adapterkern.optim.clipped_adamw import ClippedAdamW, backend
+from adapterkern.optim import ClippedAdamW, backend, backends
 from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, worst
 
 SIZES = [0, 1, 3, TILE - 1, TILE, TILE + 1, 65535, 65536, 65537]

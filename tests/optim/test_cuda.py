@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapterkern.optim.clipped_adamw import ClippedAdamW, backend
+from adapterkern.optim import ClippedAdamW, backend
 from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, worst
 
 if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pybind11
 import pytest
 
-from adapterkern.optim.clipped_adamw import backend
+from adapterkern.optim import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shutil.which("g++")

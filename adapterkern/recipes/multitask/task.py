@@ -33,8 +33,8 @@ from adapterkern.files import read_json, write_json
 from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.mixing import prefix_length
-from adapterkern.optim.backends import local
 from adapterkern.optim.clipped_adamw import ClippedAdamW
+from adapterkern.optim.plan import local
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.examples import Example, Rows, collate, count_tokens, epoch_order

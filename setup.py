@@ -1,11 +1,11 @@
-"""Builds adapterkern._C: the CPU twin always, the CUDA kernels where nvcc is found.
+"""Builds adapterkern._C: the CPU twin always, the CUDA kernels if nvcc is found.
 
-The sources include no torch header, so the build needs none: a C++17 compiler, pybind11 and ninja suffice, and
-the module works with every torch. ninja compiles the files in parallel and only what has changed.
+The sources include no torch header: the build needs a C++17 compiler, pybind11 and ninja, but no torch, and the module
+works with every version of it. ninja compiles the files in parallel, and only those that have changed.
 
-    ADAPTERKERN_CUDA_ARCH="90;100"   compile for these architectures instead of every one the toolkit knows from sm_80
+    ADAPTERKERN_CUDA_ARCH="90;100"   compile for these architectures; default: all generations >= sm_80
     ADAPTERKERN_REQUIRE_CUDA=1       a missing or failing toolkit is an error instead of a warning
-    CXX, CUDA_HOME                   the compiler, and the toolkit, to use
+    CXX, CUDA_HOME                   the compiler and the toolkit to use
 """
 
 import os
@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).resolve().parent
-# No contraction and no reassociation: see csrc/clipped_adamw.h. Square roots need no errno to be vectorised.
+# No contraction and no reassociation: see csrc/clipped_adamw.h. Square roots are vectorized only without errno.
 CXX_FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -fvisibility=hidden -Wall"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --threads 0 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 BUILD_NINJA = """\
@@ -42,7 +42,7 @@ build {target}: link {objects}
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, else of the search path, else of the default location."""
+    """nvcc of CUDA_HOME if set, else of the search path, else of the default location; None if it is not there."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         candidates = [Path(home) / "bin" / "nvcc"]
@@ -54,24 +54,24 @@ def find_nvcc() -> Path | None:
 
 
 def architectures(nvcc: Path) -> list[int]:
-    """What to compile for: one architecture per generation is enough, as sm_X.0 code runs on sm_X.Y."""
+    """The architectures to compile for. One per generation is enough: code for sm_X.0 runs on sm_X.Y."""
     chosen = os.environ.get("ADAPTERKERN_CUDA_ARCH")
     if chosen:
         try:
             return sorted({int(arch) for arch in chosen.split(";")})
         except ValueError:
-            raise ValueError(f"ADAPTERKERN_CUDA_ARCH: expected numbers such as '80;90', got {chosen!r}") from None
+            raise ValueError(f"ADAPTERKERN_CUDA_ARCH: expected integers such as '80;90', got {chosen!r}") from None
     listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = sorted(int(line.removeprefix("compute_")) for line in listed.split())
     oldest = {arch // 10: arch for arch in reversed(known)}
     found = sorted(arch for arch in oldest.values() if arch >= 80)
     if not found:
-        raise CompileError(f"{nvcc} knows no architecture from sm_80 on")
+        raise CompileError(f"{nvcc} knows no architecture >= sm_80")
     return found
 
 
 class BuildWithNinja(build_ext):
-    """Hands the extension to ninja; CUDA that fails to build costs the CUDA kernels, not the install."""
+    """Builds the extension with ninja. If the CUDA build fails, the extension is built without CUDA kernels."""
 
     def build_extension(self, ext: Extension) -> None:
         cxx = shutil.which((os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0])
@@ -79,7 +79,7 @@ class BuildWithNinja(build_ext):
         if cxx is None:
             raise CompileError(
                 "adapterkern compiles its optimizer on install and found no C++ compiler: expected one in CXX or on "
-                "the search path (for instance: apt-get install g++)"
+                "the search path (for example: apt-get install g++)"
             )
         require_cuda = os.environ.get("ADAPTERKERN_REQUIRE_CUDA") == "1"
         nvcc = find_nvcc()
@@ -94,7 +94,7 @@ class BuildWithNinja(build_ext):
             self.ninja(ext, cxx, None)
 
     def ninja(self, ext: Extension, cxx: str, nvcc: Path | None) -> None:
-        """Writes build.ninja and runs it; the flags are part of each command, so a change of them rebuilds."""
+        """Write build.ninja and run it. The flags are part of each command, so changing them rebuilds."""
         flags = f"{CXX_FLAGS} -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
         link = f"{cxx} -shared -pthread"
         nvcc_flags = ""
@@ -104,8 +104,8 @@ class BuildWithNinja(build_ext):
             code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in known]
             code.append(f"-gencode arch=compute_{known[-1]},code=compute_{known[-1]}")
             nvcc_flags = f"-ccbin {cxx} {NVCC_FLAGS} {' '.join(code)}"
-            # nvcc knows where its libraries lie. The runtime is static and hidden: the module loads where there is no
-            # driver, and beside a torch that brings another runtime.
+            # Linked by nvcc, which finds its own libraries. The runtime is static and hidden: the module loads without
+            # a driver, and beside a torch with another version of the runtime.
             link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xlinker --exclude-libs,ALL,-s -Xcompiler -pthread"
         sources = [HERE / source for source in ext.sources if nvcc or not source.endswith(".cu")]
         edges = [f"build {s.name}.o: {'nvcc' if s.suffix == '.cu' else 'cxx'} {s}" for s in sources]

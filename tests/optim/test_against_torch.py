@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import re
@@ -124,7 +125,7 @@ def test_parameters_without_gradients_are_left_out_and_count_their_own_steps():
 def test_pointers_that_move_between_steps_are_noticed():
     params = parameters(SIZES)
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(params)
-    kept = []  # holds on to old memory, so that every replacement lies elsewhere
+    kept = []  # keeps old memory, so that every replacement has another address
     for step in range(6):
         if step == 2:
             kept += [p.data for p in params]
@@ -222,7 +223,7 @@ def test_a_low_precision_run_loads_into_fp32_parameters():
 
 
 def test_nothing_is_copied_to_the_cpu_without_waiting():
-    """Read at once, such a copy from a GPU holds whatever was there."""
+    """A copy from a GPU that is read before it arrives holds arbitrary values."""
 
     class Copies(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -241,6 +242,20 @@ def test_nothing_is_copied_to_the_cpu_without_waiting():
     assert all(waits)
 
 
+def test_a_plan_is_kept_until_something_changes():
+    params = parameters(SIZES)
+    optimizer, plans = ClippedAdamW(params), []
+    for step in range(6):
+        set_grads(params, step)
+        if step == 2:
+            params[0].data = params[0].data.clone()
+        if step == 4:
+            params[1].grad = None
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert [a is b for a, b in itertools.pairwise(plans)] == [True, False, True, False, False]
+
+
 def test_grad_norm_is_the_callers_to_keep():
     params = parameters(SIZES)
     optimizer = ClippedAdamW(params)
@@ -254,10 +269,10 @@ def test_grad_norm_is_the_callers_to_keep():
     assert len({n.item() for n in norms}) == 3
 
 
-# ---- what it refuses ----
+# ---- errors ----
 
 
-def test_refusals_name_what_came():
+def test_errors_name_the_argument_and_what_came():
     weight = nn.Parameter(torch.randn(4, 3))
     for bad, error, message in [
         ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\], got -1"),
@@ -416,7 +431,7 @@ def test_accelerate_holds_its_scheduler_back_on_a_skipped_step():
 
 
 def _sharded_run(rank: int, world: int, file: str) -> None:
-    """DTensors of two placements beside a plain parameter: three parts that make up one norm."""
+    """DTensors of two placements beside a plain parameter: three buckets that share one norm."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -448,7 +463,7 @@ def _sharded_run(rank: int, world: int, file: str) -> None:
 
 
 def _fsdp_run(rank: int, world: int, file: str) -> None:
-    """FSDP2 against the same model whole, with the state dict saved and loaded on the way."""
+    """FSDP2 against the same model unsharded, with the state dict saved and loaded in between."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -103,7 +103,7 @@ def fold(lanes: np.ndarray) -> np.ndarray:
 
 
 def documented_norm(grads) -> np.float32:
-    """The norm in the order that clipped_adamw.h lays down, in numpy."""
+    """The norm in the order that clipped_adamw.h documents, in numpy."""
     slots = []
     for grad in grads:
         squares = grad.numpy().astype(np.float64) ** 2
@@ -145,7 +145,7 @@ def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads()
 
 @needs_extension
 def test_moments_follow_the_formula_in_fp32_to_the_bit():
-    """No contraction, no reassociation: what lets the CPU's instruction sets and the GPU agree."""
+    """No contraction and no reassociation, so that the CPU's instruction sets and the GPU agree."""
     params = parameters([3 * TILE + 5])
     optimizer = ClippedAdamW(params, betas=(0.9, 0.999), max_norm=0.5)
     m, v = np.zeros(3 * TILE + 5, np.float32), np.zeros(3 * TILE + 5, np.float32)
@@ -191,7 +191,7 @@ def test_low_precision_parameters_keep_an_fp32_master(any_backend, dtype, misali
 
 
 @needs_extension
-def test_stochastic_rounding_is_unbiased_repeatable_and_between_neighbours():
+def test_stochastic_rounding_is_unbiased_repeatable_and_between_neighbors():
     def run(seed, steps):
         p = nn.Parameter(torch.ones(200_000, dtype=torch.bfloat16))
         optimizer = ClippedAdamW([p], lr=1e-4, weight_decay=0.0, max_norm=None, low_precision="stochastic", seed=seed)
@@ -200,7 +200,7 @@ def test_stochastic_rounding_is_unbiased_repeatable_and_between_neighbours():
             optimizer.step()
         return p.detach()
 
-    # Below 1 neighbours are 2⁻⁸ apart. A step of 1e-4 would never move a rounded-to-nearest bf16.
+    # Below 1 neighbors are 2⁻⁸ apart. A step of 1e-4 would never move a rounded-to-nearest bf16.
     once = run(0, 1)
     assert set(once.unique().tolist()) == {1.0, 1.0 - 2**-8}
     # Moving with probability 0.0256, 200,000 elements have a mean within 5 standard errors: 5 · 2⁻⁸ · √(0.025/200000).
@@ -360,7 +360,7 @@ def test_import_needs_no_extension():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert "torch fused AdamW" in run.stdout
-    assert "ClippedAdamW on cpu runs on torch fused AdamW" in run.stderr  # the fallback says so, once, unasked
+    assert "ClippedAdamW on cpu runs on torch fused AdamW" in run.stderr  # the fallback is logged
 
 
 @needs_extension

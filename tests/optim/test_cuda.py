@@ -106,7 +106,7 @@ def test_no_step_waits_for_the_device(no_sync):
     params = [nn.Parameter(torch.randn(300, 70, device="cuda")) for _ in range(40)]
     lr, weight_decay = torch.full((), 1e-3, device="cuda"), torch.full((), 0.1, device="cuda")
     optimizer = ClippedAdamW(params, lr=lr, weight_decay=weight_decay, max_norm=torch.ones((), device="cuda"))
-    for _ in range(3):  # the first one makes state and tables
+    for _ in range(3):  # the first one makes the state and the plan
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
@@ -154,7 +154,7 @@ def test_a_captured_step_follows_the_schedule_and_the_gradients():
     for step, (batch, rate) in enumerate(zip(inputs, rates, strict=True)):
         x.copy_(batch)
         lr.fill_(rate)
-        if step < 3:  # eager on a side stream first, as capture demands
+        if step < 3:  # eager on a side stream first, as capture requires
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 whole_step()

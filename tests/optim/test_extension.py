@@ -1,7 +1,7 @@
-"""The CUDA source itself, compiled for the host and run: what can be known of the kernels where there is no GPU.
+"""The CUDA source itself, compiled for the host and run: what can be tested of the kernels without a GPU.
 
-tests/optim/host_cuda/cuda_runtime.h runs one thread for each CUDA thread. Indexing, chunks, barriers and the order of
-summation are the GPU's own; speed, registers and the memory model are not tested here.
+tests/optim/host_cuda/cuda_runtime.h runs one thread per CUDA thread. Indexing, chunks, barriers and the order of
+summation are those of the GPU; speed, registers and the memory model are not tested here.
 """
 
 import shutil
@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(backend("cpu")[0] != "cpu twin", reason=f"the extension is missing: {backend('cpu')[1]}"),
 ]
 
-# Prints a digest of everything a run leaves behind, for every kind of parameter. argv: the emulated module, or "twin".
+# Prints a digest of a run's parameters, gradients and state for every kind of parameter.
+# argv: the emulated module, or "twin".
 RUN = """
 import hashlib, importlib.util, itertools, sys, types
 import torch

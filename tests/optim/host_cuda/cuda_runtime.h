@@ -1,5 +1,5 @@
-// Enough of CUDA to run clipped_adamw_cuda.cu on the host, as plain C++20: one thread for each CUDA thread, one block
-// after another, in an order that the GPU may not choose. Barriers are real, so a missing one shows in the results.
+// Enough of CUDA to run clipped_adamw_cuda.cu on the host, as plain C++20: one thread per CUDA thread, one block after
+// another, from the last to the first. Barriers are real, so a missing one shows in the results.
 #pragma once
 
 #include <algorithm>

@@ -152,11 +152,11 @@ class Task(nn.Module, Generic[E]):
         """
         targets = batch["targets"]
         if self.head is not None:
-            return _scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training)
+            return scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training)
         # The states before the targets only: scores of prompts and padding would be (tokens × vocabulary) for nothing.
         states, head = hidden.flatten(0, 1)[batch["positions"]], self.model.get_output_embeddings()
         if not (self.model.liger and liger.reads(head)):
-            return _scored(head(states), targets, count=not self.training)
+            return scored(head(states), targets, count=not self.training)
         loss, best = liger.linear_cross_entropy(states, head, targets)
         return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
@@ -215,7 +215,7 @@ class Task(nn.Module, Generic[E]):
         return cls(model, None if head is None else head.to(model.device)), config
 
 
-def _scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
+def scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
     """Of scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score."""
     loss = F.cross_entropy(scores.float(), targets, reduction="sum")
     return loss, (scores.argmax(-1) == targets).sum()[None] if count else targets.new_zeros(1)

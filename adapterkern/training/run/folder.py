@@ -63,7 +63,8 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
     if config.output_dir is None or not config.overwrite:
         return
     directory = Path(config.output_dir)
-    names = {*_FILES, *files, SOURCES_NAME}
+    # Of a file in a folder the whole folder goes: all of it is the run's.
+    names = {*_FILES, SOURCES_NAME} | {Path(name).parts[0] for name in files}
     for checkpoint in checkpoints(directory):
         names |= saved_names(checkpoint)
     # The list itself last: what is interrupted can begin again.

@@ -135,8 +135,7 @@ def examples(names: list[str], rows: int, length: int, vocabulary: int) -> list[
     made = []
     for row in range(rows):
         ids = torch.randint(1, vocabulary, (length,)).numpy()
-        number = torch.tensor([row % len(names)]).numpy()
-        made.append(TaskExample(ids, torch.randint(0, 8, (1,)).numpy(), torch.empty(0).numpy(), number))
+        made.append(TaskExample(ids, torch.randint(0, 8, (1,)).numpy(), torch.empty(0).numpy(), row % len(names)))
     return made
 
 
@@ -154,13 +153,14 @@ def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Va
         if name is not None:
             task.model.set_adapter(name)
         optimizer = task.optimizer(task.trained(config), config)
-        inputs: dict[str, Any] = dict(task.train(train).collate(batch, config))
+        task.begin_step(batch, config, 0, 0)
+        inputs = task.train(train).collate(batch, config)
 
         def run() -> None:
             if name is not None:
                 task.model.set_adapter(name)
             with torch.set_grad_enabled(train):
-                loss, _ = task(**inputs)
+                loss, _ = task(inputs)
             if train:
                 (loss / len(batch)).backward()
                 optimizer.step()
@@ -172,7 +172,7 @@ def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Va
         return lambda: [run() for run in runs] and None
 
     def plain(number: int) -> list[Any]:
-        return [e for e in every if e.task[0] == number]
+        return [e for e in every if e.task == number]
 
     copies = [copy.deepcopy(llama) for _ in names]
     mixed = MultiTask(adapted(llama_copy(llama), configs, 0), names, heads={name: head() for name in names})

@@ -1,4 +1,4 @@
-"""Many tasks on one backbone: each comes out as if it had been trained alone, whatever it shared the batches with."""
+"""Many tasks on one backbone: training them together gives each the result of training it alone."""
 
 import copy
 import json
@@ -14,9 +14,12 @@ import torch
 
 import adapterkern as ak
 from adapterkern import cli
-from adapterkern.recipes.multitask.task import MultiTask, shares
-from adapterkern.training import NonFiniteError, TrainConfig, TrainResult, evaluate, load_task, train
+from adapterkern.recipes.multitask import MultiTask, Prediction
+from adapterkern.recipes.multitask.sampling import shares
+from adapterkern.training import NonFiniteError, TrainConfig, TrainResult, evaluate, load_run, train
 from adapterkern.training.run.checkpoint import CheckpointError, checkpoints
+from adapterkern.training.saved import Sources, load_kind
+from adapterkern.training.task import Feed
 from tests.support import tiny_run
 from tests.support.tiny_recipes import ADAPTERS, many_adapters
 
@@ -52,7 +55,7 @@ def assert_as_alone(multi: MultiTask, name: str, data: Any = DATA, **values: Any
         torch.testing.assert_close(p, expected.detach(), rtol=2e-4, atol=2e-5)
     for p, before in zip(single.adapter_parameters(), start, strict=True):
         moved = max(moved, (p - before).abs().max().item())
-    assert moved > 0.01  # learning moved parameters 500 times further than they may differ
+    assert moved > 0.01  # training moved parameters 500 times further than they may differ
     assert result.metrics is not None
     return result.metrics
 
@@ -62,7 +65,7 @@ def assert_as_alone(multi: MultiTask, name: str, data: Any = DATA, **values: Any
 
 @pytest.mark.parametrize("values", [{}, {"prefix_cache": False}, {"batch_size": 6, "accumulation": 2}], ids=str)
 def test_each_task_as_if_trained_alone(values: dict[str, Any]) -> None:
-    """Of 12 rows a step a, b and c have 6, 2 and 4: the plain task with such batches must give the same."""
+    """Of 12 rows per step a, b and c have 6, 2 and 4: the plain task with such batches must give the same."""
     task = MultiTask(many_adapters(), list(ADAPTERS))
     result = together(task, eval_data=UNSEEN, **values)
     assert result.steps == 8
@@ -77,7 +80,7 @@ def test_each_task_as_if_trained_alone(values: dict[str, Any]) -> None:
 
 
 def test_a_step_without_a_task_leaves_it_alone() -> None:
-    """One row a step: b has a step only where it has the row, and then its moments count as many steps."""
+    """One row per step: b has a step only where it has the row, and then its moments count as many steps."""
     task = MultiTask(many_adapters(), ["a", "b"])
     values = {"batch_size": 1, "schedule": "constant", "warmup": 0}
     assert together(task, {name: DATA[name] for name in "ab"}, **values).steps == 64
@@ -118,28 +121,45 @@ def test_checkpointing_and_unfused_and_bf16_give_the_same_or_nearly() -> None:
 
 
 def test_each_learns_its_own_rule() -> None:
-    """b's labels are a's turned round: one adapter for both could not know them."""
-    turned = [row | {"label": {"no": "yes", "yes": "no"}[row["label"]]} for row in tiny_run.rows(800)]
+    """b's labels are a's swapped: one adapter for both could not learn them."""
+    swapped = [row | {"label": {"no": "yes", "yes": "no"}[row["label"]]} for row in tiny_run.rows(800)]
     unseen = tiny_run.rows(200, seed=1)
     wrong = [row | {"label": {"no": "yes", "yes": "no"}[row["label"]]} for row in unseen]
     made = tiny_run.model()
     for name in "ab":
         made.add_adapter(name, ak.AdapterConfig(adapter_dim=8, layers=(0, 1, 2, 3)))
     task = MultiTask(made, ["a", "b"])
-    data = {"a": tiny_run.rows(800), "b": turned}
+    data = {"a": tiny_run.rows(800), "b": swapped}
     values = {"epochs": 4, "batch_size": 32, "lr": 2e-2, "max_norm": 1.0, "eps": 1e-8}
     metrics = together(task, data, {"a": unseen, "b": wrong}, **values).metrics
     assert metrics is not None
     assert min(metrics["a/accuracy"], metrics["b/accuracy"]) >= 0.9
     texts, tasks = [row["text"] for row in unseen for _ in "ab"], ["a", "b"] * 200
-    predictions = task.predict(texts, tasks, config(), TOKENIZER)
+    predictions = task.classify(texts, tasks, config(), TOKENIZER)
     assert [p.task for p in predictions] == tasks
     labels = [row["label"] for pair in zip(unseen, wrong, strict=True) for row in pair]
     right = [p.label == label for p, label in zip(predictions, labels, strict=True)]
     assert sum(right[::2]) / 200 == pytest.approx(metrics["a/accuracy"])
     assert sum(right[1::2]) / 200 == pytest.approx(metrics["b/accuracy"])
     assert all(0.5 <= p.probability <= 1 for p in predictions)
-    assert task.predict([], [], config(), TOKENIZER) == []
+    assert task.classify([], [], config(), TOKENIZER) == []
+
+
+def test_predicts_a_batch() -> None:
+    task = MultiTask(many_adapters(), list(ADAPTERS))
+    examples = task.load(DATA, config(), TOKENIZER)
+    batch = Feed(task.eval(), config(), None)([examples[i] for i in (30, 0, 40, 1)])
+    predicted = task.predict(batch)
+    assert [p.task for p in predicted] == ["b", "a", "c", "a"]
+    rows = [DATA["b"][6], DATA["a"][0], DATA["c"][8], DATA["a"][1]]
+    for row, prediction in zip(rows, predicted, strict=True):
+        (alone,) = task.classify([row["text"]], [prediction.task], config(), TOKENIZER)
+        assert (alone.task, alone.label) == (prediction.task, prediction.label)
+        assert alone.probability == pytest.approx(prediction.probability)
+    assert isinstance(predicted[0], Prediction)
+    assert len({p.probability for p in predicted}) == 4
+    with pytest.raises(NotImplementedError, match=r"use model\.generate"):
+        MultiTask(many_adapters(), list(ADAPTERS)).predict(batch)
 
 
 def test_a_number_that_is_not_finite_stops_every_task() -> None:
@@ -173,7 +193,7 @@ def test_every_step_has_every_task_s_share() -> None:
 
 
 def test_with_equal_shares_small_tasks_go_round_and_round() -> None:
-    """48 places, 16 each: b's 8 rows come twice an epoch, a's 24 two thirds of them, going on in the next epoch."""
+    """48 places, 16 each: b's 8 rows twice per epoch, two thirds of a's 24, which continue in the next epoch."""
     task = MultiTask(many_adapters(), list(ADAPTERS), temperature=math.inf)
     two = [i for epoch in range(3) for i in order(task, epoch)]
     for low, high in ((0, 24), (24, 32), (32, 48)):
@@ -194,7 +214,7 @@ def test_shares_are_whole_and_as_near_as_whole_numbers_come(rows: list[int], tem
         assert counts == rows
     weights = [n ** (1 / temperature) for n in rows]
     exact = [sum(rows) * w / sum(weights) for w in weights]
-    raised = sum(1 for e in exact if e < 1)  # each of these was given a place that another lacks
+    raised = sum(1 for e in exact if e < 1)  # each of these has a place that another task lacks
     assert all(abs(c - e) < 1 + raised for c, e in zip(counts, exact, strict=True))
 
 
@@ -218,7 +238,7 @@ def test_resumes_to_the_bit(tmp_path: Path) -> None:
         assert tiny_run.same_bits(trained(resumed, name), trained(whole, name))
     losses = [[r["loss"] for r in result_.history] for result_ in (result, again)]
     assert losses[0] == losses[1]
-    with pytest.raises(CheckpointError, match=r"the run was begun with .*'temperature': 2.0"):
+    with pytest.raises(CheckpointError, match=r"the run was begun with temperature=2\.0, not 3\.0"):
         go(tmp_path / "broken", temperature=3.0, resume=True)
     damaged = checkpoints(tmp_path / "broken")[-1] / "tasks" / "b" / "head.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
@@ -233,11 +253,13 @@ def test_saved_together_used_alone_and_together(tmp_path: Path) -> None:
     metrics = together(task, eval_data=UNSEEN, output_dir=tmp_path).metrics
     assert metrics is not None
     backbone = tiny_run.model().unload()
+    assert load_kind(tmp_path) == "MultiTask"
     for folder in (tmp_path, checkpoints(tmp_path)[-1]):
         for name in ADAPTERS:
             own = task.folder(folder, name)
             single = ak.LlamaAdapter.from_pretrained(copy.deepcopy(backbone), own)
-            saved_config, head = load_task(own)
+            saved_config, head = load_run(own)
+            assert load_kind(own) == "Task"
             scores = evaluate(single, UNSEEN[name], saved_config, tokenizer=TOKENIZER, head=head)
             assert scores["loss"] == pytest.approx(metrics[f"{name}/loss"], rel=1e-5)
             assert scores["accuracy"] == metrics[f"{name}/accuracy"]
@@ -250,13 +272,41 @@ def test_saved_together_used_alone_and_together(tmp_path: Path) -> None:
         assert set(evaluate(loaded.model, subset, saved_config, tokenizer=TOKENIZER, task=loaded)) >= {"b/accuracy"}
 
 
+def test_a_run_that_stopped_before_its_first_checkpoint_may_begin_again(tmp_path: Path) -> None:
+    """Until then the tasks' folders hold nothing but what a command writes there."""
+    data = {name: DATA[name] for name in "ab"}
+    sources = {f"tasks/{name}": Sources("somewhere") for name in data}
+    task = MultiTask(many_adapters(), ["a", "b"])
+    with torch.no_grad():
+        task.model.adapter_parameters("b")[0].fill_(math.nan)
+    with pytest.raises(NonFiniteError):
+        train(task.model, data, config(output_dir=tmp_path), tokenizer=TOKENIZER, task=task, sources=sources)
+    assert {path.name for path in (tmp_path / "tasks").rglob("*") if path.is_file()} == {"sources.json"}
+    together(MultiTask(many_adapters(), ["a", "b"]), data, output_dir=tmp_path, max_steps=1)
+
+
+def test_another_run_takes_the_place_of_all_tasks(tmp_path: Path) -> None:
+    """Also where the checkpoints, which list what a run has saved, are gone."""
+    for names in ("ab", "a"):
+        task = MultiTask(many_adapters(), list(names))
+        data = {name: DATA[name] for name in names}
+        together(task, data, output_dir=tmp_path, max_steps=1, overwrite=names == "a")
+        assert {path.name for path in (tmp_path / "tasks").iterdir()} == {*names, "multitask.json"}
+        shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(FileExistsError, match="holds an earlier run"):
+        together(task, data, output_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("format_version", 2, "expected format_version 1, got 2"),
-        ("tasks", "a", "field 'tasks': expected names, got 'a'"),
+        ("tasks", "a", "field 'tasks': expected list, got 'a'"),
         ("tasks", ["a", "../a"], "field 'tasks': expected names"),
-        ("temperature", "hot", "field 'temperature': expected a number or null, got 'hot'"),
+        ("tasks", [], "field 'tasks': expected names"),
+        ("tasks", [""], "field 'tasks': expected names"),
+        ("temperature", "hot", r"field 'temperature': expected int \| float \| None, got 'hot'"),
+        ("temperature", 0.5, r"temperature: expected a number in \[1, inf\], got 0.5"),
     ],
 )
 def test_refuses_damaged_settings(tmp_path: Path, field: str, value: object, message: str) -> None:
@@ -274,8 +324,9 @@ def test_refuses_what_does_not_fit() -> None:
         MultiTask(made, ["a", "x"])
     with pytest.raises(ValueError, match="names: expected at least one and none twice"):
         MultiTask(made, ["a", "a"])
-    with pytest.raises(ValueError, match="temperature: expected a number from 1 to infinity, got 0"):
-        MultiTask(made, ["a"], temperature=0)
+    for temperature, error in ((0, ValueError), (math.nan, ValueError), ("hot", TypeError)):
+        with pytest.raises(error, match=rf"temperature: expected a number in \[1, inf\], got '?{temperature}"):
+            MultiTask(made, ["a"], temperature=temperature)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="heads: expected tasks among a, got 'b'"):
         MultiTask(made, ["a"], heads={"b": ak.training.ClassificationHead(32, ["x", "y"])})  # type: ignore[attr-defined]
     task = MultiTask(made, ["a", "b"])
@@ -296,24 +347,24 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="train_adapters: expected True"):
         together(task, {name: DATA[name] for name in "ab"}, train_adapters=False)
     with pytest.raises(ValueError, match="tasks: expected one for each of 2 texts, got 1"):
-        task.predict(["w1", "w2"], ["a"], config(), TOKENIZER)
+        task.classify(["w1", "w2"], ["a"], config(), TOKENIZER)
     with pytest.raises(ValueError, match="got 'z'"):
-        task.predict(["w1"], ["z"], config(), TOKENIZER)
+        task.classify(["w1"], ["z"], config(), TOKENIZER)
     task.load({name: DATA[name] for name in "ab"}, config(), TOKENIZER)
-    with pytest.raises(ValueError, match="'b' is missing"):  # it has a head now, and would learn nothing all the same
+    with pytest.raises(ValueError, match="'b' is missing"):  # it has a head now, and would still learn nothing
         together(task, {"a": DATA["a"]})
     with pytest.raises(ValueError, match="texts: expected none empty, got ''"):
-        task.predict(["w1", ""], ["a", "b"], config(), TOKENIZER)
+        task.classify(["w1", ""], ["a", "b"], config(), TOKENIZER)
     task.train()
     with pytest.raises(IndexError):
-        task.predict(["w1"], ["a"], config(), lambda _: {"input_ids": [[10_000]]})
+        task.classify(["w1"], ["a"], config(), lambda _: {"input_ids": [[10_000]]})
     assert all(module.training for module in task.modules())
 
 
 def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
     one = many_adapters(["a"])
     train(one, DATA["a"], config(output_dir=tmp_path, max_steps=1), tokenizer=TOKENIZER)
-    with pytest.raises(CheckpointError, match=r"multitask.json: missing: the run was begun with another kind of task"):
+    with pytest.raises(CheckpointError, match="the run was begun with another task: Task, not MultiTask"):
         together(MultiTask(one, ["a"]), {"a": DATA["a"]}, output_dir=tmp_path, max_steps=1, resume=True)
 
 
@@ -332,7 +383,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert f"b: {2 * 65 + 96} adapter parameters" in shown
     checkpoint = checkpoints(tmp_path / "run")[-1]
-    for folder in (checkpoint, tmp_path / "run"):  # the checkpoint's scores are checked by being the run's
+    for folder in (checkpoint, tmp_path / "run"):  # the checkpoint must have the run's scores
         assert cli.main(["eval", str(folder / "tasks" / "b")]) == 0
     accuracy = next(line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
     assert f"accuracy {float(accuracy):.2%}" in next(line for line in shown.splitlines() if line.startswith("b: loss"))

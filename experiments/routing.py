@@ -30,7 +30,7 @@ from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.routing.router import RoutingConfig
 from adapterkern.recipes.routing.task import RoutedTask
 from adapterkern.training import PrefixCache
-from adapterkern.training.data.examples import Example
+from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.parallel.accelerator import make_accelerator
 from adapterkern.training.task import Feed, Task, eval_batches
 
@@ -109,7 +109,7 @@ class Bench:
         # The head is frozen into the row by now; labels that only the test has are wrong whatever is said.
         assert task.head is not None
         known = [i for i, row in enumerate(self.test.rows) if row["label"] in task.head.labels]
-        examples = task.load([self.test.rows[i] for i in known], config, self.tokenizer)
+        examples = numbered(task.load([self.test.rows[i] for i in known], config, self.tokenizer))
         with task.running(config), torch.no_grad():
             right, chosen = self._inspect(task.eval(), examples, config)
         model.unload()
@@ -151,16 +151,17 @@ class Bench:
         right, chosen = {}, {}
         for batch in eval_batches(examples, config):
             inputs = feed(batch)
-            ids, mask, targets = inputs["input_ids"], inputs["attention_mask"], inputs["targets"]
-            assert ids is not None
-            assert mask is not None
             assert task.head is not None
-            hidden = task.hidden(ids, mask, inputs["prefix"])
-            hits = (task.head(hidden, mask).argmax(1) == targets).tolist()
-            routes = task._route.chosen.tolist() if isinstance(task, RoutedTask) and task._route else [[]] * len(batch)
-            for example, hit, route in zip(batch, hits, routes, strict=True):
-                right[id(example)], chosen[id(example)] = hit, route
-        return [right[id(e)] for e in examples], [chosen[id(e)] for e in examples]
+            routes: list[list[int]] = [[]] * len(batch)
+            if isinstance(task, RoutedTask):
+                hidden, route = task.hidden_and_route(inputs)
+                routes = route.chosen.tolist()
+            else:
+                hidden = task.hidden(inputs)
+            hits = (task.head(hidden, inputs["attention_mask"]).argmax(1) == inputs["targets"]).tolist()
+            for example, hit, chosen_by_it in zip(batch, hits, routes, strict=True):
+                right[example.row], chosen[example.row] = hit, chosen_by_it
+        return [right[e.row] for e in examples], [chosen[e.row] for e in examples]
 
     def _describe_routes(
         self, chosen: list[list[int]], origin: list[int], routing: RoutingConfig, right: list[bool]

@@ -1,5 +1,6 @@
 """The router: its choices, its two losses by hand, and its gradients in fp64."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapterkern.recipes.routing.router import (
+    GATES,
     Route,
     Router,
     RoutingConfig,
@@ -73,7 +75,7 @@ def test_integrated_gate_is_one_where_nothing_is_drawn() -> None:
 
 
 def test_integrated_gate_gives_the_gradient_of_the_expected_loss() -> None:
-    """Also for experts whose loss has derivative 0 where they run fully, of which the probability gate learns nothing.
+    """Also for experts whose loss has derivative 0 where they run fully: from them the probability gate learns nothing.
 
     Expert i at weight w has loss a_i·((1 − w)² − 1), so a_i less than none's at w = 1: where it is at its optimum.
     """
@@ -90,7 +92,7 @@ def test_integrated_gate_gives_the_gradient_of_the_expected_loss() -> None:
 
 
 def test_neither_padding_nor_the_size_of_a_token_steers_the_route() -> None:
-    """The first token of a LLaMA is a thousand times larger than the rest: each token counts the same."""
+    """The first token of a LLaMA is a thousand times larger than the rest, and must not count more."""
     router = router_of()
     hidden = torch.randn(2, 5, 8)
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
@@ -104,25 +106,32 @@ def test_neither_padding_nor_the_size_of_a_token_steers_the_route() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "error", "named"),
     [
-        ({"experts": 0}, "experts"),
-        ({"experts": 2.0}, "experts"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_k": 5}, "top_k"),
-        ({"gate": "none"}, "gate"),
-        ({"free_epochs": -1}, "free_epochs"),
-        ({"skip": 1}, "skip"),
-        ({"noise": -1.0}, "noise"),
-        ({"noise": math.inf}, "noise"),
-        ({"balance": math.nan}, "balance"),
-        ({"cost": -0.1}, "cost"),
-        ({"cost": 0.1, "skip": False}, "cost"),
+        ({"experts": 0}, ValueError, "experts"),
+        ({"experts": 2.0}, TypeError, "experts"),
+        ({"top_k": 0}, ValueError, "top_k"),
+        ({"top_k": 5}, ValueError, "top_k"),
+        ({"gate": "none"}, ValueError, "gate"),
+        ({"free_epochs": -1}, ValueError, "free_epochs"),
+        ({"skip": 1}, TypeError, "skip"),
+        ({"noise": -1.0}, ValueError, "noise"),
+        ({"noise": math.inf}, ValueError, "noise"),
+        ({"noise": "1"}, TypeError, "noise"),
+        ({"balance": math.nan}, ValueError, "balance"),
+        ({"cost": -0.1}, ValueError, "cost"),
+        ({"cost": 0.1, "skip": False}, ValueError, "cost"),
     ],
 )
-def test_arguments_out_of_range_are_named(values: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"^{named}: expected"):
+def test_arguments_that_do_not_fit_are_named(values: dict[str, Any], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=f"^{named}: expected"):
         RoutingConfig(**values)
+
+
+def test_every_field_has_what_the_command_line_shows() -> None:
+    described = {field.name: dict(field.metadata) for field in dataclasses.fields(RoutingConfig)}
+    assert all(len(metadata["help"]) > 10 for metadata in described.values())
+    assert described["gate"]["choices"] == GATES
 
 
 # Losses

@@ -1,6 +1,7 @@
-"""Routing as a task: the model it makes, its gradients, what computes, and that the loop carries it like any other."""
+"""Routing as a task: the model it makes, its gradients, which experts compute, and its runs in the training loop."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ import torch
 from torch import Tensor
 
 from adapterkern.model import mixing
-from adapterkern.recipes.routing.router import GATES, RoutingConfig, balance_loss, run_probability
-from adapterkern.recipes.routing.task import RoutedTask
-from adapterkern.training import CheckpointError, TrainResult, evaluate, train
-from adapterkern.training.data.examples import collate
-from adapterkern.training.run.folder import ROUTING_CONFIG, ROUTING_WEIGHTS
-from adapterkern.training.saved import load_config
+from adapterkern.recipes.routing import RoutedTask, RoutingConfig
+from adapterkern.recipes.routing.router import GATES, balance_loss, run_probability
+from adapterkern.recipes.routing.task import ROUTING_CONFIG, ROUTING_WEIGHTS
+from adapterkern.training import CheckpointError, TrainResult, evaluate, load_run, train
+from adapterkern.training.data.batches import Batch, collate
+from adapterkern.training.data.examples import numbered
+from adapterkern.training.task import Feed
 from tests.support import tiny_run
 from tests.support.tiny_recipes import IDS, MASK, routed
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS = tiny_run.rows(16)
+BATCH: Batch = {"input_ids": IDS, "attention_mask": MASK}
 
 
 def everything(task: RoutedTask) -> list[Tensor]:
@@ -45,9 +48,7 @@ def test_equals_a_dense_formulation_with_its_gradients(top_k: int, skip: bool, g
     def gradients(states: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((states * direction * MASK[..., None]).sum(), parameters))
 
-    states = task.hidden(IDS, MASK, None)
-    route = task._route
-    assert route is not None
+    states, route = task.hidden_and_route(BATCH)
     if skip:
         assert (route.chosen < 0).any()
     assert len(route.chosen[route.chosen >= 0].unique()) > 1
@@ -77,8 +78,7 @@ def test_router_gradient_is_that_of_finite_differences() -> None:
     direction = torch.randn(*IDS.shape, 32, dtype=torch.float64) * MASK[..., None]
 
     def value() -> Tensor:
-        states, route = task.hidden(IDS, MASK, None), task._route
-        assert route is not None
+        states, route = task.hidden_and_route(BATCH)
         return (states * direction).sum() + 3 * balance_loss(route, 3) + 5 * run_probability(route, 3)
 
     weight = task.router.linear.weight
@@ -97,13 +97,13 @@ def test_router_gradient_is_that_of_finite_differences() -> None:
 
 @pytest.mark.parametrize("batch_size", [16, 5])
 def test_training_adds_its_terms_for_each_target_of_a_step_and_evaluation_none(batch_size: int) -> None:
-    """Of the whole step's sequences, for whatever forwards they fall on."""
+    """The terms are those of the whole step's sequences, however many forwards share them."""
     task = routed(noise=0.0, balance=0.3, cost=0.2, free_epochs=1)
     config = tiny_run.quiet(batch_size=batch_size)
-    examples = task.load(ROWS, config, TOKENIZER)
-    inputs = collate(examples, config)._asdict()
-    plain = task(**inputs)[0]
-    route = task.route(inputs["input_ids"], inputs["attention_mask"])
+    examples = numbered(task.load(ROWS, config, TOKENIZER))
+    batch = collate(examples, config)
+    plain = task(batch)[0]
+    route = task.route(batch["input_ids"], batch["attention_mask"])
     assert len(route.chosen.unique()) > 2
     terms = 0.3 * balance_loss(route, 3), 0.2 * run_probability(route, 3)
 
@@ -113,7 +113,7 @@ def test_training_adds_its_terms_for_each_target_of_a_step_and_evaluation_none(b
         task.zero_grad()
         losses = []
         for start in range(0, len(ROWS), batch_size):
-            loss, _ = task(**task.collate(examples[start : start + batch_size], config))
+            loss, _ = task(task.collate(examples[start : start + batch_size], config))
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum(), [p.grad.clone() for p in task.router.parameters()]  # type: ignore[union-attr]
@@ -121,7 +121,7 @@ def test_training_adds_its_terms_for_each_target_of_a_step_and_evaluation_none(b
     for epoch, extra in ((1, sum(terms)), (0, terms[0])):
         loss, gradients = step(epoch)
         assert loss.item() == pytest.approx((plain + len(ROWS) * extra).item())
-        whole = task.train()(**inputs)[0]  # announced by nobody: a step of its own, whose cost is free as yet
+        whole = task.train()(batch)[0]  # not announced: a step of its own, whose cost does not count yet
         assert whole.item() == pytest.approx((plain + len(ROWS) * terms[0]).item())
         if epoch == 0:
             for p, gradient in zip(task.router.parameters(), gradients, strict=True):
@@ -131,14 +131,12 @@ def test_training_adds_its_terms_for_each_target_of_a_step_and_evaluation_none(b
 def test_what_choices_draw_follows_from_seed_step_and_place() -> None:
     task = routed(noise=1.0)
     config = tiny_run.quiet()
-    examples = task.train().load(ROWS, config, TOKENIZER)
+    examples = numbered(task.train().load(ROWS, config, TOKENIZER), 100)
 
     def drawn(some: slice = slice(None), epoch: int = 1, index: int = 2, **values: Any) -> Tensor:
-        torch.manual_seed(len(values))  # no matter
+        torch.manual_seed(len(values))  # must not matter
         task.begin_step(examples, tiny_run.quiet(**values), epoch, index)
-        got = task.collate(examples[some], config)["drawn"]
-        assert got is not None
-        return got
+        return task.collate(examples[some], config)["drawn"]
 
     expected = drawn()
     assert expected.shape == (16, 3 + 1 + 1)
@@ -148,7 +146,7 @@ def test_what_choices_draw_follows_from_seed_step_and_place() -> None:
 
 
 def test_only_chosen_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences that each expert's grouped call is given, counted at both sites."""
+    """Which sequences each site's grouped call runs which expert on."""
     task = routed()
     calls = []
 
@@ -159,12 +157,12 @@ def test_only_chosen_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     original = mixing.adapter
     monkeypatch.setattr(mixing, "adapter", counting)
     route = task.route(IDS, MASK)
-    assert len(calls) == 2  # a site each, whatever the number of experts
+    assert len(calls) == 2  # one per site, whatever the number of experts
     assert all(torch.equal(index, route.chosen[:, 0]) for index in calls)
     assert (route.chosen < 0).any()
     with task.model.disable_adapter():
         bare = task.model.decoder(input_ids=IDS, attention_mask=MASK).last_hidden_state
-    got = task.hidden(IDS, MASK, None)
+    got = task.hidden(BATCH)
     skipped = route.chosen[:, 0] < 0
     assert torch.equal(got[skipped], bare[skipped])
     assert not any(torch.equal(a, b) for a, b in zip(got[~skipped], bare[~skipped], strict=True))
@@ -174,8 +172,8 @@ def test_an_unchosen_expert_gets_no_gradient_from_a_batch() -> None:
     task = routed()
     with torch.no_grad():
         task.router.linear.bias[1] = -100.0
-    inputs = collate(task.load(ROWS, tiny_run.quiet(), TOKENIZER), tiny_run.quiet())._asdict()
-    task.train()(**inputs)[0].backward()
+    batch = collate(task.load(ROWS, tiny_run.quiet(), TOKENIZER), tiny_run.quiet())
+    task.train()(batch)[0].backward()
     largest = [
         max(p.grad.abs().max().item() for p in task.model.adapter_parameters(n))  # type: ignore[union-attr]
         for n in task.experts
@@ -184,11 +182,22 @@ def test_an_unchosen_expert_gets_no_gradient_from_a_batch() -> None:
     assert min(largest[0], largest[2]) > 0.0
 
 
+def test_predicts_what_is_evaluated() -> None:
+    task, config = routed(), tiny_run.quiet(batch_size=16)
+    examples = task.load(ROWS, config, TOKENIZER)
+    predictions = task.predict(Feed(task, config, None)(examples))
+    right = [p.label == row["label"] for p, row in zip(predictions, ROWS, strict=True)]
+    of_label = [p.probability if hit else 1 - p.probability for p, hit in zip(predictions, right, strict=True)]
+    metrics = evaluate(task.model, ROWS, config, tokenizer=TOKENIZER, task=task)
+    assert metrics["accuracy"] == sum(right) / 16
+    assert metrics["loss"] == pytest.approx(-sum(map(math.log, of_label)) / 16, rel=1e-4)
+
+
 # In the loop
 
 
 def test_learns_to_route_by_what_the_text_shows() -> None:
-    """Two experts cannot be told apart at the start; a rule that needs adapters is learnt, and the metrics add up."""
+    """Two experts are the same at the start; a rule that needs adapters is learned, and the metrics add up."""
     task = RoutedTask(tiny_run.model(layers=(0, 1, 2, 3)), RoutingConfig(experts=2))
     rows, unseen = tiny_run.rows(800), tiny_run.rows(200, seed=1)
     config = tiny_run.quiet(epochs=4, batch_size=16, lr=2e-2)
@@ -241,7 +250,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     again = routed(sharp=False)  # other weights, which the checkpoint replaces
     run(again, epochs=3, output_dir=tmp_path / "cut", resume=True)
     assert tiny_run.same_bits(everything(whole), everything(again))
-    with pytest.raises(CheckpointError, match="the run was begun with routing"):
+    with pytest.raises(CheckpointError, match=r"the run was begun with cost=0\.0, not 0\.5"):
         run(routed(cost=0.5), epochs=3, output_dir=tmp_path / "cut", resume=True)
 
 
@@ -260,7 +269,7 @@ def test_language_model_is_routed_too() -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_keeps_the_prompts_route(beams: int) -> None:
-    """Decided once, on the prompt: what follows would be routed otherwise if it were asked again."""
+    """Decided once, on the prompt: the whole text would be routed differently."""
     task = routed()
     prompts, how = IDS[:, :4], {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
     decided = []
@@ -281,20 +290,21 @@ def test_saves_and_loads_to_the_same_bits(tmp_path: Path) -> None:
     task = routed(top_k=2, cost=0.1)
     metrics = run(task, output_dir=tmp_path).metrics
     bare = tiny_run.model().unload()
-    again = RoutedTask.from_pretrained(bare, tmp_path)
+    again, config = RoutedTask.from_pretrained(bare, tmp_path)
     assert again.routing == task.routing
+    assert config == load_run(tmp_path)[0]
     assert tiny_run.same_bits(everything(task), everything(again))
     assert torch.equal(task.eval().route(IDS, MASK).weight, again.route(IDS, MASK).weight)
     with pytest.raises(FileExistsError):
         run(routed(), output_dir=tmp_path)
-    assert json.loads((tmp_path / "task.json").read_text())["config"]["output_dir"] is None
-    config = load_config(tmp_path)
+    written = json.loads((tmp_path / "task.json").read_text())
+    assert (written["kind"], written["config"]["output_dir"]) == ("RoutedTask", None)
     scored = evaluate(again.model, ROWS[:8], config, tokenizer=TOKENIZER, task=again)
     assert metrics is not None
     for name in ("loss", "accuracy", "skipped", "experts_run", "expert_0"):
         assert scored[name] == pytest.approx(metrics[name], rel=1e-5)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
-    assert tiny_run.same_bits(everything(task), everything(RoutedTask.from_pretrained(bare_model(), newest)))
+    assert tiny_run.same_bits(everything(task), everything(RoutedTask.from_pretrained(bare_model(), newest)[0]))
 
 
 def test_a_broken_off_run_leaves_nothing_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,12 +313,12 @@ def test_a_broken_off_run_leaves_nothing_for_the_next(tmp_path: Path, monkeypatc
         patch.setattr(task.model, "run_suffix", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(task, prefix_cache=True)
-    assert (task._step, task._drawn, task._route) == (None, None, None)
+    assert task._step is None
 
 
 def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
     train(tiny_run.model(), ROWS, tiny_run.quiet(output_dir=tmp_path, max_steps=1), tokenizer=TOKENIZER)
-    with pytest.raises(CheckpointError, match=r"routing_config.json: missing: .* another kind of task"):
+    with pytest.raises(CheckpointError, match="the run was begun with another task: Task, not RoutedTask"):
         run(routed(), output_dir=tmp_path, max_steps=1, resume=True)
 
 

@@ -1,4 +1,4 @@
-"""Models of several adapters for the recipes: tasks that differ in every way, and routed experts."""
+"""Models of several adapters for the recipes: adapters of tasks that differ in every field, and routed experts."""
 
 from typing import Any
 
@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import adapterkern as ak
-from adapterkern.recipes.routing.router import RoutingConfig
-from adapterkern.recipes.routing.task import RoutedTask
+from adapterkern.recipes.routing import RoutedTask, RoutingConfig
 from tests.support import tiny_run
 
 # Layers, dimensions, positions and depths differ; one site is shared by two shapes.
@@ -36,6 +35,6 @@ def routed(seed: int = 0, sharp: bool = True, layers: tuple[int, ...] = (2, 3), 
             nn.init.normal_(p, std=0.2)
     if sharp:
         nn.init.normal_(task.router.linear.weight, std=1.0)
-        with torch.no_grad():  # take off what all sequences have in common
+        with torch.no_grad():  # subtract what all sequences have in common
             task.router.linear.bias -= task.route(IDS, MASK).scores.mean(0)
     return task.eval()

@@ -1,45 +1,46 @@
 """A router: for each sequence it picks which of n expert adapters run, at most k of them, or none.
 
-It reads the residual stream h (B, L, d) below the first adapter, once a sequence:
+It reads the residual stream h (B, L, d) below the first adapter, once per sequence:
 
     v = mean over the real tokens of LayerNorm(h)      s = W·v + b ∈ ℝ^{n+1}      p = softmax(s)
 
-Expert i runs if s_i is among the k largest expert scores and above the last score, which stands for "none": with k = 1
-that is the argmax of n + 1 options, with k = 2 a sequence may take two, one or no expert. Each token is normalised
+Expert i runs if s_i is among the k largest expert scores and above the last score, which is that of "none": with k = 1
+that is the argmax of n + 1 options, with k = 2 a sequence may take two, one or no expert. Each token is normalized
 before the mean because some tokens of a LLaMA, the first above all, are a thousand times larger than the rest and would
-be all that the mean shows. In training, Gumbel noise on the scores turns the choice into a draw from p (without
-replacement for k > 1), so that an expert, or none, that loses today is tried again.
+dominate it. In training, Gumbel noise on the scores turns the choice into a draw from p (without replacement for
+k > 1), so that an expert, or none, that is not the best now is still tried.
 
 A chosen expert A_i enters as ``x + w_i·(A_i(x) − x)``. The choice has no derivative; the gate weight w_i has:
 
 - ``gate="probability"``: w_i = p_i, as in the Switch Transformer (Fedus et al. 2021, arXiv:2101.03961).
 - ``gate="integrated"``: w_i = u + log p_i − stopgrad(log p_i), u uniform in (0, 1) in training and 1 otherwise. In the
-  mean over u the router gets (L(run) − L(none))·∇log p_i, since ∫ ∂L/∂w dw over (0, 1) is that difference; over draws
-  from p, that is the gradient of the expected loss.
+  mean over u the gradient of the scores is (L(run) − L(none))·∇log p_i, since ∫ ∂L/∂w dw over (0, 1) is that
+  difference; over draws from p, that is the gradient of the expected loss.
 
 The difference matters where running costs something. p_i scales its expert's branch, and so do the expert's own up
-weights: once these are at their optimum, the loss's derivative by the scale is 0 over the expert's sequences, and even
-a small cost meets no resistance. The integrated gate sees what the expert is worth against none (exactly for k = 1).
+weights: once these are at their optimum, the loss's derivative by the scale is 0 over the expert's sequences, and
+nothing opposes even a small cost. The integrated gate sees what the expert gains over none (exactly for k = 1).
 
-Two terms join the loss. The load-balancing loss is the Switch Transformer's (equation 4; GShard's, Lepikhin et al.
-2020, arXiv:2006.16668, but for a constant factor), over the sequences that run an expert at all:
+Two terms are added to the loss. The load-balancing loss is the Switch Transformer's (equation 4; GShard's, Lepikhin et
+al. 2020, arXiv:2006.16668, up to a constant factor), over the sequences that run an expert at all:
 
     balance = n · Σ_i f_i·P_i      f_i: share of the choices that are expert i      P_i: mean of softmax(s_1..n)_i
 
-It is 1 where the load is even and n where one expert has everything. Shares and means are those of a whole step, for
-whatever forwards and processes its sequences fall on. f_i has no derivative: once it and the number of sequences that
-run an expert are known, the balance is a sum over sequences. The cost is the mean probability of running anything,
-1 − p_none: with coefficient λ, an expert must lower a sequence's loss by more than about λ to be worth it.
+It is 1 where the load is even and n where one expert has everything. Shares and means are those of a whole step,
+whatever forwards and processes share its sequences. f_i has no derivative: once it and the number of sequences that run
+an expert are known, the balance is a sum over sequences. The cost is the mean probability of running anything,
+1 − p_none: with coefficient λ, an expert must lower a sequence's loss by more than about λ to be worth running.
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from adapterkern.checks import choice, flag, integer, number
 
 GATES = ("probability", "integrated")
 
@@ -53,55 +54,59 @@ class Route(NamedTuple):
     pooled: Tensor | None = None  # (B, d) v, where the scores were made of it
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """How sequences are routed. ``ValueError`` names an argument that is out of its range.
+    """How sequences are routed.
 
     Args:
         experts: n, how many adapters there are to choose from.
-        top_k: at most so many run in a sequence.
+        top_k: how many may run in a sequence at most.
         skip: whether none is an option.
-        gate: what a chosen expert's branch is multiplied by, ``"probability"`` or ``"integrated"``: see above.
+        gate: what a chosen expert's branch is multiplied by, ``"probability"`` or ``"integrated"``: see the module.
         noise: scale of the Gumbel noise on the scores in training; 1 draws from the softmax, 0 never explores.
         balance: coefficient of the load-balancing loss.
-        cost: coefficient of the probability of running anything, in nats a target.
-        free_epochs: epochs before the cost counts, in which experts become worth something.
+        cost: coefficient of the probability of running anything, in nats per target.
+        free_epochs: epochs before the cost counts, in which the experts become worth something.
+
+    Raises:
+        ValueError: an argument is out of its range. TypeError: one is of another type. Both name it.
     """
 
-    experts: int = 4
-    top_k: int = 1
-    skip: bool = True
-    gate: str = "probability"
-    noise: float = 1.0
-    balance: float = 0.01
-    cost: float = 0.0
-    free_epochs: int = 1
+    experts: int = field(default=4, metadata={"help": "adapters to choose among"})
+    top_k: int = field(default=1, metadata={"help": "how many may run in a text at most"})
+    skip: bool = field(default=True, metadata={"help": "let a text run none"})
+    gate: str = field(
+        default="probability",
+        metadata={
+            "help": "weight of a chosen adapter: its probability, or 1 with the gradient integrated from none to it",
+            "choices": GATES,
+        },
+    )
+    noise: float = field(
+        default=1.0, metadata={"help": "noise on the choice in training: 1 draws by probability, 0 never explores"}
+    )
+    balance: float = field(default=0.01, metadata={"help": "coefficient of the load-balancing loss"})
+    cost: float = field(default=0.0, metadata={"help": "coefficient of the probability of running anything"})
+    free_epochs: int = field(default=1, metadata={"help": "epochs before the cost counts"})
 
     def __post_init__(self) -> None:
-        for name, low in (("experts", 1), ("top_k", 1), ("free_epochs", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k: expected at most {self.experts}, the number of experts, got {self.top_k}")
-        if self.gate not in GATES:
-            raise ValueError(f"gate: expected one of {', '.join(GATES)}, got {self.gate!r}")
-        if type(self.skip) is not bool:
-            raise ValueError(f"skip: expected True or False, got {self.skip!r}")
+        integer("experts", self.experts, 1)
+        integer("top_k", self.top_k, 1, self.experts)
+        integer("free_epochs", self.free_epochs, 0)
+        choice("gate", self.gate, GATES)
+        flag("skip", self.skip)
         for name in ("noise", "balance", "cost"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+            number(name, getattr(self, name), "[0, inf)")
         if self.cost and not self.skip:
-            raise ValueError(f"cost: expected 0 where skip=False leaves nothing to save, got {self.cost!r}")
+            raise ValueError(f"cost: expected 0 with skip=False, which leaves nothing to save, got {self.cost!r}")
 
 
 class Router(nn.Module):
-    """Scores of n experts (and of none) for each sequence, and the choice that they make.
+    """Scores of n experts (and of none) for each sequence, and the choice that follows from them.
 
     Args:
         hidden_size: d.
-        config: of it, ``experts``, ``top_k``, ``skip``, ``gate`` and ``noise``.
+        config: its ``experts``, ``top_k``, ``skip``, ``gate`` and ``noise`` are used.
     """
 
     def __init__(self, hidden_size: int, config: RoutingConfig) -> None:
@@ -109,20 +114,20 @@ class Router(nn.Module):
         self.experts, self.top_k, self.skip, self.gate = config.experts, config.top_k, config.skip, config.gate
         self.noise = config.noise
         self.linear = nn.Linear(hidden_size, config.experts + config.skip)
-        # Near-even odds at the start, as the Switch Transformer has them: what begins far behind is never tried.
+        # Nearly even odds at the start, as in the Switch Transformer: what begins far behind is never tried.
         nn.init.normal_(self.linear.weight, std=0.1 * hidden_size**-0.5)
         nn.init.zeros_(self.linear.bias)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """What training draws for ``count`` sequences, on the CPU: (count, n + 1) or (count, n + 2).
+        """What training draws for ``count`` sequences, fp32 on the CPU: (count, n + 2), or (count, n + 1) without skip.
 
-        The scores' Gumbel noise, scaled, and last u.
+        The scaled Gumbel noise of the scores, and u last.
         """
         gumbel = -self.noise * torch.empty(count, self.linear.out_features).exponential_(generator=generator).log()
         return torch.cat([gumbel, torch.rand(count, 1, generator=generator)], dim=1)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, drawn: Tensor | None = None) -> Route:
-        """``hidden`` (B, L, d) of any dtype, ``attention_mask`` (B, L) with 1 on real tokens → a route for each."""
+        """``hidden`` (B, L, d) of any dtype, ``attention_mask`` (B, L) with 1 on real tokens → the B routes."""
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = self.linear.weight.dtype
             mask = attention_mask.to(dtype)
@@ -131,7 +136,7 @@ class Router(nn.Module):
             return self.choose(self.linear(pooled), drawn)._replace(pooled=pooled)
 
     def joined(self, routes: Sequence[Route]) -> Route:
-        """``routes`` as one. Its scores have a graph of their own: a backward may have freed that of the others."""
+        """``routes`` as one. Its scores have their own graph: a backward may have freed that of the parts."""
         chosen = torch.cat([route.chosen for route in routes])
         weight = torch.cat([route.weight for route in routes]).detach()
         pooled = torch.cat([route.pooled for route in routes if route.pooled is not None]).detach()
@@ -139,7 +144,7 @@ class Router(nn.Module):
             return Route(chosen, weight, self.linear(pooled), pooled)
 
     def choose(self, scores: Tensor, drawn: Tensor | None = None) -> Route:
-        """The route that ``scores`` make with the noise of :meth:`draw` on them; without any, u is 1 as well."""
+        """The routes by ``scores`` plus the noise of :meth:`draw`; without ``drawn`` there is no noise, and u is 1."""
         noisy = scores.detach()
         if drawn is not None:
             drawn = drawn.to(noisy)
@@ -158,7 +163,7 @@ class Router(nn.Module):
 
 
 def choice_counts(route: Route, experts: int) -> Tensor:
-    """(n + 1,) int64: how many choices are each expert, and last how many sequences run any. Counts of parts add up."""
+    """(n + 1,) int64: how often each expert is chosen, and last how many sequences run any. Counts of parts add up."""
     runs = route.chosen >= 0
     chosen = F.one_hot(route.chosen.clamp(min=0), experts) * runs[..., None]
     return torch.cat([chosen.sum((0, 1)), runs.any(1).sum()[None]])
@@ -167,7 +172,8 @@ def choice_counts(route: Route, experts: int) -> Tensor:
 def balance_loss(route: Route, experts: int, counts: Tensor | None = None) -> Tensor:
     """The Switch Transformer's load-balancing loss, from 1 (even load) to ``experts``; 0 where no sequence runs any.
 
-    ``counts`` are the :func:`choice_counts` of everything of which ``route`` is a part; the parts' values add up.
+    ``counts`` are the :func:`choice_counts` of the whole that ``route`` is a part of; the parts' values add up to that
+    of the whole.
     """
     counts = choice_counts(route, experts) if counts is None else counts
     chosen, sequences = counts[:-1], counts[-1]

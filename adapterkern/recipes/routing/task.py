@@ -1,8 +1,8 @@
-"""Dynamic routing: a task whose sequences each run the expert adapters that a router picks for them.
+"""Dynamic routing: a task in which each sequence runs the expert adapters that a router picks for it.
 
-The experts stand at the same sites and have one shape, so one grouped call a site runs all of them, each on its own
-sequences alone; a sequence without an expert is the bare backbone's. The route is decided where the residual stream
-meets the first site: one pass, one KV cache, and a frozen prefix below it that the prefix cache may hold. In
+The experts are at the same sites and have one shape, so one grouped call per site runs all of them, each on its own
+sequences alone; a sequence without an expert gets the bare backbone's states. The route is decided where the residual
+stream meets the first site: one pass, one KV cache, and a frozen prefix below it that the prefix cache may hold. In
 ``generate`` it is decided on the prompt and holds for the continuation. router.py has the router and its losses.
 """
 
@@ -11,16 +11,15 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from adapterkern.files import read_json, replacing, sha256, write_json
+from adapterkern.files import find_weights, read_versioned, write_pair
 from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.routing.router import (
@@ -33,46 +32,48 @@ from adapterkern.recipes.routing.router import (
 )
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.examples import Example, count_targets
-from adapterkern.training.heads import HEAD_CONFIG, ClassificationHead
-from adapterkern.training.run.checkpoint import CheckpointError
-from adapterkern.training.run.folder import ROUTING_CONFIG, ROUTING_WEIGHTS, settings_to_resume
-from adapterkern.training.saved import save_config
-from adapterkern.training.task import Inputs, Task
+from adapterkern.training.data.batches import Batch, count_targets
+from adapterkern.training.data.examples import Example
+from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
+from adapterkern.training.saved import load_config, save_config
+from adapterkern.training.task import Task
 
+ROUTING_WEIGHTS, ROUTING_CONFIG = "routing.safetensors", "routing_config.json"
 FORMAT_VERSION = 1
-_DRAWS = 1  # sets what choices draw apart from what other things do with the same seed
+_DRAWS = 1  # separates what choices draw from what else is drawn from the same seed
 
 
 @dataclasses.dataclass
 class _Step:
-    """What the forwards of one step share."""
+    """What the forwards of one training step share."""
 
     rows: int
     targets: int
     costs: bool  # whether the cost counts already
-    own: list[bool]  # of each forward to come, whether it counts, or keeps others company
-    drawn: dict[int, Tensor]  # for each example's choice, by its id
-    routes: list[Route] = dataclasses.field(default_factory=list)  # of the forwards until now
+    drawn: dict[int, Tensor]  # for each example's choice, by its row
+    counts: list[bool]  # of each forward to come: False for a padding batch
+    routes: list[Route] = dataclasses.field(default_factory=list)  # of the forwards so far
 
 
-class RoutedTask(Task):
+class RoutedTask(Task[Example]):
     """Classification or causal-lm over experts that a router chooses among, for ``train(..., task=...)``.
 
-    The training loss of a step's T targets gets T · (``balance`` · balance loss + ``cost`` · probability of running
-    anything) beside the cross-entropy, both of all its sequences, however many forwards and processes share them; an
-    evaluation's is the cross-entropy alone. What a sequence's choice draws follows from seed, step and place in it.
+    In training, T · (``balance`` · balance loss + ``cost`` · probability of running anything) is added to the
+    cross-entropy of a step's T targets. Both are those of all its sequences, however many forwards and processes share
+    them. The loss of an evaluation is the cross-entropy alone. The random draws of a sequence's choice depend on the
+    seed, the step and its place in the step.
 
     Args:
         model: its active adapter becomes the first expert; the others are new, of the same configuration, and named
             ``expert-1``, ``expert-2``, …
         routing: see :class:`RoutingConfig`.
-        head: as for :class:`Task`.
+        head: as for :class:`~adapterkern.training.Task`.
 
     Raises:
         ValueError: no adapter is active, or one has an expert's name.
     """
 
+    files: ClassVar[tuple[str, ...]] = (ROUTING_WEIGHTS, ROUTING_CONFIG, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = False  # a forward runs the experts that are chosen
 
     def __init__(
@@ -89,16 +90,59 @@ class RoutedTask(Task):
         for name in self.experts[1:]:
             model.add_adapter(name, model.adapter_config(first))
         self.router = Router(model.config.hidden_size, self.routing).to(model.device)
-        self._step: _Step | None = None
-        self._drawn: Tensor | None = None  # on its way from `forward` to `hidden`
-        self._route: Route | None = None  # on its way back
+        self._step: _Step | None = None  # the training step under way
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.routing)
+
+    # Training
+
+    def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
+        if not config.train_adapters:
+            raise ValueError("train_adapters: expected True, since a router chooses among adapters, got False")
+        modules = {f"expert.{i}": self.model.adapters[name] for i, name in enumerate(self.experts)}
+        modules |= {"router": self.router} | ({} if self.head is None else {"head": self.head})
+        return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+
+    @contextlib.contextmanager
+    def running(self, config: TrainConfig) -> Iterator[None]:
+        try:
+            with super().running(config):
+                yield
+        finally:
+            self._step = None  # where an error ended the run within it
+
+    def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
+        """Draw for the choices of all the step's ``examples``, which are numbered."""
+        seed = np.random.SeedSequence([config.seed, epoch, index, _DRAWS]).generate_state(1, np.uint64)
+        drawn = self.router.draw(len(examples), torch.Generator().manual_seed(int(seed[0])))
+        self._step = _Step(
+            rows=len(examples),
+            targets=count_targets(examples),
+            costs=epoch >= self.routing.free_epochs,
+            drawn={example.row: numbers for example, numbers in zip(examples, drawn, strict=True)},
+            counts=[counts for _, counts in processes.share(examples, config.batch_size)],
+        )
+
+    def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
+        """A batch, in a training step with ``drawn`` (B, ...), what :meth:`Router.draw` gave for its sequences."""
+        batch = super().collate(examples, config)
+        if self.training and self._step is not None:
+            batch["drawn"] = torch.stack([self._step.drawn[example.row] for example in examples])
+        return batch
+
+    # A forward
 
     @contextlib.contextmanager
     def routed(self, attention_mask: Tensor, drawn: Tensor | None = None) -> Iterator[list[Route]]:
-        """Within it the model's next forward, or ``generate``, on sequences of this mask is routed.
+        """Context in which the model's next forward, or ``generate``, on sequences of this mask (B, L) is routed.
 
-        ``drawn`` is what :meth:`Router.draw` gives, for choices as in training. The list that comes out holds the route
-        as soon as it has been decided.
+        Args:
+            drawn: what :meth:`Router.draw` gives, for choices as in training.
+
+        Yields:
+            a list that holds the route as soon as it has been decided.
         """
         routes: list[Route] = []
 
@@ -110,82 +154,61 @@ class RoutedTask(Task):
         with self.model.mixing(self.experts, decide):
             yield routes
 
-    def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
-        own = [counts for _, counts in processes.share(examples, config.batch_size)]
-        seed = np.random.SeedSequence([config.seed, epoch, index, _DRAWS]).generate_state(1, np.uint64)
-        drawn = self.router.draw(len(examples), torch.Generator().manual_seed(int(seed[0])))
-        self._step = _Step(
-            rows=len(examples),
-            targets=count_targets(examples),
-            costs=epoch >= self.routing.free_epochs,
-            own=own,
-            drawn={id(example): row for example, row in zip(examples, drawn, strict=True)},
-        )
+    def hidden_and_route(self, batch: Batch) -> tuple[Tensor, Route]:
+        """The decoder's last hidden states (B, L, d), and the routes that the batch's sequences took.
 
-    def collate(self, examples: Sequence[Example], config: TrainConfig) -> Inputs:
-        inputs = super().collate(examples, config)
-        if self.training and self._step is not None:
-            inputs["drawn"] = torch.stack([self._step.drawn[id(example)] for example in examples])
-        return inputs
+        In training, choices are drawn with ``batch["drawn"]``; where that is missing, it is drawn here.
+        """
+        drawn = None
+        if self.training and self.routing.noise:
+            drawn = batch["drawn"] if "drawn" in batch else self.router.draw(len(batch["attention_mask"]))
+        with self.routed(batch["attention_mask"], drawn) as routes:
+            hidden = super().hidden(batch)
+        return hidden, routes[0]
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None) -> Tensor:
-        with self.routed(attention_mask, self._drawn) as routes:
-            hidden = super().hidden(input_ids, attention_mask, prefix)
-        self._route = routes[0]
-        return hidden
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.hidden_and_route(batch)[0]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        targets: Tensor,
-        positions: Tensor | None = None,
-        prefix: Tensor | None = None,
-        drawn: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As :meth:`Task.forward`; in eval mode it counts more: see :meth:`metrics`.
 
-        ``drawn`` (B, ...) is what :meth:`Router.draw` gives. In training it is drawn here where it is missing, and a
-        forward that :meth:`begin_step` has not announced is a step of its own.
+        In training, a forward that :meth:`begin_step` has not announced is a step of its own.
         """
-        if self.training and self.routing.noise:
-            self._drawn = self.router.draw(len(input_ids)) if drawn is None else drawn
-        loss, correct = super().forward(input_ids, attention_mask, targets, positions, prefix)
-        route, self._route, self._drawn = self._route, None, None
-        assert route is not None  # `hidden` has just set it
+        hidden, route = self.hidden_and_route(batch)
+        loss, correct = self.loss(hidden, batch)
         if self.training:
-            return loss + self._extra(route, targets.numel()), correct
+            return loss + self._extra(route, len(batch["targets"])), correct
         runs = route.chosen >= 0
-        each = [(route.chosen == i).any(1).sum() for i in range(len(self.experts))]
-        return loss, torch.stack([correct, (~runs).all(1).sum(), runs.sum(), *each])
+        of_experts = [(route.chosen == i).any(1).sum() for i in range(len(self.experts))]
+        return loss, torch.cat([correct, torch.stack([(~runs).all(1).sum(), runs.sum(), *of_experts])])
 
     def _extra(self, route: Route, targets: int) -> Tensor:
-        """What this forward adds to the step's loss: its sequences' cost, and if it is the last one, the balance.
+        """What this forward adds to the step's loss: the cost of its sequences, and in the last forward the balance.
 
-        The balance needs to know all choices. It reaches the router alone, since no layer below is trained: so it can
-        wait for them with nothing kept but what the router has read.
+        The balance depends on all choices of the step. It reaches the router alone, since no layer below is trained,
+        so it can wait for them: nothing has to be kept but what the router has read.
         """
-        how, rows = self.routing, len(route.chosen)
-        step = self._step or _Step(rows=rows, targets=targets, costs=how.free_epochs == 0, own=[True], drawn={})
+        routing, rows = self.routing, len(route.chosen)
+        step = self._step or _Step(rows, targets, costs=routing.free_epochs == 0, drawn={}, counts=[True])
         extra = route.scores.new_zeros(())
         if step.costs:
-            extra = how.cost * run_probability(route, how.experts) * (rows / step.rows)
-        own = step.own.pop(0)
-        if not own:  # then it has run nothing, which the balance leaves out
+            extra = routing.cost * run_probability(route, routing.experts) * (rows / step.rows)
+        if not step.counts.pop(0):  # as if it had run nothing, which the balance leaves out
             route = route._replace(chosen=torch.full_like(route.chosen, -1))
         step.routes.append(route)
-        if not step.own:
+        if not step.counts:
             self._step = None
             joined = self.router.joined(step.routes)
-            totals = processes.total(choice_counts(joined, how.experts))
-            extra = extra + how.balance * balance_loss(joined, how.experts, totals)
+            totals = processes.total(choice_counts(joined, routing.experts))
+            extra = extra + routing.balance * balance_loss(joined, routing.experts, totals)
         return step.targets * extra
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor, prefix: Tensor | None = None) -> Route:
-        """The routes of sequences (B, L), without noise; at the price of a forward."""
+        """The routes of sequences (B, L), without noise. Costs a forward."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         with self.routed(attention_mask) as routes:
-            super().hidden(input_ids, attention_mask, prefix)
+            super().hidden(batch if prefix is None else batch | {"prefix": prefix})
         return routes[0]
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -194,92 +217,71 @@ class RoutedTask(Task):
         with torch.no_grad(), self.routed(mask):
             return self.model.generate(input_ids, attention_mask=mask, **kwargs)
 
-    @contextlib.contextmanager
-    def running(self, config: TrainConfig) -> Iterator[None]:
-        """As :meth:`Task.running`; refuses to resume a run that was begun with another :class:`RoutingConfig`."""
-        if before := settings_to_resume(config, ROUTING_CONFIG):
-            path, saved = before
-            if saved.get("routing") != dataclasses.asdict(self.routing):
-                raise CheckpointError(
-                    f"{path}: the run was begun with routing {saved.get('routing')}, not {self.routing}"
-                )
-        try:
-            with super().running(config):
-                yield
-        finally:
-            self._step = self._drawn = self._route = None  # of a step that was broken off
-
-    def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
-        if not config.train_adapters:
-            raise ValueError("train_adapters: expected True, since a router chooses among adapters, got False")
-        parts = {f"expert.{i}": self.model.adapters[name] for i, name in enumerate(self.experts)}
-        parts |= {"router": self.router} | ({} if self.head is None else {"head": self.head})
-        return {f"{part}.{key}": p for part, module in parts.items() for key, p in module.named_parameters()}
+    # Scores
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
         """The task's metrics; ``skipped``, the share of sequences without an expert; ``experts_run``, the mean number
-        of them; and ``expert_0``, ``expert_1``, …: the share of the sequences that ran each.
+        of experts per sequence; and ``expert_0``, ``expert_1``, …: the share of the sequences that ran each.
         """
-        skipped, runs, *each = (count / len(examples) for count in sums[2:])
-        shares = {f"expert_{i}": share for i, share in enumerate(each)}
+        skipped, runs, *of_experts = (count / len(examples) for count in sums[2:])
+        shares = {f"expert_{i}": share for i, share in enumerate(of_experts)}
         return super().metrics(sums, examples, config) | {"skipped": skipped, "experts_run": runs} | shares
+
+    # Files
 
     def save(self, directory: Path, config: TrainConfig) -> None:
         """Write experts and router (``routing.safetensors``, ``routing_config.json``), head and ``task.json``."""
         tensors = {key: t.detach().to("cpu").contiguous() for key, t in _modules(self).state_dict().items()}
-        with replacing(directory / ROUTING_WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
         fields = {
             "format_version": FORMAT_VERSION,
             "adapter": self.model.adapter_config(self.experts[0]).to_dict(),
-            "routing": dataclasses.asdict(self.routing),
+            "routing": self.settings,
             "base": _shape(self.model.config),
-            "weights_sha256": sha256(directory / ROUTING_WEIGHTS),
         }
-        write_json(directory / ROUTING_CONFIG, fields)
+
+        def save_weights(path: Path) -> None:
+            save_file(tensors, path, metadata={"format": "pt"})
+
+        write_pair(directory / ROUTING_WEIGHTS, directory / ROUTING_CONFIG, save_weights, fields)
         if self.head is not None:
             self.head.save_pretrained(directory)
-        save_config(directory, config)
+        save_config(directory, config, self.kind)
 
     @classmethod
     def from_pretrained(
-        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
-    ) -> "RoutedTask":
-        """The task saved in ``directory``, on ``llama``; its head too, if it has one.
+        cls, llama: Any, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+    ) -> tuple[Self, TrainConfig]:
+        """The task of a saved run or checkpoint on ``llama``, with its head if it has one, and its configuration.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, of another format version, or of a backbone of another shape; the message
                 names the file.
         """
-        path, weights = Path(directory) / ROUTING_CONFIG, Path(directory) / ROUTING_WEIGHTS
-        saved = read_json(path)
-        if saved.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
+        directory = Path(directory)
+        path, weights = directory / ROUTING_CONFIG, directory / ROUTING_WEIGHTS
+        kinds = {"adapter": dict, "routing": dict, "base": dict, "weights_sha256": str}
+        saved = read_versioned(path, FORMAT_VERSION, kinds)
         try:
             adapter, routing = AdapterConfig.from_dict(saved["adapter"]), RoutingConfig(**saved["routing"])
-            base, digest = saved["base"], saved["weights_sha256"]
-        except KeyError as error:
-            raise ValueError(f"{path}: field {error} is missing") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
-        if base != _shape(llama.config):
-            raise ValueError(f"{path}: saved for a backbone of {base}, got one of {_shape(llama.config)}")
-        if sha256(weights) != digest:
-            raise ValueError(
-                f"{weights}: SHA-256 differs from the one in {ROUTING_CONFIG}: damaged, or of another save"
-            )
-        head = ClassificationHead.from_pretrained(directory) if (Path(directory) / HEAD_CONFIG).exists() else None
+        if saved["base"] != _shape(llama.config):
+            raise ValueError(f"{path}: saved for a backbone of {saved['base']}, got one of {_shape(llama.config)}")
+        found = find_weights(weights, path, saved["weights_sha256"])
+        config = load_config(directory)
+        head = ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
         model = LlamaAdapter(llama, adapter, fused=fused, liger=liger)
         task = cls(model, routing, None if head is None else head.to(model.device))
         try:
-            _modules(task).load_state_dict(load_file(weights))
+            _modules(task).load_state_dict(load_file(found))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{weights}: not these experts' weights: {error}") from error
-        return task
+        return task, config
 
 
 def _modules(task: RoutedTask) -> nn.ModuleDict:
+    """What is saved in ``routing.safetensors``, by the names that it has there."""
     experts = nn.ModuleList(task.model.adapters[name] for name in task.experts)
     return nn.ModuleDict({"expert": experts, "router": task.router})
 

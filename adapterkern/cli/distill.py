@@ -76,11 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
         settings = {name: getattr(arguments, name) for name in ("temperature", "weight", "divergence", "chunk_tokens")}
         if not (arguments.keep or arguments.eval_keep):
             return Job(model, arguments.train, arguments.eval, Distillation(model, teacher, **settings))
-        data = [
-            rows if kept is None else WithKept(rows, kept)
-            for rows, kept in ((arguments.train, arguments.keep), (arguments.eval, arguments.eval_keep))
-        ]
-        return Job(model, *data, KeepBehaviour(model, teacher, **settings))
+        rows, eval_rows = (
+            of_task if kept is None else WithKept(of_task, kept)
+            for of_task, kept in ((arguments.train, arguments.keep), (arguments.eval, arguments.eval_keep))
+        )
+        return Job(model, rows, eval_rows, KeepBehaviour(model, teacher, **settings))
 
     # The whole backbone, and not what --backbone-layers leaves of it.
     return train_run(arguments, job, lambda _: load_backbone(arguments.model, dtype=dtype))

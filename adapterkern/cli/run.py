@@ -104,8 +104,9 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
     from adapterkern.recipes.multitask.task import MultiTask
 
     kind = task_class(arguments.directory)
+    data: Any
     if issubclass(kind, MultiTask):
-        source, data = _sources_of_tasks(arguments, kind)
+        source, data = _sources_of_tasks(arguments)
     else:
         source = _saved_sources(arguments)
         data = arguments.data or source.eval_data
@@ -134,15 +135,16 @@ def _saved_sources(arguments: argparse.Namespace) -> "Sources":
         return Sources(arguments.model)
 
 
-def _sources_of_tasks(arguments: argparse.Namespace, kind: Any) -> tuple["Sources", dict[str, str]]:
+def _sources_of_tasks(arguments: argparse.Namespace) -> tuple["Sources", dict[str, str]]:
     """Of a run of several tasks: the sources of one of them, and each task's own data."""
+    from adapterkern.recipes.multitask.task import MultiTask
     from adapterkern.training.saved import load_sources
 
-    names = kind.saved_names(arguments.directory)
+    names = MultiTask.saved_names(arguments.directory)
     if arguments.data is not None:
-        folder = kind.folder(arguments.directory, names[0])
+        folder = MultiTask.folder(arguments.directory, names[0])
         raise ValueError(f"--data: expected none for a run of several tasks; evaluate one of them, as {folder}")
-    sources = {name: load_sources(kind.folder(arguments.directory, name)) for name in names}
+    sources = {name: load_sources(MultiTask.folder(arguments.directory, name)) for name in names}
     data = {name: source.eval_data for name, source in sources.items() if source.eval_data is not None}
     if not data:
         raise ValueError(f"{arguments.directory}: expected tasks with data to evaluate on, got none")

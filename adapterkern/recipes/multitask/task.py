@@ -346,11 +346,7 @@ class MultiTask(Task[TaskExample]):
         Raises:
             FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
         """
-        path = Path(directory) / MULTITASK_CONFIG
-        saved = read_versioned(path, FORMAT_VERSION, {"tasks": list, "temperature": int | float | None})
-        names, temperature = saved["tasks"], saved["temperature"]
-        if not names or not all(isinstance(n, str) and n and Path(n).name == n for n in names):
-            raise ValueError(f"{path}: field 'tasks': expected names, got {names!r}")
+        names, temperature = cls._saved_settings(directory)
         model = LlamaAdapter(llama, AdapterConfig(adapter_dim=1, layers=[0]), fused=fused, liger=liger)
         model.delete_adapter("default")
         heads = {}
@@ -362,5 +358,19 @@ class MultiTask(Task[TaskExample]):
         try:
             task = cls(model, names, temperature=math.inf if temperature is None else temperature, heads=heads)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{Path(directory) / MULTITASK_CONFIG}: {error}") from error
         return task, config
+
+    @classmethod
+    def saved_names(cls, directory: str | os.PathLike[str]) -> list[str]:
+        """The tasks of a saved run or checkpoint. Raises as :meth:`from_pretrained`."""
+        return cls._saved_settings(directory)[0]
+
+    @staticmethod
+    def _saved_settings(directory: str | os.PathLike[str]) -> tuple[list[str], float | None]:
+        path = Path(directory) / MULTITASK_CONFIG
+        saved = read_versioned(path, FORMAT_VERSION, {"tasks": list, "temperature": int | float | None})
+        names = saved["tasks"]
+        if not names or not all(isinstance(n, str) and n and Path(n).name == n for n in names):
+            raise ValueError(f"{path}: field 'tasks': expected names, got {names!r}")
+        return names, saved["temperature"]

@@ -126,13 +126,13 @@ def heads(seeds: int, target: Path, about: dict[str, Any]) -> None:
         started = time.process_time()
         trained = train(model, files["train"], config, tokenizer=tokenizer, task=task, cache=cache)
         cpu_seconds = time.process_time() - started
-        answers = {id_: p.text for id_, p in task.predict(files["test"], config, tokenizer).items()}
+        answers = {id_: p.text for id_, p in task.answer(files["test"], config, tokenizer).items()}
         kinds = {kind: [q for q in questions if q.id.startswith(kind)] for kind in ("headline", "company", "none")}
         run = {"seed": seed, "adapters": train_adapters, "pointer_dim": pointer_dim, "cpu_seconds": cpu_seconds}
         run |= {"parameters": trained.trainable_parameters, "steps": trained.steps}
         run |= score(questions, answers) | {kind: score(chosen, answers) for kind, chosen in kinds.items()}
         if not result["runs"]:
-            predicted = {id_: p.text for id_, p in task.predict(OWN_EXAMPLES, config, tokenizer).items()}
+            predicted = {id_: p.text for id_, p in task.answer(OWN_EXAMPLES, config, tokenizer).items()}
             result["newswire_head_on_own_examples"] = score(read_questions(OWN_EXAMPLES, bad), predicted)
         model.unload()
         result["runs"].append(run)

@@ -72,7 +72,7 @@ def test_errors_name_file_and_id(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["qa", "evaluate", str(run), "--data", str(path)]) == 1
     error = capsys.readouterr().err
     assert f"{path}: data[0].paragraphs[0].qas[0] (id 'd7'): field 'answers[0].answer_start'" in error
-    assert "the context has not 'Bo' at 3: it is at 8" in error
+    assert "expected 'Bo' at 3 of the context, but it is at 8" in error
 
 
 @pytest.mark.parametrize("option", ["--task", "--pooling", "--text-column"])

@@ -1,5 +1,6 @@
-"""Windows, spans and the question-answering task: what is cut is found back, what is learnt is saved and loaded."""
+"""Windows, spans and the question-answering task: what is cut is found back, what is learned is saved and loaded."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adapterkern as ak
+from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
+from adapterkern.recipes.qa.head import SpanHead
 from adapterkern.recipes.qa.spans import best_spans, cut, tokens_of, window_starts
 from adapterkern.recipes.qa.squad import Answer, Question
-from adapterkern.recipes.qa.task import QuestionAnswering, SpanHead, SpanSettings
-from adapterkern.training import DataError, PrefixCache, evaluate, train
+from adapterkern.training import CheckpointError, DataError, PrefixCache, evaluate, train
+from adapterkern.training.data.batches import Batch, fingerprint
 from adapterkern.training.data.rows import BadRows
 from adapterkern.training.task import Feed
 from tests.support import tiny_run
@@ -27,12 +30,13 @@ from tests.support.tiny_qa import EXAMPLES, TOKENIZER, examples, model, quiet, r
 
 
 class Oracle(nn.Module):
-    """Stands for a model that knows the targets: they score 5, "no answer" 1 and everything else 0."""
+    """A model that knows the targets: they score 5, "no answer" 1 and everything else 0."""
 
-    def forward(self, targets: Tensor, choices: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        choices = batch["choices"]
         scores = torch.zeros(*choices.shape, 2)
         scores[:, 0] = 1
-        scores.scatter_(1, targets[:, None], 5.0)
+        scores.scatter_(1, batch["targets"][:, None], 5.0)
         return scores.sum(), scores.masked_fill(~choices[..., None], -math.inf)
 
 
@@ -116,8 +120,8 @@ def test_an_answer_is_found_back_through_windows(words: list[str], data: st.Data
     assert len(windows) > 1 or len(TOKENIZER(context)["input_ids"]) < 96
     metrics = task.evaluate(Oracle(), windows, Feed(task, config, None), config)
     assert metrics["exact"] == 100
-    # The words may stand more than once: the scores point at this place.
-    encoded = [window.input_ids[slice(*np.cumsum(window.positions))] for window in windows if window.targets.any()]
+    # A word may occur more than once: the scores point at this place.
+    encoded = [window.input_ids[window.positions] for window in windows if window.targets.any()]
     spans = [window.targets - 1 for window in windows if window.targets.any()]
     for ids, (a, b) in zip(encoded, spans, strict=True):
         assert TOKENIZER.decode(ids[a : b + 1]).strip() == context[start:end]
@@ -129,15 +133,14 @@ MODEL = model()
 def test_windows_carry_the_question_first_and_the_closing_last() -> None:
     context = " ".join(f"w{i}" for i in range(100))
     question = Question("q", "Where is w90?", context, (Answer("w90", context.index("w90")),), "q")
-    made = cut([question], TOKENIZER, 64, 16, BadRows("x"))
-    assert len(made.windows) > 4
-    for window in made.windows:
+    windows = cut([question], TOKENIZER, 64, 16, BadRows("x"))
+    assert len(windows) > 4
+    for window in windows:
         text = TOKENIZER.decode(window.input_ids)
         assert text.startswith("Question: Where is w90?\nContext:\n")
         assert text.endswith("\nAnswer:")
-        begin, count = window.positions
-        part = TOKENIZER.decode(window.input_ids[begin : begin + count])
-        assert part in context
+        part = TOKENIZER.decode(window.input_ids[window.positions])
+        assert part == context[window.offsets[0, 0] : window.offsets[-1, 1]]
         assert window.targets.any() == ("w90" in part)
 
 
@@ -146,7 +149,14 @@ def test_data_have_one_fingerprint_whatever_was_loaded_before() -> None:
     fresh, used = QuestionAnswering(other), QuestionAnswering(other)
     used.load([row("Ann met Bo.", 0, 3)], quiet(), TOKENIZER)
     a, b = (task.load(EXAMPLES, quiet(), TOKENIZER) for task in (fresh, used))
-    assert ak.training.data.fingerprint(a) == ak.training.data.fingerprint(b)
+    assert fingerprint(a) == fingerprint(b)
+
+
+def test_the_fingerprint_is_that_of_version_0_1() -> None:
+    """Checkpoints of that version must resume."""
+    windows = QuestionAnswering(MODEL, SpanSettings(doc_stride=5)).load(EXAMPLES, quiet(max_length=60), TOKENIZER)
+    assert len(windows) > 26
+    assert fingerprint(windows) == "292b2eb12a8c1bfdaa8e426e80f206258cd88f9606c272166e460d96809f1232"
 
 
 # The head
@@ -177,8 +187,8 @@ def scores_of(task: QuestionAnswering, rows: list[dict[str, Any]], config: ak.Tr
     """The finite scores of each window, in order."""
     windows = task.load(rows, config, TOKENIZER)
     with torch.no_grad():
-        scores = task(**Feed(task, config, None)(windows))[1]
-    return [s[: 1 + int(window.positions[1])] for s, window in zip(scores, windows, strict=True)]
+        scores = task(Feed(task, config, None)(windows))[1]
+    return [s[: 1 + len(window.positions)] for s, window in zip(scores, windows, strict=True)]
 
 
 @pytest.mark.parametrize(("pointer_dim", "sees"), [(0, False), (8, True)])
@@ -203,9 +213,9 @@ def test_padding_changes_no_score() -> None:
 def test_the_loss_is_the_cross_entropy_of_starts_and_ends() -> None:
     task = QuestionAnswering(model(init="xavier"))
     windows = task.load(EXAMPLES, quiet(), TOKENIZER)[:5]
-    loss, scores = task(**Feed(task, quiet(), None)(windows))
+    loss, scores = task(Feed(task, quiet(), None)(windows))
     expected = sum(
-        -torch.log_softmax(s[: 1 + int(w.positions[1]), side].double(), 0)[int(w.targets[side])]
+        -torch.log_softmax(s[: 1 + len(w.positions), side].double(), 0)[int(w.targets[side])]
         for w, s in zip(windows, scores, strict=True)
         for side in (0, 1)
     )
@@ -226,15 +236,16 @@ def test_learns_its_examples_by_heart_and_says_nothing_where_there_is_nothing(tm
     assert result.metrics["NoAns_exact"] >= 75
     assert result.history[0]["loss"] > 2 * result.metrics["loss"]
 
-    loaded = ak.LlamaAdapter.from_pretrained(model().unload(), tmp_path)
-    again = QuestionAnswering.from_pretrained(loaded, tmp_path)
-    assert again.settings == task.settings
-    saved = evaluate(loaded, EXAMPLES, config, tokenizer=TOKENIZER, task=again)
+    again, saved_config = QuestionAnswering.from_pretrained(model().unload(), tmp_path)
+    assert again.span_settings == task.span_settings
+    assert saved_config == dataclasses.replace(config, output_dir=None)
+    saved = evaluate(again.model, EXAMPLES, saved_config, tokenizer=TOKENIZER, task=again)
     assert (saved["exact"], saved["f1"]) == (result.metrics["exact"], result.metrics["f1"])
     assert saved["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
 
-    unlabelled = [{"id": q.id, "question": q.question, "context": q.context} for q in examples()]
-    predictions = again.predict(unlabelled, config, TOKENIZER)
+    unlabeled = [{"id": q.id, "question": q.question, "context": q.context} for q in examples()]
+    predictions = again.answer(unlabeled, config, TOKENIZER)
+    assert list(predictions) == [q.id for q in examples()]
     right = 0
     for q in examples():
         text, candidates = predictions[q.id]
@@ -251,19 +262,19 @@ def test_the_threshold_decides_when_nothing_is_said(threshold: float | None, emp
     adapted = model()
     task = QuestionAnswering(adapted, SpanSettings(null_threshold=threshold))
     task.load(EXAMPLES, quiet(), TOKENIZER)
-    predictions = task.predict(EXAMPLES, quiet(), TOKENIZER)
+    predictions = task.answer(EXAMPLES, quiet(), TOKENIZER)
     assert sum(p.text == "" for p in predictions.values()) == empty
 
 
-def test_a_prediction_leaves_the_task_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answering_leaves_the_task_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     task = QuestionAnswering(model())
     config = quiet(precision="bf16")
     task.load(EXAMPLES, config, TOKENIZER)
     task.train()
-    task.predict(EXAMPLES, config, TOKENIZER)
-    monkeypatch.setattr(task, "_answer", lambda *_: 1 / 0)
+    task.answer(EXAMPLES, config, TOKENIZER)
+    monkeypatch.setattr(task, "predict", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        task.predict(EXAMPLES, config, TOKENIZER)
+        task.answer(EXAMPLES, config, TOKENIZER)
     assert all(module.training for module in task.modules())
     assert "forward" not in vars(task)
 
@@ -337,10 +348,10 @@ GOOD = row("Ann met Bo.", 8, 10) | {"id": "good"}
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row("Ann met Bo.", 8, 10, "Who? " * 60), r"question 'q': field 'question': its \d+ tokens leave none of max"),
-        (row("x " * 200 + "end", 2, 300), "question 'q': field 'answers': in no window as a whole; up to 1 tokens"),
+        (row("Ann met Bo.", 8, 10, "Who? " * 60), r"question 'q': field 'question': its \d+ tokens leave no room"),
+        (row("x " * 200 + "end", 2, 300), "question 'q': field 'answers': no window contains one whole; .* 1 tokens"),
         ({"id": "q", "question": "Who?", "context": "Ann."}, "question 'q': field 'answers' is missing"),
-        (row("Ann met Bo.", 8, 10) | {"context": "Bo met Ann."}, "has not 'Bo' at 8: it is at 0"),
+        (row("Ann met Bo.", 8, 10) | {"context": "Bo met Ann."}, "expected 'Bo' at 8 of the context, but it is at 0"),
     ],
 )
 def test_bad_questions_are_named_or_left_out(
@@ -358,15 +369,33 @@ def test_bad_questions_are_named_or_left_out(
 def test_other_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data: no questions"):
         load([])
-    with pytest.raises(TypeError, match="tokenizer: expected a fast one, which knows offsets, got NoneType"):
+    with pytest.raises(TypeError, match="tokenizer: expected a fast one, which gives offsets, got NoneType"):
         QuestionAnswering(MODEL).load([GOOD], quiet(), None)
-    with pytest.raises(ValueError, match="doc_stride: expected a whole number from 1 on, got 0"):
+    with pytest.raises(ValueError, match="doc_stride: expected an integer >= 1, got 0"):
         SpanSettings(doc_stride=0)
-    for threshold in ("x", math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"null_threshold: expected a finite number or None, got '?{threshold}"):
-            SpanSettings(null_threshold=threshold)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"null_threshold: expected a number in .*, got 'x'"):
+        SpanSettings(null_threshold="x")  # type: ignore[arg-type]
+    for threshold in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"null_threshold: expected a number in \(-inf, inf\), got {threshold}"):
+            SpanSettings(null_threshold=threshold)
     with pytest.raises(ValueError, match="span: expected pointer_dim=64, got 8"):
         QuestionAnswering(MODEL, span=SpanHead(32, 8))
+    with pytest.raises(ValueError, match="span: expected a head, got none: load training data first"):
+        QuestionAnswering(MODEL).answer([GOOD], quiet(), TOKENIZER)
+
+
+def test_a_run_is_not_resumed_with_another_head(tmp_path: Path) -> None:
+    """The settings of what is learned must be the same; how answers are chosen may change."""
+
+    def run(resume: bool, **settings: Any) -> None:
+        adapted = model()
+        config = quiet(output_dir=tmp_path, epochs=2, checkpoint_every=1, resume=resume)
+        train(adapted, [GOOD], config, tokenizer=TOKENIZER, task=QuestionAnswering(adapted, SpanSettings(**settings)))
+
+    run(False)
+    with pytest.raises(CheckpointError, match="the run was begun with pointer_dim=64, not 8"):
+        run(True, pointer_dim=8)
+    run(True, null_threshold=0.0, n_best=1)
 
 
 def test_unanswerable_questions_that_would_be_answered_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
@@ -378,8 +407,8 @@ def test_unanswerable_questions_that_would_be_answered_all_the_same(caplog: pyte
     ("change", "message"),
     [
         ({"head": "classification"}, "expected a span head"),
-        ({"hidden_size": 64}, "hidden_size is 64, the model's 32"),
-        ({"settings": {"doc_stride": 0}}, "field 'settings': doc_stride: expected a whole number"),
+        ({"hidden_size": 64}, "field 'hidden_size': expected the model's 32, got 64"),
+        ({"settings": {"doc_stride": 0}}, "field 'settings': doc_stride: expected an integer >= 1"),
         ({"settings": {"stride": 1}}, "field 'settings': .*stride"),
         ({"settings": []}, "field 'settings': expected dict"),
     ],
@@ -391,4 +420,4 @@ def test_a_damaged_head(tmp_path: Path, change: dict[str, Any], message: str) ->
     path = tmp_path / "head_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"head_config.json: {message}"):
-        QuestionAnswering.from_pretrained(MODEL, tmp_path)
+        QuestionAnswering.from_pretrained(model().unload(), tmp_path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adapterkern.recipes.qa.squad import Question, exact_match, f1, normalise_answer, read_questions, score
+from adapterkern.recipes.qa.squad import Question, exact_match, f1, normalize_answer, read_questions, score
 from adapterkern.training import DataError
 from adapterkern.training.data.rows import BadRows
 from tests.support.tiny_qa import EXAMPLES
@@ -47,8 +47,8 @@ ROW = {"id": "q1", "question": "Who?", "context": "Ann met Bo.", "answers": [{"t
         ("$5.00", "500"),
     ],
 )
-def test_normalise(text: str, normal: str) -> None:
-    assert normalise_answer(text) == normal
+def test_normalize(text: str, normal: str) -> None:
+    assert normalize_answer(text) == normal
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_normalise(text: str, normal: str) -> None:
         ("", "", 1, 1),
         ("", "x", 0, 0),
         ("x", "", 0, 0),
-        ("the", "a", 1, 1),  # both normalise to nothing
+        ("the", "a", 1, 1),  # both normalize to nothing
         ("x", "the", 0, 0),
     ],
 )
@@ -84,13 +84,13 @@ def test_questions_with_and_without_answer() -> None:
     got = score(questions, {"q1": "Ann Bo", "none-1": "", "none-2": "Bo", "none-3": "The"})
     f = 100 * 2 / 3
     assert got == pytest.approx(
-        {"exact": 50, "f1": (f + 200) / 4, "total": 4}  # "The" is nothing once it is normalised
+        {"exact": 50, "f1": (f + 200) / 4, "total": 4}  # "The" is nothing once it is normalized
         | {"HasAns_exact": 0, "HasAns_f1": f, "HasAns_total": 1}
         | {"NoAns_exact": 200 / 3, "NoAns_f1": 200 / 3, "NoAns_total": 3}
     )
 
 
-def test_gold_answers_that_normalise_to_nothing_are_left_out() -> None:
+def test_gold_answers_that_normalize_to_nothing_are_left_out() -> None:
     context = "Give me the A."
     golds = [{"text": "the", "answer_start": 8}, {"text": "me", "answer_start": 5}]
     assert score(read([ROW | {"context": context, "answers": golds}]), {"q1": ""})["exact"] == 0
@@ -131,18 +131,21 @@ def test_rows_without_id_or_answers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": None}, "field 'question': expected a text, got NoneType"),
-        ({"context": "  "}, "field 'context': expected a text, got an empty text"),
-        ({"id": True}, "field 'id': expected a text, got bool"),
+        ({"question": None}, "field 'question': expected a string, got NoneType"),
+        ({"context": "  "}, "field 'context': expected a string, got an empty one"),
+        ({"id": True}, "field 'id': expected a string, got bool"),
         ({"answers": "Bo"}, "field 'answers': expected a list of objects with text and answer_start, got 'Bo'"),
-        ({"answers": {"text": ["Bo"], "answer_start": []}}, "field 'answers': expected as many answer_start as text"),
-        ({"answers": [{"text": "", "answer_start": 0}]}, "field 'answers[0].text': expected a text, got ''"),
-        ({"answers": [{"text": "Bo"}]}, "field 'answers[0].answer_start': expected a whole number, got None"),
-        ({"answers": [{"text": "Bo", "answer_start": 7}]}, "the context has not 'Bo' at 7: it is at 8"),
-        ({"answers": [{"text": "Bo", "answer_start": -3}]}, "the context has not 'Bo' at -3: it is at 8"),
-        ({"answers": [{"text": "Cy", "answer_start": 8}]}, "the context has not 'Cy' at 8: it is nowhere in it"),
-        ({"is_impossible": True}, "field 'is_impossible': is True, yet there are 1 answers"),
-        ({"is_impossible": False, "answers": []}, "field 'is_impossible': is False, yet there are 0 answers"),
+        ({"answers": {"text": ["Bo"], "answer_start": []}}, "field 'answers': expected one answer_start per text"),
+        ({"answers": [{"text": "", "answer_start": 0}]}, "field 'answers[0].text': expected a string, got ''"),
+        ({"answers": [{"text": "Bo"}]}, "field 'answers[0].answer_start': expected an integer, got None"),
+        ({"answers": [{"text": "Bo", "answer_start": 7}]}, "expected 'Bo' at 7 of the context, but it is at 8"),
+        ({"answers": [{"text": "Bo", "answer_start": -3}]}, "expected 'Bo' at -3 of the context, but it is at 8"),
+        (
+            {"answers": [{"text": "Cy", "answer_start": 8}]},
+            "expected 'Cy' at 8 of the context, which does not contain it",
+        ),
+        ({"is_impossible": True}, "field 'is_impossible': expected False with 1 answers, got True"),
+        ({"is_impossible": False, "answers": []}, "field 'is_impossible': expected True with 0 answers, got False"),
     ],
 )
 def test_bad_rows_are_named(change: dict[str, Any], message: str) -> None:
@@ -151,8 +154,8 @@ def test_bad_rows_are_named(change: dict[str, Any], message: str) -> None:
     assert problem.endswith(message)
 
 
-def test_an_id_that_stands_twice() -> None:
-    assert problems([ROW, ROW]) == ["row 1: question 'q1': field 'id': stands twice, first at row 0: question 'q1'"]
+def test_an_id_that_is_there_twice() -> None:
+    assert problems([ROW, ROW]) == ["row 1: question 'q1': field 'id': is there twice, first at row 0: question 'q1'"]
 
 
 @pytest.mark.parametrize(

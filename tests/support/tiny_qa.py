@@ -10,8 +10,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import adapterkern as ak
+from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
 from adapterkern.recipes.qa.squad import Question, read_questions
-from adapterkern.recipes.qa.task import QuestionAnswering, SpanSettings
 from adapterkern.training import train
 from adapterkern.training.data.rows import BadRows
 from tests.support import tiny_run

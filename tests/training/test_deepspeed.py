@@ -43,7 +43,7 @@ def test_learns_as_one_process_and_resumes_from_it_and_it_from_here(folder: Path
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_next_token_and_spans_are_learnt_as_by_one_process(folder: Path, stage: str) -> None:
+def test_the_next_token_and_spans_are_learned_as_by_one_process(folder: Path, stage: str) -> None:
     same(folder / f"{stage} causal-lm", folder / "one causal-lm", 5e-6)
     for kind, values, tolerance in (("qa", {}, 1e-5), ("qa bf16", {"precision": "bf16"}, 2e-2)):
         losses, metrics = shared_run(**values)

@@ -1,15 +1,15 @@
-"""Extractive question answering as data: SQuAD files, JSONL and lists of rows, and the scores that SQuAD is judged by.
+"""Questions from SQuAD files, JSONL and lists of rows; and SQuAD's scores, exact match and F1.
 
 A row has a question, a context, and answers that are spans of that context. SQuAD's own files (v1.1, v2.0) nest them,
 ``{"data": [{"paragraphs": [{"context": …, "qas": [{"id", "question", "answers": [{"text", "answer_start"}]}]}]}]}``;
-JSONL and lists hold a question a row, with ``answers`` either as there or as ``{"text": […], "answer_start": […]}``.
+JSONL and lists hold one question per row, ``answers`` either as there or as ``{"text": […], "answer_start": […]}``.
 ``answer_start`` counts characters (Python's, that is, Unicode code points). A question whose ``answers`` are empty has
-no answer in its context; one without the field is not labelled, and can only be predicted.
+no answer in its context; one without the field is not labeled, and can only be predicted.
 
 Exact match and F1 are those of the official script of SQuAD 2.0, which on questions that have an answer is the script
-of 1.1: a text is lowered and loses ASCII punctuation, the words a, an and the, and superfluous whitespace. F1 is that
-of the two bags of words; a question counts its best gold answer; where the gold answer or the prediction is empty, F1
-is 1 if both are, else 0. Gold answers that normalising empties are left out.
+of 1.1: normalizing makes a string lower case and removes ASCII punctuation, the words a, an and the, and superfluous
+whitespace. F1 compares the two bags of words; each question counts with its best gold answer; where the gold answer or
+the prediction is empty, F1 is 1 if both are, else 0. Gold answers that are empty once normalized are left out.
 """
 
 import os
@@ -45,18 +45,18 @@ class Question(NamedTuple):
     id: str
     question: str
     context: str
-    answers: tuple[Answer, ...] | None  # empty: the context has no answer; None: not labelled
+    answers: tuple[Answer, ...] | None  # empty: the context has no answer; None: not labeled
     place: str  # for messages: file and id
 
 
 def read_questions(data: Rows, bad: BadRows) -> list[Question]:
     """The questions of a ``.json`` file in SQuAD's form, of a ``.jsonl`` file, or of a list of mappings.
 
-    Rows that are wrong (a field is missing or of a wrong kind, an answer is not where it says, an id stands twice) go
+    Bad rows (a field is missing or of a wrong type, an answer is not at its ``answer_start``, an id is there twice) go
     to ``bad``, by file and id.
 
     Raises:
-        DataError: the file is of another kind, or not in SQuAD's form as a whole.
+        DataError: the file is of another kind, or its structure is not SQuAD's.
     """
     source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
     if source is not None and source.lower().endswith(".json"):
@@ -73,7 +73,7 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
             bad.add(place if "id" not in values else f"{place} (id {values['id']!r})", str(error))
             continue
         if question.id in questions:
-            bad.add(question.place, f"field 'id': stands twice, first at {questions[question.id].place}")
+            bad.add(question.place, f"field 'id': is there twice, first at {questions[question.id].place}")
         else:
             questions[question.id] = question
     return list(questions.values())
@@ -109,15 +109,16 @@ def _question(values: Mapping[str, Any], place: str, source: str | None, default
         id_ = str(id_)
     for name, value in (("id", id_), ("question", values.get("question")), ("context", values.get("context"))):
         if not isinstance(value, str) or not value.strip():
-            got = "an empty text" if isinstance(value, str) else type(value).__name__
-            raise ValueError(f"field {name!r}: expected a text, got {got}")
+            got = "an empty one" if isinstance(value, str) else type(value).__name__
+            raise ValueError(f"field {name!r}: expected a string, got {got}")
         if not is_unicode(value):
             raise ValueError(f"field {name!r}: {HALF_A_PAIR}")
     context = values["context"]
     answers = None if "answers" not in values else tuple(_answers(values["answers"], context))
     impossible = values.get("is_impossible")
     if isinstance(impossible, bool) and answers is not None and impossible == bool(answers):
-        raise ValueError(f"field 'is_impossible': is {impossible}, yet there are {len(answers)} answers")
+        expected = f"expected {not impossible} with {len(answers)} answers"
+        raise ValueError(f"field 'is_impossible': {expected}, got {impossible}")
     where = place if "id" not in values else f"{source or place}: question {id_!r}"
     return Question(id_, values["question"].strip(), context, answers, where)
 
@@ -126,7 +127,7 @@ def _answers(value: Any, context: str) -> Iterable[Answer]:
     if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
         starts = value.get("answer_start")
         if not isinstance(starts, Sequence) or len(starts) != len(value["text"]):
-            raise ValueError("field 'answers': expected as many answer_start as text")
+            raise ValueError("field 'answers': expected one answer_start per text")
         value = [{"text": t, "answer_start": s} for t, s in zip(value["text"], starts, strict=True)]
     if not isinstance(value, list | tuple) or not all(isinstance(answer, Mapping) for answer in value):
         raise ValueError(f"field 'answers': expected a list of objects with text and answer_start, got {value!r:.60}")
@@ -134,29 +135,29 @@ def _answers(value: Any, context: str) -> Iterable[Answer]:
         text, start = answer.get("text"), answer.get("answer_start")
         name = f"field 'answers[{number}]"
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}.text': expected a text, got {text!r:.60}")
+            raise ValueError(f"{name}.text': expected a string, got {text!r:.60}")
         if not isinstance(start, int) or isinstance(start, bool):
-            raise ValueError(f"{name}.answer_start': expected a whole number, got {start!r:.60}")
+            raise ValueError(f"{name}.answer_start': expected an integer, got {start!r:.60}")
         if start < 0 or context[start : start + len(text)] != text:
             at = context.find(text)
-            found = f"it is at {at}" if at >= 0 else "it is nowhere in it"
-            raise ValueError(f"{name}.answer_start': the context has not {text!r:.60} at {start}: {found}")
+            found = f"but it is at {at}" if at >= 0 else "which does not contain it"
+            raise ValueError(f"{name}.answer_start': expected {text!r:.60} at {start} of the context, {found}")
         yield Answer(text, start)
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower case, no ASCII punctuation, no articles, single spaces: what exact match compares."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(gold: str, prediction: str) -> float:
-    """1.0 if both normalise to the same text, else 0.0."""
-    return float(normalise_answer(gold) == normalise_answer(prediction))
+    """1.0 if both normalize to the same string, else 0.0."""
+    return float(normalize_answer(gold) == normalize_answer(prediction))
 
 
 def f1(gold: str, prediction: str) -> float:
-    """The harmonic mean of precision and recall of the prediction's words; of two empty texts 1.0."""
-    expected, got = normalise_answer(gold).split(), normalise_answer(prediction).split()
+    """The harmonic mean of precision and recall of the prediction's words; 1.0 if both strings are empty."""
+    expected, got = normalize_answer(gold).split(), normalize_answer(prediction).split()
     if not expected or not got:
         return float(expected == got)
     common = sum((Counter(expected) & Counter(got)).values())
@@ -164,14 +165,14 @@ def f1(gold: str, prediction: str) -> float:
 
 
 def score(questions: Iterable[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Exact match and F1 of ``predictions`` (text by question id, "" for no answer), in percent, official names.
+    """Exact match and F1 of ``predictions`` (answers by question id, "" for none), in percent, by their official names.
 
     Returns:
-        ``exact``, ``f1``, ``total``; the same with ``HasAns_`` and ``NoAns_`` before them where there are such
-        questions and the data has both kinds.
+        ``exact``, ``f1``, ``total``; and where some questions have an answer and some have none, the same of each kind
+        with ``HasAns_`` and ``NoAns_`` before the name.
 
     Raises:
-        ValueError: a question is not labelled, or has no prediction; the message names it.
+        ValueError: a question is not labeled, or has no prediction; the message names it.
     """
     groups: dict[str, list[tuple[float, float]]] = {"HasAns_": [], "NoAns_": []}
     for question in questions:
@@ -179,7 +180,7 @@ def score(questions: Iterable[Question], predictions: Mapping[str, str]) -> dict
             raise ValueError(f"{question.place}: field 'answers': expected answers to score against, got none")
         if question.id not in predictions:
             raise ValueError(f"predictions: expected one for question {question.id!r}, got none")
-        golds = [answer.text for answer in question.answers if normalise_answer(answer.text)] or [""]
+        golds = [answer.text for answer in question.answers if normalize_answer(answer.text)] or [""]
         pairs = [(exact_match(gold, predictions[question.id]), f1(gold, predictions[question.id])) for gold in golds]
         best = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
         groups["HasAns_" if question.answers else "NoAns_"].append(best)

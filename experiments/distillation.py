@@ -36,7 +36,7 @@ from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.distillation.soft_labels import Teacher, soft_label_loss
 from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
 from adapterkern.training import PrefixCache, TrainConfig, evaluate, train
-from adapterkern.training.data.examples import Example
+from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.task import Feed, Task, eval_batches
 from bench.measure import kept_for_backward, machine, paired_ratio, peak_bytes
 
@@ -86,7 +86,7 @@ def exact(task: Task, examples: Sequence[Example], feed: Feed, config: TrainConf
     with torch.no_grad():
         for batch in eval_batches(examples, config):
             inputs = feed(batch)
-            hidden = task.hidden(inputs["input_ids"], inputs["attention_mask"], inputs.get("prefix")).flatten(0, 1)
+            hidden = task.hidden(inputs).flatten(0, 1)
             hits = head(hidden[inputs["positions"]]).argmax(-1) == inputs["targets"]
             right += [bool(part.all()) for part in hits.split([len(e.targets) for e in batch])]
     return sum(right) / len(right)
@@ -116,7 +116,7 @@ def keep(seeds: int) -> dict[str, Any]:
             result = train(model, data, config, tokenizer=tokenizer, cache=cache, task=task)
             seconds = time.process_time() - started
             after = evaluate(model, WithKept(unseen, others), config, tokenizer=tokenizer, cache=cache, task=task)
-            examples, feed = task.load(unseen, config, tokenizer), Feed(task, config, cache)
+            examples, feed = numbered(task.load(unseen, config, tokenizer)), Feed(task, config, cache)
             feed.add(examples, cache.fill(model, examples, config) or [])
             run = {
                 "seed": seed,

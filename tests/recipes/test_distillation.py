@@ -1,4 +1,4 @@
-"""The two tasks that learn from soft labels: what they compute, what they train, and the command."""
+"""The two tasks that learn from soft labels: what they compute, what they train, what they save."""
 
 import dataclasses
 import json
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapterkern import cli
 from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
-from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
+from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
+from adapterkern.recipes.distillation.keeping import KeptText
+from adapterkern.recipes.distillation.teacher import DISTILLATION_CONFIG
 from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
-from adapterkern.training.run.folder import DISTILLATION_CONFIG
-from adapterkern.training.task import Feed
+from adapterkern.training.task import Feed, Task
 from tests.support import tiny_run
 from tests.support.soft_label_reference import Allocations, plain
 
@@ -35,9 +35,9 @@ def test_a_training_step_holds_a_chunk_of_logits_at_most() -> None:
     logits = 4 * 63 * 128
 
     def largest(task: Any, rows: Any) -> int:
-        inputs = Feed(task, config, None)(task.load(rows, config, TOKENIZER))
+        batch = Feed(task, config, None)(task.load(rows, config, TOKENIZER))
         with Allocations() as made:
-            task(**inputs)[0].backward()
+            task(batch)[0].backward()
         return made.largest
 
     assert largest(Distillation(model, chunk_tokens=8), texts) < logits
@@ -84,11 +84,11 @@ def test_padding_and_prompts_are_ignored(side: str, kind: str, cached: bool) -> 
     rows = [{"prompt": "w1 w2 w3", "completion": row["text"]} for row in TEXTS[:5]]
     config = tiny_run.quiet(**LM, padding_side=side)
     examples = task.load(rows, config, TOKENIZER)
-    inputs = Feed(task, config, None)(examples)
+    batch = Feed(task, config, None)(examples)
     if cached:
-        inputs["prefix"] = model.run_prefix(inputs["input_ids"], inputs["attention_mask"])
+        batch["prefix"] = model.run_prefix(batch["input_ids"], batch["attention_mask"])
     parameters = model.adapter_parameters()
-    loss, _ = task(**inputs)
+    loss, _ = task(batch)
     expected = summed(model, teacher, examples, 2.0, 0.7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     got = torch.autograd.grad(loss, parameters)
@@ -104,7 +104,7 @@ def test_a_model_is_its_own_teacher_with_adapters_off(layers: tuple[int, ...], p
         model = tiny_run.model(layers=layers, position=position, init=init)
         task = Distillation(model, weight=1, divergence=divergence)
         config = tiny_run.quiet(**LM)
-        loss, _ = task(**Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER)))
+        loss, _ = task(Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER)))
         gradients = torch.autograd.grad(loss, model.adapter_parameters())
         at_rest = init == "identity"
         assert (abs(loss.item()) < 1e-6) == at_rest
@@ -119,13 +119,10 @@ def test_the_teacher_has_no_dropout_and_learns_nothing() -> None:
         layer.self_attn.attention_dropout = 0.5
     task = Distillation(model, weight=1)
     config = tiny_run.quiet(**LM)
-    inputs = Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER))
+    batch = Feed(task, config, None)(task.load(TEXTS, config, TOKENIZER))
     task.train()
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    assert ids is not None
-    assert mask is not None
-    prefix = torch.zeros(*ids.shape, 32)
-    first, second = (task.taught(ids, mask, prefix) for _ in range(2))
+    batch["prefix"] = torch.zeros(*batch["input_ids"].shape, 32)
+    first, second = (task.taught(batch) for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
     assert model.base.training
@@ -157,7 +154,7 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"teacher: expected logits that are .* got Scaled"):
         KeepBehaviour(model, Scaled(gpt2))
     Distillation(model, GPT2LMHeadModel(gpt2))  # another architecture is fine
-    with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got 0"):
+    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got 0"):
         KeepBehaviour(model, temperature=0)
 
 
@@ -198,7 +195,7 @@ def test_a_student_comes_closer_to_its_teacher() -> None:
 
 
 def test_without_weight_it_is_plain_training() -> None:
-    """λ = 0 is the language model's own loss, so the same run to rounding, chunks and prefix cache notwithstanding."""
+    """λ = 0 is the language model's own loss: the same run to rounding, also with chunks and the prefix cache."""
 
     def losses(distil: bool) -> list[float]:
         model = tiny_run.model()
@@ -228,8 +225,8 @@ def test_a_kept_text_weighs_as_one_target(kind: str, side: str) -> None:
     examples = task.load(WithKept(rows[:4], TEXTS[:2]), config, TOKENIZER)
     feed = Feed(task, config, None)
     order = [4, 0, 1, 5, 2, 3]
-    loss, _ = task(**feed([examples[i] for i in order]))
-    alone, _ = task(**feed(examples[:4]))
+    loss, _ = task(feed([examples[i] for i in order]))
+    alone, _ = task(feed(examples[:4]))
     expected = alone.double()
     for example in examples[4:]:
         ids = torch.from_numpy(example.input_ids)[None]
@@ -241,13 +238,14 @@ def test_a_kept_text_weighs_as_one_target(kind: str, side: str) -> None:
     parameters = list(task.trained(config).values())
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    only_kept, _ = task(**feed(examples[4:]))
+    only_kept, _ = task(feed(examples[4:]))
     assert only_kept.item() == pytest.approx((expected - alone).item(), rel=1e-5)
     assert sum(len(e.targets) for e in examples[4:]) == 2
+    assert [isinstance(e, KeptText) for e in examples] == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
-def test_keeping_lowers_the_drift_and_the_task_is_still_learnt(kind: str) -> None:
+def test_keeping_lowers_the_drift_and_the_task_is_still_learned(kind: str) -> None:
     rows, values = TASKS[kind]
     if kind == "classification":
         rows = tiny_run.rows(24)
@@ -288,8 +286,10 @@ def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, t
         newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
         for checkpoint in newest[5:]:
             checkpoint.rename(tmp_path / checkpoint.name)
-        with pytest.raises(CheckpointError, match=r"temperature=2\.0, not 3\.0"):
+        with pytest.raises(CheckpointError, match=r"the run was begun with temperature=2\.0, not 3\.0: resume with"):
             run(tmp_path / "run", resume=True, temperature=3.0)
+        with pytest.raises(CheckpointError, match=r"the run was begun with teacher=None, not '.*, 4 layers'"):
+            run(tmp_path / "run", resume=True, teacher=same_shape(tiny_run.model(), seed=1))
         assert tiny_run.same_bits(run(tmp_path / "run", resume=True), expected)
     finally:
         torch.set_num_threads(threads)
@@ -303,76 +303,86 @@ def test_another_kind_of_run_is_not_resumed(tmp_path: Path) -> None:
     config = tiny_run.quiet(**LM, max_steps=1, output_dir=tmp_path / "plain")
     train(model, TEXTS, config, tokenizer=TOKENIZER)
     resumed = dataclasses.replace(config, resume=True)
-    with pytest.raises(CheckpointError, match=r"distillation.json: missing: .* another kind of task"):
+    with pytest.raises(CheckpointError, match="begun with another task: Task, not Distillation"):
         train(model, TEXTS, resumed, tokenizer=TOKENIZER, task=Distillation(model))
     train(model, TEXTS, dataclasses.replace(config, output_dir=tmp_path), tokenizer=TOKENIZER, task=Distillation(model))
     with pytest.raises(CheckpointError, match="begun with another task: Distillation, not Task"):
         train(model, TEXTS, dataclasses.replace(resumed, output_dir=tmp_path), tokenizer=TOKENIZER)
 
 
-def test_distillation_is_for_tokens() -> None:
-    with pytest.raises(ValueError, match="task: expected causal-lm for Distillation"):
-        Distillation(tiny_run.model()).load(tiny_run.rows(4), TrainConfig(), TOKENIZER)
+# Files
 
 
-# The command
+@pytest.mark.parametrize("kind", [*TASKS, "distillation"])
+def test_a_saved_run_is_evaluated_as_it_was(kind: str, tmp_path: Path) -> None:
+    """With its own settings, and the model with its adapters off as the teacher."""
+    model = tiny_run.model()
+    if kind == "distillation":
+        task: Task[Any] = Distillation(model, temperature=2.0, weight=0.3, divergence="js")
+        data: Any = TEXTS
+        values: dict[str, Any] = LM
+    else:
+        task = KeepBehaviour(model, temperature=2.0, weight=0.3, divergence="js")
+        rows, values = TASKS[kind]
+        data = WithKept(rows, TEXTS)
+    config = tiny_run.quiet(**values, output_dir=tmp_path)
+    result = train(model, data, config, tokenizer=TOKENIZER, eval_data=data, task=task)
+    newest = result.checkpoint
+    assert newest is not None
+    for folder in (tmp_path, newest):
+        again, saved_config = type(task).from_pretrained(tiny_run.model().unload(), folder)
+        assert type(again) is type(task)
+        assert again.settings == task.settings
+        assert saved_config == dataclasses.replace(config, output_dir=None)
+        metrics = evaluate(again.model, data, saved_config, tokenizer=TOKENIZER, task=again)
+        assert result.metrics is not None
+        timeless = {key: value for key, value in result.metrics.items() if "second" not in key}
+        assert {key: metrics[key] for key in timeless} == pytest.approx(timeless, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its tokenizer, and a file of each kind."""
-    path = tmp_path_factory.mktemp("distill")
-    tiny_run.model().unload().save_pretrained(path / "model")
-    TOKENIZER.save_pretrained(path / "model")
-    for name, rows in {"texts": TEXTS, "labels": tiny_run.rows(12, seed=1), "qa": TASKS["causal-lm"][0]}.items():
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def test_a_saved_run_with_another_teacher_needs_it_again(tmp_path: Path) -> None:
+    """Its scores against the wrong one would be wrong; without any it is a plain task."""
+    model, teacher = tiny_run.model(), same_shape(tiny_run.model(), seed=5, num_hidden_layers=2)
+    config = tiny_run.quiet(**LM, output_dir=tmp_path)
+    task = Distillation(model, teacher)
+    trained = train(model, TEXTS, config, tokenizer=TOKENIZER, eval_data=TEXTS, task=task).metrics
+    assert trained is not None
+    with pytest.raises(ValueError, match=r"teacher: expected the run's, .*, 2 layers, got None"):
+        Distillation.from_pretrained(tiny_run.model().unload(), tmp_path)
+    again, config = Distillation.from_pretrained(tiny_run.model().unload(), tmp_path, teacher=teacher)
+    assert again.teacher is teacher
+    metrics = evaluate(again.model, TEXTS, config, tokenizer=TOKENIZER, task=again)
+    assert metrics["divergence"] == pytest.approx(trained["divergence"], rel=1e-5)
+    plain_task, config = Task.from_pretrained(tiny_run.model().unload(), tmp_path)
+    metrics = evaluate(plain_task.model, TEXTS, config, tokenizer=TOKENIZER, task=plain_task)
+    assert metrics["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-5)
 
-
-def command(folder: Path, output: Path, *options: str) -> int:
-    small = ["--max-length", "16", "--batch-size", "4", "--epochs", "1", "--adapter-dim", "4", "--no-progress"]
-    model = ["--model", str(folder / "model"), "--output", str(output)]
-    files = [str(folder / f"{o}.jsonl") if o in ("texts", "labels", "qa") else o for o in options]
-    return cli.main(["distill", *model, *small, "--no-plot", *files])
+    Distillation(model).save(tmp_path, config)
+    with pytest.raises(ValueError, match="teacher: expected None, the model itself as in the run, got Llama"):
+        Distillation.from_pretrained(tiny_run.model().unload(), tmp_path, teacher=teacher)
 
 
 @pytest.mark.parametrize(
-    ("options", "shown"),
+    ("change", "message"),
     [
-        (["--backbone-layers", "2", "--teacher", "whole", "--train", "texts", "--eval", "texts"], "teacher_perplexity"),
-        (
-            ["--train", "qa", "--eval", "qa", "--keep", "texts", "--eval-keep", "texts", "--weight", "0.2"],
-            "kept_agreement",
-        ),
-        (["--task", "classification", "--train", "labels", "--eval", "labels", "--keep", "texts"], "accuracy"),
+        ({"teacher": 3}, "field 'teacher': expected a string or null, got 3"),
+        ({"weight": 2.0}, r"weight: expected a number in \[0, 1\], got 2\.0"),
+        ({"temperature": "hot"}, r"temperature: expected a number in \(0, inf\), got 'hot'"),
+        ({"divergence": None}, "divergence: expected one of kl, js, got None"),
+        (None, "field 'divergence' is missing"),
     ],
 )
-def test_the_command_trains_and_eval_reads_it(
-    options: list[str], shown: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(folder, tmp_path / "run", *options) == 0
-    out = capsys.readouterr().out
-    assert shown in out
-    assert cli.main(["eval", str(tmp_path / "run")]) == 0
-    name = "accuracy" if "classification" in options else "perplexity"
-    lines = [line for text in (out, capsys.readouterr().out) for line in text.splitlines() if line.startswith(name)]
-    assert float(lines[0].split()[1]) == pytest.approx(float(lines[1].split()[1]), rel=1e-3)
+def test_damaged_settings(change: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    Distillation(tiny_run.model()).save(tmp_path, tiny_run.quiet(**LM))
+    path = tmp_path / DISTILLATION_CONFIG
+    saved = json.loads(path.read_text())
+    if change is None:
+        del saved["divergence"]
+    path.write_text(json.dumps(saved | (change or {})))
+    with pytest.raises(ValueError, match=f"distillation.json: {message}"):
+        Distillation.from_pretrained(tiny_run.model().unload(), tmp_path)
 
 
-def test_the_command_takes_another_teacher_of_the_same_tokens_only(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "other"
-    same_shape(tiny_run.model(), seed=3, num_hidden_layers=1).save_pretrained(other)
-    TOKENIZER.save_pretrained(other)
-    assert command(folder, tmp_path / "run", "--train", "texts", "--eval", "texts", "--teacher", str(other)) == 0
-    assert json.loads((tmp_path / "run" / DISTILLATION_CONFIG).read_text())["teacher"].endswith("other, 1 layers")
-    changed = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = changed["model"]["vocab"]
-    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
-    (other / "tokenizer.json").write_text(json.dumps(changed))
-    assert command(folder, tmp_path / "run2", "--train", "texts", "--teacher", str(other)) == 1
-    assert command(folder, tmp_path / "run2", "--train", "texts", "--teacher", "whole") == 1
-    errors = capsys.readouterr().err
-    assert "--teacher: expected the tokens of" in errors
-    assert "--backbone-layers: expected a number of layers together with --teacher whole" in errors
+def test_distillation_is_for_tokens() -> None:
+    with pytest.raises(ValueError, match="task: expected causal-lm for Distillation"):
+        Distillation(tiny_run.model()).load(tiny_run.rows(4), TrainConfig(), TOKENIZER)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept
+from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training import processes, train
 from adapterkern.training.task import Task
@@ -48,7 +48,7 @@ TASKS: dict[str, Callable[[], tuple[Task, Any]]] = {
 
 
 def outcome(name: str, folder: Path | None = None, **values: Any) -> dict[str, Any]:
-    """Of 7 steps, each clipped: losses, norms, metrics, and what has been learnt."""
+    """Of 7 steps, each clipped: losses, norms, metrics, and what has been learned."""
     torch.manual_seed(0)
     task, rows = TASKS[name]()
     kind = "causal-lm" if name == "distilled" else "classification"

@@ -1,5 +1,6 @@
 """The soft-label loss against its definition in fp64, its gradient, and what it keeps in memory."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from adapterkern.recipes.distillation import SoftLabelSettings
 from adapterkern.recipes.distillation.soft_labels import IGNORE, Teacher, soft_label_loss
 from tests.support.soft_label_reference import Allocations, plain
 
@@ -163,8 +165,11 @@ def test_under_autocast_it_is_as_accurate_as_whole_logits(dtype: torch.dtype) ->
     [("temperature", 0), ("temperature", math.nan), ("weight", 1.5), ("divergence", "tv"), ("chunk_tokens", 0)],
 )
 def test_bad_settings_are_named(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=name):
-        soft_label_loss(torch.zeros(2, 3), nn.Identity(), **{name: value})
+    for make in (SoftLabelSettings, functools.partial(soft_label_loss, torch.zeros(2, 3), nn.Identity())):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value!r}"):
+            make(**{name: value})
+        with pytest.raises((TypeError, ValueError), match=rf"{name}: expected .*, got \[\]"):
+            make(**{name: []})
 
 
 # Memory

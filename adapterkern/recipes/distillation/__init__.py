@@ -1,1 +1,34 @@
-"""Soft labels of a teacher."""
+"""Soft labels of a teacher: a student learns from them, or a model keeps its behavior while it learns a task.
+
+settings.py       temperature, weight, divergence
+soft_labels.py    the loss
+teacher.py        what both tasks share: the teacher, its checks, the files
+task.py           ``Distillation``: soft labels for the targets of the task's own rows
+keeping.py        ``KeepBehaviour``: soft labels on other texts, beside a task
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkern.recipes.distillation.keeping import KeepBehaviour as KeepBehaviour
+    from adapterkern.recipes.distillation.keeping import WithKept as WithKept
+    from adapterkern.recipes.distillation.settings import SoftLabelSettings as SoftLabelSettings
+    from adapterkern.recipes.distillation.task import Distillation as Distillation
+    from adapterkern.recipes.distillation.task import first_layers as first_layers
+
+# Imported on first use: the command line makes options from settings.py, and task.py takes seconds to import.
+_HOMES = {
+    "Distillation": "task",
+    "KeepBehaviour": "keeping",
+    "SoftLabelSettings": "settings",
+    "WithKept": "keeping",
+    "first_layers": "task",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -7,15 +7,15 @@ With logits z of the student and t of the teacher, temperature T, p = softmax(t/
 
     loss = Σ_i (1 − λ) · CE(z_i, target_i) + λ · T² · a_i · D_i
 
-λ is the mixing weight and a_i a weight of each token, 1 unless told otherwise. For large T both p − q and the 1/T above
-shrink like 1/T, so the gradient of D goes like 1/T²: the factor T² (Hinton et al. 2015) keeps the balance with the
-cross-entropy when T changes. Near p = q, JS is a quarter of KL, and so is its gradient: λ means less with it.
+λ is the mixing weight and a_i a weight of each token, 1 by default. For large T both p − q and the 1/T above shrink
+like 1/T, so the gradient of D goes like 1/T²: the factor T² (Hinton et al. 2015) keeps the balance with the
+cross-entropy when T changes. Near p = q, JS is a quarter of KL, and so is its gradient: it needs a larger λ.
 
 One token's logits are as wide as the vocabulary, 85 times its hidden state in SmolLM2-135M. So neither logits nor their
-gradients ever exist for all tokens: each chunk's are made from the hidden states, turned into the gradient of the
-loss in the hidden states by the formulas above, and dropped. What stays for the backward is that gradient, as large
-as the hidden states, and the backward multiplies it by a number. The LM head runs once in each direction, as it would
-without chunks; it is frozen and gets no gradient.
+gradients ever exist for all tokens: each chunk's are computed from the hidden states, turned into the gradient of the
+loss in the hidden states by the formulas above, and freed. The backward needs only that gradient, as large as the
+hidden states, and multiplies it by a number. The LM head runs once in each direction, as it would without chunks; it is
+frozen and gets no gradient.
 """
 
 import math
@@ -26,27 +26,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIVERGENCES = ("kl", "js")
-CHUNK_TOKENS = 256
-IGNORE = -100  # a target that is none, as in torch's cross_entropy
+from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
+
+IGNORE = -100  # marks a token without target, as in torch's cross_entropy
 
 Head = Callable[[Tensor], Tensor]
 
 
 class Teacher(NamedTuple):
-    """What gives the soft labels: its last hidden states (N, its own width), and its LM head."""
+    """The source of the soft labels: its last hidden states (N, its own width), and its LM head."""
 
     hidden: Tensor
     head: Head
 
 
 class SoftLabelLoss(NamedTuple):
-    """Sums over the tokens, scalars; all but ``loss`` without gradient, in nats or counts. 0 where not asked for."""
+    """Sums over the tokens, scalars, in nats or counts; 0 where not asked for. Only ``loss`` has a gradient."""
 
     loss: Tensor
     cross_entropy: Tensor
     divergence: Tensor  # Σ a_i D_i, without T²
-    teacher_cross_entropy: Tensor  # counted with ``count``
+    teacher_cross_entropy: Tensor  # with ``count``
     correct: Tensor  # with ``count``: targets that have the student's highest score
     agreement: Tensor  # with ``count``: tokens where student and teacher have the same highest score
 
@@ -58,36 +58,38 @@ def soft_label_loss(
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    weight: float = 0.5,
-    divergence: str = "kl",
-    chunk_tokens: int = CHUNK_TOKENS,
+    temperature: float = DEFAULTS.temperature,
+    weight: float = DEFAULTS.weight,
+    divergence: str = DEFAULTS.divergence,
+    chunk_tokens: int = DEFAULTS.chunk_tokens,
     count: bool = False,
 ) -> SoftLabelLoss:
     """The loss above, of N tokens.
 
     Args:
-        hidden: (N, d), what the student's head reads; the only input that gets a gradient.
-        head: makes (n, V) logits from (n, d); frozen.
+        hidden: (N, d), the input of the student's head; the only argument that gets a gradient.
+        head: maps (n, d) to logits (n, V); frozen.
         teacher: its states of the same N tokens; None leaves the divergence out.
         targets: (N,) int64, ``IGNORE`` where there is none; None leaves the cross-entropy out.
         token_weights: (N,), a_i.
-        temperature, weight, divergence: T > 0, λ from 0 to 1, and D, as above.
-        chunk_tokens: so many tokens' logits exist at a time; changes nothing but memory and speed.
-        count: also count what :class:`SoftLabelLoss` says.
+        temperature, weight, divergence, chunk_tokens: see :class:`.SoftLabelSettings`.
+        count: also compute the last three fields of :class:`SoftLabelLoss`.
 
     Raises:
         ValueError: an argument out of its range, or teacher and student differ in tokens or vocabulary.
+        TypeError: an argument of the wrong type.
     """
-    check_settings(temperature, weight, divergence, chunk_tokens)
+    settings = SoftLabelSettings(
+        temperature=temperature, weight=weight, divergence=divergence, chunk_tokens=chunk_tokens
+    )
     if teacher is not None and len(teacher.hidden) != len(hidden):
         raise ValueError(f"teacher: expected states of {len(hidden)} tokens, got {len(teacher.hidden)}")
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad
 
     def chunk(part: slice) -> tuple[Tensor, Tensor | None]:
-        """Of a function of its own, so that a chunk's logits are gone before the next one's come."""
-        # The head may be anything that makes logits (quantised, with a bias, under autocast): autograd knows its way
-        # back, and is told only the logits' gradient.
+        """A function of its own, so that a chunk's logits are freed before the next chunk's exist."""
+        # The head may be anything that makes logits (quantized, with a bias, under autocast): autograd runs back
+        # through it, from the logits' gradient.
         with torch.set_grad_enabled(with_gradient):
             states = hidden[part].detach().requires_grad_(with_gradient)
             logits = head(states)
@@ -101,9 +103,7 @@ def soft_label_loss(
                     None if taught is None else _wide(taught),
                     None if targets is None else targets[part],
                     None if token_weights is None else token_weights[part],
-                    temperature,
-                    weight,
-                    divergence,
+                    settings,
                     with_gradient,
                     count,
                 )
@@ -121,18 +121,6 @@ def soft_label_loss(
             gradient[start : start + chunk_tokens] = chunk_gradient
     loss, *others = sums.unbind()
     return SoftLabelLoss(loss if gradient is None else _Known.apply(hidden, loss, gradient), *others)
-
-
-def check_settings(temperature: float, weight: float, divergence: str, chunk_tokens: int) -> None:
-    """Raise ``ValueError`` that names the argument, what was expected and what came."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected a whole number from 1 on, got {chunk_tokens!r}")
 
 
 class _Known(torch.autograd.Function):
@@ -159,13 +147,12 @@ def _chunk(
     teacher: Tensor | None,
     targets: Tensor | None,
     token_weights: Tensor | None,
-    temperature: float,
-    weight: float,
-    divergence: str,
+    settings: SoftLabelSettings,
     with_gradient: bool,
     count: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The six sums of a chunk of logits (n, V), and the gradient of the first in ``student``."""
+    temperature, weight = settings.temperature, settings.weight
     zero = student.new_zeros(())
     cross_entropy = diverged = teacher_cross_entropy = correct = agreement = zero
     gradient: Tensor | None = None
@@ -181,9 +168,9 @@ def _chunk(
             correct = (student.argmax(-1) == targets).sum()
     if teacher is not None:
         log_p, log_q = (F.log_softmax(t if temperature == 1 else t / temperature, -1) for t in (teacher, student))
-        each, slope = (_kl if divergence == "kl" else _js)(log_p, log_q)
-        a = torch.ones_like(each) if token_weights is None else token_weights
-        diverged = (each * a).sum()
+        per_token, slope = (_kl if settings.divergence == "kl" else _js)(log_p, log_q)
+        a = torch.ones_like(per_token) if token_weights is None else token_weights
+        diverged = (per_token * a).sum()
         if with_gradient:
             slope.mul_((weight * temperature * a)[:, None])  # λ T² a · 1/T
             gradient = slope if gradient is None else gradient.add_(slope)
@@ -199,18 +186,18 @@ def _chunk(
 def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's KL(p‖q), and T times its gradient in z."""
     p = log_p.exp()
-    each = (log_p - log_q).mul_(p).sum(-1)
-    return each, log_q.exp().sub_(p)
+    per_token = (log_p - log_q).mul_(p).sum(-1)
+    return per_token, log_q.exp().sub_(p)
 
 
 def _js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's Jensen–Shannon divergence, and T times its gradient in z."""
-    # log m − log q = softplus(δ) − log 2 with δ = log p − log q: near p = q exact to the last digits of a small number,
-    # which the difference of two logarithms is not.
+    # log m − log q = softplus(δ) − log 2 with δ = log p − log q. Near p = q this is accurate to the last digits of a
+    # small number; the difference of two logarithms is not.
     log_ratio = log_p - log_q
     g = (math.log(2) - F.softplus(log_ratio, threshold=40)).mul_(0.5)
     h = (math.log(2) - F.softplus(-log_ratio, threshold=40)).mul_(0.5)
     q = log_q.exp()
     from_q = (q * g).sum(-1)
-    each = h.mul_(log_p.exp()).sum(-1) + from_q
-    return each, g.sub_(from_q[:, None]).mul_(q)
+    per_token = h.mul_(log_p.exp()).sum(-1) + from_q
+    return per_token, g.sub_(from_q[:, None]).mul_(q)

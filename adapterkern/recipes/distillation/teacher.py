@@ -1,0 +1,202 @@
+"""What both tasks share: a teacher of hidden states, the loss against it, its metrics, and ``distillation.json``.
+
+The teacher is the model itself with its adapters off, or another causal language model with the same vocabulary. The
+first takes no memory, and no time below the first adapter: the frozen prefix is computed once for both.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adapterkern.files import read_json, write_json
+from adapterkern.model.decoder import eval_mode
+from adapterkern.model.files.card import base_name
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
+from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher, soft_label_loss
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.batches import Batch
+from adapterkern.training.data.examples import Example
+from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.saved import load_model, load_run
+from adapterkern.training.task import Task
+
+DISTILLATION_CONFIG = "distillation.json"
+_SAVED = ("temperature", "weight", "divergence")
+
+
+class Taught(Task[Example]):
+    """A task with a teacher: what :class:`.Distillation` and :class:`.KeepBehaviour` share.
+
+    Args:
+        model: the student, with its adapters.
+        teacher: None is ``model`` with its adapters off; or a transformers causal language model with the same
+            vocabulary, on the same device, whose logits are its output embedding of its last hidden states. It is put
+            into eval mode. It does not become part of this module: it is neither trained nor saved.
+        head: a classification head, for a task that has one.
+        temperature, weight, divergence, chunk_tokens: see :class:`.SoftLabelSettings`; later ``soft_labels``.
+
+    Raises:
+        ValueError: a setting out of its range, or a teacher that does not fit. TypeError: a setting of the wrong type.
+    """
+
+    files: ClassVar[tuple[str, ...]] = (*Task.files, DISTILLATION_CONFIG)
+    uniform = False  # the teacher runs only where it has something to teach, and the LM head once per chunk of tokens
+    teacher: Any
+
+    def __init__(
+        self,
+        model: LlamaAdapter,
+        teacher: Any = None,
+        *,
+        head: ClassificationHead | None = None,
+        temperature: float = DEFAULTS.temperature,
+        weight: float = DEFAULTS.weight,
+        divergence: str = DEFAULTS.divergence,
+        chunk_tokens: int = DEFAULTS.chunk_tokens,
+    ) -> None:
+        super().__init__(model, head)
+        self.soft_labels = SoftLabelSettings(
+            temperature=temperature, weight=weight, divergence=divergence, chunk_tokens=chunk_tokens
+        )
+        if teacher is not None:
+            check_teacher(model, teacher)
+            teacher.eval()
+        self.__dict__["teacher"] = teacher  # not through setattr: a submodule would follow train() and be prepared
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The teacher by name and number of layers (None: the model itself), temperature, weight and divergence."""
+        described = None
+        if self.teacher is not None:
+            name = base_name(self.teacher) or type(self.teacher).__name__
+            described = f"{name}, {self.teacher.config.num_hidden_layers} layers"
+        return {"teacher": described} | {name: getattr(self.soft_labels, name) for name in _SAVED}
+
+    # A forward
+
+    def with_prefix(self, batch: Batch) -> Batch:
+        """The batch with its ``prefix``, if the teacher is the model itself: student and teacher both start there."""
+        if "prefix" in batch or self.teacher is not None:
+            return batch
+        return batch | {"prefix": self.model.run_prefix(batch["input_ids"], batch["attention_mask"])}
+
+    def taught(self, batch: Batch) -> Tensor:
+        """The teacher's last hidden states (B, L, its width), without gradient; ``batch`` from :meth:`with_prefix`."""
+        with torch.no_grad():
+            if self.teacher is not None:
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                return self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
+            start = self.model.prefix_length  # which is all layers once the adapters are off
+            with self.model.disable_adapter(), eval_mode(self.model.base):
+                return self.model.run_suffix(batch["prefix"], batch["attention_mask"], start)
+
+    def soft_label_loss(self, hidden: Tensor, taught: Tensor | None, **values: Any) -> SoftLabelLoss:
+        """The loss of tokens' states (N, d), against the teacher's of the same tokens (N, its width), or None.
+
+        ``values`` are further arguments of :func:`.soft_labels.soft_label_loss`; they go before this task's settings.
+        """
+        head = self.model.base.get_output_embeddings()
+        teacher = None
+        if taught is not None:
+            teacher = Teacher(taught, head if self.teacher is None else self.teacher.get_output_embeddings())
+        settings = dataclasses.asdict(self.soft_labels) | {"count": not self.training}
+        return soft_label_loss(hidden, head, teacher, **(settings | values))
+
+    # Files
+
+    def save(self, directory: Path, config: TrainConfig) -> None:
+        """What :meth:`.Task.save` writes, and the settings in ``distillation.json``."""
+        super().save(directory, config)
+        write_json(directory / DISTILLATION_CONFIG, self.settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        llama: Any,
+        directory: str | os.PathLike[str],
+        *,
+        fused: bool = True,
+        liger: bool = False,
+        teacher: Any = None,
+    ) -> tuple[Self, TrainConfig]:
+        """The task of a saved run or checkpoint on ``llama``, with the run's settings, and its configuration.
+
+        The settings are those of ``distillation.json``. The teacher is not saved: a run whose teacher was another model
+        needs it again, as ``teacher``. The student by itself, without scores against a teacher, is a plain task:
+        ``Task.from_pretrained`` loads it, and ``adapterkern eval`` evaluates it so.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or does not fit, or ``teacher`` is missing, or given and the run had none.
+        """
+        described, settings = _read_settings(Path(directory) / DISTILLATION_CONFIG)
+        if (described is None) != (teacher is None):
+            expected = f"the run's, {described}" if described else "None, the model itself as in the run"
+            raise ValueError(f"teacher: expected {expected}, got {None if teacher is None else type(teacher).__name__}")
+        config, head = load_run(directory)
+        model = load_model(llama, directory, config, fused=fused, liger=liger)
+        head = None if head is None else head.to(model.device)
+        return cls(model, teacher, head=head, **dataclasses.asdict(settings)), config
+
+
+def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:
+    """The teacher's description and the settings that :meth:`Taught.save` wrote."""
+    saved = read_json(path)
+    missing = [name for name in ("teacher", *_SAVED) if name not in saved]
+    if missing:
+        raise ValueError(f"{path}: field {missing[0]!r} is missing")
+    if not isinstance(saved["teacher"], str | None):
+        raise ValueError(f"{path}: field 'teacher': expected a string or null, got {saved['teacher']!r}")
+    try:
+        return saved["teacher"], SoftLabelSettings(**{name: saved[name] for name in _SAVED})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_teacher(model: LlamaAdapter, teacher: Any) -> None:
+    """Raise ``ValueError`` if ``teacher`` cannot teach ``model``."""
+    if teacher is model.base:
+        raise ValueError("teacher: expected None for the model itself with its adapters off, got its backbone")
+    head = getattr(teacher, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise ValueError(f"teacher: expected a transformers causal language model, got {type(teacher).__name__}")
+    sizes = [m.weight.shape[0] for m in (model.base.get_output_embeddings(), head)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"teacher: expected the student's vocabulary of {sizes[0]} tokens, got one of {sizes[1]}")
+    if teacher.device != model.device:
+        raise ValueError(f"teacher: expected it on the student's device {model.device}, got {teacher.device}")
+    # Some models scale or cap their logits, or project the hidden states first. Running it finds all of them.
+    ids = torch.arange(4, device=teacher.device)[None]
+    with torch.no_grad(), eval_mode(teacher):
+        logits = teacher(input_ids=ids, use_cache=False).logits
+        hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        if hidden.shape[-1] != head.weight.shape[1] or not torch.allclose(head(hidden), logits, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"teacher: expected logits that are the output embedding of the last hidden state, got "
+                f"{type(teacher).__name__}, which does more to them"
+            )
+
+
+def token_metrics(sums: Sequence[float], tokens: int) -> dict[str, float]:
+    """Means over tokens, from the sums of :class:`.SoftLabelLoss` without its loss.
+
+    Cross-entropy, perplexity and accuracy of the student; the teacher's perplexity; the divergence D, without T², in
+    nats; and ``agreement``, how often both have the same token on top.
+    """
+    cross_entropy, divergence, teacher_cross_entropy, correct, agreement = (value / tokens for value in sums)
+    return {
+        "cross_entropy": cross_entropy,
+        "perplexity": math.exp(min(cross_entropy, 700.0)),
+        "teacher_perplexity": math.exp(min(teacher_cross_entropy, 700.0)),
+        "divergence": divergence,
+        "agreement": agreement,
+        "accuracy": correct,
+        "targets": tokens,
+    }

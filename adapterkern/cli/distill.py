@@ -1,14 +1,16 @@
 """``adapterkern distill``."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_data_options,
+    add_options,
     add_training_options,
-    integer,
+    from_options,
 )
 from adapterkern.cli.run import Job, adapted, train_run
 from adapterkern.training.config import TrainConfig
@@ -32,6 +34,8 @@ texts.jsonl has the key text, qa.jsonl prompt and completion, reviews.csv the co
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from adapterkern.recipes.distillation.settings import SoftLabelSettings
+
     add_backbone_options(parser, required=True)
     add_data_options(parser)
     group = parser.add_argument_group("soft labels")
@@ -44,10 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--keep", metavar="FILE", help="texts on which to stay with the teacher, besides the task")
     group.add_argument("--eval-keep", metavar="FILE", help="the same, to evaluate on")
-    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="softens both; default 1")
-    group.add_argument("--weight", type=float, default=0.5, metavar="W", help="0 to 1, of the soft labels; default 0.5")
-    group.add_argument("--divergence", choices=("kl", "js"), default="kl", help="KL(teacher‖student) or Jensen–Shannon")
-    group.add_argument("--chunk-tokens", type=integer, default=256, metavar="N", help="logits at a time; default 256")
+    add_options(group, SoftLabelSettings)
     add_adapter_options(parser)
     add_training_options(parser)
     parser.set_defaults(task="causal-lm")
@@ -55,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from adapterkern.model.backbone import load_backbone
-    from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
+    from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
+    from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
     dtype, cut = arguments.dtype or "fp32", arguments.backbone_layers
     if arguments.eval_keep and not arguments.eval:
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
                     f"--teacher: expected the tokens of {arguments.model}, got others in {arguments.teacher}"
                 )
         model = adapted(arguments, llama)
-        settings = {name: getattr(arguments, name) for name in ("temperature", "weight", "divergence", "chunk_tokens")}
+        settings = dataclasses.asdict(from_options(arguments, SoftLabelSettings))
         if not (arguments.keep or arguments.eval_keep):
             return Job(model, arguments.train, arguments.eval, Distillation(model, teacher, **settings))
         rows, eval_rows = (

@@ -33,7 +33,7 @@ _FORMAT = ".json in SQuAD's form, or .jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from adapterkern.recipes.qa.task import SpanSettings
+    from adapterkern.recipes.qa.settings import SpanSettings
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train a span head and adapters", allow_abbrev=False)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from adapterkern.recipes.qa.task import QuestionAnswering, SpanSettings
+    from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
 
     settings = from_options(arguments, SpanSettings)
 
@@ -69,7 +69,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_predict(arguments: argparse.Namespace) -> int:
     from adapterkern.files import write_json
-    from adapterkern.recipes.qa.task import QuestionAnswering
+    from adapterkern.recipes.qa import QuestionAnswering
 
     task, config, tokenizer, data = load_saved(arguments)
     if not isinstance(task, QuestionAnswering):

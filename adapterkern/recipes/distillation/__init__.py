@@ -7,8 +7,9 @@ task.py           ``Distillation``: soft labels for the targets of the task's ow
 keeping.py        ``KeepBehaviour``: soft labels on other texts, beside a task
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from adapterkern import _lazy
 
 if TYPE_CHECKING:
     from adapterkern.recipes.distillation.keeping import KeepBehaviour as KeepBehaviour
@@ -26,9 +27,4 @@ _HOMES = {
     "first_layers": "task",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = _lazy.attach(__name__, _HOMES)

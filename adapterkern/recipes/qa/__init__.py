@@ -7,8 +7,9 @@ head.py        start and end scores of tokens
 task.py        ``QuestionAnswering``, the task
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from adapterkern import _lazy
 
 if TYPE_CHECKING:
     from adapterkern.recipes.qa.settings import SpanSettings as SpanSettings
@@ -17,9 +18,4 @@ if TYPE_CHECKING:
 # Imported on first use: the command line makes options from settings.py, and task.py takes seconds to import.
 _HOMES = {"QuestionAnswering": "task", "SpanSettings": "settings"}
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = _lazy.attach(__name__, _HOMES)

@@ -1,19 +1,17 @@
-"""Experts that a router chooses among: each sequence runs one of them, several, or none."""
+"""Experts that a router chooses among: each sequence runs one of them, several, or none.
 
-from typing import TYPE_CHECKING, Any
+router.py    the router, its settings and its losses
+task.py      ``RoutedTask``, the task
+"""
 
-from adapterkern.recipes.routing.router import RoutingConfig
+from typing import TYPE_CHECKING
+
+from adapterkern import _lazy
 
 if TYPE_CHECKING:
-    from adapterkern.recipes.routing.task import RoutedTask
+    from adapterkern.recipes.routing.router import RoutingConfig as RoutingConfig
+    from adapterkern.recipes.routing.task import RoutedTask as RoutedTask
 
-__all__ = ["RoutedTask", "RoutingConfig"]
-
-
-def __getattr__(name: str) -> Any:
-    # Imported when it is touched: the command line makes options from RoutingConfig, which needs torch alone.
-    if name != "RoutedTask":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from adapterkern.recipes.routing.task import RoutedTask
-
-    return RoutedTask
+_HOMES = {"RoutedTask": "task", "RoutingConfig": "router"}
+__all__ = list(_HOMES)
+__getattr__, __dir__ = _lazy.attach(__name__, _HOMES)

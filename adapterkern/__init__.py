@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from adapterkern import _lazy
 from adapterkern import _moved as _moved
-from adapterkern.model.adapter import Adapter, AdapterConfig
+from adapterkern.model.adapter import Adapter
+from adapterkern.model.config import AdapterConfig
 from adapterkern.ops import adapter
 from adapterkern.optim import ClippedAdamW
 

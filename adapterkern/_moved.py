@@ -1,4 +1,7 @@
-"""Modules by the names that they had before 0.2: importing one warns, and gives the module that it is now."""
+"""Old module names, from before 0.2: importing one warns and gives the module that has its contents now.
+
+A module that was split gives one with the names of all its parts.
+"""
 
 import importlib
 import importlib.abc
@@ -9,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-_NOW = {
+_NOW: dict[str, str | tuple[str, ...]] = {
     "doctor": "cli.doctor",
     "adapterhub": "model.files.adapterhub",
     "card": "model.files.card",
@@ -30,7 +33,7 @@ _NOW = {
     "llama": "model.llama",
     "low_rank": "model.low_rank",
     "mixing": "model.mixing",
-    "modules": "model.adapter",
+    "modules": ("model.adapter", "model.config"),
     "pretrained": "model.pretrained",
     "reference": "ops.reference",
     "saving": "model.saving",
@@ -75,11 +78,18 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if known else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        now = "adapterkern." + _NOW[spec.name.removeprefix("adapterkern.")]
-        warnings.warn(f"{spec.name} is now {now}", DeprecationWarning, stacklevel=2)
-        module = importlib.import_module(now)
-        self._own = module.__spec__  # the import system puts the old name's in its place
-        return module
+        now = _NOW[spec.name.removeprefix("adapterkern.")]
+        names = [f"adapterkern.{name}" for name in ((now,) if isinstance(now, str) else now)]
+        warnings.warn(f"{spec.name} is now {' and '.join(names)}", DeprecationWarning, stacklevel=2)
+        modules = [importlib.import_module(name) for name in names]
+        if len(modules) == 1:
+            self._own = modules[0].__spec__  # the import system replaces it by the old name's
+            return modules[0]
+        self._own = spec
+        union = ModuleType(spec.name, f"The names of {' and '.join(names)}.")
+        for module in modules:
+            vars(union).update({name: value for name, value in vars(module).items() if not name.startswith("__")})
+        return union
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._own

@@ -1,9 +1,12 @@
-"""Checks of arguments: one wording for every refusal, ``name: expected ..., got ...``.
+"""Checks of arguments: one wording for every refusal, ``name: expected ..., got ...``; and fields with their help.
 
 A value of the wrong kind is a ``TypeError``, one out of its range a ``ValueError``.
 """
 
+import dataclasses
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
@@ -23,7 +26,8 @@ def number(name: str, value: object, interval: str) -> float:
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    if not (above and below):
+    too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float(10**400) raises
+    if not (above and below) or too_large:
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
     return value
 
@@ -40,3 +44,8 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field with its help, and its choices, on the command line."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})

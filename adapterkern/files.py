@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written under a temporary name beside the target, flushed, then renamed over it."""
+"""Atomic files: written under a temporary name in the target's folder, flushed, then renamed to the target.
+
+A file is therefore complete or absent, and so is a pair of weights and configuration (:func:`write_pair`).
+"""
 
 import contextlib
 import hashlib
@@ -14,16 +17,16 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it takes ``path``'s place in one step, on error it is removed.
+    """Yield a temporary path to write to; it replaces ``path`` on success, in one step, and is removed on error.
 
     Raises:
-        OSError: it cannot be written, by ``path``: no space, a folder that may not be written, ...
+        OSError: it cannot be written (no space, no permission, ...); the message names ``path``.
     """
     path = Path(path)
     try:
         with _replacing(path) as temporary:
             yield temporary
-    except SafetensorError as error:  # how safetensors tells of a full disk
+    except SafetensorError as error:  # what safetensors raises if the disk is full
         raise OSError(f"{path}: not written: {error}") from error
     except OSError as error:
         named = error.filename is not None and not Path(error.filename).name.startswith(f".{path.name}.")
@@ -43,26 +46,26 @@ def _replacing(path: Path) -> Iterator[Path]:
         flush(temporary)
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
+        temporary.chmod(0o666 & ~umask)  # as open() would create it; mkstemp's 0600 is for secrets
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    """Write ``value`` as indented JSON, atomically. Raises ``ValueError`` for NaN and infinities, which JSON lacks."""
     text = json_text(value)
     with replacing(path) as temporary:
         write_text(temporary, text)
 
 
 def json_text(value: Any) -> str:
-    """``value`` as :func:`write_json` writes it."""
+    """The text that :func:`write_json` writes for ``value``."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` and wait until it has reached the disk. Raises ``OSError`` with the file's name, as any write."""
+    """Write ``text`` and wait until it is on disk. Raises ``OSError`` that names the file."""
     try:
         path.write_text(text, encoding="utf-8")
         flush(path)
@@ -71,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: str | os.PathLike[str]) -> None:
-    """Wait until what was written to a file, or the names in a folder, have reached the disk."""
+    """Wait until the content of a file, or the list of names in a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,39 +83,53 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 
 def write_pair(weights: Path, config: Path, save: Callable[[Path], None], fields: Mapping[str, Any]) -> None:
-    """Write weights, and ``fields`` with their SHA-256 as ``weights_sha256``: both or, whenever it is killed, neither.
+    """Write weights, and a JSON file of ``fields`` and the weights' SHA-256, so that a reader finds both or neither.
 
-    The weights wait under a hidden name until the configuration that names their hash has taken its place; until then
-    the earlier pair stands, and from then on :func:`find_weights` finds them under either name.
+    The weights are written under a hidden name. Renaming the new configuration to ``config`` decides: before it, the
+    old pair is valid; after it, the new one is, and :func:`find_weights` finds the weights under either name. The last
+    step renames the weights to ``weights``. The process may be killed at any point.
+
+    Args:
+        weights, config: the two paths, in one folder.
+        save: writes the weights to the path that it is given.
+        fields: the configuration; ``weights_sha256`` is added.
+
+    Raises:
+        OSError: a file cannot be written; the old pair stays.
     """
     waiting = _waiting(weights)
     if _belong_together(waiting, config):
-        waiting.replace(weights)  # of a process that was killed before it came to this
+        waiting.replace(weights)  # an earlier process was killed before its last step
     try:
         with replacing(config) as described:
             with replacing(waiting) as temporary:
                 save(temporary)
             write_text(described, json_text({**fields, "weights_sha256": sha256(waiting)}))
     except BaseException:
-        if not _belong_together(waiting, config):  # an interrupt may come between the rename and here
+        if not _belong_together(waiting, config):  # an interrupt may come right after the rename
             waiting.unlink(missing_ok=True)
         raise
     waiting.replace(weights)
 
 
 def _belong_together(weights: Path, config: Path) -> bool:
-    """Whether both files are there and ``config`` names the weights' hash."""
+    """Whether both files exist and ``config`` has the weights' hash."""
     try:
         return sha256(weights) == read_json(config).get("weights_sha256")
-    except (ValueError, FileNotFoundError):  # a configuration that is damaged, or there is none
+    except (ValueError, FileNotFoundError):  # ValueError: the configuration is damaged
         return False
 
 
 def find_weights(weights: Path, config: Path, digest: str) -> Path:
-    """The file of these weights that has the SHA-256 ``digest``, which stands in ``config``.
+    """The file that holds the weights of :func:`write_pair`: the one whose SHA-256 is ``digest``.
+
+    Args:
+        weights, config: the paths given to :func:`write_pair`.
+        digest: ``weights_sha256`` from ``config``.
 
     Raises:
-        FileNotFoundError: there are none. ValueError: they have another one.
+        FileNotFoundError: there are no weights.
+        ValueError: the weights have another hash.
     """
     waiting = _waiting(weights)
     if waiting.exists() and sha256(waiting) == digest:
@@ -127,14 +144,14 @@ def _waiting(weights: Path) -> Path:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+    """Remove the temporary files that killed processes left when they were writing ``path``."""
     for name in (path.name, _waiting(path).name):
-        for temporary in path.parent.glob(f".{name}.????????"):  # as mkstemp names them
+        for temporary in path.parent.glob(f".{name}.????????"):  # mkstemp appends 8 characters
             temporary.unlink()
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong in it."""
+    """Read a JSON object. Raises ``FileNotFoundError``, or ``ValueError`` that names the file and what is wrong."""
     path = Path(path)
     try:
         value = json.loads(path.read_bytes())
@@ -146,14 +163,14 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_versioned(path: str | os.PathLike[str], version: int, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a JSON object that :func:`write_json` has written with ``"format_version": version``.
+    """Read a JSON object that has ``"format_version": version``.
 
     Args:
-        kinds: the fields that it must have, and the type of each: ``{"names": list, "seed": int | None}``.
+        kinds: the required fields and the type of each: ``{"names": list, "seed": int | None}``.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not JSON, of another version, or a field is missing or of another type.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON or has another version, or a field is missing or has another type.
     """
     saved = read_json(path)
     if saved.get("format_version") != version:
@@ -169,19 +186,25 @@ def read_versioned(path: str | os.PathLike[str], version: int, kinds: Mapping[st
 
 
 def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) -> None:
-    """Raise ``ValueError`` if the JSON file at ``path`` is another program's: its only copy, perhaps.
+    """Raise ``ValueError`` if the JSON file at ``path`` belongs to another program, so that it is not overwritten.
 
-    One that is damaged, or not there, may be written.
+    A file that is missing or damaged may be written.
+
+    Args:
+        owner: the program that is about to write, for the message.
+        owns: whether a file with this content is ``owner``'s.
     """
     try:
         saved = read_json(path)
     except (ValueError, FileNotFoundError):
         return
     if not owns(saved):
-        raise ValueError(f"{path}: expected {owner}'s or none, got one with the fields {', '.join(sorted(saved)[:6])}")
+        raise ValueError(
+            f"{path}: expected {owner}'s file or none, got one with the fields {', '.join(sorted(saved)[:6])}"
+        )
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """The file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

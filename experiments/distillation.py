@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from pytest_benchmark.utils import get_commit_info
 
 from adapterkern.files import write_json
-from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.backbone import load_backbone
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.distillation.soft_labels import Teacher, soft_label_loss

@@ -29,7 +29,8 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern.files import write_json
-from adapterkern.model.backbone import keep_first_layers, load_backbone
+from adapterkern.model.backbone import load_backbone
+from adapterkern.model.decoder import keep_layers
 from adapterkern.model.low_rank import init_from_weights
 from adapterkern.recipes.demo import corpora
 from adapterkern.training import TrainConfig, evaluate, load_examples
@@ -118,7 +119,7 @@ def given(texts: int) -> dict[str, Any]:
 
     measure("30")
     fit = ridge(*streams(llama, fit_on, tokenizer))
-    keep_first_layers(llama, NUM_LAYERS)
+    keep_layers(llama.model, 0, NUM_LAYERS)
     measure("8")
     measure("8 + b", fit=fit)
     for rank in RANKS:

@@ -57,8 +57,7 @@ def about() -> dict[str, Any]:
 
 
 def adapted(llama: Any, configs: dict[str, ak.AdapterConfig], seed: int) -> ak.LlamaAdapter:
-    model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=1, layers=[0]))
-    model.delete_adapter("default")
+    model = ak.LlamaAdapter(llama, None)
     for name, config in configs.items():
         torch.manual_seed(seed)
         model.add_adapter(name, config)

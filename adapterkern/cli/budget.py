@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapterkern import checks
 from adapterkern.cli.options import integer
-from adapterkern.model.adapter import adapter_num_params, largest_adapter_dim
+from adapterkern.model.config import adapter_num_params, largest_adapter_dim
 
 # (hidden size, decoder layers)
 SHAPES = {

@@ -13,7 +13,7 @@ from adapterkern.cli.options import (
     model_flags,
 )
 from adapterkern.cli.run import Job, say, sources_of, train_run
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "multitask", "train adapters for several tasks at once"

@@ -1,9 +1,14 @@
 """A LLaMA with adapters.
 
-adapter.py               ``Adapter`` and ``AdapterConfig``; they need torch alone, everything else the ``train`` extra
-llama.py                 ``LlamaAdapter``, on pretrained.py (what transformers expects of a model) and saving.py
-decoder.py, mixing.py    the decoder's layers, and adapters mixed within a batch
-backbone.py, liger.py    backbones by name, and with Liger's kernels
-low_rank.py              initial values from a backbone's weights
+adapter.py, config.py    ``Adapter``, ``AdapterConfig``: they only need torch, the rest needs the ``train`` extra
+llama.py                 ``LlamaAdapter``, whose base classes are in the next three
+pretrained.py            what transformers expects of a model
+prefix.py                the layers below the first adapter, run separately
+saving.py                its adapters, saved and loaded
+decoder.py               adapters in a decoder's layers; parts of a decoder
+mixing.py                different adapters within one batch
+backbone.py              load a backbone
+liger.py                 Liger's kernels in the backbone
+low_rank.py              initial values from given matrices
 files/                   the saved adapter, its card, AdapterHub's format
 """

@@ -1,8 +1,8 @@
-"""How an adapter gets into a decoder layer, and how a decoder is cut in two.
+"""How an adapter gets into a decoder layer, and how a decoder is cut.
 
-An adapted layer keeps its identity and gets a subclass of its own class, whose ``forward`` passes the residual stream
-through the site's adapter. A subclass rather than a hook, because then whatever wraps a layer's forward (gradient
-checkpointing, sharding) wraps the adapter with it.
+An adapted layer stays the same object; its class becomes a subclass of its own class, whose ``forward`` passes the
+residual stream through the site's adapter. A subclass and not a hook: whatever wraps a layer's forward (gradient
+checkpointing, sharding) then wraps the adapter too.
 """
 
 import contextlib
@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_LLAMA_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+from adapterkern import checks
+
+_LLAMA_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
 class Site(Protocol):
-    """One layer's place for adapters."""
+    """The adapters of one layer."""
 
     def has(self, position: str) -> bool:
-        """Whether an adapter is active at ``"attention"`` or ``"layer"``."""
+        """Whether an adapter runs at ``position``, ``"attention"`` or ``"layer"``."""
 
     def run(self, position: str, hidden: Tensor) -> Tensor:
-        """The residual stream (B, L, d) after the active adapter, or as it came if there is none."""
+        """The residual stream (B, L, d) after the adapter at ``position``; ``hidden`` itself if there is none."""
 
 
 class AdaptedLayer(nn.Module):
-    """Stands before a decoder layer's own class; :func:`adapt` puts it there."""
+    """Precedes a decoder layer's own class in the method resolution order; :func:`adapt` makes the combined class."""
 
     _adapter_site: Site
     self_attn: Any
@@ -41,24 +43,24 @@ class AdaptedLayer(nn.Module):
         site = self._adapter_site
         if not site.has("attention"):
             hidden_states = super().forward(hidden_states, **kwargs)
-            if isinstance(hidden_states, tuple):  # some layers of transformers 4 give more beside it
+            if isinstance(hidden_states, tuple):  # some layers of transformers 4 return more than the stream
                 return (site.run("layer", hidden_states[0]), *hidden_states[1:])
             return site.run("layer", hidden_states)
         attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = site.run("attention", hidden_states + attended)
-        # A batch that mixes adapters may have some at both positions.
+        # In a batch that mixes adapters, some may be at one position and some at the other.
         return site.run("layer", hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 @functools.cache
 def _adapted_class(cls: Any) -> Any:
-    # The same name, so that lists of class names (`_no_split_modules`, auto-wrap policies) still find the layer.
+    # Same name: lists of class names (`_no_split_modules`, auto-wrap policies) must still match the layer.
     return type(cls.__name__, (AdaptedLayer, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def adapt(layer: nn.Module, site: Site) -> None:
     """Make ``layer`` pass the residual stream through ``site``; :func:`restore` undoes it."""
-    layer.__dict__["_adapter_site"] = site  # not through setattr: the layer must not own the model
+    layer.__dict__["_adapter_site"] = site  # not by setattr, which would register the model as the layer's submodule
     cls: Any = type(layer)
     change_class(layer, _adapted_class(cls))
 
@@ -70,28 +72,29 @@ def restore(layer: nn.Module) -> None:
 
 
 def change_class(module: nn.Module, cls: Any) -> None:
-    """Make ``module`` one of ``cls``, whatever hooks of accelerate it bears. :func:`check_forward` comes first."""
+    """Change the class of ``module``, also if it has accelerate's hooks. :func:`check_forward` must be called first."""
     if _is_left_behind(module):
         del module.__dict__["forward"]
     module.__class__ = cls
-    if "_old_forward" in module.__dict__:  # accelerate's device hooks hold the forward that they found on the module
+    if "_old_forward" in module.__dict__:  # where accelerate's device hooks keep the module's own forward
         module.__dict__["_old_forward"] = cls.forward.__get__(module)
 
 
 def check_forward(module: nn.Module) -> None:
-    """Raise ``ValueError`` if the instance has a forward of its own, which a change of class would not reach.
+    """Raise ``ValueError`` if the instance has a ``forward`` of its own, which would hide that of a new class.
 
-    accelerate's hooks are one that is understood, and so is what they leave behind: the class's, as an attribute.
+    Two such forwards are handled by :func:`change_class`: the one of accelerate's hooks, and the one that they leave
+    behind, which is the class's own forward as an attribute of the instance.
     """
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__ and not _is_left_behind(module):
         raise ValueError(
-            f"llama: expected every {type(module).__name__} to run its class's forward, got one with another on the "
-            "instance (compiled or replaced), beside which no adapter would run; module.compile() leaves the class's"
+            f"llama: expected every {type(module).__name__} to run its class's forward, got one whose instance has "
+            "another (compiled or replaced), so that no adapter would run; module.compile() keeps the class's forward"
         )
 
 
 def _is_left_behind(module: nn.Module) -> bool:
-    """Whether the instance's forward is that of one of its classes, as accelerate leaves it when it removes a hook."""
+    """Whether the instance's forward is its class's own, which accelerate stores there when it removes a hook."""
     own = module.__dict__.get("forward")
     if own is None or "_old_forward" in module.__dict__ or getattr(own, "__self__", None) is not module:
         return False
@@ -99,29 +102,37 @@ def _is_left_behind(module: nn.Module) -> bool:
 
 
 def decoder_layers(llama: Any) -> nn.ModuleList:
-    """``llama.model.layers``, or a ``TypeError`` if the model has not LLaMA's shape."""
+    """``llama.model.layers``. Raises ``TypeError`` if the model does not have LLaMA's structure."""
     layers = getattr(getattr(llama, "model", None), "layers", None)
     if not isinstance(llama, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
         raise TypeError(
-            "llama: expected a transformers decoder of LLaMA's shape (LlamaForCausalLM, MistralForCausalLM, "
+            "llama: expected a transformers decoder of LLaMA's structure (LlamaForCausalLM, MistralForCausalLM, "
             f"Qwen2ForCausalLM, ...: `model.layers` is a ModuleList), got {type(llama).__name__}"
         )
     return layers
 
 
 def check_attention_site(layer: nn.Module) -> None:
-    """``position="attention"`` writes the layer's forward anew, so the layer must be LLaMA's to the last multiplier."""
-    parts = {name for name, _ in layer.named_children()}
-    experts = any("expert" in name for name, _ in layer.named_modules())  # some of which scale, or give more than a sum
-    if parts != _LLAMA_PARTS or experts or hasattr(layer, "residual_multiplier"):
+    """Raise ``ValueError`` unless ``layer`` computes exactly what LLaMA's does.
+
+    :class:`AdaptedLayer` replaces the layer's forward for ``position="attention"``.
+    """
+    children = {name for name, _ in layer.named_children()}
+    experts = any("expert" in name for name, _ in layer.named_modules())  # some scale, or return more than the sum
+    if children != _LLAMA_CHILDREN or experts or hasattr(layer, "residual_multiplier"):
         raise ValueError(
             f"position: expected 'layer' for {type(layer).__name__}: 'attention' needs a layer made of "
-            f"{', '.join(sorted(_LLAMA_PARTS))} with plain residual sums and no experts, got {', '.join(sorted(parts))}"
+            f"{', '.join(sorted(_LLAMA_CHILDREN))} with plain residual sums and no experts, "
+            f"got {', '.join(sorted(children))}"
         )
 
 
 def layer_device(layer: nn.Module) -> torch.device:
-    """Where the layer computes: its weights' device, or where accelerate brings offloaded weights."""
+    """The device on which the layer computes: that of its weights, or the one accelerate loads them to if offloaded.
+
+    Raises:
+        ValueError: the weights are on the meta device and nothing loads them.
+    """
     device = next(layer.parameters()).device
     if device.type != "meta":
         return device
@@ -134,35 +145,61 @@ def layer_device(layer: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
-    """After it every part of ``module`` is in the mode, training or eval, that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
+    """Restores the mode, training or eval, of ``module`` and each of its submodules on exit."""
+    modes = [(child, child.training) for child in module.modules()]
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for child, training in modes:
+            child.training = training
 
 
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Within it nothing is dropped out."""
+    """Disables dropout inside the block."""
     with modes_kept(module):
         module.eval()
         yield
 
 
+# Cutting
+
+
+def keep_layers(decoder: Any, start: int, stop: int) -> None:
+    """Keep only the layers from ``start`` to ``stop`` - 1, in place, in the decoder and in its configuration."""
+    decoder.layers = decoder.layers[start:stop]
+    decoder.config.num_hidden_layers = stop - start
+    types = getattr(decoder.config, "layer_types", None)
+    if types is not None:
+        decoder.config.layer_types = types[start:stop]
+
+
 def decoder_slice(decoder: Any, start: int, stop: int) -> Any:
-    """The decoder with only these layers, sharing every parameter."""
+    """The decoder with only these layers; it shares all parameters with ``decoder``, which stays as it is."""
     check_forward(decoder)
-    part = copy.copy(decoder)
-    part._modules = dict(decoder._modules)
-    own = part.__dict__.pop("forward", None)
-    if "_old_forward" in part.__dict__:  # accelerate's hook is bound to the decoder
-        part.__dict__["_old_forward"] = type(decoder).forward.__get__(part)
-        part.__dict__["forward"] = functools.partial(own.func, part)
-    part.layers = decoder.layers[start:stop]
-    part.config = copy.copy(decoder.config)
-    part.config.num_hidden_layers = stop - start
-    if getattr(decoder.config, "layer_types", None) is not None:
-        part.config.layer_types = decoder.config.layer_types[start:stop]
-    return part
+    cut = copy.copy(decoder)
+    cut._modules = dict(decoder._modules)
+    own = cut.__dict__.pop("forward", None)
+    if "_old_forward" in cut.__dict__:  # accelerate's hook is bound to the decoder
+        cut.__dict__["_old_forward"] = type(decoder).forward.__get__(cut)
+        cut.__dict__["forward"] = functools.partial(own.func, cut)
+    cut.config = copy.copy(decoder.config)
+    keep_layers(cut, start, stop)
+    return cut
+
+
+def first_layers(llama: Any, num_layers: int) -> Any:
+    """A model of the first ``num_layers`` layers of ``llama``, its final norm and its head, sharing all parameters.
+
+    Its layers are new objects, so adapters on it do not change ``llama``: a student that takes no memory.
+
+    Raises:
+        ValueError: ``num_layers`` is not from 1 to the number of layers.
+    """
+    checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
+    student = copy.copy(llama)
+    student._modules = dict(llama._modules)
+    student.model = decoder_slice(llama.model, 0, num_layers)
+    student.model.layers = nn.ModuleList(copy.copy(layer) for layer in student.model.layers)
+    student.config = student.model.config
+    return student

@@ -1,17 +1,18 @@
-"""Liger's kernels for the frozen part of one model: RMSNorm, RoPE, SwiGLU, and the loss without the logits.
+"""Liger's kernels for the frozen part of one model: RMSNorm, RoPE, SwiGLU, and a loss that never holds all logits.
 
-    RMSNorm   one kernel, which keeps x and 1/rms(x) for the backward; transformers keeps an fp32 copy of x
-    RoPE      q and k turned in place by one kernel
-    SwiGLU    silu(gate) ⊙ up by one kernel, which keeps gate and up and computes the rest again
-    loss      the LM head's logits exist a few tokens at a time and are turned into their gradient there
+    RMSNorm   one kernel, which saves x and 1/rms(x) for the backward; transformers saves an fp32 copy of x
+    RoPE      one kernel rotates q and k in place
+    SwiGLU    one kernel computes silu(gate) ⊙ up; it saves gate and up and recomputes the rest
+    loss      computes the LM head's logits for a few tokens at a time and turns them into their gradient at once
 
 Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989) replaces functions and classes of transformers for a whole process.
-Here norms, MLPs and attentions of one model change their class, as adapted layers do, and get it back; an attention's
-new class runs the forward it had, with another ``apply_rotary_pos_emb`` among its globals.
+Here the norms, MLPs and attentions of one model change their class, as adapted layers do, and can change it back. An
+attention's new class runs its original forward with another ``apply_rotary_pos_emb`` among the globals.
 
-The kernels are Triton's. Where they cannot run (a CPU outside Triton's interpreter, fp64, ``ADAPTERKERN_FUSED=0``)
-every module does what it did before. SwiGLU's backward writes over what it saved, so that a second one over the same
-graph (``retain_graph=True``) gives wrong gradients, and says nothing; and the loss waits for the device twice a step.
+The kernels are written in Triton. Where they cannot run (a CPU outside Triton's interpreter, fp64,
+``ADAPTERKERN_FUSED=0``) every module runs its original forward. SwiGLU's backward overwrites what it saved, so a second
+backward over the same graph (``retain_graph=True``) silently gives wrong gradients; and the loss makes the host wait
+for the device twice per step.
 """
 
 import functools
@@ -31,23 +32,24 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from adapterkern.model.decoder import change_class, check_forward
 from adapterkern.ops.choice import INTERPRETED, fused_enabled
 
-# Their norms, MLPs, rotations and losses are LLaMA's to the last operation; tests/interpreted_liger.py asks each.
+# Their norms, MLPs, rotations and losses compute exactly what LLaMA's do; tests/model/interpreted_liger.py checks each.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 IGNORE = -100
 _ROTATE = "apply_rotary_pos_emb"
 
-_log = logging.getLogger("adapterkern")
+logger = logging.getLogger(__name__)
 
 
 def use_liger(llama: Any) -> None:
-    """Let the norms, MLPs and attentions of ``llama`` run Liger's kernels; :func:`without_liger` undoes it.
+    """Make the norms, MLPs and attentions of ``llama`` run Liger's kernels; :func:`without_liger` undoes it.
 
     Raises:
         ImportError: liger-kernel is not installed.
-        ValueError: ``llama`` is of a type that is not among ``MODEL_TYPES``, or has another activation than SiLU.
+        ValueError: the type of ``llama`` is not among ``MODEL_TYPES``, its activation is not SiLU, or a module has a
+            forward of its own.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ImportError("liger: expected liger-kernel to be installed, and it is not: pip install liger-kernel")
+        raise ImportError("liger: expected liger-kernel, which is not installed: pip install liger-kernel")
     kind = llama.config.model_type
     if kind not in MODEL_TYPES:
         raise ValueError(f"liger: expected a backbone of type {', '.join(MODEL_TYPES)}, got {kind!r}")
@@ -64,29 +66,29 @@ def use_liger(llama: Any) -> None:
 
 
 def without_liger(llama: Any) -> None:
-    """Give what :func:`use_liger` changed its own class back."""
+    """Undo :func:`use_liger`: give each module its own class back."""
     for module in llama.model.modules():
         if isinstance(module, _Fused):
             change_class(module, type(module).__bases__[1])
 
 
 def runs(x: Tensor) -> bool:
-    """Whether Liger's kernels take x, where they are asked for."""
+    """Whether Liger's kernels support x, on its device and in its dtype."""
     return _runs(x.device.type, x.dtype, fused_enabled())
 
 
 @functools.cache
 def _runs(device_type: str, dtype: torch.dtype, enabled: bool) -> bool:
-    """Logged once for each kind of x."""
-    fits = dtype in (torch.bfloat16, torch.float16, torch.float32)
-    good = enabled and fits and (device_type == "cuda" or (INTERPRETED and device_type == "cpu"))
-    what = "its Triton kernels" if good else "the backbone's own modules"
-    _log.info("liger on %s in %s runs %s (ADAPTERKERN_FUSED=%d)", device_type, dtype, what, enabled)
-    return good
+    """Cached, so that it is logged once per device type and dtype."""
+    has_kernels = device_type == "cuda" or (INTERPRETED and device_type == "cpu")
+    supported = enabled and has_kernels and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    what = "its Triton kernels" if supported else "the backbone's own modules"
+    logger.info("liger on %s in %s runs %s (ADAPTERKERN_FUSED=%d)", device_type, dtype, what, enabled)
+    return supported
 
 
 class _Fused(nn.Module):
-    """Stands before a module's own class."""
+    """Precedes a module's own class in the method resolution order."""
 
 
 class _Norm(_Fused):
@@ -100,7 +102,7 @@ class _Norm(_Fused):
             return super().forward(hidden_states)
         from liger_kernel.transformers.functional import liger_rms_norm
 
-        # Not in place: autograd may have given the same tensor to what was added to this output.
+        # in_place would overwrite dy, which autograd may also pass on to a tensor that was added to this output.
         return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, in_place=False)
 
 
@@ -120,9 +122,9 @@ class _MLP(_Fused):
 
 
 class _Attention(_Fused):
-    """Attention, whatever its kind, whose queries and keys are turned by RoPE."""
+    """Attention of any kind with RoPE."""
 
-    _rotating_forward: Callable[..., Any]  # the class's own, with Liger's rotation
+    _rotating_forward: Callable[..., Any]  # the class's own forward, with Liger's rotation
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not runs(hidden_states):
@@ -132,7 +134,7 @@ class _Attention(_Fused):
 
 @functools.cache
 def _fused_class(cls: Any) -> Any:
-    """The class that a module of this one changes to; None where Liger has nothing for it."""
+    """The class for modules of class ``cls`` that runs Liger's kernel; None if Liger has none for it."""
     name, members = cls.__name__, {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if name.endswith("RMSNorm"):
         return type(name, (_Norm, cls), members)
@@ -153,34 +155,44 @@ def _fused_class(cls: Any) -> Any:
 
 
 def reads(head: Any) -> bool:
-    """Whether Liger can read the LM head's weights: they are not quantised, offloaded, or split by DeepSpeed."""
+    """Whether Liger can read the LM head's weights: they are not quantized, offloaded or sharded by DeepSpeed."""
     if type(head) is not nn.Linear or not runs(head.weight):
         return False
     return head.weight.shape == (head.out_features, head.in_features)
 
 
 def has_plain_loss(llama: Any) -> bool:
-    """Whether ``llama`` scores by transformers' loss of causal language models, which is the one that is fused."""
+    """Whether the loss of ``llama`` is transformers' loss for causal language models, the one that is fused."""
     return llama.loss_function is ForCausalLMLoss
 
 
 def linear_cross_entropy(
     hidden: Tensor, head: nn.Linear, targets: Tensor, reduction: str = "sum", ignore_index: int = IGNORE
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of the head's logits of (N, d) states, in fp32; and (N,) each state's best token.
+    """Cross-entropy of the head's logits without holding all of them.
 
-    An ignored state's best token is −1.
+    Args:
+        hidden: (N, d) states.
+        head: the LM head.
+        targets: (N,) int64 token ids; ``ignore_index`` is ignored.
+        reduction: ``"sum"`` or ``"mean"`` over the targets.
+
+    Returns:
+        The loss in fp32, and (N,) the token with the largest logit per state; −1 where the target is ignored.
+
+    Raises:
+        ValueError: a target is not a token id. On a GPU this is checked asynchronously.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     device = head.weight.device
-    # The kernel reads the logit of any label.
+    # The kernel does not check that a label is in range before it reads the logit.
     fits = ((targets >= 0) & (targets < head.out_features) | (targets == ignore_index)).all()
     problem = f"labels: expected token ids from 0 to {head.out_features - 1}, or {ignore_index}"
     if targets.device.type == "cpu":
         if not fits:
             raise ValueError(f"{problem}, got {targets.min().item()} to {targets.max().item()}")
-    else:  # the device reports it, and the host does not wait
+    else:  # asynchronous: the host does not wait
         torch._assert_async(fits, problem)
     result = liger_fused_linear_cross_entropy(
         hidden.to(device),
@@ -208,7 +220,7 @@ def causal_lm_output(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A causal language model's forward with its loss, arguments as transformers' own; the logits are None."""
+    """A causal language model's forward with the fused loss, same arguments as transformers'; the logits are None."""
     states = llama.model(
         input_ids=input_ids,
         attention_mask=attention_mask,

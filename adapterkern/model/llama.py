@@ -1,10 +1,9 @@
 """``LlamaAdapter``: a frozen LLaMA with named adapters on its residual stream.
 
-The backbone is used as it is, its parameters frozen; ``decoder.py`` makes its layers pass the residual stream through
-the active adapter. Adapters live in ``model.adapters``, not in the layers: the backbone's state_dict stays as it was.
+The backbone keeps its modules, with frozen parameters; ``decoder.py`` makes its layers pass the residual stream through
+the active adapter. The adapters are in ``model.adapters``, not in the layers: the backbone's state_dict stays the same.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,44 +12,51 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapterkern.model.adapter import Adapter, AdapterConfig
+from adapterkern.model.adapter import Adapter
+from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.model.decoder import (
     AdaptedLayer,
     adapt,
     check_attention_site,
     check_forward,
     decoder_layers,
-    decoder_slice,
-    eval_mode,
     layer_device,
     restore,
 )
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
-from adapterkern.model.mixing import Decide, DeferredMixture, Mixture, prefix_length
+from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
+from adapterkern.model.prefix import Split
 from adapterkern.model.saving import Saved
 
-BASE_NAME = "__base__"  # in adapter_names: the bare backbone, as PEFT spells it
-_PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how transformers' generate calls them
+BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # the names of the prompts in transformers' generate
+_DEFAULT = AdapterConfig()
 
 
-class LlamaAdapter(Saved):
-    """A frozen ``LlamaForCausalLM`` (or another decoder of its shape) with adapters on its residual stream.
+class LlamaAdapter(Split, Saved):
+    """A frozen ``LlamaForCausalLM`` (or another decoder of its structure) with adapters on its residual stream.
 
     Args:
-        llama: a transformers model with ``model.layers``; frozen here, kept in its own dtype and on its own devices.
-        config: where the adapters of the first adapter, named ``"default"``, stand.
-        fused: whether adapters use the fused operator; ``model.fused`` changes it live, over the same parameters.
-        liger: whether the backbone runs Liger's kernels (liger.py); ``model.liger`` changes it live. In training the
-            outputs then have no logits beside their loss.
+        llama: a transformers model with ``model.layers``; it is frozen here and keeps its dtype and its devices.
+        config: the first adapter, which is named ``"default"`` and active. None: no adapter yet; the model computes
+            what ``llama`` does until :meth:`add_adapter` and :meth:`set_adapter`.
+        fused: whether adapters use the fused operator; assign ``model.fused`` to change it later.
+        liger: whether the backbone runs Liger's kernels (liger.py); assign ``model.liger`` to change it later. In
+            training, outputs that have a loss then have no logits.
 
     Raises:
-        TypeError: ``llama`` is not a decoder of this shape.
-        ValueError: it already has adapters, ``config`` does not fit it, or Liger has nothing for it.
+        TypeError: ``llama`` is not a decoder of this structure.
+        ValueError: it already has adapters, ``config`` does not fit it, or Liger does not support it.
         ImportError: ``liger`` without liger-kernel.
     """
 
     def __init__(
-        self, llama: PreTrainedModel, config: AdapterConfig | None = None, *, fused: bool = True, liger: bool = False
+        self,
+        llama: PreTrainedModel,
+        config: AdapterConfig | None = _DEFAULT,
+        *,
+        fused: bool = True,
+        liger: bool = False,
     ) -> None:
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
@@ -65,34 +71,14 @@ class LlamaAdapter(Saved):
         self._mixture: Mixture | DeferredMixture | None = None
         self._fused = fused
         self._liger = False
-        self.add_adapter("default", config or AdapterConfig())
-        self.set_adapter("default")
+        if config is not None:
+            self.add_adapter("default", config)
+            self.set_adapter("default")
         self.liger = liger
         for index, layer in enumerate(layers):
-            adapt(layer, _Site(self, index))
+            adapt(layer, self._site(index))
         if self.checkpoints_activations:
-            self.gradient_checkpointing_enable()  # again, and from now on in the state of the forward
-
-    # What the backbone is
-
-    @property
-    def decoder(self) -> Any:
-        """The backbone without its head: embeddings, ``layers``, final norm."""
-        return self.base.model
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The decoder layers, adapted in place."""
-        return self.decoder.layers
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The backbone's dtype; the adapters' is fp32."""
-        return self.base.dtype
+            self.gradient_checkpointing_enable()  # again: recomputation must see the adapters of the forward
 
     def forward(
         self,
@@ -106,9 +92,9 @@ class LlamaAdapter(Saved):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The backbone's forward, arguments and outputs unchanged; Trainer reads here which columns a model takes.
+        """The backbone's forward, with the same arguments and outputs. Trainer reads a model's columns from them.
 
-        ``adapter_names`` gives each sequence of the batch an adapter of its own, ``"__base__"`` none: :meth:`mixing`.
+        ``adapter_names`` names one adapter per sequence of the batch, ``"__base__"`` for none, see :meth:`mixing`.
         """
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
         with self._mixing_by_name(adapter_names):
@@ -123,7 +109,7 @@ class LlamaAdapter(Saved):
         return reads(self.get_output_embeddings()) and has_plain_loss(self.base)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The backbone's ``generate``, with the active adapter, or with ``adapter_names``, one for each prompt."""
+        """The backbone's ``generate``, with the active adapter, or with one of ``adapter_names`` per prompt."""
         with self._mixing_by_name(adapter_names):
             if self._mixture is None:
                 return self.base.generate(*args, **kwargs)
@@ -133,7 +119,7 @@ class LlamaAdapter(Saved):
                 return self.base.generate(*args, **kwargs)
 
     def unload(self) -> PreTrainedModel:
-        """Take the adapters off and return the backbone as it was, still frozen."""
+        """Remove the adapters and return the backbone as it was, still frozen."""
         self.liger = False
         for layer in self.layers:
             site = layer.__dict__.get("_adapter_site")
@@ -147,19 +133,24 @@ class LlamaAdapter(Saved):
         """Not possible: raises ``NotImplementedError``."""
         raise NotImplementedError(
             "merge_and_unload: an adapter with LayerNorm and an activation is not a linear map, so no weight of the "
-            "backbone can absorb it; keep the adapter, or use unload() to take it off"
+            "backbone can absorb it; keep the adapter, or use unload() to remove it"
         )
 
     # Named adapters
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:  # type: ignore[override]
-        """Create adapters under ``name``, each on its layer's device; :meth:`set_adapter` activates them.
+        """Create an adapter, on each layer's own device; :meth:`set_adapter` activates it.
 
         Raises:
-            ValueError: the name is taken or not a valid one, or ``config`` does not fit the backbone.
+            TypeError: ``config`` is not an ``AdapterConfig``.
+            ValueError: the name is in use or not valid, or ``config`` does not fit the backbone.
         """
+        if not isinstance(config, AdapterConfig):
+            raise TypeError(f"config: expected an AdapterConfig, got {config!r}")
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"name: expected a non-empty name without dots, got {name!r}")
+            raise ValueError(
+                f"name: expected a non-empty name without dots that is no attribute of nn.ModuleDict, got {name!r}"
+            )
         if name in self.adapters:
             raise ValueError(f"name: expected a new name, got {name!r}, which exists")
         config = config.resolve(self.config.hidden_size, len(self.layers))
@@ -186,11 +177,11 @@ class LlamaAdapter(Saved):
         self._configs[name] = config
 
     def set_adapter(self, name: str) -> None:  # type: ignore[override]
-        """Make ``name`` the active adapter, the one that runs. The others get no gradient, for nothing uses them."""
+        """Make ``name`` the active adapter, the one that runs. The others are not used and get no gradient."""
         self._active = self._check_name(name)
 
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
-        """Remove ``name``. If it was active, none is until :meth:`set_adapter`."""
+        """Remove ``name``. If it was active, no adapter is active until :meth:`set_adapter`."""
         self._check_name(name)
         del self.adapters[name], self._configs[name]
         if self._active == name:
@@ -198,12 +189,12 @@ class LlamaAdapter(Saved):
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter that runs outside :meth:`mixing`; None inside :meth:`disable_adapter` or after its deletion."""
+        """The adapter that runs outside :meth:`mixing`; None if none is set, and inside :meth:`disable_adapter`."""
         return self._active if self._enabled else None
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the bare backbone."""
+        """Disables all adapters inside the block: the model computes what the backbone does."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -213,25 +204,26 @@ class LlamaAdapter(Saved):
     def mixing(
         self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Within it each sequence of a batch runs adapters of its own, instead of the active one.
+        """Inside the block each sequence of a batch runs its own adapters instead of the active one.
 
-        y = x + Σ_k weight_k · (A_k(x) − x) at each site that the sequence's k-th choice has, by grouped calls of the
-        fused operator. Layers, dimensions and positions may differ between names. Gradients reach the parameters of all
-        ``names`` (zeros for those that no sequence chose) and ``weight``. :meth:`disable_adapter` goes before it.
+        y = x + Σ_k weight_k · (A_k(x) − x), summed over the sequence's choices that have an adapter at the site,
+        computed by grouped calls of the fused operator. Layers, dimensions and positions may differ between names.
+        Gradients reach ``weight`` and the parameters of all ``names`` (zeros for those that no sequence chose).
+        Inside :meth:`disable_adapter` no adapter runs.
 
         Args:
-            names: adapters to choose from, none twice.
-            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. Or a function that gives
-                index and weight for the residual stream (B, L, d) below the first of the adapters: it is asked once, in
-                a forward or on the prompts of a ``generate``, and its answer holds for the rest.
-            weight: floating point, of ``index``'s shape; default 1.
+            names: the adapters to choose from, without duplicates.
+            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. Or a function that returns
+                index and weight for the residual stream (B, L, d) below the first of the adapters. It is called once,
+                in a forward or on the prompts of a ``generate``, and its result is kept until the block ends.
+            weight: floating point, same shape as ``index``; default 1.
 
         Raises:
-            ValueError, TypeError: a name that does not exist, a number out of range, a shape or dtype that does not
-                fit; in the forward, a batch of another size. On a GPU, numbers are checked there, asynchronously.
+            ValueError, TypeError: an unknown name, a number out of range, a wrong shape or dtype; in the forward, a
+                batch of another size. On a GPU, the numbers are checked asynchronously.
         """
         if unknown := [name for name in names if name not in self.adapters]:
-            raise ValueError(f"names: expected some of {', '.join(self.adapters)}, got {unknown[0]!r}")
+            raise ValueError(f"names: expected some of {self._names()}, got {unknown[0]!r}")
         if len(set(names)) < len(names):
             raise ValueError(f"names: expected none twice, got {list(names)}")
         adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
@@ -239,7 +231,7 @@ class LlamaAdapter(Saved):
         if isinstance(index, Tensor) or not callable(index):
             return self._mixing(Mixture(adapters, configs, index, weight))
         if weight is not None:
-            raise ValueError("weight: expected None where index is a function, which gives both, got a tensor")
+            raise ValueError("weight: expected None if index is a function, which returns both, got a tensor")
         return self._mixing(DeferredMixture(adapters, configs, index))
 
     def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
@@ -260,7 +252,7 @@ class LlamaAdapter(Saved):
 
     @property
     def fused(self) -> bool:
-        """Whether the adapters use the fused operator. Assigning changes every adapter, parameters untouched."""
+        """Whether the adapters use the fused operator. Assigning changes every adapter and keeps its parameters."""
         return self._fused
 
     @fused.setter
@@ -272,7 +264,7 @@ class LlamaAdapter(Saved):
 
     @property
     def liger(self) -> bool:
-        """Whether the backbone runs Liger's kernels. Assigning changes the classes of its modules, and nothing else."""
+        """Whether the backbone runs Liger's kernels. Assigning changes only the classes of its modules."""
         return self._liger
 
     @liger.setter
@@ -282,7 +274,7 @@ class LlamaAdapter(Saved):
             self._liger = value
 
     def adapter_config(self, name: str | None = None) -> AdapterConfig:
-        """The configuration of ``name`` (default: the active adapter), its layers and ``adapter_dim`` resolved."""
+        """The configuration of ``name`` (default: the active adapter), with explicit layers and ``adapter_dim``."""
         return self._configs[self._check_name(name)]
 
     def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
@@ -290,26 +282,29 @@ class LlamaAdapter(Saved):
         return list(self.adapters[self._check_name(name)].parameters())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many parameters the active adapter trains, and how many it and the backbone have together."""
-        trainable = sum(p.numel() for p in self.adapter_parameters() if p.requires_grad)
-        adapter = sum(p.numel() for p in self.adapter_parameters())
-        return trainable, adapter + sum(p.numel() for p in self.base.parameters())
+        """Number of parameters that the active adapter trains, and of all parameters, its own and the backbone's."""
+        adapter = [] if self._active is None else self.adapter_parameters()
+        trainable = sum(p.numel() for p in adapter if p.requires_grad)
+        return trainable, sum(p.numel() for p in adapter) + sum(p.numel() for p in self.base.parameters())
 
     def print_trainable_parameters(self) -> None:
-        """Print both, and their ratio."""
+        """Print both numbers and their ratio."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def _names(self) -> str:
+        return ", ".join(self.adapters) or "the model's adapters (it has none)"
 
     def _check_name(self, name: str | None) -> str:
         name = self._active if name is None else name
         if name is None or name not in self.adapters:
-            raise ValueError(f"name: expected one of {', '.join(self.adapters) or 'no adapter'}, got {name!r}")
+            raise ValueError(f"name: expected one of {self._names()}, got {name!r}")
         return name
 
     # Gradient checkpointing
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The adapter that is active in the forward is the one that is recomputed."""
+        """What ran in the forward runs in its recomputation, whatever is active by then."""
         return nullcontext(), self._state(self._active, self._enabled, self._fused, self._mixture)
 
     @contextmanager
@@ -327,79 +322,24 @@ class LlamaAdapter(Saved):
         self, active: str | None, enabled: bool, fused: bool, mixture: Mixture | DeferredMixture | None
     ) -> None:
         self._active, self._enabled, self._mixture = active, enabled, mixture
-        if fused != self._fused:  # else what single adapters have been told stays
+        if fused != self._fused:  # otherwise keep the flags that were set on single adapters
             self.fused = fused
 
     # The frozen prefix
 
     @property
     def prefix_length(self) -> int:
-        """How many leading layers compute the same whatever the adapters that run hold; all of them without one."""
+        """Number of leading layers whose output does not depend on the running adapters; all layers if none runs."""
         if self._mixture is not None and self._enabled:
             return self._mixture.prefix_length(len(self.layers))
         return len(self.layers) if self.active_adapter is None else prefix_length(self._configs[self.active_adapter])
 
-    @functools.cached_property
-    def split_obstacle(self) -> str:
-        """Why the decoder cannot be run in two parts; "" if it can. Asked of it once, on four tokens.
-
-        Two parts are right for a decoder that only runs its layers between embeddings and norm. Some scale the
-        embeddings as well, or have a norm of another name.
-        """
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        middle, end = len(self.layers) // 2, len(self.layers)
-        with torch.no_grad(), eval_mode(self.base), self.disable_adapter():
-            try:
-                first, second = decoder_slice(self.decoder, 0, middle), decoder_slice(self.decoder, middle, end)
-            except ValueError as error:
-                return str(error)
-            first.norm = nn.Identity()
-            below = first(input_ids=ids, use_cache=False).last_hidden_state
-            parts = second(inputs_embeds=below, use_cache=False).last_hidden_state
-            whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        if (parts - whole).norm() <= 1e-2 * whole.norm():
-            return ""
-        return f"{type(self.decoder).__name__} does more than run its layers between embeddings and norm"
-
-    def _check_split(self) -> None:
-        if self.split_obstacle:
-            raise ValueError(f"model: expected a decoder that can be run in two parts, but {self.split_obstacle}")
-
-    def run_prefix(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
-    ) -> Tensor:
-        """The residual stream (B, L, d) after the first ``prefix_length`` layers, before any adapter; no gradient.
-
-        ``below`` is the stream after the first ``start`` of them, where that is known.
-
-        Raises:
-            ValueError: the decoder cannot be run in two parts, :attr:`split_obstacle`.
-        """
-        self._check_split()
-        prefix = decoder_slice(self.decoder, start, self.prefix_length)
-        prefix.norm = nn.Identity()
-        source = {"input_ids": input_ids} if below is None else {"inputs_embeds": below}
-        with torch.no_grad(), self.disable_adapter():
-            return prefix(**source, attention_mask=attention_mask, use_cache=False).last_hidden_state
-
-    def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None, start: int | None = None) -> Tensor:
-        """From what :meth:`run_prefix` gave to the decoder's last hidden state (B, L, d), as its own forward has it.
-
-        ``hidden`` is the stream after ``start`` layers, by default ``prefix_length`` and never more.
-
-        Raises:
-            ValueError: the decoder cannot be run in two parts, :attr:`split_obstacle`.
-        """
-        self._check_split()
-        start = self.prefix_length if start is None else start
-        if start > 0:
-            hidden = _Site(self, start - 1).run("layer", hidden)
-        suffix = decoder_slice(self.decoder, start, len(self.layers))
-        return suffix(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def _site(self, layer: int) -> "_Site":
+        return _Site(self, layer)
 
 
 class _Site:
-    """What an adapted layer knows: its number, and the model whose active adapter to ask for."""
+    """The adapters of one layer: those that the model runs there at the moment."""
 
     def __init__(self, model: LlamaAdapter, index: int) -> None:
         self.model, self.index = model, str(index)

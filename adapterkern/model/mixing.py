@@ -1,17 +1,17 @@
-"""Different adapters on the sequences of one batch: what runs at each site inside ``LlamaAdapter.mixing``.
+"""Different adapters for the sequences of one batch: what runs at each site inside ``LlamaAdapter.mixing``.
 
 Every sequence b has K choices index[b, k] among the named adapters (−1: none), with weights w, and
 
     y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
 
-At a site, the adapters that stand there and agree in (adapter_dim, activation, eps, depth, x_free) are stacked, and one
-grouped ``ak.adapter(..., index=)`` call runs them all; to those that differ or stand elsewhere the sequence is a −1.
-The stack is made anew in every forward, so that gradients reach the adapters' own parameters: a copy of the parameters
-of the names that are mixed, against an activation of B·L rows. During ``generate`` it is made once. What ``index`` says
-among those names is made once for all sites that they share.
+The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free) form a group: their parameters are
+stacked, and one grouped ``ak.adapter(..., index=)`` call runs them all. For the other groups of the site, a sequence of
+this group has index −1. The stack is built in every forward, so that gradients reach the adapters' own parameters; it
+costs a copy of the parameters of the mixed adapters, compared with an activation of B·L rows. During ``generate`` it is
+built once. The index of a group is computed once for all sites that have the same group.
 
-Every adapter that is named gets a gradient, one of zeros where no sequence has chosen it: a GPU cannot tell which were
-chosen without the host waiting for it, and a result must not depend on the device.
+Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a GPU the host would have to wait to find
+out which were chosen, and results must not depend on the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterkern.model.adapter import Adapter, AdapterConfig
+from adapterkern.model.adapter import Adapter
+from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.ops import graphs
 from adapterkern.ops.checks import check_index_dtype, check_index_values
 from adapterkern.ops.index import vouch
@@ -34,21 +35,21 @@ Decide = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 class _Group(NamedTuple):
     """Adapters of one shape at one site."""
 
-    adapters: list[nn.Sequential]  # one a name, each of `depth` adapters
-    numbers: tuple[int, ...]  # theirs, as ``index`` counts
+    adapters: list[nn.Sequential]  # one per name, each of `depth` adapters
+    numbers: tuple[int, ...]  # their values in ``index``
 
 
 class Mixture:
     """Which of the named adapters each sequence of a batch runs.
 
     Args:
-        adapters: name → layer number → adapters in sequence; in the order that ``index`` counts in.
+        adapters: name → layer number → adapters in sequence; ``index`` is a position in this order of names.
         configs: their configurations, in the same order.
         index: int64 or int32, (B,) or (B, K); −1 is none.
-        weight: floating point, of ``index``'s shape; None weighs every choice 1.
+        weight: floating point, same shape as ``index``; None is weight 1 for every choice.
 
     Raises:
-        TypeError, ValueError: ``index`` or ``weight`` does not fit.
+        TypeError, ValueError: ``index`` or ``weight`` has a wrong type, dtype or shape, or a number is out of range.
     """
 
     def __init__(
@@ -60,16 +61,16 @@ class Mixture:
     ) -> None:
         _check(len(adapters), index, weight)
         self._adapters, self._configs = list(adapters.values()), list(configs.values())
-        # (K, B): a choice's row is contiguous, as the kernels read it
+        # (K, B): each choice is contiguous, as the kernels expect
         self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
         self._weight = weight if weight is None or weight.dim() == 2 else weight[:, None]
         self._sites: dict[tuple[str, str], list[_Group]] = {}
         self._choices: dict[tuple[object, ...], Tensor] = {}
         self._generating = False
-        self._stacks: dict[int, list[Weights]] = {}  # of groups, by id; only while generating
+        self._stacks: dict[int, list[Weights]] = {}  # by the group's id; only while generating
 
     def generating(self, batch: int | None) -> "Mixture":
-        """This mixture for ``generate`` over ``batch`` prompts: beams follow their prompt, and stacks are kept.
+        """This mixture for ``generate`` over ``batch`` prompts: beams use their prompt's index, and stacks are kept.
 
         Raises:
             ValueError: ``index`` is for another number of sequences.
@@ -81,11 +82,11 @@ class Mixture:
         return other
 
     def prefix_length(self, num_layers: int) -> int:
-        """How many leading layers none of the adapters changes."""
+        """Number of leading layers whose output none of the adapters changes."""
         return min(map(prefix_length, self._configs), default=num_layers)
 
     def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
-        """What maps the residual stream (B, L, d) at a site; None where none of the adapters stands."""
+        """The function of the residual stream (B, L, d) that runs at a site; None if no adapter is there."""
         if (layer, position) not in self._sites:
             self._sites[layer, position] = self._groups(layer, position)
         groups = self._sites[layer, position]
@@ -99,19 +100,19 @@ class Mixture:
         return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
 
     def _choices_among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
-        """``index`` counted among ``numbers`` alone, (K, B·times) on ``device``; made once for all sites."""
+        """``index`` relative to ``numbers``, (K, B·times) on ``device``; computed once for all sites."""
         key = (numbers, times, device)
         if (made := self._choices.get(key)) is not None:
             return made
-        if torch.compiler.is_compiling() or graphs.recording(device):  # nothing made there may outlive it
+        if torch.compiler.is_compiling() or graphs.recording(device):  # tensors made there must not be kept
             return self._among(*key)
-        with torch.inference_mode(False):  # a later call may train, and autograd saves no inference tensor
+        with torch.inference_mode(False):  # a later call may train, and autograd cannot save inference tensors
             made = self._choices[key] = vouch(self._among(*key), len(numbers))
         return made
 
     def _among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
         places = [numbers.index(n) if n in numbers else -1 for n in range(len(self._adapters))]
-        among = torch.tensor([*places, -1], device=self._index.device)[self._index]  # -1 finds the last
+        among = torch.tensor([*places, -1], device=self._index.device)[self._index]  # index -1 takes the last one
         among = among if times == 1 else among.repeat_interleave(times, 1)
         return among.to(device, non_blocking=True)
 
@@ -121,7 +122,7 @@ class Mixture:
         indices = [self._choices_among(group.numbers, times, x.device) for group in groups]
 
         def choice(k: int) -> Tensor:
-            # A sequence is in one group at most: the others pass it on as it is.
+            # Each choice is in at most one group; the other groups leave the sequence unchanged.
             y = x
             for group, stack, index in zip(groups, stacks, indices, strict=True):
                 for module, weights in zip(group.adapters[0], stack, strict=True):
@@ -141,7 +142,7 @@ class Mixture:
         return y
 
     def _repeats(self, batch: int) -> int:
-        """How many sequences of the batch stand for one of ``index``: 1, or the beams of a prompt while generating."""
+        """Number of sequences in the batch per entry of ``index``: 1, or the beams per prompt while generating."""
         given = self._index.shape[1]
         if batch == given:
             return 1
@@ -150,7 +151,7 @@ class Mixture:
         raise ValueError(f"index: expected one entry for each of the batch's {batch} sequences, got {given}")
 
     def _stack(self, group: _Group) -> list[Weights]:
-        """The group's parameters, (n, ...) each, for every adapter of the sequence."""
+        """The group's parameters, stacked to (n, ...), one ``Weights`` for each of the ``depth`` adapters."""
         if not self._generating:
             return _stacked(group.adapters)
         if id(group) not in self._stacks:  # `_sites` keeps the group alive
@@ -159,10 +160,10 @@ class Mixture:
 
 
 class DeferredMixture:
-    """A mixture whose choices follow from the residual stream, once: where it meets the first of the adapters.
+    """A mixture whose choices are computed from the residual stream, once, at the first of the adapters.
 
     Args:
-        adapters, configs: as :class:`Mixture` takes them.
+        adapters, configs: as for :class:`Mixture`.
         decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a :class:`Mixture`.
     """
 
@@ -174,43 +175,38 @@ class DeferredMixture:
         self._mixture: Mixture | None = None
 
     def generating(self, batch: int | None) -> "DeferredMixture":
-        """This mixture for ``generate``: decided on the prompts (beams included), and kept for what follows them."""
+        """This mixture for ``generate``: decided on the prompts (with their beams), and kept for the new tokens."""
         other = DeferredMixture(self._adapters, self._configs, self._decide)
         other._generating = True
         return other
 
     def prefix_length(self, num_layers: int) -> int:
-        """How many leading layers none of the adapters changes."""
+        """Number of leading layers whose output none of the adapters changes."""
         return min(map(prefix_length, self._configs.values()), default=num_layers)
 
     def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
         """As :meth:`Mixture.at`."""
         if self._mixture is not None:
             return self._mixture.at(layer, position)
-        stands = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())
-        return partial(self._begin, layer, position) if stands else None
+        is_site = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())
+        return partial(self._begin, layer, position) if is_site else None
 
     def _begin(self, layer: str, position: str, x: Tensor) -> Tensor:
-        # Gradient checkpointing runs the layer twice and the decision once, so nothing of it may be recomputed: a pair
-        # of hooks inside those of the checkpoint keeps what the decision saves.
+        # Gradient checkpointing runs the layer twice and the decision once, so the decision must not be recomputed: the
+        # hooks, inside those of the checkpoint, keep what it saves for the backward.
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             index, weight = self._decide(x)
         mixture = Mixture(self._adapters, self._configs, index, weight)
         self._mixture = mixture.generating(None) if self._generating else mixture
         run = self._mixture.at(layer, position)
-        assert run is not None  # `at` has found an adapter here
+        assert run is not None  # `at` has found an adapter at this site
         return run(x)
-
-
-def prefix_length(config: AdapterConfig) -> int:
-    """How many leading layers an adapter of this resolved configuration leaves as they are."""
-    return (config.layers or (0,))[0] + (config.position == "layer")
 
 
 def _stacked(adapters: list[nn.Sequential]) -> list[Weights]:
     return [
-        Weights(*(torch.stack(same) if len(same) > 1 else same[0][None] for same in zip(*each, strict=True)))
-        for each in zip(*(map(_weights, sequence) for sequence in adapters), strict=True)  # type: ignore[arg-type]
+        Weights(*(torch.stack(same) if len(same) > 1 else same[0][None] for same in zip(*members, strict=True)))
+        for members in zip(*(map(_weights, sequence) for sequence in adapters), strict=True)  # type: ignore[arg-type]
     ]
 
 
@@ -218,14 +214,15 @@ def _weights(a: Adapter) -> Weights:
     return Weights(a.norm.weight, a.norm.bias, a.down.weight, a.down.bias, a.up.weight, a.up.bias)
 
 
-def _run_stacked(like: Adapter, weights: Weights, x: Tensor, index: Tensor) -> Tensor:
+def _run_stacked(member: Adapter, weights: Weights, x: Tensor, index: Tensor) -> Tensor:
+    """The operator on a group's stacked ``weights``, with the settings that all of its members share."""
     return adapter(
         x,
         *weights,
-        eps=like.norm.eps,
-        activation=like.activation,
-        fused=like.fused,
-        x_free=like.x_free,
+        eps=member.norm.eps,
+        activation=member.activation,
+        fused=member.fused,
+        x_free=member.x_free,
         index=index,
     )
 

@@ -1,13 +1,14 @@
-"""What transformers expects of a model, asked of the backbone inside: so a wrapped model goes wherever a model goes.
+"""What transformers expects of a model, taken from the wrapped backbone, so that Trainer and others accept the wrapper.
 
-``Trainer``, TRL and others ask a model for much more than its forward: its configurations, its embeddings, the name of
-its class (whose loss shifts labels), gradient checkpointing, what it saves. ``Wrapped`` is a ``PreTrainedModel`` that
-answers for the backbone, and saves what it adds to it and nothing else.
+``Trainer``, TRL and others use much more of a model than its forward: its configurations, its embeddings, the name of
+its class (which decides whether a loss shifts the labels), gradient checkpointing, what it saves. ``Wrapped`` is a
+``PreTrainedModel`` that delegates these to the backbone and saves only what it adds to it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,10 +16,10 @@ TRAINER_WEIGHTS = "model.safetensors"  # what transformers' Trainer loads when i
 
 
 class Wrapped(PreTrainedModel):
-    """A model around ``base``, a transformers model, that adds parameters to it."""
+    """A model that wraps ``base``, a transformers decoder, and adds parameters to it."""
 
     base: Any
-    # transformers asks these of a class; the backbone has been checked when it was made.
+    # transformers reads these from the class; the backbone was checked when it was constructed.
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
     _supports_attention_backend = supports_gradient_checkpointing = True
 
@@ -31,16 +32,16 @@ class Wrapped(PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Not by a mixin of its own: ``generate`` is the backbone's."""
+        """False: ``generate`` is the backbone's, not transformers' mixin."""
         return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """transformers 5 asks it of every class around a mixture of experts."""
+        """transformers 5 calls it on the class of every model that contains a mixture of experts."""
         return True
 
     def _get_name(self) -> str:
-        # Trainer's label smoothing shifts the labels of classes whose name it finds among the causal language models.
+        # Trainer's label smoothing shifts the labels if the class's name is among the causal language models.
         return type(self.base).__name__
 
     @property
@@ -49,13 +50,33 @@ class Wrapped(PreTrainedModel):
         return self.base.base_model
 
     @property
+    def decoder(self) -> Any:
+        """The backbone without its head: embeddings, ``layers``, final norm."""
+        return self.base.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers of the backbone."""
+        return self.decoder.layers
+
+    @property
+    def device(self) -> torch.device:
+        """The backbone's device."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype; the parameters that are added to it may have another."""
+        return self.base.dtype
+
+    @property
     def generation_config(self) -> Any:
-        """The backbone's, which ``generate`` follows."""
+        """The backbone's, which ``generate`` uses."""
         return getattr(self._modules.get("base"), "generation_config", None)
 
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
-        if "base" in self._modules:  # transformers sets it while it makes this model
+        if "base" in self._modules:  # transformers also sets it in this model's constructor, before there is a base
             self.base.generation_config = value
 
     @property
@@ -69,16 +90,16 @@ class Wrapped(PreTrainedModel):
 
     @property
     def hf_device_map(self) -> Any:
-        """Which part of the backbone is on which device, if it has been spread over several."""
+        """Which modules of the backbone are on which device, if it is spread over several."""
         return self.base.hf_device_map
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
-        """The backbone's keys: Trainer then misses none of them in its checkpoints."""
+        """The backbone's keys, so that Trainer does not report them as missing from its checkpoints."""
         return {f"base.{key}" for key in self.base.state_dict()}
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As the backbone does."""
+        """Tie the backbone's weights."""
         self.base.tie_weights(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -96,32 +117,32 @@ class Wrapped(PreTrainedModel):
     # Gradient checkpointing
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What surrounds a layer's forward, and what surrounds its recomputation; a subclass with a state knows."""
+        """The context of a layer's forward, and that of its recomputation. A subclass with a state overrides it."""
         return nullcontext(), nullcontext()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
     ) -> None:
-        """The backbone's own, non-reentrant; what is recomputed is in the state of the forward.
+        """Turn on the backbone's own, non-reentrant; a layer is recomputed in the state that its forward had.
 
-        ``how`` goes to the backbone's: which layers, and where to, in a transformers that lets one say so.
+        ``how`` is passed on to the backbone: options of newer versions of transformers, such as which layers.
 
         Raises:
-            ValueError: ``use_reentrant=True``, which gives frozen inputs no gradient.
+            ValueError: ``use_reentrant=True``, with which a layer whose input is frozen gets no gradient.
         """
         kwargs: dict[str, Any] = {"use_reentrant": False, "context_fn": self._recomputing}
         kwargs |= gradient_checkpointing_kwargs or {}
         if kwargs["use_reentrant"]:
             raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
         self.enable_checkpointing(kwargs, **how)
-        # transformers 5 lets the embeddings' output require a gradient here, for reentrant checkpointing's sake; that
-        # would take the backward past the first adapter, down to the embeddings.
+        # transformers 5 makes the embeddings' output require a gradient here, which reentrant checkpointing needs; the
+        # backward would then go on below the first adapter, down to the embeddings.
         if hasattr(self.base, "_require_grads_hook"):
             self.base.disable_input_require_grads()
 
     def enable_checkpointing(self, kwargs: dict[str, Any], **how: Any) -> None:
-        """The backbone's own, as it is told."""
-        # transformers renames it on the way to version 6 and warns about the old name.
+        """Turn on the backbone's own checkpointing with these arguments."""
+        # Newer versions of transformers have another name for it and warn about the old one.
         enable = getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)
         enable(kwargs, **how)
 
@@ -131,24 +152,24 @@ class Wrapped(PreTrainedModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Turn it off: activations are kept for the backward."""
         disable = getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)
         disable()
 
     def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
     ) -> None:
-        """As :meth:`gradient_checkpointing_enable`, which is its name up to transformers 4."""
+        """:meth:`gradient_checkpointing_enable` by the name that newer versions of transformers use."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
 
 
 def _keep_differentiable(base: nn.Module) -> None:
-    """See that gradients pass 4-bit layers on a CPU, whatever has run or will run before a training step.
+    """Make gradients pass through 4-bit layers on a CPU, whatever runs before a training step.
 
-    bitsandbytes 0.50 lays a 4-bit weight out anew for inference when a forward in eval mode needs no gradient, and
-    never back: from then on the layer gives its input no gradient, and nothing is said.
+    When a forward in eval mode needs no gradient, bitsandbytes 0.50 converts a 4-bit weight to a layout for inference
+    and never converts it back: from then on the layer silently gives its input no gradient.
     """
     for module in base.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            module.state_dict()  # saving restores the layout that is saved
+            module.state_dict()  # has the side effect of restoring the original layout

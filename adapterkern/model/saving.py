@@ -1,6 +1,6 @@
-"""What of a model is saved, and how it comes back: our folder, AdapterHub's, the hub, what Trainer asks for.
+"""How the adapters of a model are saved and loaded: our folder, AdapterHub's, the hub, Trainer's checkpoints.
 
-``Saved`` is the half of ``LlamaAdapter`` that knows files; llama.py has what it saves.
+``Saved`` is the half of ``LlamaAdapter`` that deals with files.
 """
 
 import os
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterkern.files import replacing
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from adapterkern.model.pretrained import TRAINER_WEIGHTS, Wrapped
 
-# What Trainer, TRL and accelerate may say to save_pretrained. Only state_dict says something about an adapter.
+# Arguments that Trainer, TRL and accelerate pass to save_pretrained. Only state_dict matters for an adapter.
 _FROM_TRAINER = frozenset(
     ("state_dict", "safe_serialization", "save_function", "max_shard_size", "push_to_hub", "variant", "token")
 )
 
 
 class Saved(Wrapped):
-    """A wrapped decoder with named adapters that are written and read."""
+    """A wrapped decoder with named adapters that can be saved and loaded."""
 
     adapters: nn.ModuleDict
 
@@ -36,7 +36,7 @@ class Saved(Wrapped):
         def __init__(
             self,
             llama: PreTrainedModel,
-            config: AdapterConfig | None = None,
+            config: AdapterConfig | None = ...,
             *,
             fused: bool = True,
             liger: bool = False,
@@ -58,16 +58,21 @@ class Saved(Wrapped):
     ) -> None:
         """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, never the backbone.
 
-        Each file is replaced atomically; the configuration is last and holds the weights' SHA-256, so that a pair that
-        does not belong together is noticed on loading.
+        The first two are written by :func:`~adapterkern.files.write_pair`: the new adapter is complete, or the old one
+        is still there.
 
-        transformers' Trainer calls this as it does for every model, with ``is_main_process`` and ``state_dict``: the
-        latter None, or gathered from several processes. It then finds ``model.safetensors`` beside them, the adapter by
-        its names within this model, which is what a Trainer resumes from.
+        transformers' Trainer calls this as for every model, with ``is_main_process`` and with ``state_dict``, which is
+        None or gathered from several processes. ``model.safetensors`` is then written too: the same tensors by their
+        names within this model, from which a Trainer resumes.
+
+        Args:
+            directory: created if it does not exist.
+            name: the adapter, default the active one.
 
         Raises:
-            OSError: a file cannot be written. ValueError: there is no such adapter, ``state_dict`` has not all of its
-                tensors, or the folder holds another library's adapter. What was there before stays, then.
+            OSError: a file cannot be written.
+            ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, or the folder holds
+                another library's adapter. Existing files stay as they are.
         """
         if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
             raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
@@ -91,7 +96,7 @@ class Saved(Wrapped):
     def from_pretrained(  # type: ignore[override]
         cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> Self:
-        """Put the adapter saved in ``directory`` on ``llama``, as ``"default"``. Raises as :meth:`load_adapter`."""
+        """``llama`` with the adapter saved in ``directory``, as ``"default"``. Raises as :meth:`load_adapter`."""
         return cls._from_read(llama, read_adapter(llama, Path(directory)), fused=fused, liger=liger)
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
@@ -99,15 +104,15 @@ class Saved(Wrapped):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or of another format version, or was saved for a backbone of another shape;
-                the message names the file and both shapes.
+            ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape; the
+                message names the file, and the field or both shapes.
         """
         self._add_read(name, read_adapter(self.base, Path(directory)))
 
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
-        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub; the repository's URL comes back.
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub, and return the repository's URL.
 
-        ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as huggingface_hub has them.
+        ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as in huggingface_hub.
         """
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, name)
@@ -116,9 +121,9 @@ class Saved(Wrapped):
     def save_adapterhub(
         self, directory: str | os.PathLike[str], name: str | None = None, *, safetensors: bool = False
     ) -> None:
-        """Write adapter ``name`` (default: the active one) as AdapterHub's ``adapters`` loads it, under its name.
+        """Write adapter ``name`` (default: the active one) so that AdapterHub's ``adapters`` loads it by that name.
 
-        Raises as :func:`~adapterkern.model.files.adapterhub.write_adapterhub`, which says more.
+        Options and errors are those of :func:`~adapterkern.model.files.adapterhub.write_adapterhub`.
         """
         name = self._check_name(name)
         tensors = self.adapters[name].state_dict()
@@ -128,17 +133,18 @@ class Saved(Wrapped):
     def from_adapterhub(
         cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> Self:
-        """Put the adapter that ``adapters`` saved in ``directory`` on ``llama``, as ``"default"``.
+        """``llama`` with the adapter that AdapterHub's ``adapters`` saved in ``directory``, as ``"default"``.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: one is damaged, or it is not this package's operator; the message names file and field.
+            ValueError: a file is damaged, or the adapter computes something else than ours; the message names file and
+                field.
         """
         size = llama.config.hidden_size, len(decoder_layers(llama))
         return cls._from_read(llama, read_adapterhub(directory, *size), fused=fused, liger=liger)
 
     def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
-        """Add the adapter that ``adapters`` saved in ``directory``, as ``name``. Raises as :meth:`from_adapterhub`."""
+        """Add the adapter that ``adapters`` saved in ``directory`` as ``name``. Raises as :meth:`from_adapterhub`."""
         self._add_read(name, read_adapterhub(directory, self.config.hidden_size, len(decoder_layers(self.base))))
 
     @classmethod

@@ -29,7 +29,7 @@ except ImportError as error:  # not an error before a step needs it: `import ada
 else:
     _MISSING = ""
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
 
 
@@ -93,7 +93,7 @@ def make_passes(device: torch.device, entries: list[Entry]) -> Passes:
     if (device.type, name) not in _announced:
         _announced.add((device.type, name))
         level = logging.WARNING if fallback else logging.INFO
-        log.log(level, "ClippedAdamW on %s runs on %s: %s", device.type, name, reason)
+        logger.log(level, "ClippedAdamW on %s runs on %s: %s", device.type, name, reason)
     return FusedAdamWPasses(device, entries) if fallback else KernelPasses(device, entries)
 
 

@@ -36,11 +36,6 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with what the command line says of it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. Every argument has a default; an error names one of a wrong type or out of its range.
@@ -91,66 +86,68 @@ class TrainConfig:
         prefix_cache_bytes: size of the cache in memory; the rest goes to a memory-mapped temporary file.
     """
 
-    task: str = _option(
+    task: str = checks.option(
         "classification", "classification learns a label for each text, causal-lm the next token", TASKS
     )
-    train_adapters: bool = _option(True, "--no-train-adapters trains the head alone")
-    pooling: str = _option("mean", "what the head reads: the mean of the tokens' states, or the last one's", POOLINGS)
-    text_column: str = _option("text", "column of the texts")
-    label_column: str = _option("label", "column of the labels")
-    prompt_column: str = _option("prompt", "causal-lm: column of the prompt, whose tokens carry no loss")
-    completion_column: str = _option("completion", "causal-lm: column of the text to learn after the prompt")
-    max_length: int = _option(256, "tokens per row; longer rows are cut at the end")
-    skip_bad_rows: bool = _option(False, "skip bad rows with a warning instead of refusing the file")
+    train_adapters: bool = checks.option(True, "--no-train-adapters trains the head alone")
+    pooling: str = checks.option(
+        "mean", "what the head reads: the mean of the tokens' states, or the last one's", POOLINGS
+    )
+    text_column: str = checks.option("text", "column of the texts")
+    label_column: str = checks.option("label", "column of the labels")
+    prompt_column: str = checks.option("prompt", "causal-lm: column of the prompt, whose tokens carry no loss")
+    completion_column: str = checks.option("completion", "causal-lm: column of the text to learn after the prompt")
+    max_length: int = checks.option(256, "tokens per row; longer rows are cut at the end")
+    skip_bad_rows: bool = checks.option(False, "skip bad rows with a warning instead of refusing the file")
 
-    batch_size: int = _option(16, "rows per forward")
-    accumulation: int = _option(1, "forwards per optimizer step")
-    eval_batch_size: int | None = _option(None, "rows per forward of an evaluation; default: batch_size")
-    padding: str = _option("longest", "pad to the longest row of a batch, or always to max_length", PADDINGS)
-    padding_side: str = _option("right", "side of the padding", PADDING_SIDES)
-    seed: int = _option(0, "of the new weights and the order of rows")
+    batch_size: int = checks.option(16, "rows per forward")
+    accumulation: int = checks.option(1, "forwards per optimizer step")
+    eval_batch_size: int | None = checks.option(None, "rows per forward of an evaluation; default: batch_size")
+    padding: str = checks.option("longest", "pad to the longest row of a batch, or always to max_length", PADDINGS)
+    padding_side: str = checks.option("right", "side of the padding", PADDING_SIDES)
+    seed: int = checks.option(0, "of the new weights and the order of rows")
 
-    epochs: int = _option(3, "passes over the data")
-    max_steps: int | None = _option(None, "optimizer steps, instead of epochs")
-    lr: float = _option(1e-3, "AdamW's learning rate after the warmup")
-    weight_decay: float = _option(0.01, "of matrices; biases and norms do not decay")
-    beta1: float = _option(0.9, "AdamW's first")
-    beta2: float = _option(0.999, "AdamW's second")
-    eps: float = _option(1e-8, "AdamW's")
-    max_norm: float = _option(1.0, "largest global gradient norm; inf does not clip")
-    schedule: str = _option(
+    epochs: int = checks.option(3, "passes over the data")
+    max_steps: int | None = checks.option(None, "optimizer steps, instead of epochs")
+    lr: float = checks.option(1e-3, "AdamW's learning rate after the warmup")
+    weight_decay: float = checks.option(0.01, "of matrices; biases and norms do not decay")
+    beta1: float = checks.option(0.9, "AdamW's first")
+    beta2: float = checks.option(0.999, "AdamW's second")
+    eps: float = checks.option(1e-8, "AdamW's")
+    max_norm: float = checks.option(1.0, "largest global gradient norm; inf does not clip")
+    schedule: str = checks.option(
         "linear", "of the learning rate after the warmup: linear or cosine decay to 0, or constant", SCHEDULES
     )
-    warmup: float = _option(0.06, "steps of linear warmup; below 1, their share of all steps")
-    precision: str = _option("fp32", "bf16 and fp16 run under autocast, fp16 with a gradient scaler", PRECISIONS)
-    max_skipped_steps: int = _option(20, "raise after more than this many consecutive steps that the fp16 scaler skips")
-
-    output_dir: str | os.PathLike[str] | None = dataclasses.field(
-        default=None, metadata={"help": "the folder for everything that is written"}
+    warmup: float = checks.option(0.06, "steps of linear warmup; below 1, their share of all steps")
+    precision: str = checks.option("fp32", "bf16 and fp16 run under autocast, fp16 with a gradient scaler", PRECISIONS)
+    max_skipped_steps: int = checks.option(
+        20, "raise after more than this many consecutive steps that the fp16 scaler skips"
     )
-    overwrite: bool = _option(False, "replace an earlier run in output_dir")
-    resume: bool = _option(False, "continue from the newest checkpoint in output_dir")
-    checkpoint_every: int | None = _option(None, "steps between checkpoints; default: each epoch's end")
-    keep_checkpoints: int = _option(2, "how many checkpoints to keep")
-    eval_every: int | None = _option(None, "steps between evaluations; default: each epoch's end")
-    log_every: int = _option(10, "steps between log lines")
-    progress: bool = _option(True, "show a progress bar")
-    plot: bool = _option(True, "draw training.png")
 
-    shard: bool = _option(
+    output_dir: str | os.PathLike[str] | None = checks.option(None, "the folder for everything that is written")
+    overwrite: bool = checks.option(False, "replace an earlier run in output_dir")
+    resume: bool = checks.option(False, "continue from the newest checkpoint in output_dir")
+    checkpoint_every: int | None = checks.option(None, "steps between checkpoints; default: each epoch's end")
+    keep_checkpoints: int = checks.option(2, "how many checkpoints to keep")
+    eval_every: int | None = checks.option(None, "steps between evaluations; default: each epoch's end")
+    log_every: int = checks.option(10, "steps between log lines")
+    progress: bool = checks.option(True, "show a progress bar")
+    plot: bool = checks.option(True, "draw training.png")
+
+    shard: bool = checks.option(
         False, "with several processes (torchrun): shard the backbone over them (FSDP2) instead of replicating it"
     )
 
-    prefix_cache: bool | None = _option(
+    prefix_cache: bool | None = checks.option(
         None, "compute the layers below the first adapter once per text; default: where it pays"
     )
-    prefix_cache_bytes: int = _option(
+    prefix_cache_bytes: int = checks.option(
         2 << 30, "size of the prefix cache in memory; the rest goes to a memory-mapped temporary file"
     )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if choices := field.metadata.get("choices"):
+            if choices := field.metadata["choices"]:
                 checks.choice(field.name, getattr(self, field.name), choices)
             elif field.type is bool:
                 checks.flag(field.name, getattr(self, field.name))

@@ -16,7 +16,7 @@ import torch
 
 from adapterkern import cli
 from adapterkern.cli import options
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.qa.task import SpanSettings
 from adapterkern.recipes.routing.router import RoutingConfig
@@ -77,7 +77,7 @@ def test_eval_of_a_checkpoint_of_a_killed_run(
     assert cli.main(["eval", str(copy), *both]) == 0
     assert accuracy(capsys.readouterr().out) == scored
     assert cli.main(["eval", str(checkpoint), "--backbone-layers", "0"]) == 1
-    assert "num_layers: expected 1 to 4, got 0" in capsys.readouterr().err
+    assert "num_layers: expected an integer from 1 to 4, got 0" in capsys.readouterr().err
 
 
 def test_demo_on_your_own_files(

@@ -1,4 +1,4 @@
-"""``liger=True`` in Triton's interpreter: the numbers that the backbone's own modules give. Run by test_kernels.py."""
+"""``liger=True`` in Triton's interpreter: same numbers as the backbone's own modules. Run by test_kernels.py."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +28,7 @@ KERNELS = ("liger_rms_norm", "liger_rope", "liger_swiglu", "liger_fused_linear_c
 
 @pytest.fixture(autouse=True, scope="module")
 def _interpretable() -> Any:
-    """Two things that a compiled kernel has and the interpreter lacks: floats as fp32 scalars, libdevice's rsqrt."""
+    """Add two things that the interpreter lacks: floats as fp32 scalars, and libdevice's rsqrt."""
     from liger_kernel.ops import rms_norm
 
     convert = interpreter._implicit_cvt
@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     for name in KERNELS:
         monkeypatch.setattr(functional, name, counting(name, getattr(functional, name)))
-    liger._fused_class.cache_clear()  # an attention's class keeps the rotation that it was made with
+    liger._fused_class.cache_clear()  # an attention's class keeps its rotation function
     return counted
 
 
@@ -99,7 +99,7 @@ def learn(model: ak.LlamaAdapter, **inputs: Any) -> tuple[Any, list[Tensor]]:
 
 
 def same(model: ak.LlamaAdapter, **inputs: Any) -> None:
-    """Loss and gradients with Liger's kernels as without, to fp32's rounding."""
+    """Loss and gradients with and without Liger's kernels agree to fp32 rounding."""
     model.liger = False
     expected, expected_gradients = learn(model, **inputs)
     model.liger = True
@@ -168,7 +168,7 @@ def test_return_dict(return_dict: bool | None) -> None:
 
 
 def test_a_loss_of_last_and_earlier_states() -> None:
-    """Both get one gradient from the sum, and a norm's backward must not write over it."""
+    """Both get the same gradient tensor from the sum, and a norm's backward must not overwrite it."""
     model, gradients = adapted(), []
     for kernels in (False, True):
         model.liger = kernels
@@ -187,6 +187,15 @@ def test_another_loss_function_is_asked_and_a_label_beyond_the_vocabulary_refuse
         model(IDS, labels=LABELS.clamp(min=64))
     model.loss_function = lambda **kwargs: torch.tensor(7.0)
     assert model(IDS, labels=LABELS).loss == 7
+
+
+def test_without_an_adapter() -> None:
+    """The loss is still the fused one, although nothing requires a gradient."""
+    model = ak.LlamaAdapter(adapted().unload(), None, liger=True).train()
+    outputs = model(IDS, labels=LABELS)
+    assert outputs.logits is None
+    model.liger = False
+    torch.testing.assert_close(outputs.loss, model(IDS, labels=LABELS).loss, rtol=1e-6, atol=0)
 
 
 def test_gradient_checkpointing() -> None:
@@ -225,7 +234,7 @@ def test_a_mixed_batch() -> None:
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
 def test_a_training_run(task: str) -> None:
-    """Of 2 steps, evaluated: the losses and accuracies of one without."""
+    """Two steps and an evaluation: same losses and accuracies as without Liger."""
     runs = []
     for kernels in (False, True):
         model = tiny_run.model()

@@ -99,7 +99,7 @@ def test_writes_what_the_library_wrote(tmp_path: Path, name: str, safetensors: b
 
 
 def test_any_dimension_survives(tmp_path: Path) -> None:
-    """The dimension stands in the files only as a factor, whose division rounds."""
+    """The files have the dimension only as a factor, whose division rounds."""
     model = ak.LlamaAdapter(llama(), ak.AdapterConfig(layers=[0]))
     for dim in (*range(1, 40), 511, 512):
         model.add_adapter("a", ak.AdapterConfig(adapter_dim=dim, layers=[1], init="xavier"))
@@ -134,9 +134,9 @@ def test_any_dimension_survives(tmp_path: Path) -> None:
         ("output_adapter", "no", "output_adapter: expected True or False, got 'no'"),
         ("non_linearity", "gelu_new", "non_linearity: expected one of silu, swish, gelu, .* got 'gelu_new'"),
         ("non_linearity", None, "non_linearity: expected one of .* got None"),
-        ("reduction_factor", 0, "reduction_factor: expected a number above 0 for each layer, got 0"),
-        ("reduction_factor", 1e-300, "reduction_factor: expected a number above 0"),
-        ("reduction_factor", {"0": 2}, "reduction_factor: expected a number above 0 for each layer"),
+        ("reduction_factor", 0, "reduction_factor: expected a number > 0 for each layer, got 0"),
+        ("reduction_factor", 1e-300, "reduction_factor: expected a number > 0"),
+        ("reduction_factor", {"0": 2}, "reduction_factor: expected a number > 0 for each layer"),
         ("reduction_factor", {"0": 2, "default": 5}, r"reduction_factor: expected one dimension .* got \[2, 5\]"),
         ("reduction_factor", 0.01, "adapter_dim: expected an integer from 1 to 512, got 999"),
         ("leave_out", [0, 1, 2], r"leave_out: expected to keep one of 3 layers, got \[0, 1, 2\]"),
@@ -154,12 +154,12 @@ def test_another_operator_is_refused_by_field(tmp_path: Path, field: str, value:
     ("changes", "problem"),
     [
         ({"hidden_size": 12}, "hidden_size: expected the backbone's 10, got 12"),
-        ({"name": None}, "name: expected a text without dots, got None"),
+        ({"name": None}, "name: expected a string without dots, got None"),
         ({"config": "seq_bn"}, "config: expected an object of fields, got 'seq_bn'"),
         ({"config": {"ln_before": True}}, "original_ln_before: expected a value, got none"),
     ],
 )
-def test_what_stands_beside_the_fields(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+def test_fields_outside_config_are_checked_too(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
     path = copied(tmp_path)
     saved = json.loads((path / CONFIG_NAME).read_text())
     (path / CONFIG_NAME).write_text(json.dumps(saved | changes))
@@ -193,7 +193,7 @@ PREFIX = "model.layers.0.output_adapters.adapters.layer."
         ({PREFIX + "gate.weight": torch.ones(1)}, "layer 0: gate.weight: expected no such tensor"),
         ({"shared_parameters.layer.x": torch.ones(1)}, "expected only keys of output_adapters.adapters.layer"),
         ({PREFIX.replace("0", "3") + "adapter_up.bias": torch.ones(10)}, "layer 3: expected adapters of layers"),
-        ({PREFIX + "adapter_up.bias": "text"}, "expected tensors by their names"),
+        ({PREFIX + "adapter_up.bias": "text"}, "expected a mapping from names to tensors"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -236,6 +236,8 @@ def test_one_library_s_file_is_not_written_over_the_other_s(tmp_path: Path) -> N
         (model.save_pretrained, "theirs", "adapterkern"),
         (model.save_pretrained, "peft", "adapterkern"),
     ):
-        with pytest.raises(ValueError, match=f"{CONFIG_NAME}: expected {owner}'s or none, got one with the fields"):
+        with pytest.raises(
+            ValueError, match=f"{CONFIG_NAME}: expected {owner}'s file or none, got one with the fields"
+        ):
             save(tmp_path / folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before

@@ -1,4 +1,4 @@
-"""Backbones that come with hooks, compiled or checkpointed layers, experts, or more than layers: right, or refused."""
+"""Backbones with hooks, compiled or checkpointed layers, experts, or decoders that cannot be cut: right, or refused."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def test_a_forward_on_the_instance_is_refused_and_nothing_is_changed() -> None:
     assert torch.equal(logits(adapted(llama)), logits(adapted()))
 
 
-def test_two_parts_of_a_decoder_with_a_hook_are_the_whole() -> None:
+def test_a_decoder_with_a_hook_can_be_run_in_two_calls() -> None:
     llama = tiny()
     accelerate.dispatch_model(llama, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     assert "_old_forward" in vars(llama.model)
@@ -83,7 +83,7 @@ def test_a_decoder_that_cannot_be_cut_is_trained_without_the_cache(family: str) 
     def model() -> ak.LlamaAdapter:
         return adapted(tiny(family, **({"embedding_multiplier": 12.0} if family == "Granite" else {})))
 
-    with pytest.raises(ValueError, match=f"two parts, but {family}Model does more than run its layers"):
+    with pytest.raises(ValueError, match=f"two calls, but {family}Model does more than run its layers"):
         model().run_prefix(IDS)
     rows, losses = tiny_run.rows(8), []
     for cache in (False, None):
@@ -133,7 +133,7 @@ def test_checkpointing_that_was_on_already_recomputes_the_forward_s_adapter(when
         torch.testing.assert_close(got, expected)
 
 
-def test_recomputing_leaves_what_single_adapters_were_told() -> None:
+def test_recomputing_keeps_the_flags_of_single_adapters() -> None:
     model = adapted().train()
     model.gradient_checkpointing_enable()
     site: Any = model.adapters["default"]
@@ -173,7 +173,7 @@ def test_loss_and_generation_settings_are_the_backbone_s() -> None:
 
 
 def test_a_state_dict_of_other_names_does_not_replace_an_adapter(tmp_path: Path) -> None:
-    """DistributedDataParallel's names begin with "module."."""
+    """DistributedDataParallel's names have the prefix "module."."""
     model = adapted()
     model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,4 +1,4 @@
-"""The model card, and the upload: what is said, what the hub's own reader makes of it, which files go up."""
+"""The model card and the upload: what the card says, that the hub's own reader parses it, which files are uploaded."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_an_adapter_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     model = tiny_run.model()
-    model.config.name_or_path = str(tmp_path)  # a folder on this machine is no model that others could load
+    model.config.name_or_path = str(tmp_path)  # a local folder is not a model that others can load
     config = tiny_run.quiet(output_dir=tmp_path / "run", checkpoint_every=4)
     result = train(model, ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS)
     assert result.metrics is not None
@@ -70,7 +70,7 @@ def test_what_somebody_wrote_stays(tmp_path: Path) -> None:
 
 
 def test_names_cannot_break_the_card(tmp_path: Path) -> None:
-    """Labels and file names come from data: YAML and Markdown must hold them."""
+    """Labels and file names come from data and must not break YAML or Markdown."""
     model = tiny_run.model()
     rows = [row | {"label": f"{row['label']}|\n---\n# <b>"} for row in ROWS]
     config = tiny_run.quiet(output_dir=tmp_path, max_steps=1)
@@ -81,7 +81,7 @@ def test_names_cannot_break_the_card(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands for HfApi: keeps what was asked of it."""
+    """A stand-in for HfApi that records its calls."""
 
     def __init__(self, calls: list[dict[str, Any]], token: Any) -> None:
         self.calls, self.token = calls, token

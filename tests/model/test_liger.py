@@ -1,4 +1,4 @@
-"""``liger=True`` where its kernels do not run: what it changes, gives back, and refuses. See interpreted_liger.py."""
+"""``liger=True`` where its kernels do not run: what it changes, restores and refuses. See also interpreted_liger.py."""
 
 import importlib.util
 import logging

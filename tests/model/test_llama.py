@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 
 import adapterkern as ak
+from adapterkern.model.decoder import first_layers, keep_layers
 from adapterkern.model.files.card import CARD_NAME
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
 from tests.support.tiny_llama import IDS, LEFT_PADDED, adapted, draw, grads, logits, tiny
@@ -226,6 +227,24 @@ def test_sliding_window_layers_keep_their_kind_when_cut() -> None:
         assert torch.equal(model.run_suffix(model.run_prefix(IDS)), expected)
 
 
+def test_every_way_to_cut_keeps_the_layers_and_their_kinds() -> None:
+    """In place, and as a student; both against a model that was built with two layers."""
+    types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    fields = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+    small = tiny("Qwen2", num_hidden_layers=2, layer_types=types[:2], **fields)
+    llama = tiny("Qwen2", layer_types=types, **fields)
+    small.load_state_dict(llama.state_dict(), strict=False)
+    before = logits(llama)
+    student = first_layers(llama, 2)
+    assert torch.equal(logits(student), logits(small))
+    assert torch.equal(logits(llama), before)
+    keep_layers(llama.model, 0, 2)
+    assert torch.equal(logits(llama), logits(small))
+    for cut in (student, llama):
+        assert len(cut.model.layers) == cut.config.num_hidden_layers == cut.model.config.num_hidden_layers == 2
+        assert cut.config.layer_types == types[:2]
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     model = adapted(depth=2, position="attention", activation="gelu")
     model.save_pretrained(tmp_path)
@@ -294,7 +313,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_refuses_what_is_not_a_llama() -> None:
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
-    with pytest.raises(TypeError, match=r"llama: expected a transformers decoder of LLaMA's shape .* GPT2LMHeadModel"):
+    with pytest.raises(TypeError, match=r"llama: expected a transformers decoder of LLaMA's .* GPT2LMHeadModel"):
         ak.LlamaAdapter(gpt2)
     llama = tiny()
     ak.LlamaAdapter(llama)

@@ -1,4 +1,4 @@
-"""Low-rank adapters and stacks: what they compute through the operator, and begin as. test_kernels.py interprets it."""
+"""Low-rank adapters and stacks: what they compute with the operator, and their initialization. See test_kernels.py."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_svd_init_is_the_best_map_to_fp32_s_rounding(d: int, data: st.DataObject
 
 
 def test_svd_init_where_singular_values_lie_close() -> None:
-    """fp32's own SVD gives 7e-6 here: its vectors turn within nearly equal singular values."""
+    """An fp32 SVD has an error of 7e-6 here: its vectors of nearly equal singular values are inaccurate."""
     matrix = torch.randn(300, 300)
     adapter = ak.Adapter(300, 40)
     adapter.reset_parameters("svd", matrix)
@@ -50,7 +50,7 @@ def test_svd_init_where_singular_values_lie_close() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.usefixtures("_operator")
-def test_a_low_rank_adapter_adds_its_map_of_the_normalised_input(dtype: torch.dtype) -> None:
+def test_a_low_rank_adapter_adds_its_map_of_the_normalized_input(dtype: torch.dtype) -> None:
     matrix = torch.randn(48, 48) / 7
     adapter = ak.Adapter(48, 6, activation="identity")
     adapter.reset_parameters("svd", matrix)
@@ -124,10 +124,10 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     d = model.config.hidden_size
     before = [p.clone() for p in model.adapter_parameters()]
     for weights, message in (
-        ({1: torch.eye(d), 0: torch.eye(d)}, r"weights: expected layers out of \[1, 2\], got 0"),
+        ({1: torch.eye(d), 0: torch.eye(d)}, r"weights: expected layers among \[1, 2\], got 0"),
         (
             {1: torch.eye(d), 2: torch.full((d, d), torch.nan)},
-            "weights: expected finite numbers, got others for layer 2",
+            "weights: expected finite numbers, got inf or nan for layer 2",
         ),
         ({1: torch.ones(d, 2)}, rf"weights: expected 1 of shape \({d}, {d}\) for layer 1, got \[\({d}, 2\)\]"),
         ({1: torch.ones(2, d, d)}, "for layer 1, got"),
@@ -137,7 +137,7 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     with pytest.raises(ValueError, match="name: expected one of default, got 'other'"):
         init_from_weights(model, {}, "other")
     assert all(torch.equal(a, b) for a, b in zip(before, model.adapter_parameters(), strict=True))
-    with model.disable_adapter():  # it is the active one all the same
+    with model.disable_adapter():  # it is still the default
         init_from_weights(model, {1: torch.eye(d), 2: torch.eye(d)})
     assert not any(torch.equal(a, b) for a, b in zip(before, model.adapter_parameters(), strict=True) if a.dim() == 2)
 

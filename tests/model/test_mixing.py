@@ -1,4 +1,4 @@
-"""Batches that mix adapters: each sequence gets what its adapter gives alone, forward, backward and in generate."""
+"""Batches that mix adapters: each sequence gets what its adapter alone gives, in forward, backward and generate."""
 
 import copy
 import re
@@ -37,7 +37,7 @@ def named(index: list[int]) -> list[str | None]:
 
 
 def gradients(model: ak.LlamaAdapter, logits: Tensor) -> dict[str, Tensor]:
-    """Of a loss that weighs every logit differently."""
+    """Gradients of a loss with another weight for every logit."""
     model.zero_grad()
     direction = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(5))
     (logits * direction).sum().backward()
@@ -85,7 +85,7 @@ def test_adapters_of_no_sequence_get_zeros_and_others_nothing() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_weighted_choices_against_the_layers_by_hand(fused: bool) -> None:
-    """Two choices a sequence, weights with a gradient: the streams between the layers, written out."""
+    """Two choices per sequence, weights with a gradient: the residual streams between the layers, written out."""
     configs = {name: {"adapter_dim": r, "layers": [1, 3]} for name, r in (("a", 4), ("b", 4), ("c", 6))}
     model = mixed(configs=configs, fused=fused)
     index = torch.tensor([[0, 2], [1, -1], [2, 2]])
@@ -132,12 +132,12 @@ def test_bf16_autocast_as_alone(fused: bool) -> None:
     expected = alone(model, run, ["a", None, "d"])
     with model.mixing(NAMES, torch.tensor([0, -1, 3])):
         got = run()
-    assert ((got - expected).norm() / expected.norm()).item() < 0.02  # bf16 has 8 bits; other batches round otherwise
+    assert ((got - expected).norm() / expected.norm()).item() < 0.02  # bf16 has 8 bits; rounding depends on the batch
     assert all(g.isfinite().all() for g in gradients(model, got).values())
 
 
 def test_a_mixture_trains_after_inference() -> None:
-    """What it makes under inference_mode, autograd would refuse to save."""
+    """Autograd cannot save tensors that were made under inference_mode."""
     model = mixed()
     with model.mixing(NAMES, torch.tensor([0, -1, 3])):
         with torch.inference_mode():
@@ -184,7 +184,7 @@ def test_generate_with_cache_and_beams_as_alone() -> None:
         assert torch.equal(got, expected)
         with model.mixing(["c", "a"], torch.tensor([1, -1, 0])):
             assert torch.equal(model.generate(input_ids=IDS, attention_mask=mask, **kwargs, **more), expected)
-    assert not torch.equal(run(slice(1, 2)), expected[2:4])  # the active adapter makes another text
+    assert not torch.equal(run(slice(1, 2)), expected[2:4])  # the active adapter generates other tokens
 
 
 def test_generate_sees_new_weights_in_its_next_call() -> None:
@@ -264,6 +264,6 @@ def test_refuses_a_batch_of_another_size() -> None:
     with pytest.raises(ValueError, match="index: expected one entry for each of 3 prompts, got 2"):
         MODEL.generate(IDS, adapter_names=two, max_new_tokens=1)
     with pytest.raises(ValueError, match="index: expected one entry for each of 4 prompts, got 2"):
-        MODEL.generate(IDS[:1].expand(4, -1), adapter_names=two, max_new_tokens=1)  # a multiple is no beam
+        MODEL.generate(IDS[:1].expand(4, -1), adapter_names=two, max_new_tokens=1)  # a multiple does not count as beams
     with pytest.raises(ValueError, match=r"names: expected some of default, a, b, c, d, got 'z'"):
         MODEL(IDS, adapter_names=["a", "z", "a"])

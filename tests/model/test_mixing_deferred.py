@@ -1,4 +1,4 @@
-"""Batches whose adapters are chosen from the residual stream: asked once, below the first adapter, and kept."""
+"""Batches whose adapters are chosen from the residual stream: decided once, below the first adapter, and kept."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from tests.support.tiny_llama import IDS, LEFT_PADDED, NAMES, mixed
 
 MODEL = mixed()
 
-MIXED = ["a", "b", "d"]  # the first stands after layer 1
+MIXED = ["a", "b", "d"]  # the first is after layer 1
 
 
 class Chooser:
-    """Chooses by number, with weights that a parameter scales; keeps what it was shown."""
+    """Returns a fixed index, and weights that depend on a parameter; records its inputs."""
 
     def __init__(self, index: list[int]) -> None:
         self.index = torch.tensor(index)

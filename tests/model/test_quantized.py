@@ -1,4 +1,4 @@
-"""Adapters on quantised backbones: they keep fp32, the backbone its bytes, and the residual stream its dtype."""
+"""Adapters on quantized backbones: adapters keep fp32, the backbone its bytes, the residual stream its dtype."""
 
 from pathlib import Path
 from typing import Any
@@ -47,19 +47,19 @@ def weight_only(saved: Path, dtype: torch.dtype) -> Any:
 
 
 def values(module: torch.nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The weights (out, in) that a layer stands for."""
+    """The weights (out, in) that a layer represents."""
     if type(module) is torch.nn.Linear:
         return module.weight if type(module.weight) is torch.nn.Parameter else module.weight.dequantize()
     return module(torch.eye(module.in_features, dtype=dtype)).T
 
 
 def raw(weight: Any) -> Tensor:
-    """What a weight holds, in bytes or, of a torchao tensor, in what they mean."""
+    """A weight's bytes; for a torchao tensor its dequantized values."""
     return weight.data if hasattr(weight, "quant_state") or hasattr(weight, "SCB") else weight.dequantize()
 
 
 def plain(llama: Any, saved: Path, dtype: torch.dtype) -> Any:
-    """The same backbone with ordinary weights of the same values."""
+    """The same backbone with ordinary weights that have the same values."""
     copy = LlamaForCausalLM.from_pretrained(saved, dtype=dtype)
     with torch.no_grad():
         for name, module in copy.named_modules():
@@ -81,7 +81,7 @@ def grads(model: ak.LlamaAdapter) -> list[Tensor]:
     return [p.grad.clone() for p in model.adapter_parameters()]  # type: ignore[union-attr]
 
 
-# The bound is on ‖difference‖/‖gradient‖ against the dequantised weights: int8 quantises what comes in as well, and
+# The bound is on ‖difference‖/‖gradient‖ against the dequantized weights: int8 also quantizes its input, and
 # bf16 rounds.
 CASES = [
     (nf4, torch.float32, 1e-5),
@@ -92,9 +92,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("quantise", "dtype", "tolerance"), CASES)
-def test_learns_on_a_quantised_backbone(saved: Path, quantise: Any, dtype: torch.dtype, tolerance: float) -> None:
-    llama = quantise(saved, dtype)
+@pytest.mark.parametrize(("quantize", "dtype", "tolerance"), CASES)
+def test_learns_on_a_quantized_backbone(saved: Path, quantize: Any, dtype: torch.dtype, tolerance: float) -> None:
+    llama = quantize(saved, dtype)
     weight = llama.model.layers[0].mlp.up_proj.weight
     before = raw(weight).clone()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_learns_on_a_quantised_backbone(saved: Path, quantise: Any, dtype: torch
 
 
 def test_trainer_takes_it_and_its_adapter_fits_the_full_backbone(saved: Path, tmp_path: Path) -> None:
-    """Trainer refuses a quantised model that nothing has been added to."""
+    """Trainer refuses a quantized model without added parameters."""
     model = adapted(nf4(saved, torch.float32))
     rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
     how = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True}

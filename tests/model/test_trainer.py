@@ -1,4 +1,4 @@
-"""LlamaAdapter in transformers' Trainer and TRL's SFTTrainer, as it is: what is saved, resumed, smoothed and scored."""
+"""LlamaAdapter in transformers' Trainer and TRL's SFTTrainer: training, checkpoints, label smoothing, evaluation."""
 
 import math
 import re
@@ -44,7 +44,7 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(tmp_path: Path
 
 
 def test_the_best_adapter_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The loss falls, and the highest is said to be the best: so it is not the last."""
+    """The loss falls and the highest counts as the best, so the best adapter is not the last one."""
     model = adapted()
     run = trainer(
         tmp_path,

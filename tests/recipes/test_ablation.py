@@ -14,7 +14,7 @@ import torch
 
 from adapterkern import cli
 from adapterkern.cli import ablate
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.recipes.ablation import report, runs, stability
 from adapterkern.recipes.ablation.presets import PRESETS
 from adapterkern.recipes.ablation.runs import Findings, run_study
@@ -147,7 +147,7 @@ def test_refuses_several_values_of_a_setting() -> None:
 @pytest.mark.parametrize(
     ("vary", "message"),
     [
-        ({"depth": ("two",)}, "depth: expected an integer, got 'two'"),
+        ({"depth": ("two",)}, "depth: expected an integer >= 1, got 'two'"),
         ({"lr": ("fast",)}, "lr: expected float, got 'fast'"),
         ({"activation": ("selu",)}, "activation: expected one of silu, .*, got 'selu'"),
         ({"layers": ((4,),)}, "layers: expected numbers from -4 to 3, got 4"),

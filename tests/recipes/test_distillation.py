@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
 from adapterkern.recipes.distillation.keeping import KeptText
@@ -170,7 +170,7 @@ def test_the_first_layers_share_the_parameters_and_not_the_adapters() -> None:
     with student.disable_adapter():
         expected = whole.lm_head(whole.model.norm(whole(input_ids=ids, output_hidden_states=True).hidden_states[2]))
         torch.testing.assert_close(student(input_ids=ids).logits, expected)
-    with pytest.raises(ValueError, match="num_layers: expected 1 to 4, got 5"):
+    with pytest.raises(ValueError, match="num_layers: expected an integer from 1 to 4, got 5"):
         first_layers(whole, 5)
 
 

@@ -62,7 +62,7 @@ def test_head_alone_runs_the_backbone_once(monkeypatch: pytest.MonkeyPatch) -> N
     config = tiny_run.quiet(train_adapters=False, prefix_cache=True, epochs=3)
     result = train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS)
     assert result.prefix_layers == 4
-    assert sum(texts) == 4 * (len(ROWS) + len(EVAL_ROWS) + 2)  # 2: whether the decoder can be run in two parts
+    assert sum(texts) == 4 * (len(ROWS) + len(EVAL_ROWS) + 2)  # 2: whether the decoder can be run in two calls
 
 
 def test_a_second_run_computes_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""What a saved adapter is on disk: our folder, its model card, AdapterHub's format."""
+"""A saved adapter on disk: our folder (folder.py), its model card (card.py), AdapterHub's format (adapterhub.py)."""

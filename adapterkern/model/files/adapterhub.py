@@ -1,15 +1,17 @@
-"""Adapters in the files of AdapterHub's library ``adapters`` (1.3.0), both ways.
+"""Read and write adapters in the file format of AdapterHub's library ``adapters`` (1.3.0).
 
 Its sequential bottleneck with ``ln_before=True`` is the operator of this package: on LLaMA it adds
 up(act(down(norm(x)))) to the residual stream, after the feed-forward network (``output_adapter``) or between attention
-and it (``mh_adapter``). A folder of it holds
+and the feed-forward network (``mh_adapter``). Its folder has
 
     adapter_config.json      name, hidden_size, model and ``config``, the 33 fields of a BnConfig
-    pytorch_adapter.bin      or adapter.safetensors; keys model.layers.{i}.{site}.adapters.{name}.{part}, where
-                             adapter_norm_before and adapter_down.0 are one LayerNorm under two names
+    pytorch_adapter.bin      or adapter.safetensors; keys model.layers.{i}.{site}.adapters.{name}.{module}, where
+                             adapter_norm_before and adapter_down.0 are two names of one LayerNorm
 
-and may hold a prediction head, which is neither read nor written here. A ``.bin`` file is a pickle: it is read by
-torch's weights-only reader, which builds tensors and calls nothing.
+and possibly a prediction head, which is neither read nor written here. A ``.bin`` file is a pickle; it is read by
+torch's weights-only reader, which builds tensors and calls no other code.
+
+The two files are not a pair of :func:`~adapterkern.files.write_pair`: the format has no field for a hash.
 """
 
 import io
@@ -28,23 +30,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapterkern import checks
 from adapterkern.files import check_owner, read_json, replacing, write_json
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.files.card import base_name
 
 CONFIG_NAME = "adapter_config.json"
 BIN_NAME = "pytorch_adapter.bin"
 SAFETENSORS_NAME = "adapter.safetensors"
-VERSION = "adapters.1.3.0"  # the library's version whose files these are
+VERSION = "adapters.1.3.0"  # the version of the library that has this format
 
 _SITES = {"layer": "output_adapters", "attention": "attention_adapters"}
-_PARTS = {"norm": "adapter_norm_before", "down": "adapter_down.1", "up": "adapter_up"}
+_MODULES = {"norm": "adapter_norm_before", "down": "adapter_down.1", "up": "adapter_up"}
 _ALIAS = "adapter_down.0"
 _KEY = re.compile(r"(?:model\.)?layers\.(\d+)\.(output_adapters|attention_adapters)\.adapters\.([^.]+)\.(.+)")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "tanh": "tanh", "linear": "identity"}
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without a version
 
-# A BnConfig that is our operator has these values; with them the next ones change nothing but the drawing of weights.
+# A BnConfig that is our operator has these values. The fields in _WITHOUT_EFFECT then only affect initialization.
 _FIXED: dict[str, Any] = {
     "ln_before": True,
     "ln_after": False,
@@ -84,7 +87,7 @@ _READ = (
     "reduction_factor",
     "leave_out",
 )
-# What torch's reader raises over bytes that are no weights.
+# What torch's reader raises for bytes that are not a file of weights.
 _UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -103,16 +106,18 @@ _UNREADABLE = (
 def read_adapterhub(
     directory: str | os.PathLike[str], hidden_size: int, num_layers: int
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """An adapter that ``adapters`` saved: its configuration, and its fp32 tensors by our names, ``{i}.0.norm.weight``.
+    """An adapter that ``adapters`` saved: its configuration, and its fp32 tensors by our names (``{i}.0.norm.weight``).
 
-    ``adapter.safetensors`` is read where it is there, else ``pytorch_adapter.bin``.
+    ``adapter.safetensors`` is read if it exists, otherwise ``pytorch_adapter.bin``.
 
     Args:
+        directory: the folder.
         hidden_size, num_layers: the backbone's.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or is not our operator on such a backbone; the message names file and field.
+        ValueError: a file is damaged, or the adapter is not our operator or not for such a backbone; the message names
+            file and field.
     """
     directory = Path(directory)
     path = directory / CONFIG_NAME
@@ -128,9 +133,7 @@ def read_adapterhub(
 
 
 def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tuple[str, AdapterConfig]:
-    name, fields = saved.get("name"), saved.get("config")
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name: expected a text without dots, got {name!r}")
+    name, fields = _check_name(saved.get("name")), saved.get("config")
     if saved.get("hidden_size") != hidden_size:
         raise ValueError(f"hidden_size: expected the backbone's {hidden_size}, got {saved.get('hidden_size')!r}")
     if not isinstance(fields, dict):
@@ -139,7 +142,7 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
         raise ValueError(f"architecture: expected a bottleneck adapter's None, got {fields['architecture']!r}")
     if unknown := sorted(fields.keys() - {"architecture", *_FIXED, *_WITHOUT_EFFECT, *_READ}):
         raise ValueError(f"{unknown[0]}: expected no such field, got {fields[unknown[0]]!r}")
-    # Its own reader lets a field be absent where the class has a default: not these.
+    # Its own reader allows a field to be missing if the class has a default; these have none.
     for field in ("ln_before", "original_ln_before", *_READ[:-1]):
         if field not in fields:
             raise ValueError(f"{field}: expected a value, got none")
@@ -147,13 +150,11 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
         got = fields.get(field, expected)
         if got != expected or isinstance(got, bool) != isinstance(expected, bool):
             raise ValueError(f"{field}: expected {expected!r}, which is this operator, got {got!r}")
-    # x itself is added once: around the adapter, or by the layer and not around the adapter.
-    if not isinstance(fields["original_ln_after"], bool):
-        raise ValueError(f"original_ln_after: expected True or False, got {fields['original_ln_after']!r}")
-    if fields["residual_before_ln"] is not fields["original_ln_after"]:
+    # x must be added exactly once: around the adapter, or by the layer and not around the adapter.
+    around = checks.flag("original_ln_after", fields["original_ln_after"])
+    if fields["residual_before_ln"] is not around:
         raise ValueError(
-            f"residual_before_ln: expected {fields['original_ln_after']} as original_ln_after, "
-            f"got {fields['residual_before_ln']!r}"
+            f"residual_before_ln: expected {around} as original_ln_after, got {fields['residual_before_ln']!r}"
         )
     config = AdapterConfig(
         adapter_dim=_adapter_dim(fields["reduction_factor"], hidden_size, layers := _layers(fields, num_layers)),
@@ -162,6 +163,12 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
         activation=_activation(fields["non_linearity"], "version" in saved),
     )
     return name, config
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name: expected a string without dots, got {name!r}")
+    return name
 
 
 def _layers(fields: dict[str, Any], num_layers: int) -> list[int]:
@@ -175,10 +182,7 @@ def _layers(fields: dict[str, Any], num_layers: int) -> list[int]:
 
 
 def _position(fields: dict[str, Any]) -> Any:
-    attention, layer = fields["mh_adapter"], fields["output_adapter"]
-    for field in ("mh_adapter", "output_adapter"):
-        if not isinstance(fields[field], bool):
-            raise ValueError(f"{field}: expected True or False, got {fields[field]!r}")
+    attention, layer = (checks.flag(field, fields[field]) for field in ("mh_adapter", "output_adapter"))
     if attention == layer:
         raise ValueError(f"mh_adapter: expected one of mh_adapter and output_adapter, got both {attention}")
     return "attention" if attention else "layer"
@@ -198,12 +202,12 @@ def _adapter_dim(factor: Any, hidden_size: int, layers: list[int]) -> int:
     if isinstance(factor, dict):
         factors = {layer: factor.get(str(layer), factor.get("default")) for layer in layers}
     for value in factors.values():
-        # At most 2**20: below 1 the projection goes up, and a tiny factor asks for any amount of memory.
+        # A factor below 1 enlarges the dimension, up to 2**20 times here: a tiny one would need any amount of memory.
         if isinstance(value, bool) or not isinstance(value, int | float) or not 2**-20 <= value < math.inf:
-            raise ValueError(f"reduction_factor: expected a number above 0 for each layer, got {factor!r}")
+            raise ValueError(f"reduction_factor: expected a number > 0 for each layer, got {factor!r}")
     dims = {max(1, int(hidden_size // value)) for value in factors.values()}
     if len(dims) > 1:
-        raise ValueError(f"reduction_factor: expected one dimension for all layers, got {sorted(dims)} by {factor!r}")
+        raise ValueError(f"reduction_factor: expected one dimension for all layers, got {sorted(dims)} from {factor!r}")
     return dims.pop()
 
 
@@ -218,9 +222,9 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
         try:
             saved = torch.load(content, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
-            raise ValueError(f"{path}: not a file of tensors alone: {error}") from error
+            raise ValueError(f"{path}: not a file of tensors: {error}") from error
     if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
-        raise ValueError(f"{path}: expected tensors by their names, got {type(saved).__name__}")
+        raise ValueError(f"{path}: expected a mapping from names to tensors, got {type(saved).__name__}")
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in saved.items():
         match = _KEY.fullmatch(str(key))
@@ -232,28 +236,28 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
         raise ValueError(f"{path}: layer {odd[0]}: expected adapters of layers {layers}, got {sorted(sites)}")
     found = {}
     for layer in layers:
-        parts = sites[layer]
-        for ours, theirs in _PARTS.items():
+        tensors = sites[layer]
+        for ours, theirs in _MODULES.items():
             for kind in ("weight", "bias"):
                 where = f"{path}: layer {layer}: {theirs}.{kind}"
                 shape = _shape(ours, kind, hidden_size, config.adapter_dim)
-                alias = parts.pop(f"{_ALIAS}.{kind}", None) if ours == "norm" else None
-                tensor = parts.pop(f"{theirs}.{kind}", alias)
+                alias = tensors.pop(f"{_ALIAS}.{kind}", None) if ours == "norm" else None
+                tensor = tensors.pop(f"{theirs}.{kind}", alias)
                 if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
                     got = "none" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
                     raise ValueError(f"{where}: expected {shape} of floating point, got {got}")
                 if alias is not None and not torch.equal(alias, tensor):
                     raise ValueError(f"{where}: expected the same as {_ALIAS}.{kind}, got other values")
                 found[f"{layer}.0.{ours}.{kind}"] = tensor.to(torch.float32).contiguous()
-        if parts:
-            raise ValueError(f"{path}: layer {layer}: {min(parts)}: expected no such tensor")
+        if tensors:
+            raise ValueError(f"{path}: layer {layer}: {min(tensors)}: expected no such tensor")
     return found
 
 
-def _shape(part: str, kind: str, hidden_size: int, adapter_dim: int) -> tuple[int, ...]:
-    if kind == "weight" and part != "norm":
-        return (adapter_dim, hidden_size) if part == "down" else (hidden_size, adapter_dim)
-    return (adapter_dim,) if part == "down" else (hidden_size,)
+def _shape(module: str, kind: str, hidden_size: int, adapter_dim: int) -> tuple[int, ...]:
+    if kind == "weight" and module != "norm":
+        return (adapter_dim, hidden_size) if module == "down" else (hidden_size, adapter_dim)
+    return (adapter_dim,) if module == "down" else (hidden_size,)
 
 
 def write_adapterhub(
@@ -268,23 +272,25 @@ def write_adapterhub(
     """Write an adapter so that ``adapters`` loads it as ``name``, each file atomically.
 
     Args:
-        config: resolved, its layers named.
-        tensors: by our names, as :func:`read_adapterhub` gives them.
-        llama: the backbone, for what the file says of it.
-        safetensors: write ``adapter.safetensors`` and not ``pytorch_adapter.bin``, which is what ``adapters`` reads
-            unless told otherwise. An earlier file of the other kind is removed.
+        directory: created if it does not exist.
+        name: non-empty, without dots.
+        config: resolved, with explicit layers.
+        tensors: by our names, as :func:`read_adapterhub` returns them.
+        llama: the backbone; the file describes it.
+        safetensors: write ``adapter.safetensors`` instead of ``pytorch_adapter.bin``, which ``adapters`` reads by
+            default. An existing file of the other kind is removed.
 
     Raises:
-        ValueError: a field of ``config`` has a value that ``adapters`` does not know, ``name`` has a dot, or the folder
-            holds another library's adapter.
+        OSError: a file cannot be written.
+        ValueError: a field of ``config`` has a value that ``adapters`` does not support, ``name`` is not valid, or the
+            folder holds another library's adapter.
     """
     directory = Path(directory)
     check_owner(directory / CONFIG_NAME, "AdapterHub", lambda saved: isinstance(saved.get("config"), dict))
-    if not name or "." in name:
-        raise ValueError(f"name: expected a text without dots, got {name!r}")
+    _check_name(name)
     for field, expected in (("depth", 1), ("eps", 1e-5)):
         if getattr(config, field) != expected:
-            raise ValueError(f"{field}: expected {expected}, all that adapters knows, got {getattr(config, field)}")
+            raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
     hidden_size, num_layers = llama.config.hidden_size, len(llama.model.layers)
     fields = {
         "original_ln_after": True,
@@ -306,17 +312,17 @@ def write_adapterhub(
     }
     saved = {}
     for layer in config.layers or ():
-        for ours, theirs in (*_PARTS.items(), ("norm", _ALIAS)):
+        for ours, theirs in (*_MODULES.items(), ("norm", _ALIAS)):
             for kind in ("weight", "bias"):
                 key = f"model.layers.{layer}.{_SITES[config.position]}.adapters.{name}.{theirs}.{kind}"
-                # a copy each: safetensors refuses tensors that share memory
+                # copies: safetensors refuses tensors that share memory
                 saved[key] = tensors[f"{layer}.0.{ours}.{kind}"].detach().to("cpu", copy=True).contiguous()
     kept, other = (SAFETENSORS_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFETENSORS_NAME)
     with replacing(directory / kept) as temporary:
         if safetensors:
             save_file(saved, temporary, metadata={"format": "pt"})
         else:
-            content = io.BytesIO()  # torch's own writer says of a full disk "unexpected pos"
+            content = io.BytesIO()  # torch.save to a full disk raises "unexpected pos", without the file's name
             torch.save(saved, content)
             temporary.write_bytes(content.getbuffer())
     write_json(directory / CONFIG_NAME, described)
@@ -324,7 +330,7 @@ def write_adapterhub(
 
 
 def _reduction_factor(hidden_size: int, adapter_dim: int) -> float:
-    """The factor by which ``adapters`` comes to this dimension: ``int(hidden_size // factor)``."""
+    """The factor from which ``adapters`` computes this dimension, as ``int(hidden_size // factor)``."""
     factor = hidden_size / adapter_dim
-    # 10 // (10 / 3) is 2.0: where the quotient was rounded up, half a dimension more is on the safe side.
+    # 10 // (10 / 3) is 2.0: if the quotient was rounded up, divide by half a dimension more.
     return factor if hidden_size // factor == adapter_dim else hidden_size / (adapter_dim + 0.5)

@@ -1,7 +1,7 @@
 """The model card of a saved adapter, ``README.md``, and the upload of a folder to the Hugging Face hub.
 
-The card says what a reader of the folder needs: which base model, what the adapter is, what it was trained on and how
-well it did, with which versions, and how to load it. Its front matter is YAML as the hub reads it.
+The card describes the base model, the adapter, its training data and metrics, and the versions used, and shows how to
+load the adapter. Its front matter is the YAML that the hub reads.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from adapterkern import __version__
 from adapterkern.files import replacing, write_text
-from adapterkern.model.adapter import AdapterConfig, adapter_num_params
+from adapterkern.model.config import AdapterConfig, adapter_num_params
 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by adapterkern, and written anew when it saves here again: remove this line to keep changes. -->"
@@ -29,10 +29,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a card says of a training."""
+    """What a card says about a training run."""
 
-    task: str  # "classification", "causal-lm", or the name of another kind of training
-    data: str  # where the rows came from
+    task: str  # "classification", "causal-lm", or another kind of training
+    data: str  # the source of the rows
     examples: int
     steps: int
     settings: Mapping[str, Any]
@@ -46,9 +46,16 @@ class Training:
 def write_card(
     directory: str | os.PathLike[str], llama: Any, config: AdapterConfig | None, training: Training | None = None
 ) -> None:
-    """Write ``README.md``, atomically; a card that somebody else wrote there or has changed is left alone.
+    """Write ``README.md``, atomically. A card without :data:`MARK`, which somebody wrote or edited, is kept.
 
-    ``config`` is the saved adapter's, resolved; None for a head alone. ``llama`` is the backbone.
+    Args:
+        directory: the folder of the saved adapter or head.
+        llama: the backbone.
+        config: the saved adapter's, resolved; None if only a head is saved.
+        training: what to say about its training; None leaves those sections out.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     path = Path(directory) / CARD_NAME
     if path.exists() and MARK.encode() not in path.read_bytes():
@@ -71,13 +78,13 @@ def write_card(
 
 
 def hub_name(llama: Any) -> str | None:
-    """What the hub calls the backbone; None for one from a folder."""
+    """The backbone's name on the hub; None if it was loaded from a folder."""
     name = llama.config.name_or_path
     return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
 
 
 def base_name(llama: Any) -> str:
-    """That, or the last part of the folder's path, which is nobody's affair as a whole; or ""."""
+    """The backbone's name on the hub, or the last component of its folder's path, never the full local path; or ""."""
     return hub_name(llama) or Path(llama.config.name_or_path).name
 
 
@@ -91,12 +98,13 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Upload adapter",
 ) -> str:
-    """Upload ``files`` of ``directory``, and nothing else that lies there, to a model repository; its URL comes back.
+    """Upload ``files`` of ``directory``, and no other file of it, to a model repository, and return its URL.
 
-    The repository is made if there is none. ``token``, ``private`` and ``revision`` are as huggingface_hub has them.
+    The repository is created if it does not exist. ``token``, ``private`` and ``revision`` are as in huggingface_hub,
+    whose errors are raised if the upload fails.
 
     Raises:
-        FileNotFoundError: a file is not there. What huggingface_hub raises, if the upload fails.
+        FileNotFoundError: one of ``files`` does not exist.
     """
     for name in files:
         if not (Path(directory) / name).is_file():
@@ -136,7 +144,7 @@ def _base_section(shown: str, llama: Any) -> str:
     config = llama.config
     return (
         f"## Base model\n\n{_text(shown)}: {type(llama).__name__}, hidden size {config.hidden_size}, "
-        f"{len(llama.model.layers)} layers, vocabulary {config.vocab_size}. It is frozen, and not in this folder."
+        f"{len(llama.model.layers)} layers, vocabulary {config.vocab_size}. It is frozen and is not in this folder."
     )
 
 
@@ -165,7 +173,7 @@ def _training_sections(training: Training) -> list[str]:
     ]
     if training.metrics:
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in _scores(training.metrics).items())
-        sections.append(f"## Metrics\n\nOf the evaluation at step {training.metrics_step}.\n\n| | |\n|---|---|\n{rows}")
+        sections.append(f"## Metrics\n\nEvaluation at step {training.metrics_step}.\n\n| | |\n|---|---|\n{rows}")
     return sections
 
 
@@ -175,20 +183,20 @@ def _loading_section(base: str | None, config: AdapterConfig | None, training: T
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'base = "{base or "the base model: a folder, or a name on the hub"}"',
-        'folder = "this folder"  # of the hub: huggingface_hub.snapshot_download("user/name")',
+        'folder = "this folder"  # from the hub: huggingface_hub.snapshot_download("user/name")',
         "llama = AutoModelForCausalLM.from_pretrained(base)",
     ]
     if config is not None:
         lines.append("model = ak.LlamaAdapter.from_pretrained(llama, folder)")
     else:
-        lines.append("model = ak.LlamaAdapter(llama)  # the head was trained on the bare backbone: no adapter is saved")
+        lines.append("model = ak.LlamaAdapter(llama, None)  # the head was trained without an adapter")
     if training is not None and training.task in _PIPELINES:
         lines += [
             "",
-            "from adapterkern.training import load_task",
+            "from adapterkern.training import load_run",
             "",
-            "task, head = load_task(folder)",
-            'ak.evaluate(model, "rows.csv", task, tokenizer=AutoTokenizer.from_pretrained(base), head=head)',
+            "config, head = load_run(folder)",
+            'ak.evaluate(model, "rows.csv", config, tokenizer=AutoTokenizer.from_pretrained(base), head=head)',
         ]
     return "## How to load\n\n```python\n" + "\n".join(lines) + "\n```"
 
@@ -204,6 +212,6 @@ def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _text(value: Any) -> str:
-    """A name as Markdown shows it: on one line, as code if it has a character of Markdown's."""
+    """A name for Markdown: on one line, and as code if it has a character that Markdown interprets."""
     shown = " ".join(str(value).split())
     return f"``{shown}``" if re.search(r"[*_`<>\[\]|#\\~&]", shown) else shown

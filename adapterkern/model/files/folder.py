@@ -1,7 +1,7 @@
-"""The folder that a saved adapter is: ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
+"""The folder of a saved adapter: ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
 
-The configuration holds the weights' SHA-256, so that a pair that does not belong together is noticed on loading. A full
-disk or a killed process leaves the pair that was there before, or the new one.
+Weights and configuration are a pair of :func:`~adapterkern.files.write_pair`: after a full disk or a killed process the
+folder has the old pair or the new one, and loading checks the weights against the hash in the configuration.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkern.files import check_owner, find_weights, read_json, write_pair
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.files import check_owner, find_weights, read_versioned, write_pair
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.files.card import base_name, write_card
 
@@ -34,11 +34,11 @@ def write_adapter(directory: Path, llama: Any, config: AdapterConfig, tensors: M
     """Write an adapter of the backbone ``llama``, and its model card.
 
     Args:
-        config: resolved, its layers named.
-        tensors: contiguous, on the CPU, by their names ``{layer}.{number in the sequence}.{part}``.
+        config: resolved, with explicit layers.
+        tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``.
 
     Raises:
-        OSError: a file cannot be written; the message names it, and an earlier adapter in the folder is as it was.
+        OSError: a file cannot be written; the message names it, and an earlier adapter in the folder stays.
         ValueError: the folder holds another library's adapter, or ``tensors`` are not those of ``config``.
     """
     check_owner(directory / CONFIG_NAME, "adapterkern", lambda saved: "format_version" in saved)
@@ -57,18 +57,11 @@ def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another format version, or was saved for a backbone of another shape; the
+        ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape; the
             message names the file, and the field or both shapes.
     """
     path, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    saved = read_json(path)
-    if saved.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
-    for name, kind in (("adapter", dict), ("base", dict), ("weights_sha256", str)):
-        if name not in saved:
-            raise ValueError(f"{path}: field {name!r} is missing")
-        if not isinstance(saved[name], kind):
-            raise ValueError(f"{path}: field {name!r}: expected {kind.__name__}, got {saved[name]!r}")
+    saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str})
     for name in ("hidden_size", "num_hidden_layers"):
         if name not in saved["base"]:
             raise ValueError(f"{path}: field {name!r} is missing")
@@ -93,15 +86,15 @@ def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, 
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, hidden_size: int) -> None:
-    depth = min(config.depth, len(tensors) + 1)  # a damaged one may be any number
-    sites = [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
-    names = {f"{site}.{part}": part for site in sites for part in _SHAPES}
+    depth = min(config.depth, len(tensors) + 1)  # in a damaged file it may be any number
+    adapters = [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
+    names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in _SHAPES}
     if odd := sorted(names.keys() ^ tensors.keys()):
         expected = "expected" if odd[0] in names else "not expected"
         raise ValueError(f"{path}: tensor {odd[0]}: {expected} by {CONFIG_NAME}")
     sizes = {"d": hidden_size, "r": config.adapter_dim}
-    for name, part in names.items():
-        shape = tuple(sizes[letter] for letter in _SHAPES[part])
+    for name, parameter in names.items():
+        shape = tuple(sizes[letter] for letter in _SHAPES[parameter])
         if tensors[name].shape != shape or not tensors[name].is_floating_point():
             got = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
             raise ValueError(f"{path}: tensor {name}: expected {shape} of floating point by {CONFIG_NAME}, got {got}")

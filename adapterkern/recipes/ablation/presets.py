@@ -6,7 +6,7 @@ near the top share most of the frozen prefix's activations with each other.
 
 import math
 
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.recipes.ablation.study import Study
 from adapterkern.training.config import TrainConfig
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 _SITES = ("layers", "every")  # two ways to say where, hence one axis

@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from adapterkern.model.adapter import AdapterConfig
 from adapterkern.model.backbone import load_backbone
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.demo.corpora import MODEL, R8_TEST, R8_TRAIN, column, draw_texts, obtain
 from adapterkern.training.api import train

@@ -4,14 +4,13 @@ It suits a student that is smaller than its teacher: :func:`first_layers` makes 
 parameters. The loss, its temperature T and its mixing weight λ are those of soft_labels.py.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkern.model.decoder import decoder_layers, decoder_slice
+from adapterkern.model.decoder import first_layers as first_layers  # users import it from here
 from adapterkern.recipes.distillation.keeping import KeepBehaviour as KeepBehaviour  # the old module had both
 from adapterkern.recipes.distillation.keeping import WithKept as WithKept
 from adapterkern.recipes.distillation.teacher import Taught, token_metrics
@@ -51,19 +50,3 @@ class Distillation(Taught):
         """``loss`` as in training, and the metrics of :func:`.token_metrics`."""
         targets = count_targets(examples)
         return {"loss": sums[0] / targets} | token_metrics(sums[1:], targets)
-
-
-def first_layers(llama: Any, num_layers: int) -> Any:
-    """A model of the first ``num_layers`` layers of ``llama``, its final norm and its head, sharing every parameter.
-
-    Its layers are objects of their own, so that adapters on them leave ``llama`` as it was: a student in no memory.
-    """
-    layers = decoder_layers(llama)
-    if not 1 <= num_layers <= len(layers):
-        raise ValueError(f"num_layers: expected 1 to {len(layers)}, got {num_layers}")
-    part = copy.copy(llama)
-    part._modules = dict(llama._modules)
-    part.model = decoder_slice(llama.model, 0, num_layers)
-    part.model.layers = nn.ModuleList([copy.copy(layer) for layer in layers[:num_layers]])
-    part.config = part.model.config
-    return part

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from adapterkern import checks
 from adapterkern.files import read_versioned, write_json
-from adapterkern.model.adapter import AdapterConfig
+from adapterkern.model.config import prefix_length
 from adapterkern.model.llama import LlamaAdapter
-from adapterkern.model.mixing import prefix_length
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.optim.plan import local
 from adapterkern.recipes.multitask.sampling import mixed_order
@@ -347,8 +346,7 @@ class MultiTask(Task[TaskExample]):
             FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
         """
         names, temperature = cls._saved_settings(directory)
-        model = LlamaAdapter(llama, AdapterConfig(adapter_dim=1, layers=[0]), fused=fused, liger=liger)
-        model.delete_adapter("default")
+        model = LlamaAdapter(llama, None, fused=fused, liger=liger)
         heads = {}
         for name in names:
             config, head = load_run(cls.folder(directory, name))

@@ -1,0 +1,154 @@
+"""``AdapterConfig``: which layers of a decoder have adapters, and how large the adapters are."""
+
+import dataclasses
+import logging
+from typing import Any, Literal
+
+from adapterkern import checks
+from adapterkern.model.adapter import INITS
+from adapterkern.ops.checks import MAX_ADAPTER_DIM
+from adapterkern.ops.reference import ACTIVATIONS
+
+POSITIONS = ("layer", "attention")
+
+logger = logging.getLogger(__name__)
+
+
+def adapter_num_params(hidden_size: int, adapter_dim: int) -> int:
+    """Number of parameters of one adapter: two (r, d) weights, r + d biases, LayerNorm's 2d."""
+    return adapter_dim * (2 * hidden_size + 1) + 3 * hidden_size
+
+
+def largest_adapter_dim(hidden_size: int, adapters: int, max_params: int) -> int:
+    """The largest ``adapter_dim`` for which ``adapters`` adapters have at most ``max_params`` parameters; 0 if none."""
+    fit = (max_params // adapters - adapter_num_params(hidden_size, 0)) // (2 * hidden_size + 1)
+    return max(0, min(fit, MAX_ADAPTER_DIM))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Which layers of a decoder have adapters, and how large the adapters are.
+
+    Args:
+        adapter_dim: r, the width of each bottleneck, 1 to 512.
+        position: ``"layer"``: on the residual stream after a decoder layer; ``"attention"``: on the residual stream
+            between attention and the feed-forward network.
+        every: k selects layers k−1, 2k−1, … (counted from 0).
+        layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
+        depth: number of adapters in sequence at each site.
+        activation, init, eps, x_free: as in :class:`~adapterkern.model.adapter.Adapter`.
+        max_params: a budget for all sites together: the largest ``adapter_dim`` that fits replaces the given one.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
+    """
+
+    adapter_dim: int = checks.option(64, f"width of the bottleneck, 1 to {MAX_ADAPTER_DIM}")
+    position: Literal["layer", "attention"] = checks.option(
+        "layer", "after a layer, or between attention and MLP", POSITIONS
+    )
+    every: int = checks.option(1, "K: adapters on layers K-1, 2K-1, ...")
+    layers: tuple[int, ...] | list[int] | None = checks.option(
+        None, "adapters on these layers: --layers=-2,-1 the last two"
+    )
+    depth: int = checks.option(1, "adapters in sequence at each site")
+    activation: str = checks.option("silu", "between the two projections", tuple(ACTIVATIONS))
+    init: str = checks.option("identity", "identity: y = x at the start", INITS)
+    eps: float = checks.option(1e-5, "added to LayerNorm's variance")
+    x_free: bool = checks.option(False, "keep y instead of x for the backward; where fused")
+    max_params: int | None = checks.option(None, "a budget: take the largest adapter_dim that fits")
+
+    def __post_init__(self) -> None:
+        checks.integer("adapter_dim", self.adapter_dim, 1, MAX_ADAPTER_DIM)
+        checks.choice("position", self.position, POSITIONS)
+        checks.integer("every", self.every, 1)
+        checks.integer("depth", self.depth, 1)
+        checks.choice("activation", self.activation, tuple(ACTIVATIONS))
+        checks.choice("init", self.init, INITS)
+        checks.number("eps", self.eps, "[0, inf)")
+        checks.flag("x_free", self.x_free)
+        if self.max_params is not None:
+            checks.integer("max_params", self.max_params, 1)
+        if self.layers is not None:
+            if not isinstance(self.layers, (list, tuple)):
+                raise TypeError(f"layers: expected a list of layer numbers, got {self.layers!r}")
+            for layer in self.layers:
+                checks.integer("layers", layer)
+            if self.every != 1:
+                raise ValueError(f"layers: expected None together with every={self.every}, got {self.layers!r}")
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    def site_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that have adapters in a decoder of ``num_layers`` layers, ascending.
+
+        Raises:
+            ValueError: no layer is left, or one is out of range or given twice.
+        """
+        if self.layers is None:
+            sites = tuple(range(self.every - 1, num_layers, self.every))
+            if not sites:
+                raise ValueError(f"every: expected at most the {num_layers} layers of the model, got {self.every}")
+            return sites
+        for layer in self.layers:
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"layers: expected numbers from {-num_layers} to {num_layers - 1}, got {layer}")
+        sites = tuple(sorted({layer % num_layers for layer in self.layers}))
+        if len(sites) != len(self.layers) or not sites:
+            raise ValueError(f"layers: expected at least one layer and none twice, got {list(self.layers)}")
+        return sites
+
+    def num_params(self, hidden_size: int, num_layers: int) -> int:
+        """Number of trainable parameters in a decoder of this shape."""
+        return len(self.site_layers(num_layers)) * self.depth * adapter_num_params(hidden_size, self.adapter_dim)
+
+    def resolve(self, hidden_size: int, num_layers: int) -> "AdapterConfig":
+        """This configuration with explicit ``layers``, and with ``max_params`` replaced by an ``adapter_dim``.
+
+        Raises:
+            ValueError: even ``adapter_dim=1`` exceeds the budget, or ``adapter_dim`` exceeds what ``svd`` can fill.
+        """
+        sites = self.site_layers(num_layers)
+        resolved = dataclasses.replace(self, every=1, layers=sites, max_params=None)
+        most = hidden_size if self.init == "svd" else MAX_ADAPTER_DIM
+        if self.max_params is None:
+            if self.adapter_dim > most:
+                raise ValueError(
+                    f"adapter_dim: expected at most hidden_size={hidden_size} with init='svd', got {self.adapter_dim}"
+                )
+            return resolved
+        count = len(sites) * self.depth
+        dim = min(most, largest_adapter_dim(hidden_size, count, self.max_params))
+        if dim == 0:
+            raise ValueError(
+                f"max_params: expected at least {count * adapter_num_params(hidden_size, 1):,}, the size of {count} "
+                f"adapters of adapter_dim=1 at hidden_size={hidden_size}, got {self.max_params:,}"
+            )
+        resolved = dataclasses.replace(resolved, adapter_dim=dim)
+        logger.warning(
+            "max_params=%s: chose adapter_dim=%d, %s parameters in %d adapters",
+            f"{self.max_params:,}",
+            resolved.adapter_dim,
+            f"{resolved.num_params(hidden_size, num_layers):,}",
+            count,
+        )
+        return resolved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; :meth:`from_dict` reads them."""
+        fields = dataclasses.asdict(self)
+        return fields | {"layers": None if self.layers is None else list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "AdapterConfig":
+        """The inverse of :meth:`to_dict`. Raises ``ValueError`` that names an unknown field."""
+        if not isinstance(fields, dict):
+            raise TypeError(f"config: expected an object of fields, got {type(fields).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"{unknown[0]}: unknown field; expected one of {', '.join(sorted(known))}")
+        return cls(**fields)
+
+
+def prefix_length(config: AdapterConfig) -> int:
+    """Number of leading layers whose output an adapter of this resolved configuration does not change."""
+    return (config.layers or (0,))[0] + (config.position == "layer")

@@ -60,9 +60,13 @@ def test_predict_writes_answers_and_candidates(run: Path, tmp_path: Path, capsys
     assert json.loads(answers.read_text()) == {"x": best["text"] if best["score"] >= 0 else ""}
 
 
-def test_a_classification_run_is_not_taken(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", str(run)]) == 1
-    assert "expected a classification head of format_version 1, got span" in capsys.readouterr().err
+def test_eval_takes_the_run_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for command in (["eval"], ["qa", "evaluate"]):
+        assert cli.main([*command, str(run)]) == 0
+        outputs.append({k: v for k, v in shown(capsys.readouterr().out).items() if "second" not in k})
+    assert outputs[0] == outputs[1]
+    assert "f1" in outputs[0]
 
 
 def test_errors_name_file_and_id(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

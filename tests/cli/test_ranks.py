@@ -29,7 +29,7 @@ def test_two_processes_print_what_one_does(
         tiny_qa.model().unload().save_pretrained(model)
         data = ["--train", str(tiny_qa.EXAMPLES), "--eval", str(tiny_qa.EXAMPLES)]
     arguments = [*command.split(), "--model", str(model), *data, "--output", str(tmp_path / "run")]
-    arguments += ["--adapter-dim", "4", "--max-steps", "2", "--no-progress", "--no-plot", "--max-length", "64"]
+    arguments += ["--adapter-dim", "4", "--max-steps", "2", "--no-progress", "--no-plot", "--max-length", "128"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "adapterkern"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

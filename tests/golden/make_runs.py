@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from adapterkern import AdapterConfig, LlamaAdapter, TrainConfig, evaluate, train
 from adapterkern.training.backbone import Sources, load_backbone, save_sources
 from adapterkern.training.distillation import Distillation, KeepBehaviour, WithKept
 from adapterkern.training.multitask import MultiTask
 from adapterkern.training.qa import QuestionAnswering, SpanSettings
 from adapterkern.training.router import RoutingConfig
 from adapterkern.training.routing import RoutedTask
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from adapterkern import AdapterConfig, LlamaAdapter, TrainConfig, evaluate, train
 
 GOLDEN = Path(__file__).resolve().parent / "runs"
 WORDS = ["red", "blue", "green", "black", "white", "pink", "gray", "gold", "tan", "teal"]

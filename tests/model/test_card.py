@@ -46,7 +46,7 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     assert found.data.pipeline_tag == "text-classification"
     scores = {r.metric_type: r.metric_value for r in found.data.eval_results}
     assert scores == pytest.approx({name: result.metrics[name] for name in ("loss", "accuracy")}, abs=1e-6)
-    for text in ("Labels: no, yes.", "data: 16 examples", "data: 6 examples", "8 steps; rows a step 4", "lr 0.01"):
+    for text in ("Labels: no, yes.", "data: 16 examples", "data: 6 examples", "8 steps; rows per step 4", "lr 0.01"):
         assert text in found.text
     assert read(result.checkpoint).content == found.content
 

@@ -1,11 +1,12 @@
 """A classification head on the decoder's last hidden states.
 
-It pools the states of the real tokens, whichever side the padding is on, and maps the result to
-label scores; it computes in fp32 also under autocast, since it is tiny and its input is not. It is saved beside the
-adapter as ``head.safetensors`` and ``head_config.json``, label names included.
+It pools the states of the real tokens, whichever side the padding is on, and maps the result to label scores. It is
+tiny, so it computes in fp32 even under autocast. It is saved beside the adapter as ``head.safetensors`` and
+``head_config.json``, which includes the label names.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkern.files import find_weights, read_json, write_pair
+from adapterkern import checks
+from adapterkern.files import find_weights, read_json, read_versioned, write_pair
 from adapterkern.training.config import POOLINGS
 
 HEAD_WEIGHTS = "head.safetensors"
@@ -27,14 +29,19 @@ class ClassificationHead(nn.Module):
 
     Args:
         hidden_size: d.
-        labels: the label names; score i belongs to ``labels[i]``.
+        labels: at least two different label names; score i belongs to ``labels[i]``.
         pooling: ``"mean"`` over the real tokens, or the ``"last"`` real token.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or value; the message names it.
     """
 
     def __init__(self, hidden_size: int, labels: list[str], pooling: str = "mean") -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        checks.integer("hidden_size", hidden_size, 1)
+        checks.choice("pooling", pooling, POOLINGS)
+        if not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"labels: expected strings, got {labels}")
         if len(labels) < 2 or len(set(labels)) != len(labels):
             raise ValueError(f"labels: expected at least two different names, got {labels}")
         self.labels = list(labels)
@@ -48,28 +55,30 @@ class ClassificationHead(nn.Module):
             return self.linear(pooled.to(self.linear.weight.dtype)).float()  # bf16 under DeepSpeed
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the two files, each atomically; the configuration holds the weights' SHA-256."""
+        """Write the two files: both or, if interrupted, neither."""
         fields = {"hidden_size": self.linear.in_features, "pooling": self.pooling, "labels": self.labels}
         write_head(Path(directory), "classification", self, fields)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "ClassificationHead":
-        """Read a saved head. Raises ``FileNotFoundError``, or ``ValueError`` naming the file and what is wrong."""
-        kinds: dict[str, type] = {"hidden_size": int, "pooling": str, "labels": list}
+        """Read a saved head.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
+        """
+        kinds = {"hidden_size": int, "pooling": str, "labels": list}
         path, config = read_head_config(Path(directory), "classification", kinds)
-        if not all(isinstance(label, str) for label in config["labels"]) or config["hidden_size"] < 1:
-            raise ValueError(f"{path}: expected hidden_size >= 1 and labels that are texts")
         try:
-            with torch.device("meta"):  # a damaged size may be any number
+            with torch.device("meta"):  # allocates nothing: a damaged size may be any number
                 head = cls(config["hidden_size"], config["labels"], config["pooling"])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         read_head_weights(Path(directory), head, config)
         return head
 
 
 def write_head(directory: Path, kind: str, head: nn.Module, fields: dict[str, Any]) -> None:
-    """Write a head's two files, each atomically: its weights, and ``fields`` with what identifies them."""
+    """Write a head's weights, and ``fields`` with what identifies them: both files or, if interrupted, neither."""
     tensors = {key: t.detach().to("cpu").contiguous() for key, t in head.state_dict().items()}
 
     def save(path: Path) -> None:
@@ -80,27 +89,37 @@ def write_head(directory: Path, kind: str, head: nn.Module, fields: dict[str, An
 
 
 def head_kind(directory: Path) -> str | None:
-    """The kind of the head that is saved in ``directory``; None if there is none. Raises ``ValueError`` if damaged."""
+    """The kind of the head saved in ``directory``; None if there is none. Raises ``ValueError`` if it is damaged."""
     try:
         return read_json(directory / HEAD_CONFIG).get("head")
     except FileNotFoundError:
         return None
 
 
-def read_head_config(directory: Path, kind: str, kinds: dict[str, type]) -> tuple[Path, dict[str, Any]]:
-    """The path and the content of a head's configuration, its fields of the ``kinds`` that are expected."""
+def read_head_config(directory: Path, kind: str, kinds: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The path and the content of the configuration of a head of this ``kind``.
+
+    Args:
+        kinds: the fields that it must have, and their types, as :func:`~adapterkern.files.read_versioned` takes them.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another kind of head; the message names the file.
+    """
     path = directory / HEAD_CONFIG
-    config = read_json(path)
-    if (config.get("format_version"), config.get("head")) != (FORMAT_VERSION, kind):
-        raise ValueError(f"{path}: expected a {kind} head of format_version {FORMAT_VERSION}, got {config.get('head')}")
-    for name, expected in (kinds | {"weights_sha256": str}).items():
-        if type(config.get(name)) is not expected:
-            raise ValueError(f"{path}: field {name!r}: expected {expected.__name__}, got {config.get(name)!r}")
-    return path, config
+    found = read_versioned(path, FORMAT_VERSION, {"head": str})["head"]
+    if found != kind:  # before its fields: another kind of head has others
+        raise ValueError(f"{path}: expected a {kind} head of format_version {FORMAT_VERSION}, got {found}")
+    return path, read_versioned(path, FORMAT_VERSION, {**kinds, "weights_sha256": str})
 
 
 def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) -> None:
-    """Put the saved weights into ``head``, if they are those that its configuration was saved with."""
+    """Load the saved weights into ``head``, which takes their dtype.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are not the ones that ``config`` was saved with, or do not fit ``head``.
+    """
     weights = directory / HEAD_WEIGHTS
     try:
         found = find_weights(weights, directory / HEAD_CONFIG, config["weights_sha256"])
@@ -110,9 +129,9 @@ def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) 
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
-    """(B, L, d) → (B, d) in fp32: the mean of the real tokens' states, or the last real token's."""
+    """(B, L, d) → (B, d) in fp32: the mean of the real tokens' states, or the last real token's state."""
     if pooling == "last":
-        # The last 1 of each row; argmax of the running count finds it whichever side the padding is on.
+        # argmax of the running count is the first position that reaches it: the last 1, whichever side is padded.
         last = attention_mask.cumsum(1).argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
     mask = attention_mask.to(torch.float32)

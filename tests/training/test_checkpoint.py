@@ -1,4 +1,4 @@
-"""Checkpoints: resumed to the bit, refused when damaged or foreign, never half-written."""
+"""Checkpoints: resumed bit-identically, refused if damaged or of another run, never half-written."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ EVAL_ROWS = tiny_run.rows(6, seed=1)
 
 
 class Killed(BaseException):
-    """Stands for a process that dies."""
+    """Simulates the death of the process."""
 
 
 def run(directory: Path, model: LlamaAdapter | None = None, rows: Any = None, **values: Any) -> TrainResult:
@@ -29,7 +29,7 @@ def run(directory: Path, model: LlamaAdapter | None = None, rows: Any = None, **
 
 
 def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
-    """Make the run die in the middle of the save after so many whole ones."""
+    """Make the run die in the middle of a save, after ``saves`` complete ones."""
     save_file, left = checkpoint_module.save_file, [saves]
 
     def save(*args: Any) -> None:
@@ -41,8 +41,8 @@ def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     monkeypatch.setattr(checkpoint_module, "save_file", save)
 
 
-# 22 rows make 6 forwards an epoch, the last with 2 rows; by twos, 3 steps an epoch. Death comes in the first epoch's
-# third step and in the second epoch, at steps that end neither.
+# 22 rows make 6 forwards per epoch, the last with 2 rows; with accumulation 2, 3 steps per epoch. The run dies in the
+# first epoch's third step or in the second epoch, never at the end of an epoch.
 @pytest.mark.parametrize("saves", [1, 2])
 @pytest.mark.parametrize(
     "values",
@@ -198,7 +198,7 @@ def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
-    """Of the same parameters' names and shapes."""
+    """With the same parameter names and shapes."""
     run(tmp_path, max_steps=2)
 
     class Another(Task):
@@ -213,7 +213,7 @@ def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             run(tmp_path, tiny_run.model(**adapter), max_steps=2, resume=True)
-    with pytest.raises(CheckpointError, match="begun with other weights in the backbone"):
+    with pytest.raises(CheckpointError, match="begun with other backbone weights"):
         run(tmp_path, tiny_run.model(seed=5), max_steps=2, resume=True)
     narrower = tiny_run.model()
     narrower.config.num_key_value_heads = 1
@@ -222,8 +222,8 @@ def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
     assert run(tmp_path, tiny_run.model(init="xavier"), max_steps=2, resume=True).steps == 2
 
 
-def test_a_checkpoint_that_does_not_say_what_it_is_of_resumes(tmp_path: Path) -> None:
-    """As version 0.1 wrote them."""
+def test_a_checkpoint_without_its_origin_resumes(tmp_path: Path) -> None:
+    """As version 0.1.0 wrote them."""
     result = run(tmp_path, max_steps=2)
     assert result.checkpoint is not None
     path = result.checkpoint / "state.json"

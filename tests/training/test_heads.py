@@ -92,14 +92,30 @@ def test_saved_head(tmp_path: Path) -> None:
         ("pooling", "max"),
         ("hidden_size", 0),
         ("hidden_size", "8"),
-        ("head", "x"),
+        ("weights_sha256", 1),
     ],
 )
 def test_a_damaged_head_config(tmp_path: Path, name: str, value: object) -> None:
     ClassificationHead(8, ["a", "b"]).save_pretrained(tmp_path)
     path = tmp_path / HEAD_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(ValueError, match=HEAD_CONFIG):
+    with pytest.raises(ValueError, match=rf"{HEAD_CONFIG}: (field ')?{name}'?: expected .*, got "):
+        ClassificationHead.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "span", "labels": None}, "expected a classification head of format_version 1, got span"),
+        ({"head": 1}, "field 'head': expected str, got 1"),
+        ({"format_version": 2}, "expected format_version 1, got 2"),
+    ],
+)
+def test_a_head_of_another_kind_or_version(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    ClassificationHead(8, ["a", "b"]).save_pretrained(tmp_path)
+    path = tmp_path / HEAD_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"{HEAD_CONFIG}: {message}"):
         ClassificationHead.from_pretrained(tmp_path)
 
 
@@ -117,3 +133,12 @@ def test_damaged_head_weights(tmp_path: Path) -> None:
 def test_labels_must_differ(labels: list[str]) -> None:
     with pytest.raises(ValueError, match="labels"):
         ClassificationHead(8, labels)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="pooling: expected one of mean, last, got 'max'"):
+        ClassificationHead(8, ["a", "b"], "max")
+    with pytest.raises(ValueError, match="hidden_size: expected an integer >= 1, got 0"):
+        ClassificationHead(0, ["a", "b"])
+    with pytest.raises(TypeError, match=r"labels: expected strings, got \[0, 1\]"):
+        ClassificationHead(8, [0, 1])  # type: ignore[list-item]

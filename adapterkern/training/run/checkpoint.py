@@ -2,16 +2,16 @@
 
     checkpoints/step-00000120/
         adapter_model.safetensors, adapter_config.json     the adapter, as LlamaAdapter.from_pretrained reads it
-        head.safetensors, head_config.json                 the classification head, if there is one; or what the
-                                                           task at hand saves, in subfolders too
+        head.safetensors, head_config.json                 the classification head, if there is one; other tasks save
+                                                           other files, in subfolders too
         task.json                                          the TrainConfig
         training.safetensors                               fp32 parameters, moments, generator states (uint8)
-        state.json                                         step, schedule, scaler, what must match, and the SHA-256 of
-                                                           every other file and of itself
+        state.json                                         step, schedule, scaler, what a resumed run must match, and
+                                                           the SHA-256 of every other file and of its own fields
 
-A checkpoint is written into a hidden folder beside its place and renamed when every byte has reached the disk; older
-ones are removed only after that, and renamed first, so that neither a half-written nor a half-removed folder ever looks
-like a checkpoint. The order of rows follows from (seed, epoch), so the step alone says where the data stands.
+A checkpoint is written into a hidden folder beside its final place, and renamed once every byte has reached the disk.
+Older ones are removed only after that, and renamed first, so neither a half-written nor a half-removed folder looks
+like a checkpoint. The order of rows is a function of (seed, epoch), so the step determines the position in the data.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from adapterkern.files import flush, read_json, replacing, sha256, write_json
+from adapterkern.files import flush, read_json, read_versioned, replacing, sha256, write_json
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
@@ -43,12 +43,12 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or belongs to another run; the message names the file or field."""
+    """A checkpoint that is damaged or belongs to another run; the message names the file or field."""
 
 
 @dataclasses.dataclass
 class TrainingState:
-    """Everything that a run's next step depends on, but for the data and the configuration."""
+    """Everything that a run's next step depends on, except the data and the backbone."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -56,7 +56,7 @@ class TrainingState:
     scaler: Any  # a torch GradScaler or None
     config: TrainConfig
     data_fingerprint: str
-    # "task", "settings", "adapters", "backbone": what else a resumed run must have in common, where both have it.
+    # "task", "settings", "adapters", "backbone": must match in a resumed run, if the checkpoint has them too.
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     step: int = 0
     skipped_steps: int = 0
@@ -73,9 +73,9 @@ _SAMPLES = 64  # values of each of the backbone's parameters
 
 
 def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
-    """The backbone's shape, and SHA-256 over a sample of its weights: a moment's work whatever its size.
+    """The backbone's shape, and a SHA-256 of a sample of its weights, which is fast for a backbone of any size.
 
-    The weights are left out (None) where this process does not have them all: split or offloaded.
+    ``"weights"`` is None if this process does not hold all of them: sharded or offloaded.
     """
     described = {name: getattr(model.config, name, None) for name in _SHAPES}
     parameters = [part for p in model.decoder.parameters() for part in _plain(p.detach())]
@@ -91,7 +91,7 @@ def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a tensor is made of: torchao's quantised ones have several, another is its only one."""
+    """The plain tensors of a tensor subclass, such as torchao's quantized ones; a plain tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -99,10 +99,10 @@ def _plain(tensor: Tensor) -> list[Tensor]:
 
 
 class Gathered(NamedTuple):
-    """What a run has learned, by the parameters' names, gathered from all ranks."""
+    """What a run has learned, by parameter name, gathered from all ranks."""
 
     parameters: dict[str, Tensor]
-    optimizer: dict[str, dict[str, Tensor]]  # moments and step count, of those that have been updated
+    optimizer: dict[str, dict[str, Tensor]]  # moments and step count, for updated parameters
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -113,7 +113,7 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed process left half-written or half-removed among the checkpoints."""
+    """Remove folders that a killed process left half-written or half-removed among the checkpoints."""
     for path in (output_dir / CHECKPOINTS).glob(".*step-*"):
         shutil.rmtree(path)
 
@@ -121,16 +121,20 @@ def remove_leftovers(output_dir: Path) -> None:
 def save_checkpoint(output_dir: Path, state: TrainingState, gathered: Gathered, save_model: Any) -> Path:
     """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
 
-    Of several processes all must call it, and the first one writes ``gathered``.
+    Every rank must call it; rank 0 writes.
 
-    ``save_model(directory)`` writes the files that make the checkpoint usable by itself.
+    Args:
+        save_model: called with a folder; writes the files that make the checkpoint usable without the run.
+
+    Returns:
+        the checkpoint's folder.
     """
     return processes.on_rank_zero(lambda: _write(output_dir, state, gathered, save_model))
 
 
 def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_model: Any) -> Path:
     target = output_dir / CHECKPOINTS / f"step-{state.step:08d}"
-    if target.exists():  # this run has resumed from it and made no step since
+    if target.exists():  # the run resumed from it and has made no step since
         return target
     folder = target.parent
     temporary = folder / f".{target.name}.{os.getpid()}"
@@ -139,7 +143,7 @@ def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_mode
     temporary.mkdir()
     try:
         save_model(temporary)
-        with replacing(temporary / TENSORS_NAME) as path:  # which names it where the disk is full
+        with replacing(temporary / TENSORS_NAME) as path:  # names the file if the disk is full
             save_file(_tensors(gathered), path)
         written = sorted(temporary.rglob("*"))
         files = {path.relative_to(temporary).as_posix(): sha256(path) for path in written if path.is_file()}
@@ -157,23 +161,27 @@ def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_mode
 
 
 def load_checkpoint(directory: Path, state: TrainingState) -> None:
-    """Put a checkpoint's numbers into ``state``: parameters, optimizer, schedule, scaler, generators, step.
+    """Load a checkpoint into ``state``: parameters, optimizer, schedule, scaler, generators, step.
 
     Nothing is changed before everything has been checked.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is of another configuration, data or model.
+        CheckpointError: a file is missing or damaged, or belongs to another configuration, data or model.
     """
     try:
-        saved = read_json(directory / STATE_NAME)
+        saved = read_versioned(directory / STATE_NAME, FORMAT_VERSION, _FIELDS)
+        for name, kind in _ORIGIN.items():
+            if name in saved and type(saved[name]) is not kind:
+                raise CheckpointError(
+                    f"{directory / STATE_NAME}: field {name!r}: expected {kind.__name__}, got {saved[name]!r}"
+                )
         digest = saved.pop("sha256", None)
-        _check_fields(directory / STATE_NAME, saved)
         if digest != _digest(saved):
-            raise CheckpointError(f"{directory / STATE_NAME}: damaged: field 'sha256' is not that of the others")
+            raise CheckpointError(f"{directory / STATE_NAME}: damaged: field 'sha256' does not match the other fields")
         for name, digest in saved["files"].items():
             outside = Path(name).is_absolute() or ".." in Path(name).parts
             if outside or sha256(directory / name) != digest:
-                raise CheckpointError(f"{directory / name}: damaged: its SHA-256 is not the one in {STATE_NAME}")
+                raise CheckpointError(f"{directory / name}: damaged: its SHA-256 differs from the one in {STATE_NAME}")
         if TENSORS_NAME not in saved["files"]:
             raise CheckpointError(f"{directory / STATE_NAME}: field 'files': {TENSORS_NAME} is missing")
         tensors = load_file(directory / TENSORS_NAME)
@@ -220,12 +228,12 @@ def _tensors(gathered: Gathered) -> dict[str, Tensor]:
     tensors["generator/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors |= {f"generator/cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    # A copy each: safetensors refuses tensors that share memory.
+    # Copies: safetensors refuses tensors that share memory.
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def _digest(described: dict[str, Any]) -> str:
-    """SHA-256 of the fields of ``state.json``, which has nothing else to tell a changed digit by."""
+    """SHA-256 of the fields of ``state.json``, so that a single changed digit in it is detected."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -233,7 +241,7 @@ def _set_generators(tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["generator/cpu"])
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            # A checkpoint from a machine with fewer devices says nothing about the others: they keep their state.
+            # A checkpoint from a machine with fewer devices has no state for the others: they keep theirs.
             if f"generator/cuda:{index}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"generator/cuda:{index}"], index)
 
@@ -261,55 +269,33 @@ def _described(state: TrainingState, gathered: Gathered) -> dict[str, Any]:
     }
 
 
-# Not in checkpoints of older versions, which are taken as they are.
+_FIELDS: dict[str, Any] = {
+    "step": int,
+    "skipped_steps": int,
+    "skipped_in_a_row": int,
+    "prefix_cached": bool,
+    "window": list,
+    "config": dict,
+    "data_fingerprint": str,
+    "schedule": dict,
+    "scaler": dict | None,
+    "optimizer_state": dict,
+    "parameters": dict,
+    "files": dict,
+}
+# Checkpoints of 0.1.0 lack some of these; they are accepted without that check.
 _ORIGIN: dict[str, type] = {"task": str, "settings": dict, "adapters": list, "backbone": dict}
-
-
-def _check_fields(path: Path, saved: dict[str, Any]) -> None:
-    if saved.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {saved.get('format_version')!r}")
-    kinds: dict[str, tuple[type, ...]] = {
-        "step": (int,),
-        "skipped_steps": (int,),
-        "skipped_in_a_row": (int,),
-        "prefix_cached": (bool,),
-        "window": (list,),
-        "config": (dict,),
-        "data_fingerprint": (str,),
-        "schedule": (dict,),
-        "scaler": (dict, type(None)),
-        "optimizer_state": (dict,),
-        "parameters": (dict,),
-        "files": (dict,),
-    }
-    for name, kind in kinds.items():
-        if type(saved.get(name)) not in kind:
-            raise CheckpointError(f"{path}: field {name!r} is missing or of a wrong type")
-    for name, of_kind in _ORIGIN.items():
-        if name in saved and type(saved[name]) is not of_kind:
-            raise CheckpointError(f"{path}: field {name!r} is of a wrong type")
 
 
 def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> None:
     origin = state.origin
     if "task" in saved and saved["task"] != origin.get("task", saved["task"]):
         raise CheckpointError(f"{path}: the run was begun with another task: {saved['task']}, not {origin['task']}")
-    settings, before = origin.get("settings", {}), saved.get("settings", origin.get("settings", {}))
-    for name in sorted(settings.keys() | before.keys()):
-        if settings.get(name) != before.get(name):
-            raise CheckpointError(
-                f"{path}: the run was begun with {name}={before.get(name)!r}, not {settings.get(name)!r}: "
-                "resume with the same, or begin another run"
-            )
-    now = state.config.to_dict()
-    for name in sorted((now.keys() | saved["config"].keys()) - FREE_ON_RESUME):
-        if now.get(name) != saved["config"].get(name):
-            raise CheckpointError(
-                f"{path}: the run was begun with {name}={saved['config'].get(name)!r}, not {now.get(name)!r}: "
-                "resume with the same, or begin another run"
-            )
+    settings = origin.get("settings", {})
+    _check_same_values(path, saved.get("settings", settings), settings)
+    _check_same_values(path, saved["config"], state.config.to_dict(), FREE_ON_RESUME)
     if saved["data_fingerprint"] != state.data_fingerprint:
-        raise CheckpointError(f"{path}: the run was begun with other training data, or another tokenizer")
+        raise CheckpointError(f"{path}: the run was begun with other training data or another tokenizer")
     shapes = {name: list(p.shape) for name, p in state.parameters.items()}
     if saved["parameters"] != shapes:
         differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
@@ -318,11 +304,10 @@ def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> 
             f"{path}: another model: parameter {name} had shape {saved['parameters'].get(name)}, "
             f"and has {shapes.get(name)}"
         )
-    # As many, since their parameters have the same names.
+    # Equally many, since their parameters have the same names.
     both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
     for number, (before, adapter) in enumerate(both):
-        # All values are the checkpoint's: how they were first made is no matter.
-        for name in sorted(before.keys() - {"init"}):
+        for name in sorted(before.keys() - {"init"}):  # all values come from the checkpoint, whatever the init
             if before[name] != adapter.get(name):
                 raise CheckpointError(
                     f"{path}: the run was begun with {name}={before[name]!r} in trained adapter {number}, "
@@ -332,9 +317,20 @@ def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> 
     for name in sorted(backbone.keys() & saved.get("backbone", {}).keys()):
         value, now_is = saved["backbone"][name], backbone[name]
         if name == "weights" and None not in (value, now_is) and value != now_is:
-            raise CheckpointError(f"{path}: the run was begun with other weights in the backbone")
+            raise CheckpointError(f"{path}: the run was begun with other backbone weights")
         if name != "weights" and value != now_is:
             raise CheckpointError(f"{path}: the run was begun with a backbone of {name}={value!r}, not {now_is!r}")
+
+
+def _check_same_values(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> None:
+    for name in sorted((before.keys() | now.keys()) - set(free)):
+        if before.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{path}: the run was begun with {name}={before.get(name)!r}, not {now.get(name)!r}: "
+                "resume with the same value, or begin another run"
+            )
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: TrainingState) -> None:
@@ -344,13 +340,15 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, A
             raise CheckpointError(f"{path}: parameter {name} is missing or of another shape")
     for name, keys in saved["optimizer_state"].items():
         if name not in state.parameters or any(f"optimizer/{key}/{name}" not in tensors for key in keys):
-            raise CheckpointError(f"{path}: the optimizer's state of {name} is incomplete, or of no parameter")
+            raise CheckpointError(
+                f"{path}: the optimizer's state of {name} is incomplete, or {name} is not a trained parameter"
+            )
     if "generator/cpu" not in tensors:
         raise CheckpointError(f"{path}: generator/cpu is missing")
 
 
 def saved_names(directory: Path) -> set[str]:
-    """The files and folders that the task saved in a checkpoint; none if its list is damaged."""
+    """The files and folders that the task saved in a checkpoint; none if ``state.json`` is damaged."""
     try:
         files = read_json(directory / STATE_NAME).get("files")
     except (FileNotFoundError, ValueError):

@@ -1,12 +1,14 @@
 """One run: train, evaluate, and what they work with.
 
-api.py                   the doors: ``train``, ``evaluate``
-loop.py                  steps, evaluations, checkpoints, in their order
-task.py, heads.py        hidden states → loss, what is trained and saved
-data/                    rows → examples → batches; the prefix cache
-parallel/                how a step is made: one process, DDP, FSDP2, DeepSpeed; processes.py is for all of them
-run/                     checkpoints, the folder, metrics, results
-saved.py                 what a finished run leaves, read again
+api.py                      the entry points: ``train``, ``evaluate``
+config.py                   ``TrainConfig``
+loop.py                     the order of steps, evaluations and checkpoints
+task.py, heads.py           hidden states → loss; what is trained, scored and saved
+optimization.py             the optimizer and its learning-rate schedule
+data/                       rows → examples → batches; the prefix cache
+parallel/, processes.py     one step in one process, under DDP, FSDP2 or DeepSpeed; what ranks share
+run/                        the run's folder, checkpoints, metrics, result
+saved.py                    what a finished run leaves, read again
 """
 
 from typing import TYPE_CHECKING, Any
@@ -52,4 +54,4 @@ _lazily, __dir__ = _lazy.attach(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    return _lazily("load_run" if name == "load_task" else name)  # the cards of adapters saved before say load_task
+    return _lazily("load_run" if name == "load_task" else name)  # model cards written by 0.1.0 say load_task

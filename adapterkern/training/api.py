@@ -1,4 +1,4 @@
-"""The doors of a run: ``train`` builds one and runs it, ``evaluate`` scores what it has left."""
+"""The entry points: ``train`` builds a run and runs it, ``evaluate`` scores what was trained."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,31 +40,33 @@ def train(
     """Train the active adapter, with a classification head or as a language model.
 
     Args:
-        model: on the device where it shall train. The backbone stays frozen.
-        train_data, eval_data: see :func:`~adapterkern.training.load_examples`; or what ``task`` loads.
+        model: on the device to train on. The backbone stays frozen.
+        train_data, eval_data: see :func:`~adapterkern.training.load_examples`; or whatever ``task.load`` reads.
         config: see :class:`TrainConfig`.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
-        head: a head to train further; default a new one for the labels that the training data has.
-        cache: activations of earlier runs on the same backbone, to use and to add to.
-            Over several processes each has its own, of the texts that it trains on.
+        head: a head to train further; by default a new one for the labels in the training data.
+        cache: activations of earlier runs on the same backbone; this run reads it and adds to it. With several
+            processes each has its own, for the texts that it trains on.
         task: another kind of training than ``config.task``, over the same ``model``; see :class:`Task`. It has its own
             head, and reads the data.
-        sources: where backbone and evaluation data are, written to ``sources.json`` for ``adapterkern eval``; or one
-            for each of several folders in ``output_dir``.
+        sources: where backbone and evaluation data are, written to ``sources.json`` for ``adapterkern eval``; or a
+            mapping with one entry per subfolder of ``output_dir``.
+
+    With several processes all of them call this with the same arguments, and all return. Rank 0 writes the files.
 
     Returns:
-        a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True, and with an ``output_dir`` a
-        checkpoint of the last finished step exists, from which ``resume=True`` goes on to the numbers of an undisturbed
-        run (to the bit on a CPU with as many threads). Over several processes, which all call this with the same
-        arguments, they all return; the first has written everything, and has the whole history.
+        a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True. With an ``output_dir`` there
+        is then a checkpoint of the last finished step, and ``resume=True`` continues from it to the numbers of an
+        uninterrupted run (bit-identical on a CPU with the same number of threads).
 
     Raises:
-        DataError: rows that cannot be used, by file and line.
-        NonFiniteError: a loss or gradient that is not finite, by step.
-        CheckpointError: with ``resume``, a checkpoint that is damaged or of another run.
-        FileExistsError: ``output_dir`` holds an earlier run. FileNotFoundError: there is none to resume.
-        ValueError, TypeError: an argument that does not fit, by name.
-        NotImplementedError: several processes, and an engine or a task that cannot use them.
+        DataError: unusable rows; the message names file and line.
+        NonFiniteError: a loss or gradient is not finite; the message names the step.
+        CheckpointError: with ``resume``, the checkpoint is damaged or belongs to another run.
+        FileExistsError: ``output_dir`` holds an earlier run.
+        FileNotFoundError: with ``resume``, there is no checkpoint.
+        TypeError, ValueError: an argument of a wrong type or value; the message names it.
+        NotImplementedError: several processes, with an engine or a task that does not support them.
     """
     config = config or TrainConfig()
     accelerator = make_accelerator(config.precision, model.device)
@@ -79,8 +81,8 @@ def train(
     data = Data(train_set, eval_set, source_name(train_data), None if eval_data is None else source_name(eval_data))
     set_seed(config.seed)
     with left_as_found(task), task.running(config):
-        order = task.order(train_set, config, 0)  # refuses what it cannot order, before an earlier run is replaced
-        backbone = describe_backbone(model)  # while this process has all of it
+        order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
+        backbone = describe_backbone(model)  # before the engine shards it
         zero = accelerator.distributed_type is DistributedType.DEEPSPEED
         engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
         state = _state(task, engine, accelerator, data, config, backbone)
@@ -96,14 +98,14 @@ def _state(
     config: TrainConfig,
     backbone: dict[str, Any],
 ) -> TrainingState:
-    """What a checkpoint holds, before the first step."""
+    """The state that checkpoints save, before the first step."""
     model = task.model
     owners = {id(p): name for name in model.adapters for p in model.adapters[name].parameters()}
     names = dict.fromkeys(owners[id(p)] for p in engine.parameters.values() if id(p) in owners)
     origin = {
         "task": task.kind,
         "settings": task.settings,
-        "adapters": [model.adapter_config(name).to_dict() for name in names],  # whatever they are called
+        "adapters": [model.adapter_config(name).to_dict() for name in names],  # without their names
         "backbone": backbone,
     }
     return TrainingState(
@@ -127,14 +129,20 @@ def evaluate(
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
 ) -> dict[str, float]:
-    """Loss and accuracy of the active adapter on data: the same numbers as an evaluation within :func:`train`.
+    """Score the active adapter on data: the same numbers as an evaluation during :func:`train`.
 
-    ``config`` and ``head`` are those of the training, as :func:`load_run` reads them; ``task`` stands for both model
-    and head where the training had one. Without ``cache``, texts run through the whole model.
+    Args:
+        config, head: those of the training, as :func:`load_run` reads them.
+        cache: activations to reuse; without it texts run through the whole model.
+        task: the task of the training, if it had one; it has its own head.
 
     Returns:
-        ``loss`` (nats per text or token), ``accuracy`` (0 to 1), ``targets``, ``seconds``, ``tokens_per_second``, and
-        for causal-lm ``perplexity``; or what ``task`` scores.
+        ``loss`` (nats per text or token), ``accuracy`` (0 to 1), ``targets`` (their number), ``seconds``,
+        ``tokens_per_second``, and for causal-lm ``perplexity``; or the metrics of ``task``.
+
+    Raises:
+        DataError: unusable rows; the message names file and line.
+        ValueError: a head is missing, or given for causal-lm.
     """
     if task is None:
         if (head is None) == (config.task == "classification"):

@@ -1,4 +1,4 @@
-"""``TrainConfig``: everything that decides what a training run computes, in one flat record that JSON can hold."""
+"""``TrainConfig``: everything that decides what a training run computes, as one flat, JSON-serializable record."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 # These change where a run writes, what it shows and how fast it is, but none of its numbers (prefix_cache only their
-# rounding): a resumed run may set them anew. A change of any other field would make it another run.
+# rounding): a resumed run may change them. With any other field changed it would be a different run.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir",
@@ -38,60 +38,64 @@ FREE_ON_RESUME = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Every argument has a default; an error names one of a wrong type or out of its range.
+    """How to train. Every field has a default; a ``TypeError`` or ``ValueError`` names one of a wrong type or value.
 
     What is learned
         task: ``"classification"`` (one label per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
         train_adapters: False trains the head alone, on the bare backbone.
-        pooling: a classification head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` one's.
-        text_column, label_column: the columns of classification rows, and of plain-text causal-lm rows (text alone).
-        prompt_column, completion_column: of causal-lm rows with a prompt.
+        pooling: a classification head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` token's.
+        text_column: the text of classification rows and of causal-lm rows without a prompt.
+        label_column: the label of classification rows.
+        prompt_column, completion_column: the columns of causal-lm rows with a prompt.
         max_length: tokens per row; longer rows are cut at the end.
         skip_bad_rows: skip bad rows, with a warning, instead of refusing the file.
 
     Batches
-        batch_size: rows per forward. accumulation: forwards per step; all their rows (or target tokens, for causal-lm)
-            have the same weight, whatever forward they are in.
+        batch_size: rows per forward.
+        accumulation: forwards per optimizer step. All rows of a step (target tokens, for causal-lm) have equal weight,
+            whichever forward they are in.
         eval_batch_size: default ``batch_size``.
-        padding: to the ``"longest"`` row of a batch, or always to ``"max_length"``. padding_side: ``"right"`` or
-            ``"left"``.
-        seed: of the head's weights and of the order of rows, which depends on (seed, epoch) and nothing else. Python's,
-            NumPy's and torch's generators are seeded with it.
+        padding: to the ``"longest"`` row of a batch, or always to ``"max_length"``.
+        padding_side: ``"right"`` or ``"left"``.
+        seed: of the head's weights and of the order of rows, which is a function of (seed, epoch) alone. The generators
+            of Python, NumPy and torch are seeded with it too.
 
     Steps
         epochs: passes over the data, unless ``max_steps`` gives the number of steps.
-        lr, weight_decay, beta1, beta2, eps: of AdamW. Vectors (biases, norms) do not decay.
+        lr, weight_decay, beta1, beta2, eps: AdamW's. Vectors (biases, norms) do not decay.
         max_norm: largest global norm of the gradient; ``math.inf`` does not clip.
-        schedule: after the warmup ``"linear"`` or ``"cosine"`` to 0 at the last step, or ``"constant"``.
-        warmup: steps of linear warmup, or, below 1, their share of all steps.
+        schedule: after the warmup ``"linear"`` or ``"cosine"`` decay to 0 at the last step, or ``"constant"``.
+        warmup: steps of linear warmup; a value below 1 is their share of all steps.
         precision: ``"fp32"`` (no autocast), ``"bf16"`` autocast, or ``"fp16"`` autocast with a gradient scaler.
         max_skipped_steps: raise after more than this many consecutive steps that the fp16 scaler skips.
 
     Several processes
-        shard: shard the frozen backbone over them (FSDP2) instead of replicating it. In either case a step has
-            ``batch_size · accumulation`` rows, all processes together.
+        shard: shard the frozen backbone over them (FSDP2) instead of replicating it. Either way a step has
+            ``batch_size · accumulation`` rows over all processes together.
 
     Files and display
-        output_dir: where everything is written; None writes nothing. overwrite: remove an earlier run there.
+        output_dir: the folder for everything that is written; None writes nothing.
+        overwrite: replace an earlier run there.
         resume: continue from the newest checkpoint in ``output_dir``.
         checkpoint_every: steps between checkpoints; None writes one at the end of each epoch.
         keep_checkpoints: how many checkpoints to keep.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
         log_every: steps between log lines. Only a log line waits for an asynchronous device.
-        progress: show a progress bar. plot: draw ``training.png`` at the end.
+        progress: show a progress bar.
+        plot: draw ``training.png`` at the end.
 
     The frozen prefix
-        prefix_cache: keep the activations below the first adapter; None decides by what it saves and costs, and a
-            resumed run keeps the decision.
+        prefix_cache: compute the activations below the first adapter once and reuse them; None decides by cost and
+            benefit, and a resumed run keeps the decision.
         prefix_cache_bytes: size of the cache in memory; the rest goes to a memory-mapped temporary file.
     """
 
     task: str = checks.option(
-        "classification", "classification learns a label for each text, causal-lm the next token", TASKS
+        "classification", "classification learns one label per text, causal-lm the next token", TASKS
     )
     train_adapters: bool = checks.option(True, "--no-train-adapters trains the head alone")
     pooling: str = checks.option(
-        "mean", "what the head reads: the mean of the tokens' states, or the last one's", POOLINGS
+        "mean", "what the head reads: the mean of the tokens' states, or the last token's", POOLINGS
     )
     text_column: str = checks.option("text", "column of the texts")
     label_column: str = checks.option("label", "column of the labels")
@@ -105,18 +109,18 @@ class TrainConfig:
     eval_batch_size: int | None = checks.option(None, "rows per forward of an evaluation; default: batch_size")
     padding: str = checks.option("longest", "pad to the longest row of a batch, or always to max_length", PADDINGS)
     padding_side: str = checks.option("right", "side of the padding", PADDING_SIDES)
-    seed: int = checks.option(0, "of the new weights and the order of rows")
+    seed: int = checks.option(0, "seeds the new weights and the order of rows")
 
     epochs: int = checks.option(3, "passes over the data")
     max_steps: int | None = checks.option(None, "optimizer steps, instead of epochs")
     lr: float = checks.option(1e-3, "AdamW's learning rate after the warmup")
-    weight_decay: float = checks.option(0.01, "of matrices; biases and norms do not decay")
-    beta1: float = checks.option(0.9, "AdamW's first")
-    beta2: float = checks.option(0.999, "AdamW's second")
-    eps: float = checks.option(1e-8, "AdamW's")
+    weight_decay: float = checks.option(0.01, "decoupled decay of matrices; biases and norms do not decay")
+    beta1: float = checks.option(0.9, "decay rate of AdamW's first moment")
+    beta2: float = checks.option(0.999, "decay rate of AdamW's second moment")
+    eps: float = checks.option(1e-8, "added to AdamW's denominator")
     max_norm: float = checks.option(1.0, "largest global gradient norm; inf does not clip")
     schedule: str = checks.option(
-        "linear", "of the learning rate after the warmup: linear or cosine decay to 0, or constant", SCHEDULES
+        "linear", "learning rate after the warmup: linear or cosine decay to 0, or constant", SCHEDULES
     )
     warmup: float = checks.option(0.06, "steps of linear warmup; below 1, their share of all steps")
     precision: str = checks.option("fp32", "bf16 and fp16 run under autocast, fp16 with a gradient scaler", PRECISIONS)
@@ -135,7 +139,7 @@ class TrainConfig:
     plot: bool = checks.option(True, "draw training.png")
 
     shard: bool = checks.option(
-        False, "with several processes (torchrun): shard the backbone over them (FSDP2) instead of replicating it"
+        False, "with several processes (torchrun): shard the backbone (FSDP2) instead of replicating it"
     )
 
     prefix_cache: bool | None = checks.option(
@@ -174,7 +178,7 @@ class TrainConfig:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows that one optimizer step learns from."""
+        """Rows per optimizer step."""
         return self.batch_size * self.accumulation
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +190,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of :meth:`to_dict`. Raises ``ValueError`` for an unknown field or a value of a wrong kind."""
+        """The inverse of :meth:`to_dict`. Raises ``ValueError`` for an unknown field or a value of a wrong type."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in fields:
@@ -203,7 +207,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _fits(annotation: Any, value: Any) -> bool:
-    """Whether a value read from JSON has the kind that the field is declared with."""
+    """Whether a value read from JSON has the type that the field is declared with."""
     kinds = tuple(getattr(annotation, "__args__", (annotation,)))
     if isinstance(value, bool):
         return bool in kinds

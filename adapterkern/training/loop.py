@@ -1,13 +1,13 @@
 """The training loop.
 
-One step learns from ``batch_size · accumulation`` rows. Each forward gives the *sum* of its losses, and every sum is
-divided by the number of targets in the whole step, which the host knows beforehand: rows and tokens weigh the same
-however they fall on the forwards, and accumulating changes memory and nothing else.
+One step learns from ``batch_size · accumulation`` rows. Each forward returns the *sum* of its losses, which is divided
+by the number of targets in the whole step, known on the host. So rows and tokens have equal weight however they are
+distributed over forwards, and accumulation changes only the memory used.
 
-Nothing in a step waits for the device, the fp16 scaler's decision excepted. Losses and gradient norms stay there until
-a log line needs them; then each is checked, so that a number that is not finite is reported with its own step. Such a
-step has changed no parameter: ClippedAdamW leaves everything as it was when the norm is not finite. On a CPU, where
-looking costs nothing, every step is checked at once.
+Nothing in a step waits for the device, except the fp16 scaler's decision. Losses and gradient norms stay on the device
+until a log line needs them. Then each is checked, so a number that is not finite is reported with its own step. Such a
+step has changed no parameter: ClippedAdamW changes nothing if the norm is not finite. On a CPU, where reading a number
+costs nothing, each step is checked at once.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from adapterkern.training.task import Feed, Task, run_evaluation
 
 @dataclasses.dataclass(frozen=True)
 class Data(Generic[E]):
-    """What a run learns from and is evaluated on, with the names that the model card gives them."""
+    """Training and evaluation examples, with the names that the model card gives them."""
 
     train: list[E]
     eval: list[E]
@@ -54,16 +54,16 @@ class Data(Generic[E]):
 
 @dataclasses.dataclass
 class _Step:
-    """A finished step whose numbers may still be on the device."""
+    """A finished step, whose numbers may still be on the device."""
 
     number: int
-    loss: Tensor  # the mean over its targets
-    grad_norm: Tensor | None  # None if the scaler skipped it
+    loss: Tensor  # mean over its targets
+    grad_norm: Tensor | None  # None if the fp16 scaler skipped the step
 
 
 @dataclasses.dataclass
 class _Meter:
-    """Tokens and seconds: of the run, and since the last log line."""
+    """Tokens and seconds, in total and since the last log line."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -86,10 +86,10 @@ class _Meter:
 
 
 class Run(Generic[E]):
-    """One training run: the order in which steps, evaluations and files come.
+    """One training run: the order of steps, evaluations and files.
 
-    ``api.train`` builds what it runs: the task, its data, the engine that makes the steps, the state that a checkpoint
-    holds, and the feed that makes the batches.
+    ``api.train`` builds its parts: the task, the data, the engine for the steps, the state for checkpoints, and the
+    feed for batches.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Run(Generic[E]):
         self.model = task.model
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch, self.total_steps = data.steps_per_epoch(config), data.total_steps(config)
-        self.order = 0, order  # an epoch's number, and its order of rows
+        self.order = 0, order  # an epoch and its order of rows
         self.pending: list[_Step] = []
         self.meter = _Meter()
         self.prefix_layers = 0
@@ -116,6 +116,7 @@ class Run(Generic[E]):
         self.checkpoint: Path | None = None
 
     def go(self, sources: Sources | Mapping[str, Sources] | None) -> TrainResult:
+        """Run to the last step or until a signal; resume first if ``config.resume``."""
         config, state = self.config, self.state
         if config.resume:
             assert self.output_dir is not None  # TrainConfig has checked it
@@ -162,13 +163,13 @@ class Run(Generic[E]):
             save_sources(self.output_dir, sources)
 
     def _reporter(self) -> Reporter:
-        made: list[Reporter] = []  # it cannot be sent: every rank has its own
+        made: list[Reporter] = []  # a Reporter cannot be broadcast: rank 0 keeps this one, the others make a silent one
         steps = self.total_steps, self.state.step
         processes.on_rank_zero(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
         return made[0] if made else Reporter(None, *steps, show=False)
 
     def _stopped(self, stop: StopRequest) -> bool:
-        """Whether a process has been asked to stop; on a GPU asked only when the device is waited for anyway."""
+        """Whether any rank has been asked to stop; several ranks on GPUs check only at steps that sync anyway."""
         if processes.world_size() > 1 and self.model.device.type != "cpu" and not any(self._due()):
             return False
         return processes.any_rank(bool(stop), self.model.device)
@@ -203,7 +204,7 @@ class Run(Generic[E]):
         self.meter.prefix_seconds = time.perf_counter() - started
 
     def _own(self) -> list[E]:
-        """The training examples that this rank will meet."""
+        """The training examples that this rank will use."""
         if processes.world_size() == 1:
             return self.data.train
         steps = range(self.state.step, self.total_steps)
@@ -253,18 +254,18 @@ class Run(Generic[E]):
         self.pending.append(_Step(state.step, loss, grad_norm))
 
     def _drain(self) -> None:
-        """Take finished steps' numbers from the device, all at once, and refuse what is not finite."""
+        """Read the numbers of finished steps from the device in one transfer; raise if one is not finite."""
         columns = [step.loss if step.grad_norm is None else step.grad_norm for step in self.pending]
         values = torch.stack([torch.stack([s.loss, n]) for s, n in zip(self.pending, columns, strict=True)]).tolist()
         steps, self.pending = self.pending, []
         for step, (loss, norm) in zip(steps, values, strict=True):
             for quantity, value in (("the loss", loss), ("the gradient's norm", norm)):
                 if not math.isfinite(value):
-                    problem = f"{quantity} is {value}; the step was not made"
+                    problem = f"{quantity} is {value}; the step was not applied"
                     raise NonFiniteError(step.number, problem, self.checkpoint)
             self.state.window.append((loss, None if step.grad_norm is None else norm))
         if self.state.skipped_in_a_row > self.config.max_skipped_steps:
-            problem = f"{self.state.skipped_in_a_row} consecutive steps had gradients beyond fp16, whatever the scale"
+            problem = f"{self.state.skipped_in_a_row} consecutive steps had gradients beyond fp16 at any scale"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
 
     # Between steps
@@ -279,7 +280,7 @@ class Run(Generic[E]):
             self._save_checkpoint()
 
     def _due(self) -> tuple[bool, bool, bool]:
-        """Whether a log line, an evaluation and a checkpoint follow this step. After the last step, `_finish` does."""
+        """Whether a log line, an evaluation and a checkpoint follow this step. `_finish` does the last step's."""
         config, step = self.config, self.state.step
         if step == self.total_steps:
             return True, False, False
@@ -342,14 +343,15 @@ class Run(Generic[E]):
             self._drain()
         if self.state.step:
             self._save_checkpoint()
-        where = f"{signal_name or 'another process'}: stopped after step {self.state.step} of {self.total_steps}"
+        cause = signal_name or "a signal to another process"
+        where = f"{cause}: stopped after step {self.state.step} of {self.total_steps}"
         if self.output_dir is None:
             reporter.say(f"{where}; no output_dir, so nothing was saved")
         elif self.checkpoint is None:
-            reporter.say(f"{where}; there is nothing to resume")
+            reporter.say(f"{where}; nothing was saved, because no step was finished")
         else:
             reporter.say(
-                f"{where}; saved {self.checkpoint}. The same call with resume=True (--resume) goes on from there"
+                f"{where}; saved {self.checkpoint}. The same call with resume=True (--resume) continues from it"
             )
 
     def _finish(self, reporter: Reporter) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer of a run, and its learning-rate schedule: a linear warmup, then linear or cosine decay, or none."""
+"""The optimizer of a run, and its learning-rate schedule: linear warmup, then linear decay, cosine decay or none."""
 
 import math
 
@@ -14,7 +14,7 @@ _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "cons
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
-    """AdamW that clips by the global norm; matrices decay, vectors (biases, LayerNorm's scale and shift) do not."""
+    """AdamW with global-norm clipping. Matrices decay, vectors (biases, LayerNorm's scale and shift) do not."""
     groups = [
         {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -25,14 +25,14 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Steps of warmup: ``config.warmup`` itself, or, where it is below 1, that share of all steps, rounded up."""
+    """Steps of warmup: ``config.warmup``, or that share of all steps, rounded up, if it is below 1."""
     return int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * total_steps)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
-    """The schedule of ``config`` over ``total_steps`` optimizer steps; call its ``step()`` after each of them.
+    """The schedule of ``config`` over ``total_steps`` optimizer steps; call its ``step()`` after each one.
 
-    With w warmup steps of N, step n (from 0) has the learning rate lr·n/w for n < w, and after that lr·(N−n)/(N−w)
+    With w warmup steps out of N, step n (from 0) has the learning rate lr·n/w for n < w, and from w on lr·(N−n)/(N−w)
     (linear), lr·(1 + cos(π(n−w)/(N−w)))/2 (cosine), or lr (constant).
 
     Raises:

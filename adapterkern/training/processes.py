@@ -1,14 +1,15 @@
-"""A run over several processes, as ``torchrun`` or ``accelerate launch`` start them.
+"""A run over several processes, as ``torchrun`` or ``accelerate launch`` starts them.
 
-A step learns from the same rows whatever the number of processes: process r of n takes rows r, r + n, r + 2n, … of the
-step, in forwards of at most ``batch_size``. Each process divides its summed losses by the number of targets of the
-whole step, and the gradients are added. So a configuration means the same on any number of processes, and a checkpoint
-of two processes resumes on one. A process without rows of its own computes a padding batch, since all processes must
-take part in every collective; its result is discarded.
+A step learns from the same rows whatever the number of processes: rank r of n takes rows r, r + n, r + 2n, … of the
+step, in forwards of at most ``batch_size``. Each rank divides its summed losses by the number of targets of the whole
+step, and the gradients are added. So a configuration means the same for any number of processes, and a checkpoint of
+two processes resumes on one. All ranks must take part in every collective, so a rank without rows of its own computes
+a padding batch, whose result is discarded.
 
-``parallel/`` exchanges the gradients. In a single process every function here is the identity, or does nothing.
+``parallel/`` exchanges the gradients. In a single process every function here is the identity or does nothing.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -30,11 +31,16 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def is_rank_zero() -> bool:
+    """Whether this process prints. Before training has joined the processes, the launcher's ``RANK`` decides."""
+    return (rank() if world_size() > 1 else int(os.environ.get("RANK", 0))) == 0
+
+
 def share(items: Sequence[T], size: int) -> list[tuple[list[T], bool]]:
     """This rank's items in batches of at most ``size``, the same number of batches on every rank.
 
     A batch paired with False is a padding batch: it keeps this rank in the collectives, and its result is discarded.
-    Padding batches come first, so that the last batch counts wherever one does.
+    Padding batches come first, so that a rank's last batch counts if any of its batches does.
     """
     n = world_size()
     own = items[rank() :: n]
@@ -69,7 +75,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             outcome[0] = work()
-        except BaseException as error:  # whatever it is, the others must not wait for ever
+        except BaseException as error:  # of any kind: the other ranks would wait for ever
             failure, outcome[1] = error, f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
@@ -80,10 +86,10 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Run ``work``, which contains no collective, on every rank. If one raises, every rank raises.
+    """Run ``work``, which may not contain a collective, on every rank. If one raises, every rank raises.
 
     Raises:
-        RuntimeError: on the other ranks, with the number and the error of the first rank that failed.
+        RuntimeError: on ranks that did not fail, with the number and the error of the first one that did.
     """
     if world_size() == 1:
         return work()
@@ -119,12 +125,12 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard, which all ranks must ask for; any other tensor itself."""
+    """The full tensor of a shard, a collective; any other tensor unchanged."""
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """This rank's shard of a full tensor, sharded as ``reference`` is, on its device."""
+    """This rank's shard of a full tensor, on the device and with the placement of ``reference``."""
     if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
         return tensor
     return distribute_tensor(

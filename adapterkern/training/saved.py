@@ -1,9 +1,9 @@
-"""What a finished run or checkpoint leaves in its folder, written and read again.
+"""What a finished run or checkpoint leaves in its folder: writing and reading it.
 
     adapter_model.safetensors, adapter_config.json    the adapter (not for a head trained alone)
     head.safetensors, head_config.json                the classification head with its label names (not for causal-lm)
     task.json       the kind of task, and the TrainConfig: how to tokenize, pad and score
-    sources.json    from a command: where backbone and evaluation data are
+    sources.json    where backbone and evaluation data are, if the run was started by a command
 
 A task may save other files beside these, or in folders of its own.
 """
@@ -23,7 +23,7 @@ from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Classification
 
 TASK_NAME = "task.json"
 SOURCES_NAME = "sources.json"
-CHECKPOINTS = "checkpoints"  # the folder in a run's folder
+CHECKPOINTS = "checkpoints"  # a folder inside the run's folder
 FORMAT_VERSION = 1  # of task.json
 
 
@@ -36,7 +36,7 @@ def save_run(
     kind: str,
     name: str | None = None,
 ) -> None:
-    """Write the adapter (the active one, or ``name``), the head and ``task.json``, each file atomically."""
+    """Write the adapter (``name``, or the active one), the head and ``task.json``, each file atomically."""
     if config.train_adapters:
         model.save_pretrained(directory, name)
     if head is not None:
@@ -46,13 +46,12 @@ def save_run(
 
 def save_config(directory: Path, config: TrainConfig, kind: str) -> None:
     """Write ``task.json``. ``kind`` is the name of the task's class."""
-    # Not where the run wrote: the folder may go elsewhere.
-    saved = config.to_dict() | {"output_dir": None}
+    saved = config.to_dict() | {"output_dir": None}  # the folder may be moved or uploaded
     write_json(directory / TASK_NAME, {"format_version": FORMAT_VERSION, "kind": kind, "config": saved})
 
 
 def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration of a finished run of any kind. Raises as :func:`load_run`."""
+    """The configuration of a saved run of any kind. Raises like :func:`load_run`."""
     path = Path(directory) / TASK_NAME
     saved = read_versioned(path, FORMAT_VERSION, {"config": dict})
     try:
@@ -62,15 +61,15 @@ def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
 
 
 def load_kind(directory: str | os.PathLike[str]) -> str | None:
-    """The name of the task's class; None for a run of a version that did not save it. Raises as :func:`load_run`."""
+    """The name of the task's class; None for a run that 0.1.0 saved. Raises like :func:`load_run`."""
     return read_versioned(Path(directory) / TASK_NAME, FORMAT_VERSION, {}).get("kind")
 
 
 def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, ClassificationHead | None]:
-    """The configuration and the head (None for causal-lm) that :func:`train` saved; ``evaluate`` takes both.
+    """The configuration and the head (None for causal-lm) that :func:`train` saved, for :func:`evaluate`.
 
     ``LlamaAdapter.from_pretrained(llama, directory)`` reads the adapter; there is none if the configuration says
-    ``train_adapters=False``. The configuration comes without ``output_dir`` and ``resume``: it is a finished run's.
+    ``train_adapters=False``. ``output_dir``, ``resume`` and ``overwrite`` have their defaults: the run is finished.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
@@ -82,7 +81,7 @@ def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, Classifica
 def load_model(
     llama: Any, directory: str | os.PathLike[str], config: TrainConfig, *, fused: bool = True, liger: bool = False
 ) -> LlamaAdapter:
-    """``llama`` with the run's adapter, or with none where it trained a head alone. Raises as :func:`load_run`."""
+    """``llama`` with the run's adapter, or with none if it trained a head alone. Raises like :func:`load_run`."""
     if config.train_adapters:
         return LlamaAdapter.from_pretrained(llama, directory, fused=fused, liger=liger)
     return LlamaAdapter(llama, None, fused=fused, liger=liger)
@@ -91,8 +90,8 @@ def load_model(
 def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
     """Upload what :func:`train` saved in ``directory`` to the Hugging Face hub; returns the repository's URL.
 
-    That is the adapter, the head, ``task.json`` and the card: no checkpoints, no metrics, nothing else of the folder.
-    ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as huggingface_hub has them.
+    That is the adapter, the head, ``task.json`` and the model card: no checkpoints, no metrics, no other file.
+    ``options`` are huggingface_hub's ``private``, ``token``, ``revision`` and ``commit_message``.
 
     Raises:
         FileNotFoundError: no run is saved there. ValueError: its configuration is damaged.
@@ -106,7 +105,7 @@ def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any)
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where a run's backbone and evaluation data came from, so that ``adapterkern eval DIR`` finds them again."""
+    """Where a run's backbone and evaluation data are, so that ``adapterkern eval DIR`` finds them."""
 
     model: str
     num_layers: int | None = None
@@ -115,7 +114,7 @@ class Sources:
 
 
 def save_sources(directory: Path, sources: Sources | Mapping[str, Sources]) -> None:
-    """Write ``sources.json`` into a run's folder, or one into each of the folders in it that a mapping names."""
+    """Write ``sources.json`` into a run's folder, or one into each subfolder that a mapping names."""
     for folder, of_folder in (sources if isinstance(sources, Mapping) else {"": sources}).items():
         write_json(directory / folder / SOURCES_NAME, dataclasses.asdict(of_folder))
 
@@ -131,7 +130,7 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
         absolute = Path(os.path.abspath(directory))
         for step in (absolute, *absolute.parents):
             if step.parent.name == CHECKPOINTS and step.name.startswith("step-"):
-                path = step.parent.parent / absolute.relative_to(step) / SOURCES_NAME  # of tasks/NAME, or of the run
+                path = step.parent.parent / absolute.relative_to(step) / SOURCES_NAME  # the run's, or its tasks/NAME's
                 break
     saved = read_json(path)
     kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None}

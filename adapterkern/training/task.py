@@ -1,13 +1,13 @@
 """What is learned: how rows become examples, how a batch becomes a loss, what is trained, scored and saved.
 
-``Task`` is classification with a head of ours, or next tokens with the backbone's own LM head. Another kind of training
-is a subclass, generic in its example, which ``train(..., task=...)`` takes. The loop, the prefix cache, the checkpoints
-and the evaluation call these methods and know nothing else of it:
+``Task`` is classification with a :class:`ClassificationHead`, or next-token prediction with the backbone's own LM head.
+Another kind of training is a subclass, generic in its example, passed as ``train(..., task=...)``. The loop, the prefix
+cache, the checkpoints and the evaluation call only these methods:
 
-    data       load: rows → examples          collate: examples → batch          order: of an epoch
+    data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
     a step     begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
     scores     evaluate: examples → metrics   predict: batch → answers
-    files      save, from_pretrained; ``settings`` must be the same when a run is resumed
+    files      save, from_pretrained; a resumed run must have the same ``settings``
 """
 
 import contextlib
@@ -39,14 +39,14 @@ from adapterkern.training.saved import load_model, load_run, save_run
 
 
 class Prediction(NamedTuple):
-    """The label that a classification head gives a row."""
+    """The label that a classification head predicts for a row, and its probability (0 to 1)."""
 
     label: str
     probability: float
 
 
 class Task(nn.Module, Generic[E]):
-    """Backbone, adapters and head as one module from a batch to its loss: what accelerate prepares and a step calls.
+    """Backbone, adapters and head as one module from a batch to its loss; accelerate prepares it, each step calls it.
 
     Args:
         model: the backbone with its adapters.
@@ -54,9 +54,9 @@ class Task(nn.Module, Generic[E]):
 
     Attributes:
         files: the files and folders that :meth:`save` may write.
-        uniform: every forward in training runs the same modules equally often, as DeepSpeed needs.
-        trains_all: every forward in training gives every trained parameter a gradient, possibly 0. Without it DDP
-            searches for unused parameters.
+        uniform: every training forward runs the same modules equally often; DeepSpeed requires it.
+        trains_all: every training forward gives every trained parameter a gradient, possibly 0. If False, DDP searches
+            for unused parameters.
     """
 
     files: ClassVar[tuple[str, ...]] = (WEIGHTS_NAME, CONFIG_NAME, HEAD_WEIGHTS, HEAD_CONFIG)
@@ -69,12 +69,13 @@ class Task(nn.Module, Generic[E]):
 
     @property
     def kind(self) -> str:
-        """The name of the task's class, for checkpoints and ``task.json``; FSDP2 derives a class of its own."""
+        """The name of the task's class, for checkpoints and ``task.json``."""
+        # FSDP2 replaces the class by a subclass of its own.
         return next(c.__name__ for c in type(self).__mro__ if not issubclass(c, FSDPModule))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run's numbers depend on besides its ``TrainConfig``, as JSON values."""
+        """JSON values that a run's numbers depend on besides its ``TrainConfig``."""
         return {}
 
     # Data
@@ -82,7 +83,7 @@ class Task(nn.Module, Generic[E]):
     def load(self, rows: Any, config: TrainConfig, tokenizer: Any) -> list[E]:
         """Examples of ``rows``, as :func:`~adapterkern.training.load_examples` reads them.
 
-        The first call, with the training rows, makes the head where there is none.
+        The first call is with the training rows and makes the head if there is none.
         """
         examples, names = load_examples(rows, config, tokenizer, None if self.head is None else self.head.labels)
         check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
@@ -95,20 +96,20 @@ class Task(nn.Module, Generic[E]):
                 torch.manual_seed(config.seed)
                 self.head = ClassificationHead(self.model.config.hidden_size, names, config.pooling)
             self.head.to(self.model.device)
-        return cast("list[E]", examples)  # subclasses with other examples have a `load` of their own
+        return cast("list[E]", examples)  # a subclass with another E overrides `load`
 
     def collate(self, examples: Sequence[E], config: TrainConfig) -> Batch:
-        """The batch that :meth:`forward` takes, on the host."""
+        """The batch for :meth:`forward`, on the CPU."""
         return batches.collate(examples, config)
 
     def order(self, examples: Sequence[E], config: TrainConfig, epoch: int) -> list[int]:
-        """An epoch's order, as many indices as there are examples: a function of (seed, epoch) alone."""
+        """An epoch's order of the examples, one index per row; a function of (seed, epoch) alone."""
         return batches.epoch_order(len(examples), config.seed, epoch)
 
     # Training
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
-        """The parameters that a run trains, by names that do not depend on the adapter's own name."""
+        """The parameters that a run trains, by names that do not depend on the adapter's name."""
         parameters: dict[str, nn.Parameter] = {}
         if config.train_adapters:
             name = self.model.active_adapter
@@ -120,17 +121,17 @@ class Task(nn.Module, Generic[E]):
         return parameters
 
     def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
-        """Context of a whole run: which adapters run, and so how long the frozen prefix is."""
+        """Context of a whole run: which adapters are active, and so how long the frozen prefix is."""
         return contextlib.nullcontext() if config.train_adapters else self.model.disable_adapter()
 
     def optimizer(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
-        """The optimizer of the parameters of :meth:`trained`."""
+        """The optimizer of the parameters that :meth:`trained` returns."""
         return make_optimizer(parameters, config)
 
     def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
-        """Called before the forwards of each step: ``examples`` are all of its rows, on all ranks.
+        """Called before the forwards of each step, on every rank, with all of the step's rows.
 
-        The step is the ``index``-th of the ``epoch``, both from 0.
+        ``epoch`` and ``index``, the step's number within it, count from 0.
         """
 
     # A forward
@@ -138,7 +139,7 @@ class Task(nn.Module, Generic[E]):
     def hidden(self, batch: Batch) -> Tensor:
         """The decoder's last hidden states (B, L, d).
 
-        ``batch["prefix"]``, (B, L, d), is the residual stream after the frozen prefix, where the prefix cache has it.
+        ``batch["prefix"]``, (B, L, d), if present, is the residual stream after the frozen prefix, from the cache.
         """
         if "prefix" in batch:
             return self.model.run_suffix(batch["prefix"], batch["attention_mask"])
@@ -146,14 +147,14 @@ class Task(nn.Module, Generic[E]):
         return self.model.decoder(**inputs, use_cache=False).last_hidden_state
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of the batch's targets, and (1,) how many targets are right.
+        """The summed cross-entropy of the batch's targets (nats), and (1,) how many are predicted correctly.
 
-        The second is counted in eval mode alone.
+        The second is counted in eval mode only, and is 0 in training.
         """
         targets = batch["targets"]
         if self.head is not None:
             return scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training)
-        # The states before the targets only: scores of prompts and padding would be (tokens × vocabulary) for nothing.
+        # Only the states that predict targets: scores of prompts and padding would waste tokens × vocabulary of memory.
         states, head = hidden.flatten(0, 1)[batch["positions"]], self.model.get_output_embeddings()
         if not (self.model.liger and liger.reads(head)):
             return scored(head(states), targets, count=not self.training)
@@ -161,14 +162,14 @@ class Task(nn.Module, Generic[E]):
         return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of the batch's targets, and what else :meth:`evaluate` sums over batches (k,)."""
+        """The summed loss of the batch's targets, and (k,) other numbers for :meth:`evaluate` to sum over batches."""
         return self.loss(self.hidden(batch), batch)
 
     def predict(self, batch: Batch) -> list[Any]:
-        """The answer to each row of the batch.
+        """The prediction for each row of the batch.
 
         Raises:
-            NotImplementedError: a causal-lm answers by ``generate``.
+            NotImplementedError: a causal-lm task, which predicts by ``generate``.
         """
         if self.head is None:
             raise NotImplementedError("predict: expected a task with a head, got causal-lm; use model.generate")
@@ -177,9 +178,9 @@ class Task(nn.Module, Generic[E]):
     # Scores
 
     def evaluate(self, run: nn.Module, examples: Sequence[E], feed: "Feed", config: TrainConfig) -> dict[str, float]:
-        """Metrics of ``examples``, a finite ``loss`` among them. ``run`` is this module as accelerate prepared it.
+        """Metrics of ``examples``, one of which is ``loss``. ``run`` is this module as accelerate prepared it.
 
-        Each rank runs its share of the batches, and all ranks have the result.
+        Each rank runs its share of the batches, and all ranks return the same metrics.
         """
         started = time.perf_counter()
         metrics = self.metrics(sums_over(run, examples, feed, config), examples, config)
@@ -187,7 +188,7 @@ class Task(nn.Module, Generic[E]):
         return metrics | {"seconds": seconds, "tokens_per_second": batches.count_tokens(examples) / seconds}
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
-        """Metrics from the sums over ``examples`` of what :meth:`forward` gives: the loss first."""
+        """Metrics from the sums over ``examples`` of what :meth:`forward` returns, the loss first."""
         targets = batches.count_targets(examples)
         loss = sums[0] / targets
         metrics = {"loss": loss, "accuracy": sums[1] / targets, "targets": targets}
@@ -198,7 +199,7 @@ class Task(nn.Module, Generic[E]):
     # Files
 
     def save(self, directory: Path, config: TrainConfig) -> None:
-        """Write what was trained into ``directory``, each file atomically."""
+        """Write what was trained to ``directory``, each file atomically."""
         save_run(directory, self.model, self.head, config, kind=self.kind)
 
     @classmethod
@@ -216,19 +217,19 @@ class Task(nn.Module, Generic[E]):
 
 
 def scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
-    """Of scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score."""
+    """From scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score."""
     loss = F.cross_entropy(scores.float(), targets, reduction="sum")
     return loss, (scores.argmax(-1) == targets).sum()[None] if count else targets.new_zeros(1)
 
 
 def label(head: ClassificationHead, scores: Tensor) -> list[Prediction]:
-    """The best label of each row of scores (B, labels), and its probability."""
+    """The best label of each row of scores (B, labels)."""
     probability, best = scores.softmax(-1).max(-1)
     return [Prediction(head.labels[number], p) for number, p in zip(best.tolist(), probability.tolist(), strict=True)]
 
 
 class Feed:
-    """Makes a task's batches on its device, with their prefix activations where the cache has them."""
+    """Makes a task's batches on its device, with their prefix activations if the cache has them."""
 
     def __init__(self, task: Task[Any], config: TrainConfig, cache: PrefixCache | None) -> None:
         self.task = task
@@ -237,7 +238,7 @@ class Feed:
         self._slots: dict[int, Slot] = {}  # by the example's row
 
     def add(self, examples: Sequence[Example], slots: Sequence[Slot]) -> None:
-        """Use these slots of the cache for the examples, which are numbered."""
+        """Use these slots of the cache for the examples, which must be numbered."""
         self._slots |= {example.row: slot for example, slot in zip(examples, slots, strict=True)}
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
@@ -249,14 +250,14 @@ class Feed:
 
 
 def eval_batches(examples: Sequence[E], config: TrainConfig) -> list[list[E]]:
-    """``examples`` in the batches of an evaluation, similar lengths together."""
+    """``examples`` in evaluation batches, sorted by length to save padding."""
     size = config.eval_batch_size or config.batch_size
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
 
 def sums_over(run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig) -> list[float]:
-    """The sums over all batches of what a forward in eval mode gives: its loss, and then its other numbers."""
+    """The sums over all batches of what a forward in eval mode returns: its loss, then its other numbers."""
 
     def of(batch: Sequence[Example]) -> Tensor:
         loss, others = run(feed(batch))
@@ -279,7 +280,7 @@ def run_evaluation(
 
 
 def check_lm_head(model: LlamaAdapter) -> None:
-    """Raise ``ValueError`` if the backbone has no LM head, or does more to its logits than the head does."""
+    """Raise ``ValueError`` if the backbone has no LM head, or transforms its logits."""
     config: Any = model.config
     if model.base.get_output_embeddings() is None:
         raise ValueError(f"model: expected a backbone with an LM head for causal-lm, got {type(model.base).__name__}")

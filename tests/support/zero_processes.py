@@ -36,7 +36,7 @@ def blow_up() -> list[bool]:
         return loss + math.inf, correct  # with finite gradients
 
     patches = mock.patch.object(Zero, "start", look), mock.patch.object(Task, "forward", infinite)
-    with patches[0], patches[1], pytest.raises(NonFiniteError, match="step 1: the loss is inf; the step was not made"):
+    with patches[0], patches[1], pytest.raises(NonFiniteError, match="the loss is inf; the step was not applied"):
         run(None, max_steps=1, warmup=0.0)
     return [torch.equal(a, b) for a, b in zip(before, engines[0].gathered().parameters.values(), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Accelerate, set up for one run after another in one process."""
+"""Accelerate, set up for several runs in one process."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ def test_each_run_has_its_own_precision(order: tuple[str, ...]) -> None:
             product = torch.ones(2, 4) @ layer.weight
         assert product.dtype == dtypes[precision]
         assert (accelerator.scaler is not None) == (precision == "fp16")
-        assert layer(torch.ones(2, 4)).dtype == torch.float32  # accelerate hands outputs back in fp32
+        assert layer(torch.ones(2, 4)).dtype == torch.float32  # accelerate returns outputs in fp32
 
 
-def test_gradients_are_whole_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_not_divided_by_the_environment_s_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    Accelerator(cpu=True).sync_gradients = False  # as a loop of the user's own may have left it
+    Accelerator(cpu=True).sync_gradients = False  # as a user's own loop may leave it
     accelerator = make_accelerator("fp32", CPU)
     x = torch.ones(1, requires_grad=True)
     accelerator.backward(x.sum())

@@ -1,4 +1,4 @@
-"""Two processes with gloo: the numbers of one, by DDP and by FSDP2, and one process's files."""
+"""Two processes with gloo, under DDP and FSDP2: the numbers and the files of one process."""
 
 import json
 import shutil
@@ -15,8 +15,8 @@ from tests.support.runs import cut, records, same
 
 pytestmark = pytest.mark.timeout(240)
 
-# Two processes sum a step's rows, and FSDP2 the squares of its shards, in another order: fp32 rounding, and what Adam
-# makes of it in 7 steps of 1e-2.
+# Two processes sum a step's rows, and FSDP2 the squares of its shards, in another order: fp32 rounding, amplified by
+# Adam over 7 steps of 1e-2.
 TOLERANCE = {"ddp": 2e-6, "shard": 2e-6, "ddp bf16": 2e-2, "shard bf16": 2e-2}
 
 
@@ -77,7 +77,7 @@ def test_both_processes_know_how_it_went(folder: Path) -> None:
 
 
 def test_each_process_has_a_prefix_cache_of_what_it_needs(folder: Path) -> None:
-    """Two steps of 8 rows, half of them each, and the 9 texts of the evaluation; no cache where layers are split."""
+    """Half of two steps of 8 rows, and the 9 texts of the evaluation; no cache if layers are sharded."""
     counts = [found(folder, rank)["cached"] for rank in range(2)]
     assert counts == [8 + 9 + 0, 8 + 9 + 0]
     assert found(folder)["ddp"]["prefix"] == 3
@@ -99,7 +99,7 @@ def test_errors_reach_both_processes(folder: Path) -> None:
     assert first["folder"].startswith("FileExistsError: output_dir:")
     assert second["folder"] == f"RuntimeError: process 0: {first['folder']}"
     for each in (first, second):
-        assert each["cache"].startswith("ValueError: prefix_cache: expected None or False, since the backbone is split")
+        assert each["cache"].startswith("ValueError: prefix_cache: expected None or False, because the backbone is")
         assert each["fp16"].startswith("ValueError: precision: expected fp32 or bf16 with shard=True")
     for name, error in (("metrics", "IsADirectoryError: [Errno 21] not written"), ("damaged", "ValueError: ")):
         assert first[name].startswith(error)

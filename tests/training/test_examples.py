@@ -37,12 +37,16 @@ def test_numeric_labels_are_sorted_as_numbers() -> None:
     [
         ({"label": "a"}, "row 2: column 'text' is missing"),
         ({"text": "w1"}, "row 2: column 'label' is missing"),
-        ({"text": "  ", "label": "a"}, "row 2: column 'text': expected a text, got empty"),
-        ({"text": 7, "label": "a"}, "row 2: column 'text': expected a text, got int"),
-        ({"text": "w1", "label": 0.5}, "row 2: column 'label' is not"),
+        ({"text": "  ", "label": "a"}, "row 2: column 'text': expected a non-empty string, got an empty one"),
+        ({"text": 7, "label": "a"}, "row 2: column 'text': expected a non-empty string, got int"),
+        ({"text": "w1", "label": 0.5}, "row 2: column 'label': expected a non-empty string or an integer, got float"),
+        (
+            {"text": "w1", "label": ""},
+            "row 2: column 'label': expected a non-empty string or an integer, got an empty one",
+        ),
         ({"text": "w1", "label": "c"}, "row 2: label 'c' is not one of a, b"),
-        ({"input_ids": [], "label": "a"}, "row 2: column 'input_ids'"),
-        ({"input_ids": [3, -1], "label": "a"}, "row 2: column 'input_ids'"),
+        ({"input_ids": [], "label": "a"}, "row 2: column 'input_ids': expected a non-empty list of integers"),
+        ({"input_ids": [3, -1], "label": "a"}, "row 2: column 'input_ids': expected a non-empty list of integers"),
     ],
 )
 def test_bad_rows(row: dict[str, Any], problem: str) -> None:
@@ -55,7 +59,7 @@ def test_bad_rows(row: dict[str, Any], problem: str) -> None:
 def test_bad_rows_of_a_file_have_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("body,topic\nw1,a\nw2,b\n,a\n")
-    with pytest.raises(DataError, match=r"a\.csv:4: column 'body': expected a text, got empty"):
+    with pytest.raises(DataError, match=r"a\.csv:4: column 'body': expected a non-empty string, got an empty one"):
         load(path, text_column="body", label_column="topic")
 
 
@@ -98,7 +102,7 @@ def test_plain_text_learns_all_but_the_first_token() -> None:
 
 
 def test_a_prompt_that_leaves_nothing_to_learn() -> None:
-    with pytest.raises(DataError, match="row 0: no token to learn: 5 of the prompt, max_length is 4"):
+    with pytest.raises(DataError, match="row 0: no token to learn: the prompt has 5, max_length is 4"):
         load([{"prompt": "w1 w2 w3 w4 w5", "completion": "w4"}], max_length=4, **LM)
 
 

@@ -23,7 +23,7 @@ from adapterkern.training import train
 from tests.support import tiny_run
 config = tiny_run.quiet(output_dir=sys.argv[1], **(eval(sys.argv[2]) | {"progress": True}))
 model = tiny_run.model()
-assert not model.split_obstacle  # found by running it, which is not to be counted
+assert not model.split_obstacle  # runs the decoder, which must not be counted
 calls = []
 def wait_in_step_5(*_):
     calls.append(1)

@@ -1,4 +1,4 @@
-"""The loop: it learns what can be learnt and nothing else, in every precision, and tells when numbers go wrong."""
+"""The loop: it learns what can be learned, in every precision, changes nothing else, and reports non-finite numbers."""
 
 import math
 import os
@@ -38,12 +38,12 @@ def accuracy(rows: list[dict[str, Any]], unseen: list[dict[str, Any]], **values:
 
 
 def test_learns_a_rule_and_not_noise() -> None:
-    """Which of two words stands in the text: unseen texts tell. With labels drawn at random there is no rule."""
+    """The label says which of two words is in the text, which generalizes to unseen texts; random labels do not."""
     rows, unseen = tiny_run.rows(800), tiny_run.rows(200, seed=1)
     noise = [row | {"label": other["label"]} for row, other in zip(rows, tiny_run.rows(800, seed=2), strict=True)]
-    learnt, head_alone = accuracy(rows, unseen), accuracy(rows, unseen, train_adapters=False)
-    assert learnt >= 0.9
-    assert 0.6 <= head_alone <= learnt - 0.03
+    learned, head_alone = accuracy(rows, unseen), accuracy(rows, unseen, train_adapters=False)
+    assert learned >= 0.9
+    assert 0.6 <= head_alone <= learned - 0.03
     assert accuracy(rows, unseen, pooling="last", padding_side="left") >= 0.9
     assert 0.35 <= accuracy(noise, unseen) <= 0.65
 
@@ -92,7 +92,7 @@ def test_a_seed_repeats_to_the_bit_and_another_differs() -> None:
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])
 def test_accumulation_changes_no_gradient(task: str) -> None:
-    """Texts of different lengths: means of means would weigh their tokens differently."""
+    """Texts have different lengths: a mean of means would give their tokens unequal weights."""
     outcomes = []
     for batch_size, accumulation in ((8, 1), (3, 4), (2, 4)):
         if batch_size * accumulation == 12:
@@ -108,12 +108,12 @@ def test_accumulation_changes_no_gradient(task: str) -> None:
 
 
 def test_steps_and_epochs() -> None:
-    assert run(epochs=3, batch_size=5).steps == 15  # 24 rows: 5 steps an epoch, the last with 4 rows
+    assert run(epochs=3, batch_size=5).steps == 15  # 24 rows: 5 steps per epoch, the last with 4 rows
     assert run(epochs=3, batch_size=5, accumulation=2).steps == 9
     assert run(max_steps=7).steps == 7
 
 
-def test_every_row_is_seen_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_seen_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     collate = Task.collate
 
@@ -140,7 +140,7 @@ def test_low_precision_learns_the_same(precision: str) -> None:
 
 
 def test_fp16_skips_are_counted_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale that no fp16 gradient survives: it is halved, step by step, and nothing is learnt before it fits."""
+    """A scale at which every fp16 gradient overflows: it is halved per step, and steps are skipped until it fits."""
     grown(monkeypatch, 2.0**40)
     result = run(precision="fp16", epochs=6, max_skipped_steps=36)
     assert 10 < result.skipped_steps < 36
@@ -167,7 +167,7 @@ def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("log_every", [1, 100])
 def test_nan_is_reported_with_its_step(precision: str, log_every: int) -> None:
-    """One row has a token whose embedding is NaN; which step meets that row follows from the order of rows."""
+    """One row has a token whose embedding is NaN; the order of rows says in which step it is."""
     from adapterkern.training.data.batches import epoch_order
 
     rows = tiny_run.rows(24)
@@ -177,7 +177,7 @@ def test_nan_is_reported_with_its_step(precision: str, log_every: int) -> None:
     model = tiny_run.model()
     with torch.no_grad():
         model.decoder.embed_tokens.weight[tiny_run.VOCABULARY["w99"]] = math.nan
-    with pytest.raises(NonFiniteError, match=f"step {expected}: the loss is nan; the step was not made") as error:
+    with pytest.raises(NonFiniteError, match=f"step {expected}: the loss is nan; the step was not applied") as error:
         run(model, rows, seed=3, log_every=log_every, precision=precision, prefix_cache=False)
     assert error.value.step == expected > 1
     assert all(p.isfinite().all() for p in model.adapter_parameters())
@@ -207,7 +207,7 @@ def test_an_infinite_loss_with_finite_gradients_moves_nothing(monkeypatch: pytes
         return (loss + math.inf if len(states) == 3 else loss), correct
 
     monkeypatch.setattr(Task, "forward", infinite_in_step_3)
-    with pytest.raises(NonFiniteError, match="step 3: the loss is inf; the step was not made"):
+    with pytest.raises(NonFiniteError, match="step 3: the loss is inf; the step was not applied"):
         run(model)
     assert tiny_run.same_bits(tiny_run.weights(model), states[2])
     assert not tiny_run.same_bits(states[2], states[1])
@@ -227,7 +227,7 @@ def test_a_non_finite_evaluation_is_reported() -> None:
 
 
 def test_a_gradient_left_behind_goes_nowhere() -> None:
-    """As an interrupted backward leaves it, and somebody then trains on with the same objects."""
+    """As an interrupted backward leaves it; the same objects are then trained again."""
     clean, model = tiny_run.model(), tiny_run.model()
     run(clean, max_steps=2)
     for p in model.adapter_parameters():
@@ -274,7 +274,7 @@ def test_vectors_do_not_decay() -> None:
 
 
 def test_clipping_bounds_the_first_step() -> None:
-    """With Adam's eps far above the gradient, a step is proportional to it, and so to the bound."""
+    """With Adam's eps far above the gradient, a step is proportional to the gradient, and so to ``max_norm``."""
 
     def moved(max_norm: float) -> float:
         model = tiny_run.model()
@@ -338,14 +338,14 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path: Path) -> Non
 
 
 def test_sources_alone_are_no_earlier_run(tmp_path: Path) -> None:
-    """They are what a run leaves that was killed before its first line and checkpoint: nothing to resume."""
+    """A run that was killed before its first checkpoint leaves only them: there is nothing to resume."""
     for folder in (tmp_path, tmp_path / "tasks" / "a"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sources.json").write_text("{}")
     assert run(output_dir=tmp_path, max_steps=1).steps == 1
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["card of the run", "card of somebody's own"])
+@pytest.mark.parametrize("own", [False, True], ids=["card of the run", "card of the user"])
 def test_an_earlier_run_s_card_and_sources_go_with_it(
     tmp_path: Path, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +380,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damage", ["not json\n", '{"kind": "train"}\n'])
-def test_metrics_that_are_none(tmp_path: Path, damage: str) -> None:
+def test_damaged_metrics(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n' + damage + '{"kind": "train", "step": 3}\n{"st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):

@@ -1,4 +1,4 @@
-"""The frozen-prefix cache: the same numbers, in memory and on disk, and never those of another model."""
+"""The frozen-prefix cache: the same numbers as without, in memory and on disk, and never another model's."""
 
 import errno
 import os
@@ -65,7 +65,7 @@ def test_head_alone_runs_the_backbone_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(texts) == 4 * (len(ROWS) + len(EVAL_ROWS) + 2)  # 2: whether the decoder can be run in two calls
 
 
-def test_a_second_run_computes_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_computes_no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache, config = tiny_run.model(), PrefixCache(), tiny_run.quiet(prefix_cache=True)
     train(model, ROWS, config, tokenizer=TOKENIZER, cache=cache)
     monkeypatch.setattr(LlamaAdapter, "run_prefix", None)
@@ -145,8 +145,8 @@ def test_changed_weights_are_never_served_old_activations() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"padding_side": "left"}, {"precision": "bf16"}], ids=["right", "left", "bf16"])
-def test_a_text_has_the_same_activations_in_any_company(values: dict[str, Any]) -> None:
-    """Or a resumed run, or one with other evaluation data, would differ by rounding from the first."""
+def test_the_activations_of_a_text_do_not_depend_on_other_texts(values: dict[str, Any]) -> None:
+    """Otherwise a resumed run, or one with other evaluation data, would differ by rounding."""
     config = tiny_run.quiet(max_length=32, **values)
     data = load_examples(tiny_run.rows(20, low=3, high=30), config, TOKENIZER)[0]
     model, together, alone = tiny_run.model(), PrefixCache(), PrefixCache()

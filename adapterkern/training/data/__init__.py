@@ -1,1 +1,1 @@
-"""Rows → examples → batches, and the activations of the frozen prefix."""
+"""Rows → examples → batches, and the cache of frozen-prefix activations."""

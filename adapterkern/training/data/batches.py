@@ -1,8 +1,9 @@
-"""Examples padded to batches, counted, ordered and fingerprinted.
+"""Padding examples to batches; counting, ordering and fingerprinting them.
 
 A batch is a dict of tensors: ``input_ids`` (B, L) int64, ``attention_mask`` (B, L) int64 with 1 on real tokens,
-``targets`` (K,) int64, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L), computed here on the host,
-so that no step asks the device which states it needs. For classification K = B. A task may add entries of its own.
+``targets`` (K,) int64, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L). These are computed on the
+host, so that no step waits for the device to learn which states it needs. For classification K = B. A task may add
+entries of its own.
 """
 
 import hashlib
@@ -19,12 +20,12 @@ Batch = dict[str, Tensor]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of ``count`` rows in an epoch: a function of (seed, epoch) alone, so that resuming needs no state."""
+    """The order of ``count`` rows in an epoch, a function of (seed, epoch) alone, so that resuming needs no state."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).tolist()
 
 
 def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
-    """Pad to ``length``, by default as ``config.padding`` says; padding has token id 0, mask 0 and no target."""
+    """Pad to ``length``, by default by ``config.padding``. Padding has token id 0, mask 0 and no target."""
     if length is None:
         longest = max(len(example.input_ids) for example in examples)
         length = config.max_length if config.padding == "max_length" else longest
@@ -46,17 +47,17 @@ def collate(examples: Sequence[Example], config: TrainConfig, length: int | None
 
 
 def count_tokens(examples: Iterable[Example]) -> int:
-    """Real tokens, padding left out."""
+    """The number of real tokens, without padding."""
     return sum(len(example.input_ids) for example in examples)
 
 
 def count_targets(examples: Iterable[Example]) -> int:
-    """What a loss is averaged over: examples of a classification, target tokens of a causal-lm."""
+    """The number of terms a mean loss has: examples for classification, target tokens for causal-lm."""
     return sum(len(example.targets) for example in examples)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of the tokenized data; equal for equal ids, targets and order."""
+    """SHA-256 of the tokenized data: token ids, targets and the order of the examples."""
     digest = hashlib.sha256()
     for example in examples:
         for array in example.arrays():
@@ -65,5 +66,5 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``, without waiting for the copies."""
+    """The batch on ``device``; does not wait for the copies."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

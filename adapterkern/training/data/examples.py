@@ -1,9 +1,8 @@
-"""From rows of text to padded batches: tokenisation, labels, prompt masking, and the order of the rows.
+"""From rows of text to examples: tokenization, labels, prompt masking.
 
-An example is its token ids and the positions whose state a loss is computed from. A classification example has one
-target, its label. A causal-lm example has one target for each token that is to be learnt, and the state that predicts
-token t stands at t − 1; tokens of a prompt, padding and the first token are no targets. Batches carry positions as flat
-indices into (B·L), computed here on the host, so that no step has to ask the device which states it wants.
+An example is its token ids, its targets, and the positions of the states that predict them. A classification example
+has one target, its label. A causal-lm example has one target per token to learn, and the state at t − 1 predicts token
+t. Prompt tokens, padding and the first token carry no loss.
 """
 
 import dataclasses
@@ -17,22 +16,22 @@ import numpy as np
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.rows import BadRows, DataError, Row, read_rows, source_name
 
-_WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
+_INTEGER = re.compile(r"-?\d{1,18}")
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenized row. Subclasses have fields of their own."""
+    """One tokenized row. Subclasses may add fields."""
 
     input_ids: np.ndarray  # (n,) int64
-    targets: np.ndarray  # (1,) the label's number, or (k,) token ids
+    targets: np.ndarray  # (1,) the label's index, or (k,) token ids
     positions: np.ndarray  # (k,) positions of the states that predict the targets; empty for classification
-    row: int = dataclasses.field(default=-1, kw_only=True)  # its number in its run, see `numbered`
+    row: int = dataclasses.field(default=-1, kw_only=True)  # its number within a run, see `numbered`
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """What :func:`~adapterkern.training.data.batches.fingerprint` covers."""
+        """The arrays that :func:`~adapterkern.training.data.batches.fingerprint` covers."""
         return self.input_ids, self.targets, self.positions
 
 
@@ -40,15 +39,15 @@ E = TypeVar("E", bound=Example)
 
 
 def numbered(examples: Iterable[E], start: int = 0) -> list[E]:
-    """The examples with ``row`` counting up from ``start``."""
+    """Copies of the examples with ``row`` counting up from ``start``."""
     return [dataclasses.replace(example, row=row) for row, example in enumerate(examples, start)]
 
 
 def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
-    """The set of labels that the rows have, numbers in numerical order and anything else in alphabetical order."""
+    """The distinct labels of the rows: in numerical order if all are integers, else in alphabetical order."""
     names = {_label(row.values.get(config.label_column)) for row in rows} - {None}
     labels = sorted(n for n in names if n is not None)
-    if all(_WHOLE_NUMBER.fullmatch(name) for name in labels):
+    if all(_INTEGER.fullmatch(name) for name in labels):
         labels.sort(key=int)
     return labels
 
@@ -56,20 +55,21 @@ def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
 def load_examples(
     data: Rows, config: TrainConfig, tokenizer: Any = None, labels: Sequence[str] | None = None
 ) -> tuple[list[Example], list[str]]:
-    """Read and tokenise data for ``config.task``.
+    """Read and tokenize data for ``config.task``.
 
     Args:
         data: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or an iterable of mappings. Rows have the columns that
-            ``config`` names; ``input_ids`` (a list of token ids) instead of the text needs no tokenizer.
+            ``config`` names; ``input_ids`` (a list of token ids) instead of the text column needs no tokenizer.
         tokenizer: a transformers tokenizer.
-        labels: the label names that a classification head has; by default those that the data has.
+        labels: the label names of a classification head; by default those in the data.
 
     Returns:
         the examples, and the label names (none for causal-lm).
 
     Raises:
-        DataError: naming each bad row by file and line, unless ``config.skip_bad_rows``; or if no row is left, or all
-            have one label.
+        DataError: bad rows, each named by file and line, unless ``config.skip_bad_rows``; no rows left; or only one
+            label.
+        TypeError: rows of text without a tokenizer.
     """
     bad = BadRows(source_name(data))
     rows = read_rows(data, bad)
@@ -90,7 +90,7 @@ def load_examples(
 
 
 def _label(value: Any) -> str | None:
-    """A label as its name; None if it cannot be one."""
+    """The name of a label; None if ``value`` cannot be one."""
     if isinstance(value, int):
         return str(value)
     return value if isinstance(value, str) and value else None
@@ -104,14 +104,13 @@ def _classification(
     for row in rows:
         label = _label(row.values.get(config.label_column))
         if label is None:
-            problem = "is missing" if config.label_column not in row.values else "is not a text or a whole number"
-            bad.add(row.place, f"column {config.label_column!r} {problem}")
+            bad.add(row.place, _problem(row, config.label_column, "a non-empty string or an integer"))
         elif label not in numbers:
             shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             bad.add(row.place, f"label {label!r} is not one of {shown}")
         else:
             good.append((row, numbers[label]))
-    ids = _tokenise([row for row, _ in good], config.text_column, config, tokenizer, bad)
+    ids = _tokenize([row for row, _ in good], config.text_column, config, tokenizer, bad)
     none = np.empty(0, dtype=np.int64)
     return [
         Example(tokens[: config.max_length], np.array([number]), none)
@@ -124,10 +123,10 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
     with_prompt = bool(rows) and config.prompt_column in rows[0].values
     if not with_prompt:
         prompts: list[np.ndarray | None] = [np.empty(0, dtype=np.int64) for _ in rows]
-        texts = _tokenise(rows, config.text_column, config, tokenizer, bad, end=True)
+        texts = _tokenize(rows, config.text_column, config, tokenizer, bad, end=True)
     else:
-        prompts = _tokenise(rows, config.prompt_column, config, tokenizer, bad)
-        texts = _tokenise(rows, config.completion_column, config, tokenizer, bad, special=False, end=True)
+        prompts = _tokenize(rows, config.prompt_column, config, tokenizer, bad)
+        texts = _tokenize(rows, config.completion_column, config, tokenizer, bad, special=False, end=True)
     examples = []
     for row, prompt, text in zip(rows, prompts, texts, strict=True):
         if prompt is None or text is None:
@@ -135,13 +134,13 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
         ids = np.concatenate([prompt, text])[: config.max_length]
         first = max(len(prompt), 1)  # nothing predicts the first token
         if len(ids) <= first:
-            bad.add(row.place, f"no token to learn: {len(prompt)} of the prompt, max_length is {config.max_length}")
+            bad.add(row.place, f"no token to learn: the prompt has {len(prompt)}, max_length is {config.max_length}")
             continue
         examples.append(Example(ids, ids[first:], np.arange(first - 1, len(ids) - 1)))
     return examples
 
 
-def _tokenise(
+def _tokenize(
     rows: list[Row],
     column: str,
     config: TrainConfig,
@@ -151,7 +150,7 @@ def _tokenise(
     special: bool = True,
     end: bool = False,
 ) -> list[np.ndarray | None]:
-    """Token ids of a column, None for a bad row. ``special`` as the tokenizer does, ``end`` adds its end-of-text."""
+    """Token ids of a column, None for a bad row. ``special``: add special tokens; ``end``: add an end-of-text token."""
     ids: list[np.ndarray | None] = [None] * len(rows)
     texts: list[str] = []
     where: list[int] = []
@@ -159,11 +158,8 @@ def _tokenise(
         value = row.values.get(column)
         if "input_ids" in row.values and column == config.text_column:
             ids[index] = _given_ids(row, bad)
-        elif column not in row.values:
-            bad.add(row.place, f"column {column!r} is missing")
         elif not isinstance(value, str) or not value.strip():
-            got = "empty" if isinstance(value, str) else type(value).__name__
-            bad.add(row.place, f"column {column!r}: expected a text, got {got}")
+            bad.add(row.place, _problem(row, column, "a non-empty string"))
         else:
             texts.append(value)
             where.append(index)
@@ -178,21 +174,33 @@ def _tokenise(
             if tokens:
                 ids[index] = np.array(tokens, dtype=np.int64)
             else:
-                bad.add(rows[index].place, f"column {column!r}: the tokenizer makes no token of it")
+                bad.add(
+                    rows[index].place,
+                    f"column {column!r}: the tokenizer returns no tokens for it",
+                )
     return ids
+
+
+def _problem(row: Row, column: str, expected: str) -> str:
+    """What is wrong with a value that was expected to be a non-empty string."""
+    if column not in row.values:
+        return f"column {column!r} is missing"
+    value = row.values[column]
+    got = "an empty one" if isinstance(value, str) else type(value).__name__
+    return f"column {column!r}: expected {expected}, got {got}"
 
 
 def _given_ids(row: Row, bad: BadRows) -> np.ndarray | None:
     ids = row.values["input_ids"]
     good = isinstance(ids, list | tuple) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not good:
-        bad.add(row.place, "column 'input_ids': expected a list of at least one token id, none negative")
+        bad.add(row.place, "column 'input_ids': expected a non-empty list of integers from 0 to 2**31 - 1")
         return None
     return np.array(ids, dtype=np.int64)
 
 
 def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:
-    """Raise ``ValueError`` if a token id is beyond the model's embedding: the tokenizer is another model's."""
+    """Raise ``ValueError`` if a token id is beyond the model's embedding, as with another model's tokenizer."""
     largest = max(int(example.input_ids.max()) for example in examples)
     if largest >= vocabulary:
         raise ValueError(f"tokenizer: expected token ids below the model's {vocabulary}, got {largest}")

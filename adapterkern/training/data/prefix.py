@@ -1,23 +1,22 @@
-"""The frozen-prefix cache: activations below the first adapter, computed once a text and reused ever after.
+"""The frozen-prefix cache: activations below the first adapter, computed once per text and reused from then on.
 
 Layers below the first adapter give the same residual stream in every epoch and every evaluation. The cache holds that
-stream, (n, d) for a text of n tokens without its padding, in memory up to a limit and beyond it in a memory-mapped
-temporary file, which has no name any more when training begins, so that nothing is left of it however the process ends.
+stream, (n, d) for a text of n tokens without padding, in memory up to a limit, and beyond it in a memory-mapped
+temporary file. The file is unlinked as soon as it is mapped, so nothing is left on disk however the process ends.
 
-A text is found by a digest of its token ids and of everything that its activations depend on: the prefix's weights, how
-many layers it has, the backbone's configuration, the precision and the side of the padding. Another model or tokeniser
-therefore never meets these activations, and one cache can serve many runs on one backbone.
+The key of a text is a digest of its token ids and of everything that its activations depend on: the prefix's weights
+and number of layers, the backbone's configuration, the precision, and the shape and padding of batches. Activations are
+therefore never reused for another model or tokenizer, and one cache can serve many runs on one backbone.
 
-The numbers are those of a run without the cache: to the bit where all batches have one shape (full batches with
-``padding="max_length"``), and to rounding where they have not, since matrix products may sum in another order for
-another shape. For the same reason the cache computes in few shapes: full batches of rows whose lengths round up to the
-same multiple of 16. What it holds for a text then depends on no other text, and a resumed run finds the numbers of the
-run before it. Padding is stored nowhere and comes back as zeros: it is masked and nothing depends on it.
+The numbers are those of a run without the cache: bit-identical if all batches have one shape (full batches with
+``padding="max_length"``), otherwise equal up to rounding, since matrix products may sum in another order for another
+shape. For the same reason the cache computes in few shapes: full batches of rows whose lengths round up to the same
+multiple of 16. The activations of a text then do not depend on other texts, and a resumed run gets the same ones.
+Padding is not stored and is returned as zeros: it is masked, and nothing depends on it.
 """
 
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -34,15 +33,13 @@ from adapterkern.training.data.batches import collate, count_tokens, to_device
 from adapterkern.training.data.examples import Example
 from adapterkern.training.processes import is_sharded
 
-logger = logging.getLogger(__name__)
-
-_LENGTH_STEP = 16
+_LENGTH_STEP = 16  # computed lengths are multiples of it
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
 
 class Slot(NamedTuple):
-    """Where a text's activations are."""
+    """Where the activations of a text are: rows ``start`` to ``start + length`` of a slab."""
 
     slab: int
     start: int
@@ -53,17 +50,17 @@ class PrefixCache:
     """Activations of texts after a frozen prefix.
 
     Args:
-        memory_bytes: how much to hold in memory; the rest goes to a temporary file.
-        directory: where that file is; default the system's temporary folder (``TMPDIR``).
+        memory_bytes: size in memory; the rest goes to a temporary file.
+        directory: the folder of that file; by default the system's temporary folder (``TMPDIR``).
     """
 
     def __init__(self, memory_bytes: int = 2 << 30, directory: str | os.PathLike[str] | None = None) -> None:
         self.memory_bytes = memory_bytes
         self.directory = directory
         self._slabs: list[Tensor] = []  # (tokens, d)
-        self._mapped: set[int] = set()  # which of them are files
+        self._mapped: set[int] = set()  # indices of the slabs that are files
         self._slots: dict[bytes, Slot] = {}
-        self._lengths: set[int] = set()  # of prefixes
+        self._lengths: set[int] = set()  # of the prefixes held, in layers
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -84,10 +81,17 @@ class PrefixCache:
         autocast: Context = contextlib.nullcontext,
         on_batch: Callable[[int], bool] | None = None,
     ) -> list[Slot] | None:
-        """The slot of each example, in order; computes those that are not there yet.
+        """Compute the activations that the cache does not hold yet.
 
-        ``on_batch`` is called with the number of texts after each batch; if it returns False, the fill is given up and
-        None comes back.
+        Args:
+            autocast: makes the context that the prefix runs in.
+            on_batch: called with the number of texts after each batch; if it returns False, the fill is abandoned.
+
+        Returns:
+            the slot of each example, in order; None if the fill was abandoned, which leaves the cache as it was.
+
+        Raises:
+            OSError: the temporary file does not fit on its disk.
         """
         keys = _keys(examples, prefix_fingerprint(model, config, model.prefix_length))
         new = list({k: e for k, e in zip(keys, examples, strict=True) if k not in self._slots}.items())
@@ -124,7 +128,7 @@ class PrefixCache:
     def _longest_known(
         self, model: LlamaAdapter, new: Sequence[tuple[bytes, Example]], config: TrainConfig
     ) -> tuple[int, dict[bytes, Slot]]:
-        """The longest shorter prefix whose activations of all ``new`` texts are here, and their slots; or 0."""
+        """The longest shorter prefix that is cached for all ``new`` texts, and their slots; 0 if there is none."""
         for length in sorted((n for n in self._lengths if n < model.prefix_length), reverse=True):
             keys = _keys([example for _, example in new], prefix_fingerprint(model, config, length))
             if all(k in self._slots for k in keys):
@@ -132,7 +136,7 @@ class PrefixCache:
         return 0, {}
 
     def gather(self, slots: Sequence[Slot], length: int, config: TrainConfig) -> Tensor:
-        """The activations (B, length, d) of a batch, on the CPU, padded with zeros on ``config.padding_side``."""
+        """Activations (B, length, d) of a batch, on the CPU, zero-padded on ``config.padding_side``."""
         first = self._slabs[slots[0].slab]
         hidden = first.new_zeros(len(slots), length, first.shape[1])
         for row, slot in zip(hidden, slots, strict=True):
@@ -144,7 +148,7 @@ class PrefixCache:
         return self._slabs[slot.slab][slot.start : slot.start + slot.length]
 
     def _allocate(self, new: list[tuple[bytes, Example]], width: int, dtype: torch.dtype) -> dict[bytes, Slot]:
-        """A slab in memory for as many of the new texts as may go there, and one on disk for the others."""
+        """A slab in memory for as many of the new texts as fit there, and one on disk for the rest."""
         row_bytes = width * dtype.itemsize
         room = (self.memory_bytes - self.bytes_in_memory) // row_bytes
         used = [0, 0]  # tokens in memory, on disk
@@ -168,7 +172,7 @@ class PrefixCache:
         size = shape[0] * shape[1] * dtype.itemsize
         handle, name = tempfile.mkstemp(prefix="adapterkern-prefix-", dir=self.directory)
         try:
-            # Real blocks, not a sparse file: a full disk is an OSError here, and a dead process later.
+            # Real blocks, not a sparse file: a full disk is an OSError here, but a SIGBUS on a later write.
             allocate = getattr(os, "posix_fallocate", None)
             if allocate is not None:
                 allocate(handle, 0, size)
@@ -192,7 +196,7 @@ def _keys(examples: Sequence[Example], key: bytes) -> list[bytes]:
 def _batches(
     new: list[tuple[bytes, Example]], config: TrainConfig
 ) -> Iterator[tuple[int, list[tuple[bytes, Example]]]]:
-    """Texts that are computed together, and the length to pad them to; the longest, which need most memory, first."""
+    """Texts to compute together, with the length to pad them to. The longest, which need most memory, come first."""
     by_length: dict[int, list[tuple[bytes, Example]]] = {}
     for item in new:
         n = len(item[1].input_ids)
@@ -205,7 +209,7 @@ def _batches(
 
 
 def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) -> bytes:
-    """32 bytes that change with all that the activations after ``length`` layers depend on, the token ids apart."""
+    """32 bytes that depend on everything, except token ids, that determines activations after ``length`` layers."""
     decoder = model.decoder
     digest = hashlib.sha256()
     shapes = (config.batch_size, config.padding, config.padding_side, config.max_length)
@@ -213,7 +217,7 @@ def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) ->
     digest.update(repr(described).encode())
     for module in (decoder.embed_tokens, decoder.rotary_emb, *decoder.layers[:length]):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            # A 64-bit hash of each row on the tensor's own device, and SHA-256 over those: 7B parameters in a moment.
+            # A 64-bit hash per row on the tensor's own device, then SHA-256 over the hashes: fast at 7B parameters too.
             rows = torch.hash_tensor(tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=-1)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(rows.view(torch.int64).cpu().numpy().astype(np.int64).tobytes())
@@ -225,28 +229,30 @@ def choose_cache(
 ) -> tuple[bool, str]:
     """Whether to use a prefix cache on ``examples``, and why, for ``config.prefix_cache`` True, False or None (auto).
 
+    ``passes`` is how often each example is needed.
+
     Raises:
-        ValueError: the cache is demanded and cannot be right: the backbone has dropout, or there is no prefix.
+        ValueError: the cache is requested but impossible, for example because the backbone has dropout.
     """
     if config.prefix_cache is False:
         return False, "prefix_cache=False"
     dropout = getattr(model.config, "attention_dropout", 0.0)
     obstacle = ""
     if model.prefix_length == 0:
-        obstacle = "the first layer is adapted already"
+        obstacle = "the first layer is adapted"
     elif dropout:
-        obstacle = f"the backbone has attention_dropout={dropout}, so no two passes are alike"
+        obstacle = f"the backbone has attention_dropout={dropout}, so no two passes are equal"
     elif any(p.is_meta for p in model.decoder.layers[: model.prefix_length].parameters()):
         obstacle = "the prefix's weights are offloaded"
     elif is_sharded(model):
-        obstacle = "the backbone is split over processes"
+        obstacle = "the backbone is sharded over processes"
     elif model.split_obstacle:
         obstacle = model.split_obstacle
     if obstacle:
         if config.prefix_cache:
-            raise ValueError(f"prefix_cache: expected None or False, since {obstacle}; got True")
+            raise ValueError(f"prefix_cache: expected None or False, because {obstacle}; got True")
         return False, obstacle
-    # fp32 under autocast and in most cases; half of it at best
+    # The residual stream is fp32 under autocast and with an fp32 backbone; otherwise it needs half of this.
     needed = count_tokens(examples) * model.config.hidden_size * 4
     where = f"{needed / 2**20:.0f} MiB"
     if config.prefix_cache:
@@ -255,5 +261,5 @@ def choose_cache(
         return False, "every text is needed only once"
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed - config.prefix_cache_bytes > free // 2:
-        return False, f"{where} of activations would take more than half of the free disk"
+        return False, f"{where} of activations would take more than half of the free disk space"
     return True, f"{where} of activations"

@@ -1,7 +1,7 @@
-"""Rows of text from JSONL, CSV and TSV files or from Python, each with the place that a message about it can name.
+"""Rows from JSONL, CSV and TSV files or from Python, each with its place for error messages.
 
-A file that cannot be read as what it claims to be is refused at once; a row that is wrong by itself is collected, so
-that one run names all of them. CSV and TSV have a header line and follow RFC 4180's quoting; every file is UTF-8.
+A file that is not of the format its name says raises at once. Bad rows are collected, so that one message names all of
+them. CSV and TSV files have a header line and use RFC 4180 quoting; every file is UTF-8.
 """
 
 import csv
@@ -12,26 +12,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger("adapterkern")
 
-HALF_A_PAIR = "half a surrogate pair, which is no character"
+HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows in one message
-_MAX_FIELD = 64 << 20  # characters in one CSV field; Python's own limit of 131,072 is shorter than a long document
+_MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
 
 
 class DataError(ValueError):
-    """Training or evaluation data that cannot be used; the message names file and line."""
+    """Unusable training or evaluation data; the message names file and line."""
 
 
 class Row(NamedTuple):
-    """One example as it was read."""
+    """One row as it was read."""
 
     values: Mapping[str, Any]
     place: str  # "reviews.csv:17", or "row 16" of a list
 
 
 class BadRows:
-    """Collects what is wrong with single rows, and then refuses the data or leaves the rows out."""
+    """Collects problems of single rows, to raise them together or to skip the rows."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -41,22 +41,22 @@ class BadRows:
         self.found.append(f"{place}: {problem}")
 
     def settle(self, skip: bool) -> None:
-        """Raise :class:`DataError` over the rows collected; with ``skip`` warn instead."""
+        """Raise :class:`DataError` if there are bad rows; with ``skip``, log a warning instead."""
         if not self.found:
             return
         shown = "\n  ".join(self.found[:_SHOWN])
         more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
         count = f"{len(self.found)} bad row{'s' if len(self.found) > 1 else ''}"
         if not skip:
-            raise DataError(f"{self.source}: {count}:\n  {shown}{more}\nset skip_bad_rows to leave them out")
-        logger.warning("%s: left out %s:\n  %s%s", self.source, count, shown, more)
+            raise DataError(f"{self.source}: {count}:\n  {shown}{more}\nset skip_bad_rows to skip them")
+        _log.warning("%s: skipped %s:\n  %s%s", self.source, count, shown, more)
 
 
 def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> list[Row]:
-    """Rows of a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or of a list of mappings. Wrong rows go to ``bad``.
+    """Rows of a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or of a list of mappings. Bad rows go to ``bad``.
 
     Raises:
-        DataError: the file is of another kind, has no header, or is not UTF-8.
+        DataError: the file has another suffix, has no header, or is not UTF-8.
         TypeError: ``data`` is neither a path nor an iterable of rows.
     """
     if isinstance(data, str | os.PathLike):
@@ -77,7 +77,7 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
 
 
 def source_name(data: Any) -> str:
-    """How messages call the data."""
+    """The name of the data in messages."""
     return os.fspath(data) if isinstance(data, str | os.PathLike) else "data"
 
 
@@ -110,7 +110,7 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
 
 
 def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
-    """The rows all of whose texts UTF-8 can hold."""
+    """The rows all of whose strings can be encoded as UTF-8."""
     good = []
     for row in rows:
         wrong = [name for name, value in row.values.items() if isinstance(value, str) and not is_unicode(value)]
@@ -122,7 +122,7 @@ def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold it: Python's strings and JSON's escapes can have half a surrogate pair."""
+    """Whether ``text`` can be encoded as UTF-8: Python strings and JSON escapes may hold half a surrogate pair."""
     if text.isascii():
         return True
     try:
@@ -152,7 +152,7 @@ def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:
             if header is None:
                 header = fields
                 if len(set(header)) != len(header):
-                    raise DataError(f"{place}: a column name stands twice in the header {header}")
+                    raise DataError(f"{place}: expected a header without duplicate column names, got {header}")
             elif len(fields) != len(header):
                 bad.add(place, f"expected {len(header)} fields as in the header, got {len(fields)}")
             else:

@@ -1,1 +1,1 @@
-"""How a step is made: one process, DDP, FSDP2 (engine.py); DeepSpeed's ZeRO; accelerate set up for one run."""
+"""How a step runs: in one process, under DDP or FSDP2 (engine.py), or under DeepSpeed; accelerate set up for it."""

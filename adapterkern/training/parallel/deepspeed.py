@@ -1,12 +1,12 @@
-"""DeepSpeed's ZeRO as the engine of a run: moments and gradients split over the processes, at stage 3 the backbone too.
+"""DeepSpeed's ZeRO as the engine of a run: moments and gradients sharded over ranks, at stage 3 the backbone too.
 
-``accelerate launch`` with one of ``docs/accelerate/zero*.yaml`` asks for it. Stages 1 and 2 split what adapters have
-little of; stage 3 is for a backbone that no device holds.
+``accelerate launch`` with one of ``docs/accelerate/zero*.yaml`` selects it. Stages 1 and 2 shard the state of the
+trained parameters, which is small for adapters; stage 3 is for a backbone that does not fit on one device.
 
-ZeRO lays what is trained into flat fp32 buffers, of which each process has a part, and ClippedAdamW steps over that
-part. So the global norm and the clipping are DeepSpeed's; what a checkpoint holds is put together from the parts, and
-is what it would be without DeepSpeed: a run of two processes under ZeRO resumes on one without, and the reverse. With
-``precision="bf16"`` DeepSpeed casts the whole module, adapters and all, and keeps their fp32 copies in the buffers.
+ZeRO keeps the trained parameters in flat fp32 buffers. Each rank has a shard of them, and ClippedAdamW steps on that
+shard, so the global norm and the clipping are DeepSpeed's. Checkpoints are gathered from the shards and are the same as
+without DeepSpeed: a run of two processes under ZeRO resumes on one without it, and the reverse. With
+``precision="bf16"`` DeepSpeed casts the whole module, adapters included, and keeps fp32 copies in the buffers.
 """
 
 import dataclasses
@@ -26,15 +26,17 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero(Engine):
-    """A run under DeepSpeed, as accelerate's plugin configures it."""
+    """An engine over DeepSpeed, configured by accelerate's plugin."""
 
     def check(self, task: Task[Any], config: TrainConfig) -> None:
-        """Raise ``ValueError`` or ``NotImplementedError`` for what DeepSpeed cannot do here, or would do twice."""
+        """Raise ``ValueError`` or ``NotImplementedError`` for settings that conflict or are not supported."""
         super().check(task, config)
         settings = self._settings()
         for name in ("optimizer", "scheduler"):
             if name in settings:
-                raise ValueError(f"{name}: expected none in DeepSpeed's configuration, TrainConfig has it; got one")
+                raise ValueError(
+                    f"{name}: expected none in DeepSpeed's configuration, because TrainConfig sets it; got one"
+                )
         zero = settings["zero_optimization"]
         if zero["stage"] not in (1, 2, 3):
             raise ValueError(f"zero_optimization.stage: expected 1, 2 or 3, got {zero['stage']!r}")
@@ -42,7 +44,7 @@ class Zero(Engine):
             if (device := zero.get(name, {}).get("device", "none")) != "none":
                 raise NotImplementedError(f"zero_optimization.{name}: expected the device 'none', got {device!r}")
         if config.shard:
-            raise ValueError("shard: expected False under DeepSpeed, whose stage 3 splits the backbone; got True")
+            raise ValueError("shard: expected False under DeepSpeed, whose stage 3 shards the backbone; got True")
         if config.precision == "fp16":
             raise ValueError("precision: expected fp32 or bf16 under DeepSpeed, got fp16")
         dtypes = {p.dtype for p in task.parameters()}
@@ -62,15 +64,15 @@ class Zero(Engine):
 
     def start(self) -> None:
         self.task.zero_grad()
-        self._ask_for_trained_only()
+        self._require_trained_only()
         rows = self.config.batch_size
         self._settings().update(
-            train_batch_size=rows * processes.world_size(),  # these two are for DeepSpeed's own statistics
+            train_batch_size=rows * processes.world_size(),  # this and the next only feed DeepSpeed's statistics
             train_micro_batch_size_per_gpu=rows,
-            gradient_accumulation_steps=1,  # each backward says by itself whether it is a step's last
+            gradient_accumulation_steps=1,  # `backward` marks a step's last one itself
             gradient_clipping=0.0 if math.isinf(self.config.max_norm) else self.config.max_norm,
         )
-        if self.config.precision == "bf16":  # DeepSpeed's parameters meet fp32 activations too: norms, a head's mean
+        if self.config.precision == "bf16":  # bf16 parameters meet fp32 activations: norms, a head's mean
             autocast = torch.autocast(self.task.model.device.type, torch.bfloat16)
             self.task.forward = autocast(self.task.forward)  # type: ignore[method-assign]
         loaded = {name: self.optimizer.state.pop(p) for name, p in self.parameters.items() if p in self.optimizer.state}
@@ -79,13 +81,13 @@ class Zero(Engine):
         self._make_state(loaded)
 
     def _make_state(self, loaded: dict[str, dict[str, Tensor]]) -> None:
-        """The optimizer's state of this process's flat parts: zeros, or a checkpoint's moments cut up."""
+        """Optimizer state for this rank's flat shards: zeros, or a checkpoint's moments."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
 
         split = self._settings()["zero_optimization"]["stage"] == 3
         flat = self._zero.fp32_partitioned_groups_flat if split else self._zero.single_partition_of_fp32_groups
-        # ClippedAdamW would make it in the first step. But DeepSpeed connects it to the parameters as soon as the first
-        # *group* has stepped, and then finds none of the others'.
+        # ClippedAdamW would create it in the first step. But DeepSpeed links it to the parameters once the first
+        # *group* has stepped, when the other groups would have none yet.
         steps = max((state["step"].item() for state in loaded.values()), default=0.0)
         for part in flat:
             self.optimizer.state[part] = {key: torch.zeros_like(part) for key in _MOMENTS}

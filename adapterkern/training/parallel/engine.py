@@ -1,9 +1,9 @@
-"""Who steps: one process, or several under DDP or FSDP2. ``zero.py`` has DeepSpeed's ZeRO behind the same methods.
+"""How a step runs in one process, or in several under DDP or FSDP2. ``deepspeed.py`` does the same under DeepSpeed.
 
-DistributedDataParallel has the whole backbone in each process; FSDP2 (``shard``) a part of every parameter, and gathers
-a layer's when it comes to it. Both *average* gradients, and so a loss is multiplied by the number of processes
-beforehand. Under FSDP2 each parameter is split by itself (nothing is flattened, so frozen and trained ones may differ
-in dtype), and ClippedAdamW adds its norm up over the shards.
+DDP keeps the whole backbone in each process. FSDP2 (``shard``) keeps a shard of every parameter and gathers a layer's
+parameters when it runs. Both *average* gradients, so the loss is multiplied by the number of processes beforehand.
+FSDP2 shards each parameter separately (nothing is flattened, so frozen and trained parameters may differ in dtype), and
+ClippedAdamW sums its norm over the shards.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from adapterkern.training.task import Task
 
 
 class Engine:
-    """What a run trains, and how one step of it is made.
+    """The trained parameters of a run, their optimizer, and how a step updates them.
 
-    Between the making and :meth:`start` a checkpoint may be loaded into ``parameters``, ``optimizer`` and ``schedule``.
+    Before :meth:`start`, a checkpoint may be loaded into ``parameters``, ``optimizer`` and ``schedule``.
 
     Attributes:
-        parameters: what is trained, by name.
-        optimizer, schedule: over them.
-        run: the task as it is to be called, after :meth:`start`.
+        parameters: the trained parameters, by name.
+        optimizer, schedule: for these parameters.
+        run: the prepared task, to be called instead of ``task``; set by :meth:`start`.
     """
 
     run: Any
@@ -47,28 +47,30 @@ class Engine:
         self.parameters = task.trained(config)
         self.optimizer = self.make_optimizer()
         self.schedule = make_schedule(self.optimizer, config, total_steps)
-        self._asked = [p for p in task.parameters() if p.requires_grad]
+        self._required_grad = [p for p in task.parameters() if p.requires_grad]
         self._places = self._find_places()
 
     def check(self, task: Task[Any], config: TrainConfig) -> None:
-        """Raise what cannot be trained in this way."""
+        """Raise ``ValueError`` for settings that this engine does not support."""
         if processes.world_size() == 1 and config.shard:
             raise ValueError("shard: expected several processes (torchrun, accelerate launch), got one")
         if config.shard and config.precision == "fp16":
-            raise ValueError("precision: expected fp32 or bf16 with shard=True, got fp16, whose scaler knows no shards")
+            raise ValueError(
+                "precision: expected fp32 or bf16 with shard=True, got fp16, whose scaler does not support shards"
+            )
 
     def make_optimizer(self) -> Any:
         return self.task.optimizer(self.parameters, self.config)
 
     def start(self) -> None:
-        """Put the module together that exchanges gradients, now that everything has its value."""
-        self.task.zero_grad()  # of whatever was before, an earlier run's broken step for one
-        # The schedule wraps optimizer.step, and accelerate must find that wrapper when it adds its own.
+        """Build ``run``, after a checkpoint may have been loaded."""
+        self.task.zero_grad()  # gradients left by an earlier run's interrupted step, for example
+        # The schedule has wrapped optimizer.step; accelerate must add its own wrapper after that.
         self._stepper = self.accelerator.prepare_optimizer(self.optimizer)
         self.run = self.accelerator.prepare_model(self.task, evaluation_mode=True)
         if processes.world_size() == 1 or self.config.shard:
             return
-        self._ask_for_trained_only()
+        self._require_trained_only()
         device = self.task.model.device
         self.run = DistributedDataParallel(
             self.run,
@@ -76,28 +78,28 @@ class Engine:
             find_unused_parameters=not self.task.trains_all,
         )
 
-    def _ask_for_trained_only(self) -> None:
-        """Let nothing else ask for a gradient: the engines wait for that of everything that does."""
+    def _require_trained_only(self) -> None:
+        """Set ``requires_grad`` of the trained parameters alone: engines wait for the gradient of all that have it."""
         trained = {id(p) for p in self.parameters.values()}
         for p in self.task.parameters():
             p.requires_grad_(id(p) in trained)
 
     def end(self) -> None:
-        """What asked for a gradient before the run does so again; none is left."""
+        """Restore ``requires_grad``, and drop all gradients."""
         self.task.zero_grad()
-        for p in self._asked:
+        for p in self._required_grad:
             p.requires_grad_(True)
 
     # A step
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of this process's part of the step's loss; after the ``last`` one all have the sum."""
+        """Accumulate the gradients of this rank's share of the loss; after the ``last`` one every rank has the sum."""
         with self._exchanging(last):
             self.accelerator.backward(loss * processes.world_size())
 
     @contextlib.contextmanager
     def _exchanging(self, now: bool) -> Iterator[None]:
-        """Within it a backward exchanges gradients only if ``now``: those before a step's last one need not."""
+        """Gradients are exchanged inside the block only if ``now``: a step's last backward exchanges their sum."""
         if now or processes.world_size() == 1:
             yield
         elif isinstance(self.run, DistributedDataParallel):
@@ -111,11 +113,12 @@ class Engine:
                 self.run.set_requires_gradient_sync(True)
 
     def step(self, loss: Tensor) -> Tensor | None:
-        """Make the step, or leave everything as it was where ``loss`` or the norm is not finite.
+        """Update the parameters; no change if ``loss`` or the gradient norm is not finite.
 
-        Returns the gradient's global norm; None where fp16's scaler skipped the step.
+        Returns:
+            the global norm of the gradient before clipping; None if the fp16 scaler skipped the step.
         """
-        # An infinite loss can have finite gradients: the optimizer is told to leave that step out, on the device.
+        # An infinite loss can have finite gradients. `found_inf` makes the optimizer skip the step without a host sync.
         self.optimizer.found_inf = (~loss.isfinite()).float()
         self._stepper.step()
         skipped = self._stepper.step_was_skipped
@@ -125,7 +128,7 @@ class Engine:
     # Saving
 
     def gathered(self) -> Gathered:
-        """Parameters and optimizer state gathered from all ranks, which must all ask for it."""
+        """Parameters and optimizer state gathered from all ranks, a collective."""
         states = {name: self.optimizer.state[p] for name, p in self.parameters.items() if p in self.optimizer.state}
         return Gathered(
             {name: processes.gathered(p.detach()) for name, p in self.parameters.items()},
@@ -143,9 +146,9 @@ class Engine:
 
     @contextlib.contextmanager
     def with_parameters(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Puts ``tensors``, by name, in the place of the module's parameters inside the block: for saving."""
+        """Inside the block the module has ``tensors``, by name, as its trained parameters: for saving."""
         if isinstance(self.task, FSDPModule):
-            self.task.reshard()  # gathered after an evaluation; a state_dict of a part would put the shards back
+            self.task.reshard()  # gathered since the last forward; a state_dict would reshard then, and undo this
         before = [owner._parameters[key] for owner, key, _ in self._places]
         for owner, key, name in self._places:
             owner._parameters[key] = nn.Parameter(tensors[name], requires_grad=False)

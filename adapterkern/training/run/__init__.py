@@ -1,1 +1,1 @@
-"""What one run keeps: its folder, checkpoints, metrics, result."""
+"""What a run writes and returns: its folder, checkpoints, metrics, result."""

@@ -1,10 +1,10 @@
-"""A run's folder: what may be there before the run, and what goes when an earlier run is replaced.
+"""A run's folder: what may be there before the run, and what is removed when an earlier run is replaced.
 
     metrics.jsonl, training.png, checkpoints/    see report.py and checkpoint.py
-    task.json, sources.json, the adapter, ...    see saved.py; what a task saves is its ``files``
+    task.json, sources.json, the adapter, ...    see saved.py; ``Task.files`` names what a task saves
     README.md                                    the model card
 
-A checkpoint's folder holds what the task saves as well, and can be used in the same way.
+A checkpoint's folder holds what the task saves too, and can be loaded in the same way.
 """
 
 import shutil
@@ -29,11 +29,12 @@ _FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS
 def prepare_folder(config: TrainConfig, files: Sequence[str]) -> None:
     """Make ``output_dir``, and check that this run may write there. Nothing of an earlier run is removed yet.
 
-    ``files`` are what the task saves.
+    Args:
+        files: what the task saves.
 
     Raises:
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
-        OSError: nothing can be written there; better known before the training than after it.
+        OSError: the folder is not writable, which is checked now rather than after the training.
     """
     if config.output_dir is None:
         return
@@ -46,7 +47,7 @@ def prepare_folder(config: TrainConfig, files: Sequence[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=directory):
         pass
-    # sources.json alone is no run: it is there before the first checkpoint.
+    # sources.json alone is not a run: it is written before the first checkpoint.
     found = [name for name in (*_FILES, *files, CHECKPOINTS) if (directory / name).exists()]
     if found and not config.overwrite:
         raise FileExistsError(
@@ -58,7 +59,7 @@ def prepare_folder(config: TrainConfig, files: Sequence[str]) -> None:
 def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
     """With ``overwrite``, remove an earlier run's files from ``output_dir``, and no others.
 
-    The earlier run may be of another kind: its checkpoints list what it saved. A card goes if it is one of ours.
+    The earlier run may be of another kind: its checkpoints list what it saved. The card goes if this package wrote it.
     """
     if config.output_dir is None or not config.overwrite:
         return
@@ -67,7 +68,7 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
     names = {*_FILES, SOURCES_NAME} | {Path(name).parts[0] for name in files}
     for checkpoint in checkpoints(directory):
         names |= saved_names(checkpoint)
-    # The list itself last: what is interrupted can begin again.
+    # The checkpoints last, since they hold the list: an interrupted removal can be repeated.
     for path in (directory / name for name in (*sorted(names - {CARD_NAME}), CHECKPOINTS)):
         if path.is_dir():
             shutil.rmtree(path)
@@ -79,10 +80,10 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
-    """Raises ``FileNotFoundError`` if there is none."""
+    """The newest checkpoint of a run. Raises ``FileNotFoundError`` if there is none."""
     found = checkpoints(output_dir)
     if not found:
-        raise FileNotFoundError(f"resume: expected a checkpoint in {output_dir / CHECKPOINTS}, found none")
+        raise FileNotFoundError(f"resume: expected a checkpoint in {output_dir / CHECKPOINTS}, got none")
     return found[-1]
 
 
@@ -90,9 +91,10 @@ _SETTINGS = ("epochs", "lr", "schedule", "warmup", "weight_decay", "max_norm", "
 
 
 def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, training: dict[str, Any]) -> None:
-    """Write the model card of the adapter or head in ``directory``. Of several adapters each has its own.
+    """Write the model card of the adapter or head in ``directory``; a task with several adapters has one per adapter.
 
-    ``training`` are the fields of a :class:`~adapterkern.model.files.card.Training` that ``config`` does not know.
+    Args:
+        training: the fields of :class:`~adapterkern.model.files.card.Training` other than ``settings``.
     """
     if config.train_adapters and not (directory / CONFIG_NAME).exists():
         return

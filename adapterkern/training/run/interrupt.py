@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the step under way ends, a checkpoint is written, and only then does the run stop."""
+"""Ctrl-C as a request: the current step finishes, a checkpoint is written, and then the run stops."""
 
 import signal
 import threading
@@ -9,9 +9,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Within it, the first SIGINT or SIGTERM only sets ``signal_name``; a second one raises ``KeyboardInterrupt``.
+    """Inside the block the first SIGINT or SIGTERM only sets ``signal_name``; a second raises ``KeyboardInterrupt``.
 
-    Outside the main thread Python delivers no signals, and this does nothing.
+    Outside the main thread it does nothing, because Python delivers signals only there.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,10 @@
-"""What a run tells: a progress bar, ``metrics.jsonl``, and a plot of loss and accuracy.
+"""What a run reports: a progress bar, ``metrics.jsonl``, and a plot of loss and accuracy.
 
-``metrics.jsonl`` has one JSON object a line, ``"kind": "train"`` (means since the line before) or ``"eval"``. A resumed
-run first drops the lines after its checkpoint, so that the file reads as if nothing had happened.
+``metrics.jsonl`` has one JSON object per line, of ``"kind"`` ``"train"`` (means since the previous such line) or
+``"eval"``. A resumed run first drops the lines after its checkpoint, so the file reads like an uninterrupted run's.
 """
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from adapterkern.files import replacing
 from adapterkern.training import processes
 
-logger = logging.getLogger(__name__)
-
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "training.png"
 
@@ -27,13 +24,13 @@ PLOT_NAME = "training.png"
 class Reporter:
     """Shows and records a run; a context manager around it.
 
-    Of several processes each has one, and all record the same lines at the same steps: where the first one's cannot be
-    written, all raise.
+    With several processes each has one, and all record the same lines at the same steps. Rank 0 writes them; if it
+    fails, all ranks raise.
 
     Args:
-        directory: where ``metrics.jsonl`` goes; None records in ``history`` alone.
-        total_steps: for the progress bar.
-        step: the step a resumed run begins from.
+        directory: the folder of ``metrics.jsonl``; None records in ``history`` only.
+        total_steps: length of the progress bar.
+        step: the step that a resumed run continues from.
         show: whether to print at all.
     """
 
@@ -69,11 +66,11 @@ class Reporter:
         self._progress.stop()
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def start_side_task(self, name: str, total: int) -> Any:
-        """A second bar, for what is not a training step; :meth:`advance` and :meth:`end_side_task` take its number."""
+        """Add a second bar, for work outside training steps. Returns its id, for `advance` and `end_side_task`."""
         return self._progress.add_task(name, total=total, status="")
 
     def advance(self, task: Any, count: int = 1) -> None:
@@ -83,7 +80,7 @@ class Reporter:
         self._progress.remove_task(task)
 
     def step(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar to ``step``."""
         if self._bar is None:
             self._bar = self._progress.add_task("train", total=self._total_steps, status="")
         self._progress.update(self._bar, completed=step)
@@ -126,7 +123,7 @@ class Reporter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; a last line that was cut off in the middle is left out.
+    """The records of a ``metrics.jsonl``, without an incomplete last line; none if there is no file.
 
     Raises:
         ValueError: another line is not a record; the message names it.
@@ -142,13 +139,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(record, dict) or type(record.get("step")) is not int or "kind" not in record:
-            raise ValueError(f"{path}:{number}: expected an object with a whole number as 'step', and a 'kind'")
+            raise ValueError(
+                f"{path}:{number}: expected an object with an integer 'step' and a 'kind', got {str(record)[:80]}"
+            )
         records.append(record)
     return records
 
 
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
-    """Draw loss and accuracy over steps as a PNG."""
+    """Plot loss and accuracy over steps to a PNG file. ``task`` determines the unit: texts or tokens."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axis, accuracy_axis = figure.subplots(1, 2)
@@ -160,7 +159,7 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
     accuracy_axis.plot(steps, [100 * r["accuracy"] for r in evaluations], "o-", color="C1", markersize=4)
     unit = "text" if task == "classification" else "token"
     loss_axis.set(xlabel="optimizer step", ylabel=f"cross-entropy (nats per {unit})", title="Loss")
-    accuracy_axis.set(xlabel="optimizer step", ylabel=f"{unit}s predicted right (%)", title="Evaluation accuracy")
+    accuracy_axis.set(xlabel="optimizer step", ylabel=f"correct {unit}s (%)", title="Evaluation accuracy")
     loss_axis.legend(frameon=False)
     for axis in (loss_axis, accuracy_axis):
         axis.grid(alpha=0.3)

@@ -51,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from adapterkern.model.backbone import load_backbone
-    from adapterkern.recipes.ablation import report, stability
+    from adapterkern.recipes.ablation.report import write_report
     from adapterkern.recipes.ablation.runs import run_study
+    from adapterkern.recipes.ablation.stability import write_stability
     from adapterkern.recipes.demo.corpora import MODEL, obtain
 
     study = make_study(arguments)
@@ -61,9 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     llama, tokenizer = load_backbone(source, num_layers=arguments.backbone_layers)
     findings = run_study(study, llama, train_file, eval_file, arguments.output, tokenizer=tokenizer, say=_say)
     title = f"{Path(source).stem}, {findings.num_layers} layers; {train_file.name}, {eval_file.name}"
-    report.report(study, findings, arguments.output, title)
+    write_report(study, findings, arguments.output, title)
     if arguments.preset == "stability":
-        stability.report(study, findings, arguments.output)
+        write_stability(study, findings, arguments.output)
     return 0 if findings.complete else 130
 
 

@@ -1,4 +1,4 @@
-"""Ablations: what a study asks for, that no finished run is computed again, and what is said of the runs."""
+"""Ablations: what a study varies, that no finished run is computed again, and what is reported about the runs."""
 
 import argparse
 import csv
@@ -103,7 +103,7 @@ def test_presets_fit_the_backbone(name: str) -> None:
     assert all(stability.describe(field, study.vary[field][0]) for field in stable if field in study.vary)
 
 
-# From text
+# From strings
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_parses_an_axis(text: str, expected: tuple[str, tuple[Any, ...]]) -> Non
         ("dept=1", "vary: expected one of adapter_dim, .*, got 'dept'"),
         ("seed=1,2", "vary: expected one of .*, got 'seed'"),
         ("output_dir=x", "vary: expected one of .*, got 'output_dir'"),
-        ("layers=-1/all", "layers: expected whole numbers .*, got 'all'"),
+        ("layers=-1/all", "layers: expected integers such as -2,-1, sets separated by /, got 'all'"),
     ],
 )
-def test_refuses_what_is_no_axis(text: str, message: str) -> None:
+def test_what_is_not_an_axis_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_axis(text)
 
 
-def test_refuses_several_values_of_a_setting() -> None:
+def test_several_values_of_a_setting_are_refused() -> None:
     assert parse_setting("lr=0.1") == ("lr", 0.1)
     with pytest.raises(ValueError, match="set: expected one value for lr, got 'lr=1,2'"):
         parse_setting("lr=1,2")
@@ -160,16 +160,25 @@ def test_a_bad_value_is_named_before_any_run(vary: dict[str, Any], message: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_refuses_values_that_stand_twice() -> None:
-    with pytest.raises(ValueError, match=r"depth: expected at least one value and none twice, got \[1, 1\]"):
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match=r"depth: expected at least one value and no duplicates, got \[1, 1\]"):
         make(vary={"depth": (1, 1)})
-    with pytest.raises(ValueError, match=r"seeds: expected at least one and none twice, got \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"vary: expected one of adapter_dim, .*, got 'dept'"):
+        make(vary={"dept": (1, 2)})
+    with pytest.raises(ValueError, match=r"seeds: expected at least one and no duplicates, got \[0, 0\]"):
         make(seeds=(0, 0))
+    with pytest.raises(ValueError, match="seeds: expected an integer >= 0, got -1"):
+        make(seeds=(0, -1))
+    with pytest.raises(TypeError, match=r"seeds: expected an integer >= 0, got 1\.0"):
+        make(seeds=(0, 1.0))
+    for name in ("product", "head_alone"):
+        with pytest.raises(TypeError, match=f"{name}: expected True or False, got 1"):
+            make(**{name: 1})
 
 
 def test_the_command_line_makes_the_study() -> None:
     parser = argparse.ArgumentParser()
-    ablate.add(lambda *a: parser)
+    ablate.add_arguments(parser)
     arguments = parser.parse_args(
         ["--vary", "depth=1,2", "--vary", "lr=1e-3,1e-2", "--set", "epochs=1", "--seeds", "2"]
     )
@@ -184,7 +193,7 @@ def test_the_command_line_makes_the_study() -> None:
 # Running
 
 
-def test_a_row_a_run_and_the_seed_decides(tmp_path: Path) -> None:
+def test_one_row_per_run_and_the_seed_decides(tmp_path: Path) -> None:
     findings = run(make(), tmp_path)
     assert findings.complete
     assert len(findings.rows) == 8
@@ -241,12 +250,24 @@ def test_another_run_is_computed(change: dict[str, Any], tmp_path: Path, monkeyp
     assert len(calls) == 2
 
 
-def test_whole_numbers_and_floats_are_one_run() -> None:
+def test_integers_and_floats_are_one_run() -> None:
     variants = [
         make(vary={"max_norm": (n,), "warmup": (w,)}).variants(32, 4)[0] for n, w in ((1, 0), (1.0, 0.0), (1, 2))
     ]
     keys = [runs.run_key(variant, 0, "world") for variant in variants]
     assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("where", "1702affac20e8eb9", "a037437123d60bd8"), ("stability", "24c8d14f23ebf3ac", "961788081634ee22")],
+)
+def test_keys_are_those_of_version_0_1_0(name: str, first: str, last: str) -> None:
+    """Or an ``ablation.csv`` that it wrote would be computed again from its first row."""
+    study = PRESETS[name]
+    found = study.variants(576, 8)
+    assert runs.run_key(found[0], study.seeds[0], "world") == first
+    assert runs.run_key(found[-1], study.seeds[-1], "world") == last
 
 
 def test_a_stopped_study_goes_on_within_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +302,7 @@ def test_a_run_that_is_not_finite_is_a_row(tmp_path: Path, monkeypatch: pytest.M
     row = findings.rows["lr 1e+30", 0]
     assert row["status"].startswith("not finite at step")
     assert row["accuracy"] == ""
-    lines = report.summarise(findings)
+    lines = report.summarize(findings)
     assert [line.failed for line in lines] == [0, 2]
     assert report.cells(lines[1])[0] == "lr 1e+30 (2 not finite)"
     calls = trained(monkeypatch)
@@ -302,7 +323,7 @@ def test_the_backbone_comes_back_bare(tmp_path: Path) -> None:
         run_study(study, llama, ROWS, EVAL_ROWS, tmp_path, tokenizer=TOKENIZER, say=lambda line: None)
 
 
-# Saying
+# Reporting
 
 
 def fake(study: Study, accuracies: dict[tuple[str, int], float | None]) -> Findings:
@@ -313,7 +334,7 @@ def fake(study: Study, accuracies: dict[tuple[str, int], float | None]) -> Findi
 
 def test_gains_are_paired_by_seed() -> None:
     accuracies = {("base", 0): 0.5, ("base", 1): 0.9, ("depth 2", 0): 0.52, ("depth 2", 1): 0.92, ("layers 0", 1): 0.8}
-    lines = report.summarise(fake(make(), accuracies))
+    lines = report.summarize(fake(make(), accuracies))
     assert [line.variant.label for line in lines] == ["base", "layers 0", "depth 2"]  # head alone has no run yet
     base, layers, depth = (report.cells(line) for line in lines)
     assert base[4:] == ("70.0 ± 28.3", "")
@@ -323,10 +344,10 @@ def test_gains_are_paired_by_seed() -> None:
     assert table.splitlines()[2] == "| base | 1,000 | 2.0 | 0.500 ± 0.000 | 70.0 ± 28.3 |  |"
 
 
-def test_report_writes_table_picture_and_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_report_writes_table_plot_and_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = make(vary={"depth": (1, 2), "max_norm": (1.0, math.inf)}, seeds=(0,))
     findings = run(study, tmp_path)
-    report.report(study, findings, tmp_path, "a title")
+    report.write_report(study, findings, tmp_path, "a title")
     out = capsys.readouterr().out
     assert "max_norm inf" in out
     assert max(len(line) for line in out.splitlines()) <= 80

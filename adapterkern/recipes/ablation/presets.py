@@ -1,7 +1,7 @@
-"""Studies that ship: what ``adapterkern ablate`` runs when it is not told what to vary.
+"""The studies of ``adapterkern ablate --preset``.
 
-Both are made for the demo's backbone, the first 8 layers of SmolLM2-135M, and Reuters R8, and sized for a CPU: adapters
-near the top share most of the frozen prefix's activations with each other.
+Both are for the first 8 layers of SmolLM2-135M and Reuters R8, and sized for a CPU: adapters near the top share most of
+the frozen prefix, whose activations are computed once.
 """
 
 import math
@@ -25,7 +25,7 @@ WHERE = Study(
     },
 )
 
-# Ten times the default learning rate and more: what a default must survive is a user's wrong guess.
+# 20 times the default learning rate: the other defaults should survive a user's wrong guess of it.
 STABILITY = Study(
     adapter=AdapterConfig(adapter_dim=64, layers=(-2, -1)),
     training=TrainConfig(epochs=2, batch_size=16, lr=2e-2, max_length=32, log_every=1),

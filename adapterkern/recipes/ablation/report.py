@@ -1,8 +1,8 @@
-"""What an ablation found: a line a variant with its spread over seeds, as a table, as Markdown and as pictures.
+"""The result of an ablation: one line per variant with its spread over seeds, as a table, as Markdown and as a plot.
 
-Runs of one seed share the head's weights and the order of the rows, so the gain over the base point is taken seed by
-seed, and its mean and deviation are those of these differences. Deviations are sample deviations (n − 1). A difference
-that is not clearly larger than its deviation over the root of the number of seeds is no finding.
+Runs of one seed share the head's weights and the order of the rows, so the gain over the base point is computed within
+each seed; its mean and deviation are over these differences. Deviations are sample deviations (n − 1). A difference
+that is not clearly larger than its deviation / √(number of seeds) is not a finding.
 """
 
 import math
@@ -26,7 +26,7 @@ from adapterkern.recipes.ablation.study import ADAPTER_FIELDS, Setting, Study, V
 
 TABLE_NAME, PLOT_NAME, STUDY_NAME = "ablation.md", "ablation.png", "study.json"
 
-INK = "#7d838c"  # on white and on a dark page a contrast of at least 3.8 : 1
+INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on a dark page
 OURS, OTHER, THIRD = "#e5484d", "#3b82d6", "#27a376"
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
@@ -35,13 +35,13 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 _TITLES = {
-    "layers": "where",
-    "every": "where",
-    "position": "at which position of a layer",
-    "depth": "how deep (adapters at a site)",
-    "adapter_dim": "how wide (adapter_dim)",
-    "activation": "which activation",
-    "init": "which init",
+    "layers": "layers with adapters",
+    "every": "layers with adapters",
+    "position": "position in a layer",
+    "depth": "depth (adapters per site)",
+    "adapter_dim": "width (adapter_dim)",
+    "activation": "activation",
+    "init": "init",
     "lr": "learning rate",
     "warmup": "warmup (share of the steps)",
     "max_norm": "max_norm (inf: no clipping)",
@@ -49,7 +49,7 @@ _TITLES = {
 
 
 class Spread(NamedTuple):
-    """A mean over seeds and its sample deviation, None for one seed."""
+    """A mean over seeds and the sample deviation, which is None for one seed."""
 
     mean: float
     deviation: float | None
@@ -67,15 +67,15 @@ class Line(NamedTuple):
     variant: Variant
     accuracies: dict[int, float]  # by seed
     parameters: int | None
-    seconds: float | None  # of a run's training steps, the median over seeds
+    seconds: float | None  # of a run's training steps, median over seeds
     loss: Spread | None
     accuracy: Spread | None
-    gain: Spread | None  # of the accuracy, over the base point, in pairs
+    gain: Spread | None  # in accuracy over the base point, paired by seed
     failed: int  # runs whose loss or gradient was not finite
 
 
-def summarise(findings: Findings) -> list[Line]:
-    """A line for each variant that has a run, in the study's order."""
+def summarize(findings: Findings) -> list[Line]:
+    """One line per variant that has a run, in the study's order."""
     lines: list[Line] = []
     base: dict[int, float] = {}
     for variant in findings.variants:
@@ -111,7 +111,7 @@ HEADINGS = ("", "parameters", "train s", "loss", "accuracy %", "over base")
 
 
 def cells(line: Line) -> tuple[str, ...]:
-    """A line's texts, one for each of :data:`HEADINGS`."""
+    """The cells of a line, one per heading in :data:`HEADINGS`."""
     label = line.variant.label + (f" ({line.failed} not finite)" if line.failed else "")
     return (
         label,
@@ -130,9 +130,12 @@ def _shown(spread: Spread | None, text: str, scale: float = 1) -> str:
     return mean if spread.deviation is None else f"{mean} ± {text.replace('+', '').format(spread.deviation * scale)}"
 
 
-def report(study: Study, findings: Findings, output: Path, title: str = "") -> None:
-    """Print the table and write it, its picture and the study itself into ``output``."""
-    lines = summarise(findings)
+def write_report(study: Study, findings: Findings, output: Path, title: str = "") -> None:
+    """Print the table; write ``ablation.md``, ``ablation.png`` and ``study.json`` to ``output``.
+
+    Without any run it does nothing.
+    """
+    lines = summarize(findings)
     if not lines:
         return
     base = f"base: {base_point(study, findings.num_layers)}"
@@ -158,13 +161,16 @@ def report(study: Study, findings: Findings, output: Path, title: str = "") -> N
     write_json(output / STUDY_NAME, described)
 
 
+report = write_report  # its name in 0.1.0
+
+
 def base_point(study: Study, num_layers: int) -> str:
-    """The base point's value on each axis."""
+    """The base point's values, one per axis, as a string."""
     return ", ".join(show_setting(axis[0], num_layers) for axis in study.axes)
 
 
 def print_table(lines: Sequence[Line], title: str) -> None:
-    """Print the lines, within 80 columns."""
+    """Print the lines as a table of at most 80 columns."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
@@ -179,14 +185,17 @@ def markdown(lines: Sequence[Line]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-# Pictures
+# Plots
 
 
 def plot_axes(study: Study, lines: Sequence[Line], num_layers: int, path: Path, unit: str) -> None:
-    """A panel for each axis: every run's accuracy as a dot, means and deviations over them, the base point's as a line.
+    """One panel per axis: a dot per run, mean and deviation per value, and a line at the base point's mean.
 
-    With one axis varied at a time a panel holds the variants that differ from the base on its axis alone; over a full
-    product it holds all, so that a mean is over the other axes too.
+    With one axis varied at a time, a panel shows the variants that differ from the base point on its axis only. With a
+    full product it shows all variants, so a mean is over the other axes too.
+
+    Args:
+        unit: what accuracy counts: "text" or "token".
     """
     axes = [(index, axis) for index, axis in enumerate(study.axes) if len(axis) > 1]
     if not axes or not lines:
@@ -203,19 +212,19 @@ def plot_axes(study: Study, lines: Sequence[Line], num_layers: int, path: Path, 
         for panel in panels[len(axes) :]:
             panel.set_visible(False)
         for panel in panels[max(0, len(axes) - columns) : len(axes)]:
-            panel.set_xlabel(f"{unit}s predicted right (%)")
-        # One scale for all that concerns the adapters; a learning rate that is far off would squeeze them.
+            panel.set_xlabel(f"correct {unit}s (%)")
+        # One scale for all adapter fields, without the others: a learning rate that is far off would squeeze them.
         alike = [panel for panel, (_, axis) in zip(panels, axes, strict=False) if axis[0][0] in ADAPTER_FIELDS]
         limits = [panel.get_xlim() for panel in alike]
         for panel in alike:
             panel.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
-        figure.suptitle(f"dots: runs, bars: mean ± deviation over {len(study.seeds)} seeds, dashed: the base point")
+        figure.suptitle(f"dots: runs, bars: mean ± deviation over {len(study.seeds)} seeds, dashed: base point")
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
 
 
 def _order(setting: Setting) -> float:
-    """Numbers ascend; sets of layers and names stay as they are."""
+    """Sort key: numbers ascending; sets of layers and names keep their order."""
     name, value = setting
     return value if name not in ("layers", "every") and isinstance(value, int | float) else 0.0
 
@@ -235,9 +244,9 @@ def _panel(panel: Axes, study: Study, index: int, axis: Sequence[Any], lines: Se
         spread = Spread.of(accuracies)
         if spread is None:
             continue
-        colour = OURS if setting == base else OTHER
-        panel.plot(accuracies, [place] * len(accuracies), ".", color=colour, alpha=0.5, markersize=5)
-        panel.errorbar(spread.mean, place, xerr=spread.deviation or 0, fmt="|", color=colour, capsize=3, markersize=9)
+        color = OURS if setting == base else OTHER
+        panel.plot(accuracies, [place] * len(accuracies), ".", color=color, alpha=0.5, markersize=5)
+        panel.errorbar(spread.mean, place, xerr=spread.deviation or 0, fmt="|", color=color, capsize=3, markersize=9)
     if lines[0].accuracy is not None and not lines[0].variant.changed:
         panel.axvline(100 * lines[0].accuracy.mean, color=OURS, linewidth=0.8, linestyle="--", alpha=0.7)
     names = {name for name, _ in axis}

@@ -1,19 +1,18 @@
-"""Ablations: many short runs that differ in one thing at a time, or in everything, and a CSV row for each.
+"""Running a study: one short training per variant and seed, and one row of ``ablation.csv`` per run.
 
-A study has a base point, some fields to vary, and seeds. Each variant is run once a seed; a seed fixes the
-head's weights, the adapters' weights and the order of the rows, so that variants of one seed can be compared in pairs.
+A seed fixes the head's weights, the adapters' weights and the order of the rows, so variants are compared in pairs,
+seed by seed.
 
-A run is known by a digest of all that decides its numbers: the adapters, the training, the tokenised data, the
-backbone. A run whose row is in ``ablation.csv`` is never computed again, whichever study asks for it; one that was
-stopped in its middle goes on from its checkpoint. The file is rewritten as a whole for each row, under another name
-and then renamed, so that it is complete at any moment.
+The key of a run is a digest of everything that determines its numbers: the adapters, the training, the tokenized data
+and the backbone. A run whose row is in ``ablation.csv`` is never computed again, whichever study asks for it; an
+interrupted run continues from its checkpoint. The file is replaced as a whole for each row, so it is always complete.
 
-All runs share one cache of prefix activations. Seeds come one after the other, so that a study that is stopped early
-has looked at every variant, and within a seed the shortest prefixes come first: the longer ones start from them.
+All runs share one cache of prefix activations. Runs are ordered by seed, so a study that is stopped early has tried
+every variant. Within a seed the shortest prefixes come first, because longer ones start from their activations.
 
-    output/ablation.csv          a row a run
-    output/curves/KEY.jsonl      its metrics, as ``metrics.jsonl`` of a training
-    output/runs/KEY/             while it runs
+    output/ablation.csv          one row per run
+    output/curves/KEY.jsonl      its metrics, like the ``metrics.jsonl`` of a training
+    output/runs/KEY/             its folder while it runs
 """
 
 import csv
@@ -61,11 +60,11 @@ COLUMNS = ("key", *_SHOWN_ADAPTER, *_SHOWN_TRAINING, *_MEASURED, *_VERSIONS)
 
 
 class Findings(NamedTuple):
-    """What a study has come to."""
+    """The rows that a study has so far."""
 
-    complete: bool  # whether no run is missing
+    complete: bool  # whether every run has its row
     variants: list[Variant]
-    rows: dict[tuple[str, int], dict[str, str]]  # of the CSV, by variant's label and seed
+    rows: dict[tuple[str, int], dict[str, str]]  # rows of the CSV, by the variant's label and the seed
     num_layers: int
 
 
@@ -79,17 +78,21 @@ def run_study(
     tokenizer: Any = None,
     say: Callable[[str], None] = print,
 ) -> Findings:
-    """Compute the rows that ``output/ablation.csv`` does not have yet, and return what is there then.
+    """Run what ``output/ablation.csv`` has no row for, and return the study's rows.
+
+    After Ctrl-C (SIGINT) or SIGTERM ``complete`` is False, and the same call continues from there.
 
     Args:
-        llama: the frozen backbone; it comes back without adapters.
+        llama: the frozen backbone; it has no adapters before and after the call.
         train_data, eval_data: the same for all runs; see :func:`~adapterkern.training.data.examples.load_examples`.
-        say: gets a line for each run.
-
-    After Ctrl-C (SIGINT) or SIGTERM ``complete`` is False, and the same call goes on from there.
+        output: the folder of all files.
+        tokenizer: the backbone's transformers tokenizer.
+        say: called with one line per run.
 
     Raises:
-        DataError, ValueError, TypeError: data or a configuration that cannot be used, before the first run.
+        DataError: unusable rows; the message names file and line.
+        TypeError, ValueError: a value that a configuration does not accept, or an ``ablation.csv`` with other columns.
+            All are raised before the first run.
     """
     model = LlamaAdapter(llama, study.adapter)
     try:
@@ -112,23 +115,23 @@ class _Runner:
         self.study, self.model, self.output, self.tokenizer, self.say = study, model, output, tokenizer, say
         self.train_data, self.eval_data = train_data, eval_data
         self.variants = study.variants(model.config.hidden_size, len(model.layers))
-        self.world = world(model, train_data, eval_data, study.training, tokenizer)
+        self.shared = shared_digest(model, train_data, eval_data, study.training, tokenizer)
         self.cache = PrefixCache(study.training.prefix_cache_bytes)
         self.path = output / CSV_NAME
 
     def go(self) -> Findings:
         plan = [
-            (variant, seed, run_key(variant, seed, self.world)) for variant, seed in _plan(self.study, self.variants)
+            (variant, seed, run_key(variant, seed, self.shared)) for variant, seed in _plan(self.study, self.variants)
         ]
         done = read_results(self.path)
-        # By key: two variants may come to the same run.
+        # By key: two variants may be the same run.
         missing = {key: (variant, seed) for variant, seed, key in plan if key not in done}
-        self.say(f"{len(plan)} runs, {len(plan) - len(missing)} of them known; {self.path}")
+        self.say(f"{len(plan)} runs, {len(plan) - len(missing)} of them already in {self.path}")
         complete, started = True, time.perf_counter()
         for number, (key, (variant, seed)) in enumerate(missing.items(), start=1):
             row = self._run(variant, seed, key)
             if row is None:
-                self.say("stopped; the same call goes on from here")
+                self.say("stopped; the same call continues from here")
                 complete = False
                 break
             append_result(self.path, row)
@@ -141,7 +144,7 @@ class _Runner:
         return Findings(complete, self.variants, rows, len(self.model.layers))
 
     def _run(self, variant: Variant, seed: int, key: str) -> dict[str, Any] | None:
-        """One run's row; None if it was stopped."""
+        """The row of a run; None if it was interrupted."""
         folder = self.output / "runs" / key
         newest = checkpoint.checkpoints(folder)
         config = dataclasses.replace(
@@ -152,11 +155,11 @@ class _Runner:
             resume=bool(newest),
             progress=False,
             plot=False,
-            eval_every=variant.training.eval_every or 1 << 30,  # at the end alone
+            eval_every=variant.training.eval_every or 1 << 30,  # by default only at the end
         )
         self._put(variant.adapter, seed)
         if config.prefix_cache is None and self._cacheable(config):
-            config = dataclasses.replace(config, prefix_cache=True)  # the next run needs it even where this one doesn't
+            config = dataclasses.replace(config, prefix_cache=True)  # later runs need it even if this one does not
         result, status = self._train(config)
         if result is not None and result.stopped:
             return None
@@ -181,7 +184,7 @@ class _Runner:
         return result, "finished"
 
     def _put(self, adapter: AdapterConfig, seed: int) -> None:
-        """New adapters in the place of the last run's, their weights drawn from ``seed``."""
+        """Replace the last run's adapters by new ones, with weights drawn from ``seed``."""
         for name in list(self.model.adapters):
             self.model.delete_adapter(name)
         torch.manual_seed(seed)
@@ -196,7 +199,7 @@ class _Runner:
 
 
 def _plan(study: Study, variants: Iterable[Variant]) -> Iterator[tuple[Variant, int]]:
-    """Seed by seed; within one, short prefixes first."""
+    """All runs, by seed, then by length of the prefix."""
 
     def prefix(variant: Variant) -> tuple[bool, int]:
         return not variant.training.train_adapters, min(variant.adapter.layers or (0,))
@@ -205,31 +208,34 @@ def _plan(study: Study, variants: Iterable[Variant]) -> Iterator[tuple[Variant, 
     return ((variant, seed) for seed in study.seeds for variant in ordered)
 
 
-def world(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config: TrainConfig, tokenizer: Any) -> str:
-    """A digest of what is the same for all runs of a study: the tokenised data and the backbone's weights.
+def shared_digest(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config: TrainConfig, tokenizer: Any) -> str:
+    """A digest of what all runs of a study share: the tokenized data and the backbone's weights.
 
     Raises:
-        DataError: rows that cannot be used.
+        DataError: unusable rows; the message names file and line.
     """
-    whole = dataclasses.replace(config, max_length=1 << 30)
-    train_set, labels = load_examples(train_data, whole, tokenizer)
-    eval_set, _ = load_examples(eval_data, whole, tokenizer, labels)
+    uncut = dataclasses.replace(config, max_length=1 << 30)
+    train_set, labels = load_examples(train_data, uncut, tokenizer)
+    eval_set, _ = load_examples(eval_data, uncut, tokenizer, labels)
     backbone = prefix_fingerprint(model, TrainConfig(), len(model.layers)).hex()
     return " ".join((fingerprint(train_set), fingerprint(eval_set), *labels, backbone))
 
 
-def run_key(variant: Variant, seed: int, world: str) -> str:
-    """16 hexadecimal digits that change with everything that decides a run's numbers."""
+def run_key(variant: Variant, seed: int, shared: str) -> str:
+    """16 hexadecimal digits that depend on everything that determines a run's numbers.
+
+    The keys stay the same from version to version, so that an ``ablation.csv`` can be continued.
+    """
     training = dataclasses.replace(variant.training, seed=seed).to_dict()
     floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
     described = {
         "adapter": variant.adapter.to_dict() if variant.training.train_adapters else None,
         "training": {
-            name: float(value) if name in floats and value is not None else value  # warmup 0 and 0.0 are one run
+            name: float(value) if name in floats and value is not None else value  # 0 and 0.0 are the same run
             for name, value in training.items()
             if name not in FREE_ON_RESUME
         },
-        "world": world,
+        "world": shared,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -249,14 +255,14 @@ def _row(
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"key": key, "status": status} | adapter
     row |= {name: getattr(config, name) for name in _SHOWN_TRAINING}
     if result is not None:
-        assert result.metrics is not None  # there is data to evaluate on
+        assert result.metrics is not None  # eval_data is required
         made = result.steps - before
         row |= {
             "steps": result.steps,
             "skipped_steps": result.skipped_steps,
             "trainable_parameters": result.trainable_parameters,
             "prefix_layers": result.prefix_layers,
-            # a resumed run has timed some of its steps; all of them at that rate
+            # a resumed run has timed only the steps since then: extrapolated to all steps
             "seconds": f"{result.seconds * result.steps / made:.3f}" if made else None,
             "prefix_seconds": f"{result.prefix_seconds:.3f}",
             "eval_seconds": f"{result.eval_seconds:.3f}",
@@ -279,7 +285,7 @@ def _row(
 
 
 def read_results(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of an ``ablation.csv`` by their keys; none if there is no file.
+    """The rows of an ``ablation.csv`` by key; none if there is no file.
 
     Raises:
         ValueError: its columns are not :data:`COLUMNS`.
@@ -294,7 +300,7 @@ def read_results(path: Path) -> dict[str, dict[str, str]]:
 
 
 def append_result(path: Path, row: Mapping[str, Any]) -> None:
-    """Write the file again with one more row, in one step."""
+    """Replace the file, atomically, by one with one more row."""
     before = list(read_results(path).values())
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

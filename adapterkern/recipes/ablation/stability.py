@@ -1,12 +1,12 @@
-"""Stability: how loss and gradient norm run under an aggressive learning rate, and how often they jump.
+"""Stability: loss and gradient norm at an aggressive learning rate, and how often they spike.
 
-The rule. Step t is out of bounds if its value is more than ``factor`` times the median of the up to 20 steps before it,
+The rule: step t is out of bounds if its value is more than ``factor`` times the median of the up to 20 steps before it,
 and more than ``margin`` above that median. Consecutive steps out of bounds are one spike. For the loss ``factor`` is 2
-and ``margin`` 0.5 nats: late in a run the median is near 0, and a batch with one wrong text in sixteen would double it.
-For the gradient norm, before clipping, ``factor`` is 5 and ``margin`` 1, the norm from which the default clips.
+and ``margin`` 0.5 nats: late in a run the median is near 0, and one wrong text in a batch of sixteen would double it.
+For the gradient norm before clipping ``factor`` is 5 and ``margin`` 1, the default ``max_norm``.
 
-A running median follows a run that leaves for good, so a run that never comes back has few spikes. The second count is
-of that: the steps whose loss is above the first step's, that is, above a model that has learnt nothing.
+A running median follows a run that diverges, so a run that never recovers has few spikes. The second count covers that:
+the steps whose loss is above the first step's, that is, worse than before any training.
 """
 
 import math
@@ -33,11 +33,11 @@ WINDOW = 20  # steps
 DEFAULT_NORM = TrainConfig().max_norm
 LOSS_RULE = {"factor": 2.0, "margin": 0.5}
 NORM_RULE = {"factor": 5.0, "margin": 1.0}
-_COLOURS = (OURS, OTHER, THIRD, "#e0861a", "#9a7ae0")
+_COLORS = (OURS, OTHER, THIRD, "#e0861a", "#9a7ae0")
 
 
 def spikes(values: Sequence[float], *, factor: float, margin: float) -> list[int]:
-    """Where the spikes of a series begin, as indices; the rule is the module's. NaN is a step without a value."""
+    """The indices at which the spikes of a series begin, by the rule above. NaN is a step without a value."""
     found, outside = [], False
     for index, value in enumerate(values):
         before = [v for v in values[max(0, index - WINDOW) : index] if not math.isnan(v)]
@@ -55,7 +55,7 @@ class Curve(NamedTuple):
     status: str
     accuracy: float | None
     losses: list[float]
-    norms: list[float]  # of the gradient, before clipping; NaN where the fp16 scaler skipped the step
+    norms: list[float]  # of the gradient before clipping; NaN if the fp16 scaler skipped the step
     skipped_steps: int
 
     @property
@@ -78,8 +78,12 @@ class Trace(NamedTuple):
     curves: list[Curve]
 
 
-def report(study: Study, findings: Findings, output: Path) -> None:
-    """Print the spikes of a study's runs and write them, with the curves' picture, into ``output``."""
+def write_stability(study: Study, findings: Findings, output: Path) -> None:
+    """Print the spikes of a study's runs; write them to ``stability.md``, and the curves to ``stability.png``.
+
+    Raises:
+        ValueError: the study did not log every step.
+    """
     traces = read_traces(study, findings, output)
     if not traces:
         return
@@ -90,10 +94,10 @@ def report(study: Study, findings: Findings, output: Path) -> None:
 
 
 def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
-    """The curves of a study's runs, from what :func:`~adapterkern.recipes.ablation.runs.run_study` left in ``output``.
+    """The curves of a study's runs, which :func:`~adapterkern.recipes.ablation.runs.run_study` wrote to ``output``.
 
     Raises:
-        ValueError: the runs were logged less often than each step.
+        ValueError: the study did not log every step.
     """
     if study.training.log_every != 1:
         raise ValueError(f"log_every: expected 1 to see every step, got {study.training.log_every}")
@@ -110,7 +114,7 @@ def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
                     row["status"],
                     float(row["accuracy"]) if row["accuracy"] else None,
                     [r["loss"] for r in records],
-                    [r["grad_norm"] or math.nan for r in records],  # a log line without a norm says 0
+                    [r["grad_norm"] or math.nan for r in records],  # a skipped step is logged as 0
                     records[-1]["skipped_steps"] if records else 0,
                 )
             )
@@ -122,13 +126,13 @@ def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
 HEADINGS = ("", "spikes", "norm's", "above", "max", "end", "accuracy %", "lost")
 LEGEND = (
     "spikes of the loss and of the gradient norm; above: steps with a loss above the first step's; max: largest loss;\n"
-    "end: mean loss of the last 10 steps; lost: runs that ended not finite / steps skipped by the fp16 scaler.\n"
-    "spikes and lost over all seeds, above and end means over them"
+    "end: mean loss of the last 10 steps; lost: runs that ended non-finite / steps skipped by the fp16 scaler.\n"
+    "spikes and lost: sums over seeds; above and end: means over seeds"
 )
 
 
 def cells(trace: Trace, fields: Sequence[str]) -> tuple[str, ...]:
-    """A trace's texts, one for each of :data:`HEADINGS`; spikes, and what was lost, over all seeds."""
+    """The cells of a trace, one per heading in :data:`HEADINGS`; see :data:`LEGEND`."""
     settings = dict(trace.variant.settings)
     curves = trace.curves
     accuracy = Spread.of([c.accuracy for c in curves if c.accuracy is not None])
@@ -150,7 +154,7 @@ def cells(trace: Trace, fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def describe(name: str, value: Any) -> str:
-    """A setting in a word or two."""
+    """A setting in one or two words."""
     if name == "max_norm":
         return "no clip" if value == float("inf") else f"clip {value:g}"
     if name == "warmup":
@@ -159,12 +163,12 @@ def describe(name: str, value: Any) -> str:
 
 
 def varied(study: Study) -> list[str]:
-    """The fields of which there is more than one value."""
+    """The fields that have more than one value."""
     return [axis[0][0] for axis in study.axes if len(axis) > 1]
 
 
 def print_spikes(traces: Sequence[Trace], study: Study) -> None:
-    """Print a line a variant, within 100 columns."""
+    """Print one line per variant, in at most 100 columns."""
     table = Table(caption=LEGEND, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -174,16 +178,16 @@ def print_spikes(traces: Sequence[Trace], study: Study) -> None:
 
 
 def markdown(traces: Sequence[Trace], study: Study) -> str:
-    """The same as a Markdown table."""
+    """The traces as a Markdown table."""
     rows = [HEADINGS, ("---",) + ("--:",) * (len(HEADINGS) - 1), *(cells(t, varied(study)) for t in traces)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def plot_curves(traces: Sequence[Trace], study: Study, path: Path) -> None:
-    """Loss (above) and gradient norm (below) against the step, a column for each setting of all fields but the first.
+    """Plot loss (top) and gradient norm (bottom) over steps, one column per setting of all fields but the first.
 
-    One line a run, a colour a value of the first field; spikes are ringed, and a run that ended on a number that is not
-    finite has a cross at its last step.
+    One line per run, one color per value of the first field. Spikes are ringed, and a run that ended on a number that
+    is not finite has a cross at its last step.
     """
     lines, *others = varied(study) or [study.axes[0][0][0]]
     columns: dict[str, list[Trace]] = {}
@@ -194,25 +198,25 @@ def plot_curves(traces: Sequence[Trace], study: Study, path: Path) -> None:
     if not columns:
         return
     values = [value for axis in study.axes for name, value in axis if name == lines]
-    colours = dict(zip(values, _COLOURS, strict=False))
+    colors = dict(zip(values, _COLORS, strict=False))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.8 + 2.3 * len(columns), 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
         for place, (title, members) in enumerate(columns.items()):
             for trace in members:
-                colour = colours[dict(trace.variant.settings)[lines]]
+                color = colors[dict(trace.variant.settings)[lines]]
                 for curve in trace.curves:
                     for axis, series, rule in (
                         (grid[0][place], curve.losses, LOSS_RULE),
                         (grid[1][place], curve.norms, NORM_RULE),
                     ):
                         steps = range(1, len(series) + 1)
-                        axis.plot(steps, series, color=colour, linewidth=0.8, alpha=0.8)
+                        axis.plot(steps, series, color=color, linewidth=0.8, alpha=0.8)
                         rings = spikes(series, **rule)
-                        axis.plot([i + 1 for i in rings], [series[i] for i in rings], "o", mfc="none", color=colour)
+                        axis.plot([i + 1 for i in rings], [series[i] for i in rings], "o", mfc="none", color=color)
                         if curve.accuracy is None and series:
-                            axis.plot(len(series), series[-1], "x", color=colour)
+                            axis.plot(len(series), series[-1], "x", color=color)
             grid[0][place].set_title(title, fontsize=9)
             grid[1][place].set_xlabel("optimizer step")
         for axis in grid.flat:
@@ -222,10 +226,10 @@ def plot_curves(traces: Sequence[Trace], study: Study, path: Path) -> None:
             axis.axhline(DEFAULT_NORM, color=INK, linewidth=0.8, linestyle=":")
         grid[0][0].set_ylabel("loss (nats per text)")
         grid[1][0].set_ylabel("gradient norm before clipping")
-        for value, colour in colours.items():
-            grid[0][0].plot([], [], color=colour, label=describe(lines, value))
+        for value, color in colors.items():
+            grid[0][0].plot([], [], color=color, label=describe(lines, value))
         grid[0][0].plot([], [], color=INK, linewidth=0.8, linestyle=":", label=f"where max_norm={DEFAULT_NORM:g} clips")
         grid[0][0].plot([], [], "o", mfc="none", color=INK, label="spike")
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(colours) + 2)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(colors) + 2)
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")

@@ -1,14 +1,15 @@
-"""What an ablation varies: a base point, fields with their values, seeds; and how a command line says so."""
+"""What an ablation varies: a base point, fields with their values, and seeds; also parsed from strings."""
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from adapterkern import checks
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
-_SITES = ("layers", "every")  # two ways to say where, hence one axis
+_SITES = ("layers", "every")  # two ways to choose layers, so they form one axis
 ADAPTER_FIELDS = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", "max_params"))
 _TRAINING_FIELDS = tuple(
     f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"task", "train_adapters", "seed"}
@@ -17,7 +18,7 @@ Setting = tuple[str, Any]  # a field and its value
 
 
 class Variant(NamedTuple):
-    """A point of a study, without its seed."""
+    """A point of a study, without the seed."""
 
     label: str  # how it differs from the base
     settings: tuple[Setting, ...]  # one for each axis
@@ -28,18 +29,19 @@ class Variant(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """What to vary, and around what.
+    """What to vary, and the base point.
 
     Args:
-        adapter, training: the base point, but for the fields in ``vary``.
-        vary: field → its values, the first being the base point's. Any field of ``AdapterConfig`` or ``TrainConfig``
-            that changes a run's numbers; ``layers`` and ``every`` are one axis together, ``layers`` first.
-        seeds: one run of each variant for each.
-        product: all combinations; False varies one axis at a time around the base point.
+        adapter, training: the base point, except for the fields in ``vary``.
+        vary: field → its values, the base point's first. A field is one of ``AdapterConfig`` or ``TrainConfig`` that
+            changes a run's numbers; ``layers`` and ``every`` together are one axis, ``layers`` first.
+        seeds: integers >= 0; one run per variant and seed.
+        product: run all combinations; False varies one axis at a time around the base point.
         head_alone: also train the head without adapters (classification only).
 
     Raises:
-        ValueError: naming the field; nothing to vary, or a value that stands twice.
+        TypeError, ValueError: an argument of a wrong type, an unknown field, no value or a duplicate one; the message
+            names it.
     """
 
     adapter: AdapterConfig
@@ -53,13 +55,17 @@ class Study:
         for name, values in self.vary.items():
             _check_field(name)
             if not values or any(v in values[:i] for i, v in enumerate(values)):
-                raise ValueError(f"{name}: expected at least one value and none twice, got {list(values)}")
+                raise ValueError(f"{name}: expected at least one value and no duplicates, got {list(values)}")
+        for seed in self.seeds:
+            checks.integer("seeds", seed, 0)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: expected at least one and none twice, got {list(self.seeds)}")
+            raise ValueError(f"seeds: expected at least one and no duplicates, got {list(self.seeds)}")
+        checks.flag("product", self.product)
+        checks.flag("head_alone", self.head_alone)
 
     @property
     def axes(self) -> list[list[Setting]]:
-        """The values of each axis as (field, value); the first is the base point's."""
+        """The values of each axis as (field, value), the base point's first."""
         sites: list[Setting] = [(name, value) for name in _SITES for value in self.vary.get(name, ())]
         others = [[(name, v) for v in values] for name, values in self.vary.items() if name not in _SITES]
         return ([sites] if sites else []) + others
@@ -68,7 +74,7 @@ class Study:
         """All variants for a backbone of this shape, the base point first and the head alone last.
 
         Raises:
-            ValueError, TypeError: a value that its field does not take; the message names it.
+            TypeError, ValueError: a value that its field does not accept; the message names the field.
         """
         axes = self.axes
         base = [axis[0] for axis in axes]
@@ -90,10 +96,10 @@ class Study:
         return found
 
     def based_on(self, settings: Mapping[str, Any]) -> "Study":
-        """This study around a base point that has other values in fields that it does not vary.
+        """This study with other values of the base point in fields that are not varied.
 
         Raises:
-            ValueError, TypeError: a field that is varied, or a value that its field does not take, by name.
+            TypeError, ValueError: a field that is varied, or a value that its field does not accept, by name.
         """
         for name in settings:
             varied = _SITES if name in _SITES else (name,)
@@ -106,7 +112,7 @@ class Study:
 def _apply(
     adapter: AdapterConfig, training: TrainConfig, settings: Mapping[str, Any]
 ) -> tuple[AdapterConfig, TrainConfig]:
-    """The two configurations with some fields set; ``layers`` takes ``every`` back, and the other way round."""
+    """The two configurations with some fields set; ``layers`` resets ``every``, and the reverse."""
     fields = dict(settings)
     if "layers" in fields:
         fields["every"] = 1
@@ -126,20 +132,20 @@ def show_setting(setting: Setting, num_layers: int) -> str:
 
 
 def show_layers(layers: Sequence[int]) -> str:
-    """Ascending numbers; three or more in a row as ``first-last``."""
+    """Ascending layer numbers as a label; three or more consecutive ones as ``first-last``."""
     if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
         return f"{layers[0]}-{layers[-1]}"
     return " ".join(str(layer) for layer in layers)
 
 
-# From text
+# From strings
 
 
 def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """``"depth=1,2,3"`` → ``("depth", (1, 2, 3))``; sets of layers are separated by ``/``: ``"layers=-1/-2,-1"``.
 
     Raises:
-        ValueError: not of this form, or no field of this name.
+        ValueError: ``text`` is not of this form, or there is no such field.
     """
     name, separator, values = text.partition("=")
     if not separator or not values:
@@ -152,27 +158,26 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def parse_setting(text: str) -> Setting:
-    """``"lr=2e-3"`` → ``("lr", 0.002)``. Raises ``ValueError`` as :func:`parse_axis` does."""
+    """``"lr=2e-3"`` → ``("lr", 0.002)``. Raises ``ValueError`` like :func:`parse_axis`."""
     name, values = parse_axis(text)
     if len(values) != 1:
         raise ValueError(f"set: expected one value for {name}, got {text!r}")
     return name, values[0]
 
 
-def _check_field(name: str) -> None:
-    if name not in ADAPTER_FIELDS + _TRAINING_FIELDS:
-        raise ValueError(f"vary: expected one of {', '.join(ADAPTER_FIELDS + _TRAINING_FIELDS)}, got {name!r}")
+def _check_field(name: object) -> None:
+    checks.choice("vary", name, ADAPTER_FIELDS + _TRAINING_FIELDS)
 
 
 def _layer_set(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"layers: expected whole numbers such as -2,-1, sets parted by /, got {text!r}") from None
+        raise ValueError(f"layers: expected integers such as -2,-1, sets separated by /, got {text!r}") from None
 
 
 def _literal(text: str) -> Any:
-    """A number, true, false, none, or the text itself; the configurations check whether it fits the field."""
+    """A number, True, False, None, or the string itself; the configurations check whether it fits the field."""
     words = {"true": True, "false": False, "none": None}
     text = text.strip()
     if text.lower() in words:

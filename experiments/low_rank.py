@@ -1,71 +1,59 @@
-"""Adapters begun from given weights: ``python -m bench.low_rank accuracy|given``.
+"""Adapters initialized from given weights: ``python -m experiments.low_rank accuracy|given``.
 
-``accuracy``: how far W_up·W_down is from the truncated SVD in fp64 of the weight, as shipped (an fp64 SVD, rounded),
-and with an fp32 SVD.
+``accuracy``: the distance of W_up·W_down from the truncated SVD in fp64 of the weight, with the SVD that the package
+uses (fp64, rounded) and with an fp32 SVD.
 
-``given``: what it is worth. SmolLM2-135M's first 8 of 30 layers, with an adapter of ``activation="identity"`` after the
-8th. Over newswire texts (Reuters R8), the map from the normalised stream there to what the other 22 layers add to it is
-fitted by ridge regression,
+``given``: what such an initialization gains. SmolLM2-135M's first 8 of 30 layers, with an adapter of
+``activation="identity"`` after the 8th. Over newswire texts (Reuters R8), ridge regression fits the map from the
+normalized stream there to what the other 22 layers add to it,
 
     M, b = argmin Σ ‖Δ − b − M·LayerNorm(h)‖² + λ‖M‖²          Δ what the 22 layers add
 
-and begins the adapter: W_up·W_down as M's best approximation of rank r, b_up as what is then the best b. So does, for
-each r, the matrix of rank r that predicts Δ best (reduced-rank regression: P·M with P the projection on the r
-directions in which M·LayerNorm(h) varies most). The LM head's perplexity on other texts is compared with that of the 8
-layers as they are and of all 30. No step of training is made.
+and M initializes the adapter: W_up·W_down is M's best approximation of rank r, b_up the best b for it. A second way
+takes, for each r, the matrix of rank r that predicts Δ best (reduced-rank regression: P·M with P the projection on the
+r directions in which M·LayerNorm(h) varies most). The LM head's perplexity on other texts is compared with that of the
+bare 8 layers and of all 30. No training step is made.
 """
 
-import argparse
-import platform
-import time
-from datetime import UTC, datetime
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.files import write_json
-from adapterkern.model.backbone import load_backbone
 from adapterkern.model.decoder import keep_layers
 from adapterkern.model.low_rank import init_from_weights
 from adapterkern.recipes.demo import corpora
 from adapterkern.training import TrainConfig, evaluate, load_examples
 from adapterkern.training.data.batches import collate
-from bench.measure import machine
+from experiments.common import backbone, cpu_timed, make_parser, parse, record
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results" / "AMD-EPYC" / "low-rank"
 NUM_LAYERS = 8
 RANK, RANKS = 64, (8, 64, 256, 512)
 CONFIG = TrainConfig(task="causal-lm", max_length=64, batch_size=16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.low_rank", description=__doc__)
+    """Run one of the two studies and write its file."""
+    parser = make_parser("low_rank", __doc__)
     parser.add_argument("action", choices=("accuracy", "given"))
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--texts", type=int, default=160, metavar="N", help="given: to fit on; default 160")
-    arguments = parser.parse_args()
+    parser.add_argument("--texts", type=int, default=160, metavar="N", help="given: texts to fit on; default 160")
+    arguments = parse(parser)
     torch.set_num_threads(1)
-    about = {
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": get_commit_info().get("id"),
-        "machine": machine(torch.device("cpu")) | {"python": platform.python_version()},
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.action == "accuracy":
-        write_json(arguments.output / "accuracy.json", about | {"rows": accuracy()})
-    else:
-        write_json(arguments.output / "given-weights.json", about | given(arguments.texts))
+        record(arguments.output / "accuracy.json", rows=accuracy())
+        return
+    result, seconds = cpu_timed(lambda: given(arguments.texts))
+    record(arguments.output / "given-weights.json", cpu_seconds=seconds, **result)
 
 
 def accuracy() -> list[dict[str, Any]]:
-    """Relative errors of W_up·W_down by size, kind of matrix and SVD, and the SVD's seconds of CPU."""
+    """Relative errors of W_up·W_down by size, kind of matrix and SVD, and the SVD's CPU seconds."""
     torch.manual_seed(0)
-    llama, _ = load_backbone(corpora.obtain(corpora.MODEL), num_layers=1)
+    llama, _ = backbone(num_layers=1)
     weights = {"o_proj of SmolLM2-135M's layer 0": llama.model.layers[0].self_attn.o_proj.weight.detach()}
     for d in (576, 1024):
         weights[f"Gaussian, d={d}"] = gaussian = torch.randn(d, d) / d**0.5
@@ -76,12 +64,8 @@ def accuracy() -> list[dict[str, Any]]:
         U, S, Vt = torch.linalg.svd(weight.double())
         best = (U[:, :RANK] * S[:RANK]) @ Vt[:RANK]
         shipped = ak.Adapter(len(weight), RANK)
-        started = time.process_time()
-        shipped.reset_parameters("svd", weight)
-        seconds = time.process_time() - started
-        started = time.process_time()
-        U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
-        seconds_fp32 = time.process_time() - started
+        _, seconds = cpu_timed(functools.partial(shipped.reset_parameters, "svd", weight))
+        (U, S, Vt), seconds_fp32 = cpu_timed(functools.partial(torch.linalg.svd, weight, full_matrices=False))
         root = S[:RANK].sqrt()
         low = (U[:, :RANK] * root).double() @ (root[:, None] * Vt[:RANK]).double()
         product = shipped.up.weight.detach().double() @ shipped.down.weight.detach().double()
@@ -93,9 +77,8 @@ def accuracy() -> list[dict[str, Any]]:
 
 
 def given(texts: int) -> dict[str, Any]:
-    """Perplexities and unexplained shares by map and rank."""
-    started = time.process_time()
-    llama, tokenizer = load_backbone(corpora.obtain(corpora.MODEL))
+    """Perplexity and unexplained share per map and rank."""
+    llama, tokenizer = backbone()
     fit_on = corpora.draw_texts(corpora.R8_TRAIN, texts, seed=0)
     unseen = corpora.draw_texts(corpora.R8_TEST, 60, seed=0)
 
@@ -109,7 +92,7 @@ def given(texts: int) -> dict[str, Any]:
         if fit is not None:
             (adapter,) = model.adapters["default"][str(len(model.layers) - 1)]  # type: ignore[index]
             with torch.no_grad():
-                adapter.up.bias.copy_(fit.mean - adapter.up.weight @ (adapter.down.weight @ fit.centre))
+                adapter.up.bias.copy_(fit.mean - adapter.up.weight @ (adapter.down.weight @ fit.center))
                 left = fit.below + fit.added - adapter(fit.below)
             unexplained = (left.square().sum() / (fit.added - fit.mean).square().sum()).item()
         value = evaluate(model, unseen, CONFIG, tokenizer=tokenizer)["perplexity"]
@@ -129,16 +112,15 @@ def given(texts: int) -> dict[str, Any]:
     return {
         "backbone": "SmolLM2-135M-Instruct, fp32",
         "tokens": {"fitted": len(fit.below), "texts": texts, "tested": 60},
-        "cpu_seconds": time.process_time() - started,
         "rows": rows,
     }
 
 
 def streams(llama: Any, file: Path, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """The stream (N, d) after the first layers, and what the others add to it, of all tokens but the first of a text.
+    """The stream (N, d) after the first layers, and what the others add to it, for all tokens but the first of a text.
 
-    The first token's state is the same in every text, and some hundred times as large as the others': it would decide
-    the fit alone.
+    The first token's state is the same in every text and some hundred times as large as the others: it alone would
+    decide the fit.
     """
     examples, _ = load_examples(file, CONFIG, tokenizer)
     kept: dict[int, Tensor] = {}
@@ -163,26 +145,26 @@ def streams(llama: Any, file: Path, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 class Fit(NamedTuple):
-    """What a ridge regression was made from, and gave."""
+    """A ridge regression: its data and its result."""
 
     below: Tensor  # (N, d)
     added: Tensor  # (N, d) Δ
-    mean: Tensor  # (d,) of Δ
-    centre: Tensor  # (d,) of the normalised stream
+    mean: Tensor  # (d,) mean of Δ
+    center: Tensor  # (d,) mean of the normalized stream
     matrix: Tensor  # (d, d) M, fp64
-    directions: Tensor  # (d, d) fp64, orthonormal columns: where M's predictions vary most, falling
+    directions: Tensor  # (d, d) fp64, orthonormal columns: where M's predictions vary most, in falling order
 
 
 def ridge(below: Tensor, added: Tensor) -> Fit:
-    """Fit M; λ is a hundredth of the features' mean variance. b = mean − M·centre."""
+    """Fit M with λ = 1/100 of the features' mean variance; b = mean − M·center."""
     features = F.layer_norm(below.double(), below.shape[1:])
-    centre, mean = features.mean(0), added.double().mean(0)
-    features -= centre
+    center, mean = features.mean(0), added.double().mean(0)
+    features -= center
     gram = features.T @ features
     penalty = 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     matrix = torch.linalg.solve(gram + penalty, features.T @ (added.double() - mean)).T
     directions = torch.linalg.svd(features @ matrix.T, full_matrices=False).Vh.T
-    return Fit(below, added, mean.float(), centre.float(), matrix, directions)
+    return Fit(below, added, mean.float(), center.float(), matrix, directions)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,18 @@
 """Many tasks on one backbone: accuracy against training each alone, and throughput against the other ways to do it.
 
-    python -m bench.multitask accuracy --output FOLDER
-    python -m bench.multitask throughput --output FOLDER
+    python -m experiments.multitask accuracy
+    python -m experiments.multitask throughput
 
 ``accuracy``: Reuters R8 and 20 newsgroups on the first 8 layers of SmolLM2-135M, together and each alone, on the same
-rows in the same steps. ``throughput``: rows a second of the same rows by one mixed batch, by a batch a task on one
-model, by a batch a task on a model each, and, as the bound, by one task that has all the rows; seconds are those of the
-CPU, on one thread, since the machine is shared.
+rows in the same steps. ``throughput``: rows per second for the same rows as one mixed batch, as one batch per task on
+one model, as one batch per task on a model per task, and, as the bound, as one task that has all the rows. Seconds are
+CPU seconds on one thread, since the machine is shared.
 """
 
-import argparse
 import copy
-import json
-import subprocess
+import functools
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +20,19 @@ import torch
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.files import write_json
-from adapterkern.model.backbone import load_backbone
 from adapterkern.model.mixing import Mixture
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.multitask.task import MultiTask, TaskExample
 from adapterkern.training import ClassificationHead, PrefixCache, TrainConfig
 from adapterkern.training.task import Task
 from bench.cases import Case, Variant
-from bench.measure import interleave, machine, paired_ratio, quartiles
+from bench.measure import interleave, paired_ratio, quartiles
+from experiments.common import CPU, backbone, cpu_timed, make_parser, parse, record, show, texts
 
 NUM_LAYERS = 8
-CPU = torch.device("cpu")
+BACKBONE = f"SmolLM2-135M-Instruct, first {NUM_LAYERS} layers, fp32"
 
-# R8 is the easier one: it does with fewer layers and dimensions.
+# R8 is the easier one: fewer layers and dimensions are enough.
 ADAPTERS = {
     "r8": ak.AdapterConfig(adapter_dim=32, layers=[-2, -1]),
     "newsgroups": ak.AdapterConfig(adapter_dim=64, layers=[-3, -2, -1]),
@@ -49,14 +45,8 @@ ROWS_PER_STEP = {"r8": 8, "newsgroups": 16}
 TRAINING: dict[str, Any] = {"epochs": 3, "lr": 2e-3, "max_length": 48, "batch_size": 8, "log_every": 100}
 
 
-def about() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    backbone = f"SmolLM2-135M-Instruct, first {NUM_LAYERS} layers, fp32"
-    return {"date": date, "commit": commit, "backbone": backbone} | machine(CPU)
-
-
 def adapted(llama: Any, configs: dict[str, ak.AdapterConfig], seed: int) -> ak.LlamaAdapter:
+    """A model with these adapters and no other, each begun from the same seed."""
     model = ak.LlamaAdapter(llama, None)
     for name, config in configs.items():
         torch.manual_seed(seed)
@@ -67,28 +57,25 @@ def adapted(llama: Any, configs: dict[str, ak.AdapterConfig], seed: int) -> ak.L
 # Accuracy
 
 
-def draw(table: corpora.Member, count: int, exclude: frozenset[str] = frozenset()) -> list[dict[str, str]]:
-    lines = corpora.draw_texts(table, count, 0, exclude).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def accuracy(output: Path, seeds: int) -> None:
-    llama, tokenizer = load_backbone(corpora.obtain(corpora.MODEL), num_layers=NUM_LAYERS)
+    """Train together and alone, per seed; ``output`` gets accuracy.json."""
+    llama, tokenizer = backbone(NUM_LAYERS)
     train, test = {}, {}
     for name, (train_table, test_table, train_count, test_count) in TABLES.items():
-        train[name] = draw(train_table, train_count)
-        test[name] = draw(test_table, test_count, frozenset(row["text"] for row in train[name]))
+        train[name] = texts(train_table, train_count)
+        known = frozenset(row["text"] for row in train[name])
+        test[name] = texts(test_table, test_count, exclude=known)
     how: dict[str, Any] = {"tokenizer": tokenizer, "cache": PrefixCache()}
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
-        # One batch size for all: the cached prefix is computed in it, and together and alone begin from the same bits.
+        # One batch size for all: the cached prefix is computed with it, so that all runs start from the same bits.
         def config(rows_per_step: int, seed: int = seed) -> TrainConfig:
             return TrainConfig(**TRAINING, accumulation=rows_per_step // TRAINING["batch_size"], seed=seed)
 
         model = adapted(llama, ADAPTERS, seed)
         task: Any = MultiTask(model, list(ADAPTERS))
         both = config(sum(ROWS_PER_STEP.values()))
-        result = ak.train(model, train, both, eval_data=test, task=task, **how)  # type: ignore[arg-type]
+        result = ak.train(model, train, both, eval_data=test, task=task, **how)
         model.unload()
         for name in ADAPTERS:
             single = adapted(llama, {name: ADAPTERS[name]}, seed)
@@ -120,17 +107,17 @@ def accuracy(output: Path, seeds: int) -> None:
                     "train_seconds_alone": round(alone.seconds, 1),
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
+            show(rows[-1])
         described = {"training": TRAINING, "rows_per_step": ROWS_PER_STEP, "texts": {n: TABLES[n][2:] for n in TABLES}}
         adapters = {name: config.to_dict() for name, config in ADAPTERS.items()}
-        write_json(output / "accuracy.json", {"about": about(), **described, "adapters": adapters, "rows": rows})
+        record(output / "accuracy.json", backbone=BACKBONE, **described, adapters=adapters, rows=rows)
 
 
 # Throughput
 
 
 def examples(names: list[str], rows: int, length: int, vocabulary: int) -> list[TaskExample]:
-    """Rows of random tokens, the tasks in turn."""
+    """Rows of random tokens, the tasks in alternation."""
     made = []
     for row in range(rows):
         ids = torch.randint(1, vocabulary, (length,)).numpy()
@@ -139,7 +126,7 @@ def examples(names: list[str], rows: int, length: int, vocabulary: int) -> list[
 
 
 def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Variant]:
-    """A step (forward, backward, optimizer) or a forward of ``rows`` rows of ``tasks`` tasks, in each way."""
+    """Each way to make a step (forward, backward, optimizer) or a forward of ``rows`` rows of ``tasks`` tasks."""
     names = [f"task{n}" for n in range(tasks)]
     configs = {name: ak.AdapterConfig(adapter_dim=64, layers=[-3, -2, -1]) for name in names}
     config = TrainConfig(batch_size=rows, max_length=length)
@@ -168,7 +155,11 @@ def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Va
         return run
 
     def one_after_another(runs: list[Callable[[], object]]) -> Callable[[], None]:
-        return lambda: [run() for run in runs] and None
+        def run_all() -> None:
+            for run in runs:
+                run()
+
+        return run_all
 
     def plain(number: int) -> list[Any]:
         return [e for e in every if e.task == number]
@@ -190,25 +181,24 @@ def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Va
         "one task, all rows": (bound, size),
     }
     return [
-        Variant(way, clock=lambda run=run: cpu_seconds(run), info={"backbone_bytes": held})
+        Variant(way, clock=functools.partial(cpu_seconds, run), info={"backbone_bytes": held})
         for way, (run, held) in runs.items()
     ]
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    started = time.process_time()
-    run()
-    return time.process_time() - started
+    """The CPU seconds of one call."""
+    return cpu_timed(run)[1]
 
 
 def llama_copy(llama: Any) -> Any:
-    """Another model over the same weights, to be adapted by itself."""
+    """A copy that shares the weights and can be adapted separately."""
     memo: dict[int, Tensor] = {id(t): t for t in (*llama.parameters(), *llama.buffers())}
     return copy.deepcopy(llama, memo)
 
 
 def stacking_seconds(llama: Any, tasks: int) -> float:
-    """The least of 20 times: all stacks that one mixed forward makes."""
+    """Seconds to build all the stacks of one mixed forward: the minimum of 20 times."""
     configs = {f"task{n}": ak.AdapterConfig(adapter_dim=64, layers=[-3, -2, -1]) for n in range(tasks)}
     model = adapted(llama_copy(llama), configs, 0)
     resolved = {name: model.adapter_config(name) for name in configs}
@@ -224,7 +214,8 @@ def stacking_seconds(llama: Any, tasks: int) -> float:
 
 
 def throughput(output: Path, rows: int, length: int, rounds: int) -> None:
-    llama, _ = load_backbone(corpora.obtain(corpora.MODEL), num_layers=NUM_LAYERS)
+    """Time each way, interleaved; ``output`` gets throughput.json."""
+    llama, _ = backbone(NUM_LAYERS)
     torch.set_num_threads(1)
     measured: list[dict[str, Any]] = []
     for train, tokens in ((True, length), (False, length), (False, 1)):
@@ -246,24 +237,21 @@ def throughput(output: Path, rows: int, length: int, rounds: int) -> None:
                         **variant.info,
                     }
                 )
-                print(json.dumps(measured[-1]), flush=True)
+                show(measured[-1])
+            about = {"backbone": BACKBONE, "note": "CPU seconds of one thread"}
             stacking = {str(n): stacking_seconds(llama, n) for n in (2, 8)}
-            write_json(
-                output / "throughput.json",
-                {"about": about(), "note": "CPU seconds of one thread", "stacking_seconds": stacking, "rows": measured},
-            )
+            record(output / "throughput.json", **about, stacking_seconds=stacking, rows=measured)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run one of the two studies and write its file."""
+    parser = make_parser("multitask", __doc__)
     parser.add_argument("part", choices=("accuracy", "throughput"))
-    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=16, help="in one step, all tasks together")
-    parser.add_argument("--length", type=int, default=48, help="tokens a row")
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="accuracy: seeds 0 to N-1")
+    parser.add_argument("--rows", type=int, default=16, help="throughput: rows per step, all tasks together")
+    parser.add_argument("--length", type=int, default=48, help="throughput: tokens per row")
+    parser.add_argument("--rounds", type=int, default=7, help="throughput: at most this many")
+    arguments = parse(parser)
     if arguments.part == "accuracy":
         accuracy(arguments.output, arguments.seeds)
     else:

@@ -1,43 +1,37 @@
-"""Question answering on newswire, shown: ``python -m bench.qa data|heads``.
+"""Question answering on newswire: ``python -m experiments.qa data|heads``.
 
-``data`` writes train.json and test.json, in SQuAD 2.0's form, from Reuters R8. Many of its texts begin with a headline
+``data`` writes train.json and test.json, in SQuAD 2.0 format, from Reuters R8. Many of its texts begin with a headline
 that begins with a company's name, which the first sentence repeats ("brown forman bfdb sets stock split brown forman
-inc said …"), so that the spans of the name and of what is said about it are known without a reader. Three questions:
+inc said …"). So the spans of the name and of what is said about it are known without a human reader. Three questions:
 
-    What does the headline say about brown forman?      the rest of the headline: its end shows in what follows it
+    What does the headline say about brown forman?      the rest of the headline; what follows it shows where it ends
     Which company is the headline about?                the name
-    What does the headline say about ivaco?             nothing, for the text does not name it
+    What does the headline say about ivaco?             no answer: the text does not name it
 
-``heads`` trains on them, on the first 8 layers of SmolLM2-135M: the span head with and without its pointer, with
-adapters and alone; and lets the best one answer the examples of the tests, which are nothing like newswire.
+``heads`` trains on them, on the first 8 layers of SmolLM2-135M: the span head with and without its pointer, with and
+without adapters. The first run's model (adapters and pointer) also answers the tests' examples, which differ much from
+newswire.
 """
 
-import argparse
+import functools
 import itertools
-import json
-import platform
 import random
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytest_benchmark.utils import get_commit_info
 
 import adapterkern as ak
 from adapterkern.files import write_json
-from adapterkern.model.backbone import load_backbone
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.qa.squad import read_questions, score
 from adapterkern.recipes.qa.task import QuestionAnswering, SpanSettings
 from adapterkern.training import PrefixCache, TrainConfig, train
 from adapterkern.training.data.rows import BadRows
-from bench.measure import machine
+from experiments.common import backbone, cpu_timed, make_parser, parse, record, show, texts
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results" / "AMD-EPYC" / "qa"
 OWN_EXAMPLES = Path(__file__).parents[1] / "tests" / "support" / "qa_examples.json"
-TEXTS = {"train": (corpora.R8_TRAIN, 350), "test": (corpora.R8_TEST, 120)}
+TEXTS = {"train": (corpora.R8_TRAIN, 5400, 350), "test": (corpora.R8_TEST, 2100, 120)}  # drawn, used at most
 WORDS = 40
 FORMS = ("inc", "corp", "co", "ltd", "plc", "group", "bank")
 VERBS = ("said", "reported", "has", "says")
@@ -45,30 +39,21 @@ TRAINING: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 2e-3, "max_leng
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.qa", description=__doc__)
+    """Write the questions, or train the heads and write their scores."""
+    parser = make_parser("qa", __doc__)
     parser.add_argument("action", choices=("data", "heads"))
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="heads: seeds 0 to N-1; default 2")
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = parse(parser)
     if arguments.action == "data":
         for name in TEXTS:
             write_json(arguments.output / f"{name}.json", squad(name))
         return
     torch.set_num_threads(1)
-    about = {
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": get_commit_info().get("id"),
-        "machine": machine(torch.device("cpu")) | {"python": platform.python_version()},
-        "backbone": "SmolLM2-135M-Instruct, first 8 layers, fp32",
-        "adapters": "dim 64 after layers 5, 6, 7 (from 0)",
-        "training": TRAINING,
-    }
-    heads(arguments.seeds, arguments.output / "heads.json", about)
+    heads(arguments.seeds, arguments.output / "heads.json")
 
 
 def name_and_body(words: list[str]) -> tuple[int, int] | None:
-    """How many words the company's name has, and where the body's first sentence repeats it; None if it does not."""
+    """The number of words of the company's name, and the word at which the body repeats it; None if it does not."""
     for body in range(3, min(len(words), WORDS) - 2):
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(words[:body], words[body:WORDS], strict=False))
         name = sum(1 for _ in same)
@@ -79,14 +64,13 @@ def name_and_body(words: list[str]) -> tuple[int, int] | None:
 
 
 def squad(part: str) -> dict[str, Any]:
-    """The questions on one part of R8, in SQuAD 2.0's form."""
-    table, count = TEXTS[part]
+    """The questions on one part of R8, in SQuAD 2.0 format."""
+    table, drawn, count = TEXTS[part]
     draw = random.Random(part)
-    source = corpora.draw_texts(table, {"train": 5400, "test": 2100}[part], seed=0)
-    texts = [json.loads(line)["text"].split()[:WORDS] for line in source.read_text(encoding="utf-8").splitlines()]
     known = set() if part == "train" else {p["context"] for p in squad("train")["data"][0]["paragraphs"]}
-    texts = [words for words in texts if " ".join(words) not in known]
-    found = [(words, place) for words in texts if (place := name_and_body(words))][:count]
+    starts = [row["text"].split()[:WORDS] for row in texts(table, drawn)]
+    starts = [words for words in starts if " ".join(words) not in known]
+    found = [(words, place) for words in starts if (place := name_and_body(words))][:count]
     names = [" ".join(words[: place[0]]) for words, place in found]
     paragraphs = []
     for number, (words, (length, body)) in enumerate(found):
@@ -105,39 +89,45 @@ def squad(part: str) -> dict[str, Any]:
     return {"version": "v2.0", "data": [{"title": f"Reuters R8, {part}", "paragraphs": paragraphs}]}
 
 
-def heads(seeds: int, target: Path, about: dict[str, Any]) -> None:
-    """Each head's scores on the test questions, by kind of question and seed; ``target`` grows with each run."""
+def heads(seeds: int, target: Path) -> None:
+    """Write each head's scores on the test questions, per kind of question and seed, to ``target`` after each run."""
     folder = corpora.cache_folder()
     files = {name: folder / f"r8-qa-{name}.json" for name in TEXTS}
     for name, path in files.items():
         write_json(path, squad(name))
-    llama, tokenizer = load_backbone(corpora.obtain(corpora.MODEL), num_layers=8)
+    llama, tokenizer = backbone(num_layers=8)
     bad = BadRows("test")
     questions = read_questions(files["test"], bad)
     bad.settle(skip=False)
     cache = PrefixCache()
     nothing = score(questions, {question.id: "" for question in questions})
-    result: dict[str, Any] = about | {"always_nothing": nothing, "newswire_head_on_own_examples": None, "runs": []}
+    settings = {
+        "backbone": "SmolLM2-135M-Instruct, first 8 layers, fp32",
+        "adapters": "dim 64 after layers 5, 6, 7 (from 0)",
+        "training": TRAINING,
+    }
+    on_own_examples = None
+    runs: list[dict[str, Any]] = []
     for seed, train_adapters, pointer_dim in itertools.product(range(seeds), (True, False), (64, 0)):
         torch.manual_seed(seed)
         model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=64, layers=(-3, -2, -1)))
         task = QuestionAnswering(model, SpanSettings(null_threshold=0.0, pointer_dim=pointer_dim))
         config = TrainConfig(**TRAINING, seed=seed, train_adapters=train_adapters, progress=False)
-        started = time.process_time()
-        trained = train(model, files["train"], config, tokenizer=tokenizer, task=task, cache=cache)
-        cpu_seconds = time.process_time() - started
+        how: dict[str, Any] = {"tokenizer": tokenizer, "task": task, "cache": cache}
+        trained, cpu_seconds = cpu_timed(functools.partial(train, model, files["train"], config, **how))
         answers = {id_: p.text for id_, p in task.answer(files["test"], config, tokenizer).items()}
         kinds = {kind: [q for q in questions if q.id.startswith(kind)] for kind in ("headline", "company", "none")}
-        run = {"seed": seed, "adapters": train_adapters, "pointer_dim": pointer_dim, "cpu_seconds": cpu_seconds}
-        run |= {"parameters": trained.trainable_parameters, "steps": trained.steps}
+        run: dict[str, Any] = {"seed": seed, "adapters": train_adapters, "pointer_dim": pointer_dim}
+        run |= {"cpu_seconds": cpu_seconds, "parameters": trained.trainable_parameters, "steps": trained.steps}
         run |= score(questions, answers) | {kind: score(chosen, answers) for kind, chosen in kinds.items()}
-        if not result["runs"]:
+        if not runs:
             predicted = {id_: p.text for id_, p in task.answer(OWN_EXAMPLES, config, tokenizer).items()}
-            result["newswire_head_on_own_examples"] = score(read_questions(OWN_EXAMPLES, bad), predicted)
+            on_own_examples = score(read_questions(OWN_EXAMPLES, bad), predicted)
         model.unload()
-        result["runs"].append(run)
-        write_json(target, result)
-        print(json.dumps(run), flush=True)
+        runs.append(run)
+        scores = {"always_nothing": nothing, "newswire_head_on_own_examples": on_own_examples}
+        record(target, **settings, **scores, runs=runs)
+        show(run)
 
 
 if __name__ == "__main__":

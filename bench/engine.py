@@ -1,10 +1,11 @@
-"""pytest-benchmark as the engine: its fixture, statistics and JSON (written after every case), our interleaved rounds.
+"""The engine of ``python -m bench``: measures case by case and saves after each one.
 
-pytest-benchmark times one function after another, and here all variants of a case must take turns. So the rounds are
-measured by ``measure.interleave`` when the first variant of a case comes up, and every variant then replays its own
-into the fixture's pedantic mode, by a clock that stands still except when it is told how long something took.
+The variants of a case take turns (``measure.interleave``), which pytest-benchmark cannot do: it times one function
+after another, and is there for ``pytest bench`` (test_suite.py). The file has the format of pytest-benchmark's, so that
+``pytest-benchmark compare`` reads it, and besides it the counted tables and the variants that are missing.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -13,26 +14,40 @@ import json
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import pytest
+import pytest_benchmark
 import torch
+from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info, safe_dumps
 
 from adapterkern.files import replacing
+from bench import tables
 from bench.cases import COPY, Case, Variant
-from bench.measure import copy_variant, device_name, host_seconds, interleave, launches, machine, peak_bytes
+from bench.measure import (
+    MIN_ROUNDS,
+    copy_variant,
+    host_seconds,
+    interleave,
+    launches,
+    machine,
+    peak_bytes,
+    results_folder,
+)
 from bench.roofs import gemm_flops, l2_bandwidth
 
 TIMED = {"adapter": "bench.adapter", "optimizer": "bench.optimizer", "step": "bench.step"}
+FAILED, INTERRUPTED = 1, 2  # exit statuses
+Plan = Sequence[tuple[Case, Sequence[str]]]
 
 
 @dataclasses.dataclass
 class Options:
-    """What the command line asked for; the fields after ``append`` are for runs that have minutes (bench.gpu)."""
+    """What to measure; the fields after ``append`` are for runs that have minutes (bench.gpu)."""
 
     parts: tuple[str, ...]
     device: torch.device
@@ -40,53 +55,52 @@ class Options:
     json: Path
     peer_python: str | None
     only: str = ""
-    append: bool = False  # to what the file has, of the same commit
-    plan: Sequence[tuple[Case, Sequence[str]]] | None = None  # these cases and variants instead of the parts' own
+    append: bool = False  # keep the other cases of the file, which must be of the same commit
+    plan: Plan | None = None  # these cases and variants instead of the parts' own
     case_seconds: float | None = None
     case_rounds: int | None = None
-    roofs: bool = True  # measure them as well
-    launches: bool = True  # count them, with a profiler that takes a while
+    roofs: bool = True  # measure the device's peak FLOPs and L2 bandwidth
+    launches: bool = True  # count the launches, which needs a profiler and takes a while
     deadline: float = math.inf  # of time.monotonic(): no case starts after it
 
     @property
     def rounds(self) -> int:
+        """The most rounds per case."""
         return self.case_rounds or (10 if self.quick else 40)
 
     def seconds(self, part: str) -> float:
-        """How long the rounds of one case may take together."""
+        """The most seconds for all rounds of one case."""
         return self.case_seconds or {"step": 36.0}.get(part, 6.0) / (4 if self.quick else 1)
 
 
-class Replay:
-    """A clock that moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
+def part_cases(part: str, device: torch.device, quick: bool) -> Iterator[tuple[Case, Sequence[str]]]:
+    """The cases of a timed part, each with the names of its variants."""
+    module = importlib.import_module(TIMED[part])
+    for case in module.cases(device, quick):
+        yield case, module.names(case, device)
 
 
-REPLAY = Replay()
+def build(case: Case, device: torch.device, names: Sequence[str], peer_python: str | None) -> list[Variant]:
+    """The variants of a case, and the copy of its floor's bytes if it has one."""
+    module = importlib.import_module(TIMED[case.part])
+    more = (peer_python,) if case.part == "step" else ()
+    variants: list[Variant] = module.build(case, device, names, *more)
+    if case.floor_bytes:
+        variants.append(copy_variant(case.floor_bytes, device))
+    return variants
 
 
 class Engine:
-    """The plugin: which cases and variants there are, one case's measurements at a time, what goes into the JSON."""
+    """One run: what it has measured so far, and the file that it saves them to."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.benchmarks: list[dict[str, Any]] = []
         self.tables: dict[str, Any] = {}
         self.missing: list[dict[str, str]] = []
-        self._wanted: dict[Case, list[str]] = {}
-        self._case: Case | None = None
-        self._measured: dict[str, tuple[Variant, list[float], dict[str, Any]]] = {}
-        self._error: Exception | None = None  # what kept the case from being measured
-        self._done = self._total = 0
+        self.failed = False
         self._start = time.monotonic()
-        self._commit = get_commit_info()  # the one that runs; another may be made before it is over
+        self._commit = get_commit_info()  # now: another may be made before the run is over
         self._before = self._earlier_run()
         self._about: dict[str, Any] | None = None
 
@@ -100,154 +114,160 @@ class Engine:
             raise ValueError(f"--append: expected results of commit {expected} in {path}, got {got}")
         return before
 
-    def plan(self) -> list[tuple[Case, str]]:
-        """Every case with every name of a variant."""
+    def run(self) -> int:
+        """Count the tables, measure the cases; returns the exit status. An error costs its own case or table alone."""
+        try:
+            for part in self.options.parts:
+                if part in tables.COUNTED:
+                    with self._kept_going(part):
+                        self._count(part)
+            plan = self.plan()
+            for number, (case, names) in enumerate(plan, 1):
+                title = f"{case.part}: {case.name}"
+                self.say(f"[{number}/{len(plan)}] {title}")
+                with self._kept_going(title):
+                    self.measure(case, names)
+                self.save()
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        else:
+            status = FAILED if self.failed else 0
+        self.save()
+        if not (self.benchmarks or self.tables):
+            self.say(f"nothing was measured completely: {self.options.json} is unchanged")
+        return status
+
+    @contextlib.contextmanager
+    def _kept_going(self, what: str) -> Iterator[None]:
+        """An error inside is printed and sets the exit status."""
+        try:
+            yield
+        except Exception:
+            self._fail(f"{what}\n{traceback.format_exc()}")
+
+    def _fail(self, text: str) -> None:
+        self.failed = True
+        self.say(f"failed: {text}")
+
+    def _count(self, part: str) -> None:
+        self.say(part)
+        for counted in tables.COUNTED[part](self.options.device, self.options.quick):
+            self.tables[part] = counted
+            self.save()
+
+    def plan(self) -> list[tuple[Case, Sequence[str]]]:
+        """Every case that is wanted, with the names of its variants."""
         o = self.options
-        self._wanted = {case: list(names) for case, names in self._cases() if o.only in case.name}
-        self._total = len(self._wanted)
-        return [
-            (case, name) for case, names in self._wanted.items() for name in (*names, *[COPY] * (case.floor_bytes > 0))
-        ]
+        planned = list(o.plan or ())
+        if o.plan is None:
+            for part in (p for p in o.parts if p in TIMED):
+                with self._kept_going(part):
+                    planned += part_cases(part, o.device, o.quick)
+        return [(case, names) for case, names in planned if o.only in case.name]
 
-    def _cases(self) -> Iterator[tuple[Case, Sequence[str]]]:
+    def measure(self, case: Case, names: Sequence[str]) -> None:
+        """Measure the variants of one case; those that cannot run are added to ``missing``."""
         o = self.options
-        if o.plan is not None:
-            yield from o.plan
-            return
-        for part in (p for p in o.parts if p in TIMED):
-            module = self._module(part)
-            for case in module.cases(o.device, o.quick):
-                yield case, module.names(case, o.device)
-
-    def _module(self, part: str) -> ModuleType:
-        return importlib.import_module(TIMED[part])
-
-    def measured(self, case: Case, name: str) -> tuple[Variant, list[float], dict[str, Any]]:
-        """One variant, its times and its figures; the first call for a case measures all of its variants."""
-        if case is not self._case:
-            self._case, self._measured, self._error = case, {}, None  # lets go of the last case's tensors
-            try:
-                self._measure(case)
-            except Exception as error:
-                self._error = error
-        if self._error is not None:
-            raise self._error
-        return self._measured[name]
-
-    def is_last(self, case: Case, name: str) -> bool:
-        """Whether ``name`` is the case's last variant in the plan."""
-        return name == (COPY if case.floor_bytes else self._wanted[case][-1])
-
-    def _measure(self, case: Case) -> None:
-        o = self.options
-        self._done += 1
-        self.say(f"[{self._done}/{self._total}] {case.part}: {case.name}")
-        wanted = self._wanted[case]
         if time.monotonic() > o.deadline:
-            variants = [Variant(name, missing="no time was left") for name in (*wanted, COPY)]
-            self._measured = {v.name: (v, [], {}) for v in variants}
+            late = [*names, COPY] if case.floor_bytes else names
+            self.missing += [{"case": case.name, "variant": name, "reason": "no time was left"} for name in late]
             return
-        module = self._module(case.part)
-        gc.collect()  # a model of the last case may lie in a cycle, and the next one beside it is too much
-        more = (o.peer_python,) if case.part == "step" else ()
-        variants = module.build(case, o.device, wanted, *more)
-        if case.floor_bytes:
-            variants.append(copy_variant(case.floor_bytes, o.device))
+        gc.collect()  # the last case's model may be in a cycle, and two models may not fit
+        variants = build(case, o.device, names, o.peer_python)
         try:
             times = interleave(case, variants, o.device, o.rounds, o.seconds(case.part))
-            for v in variants:
-                figures: dict[str, Any] = {"case": dataclasses.asdict(case), "variant": v.name, **v.info}
-                figures |= {"error": v.error, "budget": v.budget}
-                if v.run is not None and v.name != COPY:
-                    figures["peak_bytes"] = peak_bytes(v.run, o.device)
-                    figures["launches"] = launches(v.run, o.device) if o.launches else None
-                    # a wall case's own time has the host's in it
-                    figures["host_seconds"] = None if case.wall else host_seconds(v.run, o.device)
-                self._measured[v.name] = v, times.get(v.name, []), figures
+            found = [self._benchmark(case, v, times[v.name]) for v in variants if not v.missing]
         finally:
             for v in variants:
                 v.close()
+        self.benchmarks += found
+        for v in variants:
+            if v.missing:
+                self.missing.append({"case": case.name, "variant": v.name, "reason": v.missing})
+            if v.failed:
+                self._fail(f"{case.part}: {case.name}: {v.name}: {v.missing}")
+
+    def _benchmark(self, case: Case, v: Variant, times: list[float]) -> dict[str, Any]:
+        """One variant's entry in the file, its memory and launches measured."""
+        o = self.options
+        figures: dict[str, Any] = {"case": dataclasses.asdict(case), "variant": v.name, **v.info}
+        figures |= {"error": v.error, "budget": v.budget}
+        if v.run is not None and v.name != COPY:
+            figures["peak_bytes"] = peak_bytes(v.run, o.device)
+            figures["launches"] = launches(v.run, o.device) if o.launches else None
+            # the time of a wall case includes the host's
+            figures["host_seconds"] = None if case.wall else host_seconds(v.run, o.device)
+        stats = Stats()
+        stats.data = times
+        group = f"{case.part}: {case.name}"
+        param = f"{group}: {v.name}"
+        timer = v.info.get("timed", "the variant's own clock")
+        return {
+            "group": group,
+            "name": f"test_time[{param}]",  # as `pytest bench` calls it
+            "fullname": f"bench/test_suite.py::test_time[{param}]",
+            "params": {"case": case.name, "name": v.name},
+            "param": param,
+            "extra_info": figures,
+            "options": {"disable_gc": True, "timer": timer, "min_rounds": MIN_ROUNDS, "max_time": o.seconds(case.part)},
+            "stats": stats.as_dict() | {"data": times, "iterations": 1},
+        }
 
     def say(self, text: str) -> None:
+        """Print a line of progress to stderr."""
         print(f"{time.monotonic() - self._start:5.0f} s  {text}", file=sys.stderr, flush=True)
 
-    # pytest's and pytest-benchmark's hooks
+    def _machine_info(self) -> dict[str, Any]:
+        o = self.options
+        info: dict[str, Any] = self._or({}, pytest_benchmark_generate_machine_info)
+        info.pop("node", None)
+        known = {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
+        least = {"device": str(o.device), "threads": torch.get_num_threads(), **known}
+        info |= least | self._or({}, machine, o.device) | {"quick": o.quick}
+        if o.roofs:
+            roofs = {"gemm_flops": gemm_flops, "l2_bytes": l2_bandwidth}
+            info["roofs"] = {name: self._or(None, roof, o.device) for name, roof in roofs.items()}
+        return info
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.say(f"failed: {report.nodeid}\n{report.longreprtext}")
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.say(report.longreprtext)
-
-    def pytest_configure(self, config: pytest.Config) -> None:
-        self._config: Any = config
-
-    def pytest_benchmark_update_machine_info(self, config: object, machine_info: dict[str, Any]) -> None:
-        machine_info.pop("node", None)
-        device, known = self.options.device, {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
-        least = {"device": str(device), "threads": torch.get_num_threads(), **known}
-        machine_info.update(least | self._or(machine, {}), quick=self.options.quick)
-        if self.options.roofs:
-            machine_info["roofs"] = {"gemm_flops": self._or(gemm_flops, None), "l2_bytes": self._or(l2_bandwidth, None)}
-
-    def _or(self, told: Callable[[torch.device], Any], otherwise: Any) -> Any:
-        """What ``told`` says of the device; no error may keep what is measured from being saved."""
+    def _or(self, otherwise: Any, ask: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``ask`` returns; an error must not prevent that the measurements are saved."""
         try:
-            return told(self.options.device)
+            return ask(*arguments)
         except Exception as error:
-            self.say(f"{told.__name__} is left out: {type(error).__name__}: {error}")
+            self.say(f"{ask.__name__} is left out: {type(error).__name__}: {error}")
             return otherwise
 
     def save(self) -> None:
-        """Write all that is measured so far, whole or not at all; a run that is killed keeps its last file."""
-        benchmarks = self._config._benchmarksession
-        if not (benchmarks.benchmarks or self.tables):
+        """Write everything measured so far, atomically: a run that is killed keeps its last file."""
+        if not (self.benchmarks or self.tables):
             return
         if self._about is None:
-            self._about = benchmarks.get_machine_info()
-        document = self._config.hook.pytest_benchmark_generate_json(
-            config=self._config, benchmarks=benchmarks.benchmarks, include_data=True,
-            machine_info=self._about, commit_info=self._commit,
-        )  # fmt: skip
-        document["tables"], document["missing"] = self.tables, self.missing
-        if self._before is not None:
-            again = {b["extra_info"]["case"]["name"] for b in document["benchmarks"]}
-            kept = [b for b in self._before["benchmarks"] if b["extra_info"]["case"]["name"] not in again]
-            document["benchmarks"] = kept + document["benchmarks"]
-            document["tables"] = self._before["tables"] | self.tables
-            document["missing"] = [m for m in self._before["missing"] if m["case"] not in again] + self.missing
+            self._about = self._machine_info()
+        before: dict[str, Any] = self._before or {"benchmarks": [], "tables": {}, "missing": []}
+        again = {b["extra_info"]["case"]["name"] for b in self.benchmarks}
+        document = {
+            "machine_info": self._about,
+            "commit_info": self._commit,
+            "benchmarks": [b for b in before["benchmarks"] if b["extra_info"]["case"]["name"] not in again]
+            + self.benchmarks,
+            "datetime": datetime.datetime.now(datetime.UTC).isoformat(),
+            "version": pytest_benchmark.__version__,
+            "tables": before["tables"] | self.tables,
+            "missing": [m for m in before["missing"] if m["case"] not in again] + self.missing,
+        }
         with replacing(self.options.json) as path:
             path.write_text(safe_dumps(document, indent=4))
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        self.save()
-        if not (session.config._benchmarksession.benchmarks or self.tables):  # type: ignore[attr-defined]
-            self.say(f"nothing was measured to its end: {self.options.json} is as it was")
-
-
-def replay(benchmark: Any, times: list[float]) -> None:
-    """Give pytest-benchmark rounds that were measured before."""
-    rounds = iter(times)
-    benchmark.pedantic(lambda: REPLAY.advance(next(rounds)), rounds=len(times), iterations=1)
-
 
 def run(options: Options) -> int:
-    """Run the suite in this process; returns pytest's exit status."""
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    suite = str(Path(__file__).with_name("suite.py"))
-    # No configuration file: the project's own is for its tests and names plugins that a bench does without.
-    arguments = [suite, "-c", "/dev/null", "--rootdir", str(Path(suite).parent), "-p", "no:cacheprovider", "-p"]
-    arguments += ["no:terminal", "--benchmark-disable-gc", "--capture=no"]
-    return pytest.main(arguments, plugins=[Engine(options)])
+    """Measure in this process; returns the exit status."""
+    return Engine(options).run()
 
 
 def result_path(device: torch.device, whole: bool) -> Path:
-    """``bench/results/<device>/<date>-<commit>.json`` for a whole run; a partial or quick one is not kept with them."""
+    """``bench/results/<device>/<date>-<commit>.json`` for a whole run; ``.benchmarks/`` for a partial or quick one."""
     commit = str(get_commit_info().get("id", "unknown"))[:7]
     now = datetime.datetime.now(datetime.UTC)
     if not whole:
         return Path(".benchmarks") / f"{now:%Y-%m-%dT%H%M%S}-{commit}.json"
-    folder = "-".join(device_name(device).replace("(R)", "").split())
-    return Path(__file__).parent / "results" / folder / f"{now:%Y-%m-%d}-{commit}.json"
+    return results_folder(device) / f"{now:%Y-%m-%d}-{commit}.json"

@@ -149,7 +149,7 @@ def test_a_killed_table_keeps_the_rows_before(tmp_path: Path) -> None:
 
 def test_ctrl_c_before_the_first_case_is_over_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    assert f"nothing was measured to its end: {out}" in run_engine(out, "fake", "first")
+    assert f"nothing was measured completely: {out}" in run_engine(out, "fake", "first")
     assert not out.exists()
 
 
@@ -251,35 +251,58 @@ def test_device_times_prove_that_the_host_is_not_in_them(
     assert how in timer.how(device.call)
 
 
-def test_a_broken_variant_costs_no_other_and_a_broken_case_is_built_once(tmp_path: Path) -> None:
-    """The engine by itself: what a variant or a case raises is told, and the rest is measured."""
-    made = []
+def fake_parts(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
+    """Make "fake" a part whose variants ``build`` makes."""
+    part = types.ModuleType("fake_part")
+    part.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_part", part)
+    monkeypatch.setitem(engine.TIMED, "fake", "fake_part")
 
+
+def planned(path: Path, *cases: Case, **more: Any) -> engine.Options:
+    """Options to measure these cases' variants "a" and "b"."""
+    plan = [(case, ("a", "b")) for case in cases]
+    return engine.Options(("fake",), CPU, True, path, None, plan=plan, roofs=False, **more)
+
+
+def test_an_error_costs_its_own_variant_or_case_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Variant]:
-        made.append(case.name)
         if case.name == "broken":
             raise RuntimeError("out of memory")
         return [Variant("a", lambda: None), Variant.broken("b", ValueError("no such tile"))]
 
-    case = Case("fake", "broken", {})
-    options = engine.Options(("fake",), CPU, True, tmp_path / "x.json", None, plan=[(case, ("a", "b"))])
-    plugin = engine.Engine(options)
-    plugin._module = lambda part: types.SimpleNamespace(build=build)  # type: ignore[method-assign, return-value]
-    assert plugin.plan() == [(case, "a"), (case, "b")]
-    for name in ("a", "b"):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            plugin.measured(case, name)
-    assert made == ["broken"]
-    good = Case("fake", "good", {})
-    plugin._wanted[good] = ["a", "b"]
-    assert plugin.measured(good, "a")[1]
-    variant, times, _ = plugin.measured(good, "b")
-    assert (variant.missing, variant.failed, times) == ("ValueError: no such tile", True, [])
+    fake_parts(monkeypatch, build)
+    path = tmp_path / "x.json"
+    assert engine.run(planned(path, Case("fake", "broken", {}), Case("fake", "good", {}))) == engine.FAILED
+    run = report.load(path)
+    assert {case: [e.variant for e in entries] for (_, case), entries in run.groups.items()} == {"good": ["a"]}
+    assert run.data["missing"] == [{"case": "good", "variant": "b", "reason": "ValueError: no such tile"}]
+    said = capsys.readouterr().err
+    assert "failed: fake: broken" in said
+    assert "out of memory" in said
+    assert "failed: fake: good: b: ValueError: no such tile" in said
 
 
 def test_no_case_starts_after_the_deadline(tmp_path: Path) -> None:
     case = Case("fake", "late", {}, floor_bytes=8)
-    options = engine.Options(("fake",), CPU, True, tmp_path / "x.json", None, plan=[(case, ("a",))], deadline=0.0)
-    plugin = engine.Engine(options)
-    plugin.plan()
-    assert [plugin.measured(case, name)[0].missing for name in ("a", COPY)] == ["no time was left"] * 2
+    run = engine.Engine(planned(tmp_path / "x.json", case, deadline=0.0))
+    assert run.run() == 0
+    assert [(m["variant"], m["reason"]) for m in run.missing] == [(n, "no time was left") for n in ("a", "b", COPY)]
+
+
+def test_a_saved_run_has_the_format_of_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_parts(monkeypatch, lambda *_: [Variant("a", lambda: None), Variant("b", lambda: None)])
+    path = tmp_path / "x.json"
+    assert engine.run(planned(path, Case("fake", "x", {}, floor_bytes=4096))) == 0
+    made = json.loads(path.read_text())
+    expected = next(run.data for run in report.newest() if run.machine["cuda"] is None)
+    assert made.keys() == expected.keys()
+    assert made["machine_info"].keys() == expected["machine_info"].keys() - {"roofs"}
+    assert made["commit_info"].keys() == expected["commit_info"].keys()
+    entry, known = made["benchmarks"][0], expected["benchmarks"][0]
+    assert entry.keys() == known.keys()
+    assert entry["stats"].keys() == known["stats"].keys()
+    assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) == 10
+    assert entry["name"] == "test_time[fake: x: a]"

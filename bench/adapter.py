@@ -1,8 +1,8 @@
-"""The adapter itself: forward, backward and both, against what PyTorch users write.
+"""The adapter: forward, backward and both, against what PyTorch users write.
 
 The floor is 2 units of T·d·(bytes per element) forward (read x, write y) and 3 backward (read x and dy, write dx).
-FLOPs are those of the products: two forward and four backward, 2·T·d·r each. Parameters are fp32 but for the pure-dtype
-variants. The error of a variant is its worst, over y and all seven gradients, against autograd in fp64.
+FLOPs are those of the products: two forward and four backward, 2·T·d·r each. Parameters are fp32, except in the
+variants of one dtype. A variant's error is the worst over y and all seven gradients, against autograd in fp64.
 """
 
 import importlib.util
@@ -24,11 +24,11 @@ from bench import before
 from bench.cases import Case, Variant, error_budget, relative_error
 from bench.measure import kept_for_backward
 
-PASSES = {"forward": (2, 4), "backward": (3, 8), "both": (5, 12)}  # units of floor traffic, products' FLOPs / (T·d·r)
+PASSES = {"forward": (2, 4), "backward": (3, 8), "both": (5, 12)}  # units of floor traffic, FLOPs / (T·d·r)
 ADAPTERS = 4  # in a grouped case
-ROWS = (1, 128, 2048, 4225, 8449, 32768)  # besides the main shape's, on a GPU; two of them just over a wave of tiles
-COMPILER = os.environ.get("BENCH_COMPILER", "inductor")  # torch.compile's backend; a rehearsal takes a quicker one
-BARE, BEFORE = "ours bare", "ours before"  # this commit's kernels and an earlier one's, both with the same host path
+ROWS = (1, 128, 2048, 4225, 8449, 32768)  # on a GPU, besides the main shape's; two are just over a wave of tiles
+COMPILER = os.environ.get("BENCH_COMPILER", "inductor")  # torch.compile's backend; a rehearsal uses a faster one
+BARE, BEFORE = "ours bare", "ours before"  # the kernels of this and of an earlier commit, with the same host path
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -48,11 +48,12 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def _main(device: torch.device) -> tuple[int, int, int, str]:
-    """T, d, r and dtype of the shape that the others vary."""
+    """T, d, r and dtype of the main shape."""
     return 8192 if device.type == "cuda" else 2048, 4096, 64, "bfloat16"
 
 
 def adapter_case(T: int, d: int, r: int, dtype: str, pass_: str, grouped: bool = False) -> Case:
+    """The case of one shape and pass; ``grouped``: ADAPTERS adapters in one batch."""
     units, products = PASSES[pass_]
     name = f"{pass_}, T={T}, d={d}, r={r}, {dtype}" + (f", {ADAPTERS} adapters mixed" if grouped else "")
     shape = {"T": T, "d": d, "r": r, "dtype": dtype, "pass": pass_, "grouped": grouped}
@@ -61,12 +62,12 @@ def adapter_case(T: int, d: int, r: int, dtype: str, pass_: str, grouped: bool =
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    """The variants of a case; the baseline first."""
+    """The names of the case's variants, the baseline first."""
     if case.shape["grouped"]:
         return ["loop over adapters", "ours grouped"]
     low = ["eager autocast", "eager pure"] if case.shape["dtype"] != "float32" else ["eager"]
     more = ["Liger LayerNorm + linears"] if device.type == "cuda" else []
-    # Autotuning takes longer than all else that a case does.
+    # Autotuning takes longer than everything else of a case.
     if more and tuple(case.shape[k] for k in ("T", "d", "r", "dtype")) == _main(device):
         more.insert(0, "torch.compile max-autotune")
     return [*low, "torch.compile", *more, "ours", "ours x-free"]
@@ -83,9 +84,9 @@ class Way:
 def make_inputs(
     T: int, d: int, r: int, dtype: torch.dtype, device: torch.device, n: tuple[int, ...] = ()
 ) -> tuple[list[tuple[Tensor, Tensor]], Weights]:
-    """(x, dy) for each call of a round, and fp32 parameters, ``n`` of each.
+    """(x, dy) for each call of a round, and fp32 parameters of shape ``n`` + their own.
 
-    On a GPU each call has inputs of its own, more of them than L2 holds.
+    On a GPU each call has its own inputs, together more than fits into L2.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -94,14 +95,14 @@ def make_inputs(
 
     sets = max(2, min(8, 2**30 // (T * d * dtype.itemsize))) if device.type == "cuda" else 1
     inputs = [(draw(T, d).to(dtype).requires_grad_(), draw(T, d).to(dtype)) for _ in range(sets)]
-    sizes = ((d,), (d,), (r, d), (r,), (d, r), (d,))
+    sizes: tuple[tuple[int, ...], ...] = ((d,), (d,), (r, d), (r,), (d, r), (d,))
     return inputs, Weights(*(draw(*n, *s).div_(s[-1] ** 0.5).requires_grad_() for s in sizes))
 
 
 def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Variant]:
-    """The variants ``wanted`` of ``case``, ready to run, their errors measured."""
+    """The variants ``wanted`` of ``case``, ready to run, with their errors measured."""
     torch._functorch.config.donated_buffer = False  # a retained graph is run again
-    torch._dynamo.config.recompile_limit = 64  # past it, torch.compile would quietly run eager code
+    torch._dynamo.config.recompile_limit = 64  # beyond it, torch.compile silently runs eager code
     T, d, r, pass_ = (case.shape[k] for k in ("T", "d", "r", "pass"))
     dtype, grouped = getattr(torch, case.shape["dtype"]), case.shape["grouped"]
     inputs, weights = make_inputs(T, d, r, dtype, device, (ADAPTERS,) if grouped else ())
@@ -115,7 +116,7 @@ def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Varia
 
     def made(name: str, way: Way) -> Variant:
         errors = _errors(way, inputs[0], oracle)
-        # the tensor that comes closest to its budget, or is farthest above it
+        # of the tensor that is closest to its budget, or farthest above it
         error, budget = max(zip(errors, budgets, strict=True), key=lambda pair: pair[0] / pair[1])
         return Variant(name, _runner(way, inputs, pass_), error, budget, _kept(way, inputs[0][0]))
 
@@ -133,12 +134,12 @@ def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Varia
 
 
 def kept(case: Case, device: torch.device) -> Iterator[tuple[str, dict[str, int]]]:
-    """Each variant's name and what it keeps for its backward, one by one."""
+    """Yield each variant's name and what it keeps for its backward."""
     dtype = getattr(torch, case.shape["dtype"])
-    inputs, weights = make_inputs(*(case.shape[k] for k in ("T", "d", "r")), dtype, device)
+    inputs, weights = make_inputs(case.shape["T"], case.shape["d"], case.shape["r"], dtype, device)
     for name, way in _ways(names(case, device), weights, dtype, None).items():
         if isinstance(way, Way):
-            way.call(inputs[0][0], way.weights)  # prepares and compiles what later calls find there
+            way.call(inputs[0][0], way.weights)  # prepares and compiles what later calls reuse
             yield name, _kept(way, inputs[0][0])
 
 
@@ -155,7 +156,7 @@ def _stock(index: Tensor | None) -> Callable[[Tensor, Weights], Tensor]:
 
 
 def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Tensor | None) -> dict[str, Way | str]:
-    """Each of ``wanted``, or why it is missing; ``ours bare [slice_tiles=64,128,8,3]`` has these tiles."""
+    """Each of ``wanted``, or why it is missing; ``ours bare [slice_tiles=64,128,8,3]`` uses these tiles."""
     low = _cast(weights, dtype)
 
     def autocast(function: Callable[[Tensor, Weights], Tensor]) -> Callable[[Tensor, Weights], Tensor]:
@@ -175,7 +176,7 @@ def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Te
         "eager autocast": Way(autocast(adapter_eager), weights),
         "eager pure": Way(adapter_eager, low),
         "torch.compile": Way(compiled(None), low),
-        # without CUDA graphs, which would hide the host's time that the others are spared in another way
+        # without CUDA graphs: the host's time is kept out of all variants in another way
         "torch.compile max-autotune": Way(compiled("max-autotune-no-cudagraphs"), low),
         "ours": Way(lambda x, w: ak.adapter(x, *w), weights),
         "ours x-free": Way(lambda x, w: ak.adapter(x, *w, x_free=True), weights),
@@ -192,7 +193,7 @@ def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Te
 def _launch(name: str) -> Any:
     if name == BEFORE:
         return before.launch()
-    from bench import tiling  # needs Triton, which the other variants do without
+    from bench import tiling  # needs Triton, which the other variants do not
 
     tiles = name.removeprefix(BARE).strip(" []")
     return tiling.tiled_launch(*tiling.parse(tiles)) if tiles else tiling.launch

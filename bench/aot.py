@@ -1,8 +1,7 @@
-"""Ahead-of-time compilation of the kernels, no GPU needed: registers, shared memory, tensor-core path.
+"""Ahead-of-time compilation of the kernels, without a GPU: registers, shared memory, tensor-core instructions.
 
-The launchers run on meta tensors with Triton's launch replaced by a recorder, so what is compiled is what a GPU would
-be asked for: the same kernels, signatures, constants and block sizes, for every shape in the matrix and every
-architecture.
+The launchers run on meta tensors, with Triton's launch replaced by a recorder. So what is compiled is what a GPU would
+compile: the same kernels, signatures, constants and block sizes, for every shape in the matrix and every architecture.
 """
 
 import argparse
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from bench import sass
 
 ADAPTER_DIMS = (16, 32, 64, 128, 256)
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
-# Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, compute capabilities).
+# Bytes of shared memory that one block may use (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
 }  # fmt: skip
@@ -50,19 +50,19 @@ class Launch:
 
     @property
     def variant(self) -> tuple[Any, ...]:
-        """What tells two compiled variants apart: all but the grid."""
+        """What identifies a compiled variant: everything but the grid."""
         return (self.kernel.fn.__name__, self.signature, self.constants, self.aligned, self.options)
 
     @property
     def name(self) -> str:
-        """The kernel, and which of its switches are on."""
+        """The kernel, and which of its options are on."""
         constants = dict(self.constants)
         marks = ["x-free"] if constants.get("X_FREE") else []
         if self.kernel.fn.__name__ == "slice_kernel":
             marks += [p for p in ("dx", "g", "u") if f"p_{p}" not in constants]
         name = self.kernel.fn.__name__.removesuffix("_kernel").lstrip("_")
         if name == "hidden" and "p_dh" not in constants:
-            name = "hidden_finish"  # adds up hidden_partial's products
+            name = "hidden_finish"  # adds up the products of hidden_partial
         return " ".join([name, *marks])
 
 
@@ -94,18 +94,14 @@ def _describe(kernel: JITFunction, grid: tuple[int, ...], args: tuple[Any, ...],
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, a launch compiles and runs nothing and is added to the list instead."""
+    """Inside the block, a launch neither compiles nor runs, but is added to the list."""
     launches: list[Launch] = []
-    run = JITFunction.run
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launches.append(_describe(self, tuple(grid), args, kwargs))
 
-    JITFunction.run = record
-    try:
+    with mock.patch.object(JITFunction, "run", record):
         yield launches
-    finally:
-        JITFunction.run = run
 
 
 def adapter_launches(
@@ -124,7 +120,7 @@ def adapter_launches(
     pdl: bool | None = None,
     device: str = "meta",
 ) -> list[Launch]:
-    """Every launch of one forward and backward with fp32 parameters, weight preparation included."""
+    """Every launch of one forward and backward with fp32 parameters, including the weight preparation."""
     compute = compute or dtype
     n = 2 if grouped else 1
 
@@ -136,7 +132,7 @@ def adapter_launches(
     index = torch.empty(max(1, rows // 512), dtype=torch.int64, device=device) if grouped else None
     vec = 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
     R = padded_adapter_dim(r)
-    common = {
+    common: dict[str, Any] = {
         "activation": activation,
         "precision": "ieee",
         "vec": vec,
@@ -147,6 +143,9 @@ def adapter_launches(
         prepared = prepare(params, compute)
         tiles = forward_tiles(compute.itemsize, R, wide)
         _, z, mean, rstd = forward(x, index, prepared, r=r, eps=1e-5, save=True, tiles=tiles, **common)
+        assert z is not None
+        assert mean is not None
+        assert rstd is not None
         backward(
             x, x, index, z, mean, rstd, prepared, params,
             needed=needed, x_free=x_free,
@@ -157,8 +156,8 @@ def adapter_launches(
 
 
 def variants(d: int, r: int, dtype: torch.dtype, sm: int) -> list[Launch]:
-    """A launch of each variant that ``sm`` can run of this shape: fused and split forward, backward x-free or not."""
-    how = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90}
+    """One launch per variant that ``sm`` runs for this shape: fused and split forward, backward x-free or not."""
+    how: dict[str, Any] = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90}
     launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, x_free=True, **how)
     launches += adapter_launches(d, r, dtype, rows=16, **how)
     return list({launch.variant: launch for launch in launches}.values())
@@ -166,7 +165,7 @@ def variants(d: int, r: int, dtype: torch.dtype, sm: int) -> list[Launch]:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one launch for one architecture."""
+    """One launch compiled for one architecture."""
 
     kernel: str
     sm: int
@@ -181,7 +180,7 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, sm: int) -> Compiled:
-    """Compile one launch for compute capability ``sm`` (80, 90, 100). A ``stack`` above 0 is spilling."""
+    """Compile one launch for compute capability ``sm`` (80, 90, 100). A ``stack`` above 0 means spills."""
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
@@ -208,11 +207,11 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
 def main(argv: list[str]) -> None:
     """``python -m bench aot``: compile the matrix and print it."""
     parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("-r", type=int, nargs="+", default=ADAPTER_DIMS)
     parser.add_argument("-d", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--sm", type=int, nargs="+", default=(80, 90, 100))
-    parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
-"""The kernels of an earlier commit beside the present ones.
+"""The kernels of an earlier commit, to compare the current ones with.
 
-The product holds one generation. The other is a folder ``kernels`` out of git, which needs nothing of the package
-around it (relative imports, torch and triton alone) and is imported under a name of its own. Both generations then run
-through the same small autograd function, so that they have the same host path.
+The package holds one generation. The other is the folder ``kernels`` taken from git. It needs nothing of the package
+around it (relative imports, only torch and triton) and is imported under another name. Both generations run through the
+same small autograd function, so that they have the same host path.
 """
 
 import importlib
@@ -23,12 +23,12 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 COMMIT = "193c92f"  # the last one before the kernels' loads were pipelined
 CARRIED = ROOT / ".gpu"  # what `sh bench/on_gpu.sh prepare` fills
-VARIABLE = "BENCH_BEFORE"  # the folder that holds `kernels`, where it is not CARRIED / "old"
+VARIABLE = "BENCH_BEFORE"  # the folder that holds `kernels`, if it is not CARRIED / "old"
 PACKAGE = "kernels_before"
 
 
 def extract(commit: str, folder: Path) -> str:
-    """Put the kernels of ``commit`` into ``folder``/kernels; returns the commit's full name."""
+    """Put the kernels of ``commit`` into ``folder``/kernels; returns the commit's full hash."""
     listed = _git("ls-tree", "-r", "--name-only", commit).decode().splitlines()
     found = [Path(path).parent for path in listed if path.endswith("kernels/launch.py")]
     if len(found) != 1:
@@ -43,11 +43,12 @@ def _git(*arguments: str) -> bytes:
 
 
 def folder() -> Path:
+    """The folder that holds ``kernels`` of the earlier commit."""
     return Path(os.environ.get(VARIABLE, CARRIED / "old"))
 
 
 def launch() -> ModuleType | None:
-    """``kernels.launch`` of the earlier commit, or None where nobody brought it along."""
+    """``kernels.launch`` of the earlier commit, or None if it was not prepared."""
     if PACKAGE not in sys.modules:
         init = folder() / "kernels" / "__init__.py"
         if not init.is_file():
@@ -62,7 +63,7 @@ def launch() -> ModuleType | None:
 
 
 def missing() -> str:
-    """Why there is no earlier generation."""
+    """The reason why there is no earlier generation."""
     return f"no kernels of {COMMIT} in {folder().name}/: sh bench/on_gpu.sh prepare brings them"
 
 
@@ -76,7 +77,7 @@ class _Through(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, z, mean, rstd, *weights = ctx.saved_tensors
         grads = ctx.launch.adapter_backward(
             dy, x, z, mean, rstd, weights, None,
@@ -86,5 +87,5 @@ class _Through(torch.autograd.Function):
 
 
 def through(launch: Any) -> Callable[[Tensor, Any], Tensor]:
-    """The adapter as a function of x and its parameters, by one generation's ``launch`` and with nothing around it."""
+    """The adapter as a function of x and its parameters, through one generation's ``launch`` and nothing else."""
     return lambda x, weights: _Through.apply(launch, x, *weights)

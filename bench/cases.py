@@ -1,8 +1,7 @@
-"""What is measured: a case says what the work is, a variant is one way to do it.
+"""What is measured: a case is a piece of work, a variant is one way to do it.
 
-A case states shape, dtype, bytes and FLOPs once, from the mathematics; every variant is judged by the same figures,
-whatever it moves itself. A variant carries its error against fp64 and the budget for it: one that is over budget
-has no speed worth showing.
+A case states shape, dtype, bytes and FLOPs once, from the formula; every variant is judged by these figures, whatever
+it moves itself. A variant has its error against fp64 and the budget for it; over budget, no speed is shown.
 """
 
 import dataclasses
@@ -11,16 +10,16 @@ from typing import Any
 
 import torch
 
-COPY = "copy"  # the variant that moves a case's floor bytes and does nothing else
+COPY = "copy"  # the variant that only moves the case's floor bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One piece of work.
 
-    ``floor_bytes`` is what any implementation has to read and write in device memory, 0 where that is no useful
-    bound; ``flops`` what the mathematics asks for. ``wall`` cases are timed by the host's clock with everything that
-    the host does (a training step), the others by the device's own.
+    ``floor_bytes``: bytes of device memory that any implementation must read and write, or 0 where that is no useful
+    bound. ``flops``: floating-point operations of the formula. ``wall``: timed by the host's clock, with everything
+    that the host does (a training step); other cases are timed by the device's clock.
     """
 
     part: str
@@ -35,9 +34,9 @@ class Case:
 class Variant:
     """One way to do a case's work: ``run`` does it once.
 
-    ``clock`` replaces the timer where the work happens in another process: it runs once and returns seconds.
-    ``info`` goes into the results as it is. ``missing`` says why a variant cannot run here, and then ``run`` is None;
-    ``failed`` that it should have. ``close`` is called when its case is over.
+    ``clock`` replaces the timer where another process does the work: it runs once and returns seconds. ``info`` is
+    copied into the results. ``missing`` is the reason why a variant cannot run here (``run`` is None then), ``failed``
+    whether that is an error. ``close`` is called when the case is over.
     """
 
     name: str
@@ -52,17 +51,17 @@ class Variant:
 
     @classmethod
     def broken(cls, name: str, error: Exception) -> "Variant":
-        """One that raised while it was made: the others of its case are measured all the same."""
+        """A variant that raised while it was built; the others of its case are still measured."""
         return cls(name, missing=f"{type(error).__name__}: {error}", failed=True)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖got − expected‖ / ‖expected‖ in fp64 (over 1 where the expected is zero)."""
+    """‖got − expected‖ / ‖expected‖ in fp64 (the absolute error where ``expected`` is zero)."""
     expected = expected.detach().double()
     size = expected.norm()
     return ((got.detach().double() - expected).norm() / (size if size > 0 else 1)).item()
 
 
 def error_budget(eager: float, dtype: torch.dtype) -> float:
-    """Twice eager PyTorch's own error in the same dtype, plus one ULP of 16 bits or some eight of fp32."""
+    """Twice eager PyTorch's error in the same dtype, plus one ULP in 16 bits or about eight in fp32."""
     return 2 * eager + max(torch.finfo(dtype).eps, 1e-6)

@@ -1,4 +1,4 @@
-"""The command line of the bench, see ``python -m bench --help``."""
+"""The command line of the bench; see ``python -m bench --help``."""
 
 import argparse
 import importlib
@@ -7,37 +7,41 @@ import sys
 from pathlib import Path
 
 PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
+ALONE = ["traffic"], ["aot"]  # parts that are commands of their own as well
 EPILOG = """
-  python -m bench report A.json [B.json]   the tables of a saved run, or two runs compared
+  python -m bench report A.json [B.json]   the tables of a saved run, or a comparison of two
   python -m bench readme                   write README's performance section from the newest results
-  python -m bench traffic|aot OPTIONS      one of the two alone, with options of its own
-  python -m bench sweep                    block sizes, timed on a GPU
-  python -m bench profiled                 one step of one adapter, for a profiler to look at
+  python -m bench traffic|aot OPTIONS      one of the two alone, with its own options
+  python -m bench sweep                    time block sizes on a GPU
+  python -m bench profiled                 one step of one adapter, for a profiler
+  pytest bench                             the quick cases by pytest-benchmark, without taking turns
 """
 
 
 def main(argv: list[str]) -> int:
-    """Do what the arguments say; returns the exit status."""
+    """Run the command that the arguments name; returns the exit status."""
     if argv[:1] == ["report"]:
         return _report(argv[1:])
     if argv[:1] == ["readme"]:
         return _readme()
-    if argv[:1] in (["sweep"], ["profiled"]):
+    if argv[:1] in (["sweep"], ["profiled"]) or (argv[:1] in ALONE and {"-h", "--help"} & {*argv}):
         return _alone(argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Measure.", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter
-    )
+    text = "Measure the variants of each case in turns and print the tables."
+    plain = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench", description=text, epilog=EPILOG, formatter_class=plain)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: under two minutes on two cores")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name has this in it")
-    parser.add_argument("--device", help="cpu or cuda; default cuda where there is one")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--device", help="cpu or cuda; default cuda if available")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default all")
     parser.add_argument("--json", type=Path, help="where to save; default bench/results for a whole run")
-    parser.add_argument("--append", action="store_true", help="add to what --json has, of the same commit")
-    parser.add_argument("--baseline", metavar="VARIANT", help="the tables' denominator; default eager under autocast")
-    parser.add_argument("--peer-python", help="the interpreter of an environment made from bench/peers/adapters.txt")
+    parser.add_argument(
+        "--append", action="store_true", help="add to the file --json, which must be of the same commit"
+    )
+    parser.add_argument("--baseline", metavar="VARIANT", help="denominator of the ratios; default eager under autocast")
+    parser.add_argument("--peer-python", help="Python of an environment made from bench/peers/adapters.txt")
     args, others = parser.parse_known_args(argv)
-    if others and args.parts in (["traffic"], ["aot"]):
+    if others and args.parts in ALONE:
         return _alone(argv)
     unknown = [*others, *(p for p in args.parts if p not in PARTS)]
     if unknown:
@@ -52,8 +56,8 @@ def _alone(argv: list[str]) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    # Before torch is imported: a fixed number of threads, each bound to a core. What runs in a process of its own is
-    # told the cores, since a child inherits the one that its parent is bound to.
+    # Before torch is imported: a fixed number of threads, each bound to a core. Other processes get the list of cores,
+    # since a child inherits the one core that its parent is bound to.
     os.environ["BENCH_CORES"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(args.threads)
     os.environ["OMP_PROC_BIND"] = "true"

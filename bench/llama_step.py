@@ -1,8 +1,8 @@
-"""A training step on a frozen LLaMA, as every variant makes it; torch and transformers alone, for peers' environments.
+"""A training step on a frozen LLaMA, the same for every variant; needs only torch and transformers, for peers.
 
 The weights are random: speed does not depend on them. The step is forward, loss, backward, clipping, AdamW. On a CPU
-the loss is that of a text classifier (mean over tokens, a trained linear head of 8 labels), the task of the demo: a
-vocabulary of 49,152 would drown a small model. On a GPU it is the language model's own.
+the loss is that of a text classifier (mean over tokens, a trained linear head of 8 labels), the demo's task: with a
+vocabulary of 49,152, the LM head would take most of a small model's time. On a GPU it is the language model's own loss.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ LABELS = 8
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """The model's shape, where adapters stand, the batch, the precision."""
+    """The model's shape, the layers with adapters, the batch, the precision."""
 
     hidden_size: int
     intermediate_size: int
@@ -57,11 +57,11 @@ def make_llama(spec: StepSpec) -> LlamaForCausalLM:
 
 
 class Step:
-    """One training step: ``hidden_states(input_ids)`` is the model's, all else is here.
+    """One training step around the model's ``hidden_states(input_ids)``.
 
     Args:
         hidden_states: from token ids (B, L) to the decoder's last hidden state (B, L, d).
-        parameters: what is trained, the classifier's head apart.
+        parameters: what is trained, without the classifier's head.
         optimizer: from a list of parameters to a function that clips and updates; default clip_grad_norm_ and
             torch's fused AdamW.
     """
@@ -101,7 +101,7 @@ class Step:
 
 
 def clip_and_adamw(parameters: list[Tensor]) -> Callable[[], object]:
-    """What PyTorch users write, in its fastest form."""
+    """What PyTorch users write, with the fastest implementation."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def update() -> None:

@@ -1,15 +1,15 @@
 """How it is measured.
 
-Variants take turns inside one process, in an order that rotates from round to round: whatever the machine does
-meanwhile meets all of them, and a ratio is the median over rounds of the ratio within one round. A plain copy of the
-case's floor bytes is one of the variants, so "% of copy bandwidth" comes from the same rounds too.
+Variants take turns inside one process, in an order that rotates per round: other load on the machine affects all of
+them, and a ratio is the median over rounds of the ratio within one round. A plain copy of the case's floor bytes is one
+of the variants, so "% of copy bandwidth" comes from the same rounds.
 
-On a GPU a round's time is device time between two events around a few calls, each on inputs of its own; L2 is written
-over before, and a spin kernel in front keeps the GPU busy until everything is queued, so that the host's cost to launch
-does not count. That it did not is checked each time (`EventTimer`), and the results say so (``timed``). CUDA graphs
-would do without the spin, but a captured forward of ours prepares its weights in every replay and other variants do
-nothing of the kind. Cases marked ``wall`` (training steps) count the host: there its clock runs until the device is
-done. On a CPU the host's clock is all there is, with a fixed number of threads.
+On a GPU the time of a round is device time between two events around a few calls, each with its own inputs. L2 is
+overwritten before, and a spin kernel in front keeps the GPU busy until everything is queued, so that the host's launch
+time does not count. This is checked each time (``EventTimer``), and the results record it (``timed``). CUDA graphs
+would need no spin, but a captured forward of ours prepares its weights in every replay, and other variants have no
+such work. Cases marked ``wall`` (training steps) include the host: its clock runs until the device is done. On a CPU
+everything is timed by the host's clock, with a fixed number of threads.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def timer(device: torch.device, wall: bool) -> Timer:
 
 
 def how_timed(measured: Timer, run: Callable[[], object]) -> str:
-    """In words, what the times of ``run`` by ``measured`` hold."""
+    """In words, what the times of ``run`` by ``measured`` contain."""
     if isinstance(measured, EventTimer):
         return measured.how(run)
     return "host clock" if measured is _host_time else "host clock until the device is done"
@@ -65,19 +65,19 @@ def _synchronised_time(run: Callable[[], object]) -> float:
 
 @dataclasses.dataclass
 class _Backlog:
-    """What keeps the host out of one variant's times: cycles of spinning before how many calls."""
+    """What keeps host time out of one variant's times: a spin of ``cycles`` before ``calls`` calls."""
 
-    cycles: int = 4_000_000  # some 2 ms
+    cycles: int = 4_000_000  # about 2 ms
     calls: int = CALLS
-    leaked: int = 0  # times that may hold some of the host's
+    leaked: int = 0  # times that may contain host time
 
 
 class EventTimer:
     """Device seconds of one call, behind a spin that lasts until the last of a few calls is queued.
 
-    The event before the calls must not have been reached by then. Where it has, the spin is doubled, and at its longest
-    the calls are halved (the queue holds some 1,024 launches), and the time is taken again; at one call it is kept and
-    counted as leaked.
+    The event before the calls must not have been reached by then. If it has, the spin is doubled, or at its maximum the
+    number of calls is halved (the queue holds about 1,024 launches), and the time is measured again. At one call the
+    time is kept and counted as leaked.
     """
 
     LONGEST = 64_000_000
@@ -121,7 +121,7 @@ class EventTimer:
 
 
 def copy_variant(nbytes: int, device: torch.device) -> Variant:
-    """Reads half of ``nbytes`` and writes the other half, each call on a GPU elsewhere than the last."""
+    """Reads half of ``nbytes`` and writes the other half; on a GPU, consecutive calls use different memory."""
     sets = max(2, min(8, 2**30 // nbytes)) if device.type == "cuda" else 1
     sources = [torch.ones(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(sets)]
     turns = itertools.cycle([(torch.zeros_like(source), source) for source in sources])
@@ -136,12 +136,14 @@ def copy_variant(nbytes: int, device: torch.device) -> Variant:
 def interleave(
     case: Case, variants: Sequence[Variant], device: torch.device, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, as many rounds as fit into ``seconds``, between 5 and ``rounds``."""
+    """Seconds per variant and round: as many rounds as fit into ``seconds``, between MIN_ROUNDS and ``rounds``."""
     measured = timer(device, case.wall)
     clocks: dict[str, Callable[[], float]] = {}
     for v in variants:
-        if v.run is not None or v.clock is not None:
-            clocks[v.name] = v.clock or functools.partial(measured, v.run)
+        if v.clock is not None:
+            clocks[v.name] = v.clock
+        elif v.run is not None:
+            clocks[v.name] = functools.partial(measured, v.run)
     spent = sum(_warm_up(clock, seconds / 4 / len(clocks)) for clock in clocks.values())
     times: dict[str, list[float]] = {name: [] for name in clocks}
     order = list(clocks)
@@ -164,9 +166,12 @@ def interleave(
 
 
 def _warm_up(clock: Callable[[], float], seconds: float) -> float:
-    """Run until three times in a row lie within 10 % of each other, or as often as fit, at least twice; returns what it
-    took."""
-    start, last = time.perf_counter(), []
+    """Run until three consecutive times are within 10 % of each other or ``seconds`` are over, at least twice.
+
+    Returns the seconds it took.
+    """
+    start = time.perf_counter()
+    last: list[float] = []
     for count in itertools.count(1):
         last = [*last[-2:], clock()]
         stable = count >= 3 and max(last) < 1.1 * min(last)
@@ -176,7 +181,7 @@ def _warm_up(clock: Callable[[], float], seconds: float) -> float:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that one call held at once above what was there before."""
+    """Peak memory of one call, in bytes above what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -190,11 +195,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def host_seconds(run: Callable[[], object], device: torch.device) -> float | None:
-    """What the host spends to issue one call on a GPU; None on a CPU."""
+    """Host seconds to issue one call on a GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
-    torch.cuda._sleep(20_000_000)  # so that no call waits for room in the queue, or finds its result ready
+    torch.cuda._sleep(20_000_000)  # no call waits for room in the queue or finds its result ready
     start = time.perf_counter()
     for _ in range(CALLS):
         run()
@@ -204,7 +209,7 @@ def host_seconds(run: Callable[[], object], device: torch.device) -> float | Non
 
 
 def launches(run: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels, copies and fills that one call puts on the GPU; None on a CPU, which has no launches."""
+    """Kernels, copies and fills that one call launches on a GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     events = _profile(run, torch.profiler.ProfilerActivity.CUDA)
@@ -212,7 +217,7 @@ def launches(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _profile(run: Callable[[], object], activity: torch.profiler.ProfilerActivity, memory: bool = False) -> Any:
-    # The profiler writes two lines of its own to stderr each time, whatever its log level.
+    # The profiler writes two lines to stderr each time, whatever its log level.
     stderr, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)
     try:
@@ -230,10 +235,10 @@ def _profile(run: Callable[[], object], activity: torch.profiler.ProfilerActivit
 def kept_for_backward(
     forward: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], x: torch.Tensor | None = None
 ) -> dict[str, int]:
-    """What the graph of ``forward`` keeps for its backward, in bytes, the parameters apart.
+    """What the graph of ``forward`` keeps for its backward, in bytes, without the parameters.
 
-    ``kept_bytes``: every storage that it saved, each once. ``own_bytes``: without x and the output, which the model
-    around may keep anyway; on a GPU this is the allocator's figure.
+    ``kept_bytes``: every saved storage, counted once. ``own_bytes``: without x and the output, which the surrounding
+    model may keep anyway; on a GPU this is the allocator's figure.
     """
     kept: dict[int, int] = {}
 
@@ -243,7 +248,7 @@ def kept_for_backward(
 
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = forward()  # alive until the end, so that no address is used twice
+        y = forward()  # alive until the end, so that no address is reused
     allocated = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else 0
     for t in parameters:
         kept.pop(t.untyped_storage().data_ptr(), None)
@@ -276,7 +281,7 @@ def results_folder(device: torch.device) -> Path:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader must know of the machine to judge a time: device, clocks, threads, load, versions."""
+    """What is needed to judge a time: device, clocks, threads, load, versions."""
     about: dict[str, Any] = {
         "device": device_name(device),
         "cores": os.cpu_count(),
@@ -294,7 +299,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _gpu_state(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi tells, or why it does not. By UUID: its own numbers take no notice of CUDA_VISIBLE_DEVICES."""
+    """What nvidia-smi reports, or why it does not. By UUID: its numbers ignore CUDA_VISIBLE_DEVICES."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader", f"--id={uuid}"]
     try:
@@ -312,5 +317,5 @@ def _version(name: str) -> str | None:
         return getattr(__import__(name), "__version__", "installed")
     except ModuleNotFoundError:
         return None
-    except Exception as error:  # a broken package is no reason to lose a run
+    except Exception as error:  # a broken package must not cost the run
         return f"broken ({type(error).__name__})"

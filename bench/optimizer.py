@@ -1,7 +1,7 @@
 """One clipped AdamW step, ours against what PyTorch users write.
 
-The floor is 28 bytes a parameter: p, g, m, v read; p, m, v written, all fp32. The error is that of three steps' update
-against fp64, relative; most of it is the rounding of the parameters themselves.
+The floor is 28 bytes per parameter: p, g, m, v read; p, m, v written, all fp32. The error is that of the update of
+three steps against fp64, relative; most of it is the rounding of the parameters.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import adapterkern as ak
 from bench.cases import Case, Variant, error_budget, relative_error
 
-FLOOR_BYTES, FLOPS = 28, 18  # a parameter
+FLOOR_BYTES, FLOPS = 28, 18  # per parameter
 LR = 1e-3
 ADAPTER = (4096, 4096, 64 * 4096, 64, 4096 * 64, 4096)  # norm, down, up of one adapter: d = 4096, r = 64
 LORA_QV = (8 * 4096, 4096 * 8, 8 * 4096, 1024 * 8)
@@ -27,16 +27,17 @@ SETS = {
     "LoRA r=16 on 7 projections, LLaMA-3-8B": LORA_ALL * 32,
     "1 adapter": ADAPTER,  # for rehearsals
 }
-# what else is there on a GPU: module, class, keyword arguments
+# other optimizers for a GPU: module, class
 OTHERS = {
-    "clip + Apex FusedAdam": ("apex.optimizers", "FusedAdam", {}),
-    "clip + TransformerEngine FusedAdam": ("transformer_engine.pytorch.optimizers", "FusedAdam", {}),
-    "clip + bitsandbytes AdamW": ("bitsandbytes.optim", "AdamW32bit", {}),
+    "clip + Apex FusedAdam": ("apex.optimizers", "FusedAdam"),
+    "clip + TransformerEngine FusedAdam": ("transformer_engine.pytorch.optimizers", "FusedAdam"),
+    "clip + bitsandbytes AdamW": ("bitsandbytes.optim", "AdamW32bit"),
 }
 Step = Callable[[], object]
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
+    """One case per set of parameters; a quick run takes the first."""
     return [set_case(name) for name in list(SETS)[: 1 if quick else 3]]
 
 
@@ -50,20 +51,20 @@ def set_case(name: str) -> Case:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    """The variants; the baseline first."""
+    """The names of the variants, the baseline first."""
     others = list(OTHERS) if device.type == "cuda" else []
     return ["clip + AdamW fused", "clip + AdamW foreach", "clip + AdamW plain", "AdamW fused, clip as grad_scale",
             *others, "ours"]  # fmt: skip
 
 
 def build(case: Case, device: torch.device, wanted: Sequence[str]) -> list[Variant]:
-    """The variants ``wanted``, each on parameters of its own, from one start."""
+    """The variants ``wanted``, each on its own parameters, all from the same start."""
     sizes = SETS[case.shape["set"]]
     generator = torch.Generator(device).manual_seed(0)
     start, grad = (torch.randn(sum(sizes), device=device, generator=generator) for _ in range(2))
 
     def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Step]:
-        params = [nn.Parameter(p.clone()) for p in start.to(dtype).split(sizes)]
+        params: list[Tensor] = [nn.Parameter(p.clone()) for p in start.to(dtype).split(sizes)]
         for p, g in zip(params, grad.to(dtype).split(sizes), strict=True):
             p.grad = g.clone()
         return params, _step(name, params)
@@ -98,8 +99,8 @@ def _step(name: str, params: list[Tensor]) -> Step:
     if name == "AdamW fused, clip as grad_scale":
         return _with_grad_scale(params)
     if name in OTHERS:
-        module, cls, kwargs = OTHERS[name]
-        optimizer = getattr(importlib.import_module(module), cls)(params, lr=LR, weight_decay=0.01, **kwargs)
+        module, cls = OTHERS[name]
+        optimizer = getattr(importlib.import_module(module), cls)(params, lr=LR, weight_decay=0.01)
     else:
         kind = name.rsplit(" ", 1)[-1]
         optimizer = torch.optim.AdamW(params, lr=LR, fused=kind == "fused", foreach=kind == "foreach")
@@ -112,7 +113,7 @@ def _step(name: str, params: list[Tensor]) -> Step:
 
 
 def _with_grad_scale(params: list[Tensor]) -> Step:
-    """Clipping as a gradient scale of the fused kernel: PyTorch's best, for those who know."""
+    """Clipping as a gradient scale of the fused kernel: PyTorch's fastest way, but little known."""
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
     optimizer.found_inf = torch.zeros((), device=params[0].device)  # type: ignore[attr-defined]
 

@@ -1,7 +1,6 @@
 """Pictures of a saved run, as PNG and SVG.
 
-The background is transparent and the ink a grey of middling lightness, so that a picture reads on a light page and on
-a dark one.
+The background is transparent and the ink a medium gray, so that a picture is readable on light and on dark pages.
 """
 
 import textwrap
@@ -18,7 +17,7 @@ from bench.cases import COPY
 from bench.report import Entry, Run, quartiles
 
 INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on GitHub's dark
-# the same variant in the same colour everywhere, ours red, the rest in turn
+# a variant has the same color everywhere: ours is red, unknown ones take OTHERS in order
 KNOWN = {
     "ours": "#e5484d", "ours x-free": "#f2908f", "ours + prefix cache": "#f2908f", "ours grouped": "#e5484d",
     "frozen backbone": "#9aa0a8", COPY: INK, "eager": "#3b82d6", "eager autocast": "#3b82d6",
@@ -26,7 +25,7 @@ KNOWN = {
     "AdapterHub adapters": "#9a7ae0", "clip + AdamW fused": "#3b82d6",
 }  # fmt: skip
 OTHERS = ("#e0861a", "#9a7ae0", "#d4569a", "#b59a1c", "#27a376", "#5fb3c8")
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10,
@@ -35,7 +34,7 @@ STYLE = {
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
-    """Draw whatever the run has figures for; returns the PNGs."""
+    """Draw every picture that the run has figures for; returns the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(STYLE):
@@ -56,7 +55,7 @@ def _device(run: Run) -> str:
 
 
 def _cases(run: Run, part: str, **fixed: Any) -> list[tuple[dict[str, Any], list[Entry]]]:
-    """Shape and valid entries of the part's cases whose shape has these values."""
+    """The part's cases whose shape has these values, each with its valid entries."""
     found = []
     for (p, _), entries in run.groups.items():
         shape = entries[0].info["case"]["shape"]
@@ -65,7 +64,7 @@ def _cases(run: Run, part: str, **fixed: Any) -> list[tuple[dict[str, Any], list
     return found
 
 
-def _colours(names: Iterable[str]) -> dict[str, str]:
+def _colors(names: Iterable[str]) -> dict[str, str]:
     rest = iter(OTHERS)
     return {name: KNOWN.get(name) or next(rest) for name in names}
 
@@ -81,11 +80,11 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
 
 
 def _bars(axis: Axes, entries: Sequence[Entry], values: Sequence[Sequence[float]], text: str) -> None:
-    """A bar for each entry; ``values`` hold its length, or a whisker's low end, the length and the high end."""
-    colours = _colours([e.variant for e in entries])
+    """A bar per entry; ``values`` are its length, or the whisker's low end, the length and the whisker's high end."""
+    colors = _colors([e.variant for e in entries])
     for place, (e, (low, *_, high)) in enumerate(zip(entries, values, strict=True)):
         middle = values[place][len(values[place]) // 2]
-        axis.barh(place, middle, color=colours[e.variant])
+        axis.barh(place, middle, color=colors[e.variant])
         axis.plot([low, high], [place, place], color=INK, linewidth=1.5)
         axis.annotate(f"  {middle:{text}}", (high, place), va="center", fontsize=9)
     axis.set_yticks(range(len(entries)), [e.variant for e in entries])
@@ -94,7 +93,7 @@ def _bars(axis: Axes, entries: Sequence[Entry], values: Sequence[Sequence[float]
 
 
 def _time_bars(run: Run, part: str, **fixed: Any) -> Figure | None:
-    """Median times of each case, the quartiles as whiskers, against the copy of the floor's bytes."""
+    """Median times per case, with quartiles as whiskers and the copy of the floor's bytes as a line."""
     cases = _cases(run, part, **fixed)[:3]
     if not cases:
         return None
@@ -117,6 +116,7 @@ def _time_bars(run: Run, part: str, **fixed: Any) -> Figure | None:
 
 
 def adapter(run: Run) -> Figure | None:
+    """The adapter's main shape."""
     main = _cases(run, "adapter")
     if not main:
         return None
@@ -142,7 +142,7 @@ def scaling(run: Run) -> Figure | None:
     if not series:
         return None
     names = list(dict.fromkeys(e.variant for *_, points in series for _, entries in points for e in entries))
-    colours = _colours(names)
+    colors = _colors(names)
     figure, axes = _figure(len(series), 4.6, 3.8)
     for axis, (key, pass_, fixed, points) in zip(axes, series, strict=True):
         for name in names:
@@ -150,7 +150,7 @@ def scaling(run: Run) -> Figure | None:
             label = "copy of the floor's bytes" if name == COPY else name
             style = {"linestyle": "--"} if name == COPY else {"marker": "o", "markersize": 4}
             if line:
-                axis.plot(*zip(*line, strict=True), color=colours[name], label=label, **style)
+                axis.plot(*zip(*line, strict=True), color=colors[name], label=label, **style)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks([c["shape"][key] for c, _ in points], [str(c["shape"][key]) for c, _ in points])
@@ -162,14 +162,14 @@ def scaling(run: Run) -> Figure | None:
 
 
 def roofline(run: Run) -> Figure | None:
-    """FLOPs a second against FLOPs a byte, under what a copy and a large product reach."""
+    """FLOPs per second over FLOPs per byte, under the roofs of a copy and of a large product."""
     cases = _cases(run, "adapter", grouped=False, dtype="bfloat16")
     product = run.machine["roofs"]["gemm_flops"]
     if not cases or product is None:
         return None
     figure, (axis,) = _figure(1, 6.4, 4.2)
     names = list(dict.fromkeys(e.variant for _, entries in cases for e in entries if e.variant != COPY))
-    colours = _colours(names)
+    colors = _colors(names)
     intensities = [c["flops"] / c["floor_bytes"] for c, _ in cases]
     bandwidth = max(c["floor_bytes"] / e.median for c, entries in cases for e in entries if e.variant == COPY)
     ridge = product / bandwidth
@@ -183,7 +183,7 @@ def roofline(run: Run) -> Figure | None:
             for e in entries
             if e.variant == name
         ]
-        axis.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.85, color=colours[name], label=name)
+        axis.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.85, color=colors[name], label=name)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -195,7 +195,7 @@ def roofline(run: Run) -> Figure | None:
 
 
 def memory(run: Run) -> Figure | None:
-    """What is kept for the backward: by one adapter, and by a whole training step."""
+    """What is kept for the backward, by one adapter and by a training step."""
     counted = run.data["tables"].get("memory")
     steps = _cases(run, "step")[:2]
     panels = (counted is not None) + len(steps)

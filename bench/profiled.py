@@ -1,8 +1,8 @@
-"""One training step of one adapter with nothing around it, for a profiler: ``ncu --profile-from-start off … profiled``.
+"""One training step of a single adapter, for a profiler: ``ncu --profile-from-start off … profiled``.
 
-What ncu then says of each launch (bytes of device memory and of L2, hit rate, issue and tensor-core use, occupancy)
-stands beside the prediction in NOTES.md. ``--kernels`` needs no ncu, which not every machine permits: the times of each
-launch, by torch's profiler.
+ncu's figures per launch (bytes of device memory and of L2, hit rate, issue and tensor-core use, occupancy) can be
+compared with the predictions in NOTES.md. ``--kernels`` prints the time per launch by torch's profiler; it needs no
+ncu, which not every machine permits.
 """
 
 import argparse
@@ -20,13 +20,13 @@ STEPS = 10
 
 
 def main(argv: list[str]) -> None:
-    """``python -m bench profiled``: forward, backward and ClippedAdamW, twice to warm up and once between the marks."""
+    """``python -m bench profiled``: forward, backward and ClippedAdamW, two steps to warm up and one profiled."""
     parser = argparse.ArgumentParser(prog="python -m bench profiled", description=__doc__)
     parser.add_argument("-T", type=int, default=8192)
     parser.add_argument("-d", type=int, default=4096)
     parser.add_argument("-r", type=int, default=64)
-    parser.add_argument("--device", default="cuda", help="cpu takes TRITON_INTERPRET=1 and rehearses")
-    parser.add_argument("--kernels", action="store_true", help=f"the kernels' times in {STEPS} steps")
+    parser.add_argument("--device", default="cuda", help="cpu needs TRITON_INTERPRET=1 and is a rehearsal")
+    parser.add_argument("--kernels", action="store_true", help=f"print the kernels' times in {STEPS} steps")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("python -m bench profiled: needs a GPU, and torch.cuda.is_available() is False")

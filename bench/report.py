@@ -1,6 +1,6 @@
 """Saved runs as tables: one run, two compared, and README's section.
 
-Ratios are medians over rounds of the ratio within a round. A variant whose error is over its budget shows no speed.
+A ratio is the median over rounds of the ratio within a round. No speed is shown for a variant over its error budget.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from bench.measure import paired_ratio, quartiles
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-# the denominator of a group's ratios, unless --baseline says otherwise: the first of these that it has
+# the denominator of a case's ratios, unless --baseline names another: the first of these that it has
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
-NO_RIVALS = (COPY, "frozen backbone")  # they do less than the others
+NO_RIVALS = (COPY, "frozen backbone")  # they do less work than the others
 DASH = "–"
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One variant of one case: its rounds in seconds, its figures."""
+    """One variant of one case: its times in seconds, one per round, and its figures."""
 
     variant: str
     times: list[float]
@@ -47,11 +47,12 @@ class Run:
 
     @property
     def machine(self) -> dict[str, Any]:
-        return self.data["machine_info"]
+        info: dict[str, Any] = self.data["machine_info"]
+        return info
 
     @property
     def groups(self) -> dict[tuple[str, str], list[Entry]]:
-        """(part, case) → its variants, in the order in which they were planned."""
+        """(part, case) → its variants, in the planned order."""
         found: dict[tuple[str, str], list[Entry]] = {}
         for b in self.data["benchmarks"]:
             info = b["extra_info"]
@@ -85,7 +86,7 @@ def newest(folder: Path = RESULTS) -> list[Run]:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown with its columns lined up: the first to the left, the others to the right."""
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
     rows = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
 
@@ -98,6 +99,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def baseline_of(entries: Sequence[Entry], wanted: str | None) -> Entry:
+    """The entry named ``wanted``, or the first of BASELINES that there is, or the first entry."""
     by_name = {e.variant: e for e in entries}
     for name in (wanted, *BASELINES):
         if name in by_name:
@@ -106,7 +108,7 @@ def baseline_of(entries: Sequence[Entry], wanted: str | None) -> Entry:
 
 
 def seconds(value: float) -> str:
-    """With a unit, three digits."""
+    """Three digits and a unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= scale or unit == "µs":
             return f"{value / scale:.3g} {unit}" if value < 100 * scale else f"{value / scale:.0f} {unit}"
@@ -133,7 +135,7 @@ def _error(e: Entry) -> str:
 
 
 def kernel_table(entries: Sequence[Entry], baseline: str | None) -> str:
-    """The adapter and optimizer parts' table of one case."""
+    """The table of one case of the adapter or optimizer part."""
     base = baseline_of(entries, baseline)
     floor = next((e for e in entries if e.variant == COPY), None)
     rows = []
@@ -151,7 +153,7 @@ def kernel_table(entries: Sequence[Entry], baseline: str | None) -> str:
 
 
 def step_table(entries: Sequence[Entry], baseline: str | None) -> str:
-    """The step part's table of one case; the tax is against the frozen backbone unless ``baseline`` says otherwise."""
+    """The table of one case of the step part; the tax is over the frozen backbone unless ``baseline`` is given."""
     base = baseline_of(entries, baseline)
     rows = []
     for e in entries:
@@ -172,14 +174,16 @@ def memory_table(counted: dict[str, Any]) -> str:
     return table([counted["case"], "kept, units of x", "without x and y", "MiB"], rows)
 
 
-def traffic_table(counted: dict[str, Any]) -> str:
+def traffic_table(counted: dict[str, Any], fixed: bool = False) -> str:
+    """``fixed`` adds the column of what does not grow with T."""
+    kinds = ["activations", "weights", "rows", *["fixed"] * fixed]
     rows = []
     for r in counted["rows"]:
         floor = {"forward": 2, "backward": 3}.get(next((w for w in r["name"].split() if w.endswith("ward")), ""))
         over = f"{r['activations'] / floor:.2f}" if floor else DASH
-        rows.append([r["name"], *(f"{r[k]:.2f}" for k in ("activations", "weights", "rows")), str(r["launches"]), over])
-    head = [f"T={counted['T']}, d={counted['d']}, r={counted['r']}, bf16", "activations", "weights", "rows"]
-    return table([*head, "launches", "× floor"], rows)
+        rows.append([r["name"], *(f"{r[k]:.2f}" for k in kinds), str(r["launches"]), over])
+    shape = f"T={counted['T']}, d={counted['d']}, r={counted['r']}, bf16"
+    return table([shape, *kinds, "launches", "× floor"], rows)
 
 
 def aot_table(counted: dict[str, Any]) -> str:
@@ -237,7 +241,7 @@ def render(run: Run, baseline: str | None = None) -> str:
 
 
 def compare(old: Run, new: Run) -> str:
-    """Medians of both runs, case by case. Their rounds are no pairs, so small differences mean little."""
+    """The medians of both runs per case. Their rounds are not paired, so small differences mean little."""
     before = {key: {e.variant: e for e in entries} for key, entries in old.groups.items()}
     rows = []
     for key, entries in new.groups.items():
@@ -253,8 +257,11 @@ def compare(old: Run, new: Run) -> str:
 
 
 def readme_section(runs: Sequence[Run]) -> str:
-    """What stands between README's markers: of each device's newest run every training step, the main adapter case,
-    the first optimizer case, what was lost, and the counted tables folded away, once where devices agree."""
+    """The text between README's markers, from each device's newest run.
+
+    It has every training step, the main adapter case, the first optimizer case, the cases in which something else is
+    faster, and the counted tables, folded, once where devices agree.
+    """
     parts: list[str] = []
     for run in runs:
         parts.append(f"**{run.title}** ([all figures]({run.path.relative_to(RESULTS.parent.parent)}))")
@@ -275,13 +282,13 @@ def readme_section(runs: Sequence[Run]) -> str:
 
 
 def update_readme(text: str, section: str) -> str:
-    """``text`` with what stands between the markers replaced.
+    """``text`` with everything between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
     if BEGIN not in text or END not in text:
         raise ValueError(
-            f"README: expected the markers {BEGIN} and {END}, found {sum(m in text for m in (BEGIN, END))} of them"
+            f"README: expected the markers {BEGIN} and {END}, got {sum(m in text for m in (BEGIN, END))} of them"
         )
     return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]

@@ -1,4 +1,4 @@
-"""What the device can do at most, beside the copy that every case brings along: products, and reads from L2."""
+"""The device's maximum rates besides the copy that every case has: matrix products, and reads from L2."""
 
 import statistics
 
@@ -8,7 +8,7 @@ from bench.measure import timer
 
 
 def gemm_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """FLOPs a second of one large square product."""
+    """FLOPs per second of one large square product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     measured = timer(device, wall=False)
@@ -16,14 +16,14 @@ def gemm_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> flo
 
 
 def l2_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that all multiprocessors read of a buffer of 20 MB, which stays in L2; None on a CPU."""
+    """Bytes per second that all multiprocessors read from a 20 MB buffer that stays in L2; None on a CPU."""
     if device.type != "cuda":
         return None
     import triton
     import triton.language as tl
 
     @triton.jit
-    def read_kernel(p, p_out, n, times, BLOCK: tl.constexpr):
+    def read_kernel(p, p_out, n, times, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         total = tl.zeros((BLOCK,), tl.float32)
         for i in range(0, times):
             for o in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):

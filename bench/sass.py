@@ -1,8 +1,9 @@
-"""What ptxas made of a kernel's loops: instructions, loads that wait in the loop, and the tensor cores' share.
+"""The loops of a compiled kernel: instructions, loads that an iteration waits for, tensor-core instructions.
 
-A loop that is not pipelined shows here and nowhere else: a load whose latency each iteration waits for is an ``LDG`` in
-the loop's body, a pipelined one an ``LDGSTS`` (``cp.async``). Instructions per element bound the time from below: an
-SM issues four warp instructions per cycle, so T·d elements at n instructions each take n·T·d / (128·SMs·clock).
+This is the only place that shows whether a loop is pipelined: a load whose latency each iteration waits for is an
+``LDG`` in the loop's body, a pipelined one an ``LDGSTS`` (``cp.async``). Instructions per element are a lower bound of
+the time: an SM issues four warp instructions per cycle, so T·d elements at n instructions each take
+n·T·d / (128·SMs·clock).
 """
 
 import re
@@ -22,7 +23,7 @@ _BRANCH = re.compile(r"`\((\.L_x_\d+)\)")
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop's body: warp instructions by what they are."""
+    """The body of an innermost loop: warp instructions by kind."""
 
     instructions: int
     plain_loads: int  # LDG: the iteration waits for memory
@@ -37,7 +38,7 @@ class Loop:
 
 
 def run_tool(name: str, cubin: bytes, *options: str) -> str:
-    """The output of one of the CUDA tools that come with Triton, on a cubin."""
+    """The output of a CUDA tool that comes with Triton, for a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -45,7 +46,7 @@ def run_tool(name: str, cubin: bytes, *options: str) -> str:
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of stack, which above 0 are spills."""
+    """Registers per thread, and bytes of stack (more than 0 means spills)."""
     text = run_tool("cuobjdump", cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -54,7 +55,7 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 def loops(cubin: bytes) -> list[Loop]:
-    """The innermost loops, in the order of the code."""
+    """The innermost loops, in code order."""
     return loops_of(run_tool("nvdisasm", cubin, "-c"))
 
 

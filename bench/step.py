@@ -1,8 +1,8 @@
 """A whole training step: what adapters cost beside the frozen backbone, and what the alternatives cost.
 
-The adapter tax is a variant's step over the frozen backbone's, which runs backward to the same depth: from the loss to
-the output of the first adapted layer. LoRA (PEFT) stands on every projection of the adapted layers, at the rank whose
-count of parameters comes closest. AdapterHub's library runs in an environment and a process of its own and takes its
+The adapter tax is a variant's step time over that of the frozen backbone, whose backward runs to the same depth: from
+the loss to the output of the first adapted layer. LoRA (PEFT) is on every projection of the adapted layers, with the
+rank whose number of parameters is closest. AdapterHub's library runs in its own environment and process and takes its
 turn in the same rounds.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import adapterkern as ak
+from adapterkern.model.adapter import adapter_num_params
 from adapterkern.model.liger import use_liger
 from bench.cases import Case, Variant, relative_error
 from bench.llama_step import Step, StepSpec, make_llama
@@ -35,30 +36,22 @@ FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB = (
     "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "ours + Liger", "PEFT LoRA",
     "PEFT LoRA + Liger", "AdapterHub adapters",
 )  # fmt: skip
-# fp32 gradients of the same function, summed in another order; bf16 ones rounded at other places.
+# fp32: the same function summed in another order; bf16: rounded at other places.
 BUDGETS = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """On a CPU the first 8 layers of SmolLM2-135M's shape; on a GPU what fits of four LLaMAs."""
+    """On a CPU the first layers of SmolLM2-135M; on a GPU those of four LLaMAs that fit."""
     if device.type == "cpu":
         shape = (*SMOLLM2[:2], 8, *SMOLLM2[3:])
         batch = (4, 48) if quick else (16, 48)
         late = step_case("SmolLM2-135M, first 8 layers, adapters on the last 3", shape, (5, 6, 7), batch, device)
         if quick:
             return [late]
-        return [
-            late,
-            step_case(
-                "SmolLM2-135M, first 4 layers, every 2nd adapted",
-                (*shape[:2], 4, *shape[3:]),
-                (1, 3),
-                (16, 256),
-                device,
-            ),
-        ]
+        shape = (*shape[:2], 4, *shape[3:])
+        return [late, step_case("SmolLM2-135M, first 4 layers, every 2nd adapted", shape, (1, 3), (16, 256), device)]
     free = torch.cuda.mem_get_info(device)[0]
-    # what is published first, so that a run which is stopped has it
+    # what is published comes first, so that a stopped run has it
     models = {"LLaMA-7B": LLAMA_7B, "LLaMA-8B": LLAMA_8B, "LLaMA-1B": LLAMA_1B, "SmolLM2-135M": SMOLLM2}
     made = []
     for name, shape in models.items():
@@ -66,7 +59,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         case = step_case(
             f"{name}, every 2nd layer adapted", shape, sites, (4, 1024), device, "bfloat16", classify=False
         )
-        # weights in bf16, once more for AdapterHub's process, and activations
+        # room for the bf16 weights, a second time for AdapterHub's process, and activations
         if 2.5 * 2 * _backbone_params(case.shape) < free:
             made.append(case)
     return made[-1:] if quick else made
@@ -81,9 +74,14 @@ def step_case(
     dtype: str = "float32",
     classify: bool = True,
 ) -> Case:
-    spec = StepSpec(*shape, sites, 64, *batch, dtype, classify, str(device), torch.get_num_threads())
+    """A step on a LLaMA of ``shape`` (as SMOLLM2), adapters after the layers ``sites``, ``batch`` = (rows, tokens)."""
+    hidden, intermediate, num_layers, heads, kv_heads, vocabulary = shape
+    spec = StepSpec(
+        hidden, intermediate, num_layers, heads, kv_heads, vocabulary, sites, 64, *batch, dtype, classify, str(device),
+        torch.get_num_threads(),
+    )  # fmt: skip
     s = dataclasses.asdict(spec)
-    # two FLOPs a weight and token forward, and two more backward above the first adapter
+    # two FLOPs per weight and token forward, and two more backward above the first adapter
     layers, head = _backbone_params(s) - 2 * s["vocab_size"] * s["hidden_size"], s["vocab_size"] * s["hidden_size"]
     above = 1 - (sites[0] + 1) / spec.num_hidden_layers
     flops = 2 * spec.tokens * (layers * (1 + above) + (0 if classify else 2 * head))
@@ -97,17 +95,18 @@ def _backbone_params(s: Any) -> int:
 
 
 def names(case: Case, device: torch.device) -> list[str]:
-    if device.type == "cpu":  # where Liger's kernels do not run
+    """The names of the variants, the baseline first."""
+    if device.type == "cpu":  # Liger's kernels need a GPU
         return [FROZEN, EAGER, OURS, CACHED, LORA, HUB]
     return [FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB]
 
 
 def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: str | None) -> list[Variant]:
-    """The variants ``wanted`` over one backbone: PEFT's copy of the modules shares its weights."""
+    """The variants ``wanted`` over one backbone; copies of its modules share the weights."""
     spec = StepSpec(**case.shape)
     llama = make_llama(spec)
     shared = {id(p): p for p in llama.parameters()}
-    # before ours changes the layers
+    # before LlamaAdapter changes the layers
     copies = {name: copy.deepcopy(llama, dict(shared)) for name in (OURS_LIGER, LORA, LIGER) if name in wanted}
     sites = ak.AdapterConfig(adapter_dim=spec.adapter_dim, layers=spec.sites, init="xavier")
     model = ak.LlamaAdapter(llama, sites)
@@ -166,7 +165,7 @@ def _clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def _gradient_from(layer: torch.nn.Module) -> Iterator[None]:
-    """The backward runs down to this layer's output, as if an adapter stood there, and no further."""
+    """Stop the backward at this layer's output, as if its adapter were the first."""
     hook = layer.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
     try:
         yield
@@ -175,9 +174,9 @@ def _gradient_from(layer: torch.nn.Module) -> Iterator[None]:
 
 
 def _gradients(step: Step) -> Tensor:
-    """All gradients of one backward, the head's included, end to end."""
+    """All gradients of one backward, including the head's, concatenated."""
     step.loss().backward()
-    flat = torch.cat([p.grad.flatten() for p in step.trained])  # type: ignore[union-attr]
+    flat = torch.cat([p.grad.flatten() for p in step.trained])
     for p in step.trained:
         p.grad = None
     return flat
@@ -187,8 +186,8 @@ def _variant(name: str, step: Step, error: float | None, spec: StepSpec) -> Vari
     info = {
         "tokens": spec.tokens,
         "trainable": sum(p.numel() for p in step.parameters),
-        # what is there before a step, whatever the other variants hold: the backbone, and what is trained with AdamW's
-        # two moments; the model's peak is this and `peak_bytes`
+        # held before a step, without the other variants: the backbone, and what is trained with AdamW's two moments;
+        # the model's peak is this plus `peak_bytes`
         "model_bytes": _backbone_params(dataclasses.asdict(spec)) * getattr(torch, spec.dtype).itemsize
         + 3 * sum(p.nbytes for p in step.trained),
         **kept_for_backward(step.loss, [*step.llama.parameters(), *step.trained]),
@@ -213,8 +212,8 @@ def _lora(name: str, spec: StepSpec, llama: Any) -> Variant:
     import peft
 
     if name == LIGER:
-        use_liger(llama)  # Liger's own function would change the rotations of every other variant, too
-    wanted = ak.modules.adapter_num_params(spec.hidden_size, spec.adapter_dim)
+        use_liger(llama)  # Liger's own function would change every other variant's rotations, too
+    wanted = adapter_num_params(spec.hidden_size, spec.adapter_dim)
     layer = llama.model.layers[0]
     per_rank = sum(
         m.in_features + m.out_features for name, m in layer.named_modules() if name.split(".")[-1] in PROJECTIONS

@@ -1,8 +1,9 @@
-"""Block sizes, timed: every candidate for one kernel at a time, the others as the host table has them.
+"""Times block sizes: each candidate for one kernel at a time, the other kernels with the host table's sizes.
 
-The table in `ops.kernels.tiles` is written from what this prints; nothing tunes at run time. A candidate that does not
-compile, does not fit, raises, or whose result differs from the table's by more than rounding is recorded with the
-reason, and the sweep goes on: where the error took the CUDA context with it, in the next process, by ``--resume``.
+The table in ``ops.kernels.tiles`` is written from this output; nothing is tuned at run time. A candidate that does not
+compile, does not fit, raises, or gives a result that differs from the table's by more than rounding is recorded with
+the reason, and the sweep continues. If the error destroyed the CUDA context, it continues in the next process, with
+``--resume``.
 """
 
 import argparse
@@ -24,19 +25,19 @@ from bench.measure import timer
 from bench.tiling import TABLES, replaced
 
 CONTEXT_LOST = 3  # the exit status: call again with --resume
-# At most ten for each kernel, by expectation; (BT, BD, warps, stages). The present table's come first in any case.
-# Whatever an SM loads counts against L2 → SM bandwidth, and weights are loaded once per row tile: 2r/BT units, 2.0 at
-# 64 rows of r = 64 and 1.0 at 128, beside the 3 of x and y. BD and warps trade registers for instructions per element.
+# (BT, BD, warps, stages), at most ten per kernel, the most promising first; the current table's always come first.
+# Everything an SM loads counts against L2 → SM bandwidth, and weights are loaded once per row tile: 2r/BT units, 2.0 at
+# 64 rows of r = 64 and 1.0 at 128, besides the 3 of x and y. BD and warps trade registers for instructions per element.
 _ROW_TILES = (
     Tiles(64, 64, 4, 4),  # the table of 193c92f
     Tiles(128, 64, 8, 3),  # half the weights' reads, the same registers per thread
-    Tiles(128, 64, 8, 4),  # and one more tile in flight
-    Tiles(128, 64, 4, 3),  # as wgmma likes it best: one warp group, 64 accumulators per thread
-    Tiles(64, 64, 4, 3),  # 16 KB less: one block more on an SM
+    Tiles(128, 64, 8, 4),  # one more tile in flight
+    Tiles(128, 64, 4, 3),  # best for wgmma: one warp group, 64 accumulators per thread
+    Tiles(64, 64, 4, 3),  # 16 KB less: one more block per SM
     Tiles(64, 128, 4, 3),  # half the steps of the loop
     Tiles(128, 128, 8, 2),  # both
     Tiles(64, 64, 8, 4),  # half the registers per thread
-    Tiles(64, 32, 4, 4),  # the most blocks on an SM
+    Tiles(64, 32, 4, 4),  # the most blocks per SM
 )
 CANDIDATES: dict[str, tuple[Tiles, ...]] = {
     "forward_tiles": _ROW_TILES,
@@ -45,28 +46,28 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
         Tiles(32, 128, 8, 3),  # the table of 193c92f
         Tiles(64, 128, 8, 2),  # two stages: 50 KB less shared memory
         Tiles(64, 128, 8, 3),
-        Tiles(64, 64, 8, 3),  # half the sums in registers, twice the slices: dz is read twice as often
+        Tiles(64, 64, 8, 3),  # half the sums in registers; twice the slices, so dz is read twice as often
         Tiles(64, 64, 4, 3),
         Tiles(128, 64, 8, 2),  # the fewest barriers per element
         Tiles(32, 128, 8, 4),
         Tiles(32, 64, 8, 4),
-        Tiles(32, 64, 4, 4),  # two blocks on an SM
+        Tiles(32, 64, 4, 4),  # two blocks per SM
     ),
 }
 
 
 def candidates(kernel: str, r: int, wide: bool = True) -> list[Tiles]:
-    """The table's own tiles and then the listed ones, in bf16."""
+    """The table's tiles for bf16, then the listed ones."""
     own = TABLES[kernel](2, padded_adapter_dim(r), wide)
     return list(dict.fromkeys([own, *CANDIDATES[kernel]]))[:10]
 
 
 class Sweep:
-    """One shape's inputs, and the passes that each kernel belongs to."""
+    """The inputs of one shape, and the pass that each kernel belongs to."""
 
     def __init__(self, T: int, d: int, r: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.inputs, self.weights = make_inputs(T, d, r, dtype, device)
-        self.how = {"eps": 1e-5, "activation": "silu", "compute": dtype, "save": True}
+        self.how: dict[str, Any] = {"eps": 1e-5, "activation": "silu", "compute": dtype, "save": True}
         self.turns = itertools.count()
         self.measured = timer(device, wall=False)
         with torch.no_grad():
@@ -78,14 +79,14 @@ class Sweep:
         k %= len(self.inputs)
         x, dy = self.inputs[k]
         if kernel == "forward_tiles":
-            return list(launch.adapter_forward(x, self.weights, None, **self.how))
+            return [t for t in launch.adapter_forward(x, self.weights, None, **self.how) if t is not None]
         grads = launch.adapter_backward(
             dy, x, *self.saved[k], self.weights, None, activation="silu", needed=[True] * 7, x_free=False
         )
         return [g for g in grads if g is not None]
 
     def tried(self, kernel: str, tiles: Tiles, rounds: int, expected: list[torch.Tensor]) -> dict[str, Any]:
-        """{"us": …} of the pass with these tiles, or {"error": …}."""
+        """The pass with these tiles: {"us": median µs} or {"error": reason}."""
         try:
             with replaced(kernel, tiles):
                 got = self.call(kernel, 0)
@@ -100,7 +101,7 @@ class Sweep:
 
 
 def _alive(device: torch.device) -> bool:
-    """Whether the CUDA context still takes work."""
+    """Whether the CUDA context still works."""
     try:
         torch.ones(1, device=device).item()
     except RuntimeError:
@@ -109,17 +110,17 @@ def _alive(device: torch.device) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m bench sweep``: time the listed sizes of every kernel and show where the table's stand."""
+    """``python -m bench sweep``: time the listed sizes of every kernel and print them, marking the table's."""
     parser = argparse.ArgumentParser(prog="python -m bench sweep", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write everything there, after each candidate")
-    parser.add_argument("--resume", action="store_true", help="skip what --json already has")
-    parser.add_argument("--device", default="cuda", help="cpu takes TRITON_INTERPRET=1 and rehearses")
+    parser.add_argument("--json", type=Path, help="write all results to this file, after each candidate")
+    parser.add_argument("--resume", action="store_true", help="skip candidates that --json has already")
+    parser.add_argument("--device", default="cuda", help="cpu needs TRITON_INTERPRET=1 and is a rehearsal")
     parser.add_argument("-T", type=int, default=8192)
     parser.add_argument("-d", type=int, default=4096)
     parser.add_argument("-r", type=int, default=64)
     parser.add_argument("--kernel", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--most", type=int, default=10, help="candidates for a kernel")
+    parser.add_argument("--most", type=int, default=10, help="candidates per kernel")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda":

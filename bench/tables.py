@@ -1,5 +1,7 @@
-"""The tables that count rather than time: traffic and ahead-of-time compilation (processes of their own, for Triton
-either interprets or compiles in one), and what the adapter keeps for its backward."""
+"""The counted tables: memory traffic, ahead-of-time compilation, and what the adapter keeps for its backward.
+
+The first two run in their own processes: within one, Triton either interprets or compiles.
+"""
 
 import json
 import os
@@ -26,11 +28,12 @@ def _in_process(part: str, arguments: list[str], environment: dict[str, str]) ->
         )
         if done.returncode:
             raise RuntimeError(f"bench.{part} {arguments} failed:\n{done.stderr}")
-        return json.loads(path.read_text())
+        rows: dict[str, Any] = json.loads(path.read_text())
+        return rows
 
 
 def traffic(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    """Bytes of ours, counted in the interpreter, and of eager PyTorch."""
+    """Bytes that our kernels (counted in the interpreter) and eager PyTorch move."""
     yield _in_process("traffic", ["-d", "1024"] if quick else [], {"TRITON_INTERPRET": "1"})
 
 
@@ -41,7 +44,7 @@ def aot(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def memory(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    """What one adapter keeps for its backward, at the main shape of the adapter part."""
+    """What one adapter keeps for its backward, in the main shape of the adapter part."""
     case = adapter.cases(device, quick)[0]
     unit = case.shape["T"] * case.shape["d"] * getattr(torch, case.shape["dtype"]).itemsize
     rows: list[dict[str, Any]] = []
@@ -51,7 +54,7 @@ def memory(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
         yield {"case": case.name.split(", ", 1)[1], "rows": rows}
 
 
-# Each yields its table as far as it is counted, so that a run that is stopped keeps that.
+# Each yields its table after every row, so that a stopped run keeps what was counted.
 COUNTED: dict[str, Callable[[torch.device, bool], Iterator[dict[str, Any]]]] = {
     "traffic": traffic,
     "aot": aot,

@@ -1,4 +1,4 @@
-"""Block sizes other than the host table's, for as long as a `with` lasts."""
+"""Block sizes other than the host table's, inside a ``with`` block."""
 
 import contextlib
 import sys
@@ -13,7 +13,7 @@ TABLES = {"forward_tiles": forward_tiles, "hidden_tiles": hidden_tiles, "slice_t
 
 
 def parse(text: str) -> tuple[str, Tiles]:
-    """``"slice_tiles=64,128,8,3"``: the table's name and BT, BD, warps, stages."""
+    """Parse ``"slice_tiles=64,128,8,3"``: the table's name and BT, BD, warps, stages."""
     name, _, numbers = text.partition("=")
     sizes = numbers.split(",")
     if name not in TABLES or len(sizes) != 4 or not all(n.isdigit() for n in sizes):
@@ -25,7 +25,7 @@ def parse(text: str) -> tuple[str, Tiles]:
 
 @contextlib.contextmanager
 def replaced(name: str, tiles: Tiles) -> Iterator[None]:
-    """Inside, the table ``name`` answers ``tiles``, in whichever of the kernels' modules asks it."""
+    """Inside the block, the table ``name`` returns ``tiles`` in every kernel module that imports it."""
     modules = [
         m for m in list(sys.modules.values())
         if getattr(m, "__name__", "").startswith("adapterkern.ops.kernels.") and getattr(m, name, None) is TABLES[name]
@@ -40,7 +40,7 @@ def replaced(name: str, tiles: Tiles) -> Iterator[None]:
 
 
 def tiled_launch(name: str, tiles: Tiles) -> Any:
-    """What `launch` offers, with these tiles."""
+    """A stand-in for the module ``launch`` that uses these tiles."""
 
     def call(function: str) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,13 @@
-"""The traffic meter: bytes that kernels ask for, counted exactly, in units of T·d·(bytes per element).
+"""The traffic meter: bytes that kernels load and store, counted exactly, in units of T·d·(bytes per element).
 
-Ours run in Triton's interpreter, where every load and store passes through two functions; each is counted without its
-masked lanes and filed under the argument that it points into. Eager PyTorch is counted operation by operation: inputs
-and outputs of all that is no view. What hits L2 is counted like everything else: the fused forward's second read of x
-is one of its three units.
+Our kernels run in Triton's interpreter, where every load and store passes through two functions; each is counted
+without its masked lanes, under the argument that it points into. Eager PyTorch is counted per operation: inputs and
+outputs of every operation that is not a view. L2 hits are counted like everything else: the fused forward's second read
+of x is one of its three units.
 
-`activations` are x, y and their gradients; `weights` the prepared weights, which L2 serves; `rows` everything of size
-T×r; `fixed` what does not grow with T (weight preparation, partial sums, parameter gradients), in units of the
-parameters' own bytes.
+``activations`` are x, y and their gradients; ``weights`` the prepared weights, which are read from L2; ``rows``
+everything of size T×r; ``fixed`` what does not grow with T (weight preparation, partial sums, parameter gradients), in
+units of the parameters' bytes.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ from triton.runtime import interpreter
 
 from adapterkern.ops.kernels import cache, launch
 from adapterkern.ops.reference import Weights, adapter_eager
+from bench.report import traffic_table
 
-KINDS = ("activations", "weights", "rows", "fixed")
 _KIND = {
     **dict.fromkeys(("p_x", "p_y", "p_dy", "p_dx"), "activations"),
     **dict.fromkeys(("p_a", "p_asum", "p_c", "p_w", "p_bias"), "weights"),
@@ -40,7 +41,7 @@ _FIXED_KERNELS = ("_prepare_kernel", "reduce_kernel")
 
 @dataclass
 class Traffic:
-    """Bytes by kind, and launches."""
+    """Bytes per kind, and launches."""
 
     loads: Counter[str] = field(default_factory=Counter)
     stores: Counter[str] = field(default_factory=Counter)
@@ -58,7 +59,7 @@ def _end(t: Tensor) -> int:
 
 @contextmanager
 def metered() -> Iterator[Traffic]:
-    """Count what interpreted kernels load and store inside the block."""
+    """Inside the block, count what interpreted kernels load and store."""
     traffic = Traffic()
     spans: list[tuple[int, int, str]] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -90,19 +91,16 @@ def metered() -> Iterator[Traffic]:
         ]
         call(self, *args, **kwargs)
 
-    builder.create_masked_load, builder.create_masked_store, executor.__call__ = (
-        counted_load,
-        counted_store,
-        counted_call,
-    )
-    try:
+    with (
+        mock.patch.object(builder, "create_masked_load", counted_load),
+        mock.patch.object(builder, "create_masked_store", counted_store),
+        mock.patch.object(executor, "__call__", counted_call),
+    ):
         yield traffic
-    finally:
-        builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
 
 
 class _Operations(TorchDispatchMode):
-    """Adds up the inputs and outputs of every operation that is no view."""
+    """Adds up the inputs and outputs of every operation that is not a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,13 +135,13 @@ def make_case(T: int, d: int, r: int, dtype: torch.dtype, device: str = "cpu") -
 
 
 def ours(T: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16, *, x_free: bool = False) -> list[Row]:
-    """Preparation, forward and backward through the kernels, every gradient asked for."""
+    """Weight preparation, forward and backward through the kernels, with every gradient."""
     x, dy, weights = make_case(T, d, r, dtype)
     unit, parameters = x.nbytes, sum(w.nbytes for w in weights)
 
     def row(name: str, t: Traffic) -> Row:
-        units = (t.total(kind) / unit for kind in KINDS[:3])
-        return Row(name, *units, t.total("fixed") / parameters, sum(t.launches.values()))
+        activations, weights, rows = (t.total(kind) / unit for kind in ("activations", "weights", "rows"))
+        return Row(name, activations, weights, rows, t.total("fixed") / parameters, sum(t.launches.values()))
 
     cache.clear()
     with metered() as preparation:
@@ -165,7 +163,7 @@ def ours(T: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16, *, x_free:
 
 
 def _under_cuda_autocast(x: Tensor, w: Weights) -> Tensor:
-    """The casts that torch.autocast("cuda", torch.bfloat16) makes, written out: LayerNorm in fp32, products in bf16."""
+    """The casts of torch.autocast("cuda", torch.bfloat16), written out: LayerNorm in fp32, products in bf16."""
     normed = F.layer_norm(x.float(), x.shape[-1:], w.norm_weight, w.norm_bias)
     low = torch.bfloat16
     h = F.silu(F.linear(normed.to(low), w.down_weight.to(low), w.down_bias.to(low)))
@@ -173,9 +171,9 @@ def _under_cuda_autocast(x: Tensor, w: Weights) -> Tensor:
 
 
 def eager(T: int, d: int, r: int) -> list[Row]:
-    """PyTorch's own operations, in pure bf16 and as CUDA autocast casts them; everything goes under activations.
+    """PyTorch's own operations, in pure bf16 and with CUDA autocast's casts; everything counts as activations.
 
-    They run on meta tensors, so T may be a real one.
+    They run on meta tensors, so T may be as large as in practice.
     """
     rows = []
     for name, function, dtype in (
@@ -202,8 +200,8 @@ def _eager_rows(name: str, function: Callable[..., Tensor], leaves: list[Tensor]
 def main(argv: list[str]) -> None:
     """``python -m bench traffic``: print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("-T", "--rows", type=int, default=128, help="rows that ours runs; eager runs 8192")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("-T", "--rows", type=int, default=128, help="rows of our kernels; eager has 8192")
     parser.add_argument("-d", "--hidden-size", type=int, default=4096)
     parser.add_argument("-r", "--adapter-dim", type=int, default=64)
     args = parser.parse_args(argv)
@@ -211,12 +209,9 @@ def main(argv: list[str]) -> None:
     floors = [Row("floor forward", 2, 0, 0, 0, 1), Row("floor backward", 3, 0, 0, 0, 1)]
     rows = [*eager(8192, *shape[1:]), *ours(*shape), ours(*shape, x_free=True)[2], *floors]
 
-    print("T={}, d={}, r={}, bf16; units of T·d·2 bytes, `fixed` in units of the parameters' bytes".format(*shape))
-    print("                         activations  weights     rows    fixed launches  × floor")
-    for row in rows:
-        floor = 2 if "forward" in row.name else 3 if "backward" in row.name else None
-        numbers = f"{row.activations:>11.2f} {row.weights:>8.2f} {row.rows:>8.2f} {row.fixed:>8.2f} {row.launches:>8}"
-        print(f"{row.name:<24} {numbers}" + (f" {row.activations / floor:8.2f}" if floor else ""))
+    print("Units of T·d·2 bytes; `fixed` in units of the parameters' bytes")
+    counted = {"T": shape[0], "d": shape[1], "r": shape[2], "rows": [vars(row) for row in rows]}
+    print(traffic_table(counted, fixed=True))
     by_name = {row.name: row for row in rows}
     for name in ("eager bf16", "eager autocast"):
         ratios = [
@@ -224,5 +219,4 @@ def main(argv: list[str]) -> None:
         ]
         print(f"{name} moves {ratios[0]:.1f} times ours forward and {ratios[1]:.1f} times backward")
     if args.json:
-        table = [vars(row) for row in rows]
-        args.json.write_text(json.dumps({"T": shape[0], "d": shape[1], "r": shape[2], "rows": table}, indent=1))
+        args.json.write_text(json.dumps(counted, indent=1))

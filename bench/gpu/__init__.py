@@ -1,5 +1,5 @@
-"""A GPU for a few minutes: what is prepared without it, and two calls that measure on it and lose nothing.
+"""Measuring in a few minutes on a GPU: one command that prepares without it, and two that run on it.
 
-`prepare` fills a folder with what a bare machine lacks; `first` and `second` run their steps, each a process with a
-limit of its own, and write one archive of results after every step.
+``prepare`` fills a folder with what a bare machine lacks. ``first`` and ``second`` run their steps, each a process with
+its own time limit, and write one archive of results after every step.
 """

@@ -1,11 +1,11 @@
-"""A GPU for a few minutes: what to prepare, two calls, and one archive of results from each.
+"""Measuring in a few minutes on a GPU: what to prepare, two calls, and one archive of results from each.
 
 1. Here: PYTHON=<an interpreter with the machine's versions of Python, torch and triton> sh bench/on_gpu.sh prepare
-   fills .gpu/, which git ignores: bring it along with the sources. A cache made by other versions is of no use there.
-2. There: sh bench/on_gpu.sh first --out FOLDER, where FOLDER is what comes back from that machine. results.tar.gz in it
-   has every log and figure; the summary is also the end of what is printed. Allow a minute more than --seconds.
-3. There: sh bench/on_gpu.sh second --out FOLDER [--ab ...], with --ab from the first call's kernel times or profile,
-   and --seconds less than what is left.
+   fills .gpu/, which git ignores: copy it with the sources. A cache made by other versions is useless there.
+2. There: sh bench/on_gpu.sh first --out FOLDER, where FOLDER is copied back from that machine. results.tar.gz in it
+   has every log and figure; the summary is also printed at the end. Allow a minute more than --seconds.
+3. There: sh bench/on_gpu.sh second --out FOLDER [--ab ...], with --ab chosen from the first call's kernel times or
+   profile, and --seconds less than the time that is left.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bench.gpu.runner import Run
 
 CUDA_BIN = "/usr/local/cuda/bin"  # where nvcc, ncu and compute-sanitizer are if they are not on the path
 SHOWN = 11_000  # characters of the summary
-# Takes the place of ncu and compute-sanitizer in a rehearsal: each of their options here has one value.
+# Replaces ncu and compute-sanitizer in a rehearsal: each option that they get here has one value.
 STAND_IN = """#!/bin/sh
 echo "stand-in for $(basename "$0")"
 while [ "${1#--}" != "$1" ]; do shift 2; done
@@ -33,22 +33,24 @@ exec "$@"
 
 
 def main(argv: list[str]) -> int:
-    """Do what the arguments say; returns the exit status."""
+    """Run the command that the arguments name; returns the exit status."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="sh bench/on_gpu.sh", description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser("prepare", help="fill the folder that is brought along; needs git, no GPU")
-    prepare.add_argument("--old", default=before.COMMIT, metavar="COMMIT", help="the kernels to compare with")
+    prepare = commands.add_parser("prepare", help="fill the folder that is copied to the machine; needs git, no GPU")
+    prepare.add_argument(
+        "--old", default=before.COMMIT, metavar="COMMIT", help="the commit whose kernels to compare with"
+    )
     prepare.add_argument("--parts", nargs="+", choices=carried.PARTS, default=list(carried.PARTS))
     prepare.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    first = commands.add_parser("first", help="correctness, the headline, the profile, a training step: 8 minutes")
+    first = commands.add_parser("first", help="correctness, the main figures, the profile, a training step: 8 minutes")
     second = commands.add_parser("second", help="block sizes, A/B, memory errors: 4 minutes")
     pairs = "slice_tiles=BT,BD,warps,stages (or another table), or an environment variable"
     second.add_argument("--ab", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=pairs)
     for call, seconds in ((first, 450), (second, 230)):
-        call.add_argument("--out", type=Path, help="where the archive goes; default bench/results/<device>")
-        call.add_argument("--seconds", type=float, default=seconds, help="no step starts that cannot fit")
-        call.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
+        call.add_argument("--out", type=Path, help="folder of the archive; default bench/results/<device>")
+        call.add_argument("--seconds", type=float, default=seconds, help="no step starts that cannot finish in time")
+        call.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
     for each in (prepare, first, second):
         each.add_argument("--carried", type=Path, default=before.CARRIED, metavar="FOLDER")
     args = parser.parse_args(argv)
@@ -95,7 +97,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _environment(folder: Path, brought: Path, rehearse: bool) -> dict[str, str]:
-    """What every step's process sees; the carried cache is unpacked on the way, where it lies from now on."""
+    """The environment of every step's process; also unpacks the carried cache to its place."""
     cache = folder / "cache"
     cache.mkdir()
     path = f"{os.environ['PATH']}:{CUDA_BIN}"
@@ -126,7 +128,7 @@ def _stand_ins(folder: Path) -> Path:
 
 
 def _rehearsed_old(folder: Path) -> None:
-    """The old kernels straight from git, which a rehearsal has at hand; without git they are reported as missing."""
+    """Take the old kernels from git, which a rehearsal has; without git they are reported as missing."""
     try:
         before.extract(before.COMMIT, folder / "old")
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
@@ -136,8 +138,11 @@ def _rehearsed_old(folder: Path) -> None:
 def _default_out() -> Path:
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "rehearsal"
-    return before.ROOT / "bench" / "results" / name.replace(" ", "-")
+    from bench.measure import results_folder
+
+    if torch.cuda.is_available():
+        return results_folder(torch.device("cuda"))
+    return before.ROOT / "bench" / "results" / "rehearsal"
 
 
 if __name__ == "__main__":

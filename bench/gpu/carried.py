@@ -1,4 +1,4 @@
-"""What a bare machine lacks, in one folder: `prepare` makes it where there is git and no GPU.
+"""What a bare machine lacks, in one folder, which ``prepare`` makes where there is git and no GPU.
 
 old/kernels      the kernels of the commit to compare with
 lib/_C*.so       the extension for this interpreter
@@ -32,7 +32,7 @@ GROUP = "__grp__"
 
 
 def versions() -> dict[str, str | None]:
-    """What compiled code depends on."""
+    """The versions that compiled code depends on."""
     found: dict[str, str | None] = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("torch", "triton"):
         try:
@@ -43,14 +43,14 @@ def versions() -> dict[str, str | None]:
 
 
 def mismatches(folder: Path) -> list[str]:
-    """What of the folder was made for another machine than this one, and what that costs."""
+    """What in the folder was made for other versions than this machine's, and the consequence."""
     path = folder / MANIFEST
     if not path.is_file():
-        return [f"no {MANIFEST} in {folder.name}/: nothing was prepared, so all is compiled here"]
+        return [f"no {MANIFEST} in {folder.name}/: nothing was prepared, so everything is compiled here"]
     try:
         made = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        return [f"{MANIFEST} in {folder.name}/ cannot be read, so nothing is known of what lies there: {error}"]
+        return [f"{MANIFEST} in {folder.name}/ cannot be read, so the folder's contents are unknown: {error}"]
     here = versions()
     costs = {"triton": "the cache is useless", "python": "neither the extension nor the launchers load"}
     return [
@@ -61,46 +61,46 @@ def mismatches(folder: Path) -> list[str]:
 
 
 def environment(folder: Path, cache: Path) -> dict[str, str]:
-    """What a process needs to find what was carried."""
+    """The environment variables with which a process finds what was carried."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join(p for p in (str(ROOT), str(folder / "site"), *inherited) if p)
     return {"PYTHONPATH": path, before.VARIABLE: str(folder / "old"), "TRITON_CACHE_DIR": str(cache)}
 
 
 def pack_cache(cache: Path, archive: Path) -> int:
-    """What a launch reads of a Triton cache, with groups that name their files without a folder; returns its bytes."""
+    """Pack what a launch reads of a Triton cache, with group files that name no folder; returns the archive's bytes."""
     with replacing(archive) as temporary, tarfile.open(temporary, "w:xz", preset=9) as tar:
         for path in sorted(cache.glob("*/*")):
             if path.name.startswith(GROUP):
-                _add(tar, path, _group(path, lambda name: name))
+                _add(tar, path, _group(path, ""))
             elif path.suffix in (".json", ".cubin", ".so"):
                 _add(tar, path, path.read_bytes())
     return archive.stat().st_size
 
 
 def unpack_cache(archive: Path, cache: Path) -> int:
-    """Unpack, and let the groups name the files where they now lie; returns how many kernels there are.
+    """Unpack, and rewrite the group files to name the files' new paths; returns the number of kernels.
 
-    An archive that cannot be read to its end leaves an empty cache, which costs no more than compiling.
+    An archive that cannot be read completely leaves an empty cache: everything is then compiled.
     """
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(cache, filter="data")
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        print(f"warning: {archive.name} cannot be unpacked, so all is compiled here: {error}", flush=True)
+        print(f"warning: {archive.name} cannot be unpacked, so everything is compiled here: {error}", flush=True)
         for path in cache.iterdir():
             shutil.rmtree(path)
     groups = list(cache.glob(f"*/{GROUP}*"))
     for path in groups:
-        path.write_bytes(_group(path, lambda name, folder=path.parent: str(folder / name)))
+        path.write_bytes(_group(path, f"{path.parent}{os.sep}"))
     return len(groups)
 
 
-def _group(path: Path, placed: Callable[[str], str]) -> bytes:
-    """A group file's new text: of its children those that a launch reads, each where ``placed`` says."""
+def _group(path: Path, prefix: str) -> bytes:
+    """A group file's new content: the children that a launch reads, with ``prefix`` before their names."""
     names = [n for n in json.loads(path.read_text())["child_paths"] if n.endswith((".json", ".cubin"))]
-    return json.dumps({"child_paths": {name: placed(name) for name in names}}).encode()
+    return json.dumps({"child_paths": {name: prefix + name for name in names}}).encode()
 
 
 def _add(tar: tarfile.TarFile, path: Path, content: bytes) -> None:
@@ -117,13 +117,13 @@ module_from_spec(PathFinder.find_spec("_C", ["adapterkern"]))
 
 
 def extension_loads() -> bool:
-    """Whether ``adapterkern._C`` is there and loads; it needs no torch, whose first import takes its time."""
+    """Whether ``adapterkern._C`` exists and loads; checked without torch, whose first import is slow."""
     done = subprocess.run([sys.executable, "-c", LOADING], cwd=ROOT, capture_output=True, check=False)
     return done.returncode == 0
 
 
 def place_extension(folder: Path) -> str:
-    """Make ``adapterkern._C`` importable from what was carried, if it is not; says what was done."""
+    """Copy the carried ``adapterkern._C`` into place if none loads; returns a line that says what was done."""
     if extension_loads():
         return "adapterkern._C is there and loads"
     carried = list((folder / "lib").glob("_C*.so"))
@@ -143,7 +143,7 @@ def place_extension(folder: Path) -> str:
 
 
 def prepare(folder: Path, old: str, parts: list[str], processes: int) -> int:
-    """Fill ``folder``; a part that fails costs no other. Returns the exit status."""
+    """Fill ``folder``; a part that fails does not stop the others. Returns the exit status."""
     folder.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {"commit": _head(), **versions(), "machine": platform.machine()}
     if (folder / MANIFEST).is_file():
@@ -186,11 +186,10 @@ def _old(folder: Path, commit: str) -> str:
 
 def _extension(folder: Path) -> str:
     with tempfile.TemporaryDirectory() as name:
-        build = Path(name)
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", build, "--build-temp", build]
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", name, "--build-temp", name]
         more = {"ADAPTERKERN_REQUIRE_CUDA": "1", "ADAPTERKERN_CUDA_ARCH": "90"}
         subprocess.run(command, cwd=ROOT, env={**os.environ, **more}, check=True, capture_output=True)
-        (library,) = build.glob("adapterkern/_C*.so")
+        (library,) = Path(name).glob("adapterkern/_C*.so")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         shutil.copy2(library, folder)
@@ -200,7 +199,17 @@ def _extension(folder: Path) -> str:
 def _liger(folder: Path) -> str:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         made = Path(name) / "site"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", made]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            str(made),
+        ]
         subprocess.run([*command, "-c", "constraints.txt", "liger-kernel"], cwd=ROOT, check=True, capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
@@ -208,7 +217,7 @@ def _liger(folder: Path) -> str:
 
 
 def _cache(folder: Path, processes: int) -> str:
-    """Only what the archive lacks is compiled, so this takes minutes once."""
+    """Compile what the archive lacks and pack the cache again; the first time takes minutes."""
     with tempfile.TemporaryDirectory() as name:
         cache = Path(name)
         if (folder / CACHE).is_file():
@@ -227,6 +236,6 @@ def _cache(folder: Path, processes: int) -> str:
             said += [f"{candidates} candidates do not compile"] * bool(candidates)
             failed += [f"{f['kernel']}: {f['error']}" for f in made["failed"] if not f["optional"]]
         said.append(f"{pack_cache(cache, folder / CACHE) / 2**20:.1f} MiB packed")
-        if failed:  # what does compile is packed all the same
+        if failed:  # what compiled is packed in any case
             raise RuntimeError("\n".join(["; ".join(said), *failed]))
         return "; ".join(said)

@@ -1,4 +1,4 @@
-"""Both generations' kernels against fp64 in bf16: ``python -m bench.gpu.check``."""
+"""Checks both generations' kernels in bf16 against fp64: ``python -m bench.gpu.check``."""
 
 import argparse
 import sys
@@ -7,15 +7,15 @@ import torch
 
 from bench.adapter import BARE, BEFORE, adapter_case, build
 
-# one row; rows and columns that no tile divides; one row more than half a wave of tiles, and than a wave
+# one row; rows and columns that no tile divides; one row more than half a wave of tiles, and than one wave
 SHAPES = ((1, 4096, 64), (129, 577, 59), (4225, 4096, 64), (8449, 1024, 64))
 SMALL = ((1, 128, 16), (70, 130, 16))
 
 
 def main(argv: list[str]) -> int:
-    """Print error and budget of both for each shape; 1 if one is over."""
+    """Print both errors and budgets per shape; returns 1 if an error is over its budget."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.check", description=__doc__)
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     args = parser.parse_args(argv)
     device = torch.device("cpu" if args.rehearse else "cuda")
     bad = 0

@@ -1,4 +1,4 @@
-"""The timed steps: which cases and variants of `python -m bench` they run, the headline first.
+"""The timed steps: which cases and variants of ``python -m bench`` they run, the main figures first.
 
 ``python -m bench.gpu.measured adapter|optimizer|step|ab --json FILE``
 """
@@ -18,7 +18,7 @@ Plan = Sequence[tuple[Any, Sequence[str]]]
 
 
 def plan(part: str, device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
-    """(case, its variants), in the order in which they are measured."""
+    """(case, its variants), in the order of measurement."""
     return {"adapter": _adapter, "optimizer": _optimizer, "step": _step, "ab": _ab}[part](device, rehearse, tiles)
 
 
@@ -29,10 +29,10 @@ def _adapter(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
     main = [adapter_case(T, d, r, dtype, pass_) for pass_ in ("both", "forward", "backward")]
     assert {c.shape["pass"] for c in main} == set(PASSES)
     cases: list[tuple[Any, Sequence[str]]] = [(c, ("eager autocast", "eager pure", "ours", BARE, BEFORE)) for c in main]
-    # by themselves: compiling may take longer than all else
+    # separate cases: compiling may take longer than everything else
     compiled = main[1:2] if rehearse else main
     cases += [(_beside(c), ("eager autocast", "torch.compile", "ours")) for c in compiled]
-    # just over a wave of tiles first, where the earlier kernels fell off a cliff
+    # first the shapes just over a wave of tiles, where the earlier kernels were much slower
     for rows in (70,) if rehearse else sorted(ROWS, key=lambda T: T not in (4225, 8449)):
         passes = ("forward", "backward")[: 1 if rehearse else 2]
         cases += [(adapter_case(rows, d, r, dtype, p), ("ours", BARE, BEFORE)) for p in passes]
@@ -55,14 +55,16 @@ def _step(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
 
     shape = (64, 128, 2, 4, 2, 256) if rehearse else LLAMA_7B
     sites = tuple(range(1, shape[2], 2))
-    how = {"dtype": "float32" if rehearse else "bfloat16", "classify": False}
-    # On a CPU, Liger's modules do what they did before, so there is nothing to compare.
+    dtype = "float32" if rehearse else "bfloat16"
+    # On a CPU, Liger's modules run the original code, so there is nothing to compare.
     ways = [FROZEN, EAGER, OURS, *([] if rehearse else [OURS_LIGER]), LORA]
     batches = {"LLaMA-7B": (4, 1024), "LLaMA-7B as LitGPT": (1, 1304)}
     if rehearse:
         batches = {"tiny LLaMA": (2, 8), "tiny LLaMA as LitGPT": (1, 24)}
-    return [(step_case(f"{name}, every 2nd layer adapted", shape, sites, batch, device, **how), ways)
-            for name, batch in batches.items()]  # fmt: skip
+    return [
+        (step_case(f"{name}, every 2nd layer adapted", shape, sites, batch, device, dtype, classify=False), ways)
+        for name, batch in batches.items()
+    ]
 
 
 def _ab(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
@@ -76,13 +78,13 @@ def _ab(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
 
 
 def main(argv: list[str]) -> int:
-    """Measure one part's plan into one file, written after every case."""
+    """Measure one part's plan into one file, which is written after every case."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.measured", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60.0, help="after this long no further case is started")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start no further case after this time")
     parser.add_argument("--ab", nargs="*", default=[], metavar="TABLE=TILES")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU")
     args = parser.parse_args(argv)
     begin = time.monotonic()
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")

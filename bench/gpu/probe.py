@@ -1,4 +1,4 @@
-"""What the machine is, and whether what was carried fits it: ``python -m bench.gpu.probe --carried FOLDER``."""
+"""Describes the machine, and checks that what was carried fits it: ``python -m bench.gpu.probe --carried FOLDER``."""
 
 import argparse
 import json
@@ -15,11 +15,11 @@ TOOLS = ("nvcc", "gcc", "ncu", "compute-sanitizer", "nvidia-smi")
 
 
 def main(argv: list[str]) -> int:
-    """Print it, and put the carried extension where Python finds it."""
+    """Print the description, and copy the carried extension to where Python finds it."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.probe", description=__doc__)
     parser.add_argument("--carried", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--rehearse", action="store_true", help="a CPU will do")
+    parser.add_argument("--rehearse", action="store_true", help="run on a CPU")
     args = parser.parse_args(argv)
     start = time.monotonic()
     extension = carried.place_extension(args.carried)
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     device = torch.device("cpu" if args.rehearse else "cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            print("torch.cuda.is_available() is False: nothing here can run")
+            print("torch.cuda.is_available() is False: no step can run")
             return 1
         device = torch.device("cuda", torch.cuda.current_device())
         torch.ones(1, device=device).item()

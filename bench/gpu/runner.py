@@ -1,4 +1,4 @@
-"""Steps one after another, each with a limit; whatever becomes of one, the archive holds what there is."""
+"""Runs steps one after another, each with a time limit; whatever happens in one, the archive keeps all results."""
 
 import contextlib
 import ctypes
@@ -19,14 +19,14 @@ from typing import Any
 from adapterkern.files import replacing, write_json, write_text
 
 ARCHIVE = "results.tar.gz"
-LARGEST = 4 << 20  # of a file in the archive, its last bytes
+LARGEST = 4 << 20  # bytes kept of a file in the archive: the last ones
 _COUNTS = re.compile(r"\b\d+ (?:passed|failed|skipped|error)")  # pytest's last line
-GRACE = 5  # seconds between asking a step to stop and stopping it
+GRACE = 5  # seconds between SIGINT and SIGKILL for a step over its limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """``again_on`` is an exit status after which the command runs once more, with --resume, up to five times."""
+    """A process; after the exit status ``again_on`` it is run again with --resume, at most five times in all."""
 
     argv: Sequence[str]
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -35,12 +35,12 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step: its commands run in turn, together for at most ``limit`` seconds, and it is worth ``least`` seconds.
+    """One step: its commands run one after another, together for at most ``limit`` seconds.
 
-    ``tool`` is a program that it cannot do without. A step that is ``optional`` may be left out for want of time.
-    ``commands`` are asked for when the step begins: what an earlier one did may change them, and where there are none
-    ``why_not`` says why. "{seconds}" among their arguments becomes what the step has, but for what ending takes.
-    Without a step that is ``vital`` none after it is worth a start.
+    It is not started with less than ``least`` seconds left; if it is ``optional``, that is not an error. ``tool`` is a
+    program that it needs. ``commands`` is called when the step begins, since earlier steps may change them; if there
+    are none, ``why_not`` is the reason. "{seconds}" in their arguments is replaced by the step's seconds, less a margin
+    for ending. If a ``vital`` step fails, no later step is started.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Step:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a step: ok, failed, killed, missing or left out; and how many kernels it had to compile itself."""
+    """A step's status: ok, failed, killed, missing or left out; and how many kernels it had to compile."""
 
     step: str
     status: str
@@ -70,7 +70,7 @@ class Outcome:
 
 
 class Run:
-    """The outcomes so far, the folder that the steps write into, and the archive of both."""
+    """The outcomes so far, the folder that the steps write to, and the archive of both."""
 
     def __init__(
         self, work: Path, out: Path, seconds: float, root: Path, environment: Mapping[str, str],
@@ -81,25 +81,26 @@ class Run:
         self.outcomes: list[Outcome] = []
         self.kernels = self._kernels()
         self.start = time.monotonic() if start is None else start
-        self.lost = ""  # the vital step without which nothing more is started
-        if self.archive.exists():  # an earlier call's is not this one's to write over
+        self.lost = ""  # the vital step that failed
+        if self.archive.exists():  # an earlier call's archive is kept
             age = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.archive.stat().st_mtime))
             self.archive.rename(self.archive.with_name(f"results-{age}.tar.gz"))
 
     @property
     def left(self) -> float:
+        """Seconds left for all steps."""
         return self.seconds - (time.monotonic() - self.start)
 
     def do(self, step: Step) -> None:
         """Run a step, and write the archive whatever happens in it."""
         begin = time.monotonic()
         limit = max(0.0, min(step.limit, self.left))
-        status, reason = "killed", "with all that would have followed"
+        status, reason = "killed", "with all later steps"
         try:
             status, reason = self._done(step, limit)
             if step.vital and status != "ok":
                 self.lost = step.name
-        except Exception as error:  # of this code: no step is worth the others
+        except Exception as error:  # an error of this code must not cost the other steps
             status, reason = "failed", f"{type(error).__name__}: {error}"
         finally:
             took = time.monotonic() - begin
@@ -109,11 +110,11 @@ class Run:
             print(f"{time.monotonic() - self.start:6.1f} s  {step.name}: {status} {reason}".rstrip(), flush=True)
             try:
                 self.save()
-            except OSError as error:  # the next step may find room
-                print(f"warning: the archive is as it was: {error}", flush=True)
+            except OSError as error:  # there may be space again after the next step
+                print(f"warning: the archive is unchanged: {error}", flush=True)
 
     def _kernels(self) -> int:
-        """How many the Triton cache has."""
+        """The number of kernels in the Triton cache."""
         return len(list(Path(self.environment["TRITON_CACHE_DIR"]).glob("*/__grp__*")))
 
     def _done(self, step: Step, limit: float) -> tuple[str, str]:
@@ -147,7 +148,7 @@ class Run:
         return ("failed", f"exit {', '.join(bad)}: {said}") if bad else ("ok", said if _COUNTS.search(said) else "")
 
     def _said(self, name: str) -> str:
-        """What a step's log says last, or what pytest has counted."""
+        """The last line of a step's log, or pytest's counts."""
         lines = (self.work / f"{name}.log").read_text(errors="replace").split("\n")
         counts = [line for line in lines if _COUNTS.search(line)]
         last = [line for line in lines if line.strip() and not line.startswith("$ ")]
@@ -159,7 +160,7 @@ class Run:
             yield from ([*command.argv, "--resume"] for _ in range(4))
 
     def _finish(self, argv: Sequence[str], env: Mapping[str, str], deadline: float, log: Any) -> int | None:
-        """The exit status, or None if the deadline came first."""
+        """The exit status, or None if the deadline was reached."""
         child = subprocess.Popen(
             argv, cwd=self.root, env=dict(env), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=_die_with_parent,
@@ -167,7 +168,7 @@ class Run:
         try:
             return child.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            _signal(child.pid, signal.SIGINT)  # pytest and the bench then say where they were
+            _signal(child.pid, signal.SIGINT)  # pytest and the bench then report and save
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(GRACE)
             return None
@@ -176,7 +177,7 @@ class Run:
             child.wait()
 
     def save(self) -> None:
-        """Write the archive anew, whole or not at all."""
+        """Write the archive again, atomically."""
         write_json(self.work / "summary.json", [dataclasses.asdict(o) for o in self.outcomes])
         write_text(self.work / "summary.md", self.summary())
         with replacing(self.archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
@@ -188,14 +189,15 @@ class Run:
                 tar.addfile(member, io.BytesIO(content))
 
     def summary(self) -> str:
-        """The steps, and the tables of what they measured."""
+        """The table of the steps, and the tables of their results."""
         try:
             tables = self.summarize(self.work)
-        except Exception as error:  # the files that they come from are in the archive
+        except Exception as error:  # the archive has the files behind the tables
             tables = f"no tables: {type(error).__name__}: {error}"
         return f"{self.steps_table()}\n\n{tables}"
 
     def steps_table(self) -> str:
+        """One line per step."""
         lines = [f"{'step':12} {'status':9} {'s':>6} {'limit':>6} {'compiled':>8}"]
         for o in self.outcomes:
             figures = f"{o.step:12} {o.status:9} {o.seconds:6.1f} {o.limit:6.1f} {o.compiled:8}"
@@ -204,7 +206,7 @@ class Run:
 
 
 def _die_with_parent() -> None:
-    """In the child: if this process is killed outright, its step does not stay on the GPU (Linux, PR_SET_PDEATHSIG)."""
+    """In the child: die with the parent, so that no step stays on the GPU (Linux, PR_SET_PDEATHSIG)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -217,7 +219,8 @@ def _signal(group: int, number: int) -> None:
 def read(archive: Path) -> dict[str, bytes]:
     """The archive's files by name."""
     with tarfile.open(archive) as tar:
-        return {m.name.removeprefix("results/"): tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+        files = {m.name.removeprefix("results/"): tar.extractfile(m) for m in tar if m.isfile()}
+        return {name: file.read() for name, file in files.items() if file is not None}
 
 
 def outcomes(archive: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the two calls do, in order, and how long each step may take."""
+"""The steps of the two calls, in order, with their time limits."""
 
 import dataclasses
 import importlib.util
@@ -14,22 +14,22 @@ from bench.sweep import CONTEXT_LOST
 from bench.tiling import TABLES, parse
 
 SMALL = ("-T", "64", "-d", "128", "-r", "16", "--device", "cpu")
-# nothing counts without these
+# the tests without which no figure counts
 CORRECT = "test_error_table or (test_shapes and bfloat16) or two_runs or side_stream or cuda_graph or beyond_int32"
 SANITIZED = "test_more_tensors_and_groups or test_activations or test_mixed_adapters or (test_shapes and 577)"
-FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # for each of eight processes
-PATIENCE = 4  # a rehearsal's limits: it shares its cores
+FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # in each of eight processes
+PATIENCE = 4  # factor for a rehearsal's limits: its cores are shared
 SECTIONS = ("WarpStateStats", "SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     work: Path
     carried: Path
     rehearse: bool
-    ab: Sequence[str] = ()  # TABLE=TILES side by side in one process, NAME=VALUE of the environment in one each
+    ab: Sequence[str] = ()  # TABLE=TILES, all in one process; NAME=VALUE of the environment, one process each
 
     def __post_init__(self) -> None:
         for pair in self.ab:
@@ -48,18 +48,18 @@ class Call:
         return [pair for pair in self.ab if pair not in self.tiles]
 
     def module(self, name: str, *arguments: object, rehearsed: bool = True) -> list[str]:
-        """``python -m name``, with --rehearse where this is one."""
+        """``python -m name``, with --rehearse in a rehearsal."""
         more = ["--rehearse"] if self.rehearse and rehearsed else []
         return [sys.executable, "-m", name, *map(str, arguments), *more]
 
     def pytest(self, *arguments: str) -> list[str]:
-        """pytest with the project's options off, over eight processes where xdist is installed."""
+        """pytest without the project's options, in eight processes if xdist is installed."""
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not self.rehearse else []
         return [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *workers, *arguments]
 
 
 def _is_read(pair: str) -> bool:
-    """Whether NAME=VALUE sets what Triton, torch or CUDA may read, or what the package's own sources name."""
+    """Whether NAME=VALUE sets a variable of Triton, torch or CUDA, or one that the package's sources name."""
     name, given, _ = pair.partition("=")
     if not given or name.startswith(("TRITON_", "CUDA_", "PYTORCH_", "TORCH")):
         return bool(given)
@@ -68,7 +68,7 @@ def _is_read(pair: str) -> bool:
 
 
 def first(call: Call) -> list[Step]:
-    """Correctness, the headline, what to change, the tax."""
+    """Correctness, the main figures, kernel times and profile, a training step."""
     tests = ["tests/ops/test_gpu.py", "tests/optim/test_cuda.py"]
     return [
         _probe(call),
@@ -87,7 +87,7 @@ def first(call: Call) -> list[Step]:
 
 
 def second(call: Call) -> list[Step]:
-    """Block sizes, the A/B that the first call's profile asked for, memory errors."""
+    """Block sizes, the A/B chosen after the first call, memory errors."""
     return [
         _probe(call),
         _compile(call, "second"),
@@ -100,7 +100,7 @@ def second(call: Call) -> list[Step]:
 
 def _probe(call: Call) -> Step:
     argv = call.module("bench.gpu.probe", "--carried", call.carried, "--json", call.work / "probe.json")
-    return Step("probe", 40, lambda: [Command(argv)], 5, vital=True)  # 10 s, or as long as torch's first import takes
+    return Step("probe", 40, lambda: [Command(argv)], 5, vital=True)  # takes 10 s, or as long as torch's first import
 
 
 def _build(call: Call) -> list[Command]:
@@ -110,7 +110,7 @@ def _build(call: Call) -> list[Command]:
 
 
 def _compile(call: Call, name: str) -> Step:
-    """A rehearsal compiles one variant; the kernels are then run by the interpreter, which can do no such thing."""
+    """Compile what the cache lacks. A rehearsal compiles one variant and runs the kernels in the interpreter."""
     argv = call.module("bench.gpu.warm", name, "--json", call.work / "compile.json", rehearsed=False)
     argv += ["--only", "1"] if call.rehearse else []
     argv += ["--ab", *call.tiles] if call.tiles else []
@@ -138,7 +138,7 @@ def _sweep(call: Call) -> list[str]:
 
 
 def _ab(call: Call) -> list[Command]:
-    """The tiles side by side; then each setting in a process of its own, to be read beside the first."""
+    """The tiles in one process; then each setting in its own process, to be compared with the first."""
 
     def measured(name: str) -> list[str]:
         tiles = ["--ab", *call.tiles] if call.tiles else []
@@ -156,7 +156,7 @@ def _ab(call: Call) -> list[Command]:
 
 def _sanitizer(call: Call, tool: str, limit: float, optional: bool = False) -> Step:
     """Small sizes: the extension, every kernel of the adapter, a mixed batch."""
-    # torch's start-up asks the driver for functions that it lacks, which is no error; 99 tells its exit from pytest's
+    # torch's start-up looks for functions that the driver lacks, which is no error; 99 differs from pytest's statuses
     argv = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--launch-timeout", "0"]
     argv += ["--report-api-errors", "no", sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
     argv += ["-p", "no:cacheprovider", "tests/optim/test_cuda.py", "tests/ops/test_gpu.py", "-k", SANITIZED]

@@ -15,7 +15,7 @@ OURS = ("ours", "ours bare", "ours before")
 
 
 def text(work: Path) -> str:
-    """Every table that there is, the headline first; a case of our own kernels alone is one line."""
+    """All tables, the main figures first; a case that has only our own kernels is one line."""
     tables: list[tuple[Callable[[Path], str], Path]] = [(probe, work / "probe.json"), (compiled, work / "compile.json")]
     tables += [(timed, work / f"{name}.json") for name in ("adapter", "step", "optimizer")]
     tables += [(sweep, work / "sweep.json"), *((timed, path) for path in sorted(work.glob("ab*.json")))]
@@ -24,7 +24,7 @@ def text(work: Path) -> str:
 
 
 def _guarded(table_: Callable[[Path], str], path: Path) -> str:
-    """A file that is torn, or lacks what a table needs, costs no other table; the file itself is in the archive."""
+    """A table, or the error in its file; the other tables are not affected, and the file is in the archive."""
     try:
         return table_(path)
     except Exception as error:
@@ -32,7 +32,7 @@ def _guarded(table_: Callable[[Path], str], path: Path) -> str:
 
 
 def launched(path: Path) -> str:
-    """What each launch takes: the last table that the step has printed."""
+    """The time per launch: the table that the step printed."""
     if not path.exists():
         return ""
     lines = path.read_text(errors="replace").splitlines()
@@ -49,7 +49,7 @@ def probe(path: Path) -> str:
 
 
 def compiled(path: Path) -> str:
-    """What the carried cache had of the variants that the call launches."""
+    """How many of the variants that the call launches the carried cache had."""
     if not path.exists():
         return ""
     found = json.loads(path.read_text())
@@ -58,7 +58,7 @@ def compiled(path: Path) -> str:
 
 
 def timed(path: Path) -> str:
-    """A table for each case of a saved run, and one for all those that only compare ours with ours before."""
+    """A table per case of a saved run, and one table for all cases that only have our own kernels."""
     if not path.exists():
         return ""
     run = report.load(path)
@@ -75,7 +75,7 @@ def timed(path: Path) -> str:
 
 
 def _line(case: str, entries: dict[str, Entry]) -> list[str]:
-    """One case's times, ours bare over ours before, and ours bare as a share of the copy."""
+    """One case's times, the ratio of ours bare and ours before, and ours bare in % of copy."""
     _, bare, before = OURS
     times = [seconds(entries[n].median) if n in entries and entries[n].valid else DASH for n in OURS]
 
@@ -101,7 +101,7 @@ def kernel_table(entries: Sequence[Entry]) -> str:
 
 
 def step_table(case: str, entries: Sequence[Entry]) -> str:
-    """Step, tax, the model's peak memory; minutes per 1,000 steps beside what LitGPT publishes for the same batch."""
+    """Step time, tax, the model's peak memory, and minutes per 1,000 steps, with LitGPT's published figures."""
     base = report.baseline_of(entries, None)
     rows = []
     for e in entries:

@@ -1,8 +1,7 @@
-"""Which kernel variants the calls of `first` and `second` launch, found without a GPU.
+"""Which kernel variants ``first`` and ``second`` launch, found without a GPU.
 
-The launchers run on fake CUDA tensors, so each decision on the way (tiles, splits, alignment, what a launch is asked
-for) is the one that a GPU with 132 multiprocessors would see; Triton's own binder makes signature and options, and in
-place of its compiler stands a list.
+The launchers run on fake CUDA tensors, so every decision (tiles, splits, alignment, options of a launch) is that of a
+GPU with 132 multiprocessors. Triton's own binder makes signature and options; a list replaces its compiler.
 """
 
 import contextlib
@@ -44,14 +43,14 @@ class Call:
     activation: str = "silu"
     x_free: bool = False
     needed: tuple[bool, ...] | None = ALL
-    sequences: int = 0  # of a call with an index; 0 is one without
+    sequences: int = 0  # of a call with an index; 0: no index
     tf32: bool = False
-    tiles: str = ""  # as `tiling.parse` takes them; such a variant may turn out not to compile
+    tiles: str = ""  # as `tiling.parse` reads them; such a variant may not compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """What Triton would be asked to compile for a launch."""
+    """What Triton would compile for a launch."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -67,7 +66,7 @@ def headline() -> list[Call]:
 
 
 def sanitized() -> list[Call]:
-    """What compute-sanitizer looks at: one odd shape, every activation, mixed adapters."""
+    """What compute-sanitizer checks: one odd shape, every activation, mixed adapters."""
     odd = (129, 577, 59)
     calls = [Call(*odd, dtype, x_free=x_free) for dtype in LOW for x_free in (False, True)]
     return [*calls, *(Call(200, 512, 64, activation=a) for a in ACTIVATIONS), Call(600, 512, 32, sequences=6)]
@@ -86,7 +85,7 @@ def tests() -> list[Call]:
 
 
 def steps() -> list[Call]:
-    """The training step's: the first adapter's x asks for no gradient."""
+    """The training step's calls: the first adapter's x needs no gradient."""
     return [Call(T, 4096, 64, needed=n) for T in (4096, 1304) for n in (ALL, NOT_X)]
 
 
@@ -100,7 +99,7 @@ def swept() -> list[Call]:
 
 
 def of_call(name: str, tiles: Iterable[str] = ()) -> list[tuple[Any, list[Call]]]:
-    """(a generation's `launch`, its calls) for ``first`` or ``second``, with the A/B's ``tiles``."""
+    """(a generation's ``launch``, its calls) for ``first`` or ``second``, with the A/B's ``tiles``."""
     calls = [*headline(), *steps(), *tests()] if name == "first" else [*headline(), *swept(), *sanitized()]
     calls += [Call(T, 4096, 64, tiles=t) for t in tiles for T in (8192, *ROWS)]
     old = before.launch()
@@ -109,7 +108,7 @@ def of_call(name: str, tiles: Iterable[str] = ()) -> list[tuple[Any, list[Call]]
 
 
 def compilations(work: Iterable[tuple[Any, Iterable[Call]]]) -> list[Compilation]:
-    """Every variant once, in the order in which it is first launched."""
+    """Every variant once, in the order of the first launch."""
     found: dict[tuple[Any, ...], Compilation] = {}
     with _standing_in(found) as optional:
         for generation, calls in work:
@@ -120,7 +119,7 @@ def compilations(work: Iterable[tuple[Any, Iterable[Call]]]) -> list[Compilation
 
 
 class _Driver:
-    """Tells Triton of the target, and nothing else."""
+    """A driver that only knows the target."""
 
     def get_current_device(self) -> int:
         return 0
@@ -137,7 +136,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def _standing_in(found: dict[tuple[Any, ...], Compilation]) -> Iterator[list[bool]]:
-    """Inside, tensors on "cuda" are fake and a launch adds itself to ``found`` instead of compiling."""
+    """Inside the block, tensors on "cuda" are fake, and a launch is added to ``found`` instead of compiled."""
     optional = [False]
 
     def listed(self, key, signature, device, constants, options, attributes, warmup):  # type: ignore[no-untyped-def]
@@ -149,7 +148,7 @@ def _standing_in(found: dict[tuple[Any, ...], Compilation]) -> Iterator[list[boo
     properties = types.SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9, minor=0)
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
-            (torch.cuda, "is_available", lambda: False),  # where there is one, fake tensors would wake it
+            (torch.cuda, "is_available", lambda: False),  # fake tensors would initialize a GPU
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

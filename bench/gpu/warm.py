@@ -1,8 +1,8 @@
-"""Fills a Triton cache for sm_90, on all cores and with or without a GPU: through Triton's own compile path.
+"""Fills a Triton cache for sm_90, on all cores, with or without a GPU, through Triton's own compile path.
 
-A launch looks its variant up by a key of the kernel's source and line, signature, options, and the bytes of Triton's
-own installation: not of any path. Beside the code, Triton 3.6 compiles a launcher in C per signature, which goes into
-the same cache; where no driver is installed a stand-in for libcuda lets it link.
+A launch finds its variant by a key made of the kernel's source and line, signature, options, and the bytes of Triton's
+installation; no path is part of it. Besides the code, Triton 3.6 compiles a launcher in C per signature into the same
+cache; where no driver is installed, a stub of libcuda lets it link.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from triton.compiler import ASTSource
 
 from bench.gpu.variants import TARGET, Compilation, compilations, of_call
 
-_work: Sequence[Compilation] = ()  # what the forked workers find
+_work: Sequence[Compilation] = ()  # inherited by the forked workers
 
 
 def warm(work: Sequence[Compilation], processes: int) -> dict[str, Any]:
-    """Compile what the cache lacks; what it had, what it lacked, what failed and why."""
+    """Compile what the cache lacks; returns counts of hits and misses, and the failures with their reasons."""
     global _work
     _work = work
     start = time.monotonic()
@@ -51,7 +51,7 @@ def warm(work: Sequence[Compilation], processes: int) -> dict[str, Any]:
 
 
 def _compiled(processes: int) -> Iterator[tuple[int, bool, bool, str]]:
-    """What `_compile` says of each variant, as they are done. A compiler that crashes costs its own alone."""
+    """The results of :func:`_compile` in order of completion. A crash of the compiler costs only its own variant."""
     context = multiprocessing.get_context("fork")
     left = dict.fromkeys(range(len(_work)))
     with ProcessPoolExecutor(processes, mp_context=context) as pool, contextlib.suppress(BrokenProcessPool):
@@ -68,7 +68,7 @@ def _compiled(processes: int) -> Iterator[tuple[int, bool, bool, str]]:
 
 
 def _compile(i: int) -> tuple[int, bool, bool, str]:
-    """Compile one variant and its launcher: (i, whether it was there, whether the launcher was not, error)."""
+    """Compile one variant and its launcher: (i, whether it was cached, whether the launcher was compiled, error)."""
     w = _work[i]
     hits = []
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
@@ -81,7 +81,7 @@ def _compile(i: int) -> tuple[int, bool, bool, str]:
 
 
 def _make_launcher(kernel: Any) -> bool:
-    """Make what launches ``kernel``; whether the compiler in C had to run for it."""
+    """Make the launcher of ``kernel``; returns whether the C compiler ran."""
     made = []
     compile_c = nvidia.compile_module_from_src.__globals__["_build"]
 
@@ -92,7 +92,7 @@ def _make_launcher(kernel: Any) -> bool:
     nvidia.compile_module_from_src.__globals__["_build"] = counted
     try:
         nvidia.CudaUtils()
-        if hasattr(nvidia, "make_launcher"):  # later ones launch every signature with one module
+        if hasattr(nvidia, "make_launcher"):  # later versions launch every signature with one module
             nvidia.CudaLauncher(kernel.src, kernel.metadata)
     finally:
         nvidia.compile_module_from_src.__globals__["_build"] = compile_c
@@ -100,7 +100,7 @@ def _make_launcher(kernel: Any) -> bool:
 
 
 def _load_libcuda(folder: Path) -> None:
-    """Where no driver is installed, load one with every function that Triton's modules name, to link with."""
+    """Where no driver is installed, load a stub that has every function that Triton's modules name, to link with."""
     try:
         ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
         return
@@ -110,8 +110,8 @@ def _load_libcuda(folder: Path) -> None:
     names = sorted({name for text in texts for name in re.findall(r"\bcu[A-Z]\w+", text)})
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
     source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names))
-    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
-    subprocess.run(command, check=True)
+    flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([os.environ.get("CC", "gcc"), *flags, "-o", str(library), str(source)], check=True)
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # where the linker looks
 
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("call", choices=("first", "second"))
     parser.add_argument("--ab", nargs="*", default=[], metavar="TABLE=TILES")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", type=int, help="no more than so many variants")
+    parser.add_argument("--only", type=int, help="compile at most this many variants")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the workers are forked, and nothing here launches

@@ -1,9 +1,9 @@
-"""AdapterHub's ``adapters`` in a process of its own, since it needs transformers 4.57.
+"""AdapterHub's ``adapters`` in its own process, since it needs transformers 4.57.
 
     <python of that environment> -m bench.peers.adapterhub '<StepSpec as JSON>'
 
-Prints what it is as a line of JSON, then for each line read makes one step and prints its seconds. The same bottleneck,
-LayerNorm before it included; ``adapters`` calls it Houlsby's with ``ln_before``.
+Prints its figures as a line of JSON; then, for each line read, makes one step and prints its seconds. The adapter is
+the same bottleneck, including the LayerNorm before it; ``adapters`` calls it Houlsby's with ``ln_before``.
 """
 
 import json
@@ -35,7 +35,7 @@ def make_step(spec: StepSpec) -> Step:
     )
     llama.add_adapter("bench", config=config)
     llama.train_adapter("bench")
-    llama.to(spec.device, getattr(torch, spec.dtype))  # fp32 adapters fail on a bf16 backbone there
+    llama.to(spec.device, getattr(torch, spec.dtype))  # its fp32 adapters fail on a bf16 backbone
     trained = [p for p in llama.parameters() if p.requires_grad]
     return Step(spec, llama, lambda ids: llama.model(input_ids=ids).last_hidden_state, trained)
 

@@ -1,4 +1,4 @@
-"""The bench's own promises: fair turns, counted memory, no speed without correctness, Ctrl-C that loses little."""
+"""What the bench guarantees: fair turns, counted memory, no speed without correctness, no loss on Ctrl-C."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def make_run(path: Path, error: float) -> report.Run:
-    """A saved run of three variants that took 1, 2 and 3 ms; "ours" has ``error`` against a budget of 1e-3."""
+    """A saved run of three variants that took 3, 2 and 1 ms; "ours" has ``error`` against a budget of 1e-3."""
     case = {"part": "adapter", "name": "both, T=8", "shape": {}, "floor_bytes": 10**6, "flops": 1, "wall": False}
     figures = {"eager": 1e-3, "ours": error, COPY: None}
     benchmarks = [
@@ -86,7 +86,7 @@ def test_comparing_two_runs_leaves_out_what_is_wrong_in_either(tmp_path: Path) -
     assert next(x for x in lines if ": ours" in x).split("|")[-2].strip() == report.DASH
 
 
-# Runs the engine over made-up parts. argv: file, parts, the case that is interrupted and how.
+# Runs the engine over made-up parts. argv: file, parts, the case that is interrupted, the signal.
 ENGINE = """
 import os, signal, sys, types, torch
 from pathlib import Path
@@ -122,7 +122,7 @@ engine.run(engine.Options(parts, torch.device("cpu"), True, path, None, append=T
 
 
 def run_engine(out: Path, parts: str, interrupted: str = "none", how: str = "SIGINT") -> str:
-    """What it says; every run adds to the file."""
+    """Run the engine above, which adds to the file; returns its stderr."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", ENGINE, str(out), parts, interrupted, how]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -179,7 +179,7 @@ def test_a_part_adds_to_the_file_of_another_and_a_broken_machine_loses_nothing(t
         ("echo Insufficient Permissions; exit 4", {"missing": "nvidia-smi: exit 4: Insufficient Permissions"}),
         (None, {"missing": "[Errno 2] No such file or directory: 'nvidia-smi'"}),
     ],
-    ids=["told", "refused", "not there"],
+    ids=["answers", "refuses", "missing"],
 )
 def test_nvidia_smi_is_asked_for_the_uuid_and_may_fail(
     answer: str | None, state: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,7 +204,7 @@ def test_max_autotune_is_for_the_main_shape_alone() -> None:
 
 
 class _Device:
-    """A GPU that spins for some cycles and a host that takes some for each call, in the place of torch.cuda."""
+    """Replaces torch.cuda: a GPU that spins for some cycles, and a host that needs some per call."""
 
     def __init__(self, host_cycles: int, queue: int = 1024) -> None:
         self.host_cycles, self.queue = host_cycles, queue
@@ -224,7 +224,7 @@ class _Device:
             record=lambda: None,
             synchronize=lambda: None,
             query=lambda: self.host >= self.spun,
-            elapsed_time=lambda other: 1e3 * self.queued,  # a second for each call
+            elapsed_time=lambda other: 1e3 * self.queued,  # one second per call
         )
 
     def get_device_properties(self, device: torch.device) -> Any:
@@ -240,7 +240,7 @@ class _Device:
         (10**9, 1024, "1 of the times with host time in them"),
     ],
 )
-def test_device_times_prove_that_the_host_is_not_in_them(
+def test_device_times_contain_no_host_time_or_say_so(
     host_cycles: int, queue: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = _Device(host_cycles, queue)

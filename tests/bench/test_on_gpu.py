@@ -1,8 +1,7 @@
-"""Minutes on a GPU, rehearsed: both calls end to end, what a bad step costs, and a cache that travels."""
+"""Both calls on a GPU, rehearsed end to end, and what a failing step costs."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapter, before, optimizer, report
+from bench import adapter, optimizer, report
 from bench import step as training_step
-from bench.gpu import carried, measured, runner, steps, summary
+from bench.gpu import measured, runner, steps, summary
 from bench.gpu.runner import Command, Run, Step
 from bench.sweep import CONTEXT_LOST
 
@@ -70,7 +69,7 @@ def test_the_first_call_rehearsed(tmp_path: Path) -> None:
     assert json.loads(files["compile.json"])["variants"] == 1
     assert "compiled beforehand: 0 of 1 variants" in said
     assert "stand-in for ncu" in files["profile.log"].decode()
-    assert "19.98" in said  # LitGPT's figures stand beside ours
+    assert "19.98" in said  # LitGPT's figures, in the same table as ours
     assert "ours before: error" in files["correctness.log"].decode()
 
 
@@ -93,10 +92,10 @@ def test_the_second_call_rehearsed(tmp_path: Path) -> None:
     assert "--tool memcheck --error-exitcode 99" in files["memcheck.log"].decode()
 
 
-# The sweep in the interpreter. argv: file, more arguments; the context does not survive an error unless they resume.
+# The sweep in the interpreter. argv: file, more arguments; without --resume, an error destroys the context.
 SWEEP = """
 import sys
-from adapterkern.kernels.tiles import Tiles
+from adapterkern.ops.kernels.tiles import Tiles
 from bench import sweep
 sweep.CANDIDATES["slice_tiles"] = (Tiles(48, 32, 4, 1), Tiles(16, 32, 4, 1))
 sweep._alive = lambda device: "--resume" in sys.argv
@@ -176,7 +175,7 @@ def test_without_a_vital_step_nothing_more_is_started(tmp_path: Path) -> None:
     assert not (tmp_path / "work" / "next.txt").exists()
 
 
-def test_a_step_says_what_pytest_counted_and_is_told_its_time(tmp_path: Path) -> None:
+def test_a_step_reports_what_pytest_counted_and_gets_its_time(tmp_path: Path) -> None:
     run = a_run(tmp_path, seconds=100)
     text = 'echo "== 3 passed, 31 skipped in 2 s =="; echo "$1" > work/seconds.txt'
     run.do(Step("tests", 200, lambda: [Command(["sh", "-c", text, "sh", "{seconds}"])], 0))
@@ -184,7 +183,7 @@ def test_a_step_says_what_pytest_counted_and_is_told_its_time(tmp_path: Path) ->
     assert 80 < int((tmp_path / "work" / "seconds.txt").read_text()) <= 85  # what is left of 100, less 15 to end
 
 
-def test_an_archive_that_finds_no_room_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_without_space_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_run(tmp_path)
 
     def full(*_: object) -> None:
@@ -215,16 +214,8 @@ def test_a_case_without_one_of_its_variants_still_has_a_line(missing: str) -> No
     assert report.DASH in summary._line("T=1", {n: report.Entry(n, [2e-6] * 5, info) for n in names})
 
 
-def test_a_cache_that_cannot_be_read_is_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "cache.tar.xz").write_bytes(b"no archive")
-    assert carried.unpack_cache(tmp_path / "cache.tar.xz", tmp_path / "cache") == 0
-    assert "cannot be unpacked" in capsys.readouterr().out
-    (tmp_path / carried.MANIFEST).write_text("{")
-    assert "cannot be read" in carried.mismatches(tmp_path)[0]
-
-
 def ended(process: int) -> bool:
-    """Whether it is gone, within five seconds, or waits for nobody to collect it."""
+    """Whether a process has ended within five seconds, or is a zombie."""
     for _ in range(50):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -257,7 +248,7 @@ cli.main(["first", "--rehearse", "--out", sys.argv[1], "--carried", sys.argv[1]]
 """
 
 
-def test_a_call_that_is_told_to_stop_leaves_its_archive(tmp_path: Path) -> None:
+def test_a_call_that_gets_sigterm_leaves_its_archive(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", STOPPED, tmp_path], env=environment, check=False, capture_output=True)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
@@ -265,7 +256,7 @@ def test_a_call_that_is_told_to_stop_leaves_its_archive(tmp_path: Path) -> None:
     assert {name: o["status"] for name, o in outcomes.items()} == {"good": "ok", "stopped": "killed"}
 
 
-def test_a_step_that_asks_to_go_on_does_so_with_resume(tmp_path: Path) -> None:
+def test_a_step_with_the_status_to_go_on_is_run_again_with_resume(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     text = 'echo "$*" >> work/calls.txt; [ "$1" = --resume ] || exit 3'
     run.do(Step("sweep", 5, lambda: [shell(text, again_on=3)], 0))
@@ -279,94 +270,6 @@ def test_an_earlier_archive_is_kept(tmp_path: Path) -> None:
     (out / runner.ARCHIVE).write_bytes(b"the first call's")
     a_run(tmp_path).do(Step("good", 5, lambda: [shell("true")], 0))
     assert sorted(p.read_bytes() == b"the first call's" for p in out.iterdir()) == [False, True]
-
-
-def test_a_packed_cache_finds_its_files_where_it_is_unpacked(tmp_path: Path) -> None:
-    made = tmp_path / "made" / "KEY"
-    made.mkdir(parents=True)
-    for name in ("k.json", "k.cubin", "k.ptx", "k.source"):
-        (made / name).write_text(name)
-    (made / "__grp__k.json").write_text(json.dumps({"child_paths": {p.name: str(p) for p in made.glob("k.*")}}))
-    (tmp_path / "made" / "OTHER").mkdir()
-    (tmp_path / "made" / "OTHER" / "launcher.so").write_bytes(b"so")
-    carried.pack_cache(tmp_path / "made", tmp_path / "cache.tar.xz")
-    there = tmp_path / "there"
-    assert carried.unpack_cache(tmp_path / "cache.tar.xz", there) == 1
-    group = json.loads((there / "KEY" / "__grp__k.json").read_text())["child_paths"]
-    assert group == {name: str(there / "KEY" / name) for name in ("k.json", "k.cubin")}
-    assert all(Path(path).read_text() == name for name, path in group.items())
-    assert (there / "OTHER" / "launcher.so").read_bytes() == b"so"
-    assert not (there / "KEY" / "k.ptx").exists()
-
-
-def test_a_carried_variant_is_found_by_another_process_elsewhere(tmp_path: Path) -> None:
-    """Compiled here, unpacked at another place, looked up by a copy of the project at a third: nothing is compiled."""
-
-    def warm(root: Path, cache: Path) -> dict[str, Any]:
-        report = tmp_path / "warm.json"
-        command = [sys.executable, "-m", "bench.gpu.warm", "second", "--only", "1", "--json", str(report)]
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-        done = subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(report.read_text())
-
-    assert {"hits": 0, "misses": 1, "launchers": 1}.items() <= warm(ROOT, tmp_path / "made").items()
-    carried.pack_cache(tmp_path / "made", tmp_path / "cache.tar.xz")
-    carried.unpack_cache(tmp_path / "cache.tar.xz", tmp_path / "there")
-    shutil.rmtree(tmp_path / "made")
-    elsewhere = tmp_path / "elsewhere"
-    for package in ("adapterkern", "bench"):
-        shutil.copytree(ROOT / package, elsewhere / package, ignore=shutil.ignore_patterns("results", "*.so"))
-    assert {"hits": 1, "misses": 0, "launchers": 0}.items() <= warm(elsewhere, tmp_path / "there").items()
-
-
-CRASHING = """
-import os
-from types import SimpleNamespace
-from bench.gpu import warm
-
-def compiled(i):
-    if i == 1:
-        os.abort()
-    return i, False, True, ""
-
-warm._compile, warm._load_libcuda = compiled, lambda folder: None
-kernel = SimpleNamespace(fn=lambda: None)
-done = warm.warm([SimpleNamespace(kernel=kernel, optional=i == 1) for i in range(4)], 2)
-assert done["misses"] == 4 and done["launchers"] == 3, done
-assert [(f["error"], f["optional"]) for f in done["failed"]] == [("the compiler crashed", True)], done
-"""
-
-
-def test_a_compiler_that_crashes_costs_one_variant() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", CRASHING], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-LISTED = """
-import torch
-from bench.gpu import variants
-from tests.ops import test_gpu
-torch.cuda.is_available = lambda: True  # a GPU that nothing may touch
-marks = [m.args for m in test_gpu.test_shapes.pytestmark if m.name == "parametrize"]
-shapes = next(values for names, values in marks if names == ("T", "d", "r"))
-assert set(shapes) == set(variants.TEST_SHAPES), set(shapes) ^ set(variants.TEST_SHAPES)
-first, second = (variants.compilations(variants.of_call(c, ["slice_tiles=16,64,8,1"])) for c in ("first", "second"))
-kernels = {c.kernel.fn.__name__ for c in first if not c.optional}
-print(len(first), len(second), sum(c.optional for c in second), *sorted(kernels))
-again = variants.compilations(variants.of_call("first", ["slice_tiles=16,64,8,1"]))
-assert [(c.kernel, c.signature) for c in again] == [(c.kernel, c.signature) for c in first]
-"""
-
-
-def test_what_is_compiled_beforehand_covers_the_tests_shapes_and_the_candidates() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LISTED], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second, optional, *kernels = done.stdout.split()
-    assert int(first) > int(second) > int(optional) > 20
-    assert {"forward_kernel", "slice_kernel", "hidden_kernel", "_prepare_kernel"} <= set(kernels)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +290,7 @@ def test_an_ab_that_nothing_reads_is_refused(pair: str, tmp_path: Path) -> None:
 
 
 def test_every_planned_variant_is_known() -> None:
-    """What a rehearsal leaves out, too: on a GPU an unknown name would cost its step."""
+    """Also what a rehearsal leaves out: on a GPU an unknown name would cost the whole step."""
     cuda = torch.device("cuda", 0)
     tiles = ["slice_tiles=64,128,8,3"]
     kernels = [*measured.plan("adapter", cuda, False, ()), *measured.plan("ab", cuda, False, tiles)]
@@ -400,21 +303,3 @@ def test_every_planned_variant_is_known() -> None:
     whole = measured.plan("step", cuda, False, ())
     assert [(c.shape["batch"], c.shape["length"]) for c, _ in whole] == [(4, 1024), (1, 1304)]
     assert all(set(ways) <= set(training_step.names(case, cuda)) for case, ways in whole)
-
-
-def test_a_folder_made_for_another_triton_is_warned_of(tmp_path: Path) -> None:
-    assert "nothing was prepared" in carried.mismatches(tmp_path)[0]
-    here = carried.versions()
-    (tmp_path / carried.MANIFEST).write_text(json.dumps(here))
-    assert carried.mismatches(tmp_path) == []
-    (tmp_path / carried.MANIFEST).write_text(json.dumps(here | {"triton": "0.1"}))
-    (warning,) = carried.mismatches(tmp_path)
-    assert "prepared for triton 0.1" in warning
-    assert "the cache is useless" in warning
-
-
-def test_no_old_kernels_are_a_missing_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(before.VARIABLE, str(tmp_path))
-    monkeypatch.delitem(sys.modules, before.PACKAGE, raising=False)
-    assert before.launch() is None
-    assert before.COMMIT in before.missing()

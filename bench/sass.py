@@ -60,7 +60,7 @@ def loops(cubin: bytes) -> list[Loop]:
 
 
 def loops_of(sass: str) -> list[Loop]:
-    """As :func:`loops`, from nvdisasm's text."""
+    """As ``loops``, from nvdisasm's text."""
     labels: dict[str, int] = {}
     names: list[str] = []
     operands: list[str] = []

@@ -50,7 +50,7 @@ _PARSERS: tuple[tuple[Any, tuple[Any, str]], ...] = (
 
 
 def from_options(arguments: argparse.Namespace, record: type[T]) -> T:
-    """The dataclass that the options of :func:`add_options` describe; its default where there was no option."""
+    """The dataclass that the options of ``add_options`` describe; its default where there was no option."""
     values, fields = vars(arguments), dataclasses.fields(record)  # type: ignore[arg-type]
     return record(**{field.name: values[field.name] for field in fields if field.name in values})
 
@@ -65,7 +65,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, required: bool) -> Non
 
 
 def model_flags(arguments: argparse.Namespace) -> dict[str, bool]:
-    """The keyword arguments of ``LlamaAdapter`` that :func:`add_backbone_options` has asked for."""
+    """The keyword arguments of ``LlamaAdapter`` that ``add_backbone_options`` has asked for."""
     return {"fused": not arguments.unfused, "liger": arguments.liger}
 
 

@@ -47,7 +47,7 @@ def train_run(
 ) -> int:
     """Train what ``job`` makes of (backbone, tokenizer, configuration); the status of the command.
 
-    Raises what :func:`adapterkern.train` raises.
+    Raises what ``adapterkern.train`` raises.
     """
     import torch
 
@@ -98,7 +98,8 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
     """A saved run's task, configuration and tokenizer, and the data to use it on: ``--data``, or the run's own.
 
     Raises:
-        FileNotFoundError: a file of the run is missing. ValueError: one is damaged; or there is no data.
+        FileNotFoundError: a file of the run is missing.
+        ValueError: one is damaged; or there is no data.
     """
     from adapterkern.model.backbone import load_backbone
     from adapterkern.recipes.multitask.task import MultiTask

@@ -26,9 +26,9 @@ class Adapter(nn.Module):
         adapter_dim: r, the width of the bottleneck, 1 to 512.
         activation: ``"silu"``, ``"gelu"``, ``"relu"``, ``"tanh"`` or ``"identity"``.
         eps: added to LayerNorm's variance.
-        init: see :meth:`reset_parameters`.
+        init: see ``reset_parameters``.
         fused: whether to use the fused operator; can be changed at any time.
-        x_free: keep y instead of x for the backward, see :func:`adapterkern.adapter`; only if ``fused``.
+        x_free: keep y instead of x for the backward, see ``adapterkern.adapter``; only if ``fused``.
         device, dtype: of the parameters; the default dtype is fp32 even if x is bf16 or fp16.
 
     Shapes: x and y ``(..., hidden_size)``; y has x's dtype.

@@ -36,7 +36,7 @@ class AdapterConfig:
         every: k selects layers k−1, 2k−1, … (counted from 0).
         layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
         depth: number of adapters in sequence at each site.
-        activation, init, eps, x_free: as in :class:`~adapterkern.model.adapter.Adapter`.
+        activation, init, eps, x_free: as in ``Adapter``.
         max_params: a budget for all sites together: the largest ``adapter_dim`` that fits replaces the given one.
 
     Raises:
@@ -134,13 +134,13 @@ class AdapterConfig:
         return resolved
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; :meth:`from_dict` reads them."""
+        """Plain values for JSON; ``from_dict`` reads them."""
         fields = dataclasses.asdict(self)
         return fields | {"layers": None if self.layers is None else list(self.layers)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AdapterConfig":
-        """The inverse of :meth:`to_dict`. Raises ``ValueError`` that names an unknown field."""
+        """The inverse of ``to_dict``. Raises ``ValueError`` that names an unknown field."""
         if not isinstance(fields, dict):
             raise TypeError(f"config: expected an object of fields, got {type(fields).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}

@@ -31,7 +31,7 @@ class Site(Protocol):
 
 
 class AdaptedLayer(nn.Module):
-    """Precedes a decoder layer's own class in the method resolution order; :func:`adapt` makes the combined class."""
+    """Precedes a decoder layer's own class in the method resolution order; ``adapt`` makes the combined class."""
 
     _adapter_site: Site
     self_attn: Any
@@ -59,7 +59,7 @@ def _adapted_class(cls: Any) -> Any:
 
 
 def adapt(layer: nn.Module, site: Site) -> None:
-    """Make ``layer`` pass the residual stream through ``site``; :func:`restore` undoes it."""
+    """Make ``layer`` pass the residual stream through ``site``; ``restore`` undoes it."""
     layer.__dict__["_adapter_site"] = site  # not by setattr, which would register the model as the layer's submodule
     cls: Any = type(layer)
     change_class(layer, _adapted_class(cls))
@@ -72,7 +72,7 @@ def restore(layer: nn.Module) -> None:
 
 
 def change_class(module: nn.Module, cls: Any) -> None:
-    """Change the class of ``module``, also if it has accelerate's hooks. :func:`check_forward` must be called first."""
+    """Change the class of ``module``, also if it has accelerate's hooks. ``check_forward`` must be called first."""
     if _is_left_behind(module):
         del module.__dict__["forward"]
     module.__class__ = cls
@@ -83,7 +83,7 @@ def change_class(module: nn.Module, cls: Any) -> None:
 def check_forward(module: nn.Module) -> None:
     """Raise ``ValueError`` if the instance has a ``forward`` of its own, which would hide that of a new class.
 
-    Two such forwards are handled by :func:`change_class`: the one of accelerate's hooks, and the one that they leave
+    Two such forwards are handled by ``change_class``: the one of accelerate's hooks, and the one that they leave
     behind, which is the class's own forward as an attribute of the instance.
     """
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__ and not _is_left_behind(module):
@@ -115,7 +115,7 @@ def decoder_layers(llama: Any) -> nn.ModuleList:
 def check_attention_site(layer: nn.Module) -> None:
     """Raise ``ValueError`` unless ``layer`` computes exactly what LLaMA's does.
 
-    :class:`AdaptedLayer` replaces the layer's forward for ``position="attention"``.
+    ``AdaptedLayer`` replaces the layer's forward for ``position="attention"``.
     """
     children = {name for name, _ in layer.named_children()}
     experts = any("expert" in name for name, _ in layer.named_modules())  # some scale, or return more than the sum

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_liger(llama: Any) -> None:
-    """Make the norms, MLPs and attentions of ``llama`` run Liger's kernels; :func:`without_liger` undoes it.
+    """Make the norms, MLPs and attentions of ``llama`` run Liger's kernels; ``without_liger`` undoes it.
 
     Raises:
         ImportError: liger-kernel is not installed.
@@ -66,7 +66,7 @@ def use_liger(llama: Any) -> None:
 
 
 def without_liger(llama: Any) -> None:
-    """Undo :func:`use_liger`: give each module its own class back."""
+    """Undo ``use_liger``: give each module its own class back."""
     for module in llama.model.modules():
         if isinstance(module, _Fused):
             change_class(module, type(module).__bases__[1])

@@ -39,7 +39,7 @@ class LlamaAdapter(Split, Saved):
     Args:
         llama: a transformers model with ``model.layers``; it is frozen here and keeps its dtype and its devices.
         config: the first adapter, which is named ``"default"`` and active. None: no adapter yet; the model computes
-            what ``llama`` does until :meth:`add_adapter` and :meth:`set_adapter`.
+            what ``llama`` does until ``add_adapter`` and ``set_adapter``.
         fused: whether adapters use the fused operator; assign ``model.fused`` to change it later.
         liger: whether the backbone runs Liger's kernels (liger.py); assign ``model.liger`` to change it later. In
             training, outputs that have a loss then have no logits.
@@ -94,7 +94,7 @@ class LlamaAdapter(Split, Saved):
     ) -> Any:
         """The backbone's forward, with the same arguments and outputs. Trainer reads a model's columns from them.
 
-        ``adapter_names`` names one adapter per sequence of the batch, ``"__base__"`` for none, see :meth:`mixing`.
+        ``adapter_names`` names one adapter per sequence of the batch, ``"__base__"`` for none, see ``mixing``.
         """
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
         with self._mixing_by_name(adapter_names):
@@ -139,7 +139,7 @@ class LlamaAdapter(Split, Saved):
     # Named adapters
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:  # type: ignore[override]
-        """Create an adapter, on each layer's own device; :meth:`set_adapter` activates it.
+        """Create an adapter, on each layer's own device; ``set_adapter`` activates it.
 
         Raises:
             TypeError: ``config`` is not an ``AdapterConfig``.
@@ -181,7 +181,7 @@ class LlamaAdapter(Split, Saved):
         self._active = self._check_name(name)
 
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
-        """Remove ``name``. If it was active, no adapter is active until :meth:`set_adapter`."""
+        """Remove ``name``. If it was active, no adapter is active until ``set_adapter``."""
         self._check_name(name)
         del self.adapters[name], self._configs[name]
         if self._active == name:
@@ -189,7 +189,7 @@ class LlamaAdapter(Split, Saved):
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter that runs outside :meth:`mixing`; None if none is set, and inside :meth:`disable_adapter`."""
+        """The adapter that runs outside ``mixing``; None if none is set, and inside ``disable_adapter``."""
         return self._active if self._enabled else None
 
     @contextmanager
@@ -209,7 +209,7 @@ class LlamaAdapter(Split, Saved):
         y = x + Σ_k weight_k · (A_k(x) − x), summed over the sequence's choices that have an adapter at the site,
         computed by grouped calls of the fused operator. Layers, dimensions and positions may differ between names.
         Gradients reach ``weight`` and the parameters of all ``names`` (zeros for those that no sequence chose).
-        Inside :meth:`disable_adapter` no adapter runs.
+        Inside ``disable_adapter`` no adapter runs.
 
         Args:
             names: the adapters to choose from, without duplicates.

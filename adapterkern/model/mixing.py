@@ -163,8 +163,8 @@ class DeferredMixture:
     """A mixture whose choices are computed from the residual stream, once, at the first of the adapters.
 
     Args:
-        adapters, configs: as for :class:`Mixture`.
-        decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a :class:`Mixture`.
+        adapters, configs: as for ``Mixture``.
+        decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a ``Mixture``.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class DeferredMixture:
         return min(map(prefix_length, self._configs.values()), default=num_layers)
 
     def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
-        """As :meth:`Mixture.at`."""
+        """As ``Mixture.at``."""
         if self._mixture is not None:
             return self._mixture.at(layer, position)
         is_site = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())

@@ -1,7 +1,7 @@
 """The frozen prefix: the layers below the first adapter, run separately from the layers above.
 
 Their output does not depend on any adapter, so it can be computed once per example and kept. ``Split`` is the half of
-``LlamaAdapter`` that runs a decoder in two calls: :meth:`Split.run_prefix`, then :meth:`Split.run_suffix`.
+``LlamaAdapter`` that runs a decoder in two calls: ``Split.run_prefix``, then ``Split.run_suffix``.
 """
 
 import functools
@@ -63,7 +63,7 @@ class Split(Wrapped):
             below: the stream (B, L, d) after the first ``start`` layers, if it is known; then only the others run.
 
         Raises:
-            ValueError: the decoder cannot be run in two calls, see :attr:`split_obstacle`.
+            ValueError: the decoder cannot be run in two calls, see ``split_obstacle``.
         """
         self._check_split()
         prefix = decoder_slice(self.decoder, start, self.prefix_length)
@@ -73,7 +73,7 @@ class Split(Wrapped):
             return prefix(**source, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None, start: int | None = None) -> Tensor:
-        """The decoder's last hidden state (B, L, d) from the output of :meth:`run_prefix`, as one forward computes it.
+        """The decoder's last hidden state (B, L, d) from the output of ``run_prefix``, as one forward computes it.
 
         Args:
             hidden: the residual stream (B, L, d) after ``start`` layers.
@@ -81,7 +81,7 @@ class Split(Wrapped):
             start: default, and at most, ``prefix_length``.
 
         Raises:
-            ValueError: the decoder cannot be run in two calls, see :attr:`split_obstacle`.
+            ValueError: the decoder cannot be run in two calls, see ``split_obstacle``.
         """
         self._check_split()
         start = self.prefix_length if start is None else start

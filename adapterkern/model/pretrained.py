@@ -159,7 +159,7 @@ class Wrapped(PreTrainedModel):
     def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **how: Any
     ) -> None:
-        """:meth:`gradient_checkpointing_enable` by the name that newer versions of transformers use."""
+        """``gradient_checkpointing_enable`` by the name that newer versions of transformers use."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
 
 

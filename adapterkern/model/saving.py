@@ -58,7 +58,7 @@ class Saved(Wrapped):
     ) -> None:
         """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, never the backbone.
 
-        The first two are written by :func:`~adapterkern.files.write_pair`: the new adapter is complete, or the old one
+        The first two are written by ``write_pair``: the new adapter is complete, or the old one
         is still there.
 
         transformers' Trainer calls this as for every model, with ``is_main_process`` and with ``state_dict``, which is
@@ -96,7 +96,7 @@ class Saved(Wrapped):
     def from_pretrained(  # type: ignore[override]
         cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> Self:
-        """``llama`` with the adapter saved in ``directory``, as ``"default"``. Raises as :meth:`load_adapter`."""
+        """``llama`` with the adapter saved in ``directory``, as ``"default"``. Raises as ``load_adapter``."""
         return cls._from_read(llama, read_adapter(llama, Path(directory)), fused=fused, liger=liger)
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
@@ -110,7 +110,7 @@ class Saved(Wrapped):
         self._add_read(name, read_adapter(self.base, Path(directory)))
 
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
-        """Upload what :meth:`save_pretrained` writes to the Hugging Face hub, and return the repository's URL.
+        """Upload what ``save_pretrained`` writes to the Hugging Face hub, and return the repository's URL.
 
         ``options`` are ``private``, ``token``, ``revision`` and ``commit_message``, as in huggingface_hub.
         """
@@ -123,7 +123,7 @@ class Saved(Wrapped):
     ) -> None:
         """Write adapter ``name`` (default: the active one) so that AdapterHub's ``adapters`` loads it by that name.
 
-        Options and errors are those of :func:`~adapterkern.model.files.adapterhub.write_adapterhub`.
+        Options and errors are those of ``write_adapterhub``.
         """
         name = self._check_name(name)
         tensors = self.adapters[name].state_dict()
@@ -144,7 +144,7 @@ class Saved(Wrapped):
         return cls._from_read(llama, read_adapterhub(directory, *size), fused=fused, liger=liger)
 
     def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
-        """Add the adapter that ``adapters`` saved in ``directory`` as ``name``. Raises as :meth:`from_adapterhub`."""
+        """Add the adapter that ``adapters`` saved in ``directory`` as ``name``. Raises as ``from_adapterhub``."""
         self._add_read(name, read_adapterhub(directory, self.config.hidden_size, len(decoder_layers(self.base))))
 
     @classmethod

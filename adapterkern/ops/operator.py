@@ -70,7 +70,7 @@ def adapter(
 ) -> Tensor:
     """``y = x + W_up · act(W_down · LayerNorm(x) + b_down) + b_up`` (Houlsby et al. 2019, arXiv:1902.00751).
 
-    Equivalent to::
+    Equivalent to:
 
         h = act(F.linear(F.layer_norm(x, (d,), norm_weight, norm_bias, eps), down_weight, down_bias))
         y = x + F.linear(h, up_weight, up_bias)

@@ -41,13 +41,13 @@ def train(
 
     Args:
         model: on the device to train on. The backbone stays frozen.
-        train_data, eval_data: see :func:`~adapterkern.training.load_examples`; or whatever ``task.load`` reads.
-        config: see :class:`TrainConfig`.
+        train_data, eval_data: see ``load_examples``; or whatever ``task.load`` reads.
+        config: see ``TrainConfig``.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; by default a new one for the labels in the training data.
         cache: activations of earlier runs on the same backbone; this run reads it and adds to it. With several
             processes each has its own, for the texts that it trains on.
-        task: another kind of training than ``config.task``, over the same ``model``; see :class:`Task`. It has its own
+        task: another kind of training than ``config.task``, over the same ``model``; see ``Task``. It has its own
             head, and reads the data.
         sources: where backbone and evaluation data are, written to ``sources.json`` for ``adapterkern eval``; or a
             mapping with one entry per subfolder of ``output_dir``.
@@ -55,7 +55,7 @@ def train(
     With several processes all of them call this with the same arguments, and all return. Rank 0 writes the files.
 
     Returns:
-        a :class:`TrainResult`. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True. With an ``output_dir`` there
+        a ``TrainResult``. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True. With an ``output_dir`` there
         is then a checkpoint of the last finished step, and ``resume=True`` continues from it to the numbers of an
         uninterrupted run (bit-identical on a CPU with the same number of threads).
 
@@ -129,10 +129,10 @@ def evaluate(
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
 ) -> dict[str, float]:
-    """Score the active adapter on data: the same numbers as an evaluation during :func:`train`.
+    """Score the active adapter on data: the same numbers as an evaluation during ``train``.
 
     Args:
-        config, head: those of the training, as :func:`load_run` reads them.
+        config, head: those of the training, as ``load_run`` reads them.
         cache: activations to reuse; without it texts run through the whole model.
         task: the task of the training, if it had one; it has its own head.
 

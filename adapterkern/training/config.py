@@ -40,7 +40,7 @@ FREE_ON_RESUME = frozenset(
 class TrainConfig:
     """How to train. Every field has a default; a ``TypeError`` or ``ValueError`` names one of a wrong type or value.
 
-    What is learned
+    Args: What is learned
         task: ``"classification"`` (one label per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
         train_adapters: False trains the head alone, on the bare backbone.
         pooling: a classification head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` token's.
@@ -50,7 +50,7 @@ class TrainConfig:
         max_length: tokens per row; longer rows are cut at the end.
         skip_bad_rows: skip bad rows, with a warning, instead of refusing the file.
 
-    Batches
+    Args: Batches
         batch_size: rows per forward.
         accumulation: forwards per optimizer step. All rows of a step (target tokens, for causal-lm) have equal weight,
             whichever forward they are in.
@@ -60,7 +60,7 @@ class TrainConfig:
         seed: of the head's weights and of the order of rows, which is a function of (seed, epoch) alone. The generators
             of Python, NumPy and torch are seeded with it too.
 
-    Steps
+    Args: Steps
         epochs: passes over the data, unless ``max_steps`` gives the number of steps.
         lr, weight_decay, beta1, beta2, eps: AdamW's. Vectors (biases, norms) do not decay.
         max_norm: largest global norm of the gradient; ``math.inf`` does not clip.
@@ -69,11 +69,11 @@ class TrainConfig:
         precision: ``"fp32"`` (no autocast), ``"bf16"`` autocast, or ``"fp16"`` autocast with a gradient scaler.
         max_skipped_steps: raise after more than this many consecutive steps that the fp16 scaler skips.
 
-    Several processes
+    Args: Several processes
         shard: shard the frozen backbone over them (FSDP2) instead of replicating it. Either way a step has
             ``batch_size · accumulation`` rows over all processes together.
 
-    Files and display
+    Args: Files and display
         output_dir: the folder for everything that is written; None writes nothing.
         overwrite: replace an earlier run there.
         resume: continue from the newest checkpoint in ``output_dir``.
@@ -84,7 +84,7 @@ class TrainConfig:
         progress: show a progress bar.
         plot: draw ``training.png`` at the end.
 
-    The frozen prefix
+    Args: The frozen prefix
         prefix_cache: compute the activations below the first adapter once and reuse them; None decides by cost and
             benefit, and a resumed run keeps the decision.
         prefix_cache_bytes: size of the cache in memory; the rest goes to a memory-mapped temporary file.
@@ -190,7 +190,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of :meth:`to_dict`. Raises ``ValueError`` for an unknown field or a value of a wrong type."""
+        """The inverse of ``to_dict``. Raises ``ValueError`` for an unknown field or a value of a wrong type."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in fields:

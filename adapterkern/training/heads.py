@@ -64,7 +64,8 @@ class ClassificationHead(nn.Module):
         """Read a saved head.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged; the message names file and field.
         """
         kinds = {"hidden_size": int, "pooling": str, "labels": list}
         path, config = read_head_config(Path(directory), "classification", kinds)
@@ -100,7 +101,7 @@ def read_head_config(directory: Path, kind: str, kinds: Mapping[str, Any]) -> tu
     """The path and the content of the configuration of a head of this ``kind``.
 
     Args:
-        kinds: the fields that it must have, and their types, as :func:`~adapterkern.files.read_versioned` takes them.
+        kinds: the fields that it must have, and their types, as ``read_versioned`` takes them.
 
     Raises:
         FileNotFoundError: there is none.

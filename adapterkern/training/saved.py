@@ -51,7 +51,7 @@ def save_config(directory: Path, config: TrainConfig, kind: str) -> None:
 
 
 def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration of a saved run of any kind. Raises like :func:`load_run`."""
+    """The configuration of a saved run of any kind. Raises like ``load_run``."""
     path = Path(directory) / TASK_NAME
     saved = read_versioned(path, FORMAT_VERSION, {"config": dict})
     try:
@@ -61,18 +61,19 @@ def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
 
 
 def load_kind(directory: str | os.PathLike[str]) -> str | None:
-    """The name of the task's class; None for a run that 0.1.0 saved. Raises like :func:`load_run`."""
+    """The name of the task's class; None for a run that 0.1.0 saved. Raises like ``load_run``."""
     return read_versioned(Path(directory) / TASK_NAME, FORMAT_VERSION, {}).get("kind")
 
 
 def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, ClassificationHead | None]:
-    """The configuration and the head (None for causal-lm) that :func:`train` saved, for :func:`evaluate`.
+    """The configuration and the head (None for causal-lm) that ``train`` saved, for ``evaluate``.
 
     ``LlamaAdapter.from_pretrained(llama, directory)`` reads the adapter; there is none if the configuration says
     ``train_adapters=False``. ``output_dir``, ``resume`` and ``overwrite`` have their defaults: the run is finished.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is damaged; the message names file and field.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged; the message names file and field.
     """
     config = load_config(directory)
     return config, ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
@@ -81,20 +82,21 @@ def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, Classifica
 def load_model(
     llama: Any, directory: str | os.PathLike[str], config: TrainConfig, *, fused: bool = True, liger: bool = False
 ) -> LlamaAdapter:
-    """``llama`` with the run's adapter, or with none if it trained a head alone. Raises like :func:`load_run`."""
+    """``llama`` with the run's adapter, or with none if it trained a head alone. Raises like ``load_run``."""
     if config.train_adapters:
         return LlamaAdapter.from_pretrained(llama, directory, fused=fused, liger=liger)
     return LlamaAdapter(llama, None, fused=fused, liger=liger)
 
 
 def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any) -> str:
-    """Upload what :func:`train` saved in ``directory`` to the Hugging Face hub; returns the repository's URL.
+    """Upload what ``train`` saved in ``directory`` to the Hugging Face hub; returns the repository's URL.
 
     That is the adapter, the head, ``task.json`` and the model card: no checkpoints, no metrics, no other file.
     ``options`` are huggingface_hub's ``private``, ``token``, ``revision`` and ``commit_message``.
 
     Raises:
-        FileNotFoundError: no run is saved there. ValueError: its configuration is damaged.
+        FileNotFoundError: no run is saved there.
+        ValueError: its configuration is damaged.
     """
     config = load_config(directory)
     files = [CARD_NAME, TASK_NAME]
@@ -123,7 +125,8 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
     """Read ``sources.json`` of a run, or of the run that a checkpoint belongs to.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged; the message names file and field.
+        FileNotFoundError: there is none.
+        ValueError: it is damaged; the message names file and field.
     """
     path = Path(directory) / SOURCES_NAME
     if not path.exists():

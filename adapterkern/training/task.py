@@ -1,6 +1,6 @@
 """What is learned: how rows become examples, how a batch becomes a loss, what is trained, scored and saved.
 
-``Task`` is classification with a :class:`ClassificationHead`, or next-token prediction with the backbone's own LM head.
+``Task`` is classification with a ``ClassificationHead``, or next-token prediction with the backbone's own LM head.
 Another kind of training is a subclass, generic in its example, passed as ``train(..., task=...)``. The loop, the prefix
 cache, the checkpoints and the evaluation call only these methods:
 
@@ -50,10 +50,10 @@ class Task(nn.Module, Generic[E]):
 
     Args:
         model: the backbone with its adapters.
-        head: a classification head; None for causal-lm, and until :meth:`load` knows the labels.
+        head: a classification head; None for causal-lm, and until ``load`` knows the labels.
 
     Attributes:
-        files: the files and folders that :meth:`save` may write.
+        files: the files and folders that ``save`` may write.
         uniform: every training forward runs the same modules equally often; DeepSpeed requires it.
         trains_all: every training forward gives every trained parameter a gradient, possibly 0. If False, DDP searches
             for unused parameters.
@@ -81,7 +81,7 @@ class Task(nn.Module, Generic[E]):
     # Data
 
     def load(self, rows: Any, config: TrainConfig, tokenizer: Any) -> list[E]:
-        """Examples of ``rows``, as :func:`~adapterkern.training.load_examples` reads them.
+        """Examples of ``rows``, as ``load_examples`` reads them.
 
         The first call is with the training rows and makes the head if there is none.
         """
@@ -99,7 +99,7 @@ class Task(nn.Module, Generic[E]):
         return cast("list[E]", examples)  # a subclass with another E overrides `load`
 
     def collate(self, examples: Sequence[E], config: TrainConfig) -> Batch:
-        """The batch for :meth:`forward`, on the CPU."""
+        """The batch for ``forward``, on the CPU."""
         return batches.collate(examples, config)
 
     def order(self, examples: Sequence[E], config: TrainConfig, epoch: int) -> list[int]:
@@ -125,7 +125,7 @@ class Task(nn.Module, Generic[E]):
         return contextlib.nullcontext() if config.train_adapters else self.model.disable_adapter()
 
     def optimizer(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
-        """The optimizer of the parameters that :meth:`trained` returns."""
+        """The optimizer of the parameters that ``trained`` returns."""
         return make_optimizer(parameters, config)
 
     def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
@@ -162,7 +162,7 @@ class Task(nn.Module, Generic[E]):
         return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of the batch's targets, and (k,) other numbers for :meth:`evaluate` to sum over batches."""
+        """The summed loss of the batch's targets, and (k,) other numbers for ``evaluate`` to sum over batches."""
         return self.loss(self.hidden(batch), batch)
 
     def predict(self, batch: Batch) -> list[Any]:
@@ -188,7 +188,7 @@ class Task(nn.Module, Generic[E]):
         return metrics | {"seconds": seconds, "tokens_per_second": batches.count_tokens(examples) / seconds}
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
-        """Metrics from the sums over ``examples`` of what :meth:`forward` returns, the loss first."""
+        """Metrics from the sums over ``examples`` of what ``forward`` returns, the loss first."""
         targets = batches.count_targets(examples)
         loss = sums[0] / targets
         metrics = {"loss": loss, "accuracy": sums[1] / targets, "targets": targets}
@@ -206,10 +206,11 @@ class Task(nn.Module, Generic[E]):
     def from_pretrained(
         cls, llama: Any, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
     ) -> tuple[Self, TrainConfig]:
-        """The task of a saved run or checkpoint on ``llama``, and its configuration, for :func:`evaluate`.
+        """The task of a saved run or checkpoint on ``llama``, and its configuration, for ``evaluate``.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
+            FileNotFoundError: a file is missing.
+            ValueError: one is damaged or does not fit; the message names it.
         """
         config, head = load_run(directory)
         model = load_model(llama, directory, config, fused=fused, liger=liger)

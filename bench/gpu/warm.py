@@ -51,7 +51,7 @@ def warm(work: Sequence[Compilation], processes: int) -> dict[str, Any]:
 
 
 def _compiled(processes: int) -> Iterator[tuple[int, bool, bool, str]]:
-    """The results of :func:`_compile` in order of completion. A crash of the compiler costs only its own variant."""
+    """The results of ``_compile`` in order of completion. A crash of the compiler costs only its own variant."""
     context = multiprocessing.get_context("fork")
     left = dict.fromkeys(range(len(_work)))
     with ProcessPoolExecutor(processes, mp_context=context) as pool, contextlib.suppress(BrokenProcessPool):

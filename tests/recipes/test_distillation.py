@@ -56,7 +56,7 @@ def same_shape(model: LlamaAdapter, seed: int, **changes: Any) -> Any:
 
 
 def summed(model: LlamaAdapter, teacher: Any, examples: Any, temperature: float, weight: float) -> Tensor:
-    """The loss of a :class:`Distillation`, text by text, from whole logits and without padding."""
+    """The loss of a ``Distillation``, text by text, from whole logits and without padding."""
     total = torch.zeros((), dtype=torch.float64)
     for e in examples:
         ids, targets = torch.from_numpy(e.input_ids)[None], torch.from_numpy(e.targets)

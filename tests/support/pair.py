@@ -12,7 +12,7 @@ Work = Callable[[int, Path], object]  # of a process's number, and the test's fo
 
 
 def start(work: Work, folder: Path) -> None:
-    """Have both do ``work``, and keep what it gives; see :func:`found`."""
+    """Have both do ``work``, and keep what it gives; see ``found``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -11,7 +11,7 @@ and the feed-forward network (``mh_adapter``). Its folder has
 and possibly a prediction head, which is neither read nor written here. A ``.bin`` file is a pickle; it is read by
 torch's weights-only reader, which builds tensors and calls no other code.
 
-The two files are not a pair of :func:`~adapterkern.files.write_pair`: the format has no field for a hash.
+The two files are not a pair of ``write_pair``: the format has no field for a hash.
 """
 
 import io
@@ -275,7 +275,7 @@ def write_adapterhub(
         directory: created if it does not exist.
         name: non-empty, without dots.
         config: resolved, with explicit layers.
-        tensors: by our names, as :func:`read_adapterhub` returns them.
+        tensors: by our names, as ``read_adapterhub`` returns them.
         llama: the backbone; the file describes it.
         safetensors: write ``adapter.safetensors`` instead of ``pytorch_adapter.bin``, which ``adapters`` reads by
             default. An existing file of the other kind is removed.

@@ -46,7 +46,7 @@ class Training:
 def write_card(
     directory: str | os.PathLike[str], llama: Any, config: AdapterConfig | None, training: Training | None = None
 ) -> None:
-    """Write ``README.md``, atomically. A card without :data:`MARK`, which somebody wrote or edited, is kept.
+    """Write ``README.md``, atomically. A card without ``MARK``, which somebody wrote or edited, is kept.
 
     Args:
         directory: the folder of the saved adapter or head.

@@ -1,6 +1,6 @@
 """The folder of a saved adapter: ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
 
-Weights and configuration are a pair of :func:`~adapterkern.files.write_pair`: after a full disk or a killed process the
+Weights and configuration are a pair of ``write_pair``: after a full disk or a killed process the
 folder has the old pair or the new one, and loading checks the weights against the hash in the configuration.
 """
 

@@ -111,7 +111,7 @@ HEADINGS = ("", "parameters", "train s", "loss", "accuracy %", "over base")
 
 
 def cells(line: Line) -> tuple[str, ...]:
-    """The cells of a line, one per heading in :data:`HEADINGS`."""
+    """The cells of a line, one per heading in ``HEADINGS``."""
     label = line.variant.label + (f" ({line.failed} not finite)" if line.failed else "")
     return (
         label,

@@ -84,7 +84,7 @@ def run_study(
 
     Args:
         llama: the frozen backbone; it has no adapters before and after the call.
-        train_data, eval_data: the same for all runs; see :func:`~adapterkern.training.data.examples.load_examples`.
+        train_data, eval_data: the same for all runs; see ``load_examples``.
         output: the folder of all files.
         tokenizer: the backbone's transformers tokenizer.
         say: called with one line per run.
@@ -288,7 +288,7 @@ def read_results(path: Path) -> dict[str, dict[str, str]]:
     """The rows of an ``ablation.csv`` by key; none if there is no file.
 
     Raises:
-        ValueError: its columns are not :data:`COLUMNS`.
+        ValueError: its columns are not ``COLUMNS``.
     """
     if not path.exists():
         return {}

@@ -94,7 +94,7 @@ def write_stability(study: Study, findings: Findings, output: Path) -> None:
 
 
 def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
-    """The curves of a study's runs, which :func:`~adapterkern.recipes.ablation.runs.run_study` wrote to ``output``.
+    """The curves of a study's runs, which ``run_study`` wrote to ``output``.
 
     Raises:
         ValueError: the study did not log every step.
@@ -132,7 +132,7 @@ LEGEND = (
 
 
 def cells(trace: Trace, fields: Sequence[str]) -> tuple[str, ...]:
-    """The cells of a trace, one per heading in :data:`HEADINGS`; see :data:`LEGEND`."""
+    """The cells of a trace, one per heading in ``HEADINGS``; see ``LEGEND``."""
     settings = dict(trace.variant.settings)
     curves = trace.curves
     accuracy = Spread.of([c.accuracy for c in curves if c.accuracy is not None])

@@ -158,7 +158,7 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def parse_setting(text: str) -> Setting:
-    """``"lr=2e-3"`` → ``("lr", 0.002)``. Raises ``ValueError`` like :func:`parse_axis`."""
+    """``"lr=2e-3"`` → ``("lr", 0.002)``. Raises ``ValueError`` like ``parse_axis``."""
     name, values = parse_axis(text)
     if len(values) != 1:
         raise ValueError(f"set: expected one value for {name}, got {text!r}")

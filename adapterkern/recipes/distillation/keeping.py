@@ -24,7 +24,7 @@ from adapterkern.training.task import Feed, sums_over
 
 
 class WithKept(NamedTuple):
-    """Data for :class:`KeepBehaviour`: rows of the task, and causal-lm rows to keep, which need a text only."""
+    """Data for ``KeepBehaviour``: rows of the task, and causal-lm rows to keep, which need a text only."""
 
     rows: Rows
     kept: Rows
@@ -38,7 +38,7 @@ class KeptText(Example):
 class KeepBehaviour(Taught):
     """A task, and beside it the teacher's soft labels on other texts.
 
-    ``train`` and ``evaluate`` take :class:`WithKept`: training and evaluation data alike may have texts to keep.
+    ``train`` and ``evaluate`` take ``WithKept``: training and evaluation data alike may have texts to keep.
     Training batches hold both kinds of rows as the order has them. The layers above the prefix run once for both; the
     teacher runs on the kept ones only. ``head`` is the task's, for a classification.
     """
@@ -46,7 +46,7 @@ class KeepBehaviour(Taught):
     # Data
 
     def load(self, rows: Rows | WithKept, config: TrainConfig, tokenizer: Any) -> list[Example]:
-        """Examples of the task's rows, and after them the texts to keep. Raises as :meth:`.Task.load`."""
+        """Examples of the task's rows, and after them the texts to keep. Raises as ``Task.load``."""
         if not isinstance(rows, WithKept):
             return super().load(rows, config, tokenizer)
         examples = super().load(rows.rows, config, tokenizer)
@@ -56,7 +56,7 @@ class KeepBehaviour(Taught):
         return [*examples, *(KeptText(e.input_ids, np.array([IGNORE]), e.positions) for e in kept)]
 
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
-        """The batch that :meth:`forward` takes.
+        """The batch that ``forward`` takes.
 
         With texts to keep it also has ``kept`` (R,), their rows, and of their N tokens ``kept_positions`` (N,), flat
         indices into (R·L), ``kept_targets`` (N,) and ``kept_weights`` (N,), which sum to 1 per text.
@@ -90,14 +90,14 @@ class KeepBehaviour(Taught):
     # A forward
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As :meth:`.Task.forward`; the second has the sums of kept texts in eval mode, see :meth:`loss`."""
+        """As ``Task.forward``; the second has the sums of kept texts in eval mode, see ``loss``."""
         return super().forward(self.with_prefix(batch) if "kept" in batch else batch)
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of a batch, and (1,) how many targets are right, counted in eval mode alone.
 
         In eval mode a batch has one kind of rows. Those of the task give their plain cross-entropy; kept ones give the
-        sums (5,) over their tokens that :class:`.Distillation` gives.
+        sums (5,) over their tokens that ``Distillation`` gives.
         """
         if "kept" not in batch:
             return self._task_loss(hidden, batch)
@@ -126,7 +126,7 @@ class KeepBehaviour(Taught):
     def evaluate(
         self, run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig
     ) -> dict[str, float]:
-        """The task's own metrics of its rows, and those of kept texts (:func:`.token_metrics`) as ``kept_...``."""
+        """The task's own metrics of its rows, and those of kept texts (``token_metrics``) as ``kept_...``."""
         kept = [e for e in examples if isinstance(e, KeptText)]
         metrics = super().evaluate(run, [e for e in examples if not isinstance(e, KeptText)], feed, config)
         if kept:

@@ -18,7 +18,8 @@ class SoftLabelSettings:
         chunk_tokens: tokens whose logits exist at a time, >= 1; it changes memory and speed, not the loss.
 
     Raises:
-        ValueError: a setting is out of its range. TypeError: one is of the wrong type.
+        ValueError: a setting is out of its range.
+        TypeError: one is of the wrong type.
     """
 
     temperature: float = dataclasses.field(

@@ -72,8 +72,8 @@ def soft_label_loss(
         teacher: its states of the same N tokens; None leaves the divergence out.
         targets: (N,) int64, ``IGNORE`` where there is none; None leaves the cross-entropy out.
         token_weights: (N,), a_i.
-        temperature, weight, divergence, chunk_tokens: see :class:`.SoftLabelSettings`.
-        count: also compute the last three fields of :class:`SoftLabelLoss`.
+        temperature, weight, divergence, chunk_tokens: see ``SoftLabelSettings``.
+        count: also compute the last three fields of ``SoftLabelLoss``.
 
     Raises:
         ValueError: an argument out of its range, or teacher and student differ in tokens or vocabulary.

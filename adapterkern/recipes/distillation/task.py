@@ -1,6 +1,6 @@
 """``Distillation``: soft labels of a teacher for the targets of causal-lm rows.
 
-It suits a student that is smaller than its teacher: :func:`first_layers` makes one that shares the teacher's
+It suits a student that is smaller than its teacher: ``first_layers`` makes one that shares the teacher's
 parameters. The loss, its temperature T and its mixing weight λ are those of soft_labels.py.
 """
 
@@ -26,13 +26,13 @@ class Distillation(Taught):
     """
 
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
-        """As :meth:`.Task.load`. Raises ``ValueError`` also where ``config.task`` is not causal-lm."""
+        """As ``Task.load``. Raises ``ValueError`` also where ``config.task`` is not causal-lm."""
         if config.task != "causal-lm":
             raise ValueError(f"task: expected causal-lm for Distillation, whose labels are tokens, got {config.task!r}")
         return super().load(rows, config, tokenizer)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss, and the other sums (5,) of :class:`.SoftLabelLoss`."""
+        """The summed loss, and the other sums (5,) of ``SoftLabelLoss``."""
         return super().forward(self.with_prefix(batch) if self._teaches else batch)
 
     @property
@@ -40,13 +40,13 @@ class Distillation(Taught):
         return self.soft_labels.weight > 0 or not self.training
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`; ``batch`` from :meth:`with_prefix`."""
+        """As ``forward``; ``batch`` from ``with_prefix``."""
         positions = batch["positions"]
         taught = self.taught(batch).flatten(0, 1)[positions] if self._teaches else None
         loss, *others = self.soft_label_loss(hidden.flatten(0, 1)[positions], taught, targets=batch["targets"])
         return loss, torch.stack(others)
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
-        """``loss`` as in training, and the metrics of :func:`.token_metrics`."""
+        """``loss`` as in training, and the metrics of ``token_metrics``."""
         targets = count_targets(examples)
         return {"loss": sums[0] / targets} | token_metrics(sums[1:], targets)

@@ -32,7 +32,7 @@ _SAVED = ("temperature", "weight", "divergence")
 
 
 class Taught(Task[Example]):
-    """A task with a teacher: what :class:`.Distillation` and :class:`.KeepBehaviour` share.
+    """A task with a teacher: what ``Distillation`` and ``KeepBehaviour`` share.
 
     Args:
         model: the student, with its adapters.
@@ -40,10 +40,11 @@ class Taught(Task[Example]):
             vocabulary, on the same device, whose logits are its output embedding of its last hidden states. It is put
             into eval mode. It does not become part of this module: it is neither trained nor saved.
         head: a classification head, for a task that has one.
-        temperature, weight, divergence, chunk_tokens: see :class:`.SoftLabelSettings`; later ``soft_labels``.
+        temperature, weight, divergence, chunk_tokens: see ``SoftLabelSettings``; later ``soft_labels``.
 
     Raises:
-        ValueError: a setting out of its range, or a teacher that does not fit. TypeError: a setting of the wrong type.
+        ValueError: a setting out of its range, or a teacher that does not fit.
+        TypeError: a setting of the wrong type.
     """
 
     files: ClassVar[tuple[str, ...]] = (*Task.files, DISTILLATION_CONFIG)
@@ -88,7 +89,7 @@ class Taught(Task[Example]):
         return batch | {"prefix": self.model.run_prefix(batch["input_ids"], batch["attention_mask"])}
 
     def taught(self, batch: Batch) -> Tensor:
-        """The teacher's last hidden states (B, L, its width), without gradient; ``batch`` from :meth:`with_prefix`."""
+        """The teacher's last hidden states (B, L, its width), without gradient; ``batch`` from ``with_prefix``."""
         with torch.no_grad():
             if self.teacher is not None:
                 inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -100,7 +101,7 @@ class Taught(Task[Example]):
     def soft_label_loss(self, hidden: Tensor, taught: Tensor | None, **values: Any) -> SoftLabelLoss:
         """The loss of tokens' states (N, d), against the teacher's of the same tokens (N, its width), or None.
 
-        ``values`` are further arguments of :func:`.soft_labels.soft_label_loss`; they go before this task's settings.
+        ``values`` are further arguments of ``soft_labels.soft_label_loss``; they go before this task's settings.
         """
         head = self.model.base.get_output_embeddings()
         teacher = None
@@ -112,7 +113,7 @@ class Taught(Task[Example]):
     # Files
 
     def save(self, directory: Path, config: TrainConfig) -> None:
-        """What :meth:`.Task.save` writes, and the settings in ``distillation.json``."""
+        """What ``Task.save`` writes, and the settings in ``distillation.json``."""
         super().save(directory, config)
         write_json(directory / DISTILLATION_CONFIG, self.settings)
 
@@ -147,7 +148,7 @@ class Taught(Task[Example]):
 
 
 def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:
-    """The teacher's description and the settings that :meth:`Taught.save` wrote."""
+    """The teacher's description and the settings that ``Taught.save`` wrote."""
     saved = read_json(path)
     missing = [name for name in ("teacher", *_SAVED) if name not in saved]
     if missing:
@@ -185,7 +186,7 @@ def check_teacher(model: LlamaAdapter, teacher: Any) -> None:
 
 
 def token_metrics(sums: Sequence[float], tokens: int) -> dict[str, float]:
-    """Means over tokens, from the sums of :class:`.SoftLabelLoss` without its loss.
+    """Means over tokens, from the sums of ``SoftLabelLoss`` without its loss.
 
     Cross-entropy, perplexity and accuracy of the student; the teacher's perplexity; the divergence D, without T², in
     nats; and ``agreement``, how often both have the same token on top.

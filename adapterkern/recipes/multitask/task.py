@@ -343,7 +343,8 @@ class MultiTask(Task[TaskExample]):
         """All tasks of a saved run or checkpoint on ``llama``, and the configuration of their training.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
+            FileNotFoundError: a file is missing.
+            ValueError: one is damaged or does not fit; the message names it.
         """
         names, temperature = cls._saved_settings(directory)
         model = LlamaAdapter(llama, None, fused=fused, liger=liger)
@@ -361,7 +362,7 @@ class MultiTask(Task[TaskExample]):
 
     @classmethod
     def saved_names(cls, directory: str | os.PathLike[str]) -> list[str]:
-        """The tasks of a saved run or checkpoint. Raises as :meth:`from_pretrained`."""
+        """The tasks of a saved run or checkpoint. Raises as ``from_pretrained``."""
         return cls._saved_settings(directory)[0]
 
     @staticmethod

@@ -17,7 +17,8 @@ class SpanSettings:
         pointer_dim: p of the head's pointer term, see head.py; 0 leaves the term out.
 
     Raises:
-        ValueError: a setting is out of its range. TypeError: one is of the wrong type.
+        ValueError: a setting is out of its range.
+        TypeError: one is of the wrong type.
     """
 
     doc_stride: int = dataclasses.field(

@@ -44,8 +44,8 @@ class QuestionAnswering(Task[Window]):
 
     Args:
         model: the backbone with its adapters.
-        settings: see :class:`SpanSettings`; later ``span_settings``.
-        span: a head to use or train further; by default :meth:`load` makes one.
+        settings: see ``SpanSettings``; later ``span_settings``.
+        span: a head to use or train further; by default ``load`` makes one.
     """
 
     def __init__(self, model: LlamaAdapter, settings: SpanSettings | None = None, span: SpanHead | None = None) -> None:
@@ -104,7 +104,7 @@ class QuestionAnswering(Task[Window]):
         return windows
 
     def collate(self, examples: Sequence[Window], config: TrainConfig) -> Batch:
-        """The batch that :meth:`forward` takes.
+        """The batch that ``forward`` takes.
 
         Beside ids and mask (B, L) it has ``targets`` (B, 2), ``positions`` (B, 1 + K) of each window's last token and
         of its context tokens, and ``choices`` (B, 1 + K), false where a row of positions is only filled up.
@@ -140,7 +140,7 @@ class QuestionAnswering(Task[Window]):
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy of starts and ends, and the scores (B, 1 + K, 2), −∞ where there is no choice.
 
-        :meth:`evaluate` and :meth:`predict` read the scores; they are not summed over batches.
+        ``evaluate`` and ``predict`` read the scores; they are not summed over batches.
         """
         states = hidden.gather(1, batch["positions"][..., None].expand(-1, -1, hidden.shape[-1]))
         scores = self._span_head(states[:, 1:], states[:, 0]).masked_fill(~batch["choices"][..., None], -math.inf)
@@ -148,7 +148,7 @@ class QuestionAnswering(Task[Window]):
         return F.cross_entropy(by_side, batch["targets"].flatten(), reduction="sum"), scores
 
     def predict(self, batch: Batch) -> list[list[Span]]:
-        """The best spans of each window, best first; :meth:`answer` makes texts of them."""
+        """The best spans of each window, best first; ``answer`` makes texts of them."""
         return self._best(self(batch)[1], batch)
 
     def _best(self, scores: Tensor, batch: Batch) -> list[list[Span]]:
@@ -187,7 +187,7 @@ class QuestionAnswering(Task[Window]):
         }
 
     def answer(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> dict[str, Prediction]:
-        """The answer to each question, labeled or not, by its id; in the order of the rows. Raises as :meth:`load`."""
+        """The answer to each question, labeled or not, by its id; in the order of the rows. Raises as ``load``."""
         windows = self._windows(rows, config, tokenizer, labeled=False)
         batches, feed = eval_batches(windows, config), Feed(self, config, None)
         accelerator = make_accelerator(config.precision, self.model.device)
@@ -213,7 +213,8 @@ class QuestionAnswering(Task[Window]):
         """The task of a saved run or checkpoint on ``llama``, and its configuration, for ``evaluate`` and ``answer``.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: one is damaged or does not fit; the message names it.
+            FileNotFoundError: a file is missing.
+            ValueError: one is damaged or does not fit; the message names it.
         """
         config = load_config(directory)
         path, saved = read_head_config(Path(directory), "span", {"hidden_size": int, "settings": dict})

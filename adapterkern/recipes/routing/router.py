@@ -69,7 +69,8 @@ class RoutingConfig:
         free_epochs: epochs before the cost counts, in which the experts become worth something.
 
     Raises:
-        ValueError: an argument is out of its range. TypeError: one is of another type. Both name it.
+        ValueError: an argument is out of its range.
+        TypeError: one is of another type. Both name it.
     """
 
     experts: int = field(default=4, metadata={"help": "adapters to choose among"})
@@ -144,7 +145,7 @@ class Router(nn.Module):
             return Route(chosen, weight, self.linear(pooled), pooled)
 
     def choose(self, scores: Tensor, drawn: Tensor | None = None) -> Route:
-        """The routes by ``scores`` plus the noise of :meth:`draw`; without ``drawn`` there is no noise, and u is 1."""
+        """The routes by ``scores`` plus the noise of ``draw``; without ``drawn`` there is no noise, and u is 1."""
         noisy = scores.detach()
         if drawn is not None:
             drawn = drawn.to(noisy)
@@ -172,7 +173,7 @@ def choice_counts(route: Route, experts: int) -> Tensor:
 def balance_loss(route: Route, experts: int, counts: Tensor | None = None) -> Tensor:
     """The Switch Transformer's load-balancing loss, from 1 (even load) to ``experts``; 0 where no sequence runs any.
 
-    ``counts`` are the :func:`choice_counts` of the whole that ``route`` is a part of; the parts' values add up to that
+    ``counts`` are the ``choice_counts`` of the whole that ``route`` is a part of; the parts' values add up to that
     of the whole.
     """
     counts = choice_counts(route, experts) if counts is None else counts

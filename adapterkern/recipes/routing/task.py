@@ -66,8 +66,8 @@ class RoutedTask(Task[Example]):
     Args:
         model: its active adapter becomes the first expert; the others are new, of the same configuration, and named
             ``expert-1``, ``expert-2``, …
-        routing: see :class:`RoutingConfig`.
-        head: as for :class:`~adapterkern.training.Task`.
+        routing: see ``RoutingConfig``.
+        head: as for ``Task``.
 
     Raises:
         ValueError: no adapter is active, or one has an expert's name.
@@ -126,7 +126,7 @@ class RoutedTask(Task[Example]):
         )
 
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
-        """A batch, in a training step with ``drawn`` (B, ...), what :meth:`Router.draw` gave for its sequences."""
+        """A batch, in a training step with ``drawn`` (B, ...), what ``Router.draw`` gave for its sequences."""
         batch = super().collate(examples, config)
         if self.training and self._step is not None:
             batch["drawn"] = torch.stack([self._step.drawn[example.row] for example in examples])
@@ -139,7 +139,7 @@ class RoutedTask(Task[Example]):
         """Context in which the model's next forward, or ``generate``, on sequences of this mask (B, L) is routed.
 
         Args:
-            drawn: what :meth:`Router.draw` gives, for choices as in training.
+            drawn: what ``Router.draw`` gives, for choices as in training.
 
         Yields:
             a list that holds the route as soon as it has been decided.
@@ -170,9 +170,9 @@ class RoutedTask(Task[Example]):
         return self.hidden_and_route(batch)[0]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As :meth:`Task.forward`; in eval mode it counts more: see :meth:`metrics`.
+        """As ``Task.forward``; in eval mode it counts more: see ``metrics``.
 
-        In training, a forward that :meth:`begin_step` has not announced is a step of its own.
+        In training, a forward that ``begin_step`` has not announced is a step of its own.
         """
         hidden, route = self.hidden_and_route(batch)
         loss, correct = self.loss(hidden, batch)

@@ -31,7 +31,7 @@ class Example:
     row: int = dataclasses.field(default=-1, kw_only=True)  # its number within a run, see `numbered`
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """The arrays that :func:`~adapterkern.training.data.batches.fingerprint` covers."""
+        """The arrays that ``fingerprint`` covers."""
         return self.input_ids, self.targets, self.positions
 
 

@@ -41,7 +41,7 @@ class BadRows:
         self.found.append(f"{place}: {problem}")
 
     def settle(self, skip: bool) -> None:
-        """Raise :class:`DataError` if there are bad rows; with ``skip``, log a warning instead."""
+        """Raise ``DataError`` if there are bad rows; with ``skip``, log a warning instead."""
         if not self.found:
             return
         shown = "\n  ".join(self.found[:_SHOWN])

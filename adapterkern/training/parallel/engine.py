@@ -26,12 +26,12 @@ from adapterkern.training.task import Task
 class Engine:
     """The trained parameters of a run, their optimizer, and how a step updates them.
 
-    Before :meth:`start`, a checkpoint may be loaded into ``parameters``, ``optimizer`` and ``schedule``.
+    Before ``start``, a checkpoint may be loaded into ``parameters``, ``optimizer`` and ``schedule``.
 
     Attributes:
         parameters: the trained parameters, by name.
         optimizer, schedule: for these parameters.
-        run: the prepared task, to be called instead of ``task``; set by :meth:`start`.
+        run: the prepared task, to be called instead of ``task``; set by ``start``.
     """
 
     run: Any

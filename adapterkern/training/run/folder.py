@@ -94,7 +94,7 @@ def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, tr
     """Write the model card of the adapter or head in ``directory``; a task with several adapters has one per adapter.
 
     Args:
-        training: the fields of :class:`~adapterkern.model.files.card.Training` other than ``settings``.
+        training: the fields of ``Training`` other than ``settings``.
     """
     if config.train_adapters and not (directory / CONFIG_NAME).exists():
         return

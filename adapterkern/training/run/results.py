@@ -21,19 +21,36 @@ class NonFiniteError(FloatingPointError):
 
 @dataclasses.dataclass
 class TrainResult:
-    """The outcome of a run."""
+    """The outcome of a run.
 
-    steps: int  # optimizer steps, including those before a resume
-    stopped: bool  # by a signal, before the last step
-    metrics: dict[str, float] | None  # of the last evaluation
-    history: list[dict[str, Any]]  # the records of metrics.jsonl
+    Attributes:
+        steps: optimizer steps, including those before a resume.
+        stopped: by a signal, before the last step.
+        metrics: of the last evaluation.
+        history: the records of metrics.jsonl.
+        head: the classification head; None for causal-lm.
+        labels: the label names; empty for causal-lm.
+        trainable_parameters: how many.
+        skipped_steps: by the fp16 scaler.
+        seconds: spent in training steps.
+        prefix_seconds: spent filling the prefix cache.
+        eval_seconds: spent in evaluations.
+        tokens_per_second: real tokens, without padding, over ``seconds``.
+        prefix_layers: layers whose activations were cached; 0 without the cache.
+        checkpoint: the newest one.
+    """
+
+    steps: int
+    stopped: bool
+    metrics: dict[str, float] | None
+    history: list[dict[str, Any]]
     head: ClassificationHead | None
     labels: list[str]
     trainable_parameters: int
-    skipped_steps: int  # by the fp16 scaler
-    seconds: float  # spent in training steps
-    prefix_seconds: float  # spent filling the prefix cache
-    eval_seconds: float  # spent in evaluations
-    tokens_per_second: float  # real tokens, without padding, over `seconds`
-    prefix_layers: int  # layers whose activations were cached; 0 without the cache
-    checkpoint: Path | None  # the newest one
+    skipped_steps: int
+    seconds: float
+    prefix_seconds: float
+    eval_seconds: float
+    tokens_per_second: float
+    prefix_layers: int
+    checkpoint: Path | None

@@ -17,6 +17,8 @@ from bench import adapter, engine, measure, report
 from bench.cases import COPY, Case, Variant
 from bench.measure import interleave, kept_for_backward, peak_bytes
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -13,6 +13,8 @@ import pytest
 from bench import before
 from bench.gpu import carried
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

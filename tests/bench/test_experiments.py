@@ -8,6 +8,8 @@ import pytest
 
 from experiments import common
 
+pytestmark = pytest.mark.slow
+
 STUDIES = sorted(p.stem for p in Path(common.__file__).parent.glob("*.py") if p.stem not in ("__init__", "common"))
 
 

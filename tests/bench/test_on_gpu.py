@@ -18,6 +18,8 @@ from bench.gpu import measured, runner, steps, summary
 from bench.gpu.runner import Command, Run, Step
 from bench.sweep import CONTEXT_LOST
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NO_GIT = not (ROOT / ".git").exists()
 

@@ -92,7 +92,7 @@ def test_a_decoder_that_cannot_be_cut_is_trained_without_the_cache(family: str) 
         assert result.prefix_layers == 0
         losses.append([record["loss"] for record in result.history])
     assert losses[0] == losses[1]
-    with pytest.raises(ValueError, match="prefix_cache: expected None or False, since"):
+    with pytest.raises(ValueError, match="prefix_cache: expected None or False, because"):
         ak.train(model(), rows, tiny_run.quiet(prefix_cache=True), tokenizer=tiny_run.tokenizer())
 
 

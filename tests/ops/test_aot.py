@@ -10,6 +10,8 @@ from adapterkern.ops.kernels import cache, forward, hidden, launch, tiles
 from bench import aot, sass
 from tests.support.numerics import make_weights
 
+pytestmark = pytest.mark.slow
+
 NO_PRODUCTS = ("prepare", "reduce", "hidden_finish")
 
 

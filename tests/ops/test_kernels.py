@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 # In the interpreter no input on a CPU is too small for the operator.
 NOT_INTERPRETED = ["test_large_inputs_take_the_operator_and_small_ones_eager"]

@@ -53,6 +53,7 @@ def test_error_is_within_twice_eager_s(distribution: str, dtype: torch.dtype) ->
         assert relative_error(o, e) <= 2 * relative_error(t, e) + floor, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_and_opcheck(activation: str) -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -31,6 +31,7 @@ def any_backend(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("misaligned", [False, True])
 def test_two_hundred_steps_stay_as_close_to_float64_as_torch(any_backend, misaligned):
     sizes = [*SIZES, 1_000_000]
@@ -351,6 +352,7 @@ def test_error_if_nonfinite(any_backend):
     assert torch.equal(p, torch.ones(3))
 
 
+@pytest.mark.slow
 def test_import_needs_no_extension():
     code = (
         "import sys; sys.modules['adapterkern._C'] = None\n"
@@ -363,6 +365,7 @@ def test_import_needs_no_extension():
     assert "ClippedAdamW on cpu runs on torch fused AdamW" in run.stderr  # the fallback is logged
 
 
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are bound on Linux only")
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs two cores")

@@ -10,6 +10,8 @@ from torch import nn
 from adapterkern.optim import ClippedAdamW
 from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, worst
 
+pytestmark = pytest.mark.slow
+
 
 def _sharded_run(rank: int, world: int, file: str) -> None:
     """DTensors of two placements beside a plain parameter: three buckets that share one norm."""

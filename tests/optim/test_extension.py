@@ -18,6 +18,7 @@ from adapterkern.optim import backend
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shutil.which("g++")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(CXX is None, reason="needs g++"),
     pytest.mark.skipif(backend("cpu")[0] != "cpu twin", reason=f"the extension is missing: {backend('cpu')[1]}"),
 ]

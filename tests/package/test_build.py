@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+pytestmark = [pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

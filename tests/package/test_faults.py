@@ -56,6 +56,7 @@ def files(directory: Path) -> dict[str, bytes]:
 # Death
 
 
+@pytest.mark.slow
 def test_kill_9(tmp_path: Path) -> None:
     """The script checks what a kill has left; a longer run of it is among the results of the bench."""
     command = [sys.executable, "-m", "tests.package.kill_runs", "--output", str(tmp_path / "out.json")]
@@ -181,6 +182,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_training_until_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
     """It stops with an error that names the file; with more room it goes on from its last checkpoint."""
     values = {"checkpoint_every": 1, "keep_checkpoints": 99, "epochs": 4, "log_every": 1}

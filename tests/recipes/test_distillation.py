@@ -244,6 +244,7 @@ def test_a_kept_text_weighs_as_one_target(kind: str, side: str) -> None:
     assert [isinstance(e, KeptText) for e in examples] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_keeping_lowers_the_drift_and_the_task_is_still_learned(kind: str) -> None:
     rows, values = TASKS[kind]

@@ -120,6 +120,7 @@ def test_checkpointing_and_unfused_and_bf16_give_the_same_or_nearly() -> None:
     )
 
 
+@pytest.mark.slow
 def test_each_learns_its_own_rule() -> None:
     """b's labels are a's swapped: one adapter for both could not learn them."""
     swapped = [row | {"label": {"no": "yes", "yes": "no"}[row["label"]]} for row in tiny_run.rows(800)]

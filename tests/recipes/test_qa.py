@@ -225,6 +225,7 @@ def test_the_loss_is_the_cross_entropy_of_starts_and_ends() -> None:
 # Training
 
 
+@pytest.mark.slow
 def test_learns_its_examples_by_heart_and_says_nothing_where_there_is_nothing(tmp_path: Path) -> None:
     adapted = model(layers=(0, 1, 2))
     task = QuestionAnswering(adapted, SpanSettings(null_threshold=0.0, pointer_dim=16))
@@ -321,6 +322,7 @@ def trained_by(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_learn_as_one(tmp_path: Path) -> None:
     losses, metrics = shared_run()

@@ -13,7 +13,7 @@ from adapterkern.training import processes, train
 from adapterkern.training.task import Task
 from tests.support import pair, tiny_recipes, tiny_run
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 TEXTS = [{"text": row["text"]} for row in tiny_run.rows(7, seed=3)]
 ROWS = tiny_run.rows(11)

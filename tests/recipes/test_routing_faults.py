@@ -12,6 +12,8 @@ from adapterkern.recipes.routing import RoutedTask
 from tests.support import tiny_run
 from tests.support.tiny_recipes import routed
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tiny_run.quiet(task="causal-lm")  # no head: its two files are another pair
 _EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
 

@@ -12,7 +12,7 @@ from tests.support.runs import cut, records, same
 from tests.support.tiny_qa import shared_run
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytestmark = pytest.mark.timeout(480)
+pytestmark = [pytest.mark.timeout(480), pytest.mark.slow]
 
 STAGES = ["zero2", "zero3"]
 

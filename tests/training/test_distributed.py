@@ -13,7 +13,7 @@ from tests.support import pair, two_processes
 from tests.support.pair import found
 from tests.support.runs import cut, records, same
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
 # Two processes sum a step's rows, and FSDP2 the squares of its shards, in another order: fp32 rounding, amplified by
 # Adam over 7 steps of 1e-2.

@@ -13,6 +13,8 @@ from adapterkern.training.run.checkpoint import checkpoints
 from adapterkern.training.run.interrupt import StopRequest
 from tests.support import tiny_run
 
+pytestmark = pytest.mark.slow
+
 ROWS = tiny_run.rows(24)
 VALUES = {"epochs": 4, "log_every": 1, "accumulation": 2, "checkpoint_every": 10_000, "warmup": 3}
 

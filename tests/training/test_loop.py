@@ -37,6 +37,7 @@ def accuracy(rows: list[dict[str, Any]], unseen: list[dict[str, Any]], **values:
     return metrics["accuracy"]
 
 
+@pytest.mark.slow
 def test_learns_a_rule_and_not_noise() -> None:
     """The label says which of two words is in the text, which generalizes to unseen texts; random labels do not."""
     rows, unseen = tiny_run.rows(800), tiny_run.rows(200, seed=1)

@@ -40,7 +40,7 @@ metrics = ak.evaluate(model, args.eval, config, tokenizer=tokenizer, head=head)
 print(f"loaded: accuracy {metrics['accuracy']:.4f}")
 
 # Label new texts.
-task = Task(model, head.to(model.device)).eval()
+task: Task = Task(model, head.to(model.device)).eval()
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 batch = tokenizer(args.texts, padding=True, truncation=True, max_length=config.max_length, return_tensors="pt")
 with torch.no_grad():

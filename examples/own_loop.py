@@ -32,7 +32,7 @@ rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
 
 torch.manual_seed(0)
 model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=64, every=2)).train()
-loader = DataLoader(rows, args.batch_size, shuffle=True)  # a tensor is a data set of its rows
+loader: DataLoader[torch.Tensor] = DataLoader(rows, args.batch_size, shuffle=True)  # a tensor is a data set of its rows
 # A torch optimizer that clips by the global norm: no clip_grad_norm_, and no wait for the device.
 optimizer = ak.ClippedAdamW(model.adapter_parameters(), lr=args.lr, max_norm=1.0)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))

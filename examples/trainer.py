@@ -43,7 +43,7 @@ if args.sft:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    trainer = SFTTrainer(
+    trainer: Trainer = SFTTrainer(
         model,
         SFTConfig(**arguments, max_length=256),
         train_dataset=Dataset.from_list([{"text": text} for text in texts]),

@@ -41,7 +41,7 @@ def make_run(path: Path, error: float) -> report.Run:
 
 def test_variants_take_turns_and_the_first_one_changes() -> None:
     calls: list[str] = []
-    variants = [Variant(name, lambda name=name: calls.append(name)) for name in "abc"]
+    variants = [Variant(name, lambda name=name: calls.append(name)) for name in "abc"]  # type: ignore[misc]  # mypy infers no lambda with a default
     variants.append(Variant("absent", missing="not here"))
     times = interleave(Case("adapter", "x", {}), variants, CPU, rounds=6, seconds=60)
     assert {name: len(t) for name, t in times.items()} == {"a": 6, "b": 6, "c": 6}

@@ -144,7 +144,7 @@ def test_a_bad_step_loses_nothing_and_stops_nothing(tmp_path: Path, monkeypatch:
         Step("failing", 5, lambda: [shell("exit 7"), shell("echo 2 > work/after.txt")], 0),
         Step("hanging", 1, lambda: [hanging, shell("echo 3 > work/never.txt")], 0),
         Step("toolless", 5, lambda: [shell("true")], 0, tool="no-such-tool"),
-        Step("broken", 5, lambda: [shell("true")][1], 0),  # type: ignore[list-item, return-value]
+        Step("broken", 5, lambda: [shell("true")][1], 0),  # type: ignore[return-value]  # no list of commands
         Step("long", 5, lambda: [shell("true")], 500),
         Step("idle", 5, list, 0, why_not="no --ab was given"),
         Step("last", 5, lambda: [shell("echo 4 > work/last.txt; mkdir -p cache/x; touch cache/x/__grp__k.json")], 0),

@@ -180,7 +180,7 @@ def test_options_give_back_the_configuration() -> None:
     ]
     made = options.from_options(parser.parse_args(given), TrainConfig)
     changed = {"epochs": 5, "lr": 1e-2, "plot": False, "prefix_cache": True, "max_steps": 1000, "padding": "max_length"}
-    assert made == TrainConfig(**changed)  # type: ignore[arg-type]
+    assert made == TrainConfig(**changed)
 
 
 def test_the_package_imports_without_the_train_extra() -> None:

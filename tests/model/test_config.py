@@ -77,7 +77,7 @@ def test_config_dict_round_trip() -> None:
 )
 def test_config_errors(fields: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ak.AdapterConfig(**fields)  # type: ignore[arg-type]
+        ak.AdapterConfig(**fields)
 
 
 @pytest.mark.parametrize(

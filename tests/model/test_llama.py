@@ -43,6 +43,7 @@ def test_every_family_and_position(family: str, position: str) -> None:
 def test_positions_are_where_they_say(position: str) -> None:
     """Each position against the layer written out by hand."""
     model = adapted(layers=[0], position=position)
+    layer: Any  # a module of modules
     layer, adapter = model.layers[0], model.adapters["default"]["0"]
     stream: dict[str, Tensor] = {}
     handles = [

@@ -1,5 +1,7 @@
 """Low-rank adapters and stacks: what they compute with the operator, and their initialization. See test_kernels.py."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -77,6 +79,7 @@ def test_a_stack_is_its_adapters_one_after_the_other(activation: str) -> None:
     y = stack(x)
     stack.double()
     exact = x.double()
+    adapter: Any  # an ak.Adapter; a Sequential's modules are Module to torch
     for adapter in stack:
         z = adapter.down(adapter.norm(exact))
         exact = exact + adapter.up(z if activation == "identity" else torch.nn.functional.silu(z))
@@ -94,7 +97,7 @@ def test_stacks_in_a_model(position: str) -> None:
         adapter_dim=4, depth=2, activation="identity", init="xavier", position=position, layers=(0, -1)
     )
     model = ak.LlamaAdapter(tiny(), config)
-    assert [len(site) for site in model.adapters["default"].values()] == [2, 2]
+    assert [len(site) for site in model.adapters["default"].values()] == [2, 2]  # type: ignore[operator]  # Tensor | Module to torch
     ids = torch.arange(12).view(2, 6)
     outcomes = []
     for fused in (True, False):

@@ -92,7 +92,7 @@ def test_weighted_choices_against_the_layers_by_hand(fused: bool) -> None:
     weight = torch.tensor([[0.7, 0.3], [1.5, 2.0], [0.25, -0.5]], dtype=torch.float64, requires_grad=True)
     with model.mixing(["a", "b", "c"], index, weight):
         got = model(IDS).logits
-    got_gradients = gradients(model, got) | {"weight": weight.grad.clone()}  # type: ignore[union-attr]
+    got_gradients = gradients(model, got) | {"weight": weight.grad.clone()}
 
     def by_hand(layer: int, x: Tensor) -> Tensor:
         rows = []
@@ -100,7 +100,7 @@ def test_weighted_choices_against_the_layers_by_hand(fused: bool) -> None:
             row = x[b]
             for k in range(2):
                 if index[b, k] >= 0:
-                    one: Any = model.adapters["abc"[index[b, k]]][str(layer)]  # type: ignore[index]
+                    one: Any = model.adapters["abc"[index[b, k]]][str(layer)]
                     row = row + weight[b, k] * (one(x[b]) - x[b])
             rows.append(row)
         return torch.stack(rows)

@@ -60,7 +60,7 @@ def gradients(chooser: Chooser) -> list[Tensor]:
     with MODEL.mixing(MIXED, chooser):
         MODEL(IDS, attention_mask=LEFT_PADDED, labels=IDS, use_cache=False).loss.backward()
     parameters = [chooser.scale, *(p for name in MIXED for p in MODEL.adapter_parameters(name))]
-    return [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
+    return [p.grad.clone() for p in parameters]
 
 
 def test_gradient_checkpointing_does_not_ask_again() -> None:

@@ -77,7 +77,7 @@ def test_what_needs_an_adapter_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name: expected one of a, got None"):
         model.save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="config: expected an AdapterConfig, got None"):
-        model.add_adapter("b", None)  # type: ignore[arg-type]
+        model.add_adapter("b", None)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -78,7 +78,7 @@ def adapted(llama: Any) -> ak.LlamaAdapter:
 
 def grads(model: ak.LlamaAdapter) -> list[Tensor]:
     model(IDS, labels=IDS).loss.backward()
-    return [p.grad.clone() for p in model.adapter_parameters()]  # type: ignore[union-attr]
+    return [p.grad.clone() for p in model.adapter_parameters()]
 
 
 # The bound is on ‖difference‖/‖gradient‖ against the dequantized weights: int8 also quantizes its input, and

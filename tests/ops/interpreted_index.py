@@ -49,7 +49,7 @@ def mixture(index: Tensor, sites: int = 2) -> Mixture:
         name: nn.ModuleDict({str(n): nn.Sequential(ak.Adapter(40, 12, init="xavier")) for n in range(sites)})
         for name in "ab"
     }
-    return Mixture(adapters, dict.fromkeys(adapters, config), index)  # type: ignore[arg-type]
+    return Mixture(adapters, dict.fromkeys(adapters, config), index)
 
 
 @pytest.mark.parametrize("index", [[1, 0, -1, 1], [[1, 0], [0, -1], [-1, 1], [1, 1]]], ids=["one choice", "two"])
@@ -74,7 +74,7 @@ def test_a_mixture_s_results_are_the_operator_s_to_the_bit() -> None:
     for site in ("0", "1", "1"):
         run = mixed.at(site, "layer")
         assert run is not None
-        modules = [adapters[site][0] for adapters in mixed._adapters]  # type: ignore[index]
+        modules = [adapters[site][0] for adapters in mixed._adapters]
         stacked = [torch.stack(same) for same in zip(*map(parameters, modules), strict=True)]
         leaf = x.clone().requires_grad_()
         y = run(leaf)
@@ -110,7 +110,7 @@ def test_beams_have_an_index_of_their_own() -> None:
         for batch, times, of in ((x, 1, mixed), (x.repeat_interleave(3, 0), 3, beams)):
             run = of.at("0", "layer")
             assert run is not None
-            modules = [adapters["0"][0] for adapters in mixed._adapters]  # type: ignore[index]
+            modules = [adapters["0"][0] for adapters in mixed._adapters]
             stacked = [torch.stack(same) for same in zip(*map(parameters, modules), strict=True)]
             assert torch.equal(run(batch), ak.adapter(batch, *stacked, index=index.repeat_interleave(times)))
 

@@ -287,7 +287,7 @@ def test_one_hidden_sized_tensor_is_saved_and_it_is_x_or_y() -> None:
     for x_free in (False, True):
         saved: list[Tensor] = []
         leaf = x.clone().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):  # type: ignore[misc]  # mypy infers no lambda with a default
             y = ak.adapter(leaf, *w, x_free=x_free)
         rows = [t for t in saved if t.shape[:1] == (T,)]
         large = [t.data_ptr() for t in rows if t.numel() >= T * D]
@@ -298,7 +298,7 @@ def test_one_hidden_sized_tensor_is_saved_and_it_is_x_or_y() -> None:
 def test_products_follow_each_of_torch_s_tf32_settings() -> None:
     """After the last way, transformers' TrainingArguments(tf32=True), reading allow_tf32 raises."""
     matmul = torch.backends.cuda.matmul
-    before = torch.backends.fp32_precision, matmul.fp32_precision
+    before = torch.backends.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]  # torch replaces the module at import
     try:
         assert launch._precision(torch.float32) == "ieee"
         matmul.allow_tf32 = True
@@ -310,11 +310,11 @@ def test_products_follow_each_of_torch_s_tf32_settings() -> None:
         assert launch._precision(torch.float32) == "tf32"
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = "none"
-        torch.backends.fp32_precision = "tf32"
+        torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]  # torch replaces the module at import
         assert launch._precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
-        torch.backends.fp32_precision, matmul.fp32_precision = before
+        torch.backends.fp32_precision, matmul.fp32_precision = before  # type: ignore[attr-defined]  # torch replaces the module at import
 
 
 @pytest.mark.parametrize("mode", ["plain", "x-free", "mixed"])

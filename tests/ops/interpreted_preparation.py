@@ -67,7 +67,7 @@ def test_changed_weights_are_prepared_again(change: str) -> None:
     else:
 
         class Flat(torch.optim.SGD):
-            def step(self) -> None:
+            def step(self) -> None:  # type: ignore[override]  # called without a closure
                 module.down.weight.data.mul_(3)
 
         version = module.down.weight._version
@@ -93,6 +93,7 @@ def test_the_same_memory_in_other_strides_or_another_dtype_is_no_hit() -> None:
 
 
 def test_an_expired_entry_that_another_thread_removes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries: dict[str, Any]
     monkeypatch.setattr(cache, "_entries", entries := {})
 
     class Gone:
@@ -100,7 +101,7 @@ def test_an_expired_entry_that_another_thread_removes_first(monkeypatch: pytest.
             entries.pop("old", None)
             return True
 
-    entries["old"] = cache._Entry((Gone(),), (), None)  # type: ignore[arg-type]
+    entries["old"] = cache._Entry((Gone(),), (), None)
     ak.adapter(torch.randn(3, 24), *make_weights(24, 8))
     assert "old" not in entries
 

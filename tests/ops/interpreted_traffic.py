@@ -27,7 +27,7 @@ def test_ours(d: int, r: int, x_free: bool, monkeypatch: pytest.MonkeyPatch) -> 
     # z and two fp32 constants; z, dz, h and four constants, then dz, h and three constants once per slice of d.
     slices = -(-d // (64 if separate else 128))
     assert forward.rows == pytest.approx((r * itemsize + 8) / (d * itemsize))
-    constants = 4 + 3 * slices
+    constants: float = 4 + 3 * slices
     # Per row tile: two sums over its rows, written and read, and a number that every program reads.
     constants += (4 * r + 1 + (1 + separate) * slices) / (32 if separate else 64)
     numbers = (3 + (2 + (separate and x_free)) * slices) * r

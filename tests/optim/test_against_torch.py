@@ -6,6 +6,7 @@ import itertools
 import math
 import pickle
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, wors
 SIZES = [3, TILE + 1]
 
 
-def torch_step(optimizer: torch.optim.Optimizer, params) -> None:
+def torch_step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
     nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_goes_to_torch_and_back_mid_run(dtype):
+def test_state_dict_goes_to_torch_and_back_mid_run(dtype: torch.dtype) -> None:
     ours, theirs = parameters(SIZES, dtype), parameters(SIZES, dtype)
     a, b = ClippedAdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3)
     for step in range(12):
@@ -51,7 +52,7 @@ def test_state_dict_goes_to_torch_and_back_mid_run(dtype):
 
 @pytest.mark.parametrize("how", ["load_state_dict", "deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("low_precision", ["master", "stochastic"])
-def test_a_copy_continues_to_the_bit(how, low_precision):
+def test_a_copy_continues_to_the_bit(how: str, low_precision: str) -> None:
     params = [*parameters(SIZES, torch.bfloat16), *parameters([5])]
     optimizer = ClippedAdamW(params, lr=1e-2, max_norm=0.3, seed=7, low_precision=low_precision)
     for step in range(3):
@@ -85,14 +86,14 @@ def test_a_copy_continues_to_the_bit(how, low_precision):
     )
 
 
-def test_closure_hooks_scheduler_and_groups_added_later():
+def test_closure_hooks_scheduler_and_groups_added_later() -> None:
     params = parameters(SIZES)
     optimizer, calls = ClippedAdamW(params[:1], lr=1e-2), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
 
-    def closure():
+    def closure() -> torch.Tensor | int:
         optimizer.zero_grad()
         loss = sum(p.square().sum() for p in params)
         loss.backward()
@@ -107,7 +108,7 @@ def test_closure_hooks_scheduler_and_groups_added_later():
     assert [optimizer.state[p]["step"].item() for p in params] == [2, 1]
 
 
-def test_parameters_without_gradients_are_left_out_and_count_their_own_steps():
+def test_parameters_without_gradients_are_left_out_and_count_their_own_steps() -> None:
     params = parameters([5, 6, 7])
     optimizer = ClippedAdamW(params, lr=1e-3, max_norm=None)
     oracles = [Oracle([p], max_norm=math.inf) for p in params]
@@ -116,15 +117,15 @@ def test_parameters_without_gradients_are_left_out_and_count_their_own_steps():
         for i in live:
             oracles[i].step(set_grads([params[i]], step))
         optimizer.step()
-        assert optimizer.grad_norm == pytest.approx(math.sqrt(sum(params[i].grad.square().sum().item() for i in live)))
+        assert optimizer.grad_norm == pytest.approx(math.sqrt(sum(params[i].grad.square().sum().item() for i in live)))  # type: ignore[misc]  # .grad is set
     assert worst(params, [oracle.params[0] for oracle in oracles]) < 1e-6
     assert [int(optimizer.state[p]["step"]) for p in params] == [3, 3, 3]
 
 
-def test_pointers_that_move_between_steps_are_noticed():
+def test_pointers_that_move_between_steps_are_noticed() -> None:
     params = parameters(SIZES)
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(params)
-    kept = []  # keeps old memory, so that every replacement has another address
+    kept: list[torch.Tensor | None] = []  # keeps old memory, so that every replacement has another address
     for step in range(6):
         if step == 2:
             kept += [p.data for p in params]
@@ -145,7 +146,7 @@ def test_pointers_that_move_between_steps_are_noticed():
     ("key", "how"),
     [("step", "item"), ("exp_avg", "item"), ("exp_avg_sq", "item"), ("master", "item"), ("exp_avg", "data")],
 )
-def test_a_state_tensor_that_is_replaced_is_the_one_that_counts(key, how):
+def test_a_state_tensor_that_is_replaced_is_the_one_that_counts(key: str, how: str) -> None:
     params, fresh = parameters(SIZES, torch.bfloat16), parameters(SIZES, torch.bfloat16)
     optimizer, expected = ClippedAdamW(params, lr=1e-2), ClippedAdamW(fresh, lr=1e-2)
     kept = []
@@ -164,7 +165,7 @@ def test_a_state_tensor_that_is_replaced_is_the_one_that_counts(key, how):
     assert all(torch.equal(p, q) for p, q in zip(params, fresh, strict=True))
 
 
-def test_a_state_tensor_of_another_kind_is_refused_by_name():
+def test_a_state_tensor_of_another_kind_is_refused_by_name() -> None:
     (p,) = parameters([3])
     optimizer = ClippedAdamW([p])
     set_grads([p], 0)
@@ -180,7 +181,7 @@ def test_a_state_tensor_of_another_kind_is_refused_by_name():
     assert good == 2
 
 
-def test_parameters_and_gradients_that_change_in_place_are_checked_again():
+def test_parameters_and_gradients_that_change_in_place_are_checked_again() -> None:
     weight = nn.Parameter(torch.randn(4, 4))
     optimizer = ClippedAdamW([weight])
     weight.grad = torch.ones(4, 4)
@@ -210,7 +211,7 @@ def test_parameters_and_gradients_that_change_in_place_are_checked_again():
     assert worst([weight], oracle.params) < 1e-6
 
 
-def test_a_low_precision_run_loads_into_fp32_parameters():
+def test_a_low_precision_run_loads_into_fp32_parameters() -> None:
     low, full = parameters(SIZES, torch.bfloat16), parameters(SIZES)
     a, b = ClippedAdamW(low), ClippedAdamW(full)
     set_grads(low, 0)
@@ -221,19 +222,19 @@ def test_a_low_precision_run_loads_into_fp32_parameters():
     assert all("master" not in b.state[p] and b.state[p]["step"] == 2 for p in full)
 
 
-def test_nothing_is_copied_to_the_cpu_without_waiting():
+def test_nothing_is_copied_to_the_cpu_without_waiting() -> None:
     """A copy from a GPU that is read before it arrives holds arbitrary values."""
 
     class Copies(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.Tensor.to:
                 waits.append(not (kwargs or {}).get("non_blocking"))
             return func(*args, **(kwargs or {}))
 
-    waits = []
+    waits: list[bool] = []
     (p,) = parameters([3])
     optimizer = ClippedAdamW([p], lr=torch.tensor(1e-3))
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)  # type: ignore[attr-defined]  # as GradScaler
     set_grads([p], 0)
     with Copies():
         optimizer.step()
@@ -241,7 +242,7 @@ def test_nothing_is_copied_to_the_cpu_without_waiting():
     assert all(waits)
 
 
-def test_a_plan_is_kept_until_something_changes():
+def test_a_plan_is_kept_until_something_changes() -> None:
     params = parameters(SIZES)
     optimizer, plans = ClippedAdamW(params), []
     for step in range(6):
@@ -255,7 +256,7 @@ def test_a_plan_is_kept_until_something_changes():
     assert [a is b for a, b in itertools.pairwise(plans)] == [True, False, True, False, False]
 
 
-def test_grad_norm_is_the_callers_to_keep():
+def test_grad_norm_is_the_callers_to_keep() -> None:
     params = parameters(SIZES)
     optimizer = ClippedAdamW(params)
     with pytest.raises(RuntimeError, match="no step yet"):
@@ -271,7 +272,7 @@ def test_grad_norm_is_the_callers_to_keep():
 # ---- errors ----
 
 
-def test_errors_name_the_argument_and_what_came():
+def test_errors_name_the_argument_and_what_came() -> None:
     weight = nn.Parameter(torch.randn(4, 3))
     for bad, error, message in [
         ({"lr": -1.0}, ValueError, r"lr: expected a number in \[0, inf\], got -1"),
@@ -308,7 +309,7 @@ def test_errors_name_the_argument_and_what_came():
     assert optimizer.state[weight]["step"] == 0
 
 
-def test_sparse_gradients_are_refused_by_name():
+def test_sparse_gradients_are_refused_by_name() -> None:
     table = nn.Embedding(10, 4, sparse=True)
     optimizer = ClippedAdamW(table.named_parameters())
     table(torch.tensor([1, 2])).sum().backward()
@@ -316,7 +317,7 @@ def test_sparse_gradients_are_refused_by_name():
         optimizer.step()
 
 
-def test_sparse_gradients_are_refused_after_dense_ones_too():
+def test_sparse_gradients_are_refused_after_dense_ones_too() -> None:
     weight = nn.Parameter(torch.zeros(4, 4))
     optimizer = ClippedAdamW([weight])
     weight.grad = torch.ones(4, 4)
@@ -326,7 +327,7 @@ def test_sparse_gradients_are_refused_after_dense_ones_too():
         optimizer.step()
 
 
-def test_amsgrad_state_is_refused():
+def test_amsgrad_state_is_refused() -> None:
     p = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="amsgrad"):
         ClippedAdamW([p]).load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())

@@ -1,6 +1,7 @@
 """ClippedAdamW under torch.amp.GradScaler and accelerate."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ SIZES = [3, TILE + 1]
 
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize("bad", [None, 0, TILE])
-def test_scaled_gradients_take_the_unscaled_step_once(unscale_first, bad):
+def test_scaled_gradients_take_the_unscaled_step_once(unscale_first: bool, bad: int | None) -> None:
     ours, theirs = parameters(SIZES), parameters(SIZES)
     optimizer, baseline = ClippedAdamW(ours, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -44,13 +45,13 @@ def test_scaled_gradients_take_the_unscaled_step_once(unscale_first, bad):
 
 
 @pytest.mark.parametrize("unscale_first", [False, True])
-def test_a_scaled_step_reads_no_value_on_the_host(unscale_first):
+def test_a_scaled_step_reads_no_value_on_the_host(unscale_first: bool) -> None:
     class Reads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             reads.append(func is torch.ops.aten._local_scalar_dense.default)
             return func(*args, **(kwargs or {}))
 
-    reads = []
+    reads: list[bool] = []
     params = parameters(SIZES)
     optimizer, scaler = ClippedAdamW(params), torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
@@ -64,20 +65,20 @@ def test_a_scaled_step_reads_no_value_on_the_host(unscale_first):
     assert not any(reads)
 
 
-def test_found_inf_may_be_more_than_one_and_alone_skips_the_step():
+def test_found_inf_may_be_more_than_one_and_alone_skips_the_step() -> None:
     params = parameters(SIZES)
     optimizer = ClippedAdamW(params, clear_grads=True)
     for found, skipped in [(0.0, 0.0), (2.0, 1.0), (math.nan, 1.0)]:
         grads = set_grads(params, 0)
         before = [p.detach().clone() for p in params]
-        optimizer.found_inf = torch.tensor(found)
+        optimizer.found_inf = torch.tensor(found)  # type: ignore[attr-defined]  # as GradScaler sets it
         optimizer.step()
         assert optimizer.skipped == skipped
         assert all(torch.equal(p, b) == bool(skipped) for p, b in zip(params, before, strict=True))
         assert not any(g.any() for g in grads)
 
 
-def test_accelerate_holds_its_scheduler_back_on_a_skipped_step():
+def test_accelerate_holds_its_scheduler_back_on_a_skipped_step() -> None:
     accelerate = pytest.importorskip("accelerate")
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.scheduler import AcceleratedScheduler

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ needs_extension = pytest.mark.skipif(
 
 
 @pytest.fixture(params=["cpu twin", "torch fused AdamW"])
-def any_backend(request, monkeypatch):
+def any_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The extension, and the fallback that stands in for it."""
     if request.param == "torch fused AdamW":
         monkeypatch.setenv("ADAPTERKERN_FUSED", "0")
@@ -33,7 +34,7 @@ def any_backend(request, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("misaligned", [False, True])
-def test_two_hundred_steps_stay_as_close_to_float64_as_torch(any_backend, misaligned):
+def test_two_hundred_steps_stay_as_close_to_float64_as_torch(any_backend: str, misaligned: bool) -> None:
     sizes = [*SIZES, 1_000_000]
     params = parameters(sizes, misaligned=misaligned)
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle(params)
@@ -66,7 +67,14 @@ def test_two_hundred_steps_stay_as_close_to_float64_as_torch(any_backend, misali
     betas=st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.5, 0.0)]),
     maximize=st.booleans(),
 )
-def test_options_match_the_formula(sizes, misaligned, max_norm, weight_decay, betas, maximize):
+def test_options_match_the_formula(
+    sizes: list[int],
+    misaligned: bool,
+    max_norm: float | None,
+    weight_decay: float,
+    betas: tuple[float, float],
+    maximize: bool,
+) -> None:
     options = {"lr": 1e-2, "betas": betas, "eps": 1e-3, "weight_decay": weight_decay}
     params = parameters(sizes, misaligned=misaligned)
     optimizer = ClippedAdamW(params, max_norm=max_norm, maximize=maximize, **options)
@@ -78,9 +86,11 @@ def test_options_match_the_formula(sizes, misaligned, max_norm, weight_decay, be
     assert worst(params, oracle.params) < 1e-6
 
 
-def test_five_hundred_tensors_and_as_many_groups(any_backend):
+def test_five_hundred_tensors_and_as_many_groups(any_backend: str) -> None:
     params = parameters([(7 * i) % 61 for i in range(500)])
-    groups = [{"params": [p], "lr": 1e-3 * (1 + i % 5), "weight_decay": 0.1 * (i % 3)} for i, p in enumerate(params)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "lr": 1e-3 * (1 + i % 5), "weight_decay": 0.1 * (i % 3)} for i, p in enumerate(params)
+    ]
     optimizer = ClippedAdamW(groups)
     oracles = [Oracle([g["params"][0]], lr=g["lr"], weight_decay=g["weight_decay"], max_norm=math.inf) for g in groups]
     for step in range(3):
@@ -103,7 +113,7 @@ def fold(lanes: np.ndarray) -> np.ndarray:
     return lanes[..., 0]
 
 
-def documented_norm(grads) -> np.float32:
+def documented_norm(grads: list[torch.Tensor]) -> np.float32:
     """The norm in the order that clipped_adamw.h documents, in numpy."""
     slots = []
     for grad in grads:
@@ -124,7 +134,7 @@ def documented_norm(grads) -> np.float32:
 
 
 @needs_extension
-def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads():
+def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads() -> None:
     params = parameters([*SIZES, 1_300_000])
     assert backends._C.TILE == TILE
     norms, results = [], []
@@ -145,7 +155,7 @@ def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads()
 
 
 @needs_extension
-def test_moments_follow_the_formula_in_fp32_to_the_bit():
+def test_moments_follow_the_formula_in_fp32_to_the_bit() -> None:
     """No contraction and no reassociation, so that the CPU's instruction sets and the GPU agree."""
     params = parameters([3 * TILE + 5])
     optimizer = ClippedAdamW(params, betas=(0.9, 0.999), max_norm=0.5)
@@ -164,7 +174,7 @@ def test_moments_follow_the_formula_in_fp32_to_the_bit():
 
 
 @needs_extension
-def test_norm_neither_overflows_nor_underflows():
+def test_norm_neither_overflows_nor_underflows() -> None:
     for scale in (3e36, 1e-30):
         params = parameters([1000])
         optimizer = ClippedAdamW(params)
@@ -179,7 +189,7 @@ def test_norm_neither_overflows_nor_underflows():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("misaligned", [False, True])
-def test_low_precision_parameters_keep_an_fp32_master(any_backend, dtype, misaligned):
+def test_low_precision_parameters_keep_an_fp32_master(any_backend: str, dtype: torch.dtype, misaligned: bool) -> None:
     params = parameters(SIZES, dtype, misaligned)
     optimizer, oracle = ClippedAdamW(params, lr=1e-4), Oracle(params, lr=1e-4)
     for step in range(50):
@@ -192,8 +202,8 @@ def test_low_precision_parameters_keep_an_fp32_master(any_backend, dtype, misali
 
 
 @needs_extension
-def test_stochastic_rounding_is_unbiased_repeatable_and_between_neighbors():
-    def run(seed, steps):
+def test_stochastic_rounding_is_unbiased_repeatable_and_between_neighbors() -> None:
+    def run(seed: int, steps: int) -> torch.Tensor:
         p = nn.Parameter(torch.ones(200_000, dtype=torch.bfloat16))
         optimizer = ClippedAdamW([p], lr=1e-4, weight_decay=0.0, max_norm=None, low_precision="stochastic", seed=seed)
         for _ in range(steps):
@@ -212,7 +222,7 @@ def test_stochastic_rounding_is_unbiased_repeatable_and_between_neighbors():
 
 
 @needs_extension
-def test_stochastic_rounding_follows_the_formula_on_average():
+def test_stochastic_rounding_follows_the_formula_on_average() -> None:
     params = parameters([3, TILE + 1, 65537], torch.bfloat16, misaligned=True)
     optimizer, oracle = ClippedAdamW(params, lr=1e-3, low_precision="stochastic"), Oracle(params)
     for step in range(20):
@@ -226,7 +236,7 @@ def test_stochastic_rounding_follows_the_formula_on_average():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_parameter_is_its_rounded_master_for_every_bit_pattern(any_backend, dtype):
+def test_a_parameter_is_its_rounded_master_for_every_bit_pattern(any_backend: str, dtype: torch.dtype) -> None:
     bits = torch.randint(-(2**31), 2**31 - 1, (300_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     edges = torch.tensor(
         [0.0, -0.0, 65504, 65519.996, 65520, 65536, 2**-14, 2**-24, 2**-25, 2**-25 * 1.0001, 1e-40, 3.4e38]
@@ -246,7 +256,7 @@ def test_a_parameter_is_its_rounded_master_for_every_bit_pattern(any_backend, dt
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_low_precision_gradient_is_read_exactly(dtype):
+def test_every_low_precision_gradient_is_read_exactly(dtype: torch.dtype) -> None:
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     values = values[values.isfinite()]
     p = nn.Parameter(torch.zeros_like(values))
@@ -257,7 +267,7 @@ def test_every_low_precision_gradient_is_read_exactly(dtype):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_clear_grads_zeroes_them_in_the_same_pass(any_backend, skip):
+def test_clear_grads_zeroes_them_in_the_same_pass(any_backend: str, skip: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         params = parameters([1, TILE + 1], dtype, misaligned=True)
         params.append(nn.Parameter(torch.randn(5, 7).to(dtype)))
@@ -272,7 +282,7 @@ def test_clear_grads_zeroes_them_in_the_same_pass(any_backend, skip):
         assert all(p.grad is b and not b.count_nonzero() for p, b in zip(params, before, strict=True))
 
 
-def test_a_schedule_in_tensors_is_the_schedule_in_floats(any_backend):
+def test_a_schedule_in_tensors_is_the_schedule_in_floats(any_backend: str) -> None:
     a, b = parameters(SIZES), parameters(SIZES)
     lr, max_norm = torch.tensor(1e-3), torch.tensor(0.5)
     decay = torch.tensor(0.1) if any_backend == "cpu twin" else 0.1
@@ -289,7 +299,7 @@ def test_a_schedule_in_tensors_is_the_schedule_in_floats(any_backend):
 
 
 @pytest.mark.parametrize("low_precision", ["master", "stochastic"])
-def test_autograd_refuses_a_backward_through_what_a_step_has_overwritten(any_backend, low_precision):
+def test_autograd_refuses_a_backward_through_what_a_step_has_overwritten(any_backend: str, low_precision: str) -> None:
     """As with torch.optim."""
     if low_precision == "stochastic" and any_backend != "cpu twin":
         pytest.skip("stochastic rounding needs the extension")
@@ -305,7 +315,7 @@ def test_autograd_refuses_a_backward_through_what_a_step_has_overwritten(any_bac
         optimizer.step()
 
 
-def test_layouts_other_than_contiguous(any_backend):
+def test_layouts_other_than_contiguous(any_backend: str) -> None:
     p = nn.Parameter(torch.randn(6, 5).t())
     wide = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
     params = [p, wide]
@@ -313,7 +323,7 @@ def test_layouts_other_than_contiguous(any_backend):
     for step in range(3):
         set_grads(params, step)
         wide.grad = torch.full((), 0.5).expand_as(wide)  # what .sum().backward() leaves: stride 0
-        oracle.step([q.grad for q in params])
+        oracle.step([q.grad for q in params])  # type: ignore[misc]  # .grad is set
         optimizer.step()
     assert worst(params, oracle.params) < 1e-6
 
@@ -323,7 +333,7 @@ def test_layouts_other_than_contiguous(any_backend):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_bad_element_anywhere_skips_the_whole_step(any_backend, value, dtype):
+def test_one_bad_element_anywhere_skips_the_whole_step(any_backend: str, value: float, dtype: torch.dtype) -> None:
     params = parameters([3, TILE + 1, 9000], dtype, misaligned=True)
     optimizer = ClippedAdamW(params)
     set_grads(params, 0)
@@ -343,7 +353,7 @@ def test_one_bad_element_anywhere_skips_the_whole_step(any_backend, value, dtype
     assert optimizer.state[params[0]]["step"] == 2
 
 
-def test_error_if_nonfinite(any_backend):
+def test_error_if_nonfinite(any_backend: str) -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = ClippedAdamW([p], error_if_nonfinite=True)
     p.grad = torch.tensor([1.0, math.nan, 1.0])
@@ -353,7 +363,7 @@ def test_error_if_nonfinite(any_backend):
 
 
 @pytest.mark.slow
-def test_import_needs_no_extension():
+def test_import_needs_no_extension() -> None:
     code = (
         "import sys; sys.modules['adapterkern._C'] = None\n"
         "import torch; from adapterkern.optim import ClippedAdamW, backend\n"
@@ -369,7 +379,7 @@ def test_import_needs_no_extension():
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are bound on Linux only")
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs two cores")
-def test_threads_have_cores_of_their_own_where_openmp_binds_the_caller():
+def test_threads_have_cores_of_their_own_where_openmp_binds_the_caller() -> None:
     code = (
         "import os, torch; torch.set_num_threads(2); torch.ones(1 << 22).sum()\n"
         "from adapterkern import _C\n"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def to_cuda(params: list[nn.Parameter], misaligned: bool = False) -> list[nn.Par
 
 
 @pytest.fixture
-def no_sync():
+def no_sync() -> Iterator[None]:
     """Makes any wait for the device an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -40,7 +41,7 @@ def no_sync():
 
 @pytest.mark.parametrize("misaligned", [False, True])
 @pytest.mark.parametrize("kind", ["fp32", "bf16 master", "fp16 master", "bf16 stochastic"])
-def test_the_gpu_runs_the_twins_arithmetic(kind, misaligned):
+def test_the_gpu_runs_the_twins_arithmetic(kind: str, misaligned: bool) -> None:
     dtype = {"bf16 master": torch.bfloat16, "fp16 master": torch.float16, "bf16 stochastic": torch.bfloat16}.get(kind)
     on_cpu = parameters(SIZES, dtype or torch.float32, misaligned)
     on_gpu = to_cuda(on_cpu, misaligned)
@@ -61,7 +62,7 @@ def test_the_gpu_runs_the_twins_arithmetic(kind, misaligned):
     assert same.mean() > 0.9
 
 
-def test_more_tensors_and_groups_than_one_launch_holds():
+def test_more_tensors_and_groups_than_one_launch_holds() -> None:
     params = parameters([(37 * i) % 5000 for i in range(1300)])
     on_gpu = to_cuda(params)
     optimizer = ClippedAdamW([{"params": [p], "lr": 1e-3 * (1 + i % 7)} for i, p in enumerate(on_gpu)])
@@ -75,7 +76,7 @@ def test_more_tensors_and_groups_than_one_launch_holds():
     assert worst([p.cpu() for p in on_gpu], [q.detach().double() for q in params]) < 1e-6
 
 
-def test_two_hundred_steps_against_float64():
+def test_two_hundred_steps_against_float64() -> None:
     params = to_cuda(parameters(SIZES))
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle([p.cpu() for p in params])
     for step in range(200):
@@ -86,7 +87,7 @@ def test_two_hundred_steps_against_float64():
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_bad_gradient_skips_the_step_and_clears(value):
+def test_a_bad_gradient_skips_the_step_and_clears(value: float) -> None:
     params = to_cuda(parameters(SIZES))
     optimizer = ClippedAdamW(params, clear_grads=True)
     set_grads(params, 0)
@@ -102,7 +103,7 @@ def test_a_bad_gradient_skips_the_step_and_clears(value):
         assert not any(g.any() for g in grads)
 
 
-def test_no_step_waits_for_the_device(no_sync):
+def test_no_step_waits_for_the_device(no_sync: None) -> None:
     params = [nn.Parameter(torch.randn(300, 70, device="cuda")) for _ in range(40)]
     lr, weight_decay = torch.full((), 1e-3, device="cuda"), torch.full((), 0.1, device="cuda")
     optimizer = ClippedAdamW(params, lr=lr, weight_decay=weight_decay, max_norm=torch.ones((), device="cuda"))
@@ -117,7 +118,7 @@ def test_no_step_waits_for_the_device(no_sync):
     scaler.update()
 
 
-def test_a_step_is_two_launches():
+def test_a_step_is_two_launches() -> None:
     params = to_cuda(parameters([1000] * 96))
     optimizer = ClippedAdamW(params)
     set_grads(params, 0)
@@ -129,7 +130,7 @@ def test_a_step_is_two_launches():
     assert len(kernels) == 2, kernels
 
 
-def test_a_captured_step_follows_the_schedule_and_the_gradients():
+def test_a_captured_step_follows_the_schedule_and_the_gradients() -> None:
     inputs = [torch.randn(32, 64, device="cuda") for _ in range(7)]
     rates = [1e-2 / (1 + step) for step in range(7)]
     model = nn.Linear(64, 64, device="cuda")
@@ -145,7 +146,7 @@ def test_a_captured_step_follows_the_schedule_and_the_gradients():
     x, lr = torch.empty_like(inputs[0]), torch.empty((), device="cuda")
     optimizer = ClippedAdamW(model.parameters(), lr=lr, clear_grads=True)
 
-    def whole_step():
+    def whole_step() -> None:
         model(x).square().mean().backward()
         optimizer.step()
 
@@ -170,7 +171,7 @@ def test_a_captured_step_follows_the_schedule_and_the_gradients():
         assert optimizer.state[p]["step"] == reference.state[q]["step"] == 7
 
 
-def test_a_step_on_another_stream_is_ordered_there():
+def test_a_step_on_another_stream_is_ordered_there() -> None:
     params = to_cuda(parameters([1_000_000]))
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle([p.cpu() for p in params])
     stream = torch.cuda.Stream()
@@ -188,7 +189,7 @@ def test_a_step_on_another_stream_is_ordered_there():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_parameters_on_several_devices_share_one_norm():
+def test_parameters_on_several_devices_share_one_norm() -> None:
     params = [nn.Parameter(torch.randn(5000, device=f"cuda:{i}")) for i in range(2)]
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle([p.cpu() for p in params])
     for step in range(3):

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,11 +69,11 @@ def _fsdp_run(rank: int, world: int, file: str) -> None:
         assert optimizers[0].grad_norm.item() == pytest.approx(optimizers[1].grad_norm.item(), rel=1e-5)
         if step == 1:
             set_optimizer_state_dict(model, optimizers[0], get_optimizer_state_dict(model, optimizers[0]))
-    sharded = [p.full_tensor() for p in model.parameters()]
+    sharded = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]  # fully_shard has made them DTensors
     assert worst(sharded, [p.detach().double() for p in whole.parameters()]) < 1e-4
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("run", [_sharded_run, _fsdp_run])
-def test_dtensor_shards_share_one_norm(tmp_path, run):
+def test_dtensor_shards_share_one_norm(tmp_path: Path, run: Callable[[int, int, str], None]) -> None:
     torch.multiprocessing.spawn(run, (2, str(tmp_path / "rendezvous")), nprocs=2)

@@ -65,11 +65,11 @@ print("chunks of tensors and groups", digest(params, optimizer))
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension with its CUDA half compiled for the host."""
     folder = tmp_path_factory.mktemp("emulated")
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [
+    command: list[str | Path | None] = [
         CXX,
         "-std=c++20",
         "-O1",
@@ -90,7 +90,7 @@ def emulated(tmp_path_factory):
     return module
 
 
-def test_the_cuda_kernels_and_the_twin_agree_to_the_bit(emulated):
+def test_the_cuda_kernels_and_the_twin_agree_to_the_bit(emulated: Path) -> None:
     def run(module: Path | str) -> list[str]:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{RUN}"
         done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)

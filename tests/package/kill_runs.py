@@ -58,8 +58,8 @@ def train_in(directory: Path, tell: Callable[[str], None]) -> None:
         step(run, examples)
         tell(f"step {run.state.step}")
 
-    loop.checkpoint.save_checkpoint = save
-    loop.Run._step = make_step  # type: ignore[method-assign]
+    loop.checkpoint.save_checkpoint = save  # type: ignore[assignment]  # called by position
+    loop.Run._step = make_step  # type: ignore[method-assign, assignment]  # called by position
     resume = bool(checkpoints(directory))
     config = tiny_run.quiet(
         output_dir=directory, checkpoint_every=EVERY, log_every=1, resume=resume, overwrite=not resume, eval_every=3
@@ -241,7 +241,7 @@ def main() -> None:
             "training": kill_training(Path(name), draw, arguments.kills, arguments.events),
             "saving": kill_saving(Path(name), draw, arguments.saves),
         }
-    result["seconds"] = round(time.monotonic() - started, 1)  # type: ignore[assignment]
+    result["seconds"] = round(time.monotonic() - started, 1)
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output is not None:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="need
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads."""
     copy = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "csrc", copy / "csrc")
@@ -30,7 +30,7 @@ def build(tree: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=tree, env=os.environ | env, capture_output=True, text=True, check=False)
 
 
-def test_without_a_toolkit_the_cpu_twin_is_built_with_a_loud_warning_and_once(tree):
+def test_without_a_toolkit_the_cpu_twin_is_built_with_a_loud_warning_and_once(tree: Path) -> None:
     first = build(tree, CUDA_HOME="/nonexistent")
     assert first.returncode == 0, first.stderr
     assert "built WITHOUT CUDA kernels" in first.stdout + first.stderr
@@ -53,30 +53,39 @@ def test_without_a_toolkit_the_cpu_twin_is_built_with_a_loud_warning_and_once(tr
         assert ours == {"PyInit__C"}
 
 
-def test_a_demanded_toolkit_that_is_missing_is_an_error(tree):
+def test_a_demanded_toolkit_that_is_missing_is_an_error(tree: Path) -> None:
     failed = build(tree, CUDA_HOME="/nonexistent", ADAPTERKERN_REQUIRE_CUDA="1")
     assert failed.returncode != 0
     assert "ADAPTERKERN_REQUIRE_CUDA=1, and the CUDA build failed: nvcc was found neither" in failed.stderr
 
 
-def test_a_missing_compiler_is_named(tree):
+def test_a_missing_compiler_is_named(tree: Path) -> None:
     failed = build(tree, PATH="/nonexistent", CXX="no-such-compiler")
     assert failed.returncode != 0
     assert "found no C++ compiler" in failed.stderr
 
 
-def test_no_source_includes_torch():
+def test_no_source_includes_torch() -> None:
     for source in (ROOT / "csrc").iterdir():
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_the_kernels_compile_without_spills(arch, tmp_path):
-    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+def test_the_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout  # type: ignore[list-item]  # skipped without nvcc
     if f"compute_{arch}\n" not in listed:
         pytest.skip(f"this nvcc does not know sm_{arch}")
-    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+    command: list[str | Path | None] = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        f"-arch=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-cubin",
+    ]
     command += ["-o", tmp_path / "kernels.cubin", ROOT / "csrc" / "clipped_adamw_cuda.cu"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)

@@ -354,6 +354,7 @@ def test_a_saved_run_with_another_teacher_needs_it_again(tmp_path: Path) -> None
     assert again.teacher is teacher
     metrics = evaluate(again.model, TEXTS, config, tokenizer=TOKENIZER, task=again)
     assert metrics["divergence"] == pytest.approx(trained["divergence"], rel=1e-5)
+    plain_task: Task[Any]
     plain_task, config = Task.from_pretrained(tiny_run.model().unload(), tmp_path)
     metrics = evaluate(plain_task.model, TEXTS, config, tokenizer=TOKENIZER, task=plain_task)
     assert metrics["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-5)

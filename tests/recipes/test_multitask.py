@@ -327,9 +327,9 @@ def test_refuses_what_does_not_fit() -> None:
         MultiTask(made, ["a", "a"])
     for temperature, error in ((0, ValueError), (math.nan, ValueError), ("hot", TypeError)):
         with pytest.raises(error, match=rf"temperature: expected a number in \[1, inf\], got '?{temperature}"):
-            MultiTask(made, ["a"], temperature=temperature)  # type: ignore[arg-type]
+            MultiTask(made, ["a"], temperature=temperature)
     with pytest.raises(ValueError, match="heads: expected tasks among a, got 'b'"):
-        MultiTask(made, ["a"], heads={"b": ak.training.ClassificationHead(32, ["x", "y"])})  # type: ignore[attr-defined]
+        MultiTask(made, ["a"], heads={"b": ak.training.ClassificationHead(32, ["x", "y"])})
     task = MultiTask(made, ["a", "b"])
     for data, error, message in (
         (DATA["a"], TypeError, "data: expected a mapping from task names to rows, got list"),

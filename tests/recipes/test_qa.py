@@ -334,7 +334,7 @@ def test_two_processes_learn_as_one(tmp_path: Path) -> None:
         got_losses, got = torch.load(tmp_path / f"{rank}-{shard}.pt")
         assert got_losses == pytest.approx(losses, rel=1e-5)
         for key in ("loss", "exact", "f1"):
-            assert got[key] == pytest.approx(metrics[key], rel=1e-4), (rank, shard, key)  # type: ignore[index]
+            assert got[key] == pytest.approx(metrics[key], rel=1e-4), (rank, shard, key)
 
 
 # Errors
@@ -376,7 +376,7 @@ def test_other_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="doc_stride: expected an integer >= 1, got 0"):
         SpanSettings(doc_stride=0)
     with pytest.raises(TypeError, match=r"null_threshold: expected a number in .*, got 'x'"):
-        SpanSettings(null_threshold="x")  # type: ignore[arg-type]
+        SpanSettings(null_threshold="x")
     for threshold in (math.nan, math.inf):
         with pytest.raises(ValueError, match=rf"null_threshold: expected a number in \(-inf, inf\), got {threshold}"):
             SpanSettings(null_threshold=threshold)

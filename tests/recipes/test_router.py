@@ -170,7 +170,7 @@ def test_parts_of_a_step_add_up_to_its_balance() -> None:
     parts = sum(balance_loss(route, 3, choice_counts(whole, 3)) for route in routes)
     value = balance_loss(whole, 3)
     torch.testing.assert_close(parts, value)
-    gradients = [torch.autograd.grad(v, list(router.parameters())) for v in (parts, value)]  # type: ignore[list-item]
+    gradients = [torch.autograd.grad(v, list(router.parameters())) for v in (parts, value)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert value.item() != pytest.approx(sum(balance_loss(route, 3).item() for route in routes) / 3, rel=1e-3)
@@ -181,7 +181,7 @@ def test_balance_of_a_batch_that_runs_nothing_is_zero() -> None:
     loss = balance_loss(route_of([[-1], [-1]], scores), 3)
     loss.backward()
     assert loss.item() == 0.0
-    assert torch.equal(scores.grad, torch.zeros(2, 4))  # type: ignore[arg-type]
+    assert torch.equal(scores.grad, torch.zeros(2, 4))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.booleans())

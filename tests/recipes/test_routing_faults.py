@@ -62,6 +62,7 @@ def save_in_child(task: RoutedTask, directory: Path, number: int, death: str) ->
 @pytest.mark.parametrize("death", ["kill", "interrupt"])
 def test_a_save_that_is_ended_at_any_touch_of_the_file_system(tmp_path: Path, death: str) -> None:
     earlier, later = filled(1.0), filled(2.0)
+    found: list[float]
     found, number, ended = [], 1, False
     while not ended:
         earlier.save(tmp_path, CONFIG)  # also over what an ended save has left

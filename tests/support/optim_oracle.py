@@ -13,8 +13,15 @@ class Oracle:
     """Keeps its own float64 parameters and moments; never reads the optimizer under test."""
 
     def __init__(
-        self, params: Sequence[Tensor], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, max_norm=1.0, sign=1
-    ):
+        self,
+        params: Sequence[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        max_norm: float = 1.0,
+        sign: int = 1,
+    ) -> None:
         self.params = [p.detach().double().clone() for p in params]
         self.exp_avg = [torch.zeros_like(p) for p in self.params]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
@@ -37,19 +44,21 @@ class Oracle:
         return norm
 
 
-def parameters(sizes, dtype=torch.float32, misaligned=False, seed=0) -> list[nn.Parameter]:
+def parameters(
+    sizes: Sequence[int], dtype: torch.dtype = torch.float32, misaligned: bool = False, seed: int = 0
+) -> list[nn.Parameter]:
     """One parameter per size; `misaligned` ones start one element into their memory, off every vector boundary."""
     generator = torch.Generator().manual_seed(seed)
     offset = int(misaligned)
     return [nn.Parameter(torch.randn(n + offset, generator=generator).to(dtype)[offset:]) for n in sizes]
 
 
-def set_grads(params, step, scale=1.0) -> list[Tensor]:
+def set_grads(params: Sequence[nn.Parameter], step: int, scale: float = 1.0) -> list[Tensor]:
     """Fresh gradients that depend on the step alone; returns them."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in params:
         p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.device, p.dtype)
-    return [p.grad for p in params]
+    return [p.grad for p in params]  # type: ignore[misc]  # set above
 
 
 def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

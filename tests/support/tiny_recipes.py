@@ -23,7 +23,7 @@ def many_adapters(names: Any = ADAPTERS) -> ak.LlamaAdapter:
     made = tiny_run.model()
     for name in names:
         torch.manual_seed(7)
-        made.add_adapter(name, ak.AdapterConfig(**ADAPTERS[name]))  # type: ignore[arg-type]
+        made.add_adapter(name, ak.AdapterConfig(**ADAPTERS[name]))
     return made
 
 
@@ -36,5 +36,5 @@ def routed(seed: int = 0, sharp: bool = True, layers: tuple[int, ...] = (2, 3), 
     if sharp:
         nn.init.normal_(task.router.linear.weight, std=1.0)
         with torch.no_grad():  # subtract what all sequences have in common
-            task.router.linear.bias -= task.route(IDS, MASK).scores.mean(0)
+            task.router.linear.bias -= task.route(IDS, MASK).scores.mean(0)  # type: ignore[misc]  # in place, so still a Parameter
     return task.eval()

@@ -48,7 +48,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         "one to ddp": {"resume": True},
         "one to shard": {"resume": True, "shard": True},
     }.items():
-        result = run(folder / name, **values)  # type: ignore[arg-type]
+        result = run(folder / name, **values)
         found[name] = {"metrics": result.metrics, "history": result.history, "prefix": result.prefix_layers}
 
     cache = PrefixCache()
@@ -59,7 +59,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     step = Run._step
 
     def look(self: Run, examples: Any) -> None:
-        local = sum(p.to_local().numel() for p in self.model.base.parameters())  # type: ignore[attr-defined]
+        local = sum(p.to_local().numel() for p in self.model.base.parameters())
         parts["backbone"] = local / sum(p.numel() for p in self.model.base.parameters())
         step(self, examples)
 

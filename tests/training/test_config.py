@@ -34,7 +34,7 @@ from adapterkern.training import TrainConfig
 )
 def test_refuses_by_name(name: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{'output_dir' if name == 'resume' else name}: expected"):
-        TrainConfig(**{name: value})  # type: ignore[arg-type]
+        TrainConfig(**{name: value})
 
 
 def test_refuses_what_does_not_go_together() -> None:

@@ -33,6 +33,7 @@ def made(folder: Path, **values: Any) -> ak.TrainConfig:
 def test_loads_and_evaluates(name: str, folder: str) -> None:
     run = GOLDEN / name / folder
     llama, tokenizer = load_backbone(GOLDEN / load_sources(run).model)
+    task: Task[Any]
     task, config = Task.from_pretrained(llama, run)
     metrics = ak.evaluate(task.model, GOLDEN / RUNS[name][0], config, tokenizer=tokenizer, task=task)
     for key, value in EXPECTED[name].items():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from adapterkern.training import ClassificationHead
 from adapterkern.training.data.batches import collate
-from adapterkern.training.data.examples import load_examples
+from adapterkern.training.data.examples import Example, load_examples
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, pool
 from adapterkern.training.task import Task, check_lm_head
 from tests.support import tiny_run
@@ -57,7 +57,7 @@ def test_classification_counts_what_is_right() -> None:
     batch = collate(examples, config)
     model = tiny_run.model()
     head = ClassificationHead(32, labels)
-    task = Task(model, head).eval()
+    task: Task[Example] = Task(model, head).eval()
     loss, correct = task(batch)
     hidden = model.decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     scores = head(hidden, batch["attention_mask"])

@@ -137,7 +137,7 @@ def test_low_precision_learns_the_same(precision: str) -> None:
     pairs = [(a["loss"], b["loss"]) for a, b in zip(low.history, full.history, strict=True)]
     assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=0.1, abs=0.02)
     assert pairs != [(b, b) for _, b in pairs]  # autocast was on
-    assert all(p.dtype == torch.float32 for p in low.head.parameters())  # type: ignore[union-attr]
+    assert all(p.dtype == torch.float32 for p in low.head.parameters())
 
 
 def test_fp16_skips_are_counted_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_a_gradient_left_behind_goes_nowhere() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_task_is_as_it_was_after_a_run_and_an_evaluation(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_run.model()
-    task = Task(model)
+    task: Task[Example] = Task(model)
     config = tiny_run.quiet(max_steps=1, precision=precision)
 
     def modes() -> list[bool]:
@@ -334,7 +334,7 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path: Path) -> Non
         ({"shard": True}, ValueError),
     ):
         with pytest.raises(kind):
-            run(output_dir=tmp_path, overwrite=True, **wrong)  # type: ignore[arg-type]
+            run(output_dir=tmp_path, overwrite=True, **wrong)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -107,7 +107,7 @@ def changed_config(name: str, value: Any) -> Any:
 
 def changed_weight(model: LlamaAdapter) -> None:
     with torch.no_grad():
-        model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+        model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3  # type: ignore[operator]  # Tensor | Module to torch
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_what_the_prefix_does_not_depend_on_keeps_the_key() -> None:
     model, config = tiny_run.model(), tiny_run.quiet()
     before = prefix_fingerprint(model, config, model.prefix_length)
     with torch.no_grad():
-        model.layers[3].mlp.up_proj.weight.zero_()
+        model.layers[3].mlp.up_proj.weight.zero_()  # type: ignore[operator]  # Tensor | Module to torch
         for parameter in model.adapter_parameters():
             parameter.zero_()
     assert prefix_fingerprint(model, config, model.prefix_length) == before

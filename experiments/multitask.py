@@ -135,7 +135,7 @@ def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Va
     def head() -> ClassificationHead:
         return ClassificationHead(llama.config.hidden_size, [str(i) for i in range(8)])
 
-    def runner(task: Task, batch: list[Any], name: str | None) -> Callable[[], object]:
+    def runner(task: Task[Any], batch: list[Any], name: str | None) -> Callable[[], object]:
         if name is not None:
             task.model.set_adapter(name)
         optimizer = task.optimizer(task.trained(config), config)

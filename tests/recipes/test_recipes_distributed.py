@@ -21,24 +21,24 @@ ROWS = tiny_run.rows(11)
 MANY = {"a": tiny_run.rows(11, seed=4), "b": tiny_run.rows(3, seed=5), "c": tiny_run.rows(5, seed=6)}
 
 
-def multitask() -> tuple[Task, Any]:
+def multitask() -> tuple[Task[Any], Any]:
     return MultiTask(tiny_recipes.many_adapters(), list(MANY)), MANY
 
 
-def routed(**routing: Any) -> tuple[Task, Any]:
+def routed(**routing: Any) -> tuple[Task[Any], Any]:
     return tiny_recipes.routed(noise=0.5, balance=0.3, cost=0.2, free_epochs=1, **routing), ROWS
 
 
-def distilled() -> tuple[Task, Any]:
+def distilled() -> tuple[Task[Any], Any]:
     return Distillation(tiny_run.model(), tiny_run.model(seed=1).base, temperature=2.0, chunk_tokens=5), TEXTS
 
 
-def kept() -> tuple[Task, Any]:
+def kept() -> tuple[Task[Any], Any]:
     """The teacher is the model itself, its adapters off; a forward, or all of a process's, may have no text to keep."""
     return KeepBehaviour(tiny_run.model(init="xavier")), WithKept(ROWS, TEXTS)
 
 
-TASKS: dict[str, Callable[[], tuple[Task, Any]]] = {
+TASKS: dict[str, Callable[[], tuple[Task[Any], Any]]] = {
     "multitask": multitask,
     "routed": routed,
     "routed to two, or none, by probability": lambda: routed(top_k=2, gate="probability"),

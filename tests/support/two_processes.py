@@ -58,7 +58,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     parts: dict[str, float] = {}
     step = Run._step
 
-    def look(self: Run, examples: Any) -> None:
+    def look(self: Run[Any], examples: Any) -> None:
         local = sum(p.to_local().numel() for p in self.model.base.parameters())
         parts["backbone"] = local / sum(p.numel() for p in self.model.base.parameters())
         step(self, examples)
@@ -67,7 +67,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     run(None, shard=True, max_steps=1)
     found["part"] = parts["backbone"]
 
-    def signalled(self: Run, examples: Any) -> None:
+    def signalled(self: Run[Any], examples: Any) -> None:
         if rank == 1 and self.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         step(self, examples)
@@ -78,7 +78,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     Run._step = step  # type: ignore[method-assign]
 
     # In the first process's way only, once the run has begun: a folder of the file's name, and a line that is none.
-    def block(self: Run, examples: Any) -> None:
+    def block(self: Run[Any], examples: Any) -> None:
         if self.output_dir == folder / "metrics" and rank == 0 and not self.state.step:
             (folder / "metrics" / "metrics.jsonl").mkdir()
         step(self, examples)

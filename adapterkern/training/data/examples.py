@@ -9,9 +9,10 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+from typing_extensions import TypeVar  # torch needs it, too; typing has a default from Python 3.13
 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.rows import BadRows, DataError, Row, read_rows, source_name
@@ -35,7 +36,7 @@ class Example:
         return self.input_ids, self.targets, self.positions
 
 
-E = TypeVar("E", bound=Example)
+E = TypeVar("E", bound=Example, default=Example)
 
 
 def numbered(examples: Iterable[E], start: int = 0) -> list[E]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkern.cli.options import integer
+from adapterkern.cli.options import LAYERS_HELP, demo_layers, integer
 
 if TYPE_CHECKING:
     from adapterkern.recipes.ablation.study import Study
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-head-alone", action="store_true", help="leave out the runs without adapters")
     parser.add_argument("--seeds", type=integer, metavar="N", help="seeds 0 to N-1; default the preset's")
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
-    parser.add_argument("--backbone-layers", type=int, default=8, metavar="N", help="first layers used; default 8")
+    parser.add_argument("--backbone-layers", type=int, metavar="N", help=LAYERS_HELP)
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV instead of Reuters R8")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
     parser.add_argument("--train-texts", type=integer, default=400, metavar="N", help="of Reuters R8; default 400")
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     study = make_study(arguments)
     train_file, eval_file = _files(arguments)
     source = arguments.model or os.fspath(obtain(MODEL))
-    llama, tokenizer = load_backbone(source, num_layers=arguments.backbone_layers)
+    llama, tokenizer = load_backbone(source, num_layers=demo_layers(arguments))
     findings = run_study(study, llama, train_file, eval_file, arguments.output, tokenizer=tokenizer, say=_say)
     title = f"{Path(source).stem}, {findings.num_layers} layers; {train_file.name}, {eval_file.name}"
     write_report(study, findings, arguments.output, title)

@@ -15,7 +15,7 @@ from adapterkern.cli.options import (
 from adapterkern.cli.run import Job, adapted, train_run
 from adapterkern.training.config import TrainConfig
 
-NAME, SUMMARY = "distill", "train adapters on a teacher's soft labels, or hold a model to itself"
+NAME, SUMMARY = "distill", "train adapters on a teacher's soft labels, or keep a model close to its original behavior"
 HELP = """\
 Train adapters on a teacher's soft labels: (1 - W) * cross-entropy + W * T^2 * divergence.
 
@@ -36,7 +36,7 @@ texts.jsonl has the key text, qa.jsonl prompt and completion, reviews.csv the co
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
-    add_backbone_options(parser, required=True)
+    add_backbone_options(parser)
     add_data_options(parser)
     group = parser.add_argument_group("soft labels")
     group.add_argument(
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="itself: the model with its adapters off; whole: all layers where --backbone-layers cuts them; "
         "or a .gguf file, transformers folder or hub name; default %(default)s",
     )
-    group.add_argument("--keep", metavar="FILE", help="texts on which to stay with the teacher, besides the task")
+    group.add_argument("--keep", metavar="FILE", help="texts on which the model should match the teacher")
     group.add_argument("--eval-keep", metavar="FILE", help="the same, to evaluate on")
     add_options(group, SoftLabelSettings)
     add_adapter_options(parser)

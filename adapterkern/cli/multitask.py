@@ -32,7 +32,7 @@ Every task is saved by itself, and is used like one that was trained alone: adap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_backbone_options(parser, required=True)
+    add_backbone_options(parser)
     parser.add_argument(
         "--data",
         nargs="+",

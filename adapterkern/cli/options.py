@@ -30,7 +30,7 @@ def add_options(parser: Any, record: type, without: Collection[str] = ()) -> Non
         if field.name in without:
             continue
         option, choices = f"--{field.name.replace('_', '-')}", field.metadata.get("choices")
-        shown = field.metadata["help"] + ("" if field.default is None else f" [{field.default}]")
+        shown = field.metadata["help"] + ("" if field.default is None else " [%(default)s]")
         kinds = get_args(field.type) or (field.type,)
         if bool in kinds:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default, help=shown)
@@ -55,13 +55,23 @@ def from_options(arguments: argparse.Namespace, record: type[T]) -> T:
     return record(**{field.name: values[field.name] for field in fields if field.name in values})
 
 
-def add_backbone_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    group = parser.add_argument_group("backbone")
-    group.add_argument("--model", required=required, help="a .gguf file, transformers folder or hub name")
+def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) -> None:
+    """The backbone, which a command must name; or, ``of_run``, what to use in place of a saved run's."""
+    group = parser.add_argument_group("backbone", "default: the run's own" if of_run else None)
+    dtype = "dtype of the backbone's weights" + ("" if of_run else "; default fp32")
+    group.add_argument("--model", required=not of_run, help="a .gguf file, transformers folder or hub name")
     group.add_argument("--backbone-layers", type=int, metavar="N", help="keep only the first N decoder layers")
-    group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the backbone's weights; default fp32")
+    group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=dtype)
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
     group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
+
+
+LAYERS_HELP = "keep only the first N decoder layers; default 8 of SmolLM2-135M, all of --model"
+
+
+def demo_layers(arguments: argparse.Namespace) -> int | None:
+    """``--backbone-layers``, whose default cuts the demo's backbone and no other."""
+    return 8 if arguments.backbone_layers is None and arguments.model is None else arguments.backbone_layers
 
 
 def model_flags(arguments: argparse.Namespace) -> dict[str, bool]:
@@ -81,7 +91,7 @@ def add_saved_options(
     parser.add_argument("directory", type=Path, help="the --output of a training, or one of its checkpoints")
     default = "" if data_required else "; default: the run's own --eval"
     parser.add_argument("--data", required=data_required, metavar="FILE", help=format + default)
-    add_backbone_options(parser, required=False)
+    add_backbone_options(parser, of_run=True)
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train a span head and adapters", allow_abbrev=False)
-    add_backbone_options(train, required=True)
+    add_backbone_options(train)
     add_data_options(train, _FORMAT)
     add_options(train.add_argument_group("answers", "defaults in brackets"), SpanSettings, without={"n_best"})
     add_adapter_options(train)

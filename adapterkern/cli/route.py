@@ -17,7 +17,7 @@ from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "route", "experts that a router chooses among: train, evaluate"
 HELP = """\
-Train adapters among which a router chooses for each text: one of them, at most --top-k of them, or none.
+Train adapters that a router chooses from for each text: one of them, at most --top-k of them, or none.
 
   adapterkern route train --model SmolLM2.gguf --train mixed.jsonl --eval test.jsonl --output run \\
       --layers=-2,-1 --adapter-dim 16 --experts 4 --cost 0.1
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train router, experts and head", allow_abbrev=False)
-    add_backbone_options(train, required=True)
+    add_backbone_options(train)
     add_data_options(train)
     add_options(train.add_argument_group("routing", "defaults in brackets"), RoutingConfig)
     add_adapter_options(train)

@@ -37,7 +37,8 @@ def sources_of(arguments: argparse.Namespace, eval_data: str | None) -> "Sources
     from adapterkern.training.saved import Sources
 
     data = None if eval_data is None else os.path.abspath(eval_data)
-    return Sources(arguments.model, arguments.backbone_layers, arguments.dtype or "fp32", data)
+    model = os.path.abspath(arguments.model) if os.path.exists(arguments.model) else arguments.model  # a hub name stays
+    return Sources(model, arguments.backbone_layers, arguments.dtype or "fp32", data)
 
 
 def train_run(

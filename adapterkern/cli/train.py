@@ -22,7 +22,7 @@ Ctrl-C stops after the running step and leaves a checkpoint; the same command wi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_backbone_options(parser, required=True)
+    add_backbone_options(parser)
     add_data_options(parser)
     add_adapter_options(parser)
     add_training_options(parser)

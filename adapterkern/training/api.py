@@ -73,7 +73,7 @@ def train(
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
-        raise ValueError("task: expected one over the same model, and no head beside it")
+        raise ValueError("task: expected a task built on model, and head=None")
     files = task.files
     processes.on_rank_zero(lambda: prepare_folder(config, files))
     train_set = numbered(task.load(train_data, config, tokenizer))

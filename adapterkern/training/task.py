@@ -89,7 +89,7 @@ class Task(nn.Module, Generic[E]):
         check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
         if config.task == "causal-lm":
             if self.head is not None:
-                raise ValueError("head: expected none for causal-lm, which has the backbone's own, got one")
+                raise ValueError("head: expected None for causal-lm, which uses the backbone's LM head, got one")
             check_lm_head(self.model)
         elif self.head is None:
             with torch.random.fork_rng(devices=[]):

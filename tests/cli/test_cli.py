@@ -254,3 +254,31 @@ def test_console_script_is_installed() -> None:
     script = Path(sys.executable).with_name("adapterkern")
     assert os.access(script, os.X_OK)
     assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.startswith("adapterkern 0.")
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "layers"), [("demo", None, 8), ("demo", "x", None), ("ablate", "x", None)]
+)
+def test_only_the_demo_s_backbone_is_cut_by_default(command: str, model: str | None, layers: int | None) -> None:
+    argv = [command, *([] if model is None else ["--model", model])]
+    assert options.demo_layers(cli._parser(argv).parse_args(argv)) == layers
+    argv += ["--backbone-layers", "3"]
+    assert options.demo_layers(cli._parser(argv).parse_args(argv)) == 3
+
+
+def test_help_shows_the_default_that_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, default in (("train", "classification"), ("distill", "causal-lm")):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"causal-lm the next token [{default}]" in shown
+
+
+def test_eval_finds_the_backbone_from_another_folder(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_folder.parent)
+    arguments = train_arguments(Path(model_folder.name), files, tmp_path / "run")
+    assert cli.main([*arguments, "--max-steps", "1"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["eval", "run"]) == 0

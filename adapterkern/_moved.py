@@ -39,7 +39,7 @@ _NOW: dict[str, str | tuple[str, ...]] = {
     "saving": "model.saving",
     "training.ablation": "recipes.ablation.runs",
     "training.ablation_report": "recipes.ablation.report",
-    "training.backbone": "model.backbone",
+    "training.backbone": ("model.backbone", "training.saved"),
     "training.checkpoint": "training.run.checkpoint",
     "training.corpora": "recipes.demo.corpora",
     "training.demo": "recipes.demo.demo",
@@ -50,7 +50,7 @@ _NOW: dict[str, str | tuple[str, ...]] = {
     "training.interrupt": "training.run.interrupt",
     "training.multitask": "recipes.multitask.task",
     "training.optimizer": "training.optimization",
-    "training.outputs": "training.saved",
+    "training.outputs": ("training.saved", "training.run.folder"),
     "training.precision": "training.parallel.accelerator",
     "training.prefix": "training.data.prefix",
     "training.presets": "recipes.ablation.presets",
@@ -83,16 +83,17 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{spec.name} is now {' and '.join(names)}", DeprecationWarning, stacklevel=2)
         modules = [importlib.import_module(name) for name in names]
         if len(modules) == 1:
-            self._own = modules[0].__spec__  # the import system replaces it by the old name's
+            spec.loader_state = modules[0].__spec__  # the import system replaces it by the old name's
             return modules[0]
-        self._own = spec
+        spec.loader_state = spec
         union = ModuleType(spec.name, f"The names of {' and '.join(names)}.")
         for module in modules:
             vars(union).update({name: value for name, value in vars(module).items() if not name.startswith("__")})
         return union
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
 
 
 # First, since `adapterkern.kernels` is then a package with a path, on which its modules would be found a second time.

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     routing = from_options(arguments, RoutingConfig)
 
     def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
-        task = RoutedTask(adapted(arguments, llama), routing)
+        task = RoutedTask(adapted(arguments, llama, show=False), routing)  # one of several experts
         return Job(task.model, arguments.train, arguments.eval, task)
 
     return train_run(arguments, job)

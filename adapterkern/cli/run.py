@@ -1,6 +1,7 @@
 """What every command that trains or evaluates does: build, call, print on rank 0, return the status."""
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import Task
     from adapterkern.training.saved import Sources
+
+
+logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
@@ -75,14 +79,15 @@ def train_run(
     return 0
 
 
-def adapted(arguments: argparse.Namespace, llama: Any) -> "LlamaAdapter":
-    """``llama`` with the adapter of the arguments; prints how many parameters it trains."""
+def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "LlamaAdapter":
+    """``llama`` with the adapter of the arguments; prints how many parameters it trains if ``show``."""
     from adapterkern.cli.options import adapter_config
     from adapterkern.model.llama import LlamaAdapter
 
     model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
-    trainable, total = model.get_nb_trainable_parameters()
-    say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+    if show:
+        trainable, total = model.get_nb_trainable_parameters()
+        say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     return model
 
 
@@ -154,11 +159,7 @@ def _sources_of_tasks(arguments: argparse.Namespace) -> tuple["Sources", dict[st
 
 
 def task_class(directory: str | os.PathLike[str]) -> "type[Task[Any]]":
-    """The class of a saved run's task.
-
-    Raises:
-        ValueError: it is no class of this package.
-    """
+    """The class of a saved run's task; ``Task``, with a warning, for a class that is not of this package."""
     from adapterkern.recipes.multitask.task import MULTITASK_CONFIG, MultiTask
     from adapterkern.recipes.qa.task import QuestionAnswering
     from adapterkern.recipes.routing.task import ROUTING_CONFIG, RoutedTask
@@ -178,11 +179,8 @@ def task_class(directory: str | os.PathLike[str]) -> "type[Task[Any]]":
             return RoutedTask
         return QuestionAnswering if head_kind(directory) == "span" else Task
     if kind not in classes:
-        raise ValueError(
-            f"{directory / TASK_NAME}: expected a kind of {', '.join(classes)}, got {kind!r}; "
-            "use evaluate(..., task=...) in Python"
-        )
-    return classes[kind]
+        logger.warning("%s: evaluated as a plain Task, since %r is not of this package", directory / TASK_NAME, kind)
+    return classes.get(kind, Task)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:

@@ -116,6 +116,7 @@ def _state(
         config,
         fingerprint(data.train),
         origin,
+        task.settings_in,
     )
 
 

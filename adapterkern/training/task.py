@@ -78,6 +78,10 @@ class Task(nn.Module, Generic[E]):
         """JSON values that a run's numbers depend on besides its ``TrainConfig``."""
         return {}
 
+    def settings_in(self, directory: Path) -> dict[str, Any] | None:
+        """The ``settings`` in the task's own files of a checkpoint of 0.1.0, which holds them there alone."""
+        return None
+
     # Data
 
     def load(self, rows: Any, config: TrainConfig, tokenizer: Any) -> list[E]:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import adapterkern as ak
+from adapterkern.files import write_json
 from adapterkern.model.backbone import load_backbone
 from adapterkern.training import train
+from adapterkern.training.data.examples import Example
 from adapterkern.training.saved import load_sources
 from adapterkern.training.task import Task
 
@@ -56,9 +58,16 @@ def test_resumes_to_the_same_numbers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["routing", "multitask", "distillation", "qa"])
-def test_a_run_of_another_kind_is_replaced_whole(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lists", ["whole", "damaged", "gone"])
+def test_a_run_of_another_kind_is_replaced_whole(name: str, lists: str, tmp_path: Path) -> None:
     run = shutil.copytree(GOLDEN / name, tmp_path / "run")
     (run / "mine.txt").write_text("mine")
+    (run / "tasks").mkdir(exist_ok=True)
+    (run / "tasks" / "todo.txt").write_text("mine, too")
+    if lists == "gone":
+        shutil.rmtree(run / "checkpoints")
+    for path in run.glob("checkpoints/*/state.json") if lists == "damaged" else ():
+        path.write_text("{")
     llama, tokenizer = load_backbone(GOLDEN / "backbone")
     model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=2, layers=[-1]))
     data = GOLDEN / "colors.jsonl"
@@ -66,4 +75,27 @@ def test_a_run_of_another_kind_is_replaced_whole(name: str, tmp_path: Path) -> N
         train(model, data, made(run), tokenizer=tokenizer)
     train(model, data, made(run, overwrite=True), tokenizer=tokenizer)
     plain = {path.name for path in (GOLDEN / "classification").iterdir()} - {"sources.json"}
-    assert {path.name for path in run.iterdir()} == plain | {"mine.txt"}
+    assert {path.name for path in run.iterdir()} == plain | {"mine.txt", "tasks"}
+    assert [path.name for path in (run / "tasks").iterdir()] == ["todo.txt"]
+
+
+def test_what_a_task_of_one_s_own_saves_goes_and_what_lies_beside_it_stays(tmp_path: Path) -> None:
+    class Mine(Task[Example]):
+        def save(self, directory: Path, config: ak.TrainConfig) -> None:
+            super().save(directory, config)
+            write_json(directory / "src" / "vocabulary.json", {})
+
+    def run(**values: Any) -> None:
+        model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=2, layers=[-1]))
+        data = GOLDEN / "colors.jsonl"
+        task = Mine(model) if "overwrite" not in values else None
+        train(model, data, made(tmp_path, **values), tokenizer=tokenizer, task=task)
+        model.unload()
+
+    llama, tokenizer = load_backbone(GOLDEN / "backbone")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "precious.py").write_text("mine")
+    run()
+    assert (tmp_path / "src" / "vocabulary.json").exists()
+    run(overwrite=True)
+    assert [path.name for path in (tmp_path / "src").iterdir()] == ["precious.py"]

@@ -71,6 +71,9 @@ class Taught(Task[Example]):
             teacher.eval()
         self.__dict__["teacher"] = teacher  # not through setattr: a submodule would follow train() and be prepared
 
+    def settings_in(self, directory: Path) -> dict[str, Any] | None:
+        return read_json(directory / DISTILLATION_CONFIG)
+
     @property
     def settings(self) -> dict[str, Any]:
         """The teacher by name and number of layers (None: the model itself), temperature, weight and divergence."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern import checks
-from adapterkern.files import read_versioned, write_json
+from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.config import prefix_length
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.optim.clipped_adamw import ClippedAdamW
@@ -109,6 +109,10 @@ class MultiTask(Task[TaskExample]):
         self.temperature = checks.number("temperature", temperature, "[1, inf]")
         self.heads = nn.ModuleDict({name: head.to(model.device) for name, head in heads.items()})
         self._step_targets: dict[str, int] = {}  # of each task with a row in the step under way
+
+    def settings_in(self, directory: Path) -> dict[str, Any] | None:
+        saved = read_json(directory / MULTITASK_CONFIG)
+        return {name: value for name, value in saved.items() if name != "format_version"}
 
     @property
     def settings(self) -> dict[str, Any]:

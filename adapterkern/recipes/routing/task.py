@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkern.files import find_weights, read_versioned, write_pair
+from adapterkern.files import find_weights, read_json, read_versioned, write_pair
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.routing.router import (
@@ -91,6 +91,9 @@ class RoutedTask(Task[Example]):
             model.add_adapter(name, model.adapter_config(first))
         self.router = Router(model.config.hidden_size, self.routing).to(model.device)
         self._step: _Step | None = None  # the training step under way
+
+    def settings_in(self, directory: Path) -> dict[str, Any] | None:
+        return read_json(directory / ROUTING_CONFIG).get("routing")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,8 @@ class TrainingState:
     data_fingerprint: str
     # "task", "settings", "adapters", "backbone": must match in a resumed run, if the checkpoint has them too.
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # the settings in a checkpoint of 0.1.0, whose state.json has none; None where they are not known
+    settings_in: Callable[[Path], dict[str, Any] | None] = lambda _: None
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -189,6 +191,8 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
         raise CheckpointError(f"{directory}: damaged: {error}") from error
     except ValueError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
+    if "settings" not in saved and (earlier := state.settings_in(directory)) is not None:
+        saved["settings"] = earlier
     _check_same_run(directory / STATE_NAME, saved, state)
     _check_tensors(directory / TENSORS_NAME, tensors, saved, state)
 
@@ -348,13 +352,14 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, A
 
 
 def saved_names(directory: Path) -> set[str]:
-    """The files and folders that the task saved in a checkpoint; none if ``state.json`` is damaged."""
+    """The files that the task saved in a checkpoint, relative to it; none if ``state.json`` is damaged."""
     try:
         files = read_json(directory / STATE_NAME).get("files")
     except (FileNotFoundError, ValueError):
         return set()
-    relative = [Path(name) for name in files if not Path(name).is_absolute()] if isinstance(files, dict) else []
-    return {path.parts[0] for path in relative if path.parts} - {TENSORS_NAME, STATE_NAME, ".."}
+    names = files if isinstance(files, dict) else ()
+    inside = {name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts}
+    return inside - {TENSORS_NAME, STATE_NAME, ""}
 
 
 def _remove(directory: Path) -> None:

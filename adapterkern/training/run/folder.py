@@ -24,6 +24,9 @@ from adapterkern.training.run.report import METRICS_NAME, PLOT_NAME
 from adapterkern.training.saved import CHECKPOINTS, SOURCES_NAME, TASK_NAME
 
 _FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS_NAME, CONFIG_NAME)
+# What other kinds of task saved in 0.1.0, for a run whose checkpoints, and so the list of its files, are gone.
+_EARLIER_FILES = ("routing.safetensors", "routing_config.json", "distillation.json", "tasks/multitask.json")
+_EARLIER_FOLDERS = "tasks/*"
 
 
 def prepare_folder(config: TrainConfig, files: Sequence[str]) -> None:
@@ -48,7 +51,7 @@ def prepare_folder(config: TrainConfig, files: Sequence[str]) -> None:
     with tempfile.NamedTemporaryFile(dir=directory):
         pass
     # sources.json alone is not a run: it is written before the first checkpoint.
-    found = [name for name in (*_FILES, *files, CHECKPOINTS) if (directory / name).exists()]
+    found = [name for name in (*_FILES, *files, *_EARLIER_FILES, CHECKPOINTS) if (directory / name).exists()]
     if found and not config.overwrite:
         raise FileExistsError(
             f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True, --resume), "
@@ -64,19 +67,26 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
     if config.output_dir is None or not config.overwrite:
         return
     directory = Path(config.output_dir)
-    # Of a file in a folder the whole folder goes: all of it is the run's.
-    names = {*_FILES, SOURCES_NAME} | {Path(name).parts[0] for name in files}
+    names = {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME}
     for checkpoint in checkpoints(directory):
         names |= saved_names(checkpoint)
+    paths = {directory / name for name in names}
+    # Each folder that has files of the run may have a card and the sources, too.
+    for folder in {path.parent for path in paths} | set(directory.glob(_EARLIER_FOLDERS)):
+        paths |= {folder / name for name in (*_FILES, SOURCES_NAME)}
+    for path in sorted(paths):
+        if path.name != CARD_NAME and path.is_file():
+            path.unlink()
+    for folder in sorted({path.parent for path in paths}, reverse=True):
+        card = folder / CARD_NAME
+        if card.is_file() and MARK.encode() in card.read_bytes():
+            card.unlink()
+        while folder != directory and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+            folder = folder.parent
     # The checkpoints last, since they hold the list: an interrupted removal can be repeated.
-    for path in (directory / name for name in (*sorted(names - {CARD_NAME}), CHECKPOINTS)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    card = directory / CARD_NAME
-    if card.exists() and MARK.encode() in card.read_bytes():
-        card.unlink()
+    if (directory / CHECKPOINTS).is_dir():
+        shutil.rmtree(directory / CHECKPOINTS)
 
 
 def newest_checkpoint(output_dir: Path) -> Path:

@@ -8,6 +8,8 @@ import pytest
 
 from adapterkern import cli
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "runs"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 

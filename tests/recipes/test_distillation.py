@@ -268,6 +268,7 @@ def test_keeping_lowers_the_drift_and_the_task_is_still_learned(kind: str) -> No
     assert held["targets"] == free["targets"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distillation", "keeping"])
 def test_a_run_resumes_to_its_own_numbers_and_not_to_other_settings(kind: str, tmp_path: Path) -> None:
     def run(folder: Path, resume: bool = False, **settings: Any) -> list[Tensor]:

@@ -12,6 +12,8 @@ from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKe
 from adapterkern.training import evaluate, train
 from tests.support import golden_runs
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "distillation": (Distillation, {"temperature": 2.0, "divergence": "js"}, golden_runs.TEXTS, "causal-lm"),
     "keeping": (

@@ -13,6 +13,8 @@ from adapterkern.model.backbone import load_backbone
 from adapterkern.recipes.multitask import MultiTask
 from adapterkern.training import TrainConfig, evaluate, train
 
+pytestmark = pytest.mark.slow
+
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
 EXPECTED: dict[str, float] = json.loads((RUNS / "expected.json").read_text())["multitask"]
 DATA: Any = dict.fromkeys(("default", "small"), RUNS / "colors.jsonl")

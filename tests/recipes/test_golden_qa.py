@@ -4,10 +4,14 @@ import importlib
 import warnings
 from pathlib import Path
 
+import pytest
+
 from adapterkern import AdapterConfig, LlamaAdapter
 from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
 from adapterkern.training import evaluate, train
 from tests.support import golden_runs
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = SpanSettings(doc_stride=4, pointer_dim=2, null_threshold=1.0)
 

@@ -14,6 +14,8 @@ from adapterkern.recipes.multitask import MultiTask
 from adapterkern.recipes.routing import RoutedTask, RoutingConfig
 from adapterkern.training import CheckpointError, Task, train
 
+pytestmark = pytest.mark.slow
+
 RUNS = Path(__file__).parents[1] / "golden" / "runs"
 COLORS, TEXTS = RUNS / "colors.jsonl", RUNS / "texts.jsonl"
 

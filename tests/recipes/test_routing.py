@@ -193,6 +193,7 @@ def test_predicts_what_is_evaluated() -> None:
 # In the loop
 
 
+@pytest.mark.slow
 def test_learns_to_route_by_what_the_text_shows() -> None:
     """Two experts are the same at the start; a rule that needs adapters is learned, and the metrics add up."""
     task = RoutedTask(tiny_run.model(layers=(0, 1, 2, 3)), RoutingConfig(experts=2))

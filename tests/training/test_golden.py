@@ -16,6 +16,8 @@ from adapterkern.training.data.examples import Example
 from adapterkern.training.saved import load_sources
 from adapterkern.training.task import Task
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "runs"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from adapterkern.ops.kernels import cache, forward, hidden, launch, tiles
-from bench import aot, sass
+from bench import aot, sass, ttgir
 from tests.support.numerics import make_weights
 
 pytestmark = pytest.mark.slow
@@ -52,6 +52,7 @@ def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dt
         c = aot.compile_launch(variant, sm)
         assert c.stack == 0, c
         assert c.shared <= aot.SHARED_LIMIT[sm], c
+        assert not c.refills, (c.kernel, c.refills)
         if dtype != torch.float32 and c.kernel not in NO_PRODUCTS:
             assert c.wgmma + c.mma > 0, c
             if sm == 90 and r >= 64:

@@ -22,7 +22,12 @@ def test_the_results_page_is_of_the_newest_results() -> None:
 def test_readme_is_short_and_its_numbers_are_in_the_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    (run,) = [run for run in report.newest() if str(run.path.relative_to(README.parent)) in text]
+    cited = {run.machine["cuda"] is not None: run for run in report.newest() if run.path.name in text}
+    assert set(cited) == {False, True}, "one run on a CPU and one on a GPU"
+    adapter = {e.variant: e for key, entries in cited[True].groups.items() if key[1].startswith("both") for e in entries}
+    for variant in ("ours", "eager autocast", "torch.compile"):
+        assert f"{1000 * adapter[variant].median:.2f} ms" in text, variant
+    run = cited[False]
     steps = [entries for key, entries in run.groups.items() if key[0] == "step" and "16×48" in key[1]]
     medians = {e.variant: e.median for e in steps[0]}
     for variant in ("frozen backbone", "ours", "PEFT LoRA", "ours + prefix cache"):

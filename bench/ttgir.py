@@ -33,11 +33,6 @@ class _Event:
     left: int = 0  # products that a wait leaves in flight
 
 
-def products(text: str) -> int:
-    """Number of warp-group products in the TTGIR ``text``."""
-    return len(_PRODUCT.findall(text))
-
-
 def refills(text: str) -> list[Refill]:
     """Every load in the TTGIR ``text`` of a kernel that may overwrite an operand of a product in flight."""
     slots: dict[str, int] = {}

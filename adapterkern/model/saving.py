@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from adapterkern.files import replacing
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.digest import Digest, weights_digest
 from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
+from adapterkern.model.files.owner import OURS
 from adapterkern.model.pretrained import TRAINER_WEIGHTS, Wrapped
 
 # Arguments that Trainer, TRL and accelerate pass to save_pretrained. Only state_dict matters for an adapter.
@@ -56,7 +58,7 @@ class Saved(Wrapped):
         is_main_process: bool = True,
         **from_trainer: Any,
     ) -> None:
-        """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, never the backbone.
+        """Write ``adapterkern.safetensors``, ``adapterkern.json`` and a model card, never the backbone.
 
         The first two are written by ``write_pair``: the new adapter is complete, or the old one
         is still there.
@@ -71,8 +73,8 @@ class Saved(Wrapped):
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, or the folder holds
-                another library's adapter. Existing files stay as they are.
+            ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, or the folder holds a
+                model (the backbone's own, for example) or another library's adapter. Existing files stay as they are.
         """
         if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
             raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
@@ -80,34 +82,55 @@ class Saved(Wrapped):
             return
         name = self._check_name(name)
         directory = Path(directory)
-        prefix = f"adapters.{name}."
+        prefix = f"{OURS}{name}."
         state = from_trainer.get("state_dict") or self.state_dict()
         tensors = {
             key.removeprefix(prefix): t.detach().to("cpu").contiguous()
             for key, t in state.items()
             if key.startswith(prefix)
         }
-        write_adapter(directory, self.base, self.adapter_config(name), tensors)
+        write_adapter(directory, self.base, self.adapter_config(name), tensors, self.backbone_digest())
         if "state_dict" in from_trainer:
             with replacing(directory / TRAINER_WEIGHTS) as temporary:
                 save_file({prefix + key: t for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+        cls,
+        llama: PreTrainedModel,
+        directory: str | os.PathLike[str],
+        *,
+        fused: bool = True,
+        liger: bool = False,
+        strict: bool = False,
     ) -> Self:
-        """``llama`` with the adapter saved in ``directory``, as ``"default"``. Raises as ``load_adapter``."""
-        return cls._from_read(llama, read_adapter(llama, Path(directory)), fused=fused, liger=liger)
+        """``llama`` with the adapter saved in ``directory``, as ``"default"``; see ``load_adapter``."""
+        return cls._from_read(llama, read_adapter(llama, Path(directory), strict=strict), fused=fused, liger=liger)
 
-    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
+    def load_adapter(  # type: ignore[override]
+        self, directory: str | os.PathLike[str], name: str, *, strict: bool = False
+    ) -> None:
         """Add the adapter saved in ``directory`` under ``name``.
+
+        Args:
+            strict: refuse a backbone whose weights are not those that the adapter was trained on; by default a line in
+                the log warns of it. Not compared: folders of 0.1.0, and fp16 weights with those of another dtype. Of
+                quantized weights with others, norms and embeddings are compared.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape; the
                 message names the file, and the field or both shapes.
         """
-        self._add_read(name, read_adapter(self.base, Path(directory)))
+        self._add_read(name, read_adapter(self.base, Path(directory), strict=strict))
+
+    def backbone_digest(self) -> Digest:
+        """``weights_digest`` of the backbone; of the time before it was spread over processes, if it is by now."""
+        found = weights_digest(self.base)
+        if found["exact"] is None:
+            return self.__dict__.get("_digest_before", found)
+        self.__dict__["_digest_before"] = found
+        return found
 
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
         """Upload what ``save_pretrained`` writes to the Hugging Face hub, and return the repository's URL.

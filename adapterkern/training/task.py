@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from adapterkern.model import liger
-from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
+from adapterkern.model.files.folder import ADAPTER_FILES
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import processes
@@ -59,7 +59,7 @@ class Task(nn.Module, Generic[E]):
             for unused parameters.
     """
 
-    files: ClassVar[tuple[str, ...]] = (WEIGHTS_NAME, CONFIG_NAME, HEAD_WEIGHTS, HEAD_CONFIG)
+    files: ClassVar[tuple[str, ...]] = (*ADAPTER_FILES, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = trains_all = True
 
     def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:

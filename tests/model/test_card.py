@@ -13,7 +13,7 @@ from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS, EVAL_ROWS = tiny_run.rows(16), tiny_run.rows(6, seed=1)
-PUBLISHED = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+PUBLISHED = {"adapterkern.safetensors", "adapterkern.json", "README.md"}
 
 
 def read(directory: Path) -> Any:

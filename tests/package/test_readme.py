@@ -46,6 +46,6 @@ def test_the_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytes
     given: dict[str, Any] = {}
     exec(code, given)
     assert given["result"].metrics["accuracy"] >= 0
-    assert {path.name for path in Path("mine").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in Path("mine").iterdir()} >= {"adapterkern.safetensors", "adapterkern.json"}
     for p, q in zip(given["again"].adapter_parameters(), given["model"].adapter_parameters(), strict=True):
         assert torch.equal(p, q)

@@ -1,9 +1,15 @@
-"""The folder of a saved adapter: ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
+"""The folder of a saved adapter: ``adapterkern.safetensors``, ``adapterkern.json`` and ``README.md``.
 
 Weights and configuration are a pair of ``write_pair``: after a full disk or a killed process the
 folder has the old pair or the new one, and loading checks the weights against the hash in the configuration.
+
+0.1.0 named them ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does. transformers acts on the
+second name if peft is installed, and then does not load a model beside it. The old names are still read. The new ones
+win if a folder has both, and a save removes the old pair.
 """
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +18,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkern.files import check_owner, find_weights, read_versioned, write_pair
+from adapterkern.files import find_weights, read_json, read_versioned, remove_pair, write_pair
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.digest import Digest, differ, weights_digest
 from adapterkern.model.files.card import base_name, write_card
+from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder, is_ours, whose
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapterkern.safetensors"
+CONFIG_NAME = "adapterkern.json"
+OLD_WEIGHTS_NAME = "adapter_model.safetensors"  # of 0.1.0
+OLD_CONFIG_NAME = OTHERS_CONFIG
+ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME, OLD_WEIGHTS_NAME, OLD_CONFIG_NAME)
 FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
 _SHAPES = {
     "norm.weight": ("d",),
     "norm.bias": ("d",),
@@ -30,37 +42,74 @@ _SHAPES = {
 }
 
 
-def write_adapter(directory: Path, llama: Any, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    directory: Path, llama: Any, config: AdapterConfig, tensors: Mapping[str, Tensor], digest: Digest
+) -> None:
     """Write an adapter of the backbone ``llama``, and its model card.
 
     Args:
+        digest: of the backbone's weights, see ``weights_digest``.
         config: resolved, with explicit layers.
         tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``.
 
     Raises:
         OSError: a file cannot be written; the message names it, and an earlier adapter in the folder stays.
-        ValueError: the folder holds another library's adapter, or ``tensors`` are not those of ``config``.
+        ValueError: the folder holds a model or another library's adapter, or ``tensors`` are not those of ``config``.
     """
-    check_owner(directory / CONFIG_NAME, "adapterkern", lambda saved: "format_version" in saved)
+    check_folder(directory)
     _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
 
-    fields = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": _describe(llama)}
+    base = _describe(llama) | {"digest": digest}
+    fields = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": base}
     write_pair(directory / WEIGHTS_NAME, directory / CONFIG_NAME, save, fields)
+    _remove_old(directory)
     write_card(directory, llama, config)
 
 
-def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def adapter_files(directory: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The names of the weights and the configuration of the adapter saved in ``directory``; None if there is none."""
+    directory = Path(directory)
+    if (directory / CONFIG_NAME).exists():
+        return WEIGHTS_NAME, CONFIG_NAME
+    try:
+        old = is_ours(read_json(directory / OLD_CONFIG_NAME))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # damaged: the reader says how
+        old = True
+    return (OLD_WEIGHTS_NAME, OLD_CONFIG_NAME) if old else None
+
+
+def _remove_old(directory: Path) -> None:
+    """Remove the pair that 0.1.0 saved here and that the new one replaces. What is not ours stays."""
+    try:
+        ours = is_ours(read_json(directory / OLD_CONFIG_NAME))
+    except (FileNotFoundError, ValueError):
+        return
+    if ours:
+        remove_pair(directory / OLD_WEIGHTS_NAME, directory / OLD_CONFIG_NAME)
+
+
+def read_adapter(llama: Any, directory: Path, *, strict: bool = False) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """An adapter's resolved configuration and its tensors, checked against each other and against the backbone.
+
+    Args:
+        strict: refuse a backbone of other weights than the adapter was saved with. Otherwise one line warns of it.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape; the
-            message names the file, and the field or both shapes.
+        ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape (with
+            ``strict``: of other weights); the message names the file, and the field or both shapes.
     """
-    path, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    names = adapter_files(directory)
+    if names is None:
+        if held := whose(directory):
+            raise ValueError(f"directory: expected an adapter that this package saved, got {directory} with {held}")
+        raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file")
+    weights, path = (directory / name for name in names)
     saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str})
     for name in ("hidden_size", "num_hidden_layers"):
         if name not in saved["base"]:
@@ -82,7 +131,27 @@ def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, 
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file: {error}") from error
     _check_tensors(weights, tensors, config, shape[0])
+    check_weights(path, saved["base"], llama, weights_digest(llama), strict=strict)
     return config, tensors
+
+
+def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Digest, *, strict: bool) -> None:
+    """Warn, or with ``strict`` raise ``ValueError``, if the backbone's weights are not those of a save.
+
+    Args:
+        path: the configuration, for the message.
+        base: what it says of the backbone; with no ``"digest"`` nothing is compared.
+        digest: of ``llama``, see ``weights_digest``.
+    """
+    if not differ(base.get("digest"), digest):
+        return
+    problem = (
+        f"{path}: saved for the backbone {base.get('name_or_path') or 'without a name'}, "
+        f"and loaded on one of other weights, {base_name(llama) or 'without a name'}"
+    )
+    if strict:
+        raise ValueError(f"{problem}; expected the same weights with strict=True")
+    logger.warning("%s: its results will differ; strict=True refuses this", problem)
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, hidden_size: int) -> None:
@@ -91,13 +160,15 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: AdapterCon
     names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in _SHAPES}
     if odd := sorted(names.keys() ^ tensors.keys()):
         expected = "expected" if odd[0] in names else "not expected"
-        raise ValueError(f"{path}: tensor {odd[0]}: {expected} by {CONFIG_NAME}")
+        raise ValueError(f"{path}: tensor {odd[0]}: {expected} by its configuration")
     sizes = {"d": hidden_size, "r": config.adapter_dim}
     for name, parameter in names.items():
         shape = tuple(sizes[letter] for letter in _SHAPES[parameter])
         if tensors[name].shape != shape or not tensors[name].is_floating_point():
             got = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
-            raise ValueError(f"{path}: tensor {name}: expected {shape} of floating point by {CONFIG_NAME}, got {got}")
+            raise ValueError(
+                f"{path}: tensor {name}: expected {shape} of floating point by its configuration, got {got}"
+            )
 
 
 def _describe(llama: Any) -> dict[str, Any]:

@@ -24,6 +24,10 @@ def layer_list(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def name_list(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
 def add_options(parser: Any, record: type, without: Collection[str] = ()) -> None:
     """One option for each field of a dataclass: type and default are the field's, the help is its metadata's."""
     for field in dataclasses.fields(record):
@@ -43,6 +47,7 @@ def add_options(parser: Any, record: type, without: Collection[str] = ()) -> Non
 
 _PARSERS: tuple[tuple[Any, tuple[Any, str]], ...] = (
     (tuple[int, ...], (layer_list, "I,J,...")),
+    (tuple[str, ...], (name_list, "A,B,...")),
     (float, (float, "X")),
     (int, (integer, "N")),
     (str, (str, "NAME")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any, Literal
 
 from adapterkern import checks
@@ -10,6 +11,7 @@ from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.reference import ACTIVATIONS
 
 POSITIONS = ("layer", "attention")
+MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,10 @@ class AdapterConfig:
         layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
         depth: number of adapters in sequence at each site.
         activation, init, eps, x_free: as in ``Adapter``.
-        max_params: a budget for all sites together: the largest ``adapter_dim`` that fits replaces the given one.
+        max_params: a budget for all sites together: the largest ``adapter_dim`` that fits replaces the given one. It
+            does not count ``modules_to_save``.
+        modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
+            ``["embed_tokens"]``. The head of a backbone for classification is always among them; ``[]``: no module.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -57,6 +62,9 @@ class AdapterConfig:
     eps: float = checks.option(1e-5, "added to LayerNorm's variance")
     x_free: bool = checks.option(False, "keep y instead of x for the backward; where fused")
     max_params: int | None = checks.option(None, "a budget: take the largest adapter_dim that fits")
+    modules_to_save: tuple[str, ...] | list[str] | None = checks.option(
+        None, "also train and save these modules of the backbone: embed_tokens"
+    )
 
     def __post_init__(self) -> None:
         checks.integer("adapter_dim", self.adapter_dim, 1, MAX_ADAPTER_DIM)
@@ -69,6 +77,11 @@ class AdapterConfig:
         checks.flag("x_free", self.x_free)
         if self.max_params is not None:
             checks.integer("max_params", self.max_params, 1)
+        if self.modules_to_save is not None:
+            names = self.modules_to_save
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+                raise TypeError(f"modules_to_save: expected a list of names of modules, got {names!r}")
+            object.__setattr__(self, MODULES, tuple(names))
         if self.layers is not None:
             if not isinstance(self.layers, (list, tuple)):
                 raise TypeError(f"layers: expected a list of layer numbers, got {self.layers!r}")
@@ -136,7 +149,8 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``from_dict`` reads them."""
         fields = dataclasses.asdict(self)
-        return fields | {"layers": None if self.layers is None else list(self.layers)}
+        lists = {name: getattr(self, name) for name in ("layers", MODULES)}
+        return fields | {name: None if value is None else list(value) for name, value in lists.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AdapterConfig":
@@ -151,4 +165,14 @@ class AdapterConfig:
 
 def prefix_length(config: AdapterConfig) -> int:
     """Number of leading layers whose output an adapter of this resolved configuration does not change."""
-    return (config.layers or (0,))[0] + (config.position == "layer")
+    adapted = (config.layers or (0,))[0] + (config.position == "layer")
+    return int(min([adapted, *map(_first_layer, config.modules_to_save or ())]))
+
+
+def _first_layer(path: str) -> float:
+    """The first layer whose output a module of the backbone changes: 0 if it is below the layers."""
+    top, _, inside = path.partition(".")
+    child, _, rest = inside.partition(".")
+    if top != "model" or child == "norm":  # a head, or the norm above the layers
+        return math.inf
+    return int(rest.partition(".")[0]) if child == "layers" else 0

@@ -292,6 +292,10 @@ def write_adapterhub(
     for field, expected in (("depth", 1), ("eps", 1e-5)):
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save: expected none for AdapterHub's adapters, got {', '.join(config.modules_to_save)}"
+        )
     hidden_size, num_layers = llama.config.hidden_size, len(llama.model.layers)
     fields = {
         "original_ln_after": True,

@@ -10,7 +10,7 @@ win if a folder has both, and a save removes the old pair.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkern.files import find_weights, read_json, read_versioned, remove_pair, write_pair
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import MODULES, AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.digest import Digest, differ, weights_digest
+from adapterkern.model.extra import covered, find_modules, saved_shapes
 from adapterkern.model.files.card import base_name, write_card
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder, is_ours, whose
 
@@ -57,7 +58,8 @@ def write_adapter(
         ValueError: the folder holds a model or another library's adapter, or ``tensors`` are not those of ``config``.
     """
     check_folder(directory)
-    _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size)
+    extra = saved_shapes(llama, config.modules_to_save or ())
+    _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size, extra)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -93,11 +95,14 @@ def _remove_old(directory: Path) -> None:
         remove_pair(directory / OLD_WEIGHTS_NAME, directory / OLD_CONFIG_NAME)
 
 
-def read_adapter(llama: Any, directory: Path, *, strict: bool = False) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def read_adapter(
+    llama: Any, directory: Path, *, strict: bool = False, resize: Callable[[int], Any] | None = None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """An adapter's resolved configuration and its tensors, checked against each other and against the backbone.
 
     Args:
         strict: refuse a backbone of other weights than the adapter was saved with. Otherwise one line warns of it.
+        resize: called with the number of tokens that the adapter was saved for, if the backbone has another.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -122,16 +127,29 @@ def read_adapter(llama: Any, directory: Path, *, strict: bool = False) -> tuple[
             f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]} and {expected[1]} layers, "
             f"got one of hidden_size={shape[0]} and {shape[1]} layers"
         )
+    vocabulary = saved["base"].get("vocab_size")
+    another = isinstance(vocabulary, int) and vocabulary != _vocabulary(llama)
+    if another and resize is not None:
+        resize(vocabulary)
+        another = False
     try:
         config = AdapterConfig.from_dict(saved["adapter"]).resolve(*shape)
+        extra = saved_shapes(llama, find_modules(llama, config.modules_to_save)) if config.modules_to_save else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     try:
         tensors = load_file(find_weights(weights, path, saved["weights_sha256"]))
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file: {error}") from error
-    _check_tensors(weights, tensors, config, shape[0])
-    check_weights(path, saved["base"], llama, weights_digest(llama), strict=strict)
+    if another:
+        problem = f"{path}: saved for a vocabulary of {vocabulary} tokens, and loaded on one of {_vocabulary(llama)}"
+        if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
+            raise ValueError(f"{problem}; resize_token_embeddings=True resizes the backbone")
+        logger.warning("%s: resize_token_embeddings=True resizes the backbone", problem)
+    extra = {key: size for key, size in extra.items() if _is_saved(key, config)}
+    _check_tensors(weights, tensors, config, shape[0], extra)
+    without = covered(llama, config.modules_to_save or ())
+    check_weights(path, saved["base"], llama, weights_digest(llama, without), strict=strict)
     return config, tensors
 
 
@@ -154,16 +172,33 @@ def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Diges
     logger.warning("%s: its results will differ; strict=True refuses this", problem)
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, hidden_size: int) -> None:
+def _is_saved(key: str, config: AdapterConfig) -> bool:
+    """Whether a tensor is of a module that the saved configuration names, not of a head that the class adds to it."""
+    return any(key.startswith(f"{MODULES}.{path}.") for path in config.modules_to_save or ())
+
+
+def _vocabulary(llama: Any) -> int:
+    """The number of tokens that the backbone has embeddings for."""
+    return llama.get_input_embeddings().num_embeddings
+
+
+def _check_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    hidden_size: int,
+    extra: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raise ``ValueError`` unless ``tensors`` are those of ``config`` and, beside them, those of ``extra``."""
     depth = min(config.depth, len(tensors) + 1)  # in a damaged file it may be any number
     adapters = [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
     names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in _SHAPES}
-    if odd := sorted(names.keys() ^ tensors.keys()):
-        expected = "expected" if odd[0] in names else "not expected"
+    if odd := sorted((names.keys() | extra.keys()) ^ tensors.keys()):
+        expected = "not expected" if odd[0] in tensors else "expected"
         raise ValueError(f"{path}: tensor {odd[0]}: {expected} by its configuration")
     sizes = {"d": hidden_size, "r": config.adapter_dim}
-    for name, parameter in names.items():
-        shape = tuple(sizes[letter] for letter in _SHAPES[parameter])
+    shapes = {name: tuple(sizes[letter] for letter in _SHAPES[parameter]) for name, parameter in names.items()}
+    for name, shape in (shapes | dict(extra)).items():
         if tensors[name].shape != shape or not tensors[name].is_floating_point():
             got = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
             raise ValueError(
@@ -178,4 +213,5 @@ def _describe(llama: Any) -> dict[str, Any]:
         "name_or_path": base_name(llama),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(decoder_layers(llama)),
+        "vocab_size": _vocabulary(llama),
     }

@@ -75,6 +75,8 @@ _SHAPES = (
 def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
     """The backbone's shape, and a SHA-256 of a sample of its weights; None if this process does not hold them all."""
     described = {name: getattr(model.config, name, None) for name in _SHAPES}
+    for name in model.adapters:  # remembered: saves compare them, and the backbone may be sharded by then
+        model.backbone_digest(name)
     return described | {"weights": model.backbone_digest()["exact"]}
 
 

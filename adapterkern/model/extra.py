@@ -11,7 +11,7 @@ Parameters that are tied stay tied: another module that holds the same parameter
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,16 +77,18 @@ class Replaceable(nn.Module):
         return super().__getattr__(name) if found is None else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own, dtype = _dtype(self._parameters, self._modules), None
-        for name in (*self._parameters, *self._modules):
-            found = self._place.find(name)
-            if found is not None:
-                dtype = found.dtype if isinstance(found, Tensor) else _dtype(found._parameters, found._modules)
-                break
-        if dtype is None or own is None or dtype == own:
-            return super().forward(*args, **kwargs)
-        args, kwargs = _cast((args, kwargs), own, dtype)
-        return _cast(super().forward(*args, **kwargs), dtype, own)
+        run: Callable[..., Any] = super().forward
+        found: Any = self._place.copy()
+        if found is not None:
+            run = found  # called itself, so that engines that gather a module's parameters for its forward see it
+            found = next(found.parameters())
+        else:
+            found = next((p for name in self._place.tied if (p := self._place.find(name)) is not None), None)
+        own = next(_own_parameters(self)).dtype
+        if found is None or found.dtype == own:
+            return run(*args, **kwargs)
+        args, kwargs = _cast((args, kwargs), own, found.dtype)
+        return _cast(run(*args, **kwargs), found.dtype, own)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (_own_class(self),), self.__dict__
@@ -258,6 +260,11 @@ def _make_replaceable(model: Copies, path: str, module: nn.Module) -> _Place:
     return module.__dict__["_place"]
 
 
+def has_tied_copies(module: nn.Module) -> bool:
+    """Whether a module of the backbone runs with a parameter of another module's copy: tied embeddings."""
+    return any(isinstance(child, Replaceable) and child._place.tied for child in module.modules())
+
+
 def detach(model: Copies, llama: Any) -> None:
     """Give the modules of ``attach`` their own classes back."""
     for module in list(llama.modules()):
@@ -300,12 +307,11 @@ def _at(copies: nn.Module | None, path: list[str]) -> nn.Module | None:
     return None if isinstance(at, _Folder) else at
 
 
-def _dtype(parameters: Any, modules: Any) -> torch.dtype | None:
-    """The dtype of the first parameter."""
-    for p in parameters.values():
-        if p is not None:
-            return p.dtype
-    return next((p.dtype for module in modules.values() if module is not None for p in module.parameters()), None)
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The backbone's parameters, not a copy's."""
+    yield from (p for p in module._parameters.values() if p is not None)
+    for child in module._modules.values():
+        yield from () if child is None else _own_parameters(child)
 
 
 def _cast(values: Any, own: torch.dtype, dtype: torch.dtype) -> Any:
@@ -374,7 +380,8 @@ class Extra(Wrapped):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own. Raises ``ValueError`` if an adapter has a copy of the embeddings."""
         ends = [m for m in (self.base.get_input_embeddings(), self.base.get_output_embeddings()) if m is not None]
-        if new_num_tokens is not None and any(isinstance(module, Replaceable) for module in ends):
+        same = new_num_tokens in (None, self.base.get_input_embeddings().num_embeddings)
+        if not same and any(isinstance(module, Replaceable) for module in ends):
             raise ValueError(
                 f"resize_token_embeddings: expected no adapter that trains the embeddings, got modules_to_save with "
                 f"them: resize the backbone first, then add such an adapter; got new_num_tokens={new_num_tokens}"

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from adapterkern import __version__
 from adapterkern.files import replacing
 from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import MODULES
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.api import train
@@ -228,8 +229,11 @@ def run_key(variant: Variant, seed: int, shared: str) -> str:
     """
     training = dataclasses.replace(variant.training, seed=seed).to_dict()
     floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    adapter = variant.adapter.to_dict()
+    if adapter[MODULES] is None:  # 0.1.0 had no such field
+        del adapter[MODULES]
     described = {
-        "adapter": variant.adapter.to_dict() if variant.training.train_adapters else None,
+        "adapter": adapter if variant.training.train_adapters else None,
         "training": {
             name: float(value) if name in floats and value is not None else value  # 0 and 0.0 are the same run
             for name, value in training.items()

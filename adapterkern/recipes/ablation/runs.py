@@ -32,8 +32,7 @@ from transformers import PreTrainedModel
 
 from adapterkern import __version__
 from adapterkern.files import replacing
-from adapterkern.model.config import AdapterConfig
-from adapterkern.model.config import MODULES
+from adapterkern.model.config import MODULES, AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.api import train

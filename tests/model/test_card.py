@@ -130,6 +130,11 @@ def test_push_a_run(hub: list[dict[str, Any]], tmp_path: Path) -> None:
     assert not any(str(tmp_path).encode() in content for content in files.values())
 
 
+def test_push_a_run_of_0_1_0(hub: list[dict[str, Any]]) -> None:
+    push_to_hub(Path(__file__).parents[1] / "golden" / "runs" / "causal-lm", "me/name")
+    assert hub[1]["files"].keys() == {"adapter_model.safetensors", "adapter_config.json", "README.md", "task.json"}
+
+
 def test_there_must_be_something_to_push(hub: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"task\.json"):
         push_to_hub(tmp_path, "me/name")

@@ -326,10 +326,10 @@ class Extra(Wrapped):
     if TYPE_CHECKING:  # LlamaAdapter's
 
         @property
-        def active_adapter(self) -> str | None: ...
+        def _mixture(self) -> Any: ...
 
         @property
-        def mixes(self) -> bool: ...
+        def active_adapter(self) -> str | None: ...
 
         def disable_adapter(self) -> AbstractContextManager[None]: ...
 
@@ -338,7 +338,7 @@ class Extra(Wrapped):
     def running_copies(self) -> nn.Module | None:
         """The copies of modules that the active adapter has; None if it has none, or none runs."""
         name = self.active_adapter
-        return None if name is None or self.mixes else self.adapters._modules[name]._modules.get(MODULES)
+        return None if name is None or self._mixture is not None else self.adapters._modules[name]._modules.get(MODULES)
 
     def trains_below(self) -> bool:
         """Whether the running adapter has copies of modules below the first layer: of the embeddings."""

@@ -195,11 +195,6 @@ class LlamaAdapter(Split, Saved):
         """The adapter that runs outside ``mixing``; None if none is set, and inside ``disable_adapter``."""
         return self._active if self._enabled else None
 
-    @property
-    def mixes(self) -> bool:
-        """Whether the sequences of a batch run adapters of their own, see ``mixing``."""
-        return self._mixture is not None
-
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Disables all adapters inside the block: the model computes what the backbone does."""

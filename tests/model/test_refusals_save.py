@@ -48,10 +48,10 @@ def mixed(model: ak.LlamaAdapter) -> None:
         pass
 
 
-def damaged(folder: Path) -> None:
-    saved(folder, of("embed_tokens"))
+def damaged(folder: Path, name: str = "model.norm", saved_with: str = "embed_tokens") -> None:
+    saved(folder, of(*saved_with.split()))
     config = json.loads((folder / CONFIG_NAME).read_text())
-    config["adapter"]["modules_to_save"] = ["model.norm"]
+    config["adapter"]["modules_to_save"] = [name]
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     ak.LlamaAdapter.from_pretrained(tiny(), folder)
 
@@ -110,6 +110,12 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         damaged,
         ValueError,
         r"tensor modules_to_save\.model\.\w+\.weight: (not )?expected by its configuratio",
+    ),
+    (
+        "no path",
+        lambda p: damaged(p, "norm", ""),
+        ValueError,
+        r"adapterkern\.json: modules_to_save: expected paths of modules, got 'norm'",
     ),
     (
         "AdapterHub",

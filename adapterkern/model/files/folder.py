@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkern.files import find_weights, read_json, read_versioned, remove_pair, write_pair
-from adapterkern.model.config import MODULES, AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.digest import Digest, differ, weights_digest
 from adapterkern.model.extra import covered, find_modules, saved_shapes
@@ -134,7 +134,7 @@ def read_adapter(
         another = False
     try:
         config = AdapterConfig.from_dict(saved["adapter"]).resolve(*shape)
-        extra = saved_shapes(llama, find_modules(llama, config.modules_to_save)) if config.modules_to_save else {}
+        extra = saved_shapes(llama, _saved_modules(llama, config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     try:
@@ -146,7 +146,6 @@ def read_adapter(
         if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
             raise ValueError(f"{problem}; resize_token_embeddings=True resizes the backbone")
         logger.warning("%s: resize_token_embeddings=True resizes the backbone", problem)
-    extra = {key: size for key, size in extra.items() if _is_saved(key, config)}
     _check_tensors(weights, tensors, config, shape[0], extra)
     without = covered(llama, config.modules_to_save or ())
     check_weights(path, saved["base"], llama, weights_digest(llama, without), strict=strict)
@@ -172,9 +171,14 @@ def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Diges
     logger.warning("%s: its results will differ; strict=True refuses this", problem)
 
 
-def _is_saved(key: str, config: AdapterConfig) -> bool:
-    """Whether a tensor is of a module that the saved configuration names, not of a head that the class adds to it."""
-    return any(key.startswith(f"{MODULES}.{path}.") for path in config.modules_to_save or ())
+def _saved_modules(llama: Any, config: AdapterConfig) -> tuple[str, ...]:
+    """The paths in ``modules_to_save`` of a saved configuration. Raises ``ValueError`` for one that no save writes."""
+    paths = config.modules_to_save or ()
+    found = find_modules(llama, paths)
+    for path in paths:
+        if path not in found:
+            raise ValueError(f"modules_to_save: expected paths of modules, got {path!r}")
+    return tuple(paths)
 
 
 def _vocabulary(llama: Any) -> int:

@@ -31,8 +31,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from adapterkern import __version__
-from adapterkern.files import replacing
+from adapterkern.files import check_owner, replacing
 from adapterkern.model.config import MODULES, AdapterConfig
+from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.api import train
@@ -44,7 +45,7 @@ from adapterkern.training.run import checkpoint
 from adapterkern.training.run.report import METRICS_NAME
 from adapterkern.training.run.results import NonFiniteError, TrainResult
 
-CSV_NAME = "ablation.csv"
+CSV_NAME, STUDY_NAME = "ablation.csv", "study.json"
 
 _SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init")
 _SHOWN_TRAINING = (
@@ -91,9 +92,11 @@ def run_study(
 
     Raises:
         DataError: unusable rows; the message names file and line.
-        TypeError, ValueError: a value that a configuration does not accept, or an ``ablation.csv`` with other columns.
-            All are raised before the first run.
+        TypeError, ValueError: a value that a configuration does not accept, an ``ablation.csv`` with other columns, or
+            an ``output`` that holds a model or another program's ``study.json``. All are raised before the first run.
     """
+    check_folder(output, "output")
+    check_owner(output / STUDY_NAME, "adapterkern", lambda saved: "vary" in saved)
     model = LlamaAdapter(llama, study.adapter)
     try:
         return _Runner(study, model, train_data, eval_data, output, tokenizer, say).go()

@@ -358,7 +358,12 @@ def test_refuses_what_does_not_fit() -> None:
         task.classify(["w1", ""], ["a", "b"], config(), TOKENIZER)
     task.train()
     with pytest.raises(IndexError):
-        task.classify(["w1"], ["a"], config(), lambda _: {"input_ids": [[10_000]]})
+        task.classify(
+            ["w1"],
+            ["a"],
+            config(),
+            lambda texts, **_: {"input_ids": [10_000] if isinstance(texts, str) else [[10_000]]},
+        )
     assert all(module.training for module in task.modules())
 
 

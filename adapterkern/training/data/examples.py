@@ -111,7 +111,9 @@ def load_examples(
         raise DataError(f"{source}: no rows" + (f" are left of {len(bad.found)}" if bad.found else ""))
     if config.task == "classification" and labels is None and len(names) < 2:
         column = shown(config.label_column)
-        raise DataError(f"{source}: column {column}: expected at least two different labels, got {listed(names)}")
+        raise DataError(
+            f"{source}: column {column}: expected at least two different labels, got {listed(names) or 'none'}"
+        )
     return examples, names
 
 

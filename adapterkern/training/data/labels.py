@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adapterkern.training.data.rows import listed, scalar, shown
+from adapterkern.training.data.rows import listed, scalar
 
 EXPECTED = "a non-empty string or an integer"
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -52,7 +52,8 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     found = []
     for names in alike.values():
         if len(names) > 1:
-            same = ", ".join(f"{shown(name)} ({counts[name]})" for name in names[:_FEW])
+            # Escaped, for what differs may be invisible.
+            same = ", ".join(f"{ascii(name)[:40]} ({counts[name]})" for name in names[:_FEW])
             found.append(f"labels that differ only in case, spaces or form are different labels: {same}")
     fractions = [name for name in counts if _FRACTION.fullmatch(name.strip())]
     if fractions:

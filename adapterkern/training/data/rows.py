@@ -78,7 +78,10 @@ def warn(message: str, *values: Any) -> None:
 
 def shown(value: Any) -> str:
     """``value`` for a message: its repr, on one line and cut to a readable length."""
-    text = repr(value[:_WIDTH] if isinstance(value, str | list | tuple) else value)
+    try:
+        text = repr(value[:_WIDTH] if isinstance(value, str | list | tuple) else value)
+    except Exception:  # what a value's own repr raises: int's beyond 4300 digits, for one
+        text = f"a value of type {type(value).__name__}"
     text = text if isinstance(value, str) else " ".join(text.split())
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 4]} ..."
 
@@ -186,9 +189,9 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
             if number == 1 and line.lstrip().startswith("["):
                 raise DataError(f"{place}: expected one JSON object per line, got a list over several lines") from error
             cut = "" if line.endswith("\n") else "; the file ends here and may have been cut off"

@@ -333,7 +333,7 @@ def test_refuses_what_does_not_fit() -> None:
     task = MultiTask(made, ["a", "b"])
     for data, error, message in (
         (DATA["a"], TypeError, "data: expected a mapping from task names to rows, got list"),
-        (DATA, ValueError, "data: expected tasks among a, b, got 'c'"),
+        (DATA, ValueError, "data: expected tasks among 'a', 'b', got 'c'"),
         ({"a": DATA["a"]}, ValueError, "data: expected rows of all tasks, a, b; 'b' is missing"),
     ):
         with pytest.raises(error, match=message):

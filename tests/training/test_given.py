@@ -1,5 +1,6 @@
 """Rows that are tokenized already: what is learned, what is attended, packed texts; and the losses that follow."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,15 @@ def test_columns_that_are_not_used_are_named_once(caplog: pytest.LogCaptureFixtu
     assert [r.getMessage() for r in caplog.records] == [f"data: columns not used: {names}"]
 
 
+def test_columns_of_a_file_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A study reads it for every run."""
+    (tmp_path / "a.csv").write_text("text,label,id\nw1,a,1\nw2,b,2\n")
+    for _ in range(3):
+        load_examples(tmp_path / "a.csv", tiny_run.quiet(), tiny_run.tokenizer())
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'a.csv'}: column not used: 'id'"]
+
+
 def test_a_label_that_causal_lm_does_not_learn_is_named(caplog: pytest.LogCaptureFixture) -> None:
     load_examples([{"text": "w1 w2", "label": "a"}], LM, tiny_run.tokenizer())
-    expected = "data: column not used by causal-lm (task='classification' learns labels): 'label'"
+    expected = "data: column not used by causal-lm (the task classification learns labels): 'label'"
     assert [record.getMessage() for record in caplog.records] == [expected]

@@ -148,6 +148,11 @@ CASES: dict[str, Case] = {
         DataError,
         r"row 0: column 'label': label 'b{55} \.\.\. is not one of 'a', 'c'\n",
     ),
+    "label of another spelling": (
+        lambda _: load_examples([{"text": "w1", "label": "A "}], tiny_run.quiet(), TOKENIZER, ["a", "c"]),
+        DataError,
+        "row 0: column 'label': label 'A ' is not one of 'a', 'c'; 'a' differs only in case, spaces or form",
+    ),
     "one label": (labels({"text": "w1", "label": "a"}), DataError, "expected at least two different labels, got 'a'$"),
     "one label of a task": (
         task_of_one_label,

@@ -73,8 +73,9 @@ def test_one_beginning_and_one_end(template: str, special: dict[str, str], slow:
     assert got[1] == got[0][1:]
 
 
-def test_no_special_tokens_at_all() -> None:
+def test_no_special_tokens_at_all(caplog: pytest.LogCaptureFixture) -> None:
     assert load(words(), prompt="w1", completion=" w2 w3") == (["w1", "w2", "w3"], ["w2", "w3"])
+    assert "data: the tokenizer has no end-of-text token (eos_token), so no text teaches where to stop" in caplog.text
 
 
 def test_an_end_between_turns_stays() -> None:

@@ -37,7 +37,7 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_tokens
 from adapterkern.training.data.examples import Example, Rows
-from adapterkern.training.data.rows import DataError, shown, warn
+from adapterkern.training.data.rows import DataError, listed, shown, warn
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.data.tokens import tokenize
 from adapterkern.training.heads import ClassificationHead
@@ -137,9 +137,9 @@ class MultiTask(Task[TaskExample]):
         if not config.train_adapters:
             raise ValueError("train_adapters: expected True for several tasks, whose adapters are mixed, got False")
         if unknown := [name for name in rows if name not in self.names]:
-            raise ValueError(f"data: expected tasks among {', '.join(self.names)}, got {unknown[0]!r}")
+            raise ValueError(f"data: expected tasks among {listed(self.names)}, got {shown(unknown[0])}")
         if not rows:
-            raise ValueError(f"data: expected rows of tasks among {', '.join(self.names)}, got none")
+            raise ValueError(f"data: expected rows of tasks among {listed(self.names)}, got none")
         headless = [name for name in self.names if name not in rows and name not in self.heads]
         if headless and config.task == "classification":
             raise ValueError(self._missing(headless[0]))
@@ -150,12 +150,9 @@ class MultiTask(Task[TaskExample]):
                 try:
                     loaded = one.load(rows[name], config, tokenizer)
                 except DataError as error:
-                    if isinstance(rows[name], str | os.PathLike):  # which the message names
-                        raise
                     raise DataError(f"task {name!r}: {error}") from error
-                for e in loaded:
-                    about: dict[str, Any] = {"cut": e.cut, "place": e.place, "starts": e.starts}
-                    examples.append(TaskExample(e.input_ids, e.targets, e.positions, number, **about))
+                fields = [field.name for field in dataclasses.fields(Example)]
+                examples += [TaskExample(**{f: getattr(e, f) for f in fields}, task=number) for e in loaded]
                 if one.head is not None:
                     self.heads[name] = one.head
         return examples
@@ -170,7 +167,7 @@ class MultiTask(Task[TaskExample]):
         return found
 
     def _missing(self, name: str) -> str:
-        return f"data: expected rows of all tasks, {', '.join(self.names)}; {name!r} is missing"
+        return f"data: expected rows of all tasks, {listed(self.names)}; {name!r} is missing"
 
     def collate(self, examples: Sequence[TaskExample], config: TrainConfig) -> Batch:
         """A batch with ``choice`` (B,), each row's task among those present, and ``rows/NAME`` of each of these.

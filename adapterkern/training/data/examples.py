@@ -15,7 +15,7 @@ from typing_extensions import TypeVar  # torch needs it, too; typing has a defau
 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.given import IDS, IGNORE, Text, given_columns, given_texts
-from adapterkern.training.data.labels import EXPECTED, label_name, label_number, label_order
+from adapterkern.training.data.labels import EXPECTED, alike, label_name, label_number, label_order
 from adapterkern.training.data.rows import (
     BadRows,
     DataError,
@@ -138,8 +138,9 @@ def _classification(
     for row, text, value in good:
         number = label_number(value, numbers)
         if number is None:
-            got = shown(label_name(value))
-            bad.add(row.place, f"column {shown(column)}: label {got} is not one of {listed(names)}")
+            label = label_name(value) or ""
+            near = f"; {shown(near[0])} differs only in case, spaces or form" if (near := alike(label, names)) else ""
+            bad.add(row.place, f"column {shown(column)}: label {shown(label)} is not one of {listed(names)}{near}")
             continue
         ids = text.ids[: config.max_length]
         cut = len(text.ids) - len(ids)
@@ -195,7 +196,7 @@ def _check_columns(rows: list[Row], config: TrainConfig, always: set[str], neede
         if _is_given(row):
             read |= given_columns(row.values, learned)
     unused = [name for name in columns(rows) if name not in read]
-    hint = " by causal-lm (task='classification' learns labels)" if learned and config.label_column in unused else ""
+    hint = " by causal-lm (the task classification learns labels)" if learned and config.label_column in unused else ""
     warn_unused(source, unused, hint)
 
 
@@ -225,6 +226,8 @@ def _texts(
             pairs[number] = values.get(prompt, ""), values[text]
     if pairs and tokenizer is None:
         raise TypeError("tokenizer: expected a transformers tokenizer for rows of text, got None")
+    if pairs and learned and getattr(tokenizer, "eos_token_id", None) is None:
+        warn("%s: the tokenizer has no end-of-text token (eos_token), so no text teaches where to stop", bad.source)
     shared = []
     encoded = tokenize(tokenizer, list(pairs.values()), end=learned) if pairs else []
     for number, tokens in zip(pairs, encoded, strict=True):

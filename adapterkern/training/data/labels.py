@@ -46,11 +46,11 @@ def label_order(names: Iterable[str]) -> list[str]:
 
 def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     """What may be wrong with labels, one line each, from the number of rows of each."""
-    alike: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in counts:
-        alike.setdefault(_plain(name), []).append(name)
+        groups.setdefault(_plain(name), []).append(name)
     found = []
-    for names in alike.values():
+    for names in groups.values():
         if len(names) > 1:
             # Escaped, for what differs may be invisible.
             same = ", ".join(f"{ascii(name)[:40]} ({counts[name]})" for name in names[:_FEW])
@@ -64,6 +64,11 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     if rows >= _FEW and 2 * len(counts) > rows:
         found.append(f"{len(counts)} labels for {rows} rows: most have one row, and nothing to generalize from")
     return found
+
+
+def alike(name: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that differ from ``name`` only in case, spaces or form."""
+    return [other for other in names if _plain(other) == _plain(name)]
 
 
 def _plain(name: str) -> str:

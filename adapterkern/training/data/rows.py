@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows, or names, in one message
 _WIDTH = 60  # characters of a value in a message
+_named: set[str] = set()  # what `warn_unused` has said
 _MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
 
 
@@ -131,9 +132,13 @@ def no_column(name: str, setting: str, found: list[str]) -> str:
 
 
 def warn_unused(source: str, names: Iterable[str], why: str = "") -> None:
-    """Name the columns that a task does not read, in one line."""
-    if names := list(names):
-        warn("%s: column%s not used%s: %s", source, "s" if len(names) > 1 else "", why, listed(names))
+    """Name the columns that a task does not read, in one line; of a file, once per process."""
+    if not (names := list(names)):
+        return
+    line = f"{source}: column{'s' if len(names) > 1 else ''} not used{why}: {listed(names)}"
+    if line not in _named or source == source_name(None):
+        _named.add(line)
+        warn("%s", line)
 
 
 def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> list[Row]:
@@ -238,7 +243,8 @@ def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:
                 fields = next(reader, None)
             except csv.Error as error:
                 cut = "; a quote is not closed, or the file has been cut off" if "end of data" in str(error) else ""
-                raise DataError(f"{path}:{line}: {error}{cut}") from error
+                problem = str(error).replace("\t", "\\t")
+                raise DataError(f"{path}:{line}: {problem}{cut}") from error
             place, line = f"{path}:{line}", reader.line_num + 1
             if fields is None:
                 break

@@ -334,13 +334,13 @@ def test_refuses_what_does_not_fit() -> None:
     for data, error, message in (
         (DATA["a"], TypeError, "data: expected a mapping from task names to rows, got list"),
         (DATA, ValueError, "data: expected tasks among 'a', 'b', got 'c'"),
-        ({"a": DATA["a"]}, ValueError, "data: expected rows of all tasks, a, b; 'b' is missing"),
+        ({"a": DATA["a"]}, ValueError, "data: expected rows of all tasks, 'a', 'b'; 'b' is missing"),
     ):
         with pytest.raises(error, match=message):
             together(task, data)
     rows = [{"text": "w1 w2"}]
     for data, message in (
-        ({"a": rows}, "data: expected rows of all tasks, a, b; 'b' is missing"),
+        ({"a": rows}, "data: expected rows of all tasks, 'a', 'b'; 'b' is missing"),
         ({}, "data: expected rows of tasks among a, b, got none"),
     ):
         with pytest.raises(ValueError, match=message):

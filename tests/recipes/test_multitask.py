@@ -341,7 +341,7 @@ def test_refuses_what_does_not_fit() -> None:
     rows = [{"text": "w1 w2"}]
     for data, message in (
         ({"a": rows}, "data: expected rows of all tasks, 'a', 'b'; 'b' is missing"),
-        ({}, "data: expected rows of tasks among a, b, got none"),
+        ({}, "data: expected rows of tasks among 'a', 'b', got none"),
     ):
         with pytest.raises(ValueError, match=message):
             together(task, data, task="causal-lm")

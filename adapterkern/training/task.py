@@ -5,6 +5,7 @@ Another kind of training is a subclass, generic in its example, passed as ``trai
 cache, the checkpoints and the evaluation call only these methods:
 
     data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
+               summaries: what the examples are, which a run says before it begins
     a step     begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
     scores     evaluate: examples → metrics   predict: batch → answers
     files      save, from_pretrained; a resumed run must have the same ``settings``

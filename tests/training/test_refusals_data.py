@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
     "labels, none": (
         lm(input_ids=IDS, labels=[-100] * 4),
         DataError,
-        "row 0: no token to learn: nothing predicts the first",
+        "row 0: no token to learn: labels and masks leave none",
     ),
     "labels of another model": (
         foreign_labels,

@@ -172,6 +172,7 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
         elif texts:
             learned = np.flatnonzero(texts[0].labels != IGNORE)
             why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
+            why = why if len(learned) else "labels and masks leave none"
             bad.add(row.place, f"no token to learn: {why}, max_length is {config.max_length}")
     return examples
 

@@ -106,8 +106,11 @@ def _integers(value: Any, low: int, high: int) -> np.ndarray | None:
         value = value.tolist()
     if not isinstance(value, list | tuple):
         return None
-    items = value if all(type(item) is int for item in value) else [scalar(item) for item in value]
-    kinds = (int, bool) if high == 1 else (int,)
-    if not all(type(item) in kinds and low <= item <= high for item in items):
+    kinds = {int, bool} if high == 1 else {int}
+    items = value if set(map(type, value)) <= kinds else [scalar(item) for item in value]
+    if not set(map(type, items)) <= kinds:
         return None
-    return np.array(items, dtype=np.int64)
+    found = np.array(items, dtype=np.int64 if not items else None)  # numbers beyond int64 give another kind of dtype
+    if found.dtype.kind not in "ib" or (len(found) and not low <= found.min() <= found.max() <= high):
+        return None
+    return found.astype(np.int64)

@@ -83,11 +83,7 @@ def summarize(
         counts: by default the number of texts.
     """
     lengths = [len(example.input_ids) for example in examples]
-    rows = (
-        Counter(int(example.targets[0]) for example in examples if len(example.targets))
-        if labels is not None
-        else Counter()
-    )
+    rows = Counter(int(example.targets[0]) for example in examples if labels is not None and len(example.targets))
     of_labels = {name: rows[number] for number, name in enumerate(labels or ()) if rows[number]}
     cut = [example for example in examples if example.cut]
     worst = ""

@@ -4,7 +4,6 @@ Run by test_kernels.py.
 """
 
 import gc
-import types
 from typing import Any
 
 import pytest
@@ -42,9 +41,7 @@ class Operations(TorchDispatchMode):
 
 
 def mixture(index: Tensor, sites: int = 2) -> Mixture:
-    config = types.SimpleNamespace(
-        adapter_dim=12, activation="silu", eps=1e-5, depth=1, x_free=False, position="layer", layers=tuple(range(sites))
-    )
+    config = ak.AdapterConfig(adapter_dim=12, layers=tuple(range(sites)))
     adapters = {
         name: nn.ModuleDict({str(n): nn.Sequential(ak.Adapter(40, 12, init="xavier")) for n in range(sites)})
         for name in "ab"

@@ -12,7 +12,7 @@ from bench.traffic import eager, ours
 def test_ours(d: int, r: int, x_free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     T, itemsize = 128, 2
     # Two row tiles on the interpreter's four multiprocessors would share their columns at r = 256.
-    monkeypatch.setattr(kernels.forward, "column_split", lambda *_, reads: (1, ceil_div(d, 64)))
+    monkeypatch.setattr(kernels.forward, "column_split", lambda *given, reads: (1, ceil_div(d, given[4])))
     preparation, forward, backward = ours(T, d, r, x_free=x_free)
     assert preparation.launches == forward.launches == 1
     separate = r >= 256  # G and U in two launches, dy read once more

@@ -8,6 +8,7 @@ checkpointing, sharding) then wraps the adapter too.
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -34,18 +35,26 @@ class AdaptedLayer(nn.Module):
     """Precedes a decoder layer's own class in the method resolution order; ``adapt`` makes the combined class."""
 
     _adapter_site: Site
+    _argument_names: tuple[str, ...]  # of the own class's forward
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         site = self._adapter_site
         if not site.has("attention"):
-            hidden_states = super().forward(hidden_states, **kwargs)
-            if isinstance(hidden_states, tuple):  # some layers of transformers 4 return more than the stream
+            hidden_states = super().forward(*args, **kwargs)
+            if isinstance(hidden_states, tuple):  # some layers return more than the stream
                 return (site.run("layer", hidden_states[0]), *hidden_states[1:])
+            if not isinstance(hidden_states, Tensor):
+                raise TypeError(
+                    f"llama: expected {type(self).__name__} to return the residual stream, alone or as the first of a "
+                    f"tuple, got {type(hidden_states).__name__}: no adapter can run on this backbone"
+                )
             return site.run("layer", hidden_states)
+        kwargs |= dict(zip(self._argument_names, args, strict=False))
+        hidden_states = kwargs.pop("hidden_states")
         attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = site.run("attention", hidden_states + attended)
         # In a batch that mixes adapters, some may be at one position and some at the other.
@@ -55,7 +64,15 @@ class AdaptedLayer(nn.Module):
 @functools.cache
 def _adapted_class(cls: Any) -> Any:
     # Same name: lists of class names (`_no_split_modules`, auto-wrap policies) must still match the layer.
-    return type(cls.__name__, (AdaptedLayer, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_argument_names": argument_names(cls)}
+    return type(cls.__name__, (AdaptedLayer, cls), members)
+
+
+@functools.cache
+def argument_names(cls: Any) -> tuple[str, ...]:
+    """The names of the positional arguments of the forward of ``cls``, in its order, without ``self``."""
+    _, *parameters = inspect.signature(cls.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def adapt(layer: nn.Module, site: Site) -> None:
@@ -110,6 +127,16 @@ def decoder_layers(llama: Any) -> nn.ModuleList:
             f"Qwen2ForCausalLM, ...: `model.layers` is a ModuleList), got {type(llama).__name__}"
         )
     return layers
+
+
+def check_config(config: Any) -> None:
+    """Raise ``TypeError`` unless ``config`` has the width of the residual stream as ``hidden_size``."""
+    try:
+        size = config.hidden_size
+    except Exception as error:  # a field of transformers' configurations may raise anything
+        size = f"{type(error).__name__}: {error}"
+    if not isinstance(size, int):
+        raise TypeError(f"llama: expected an integer config.hidden_size, got {size!r} from {type(config).__name__}")
 
 
 def check_attention_site(layer: nn.Module) -> None:

@@ -210,27 +210,15 @@ def linear_cross_entropy(
 
 def causal_lm_output(
     llama: Any,
-    input_ids: Tensor | None,
-    attention_mask: Any,
-    position_ids: Tensor | None,
-    past_key_values: Any,
-    inputs_embeds: Tensor | None,
-    labels: Tensor,
     *,
+    labels: Tensor,
     num_items_in_batch: Any = None,
     ignore_index: int = IGNORE,
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """A causal language model's forward with the fused loss, same arguments as transformers'; the logits are None."""
-    states = llama.model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds,
-        **(kwargs | {"return_dict": True}),
-    )
+    states = llama.model(**(kwargs | {"return_dict": True}))
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     hidden, head = states.last_hidden_state.flatten(0, -2), llama.get_output_embeddings()

@@ -18,6 +18,7 @@ from adapterkern.model.decoder import (
     AdaptedLayer,
     adapt,
     check_attention_site,
+    check_config,
     check_forward,
     decoder_layers,
     layer_device,
@@ -62,6 +63,7 @@ class LlamaAdapter(Split, Saved):
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
             raise ValueError("llama: expected a model without adapters, got one that has some; use add_adapter on it")
+        check_config(llama.config)
         for layer in layers:
             check_forward(layer)
         super().__init__(llama.requires_grad_(False))
@@ -81,31 +83,23 @@ class LlamaAdapter(Split, Saved):
         if self.checkpoints_activations:
             self.gradient_checkpointing_enable()  # again: recomputation must see the adapters of the forward
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        *args: Any,
-        adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The backbone's forward, with the same arguments and outputs. Trainer reads a model's columns from them.
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The backbone's forward, with the same arguments in the same order, and the same outputs.
 
         ``adapter_names`` names one adapter per sequence of the batch, ``"__base__"`` for none, see ``mixing``.
+        ``inspect.signature`` gives the backbone's arguments: Trainer reads a model's columns from them.
         """
-        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
         with self._mixing_by_name(adapter_names):
-            if labels is not None and not args and self._loss_is_fused(kwargs):
-                return causal_lm_output(self.base, *given, **kwargs)  # type: ignore[arg-type]
-            return self.base(*given, *args, **kwargs)
+            if self._loss_is_fused(args, kwargs):
+                return causal_lm_output(self.base, **self._named(args, kwargs))
+            return self.base(*args, **kwargs)
 
-    def _loss_is_fused(self, kwargs: dict[str, Any]) -> bool:
-        keep = kwargs.get("logits_to_keep")
-        if not self.liger or not self.training or isinstance(keep, Tensor) or keep:
+    def _loss_is_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self.liger or not self.training:
+            return False
+        given = self._named(args, kwargs)
+        keep = given.get("logits_to_keep")
+        if given.get("labels") is None or isinstance(keep, Tensor) or keep:
             return False
         return reads(self.get_output_embeddings()) and has_plain_loss(self.base)
 

@@ -5,12 +5,16 @@ its class (which decides whether a loss shifts the labels), gradient checkpointi
 ``PreTrainedModel`` that delegates these to the backbone and saves only what it adds to it.
 """
 
+import functools
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from adapterkern.model.decoder import argument_names
 
 TRAINER_WEIGHTS = "model.safetensors"  # what transformers' Trainer loads when it resumes
 
@@ -25,6 +29,7 @@ class Wrapped(PreTrainedModel):
 
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__(base.config)
+        self.__class__ = _class_for(type(self), type(base))  # type: ignore[arg-type]
         self.base = base
         self.loss_type: Any = getattr(base, "loss_type", None)
         self._no_split_modules = base._no_split_modules
@@ -43,6 +48,13 @@ class Wrapped(PreTrainedModel):
     def _get_name(self) -> str:
         # Trainer's label smoothing shifts the labels if the class's name is among the causal language models.
         return type(self.base).__name__
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward by the backbone's names."""
+        names = argument_names(type(self.base))  # type: ignore[arg-type]
+        if len(args) > len(names):
+            raise TypeError(f"forward: expected at most {len(names)} positional arguments, got {len(args)}")
+        return dict(zip(names, args, strict=False)) | kwargs
 
     @property
     def base_model(self) -> Any:
@@ -161,6 +173,25 @@ class Wrapped(PreTrainedModel):
     ) -> None:
         """``gradient_checkpointing_enable`` by the name that newer versions of transformers use."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **how)
+
+
+@functools.cache
+def _class_for(cls: Any, base: Any) -> Any:
+    """``cls`` with the signature of the forward of ``base``: a signature belongs to a class, not to an instance."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    given, own = inspect.signature(base.forward), inspect.signature(cls.forward).parameters.values()
+    parameters = [p for p in given.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    ours = [p for p in own if p.kind is p.KEYWORD_ONLY]
+    rest = next(p for p in own if p.kind is p.VAR_KEYWORD)
+    forward.__signature__ = given.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters, *ours, rest], return_annotation=inspect.Signature.empty
+    )
+    forward.__doc__ = cls.forward.__doc__
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
+    return type(cls.__name__, (cls,), members)
 
 
 def _keep_differentiable(base: nn.Module) -> None:

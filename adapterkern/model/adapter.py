@@ -98,6 +98,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, down, up = self.norm, self.down, self.up
+        self.check_modules()
         fused = self.fused and fused_enabled()
         # The modules themselves only accept x in their parameters' dtype, or in a lower one with fp32 parameters.
         if fused or stock_dtype(x, (norm.weight, down.weight, up.weight)) is not None:
@@ -117,8 +118,24 @@ class Adapter(nn.Module):
         with eager_autocast(x):
             return (x + up(ACTIVATIONS[self.activation].fn(down(norm(x))))).to(x.dtype)
 
+    def check_modules(self) -> None:
+        """Raise ``TypeError`` if something has replaced ``down`` or ``up`` by another kind of module."""
+        for name in ("down", "up"):
+            module = getattr(self, name)
+            if not isinstance(module, nn.Linear):
+                raise TypeError(
+                    f"adapter.{name}: expected an nn.Linear, got {type(module).__module__}.{type(module).__name__}, by "
+                    "which something has replaced it; convert the backbone alone: quantize_dynamic(model.base, "
+                    "inplace=True), quantize_(model.base, ...)"
+                )
+
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, fused={self.fused}"
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A weight that torchao has quantized as an ordinary tensor; any other as it is."""
+    return tensor if type(tensor).dequantize is Tensor.dequantize else tensor.dequantize()
 
 
 def _svd_factors(matrix: Tensor | None, d: int, r: int, device: torch.device) -> tuple[Tensor, Tensor]:

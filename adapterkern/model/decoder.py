@@ -60,6 +60,26 @@ class AdaptedLayer(nn.Module):
         # In a batch that mixes adapters, some may be at one position and some at the other.
         return site.run("layer", hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, protocol, _adapted_class, own_class(self, AdaptedLayer))
+
+
+def own_class(module: nn.Module, before: type) -> Any:
+    """The class that follows ``before`` in the method resolution order: the one a module has been given back."""
+    mro = type(module).__mro__
+    return mro[mro.index(before) + 1]
+
+
+def reduced(module: nn.Module, protocol: Any, make: Any, *args: Any) -> Any:
+    """What pickles ``module``, whose class was made by ``make(*args)`` and so has no name to be found by."""
+    rest = object.__reduce_ex__(module, max(protocol, 2))[2:]
+    return (_instance, (make, *args), *rest)
+
+
+def _instance(make: Any, *args: Any) -> Any:
+    cls = make(*args)
+    return cls.__new__(cls)
+
 
 @functools.cache
 def _adapted_class(cls: Any) -> Any:
@@ -85,7 +105,7 @@ def adapt(layer: nn.Module, site: Site) -> None:
 def restore(layer: nn.Module) -> None:
     """Give an adapted layer its own class back."""
     del layer.__dict__["_adapter_site"]
-    change_class(layer, type(layer).__bases__[1])
+    change_class(layer, own_class(layer, AdaptedLayer))
 
 
 def change_class(module: nn.Module, cls: Any) -> None:

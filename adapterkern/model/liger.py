@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from adapterkern.model.decoder import change_class, check_forward
+from adapterkern.model.decoder import change_class, check_forward, reduced
 from adapterkern.ops.choice import INTERPRETED, fused_enabled
 
 # Their norms, MLPs, rotations and losses compute exactly what LLaMA's do; tests/model/interpreted_liger.py checks each.
@@ -91,6 +91,9 @@ def _runs(device_type: str, dtype: torch.dtype, enabled: bool) -> bool:
 
 class Fused(nn.Module):
     """Precedes a module's own class in the method resolution order."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, protocol, _fused_class, type(self).__bases__[1])
 
 
 class _Norm(Fused):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterkern.model.adapter import Adapter
+from adapterkern.model.adapter import Adapter, plain
 from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.ops import graphs
 from adapterkern.ops.checks import check_index_dtype, check_index_values
@@ -47,6 +47,7 @@ class Mixture:
         configs: their configurations, in the same order.
         index: int64 or int32, (B,) or (B, K); −1 is none.
         weight: floating point, same shape as ``index``; None is weight 1 for every choice.
+        argument: what the user gave, for messages.
 
     Raises:
         TypeError, ValueError: ``index`` or ``weight`` has a wrong type, dtype or shape, or a number is out of range.
@@ -58,9 +59,11 @@ class Mixture:
         configs: Mapping[str, AdapterConfig],
         index: Tensor,
         weight: Tensor | None = None,
+        argument: str = "index",
     ) -> None:
         check_mixable(configs)
         _check(len(adapters), index, weight)
+        self._argument = argument
         self._adapters, self._configs = list(adapters.values()), list(configs.values())
         # (K, B): each choice is contiguous, as the kernels expect
         self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
@@ -77,7 +80,8 @@ class Mixture:
             ValueError: ``index`` is for another number of sequences.
         """
         if batch is not None and batch != self._index.shape[1]:
-            raise ValueError(f"index: expected one entry for each of {batch} prompts, got {self._index.shape[1]}")
+            given = self._index.shape[1]
+            raise ValueError(f"{self._argument}: expected one entry for each of {batch} prompts, got {given}")
         other = object.__new__(Mixture)
         other.__dict__ |= self.__dict__ | {"_generating": True, "_stacks": {}}
         return other
@@ -149,7 +153,7 @@ class Mixture:
             return 1
         if self._generating and given and batch % given == 0:
             return batch // given
-        raise ValueError(f"index: expected one entry for each of the batch's {batch} sequences, got {given}")
+        raise ValueError(f"{self._argument}: expected one entry for each of the batch's {batch} sequences, got {given}")
 
     def _stack(self, group: _Group) -> list[Weights]:
         """The group's parameters, stacked to (n, ...), one ``Weights`` for each of the ``depth`` adapters."""
@@ -223,7 +227,9 @@ def _stacked(adapters: list[nn.Sequential]) -> list[Weights]:
 
 
 def _weights(a: Adapter) -> Weights:
-    return Weights(a.norm.weight, a.norm.bias, a.down.weight, a.down.bias, a.up.weight, a.up.bias)
+    a.check_modules()
+    weights = (a.norm.weight, a.norm.bias, a.down.weight, a.down.bias, a.up.weight, a.up.bias)
+    return Weights(*map(plain, weights))
 
 
 def _run_stacked(member: Adapter, weights: Weights, x: Tensor, index: Tensor) -> Tensor:

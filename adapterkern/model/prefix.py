@@ -29,6 +29,8 @@ class Split(Wrapped):
 
         def _site(self, layer: int) -> Site: ...
 
+        def check_attached(self) -> None: ...
+
     @functools.cached_property
     def split_obstacle(self) -> str:
         """Why the decoder cannot be run in two calls; "" if it can. Found once, by running it on four tokens.
@@ -52,6 +54,7 @@ class Split(Wrapped):
         return f"{type(self.decoder).__name__} does more than run its layers between embeddings and norm"
 
     def _check_split(self) -> None:
+        self.check_attached()
         if self.split_obstacle:
             raise ValueError(f"model: expected a decoder that can be run in two calls, but {self.split_obstacle}")
 

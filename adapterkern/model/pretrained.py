@@ -8,14 +8,16 @@ its class (which decides whether a loss shifts the labels), gradient checkpointi
 import functools
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from adapterkern.model.decoder import argument_names
+from adapterkern.model.decoder import argument_names, reduced
 
+# What generate and its helpers call on a model
+_GENERATION = frozenset(name for name in vars(GenerationMixin) if not name.startswith("__"))
 TRAINER_WEIGHTS = "model.safetensors"  # what transformers' Trainer loads when it resumes
 
 
@@ -23,6 +25,7 @@ class Wrapped(PreTrainedModel):
     """A model that wraps ``base``, a transformers decoder, and adds parameters to it."""
 
     base: Any
+    _made_from: tuple[Any, Any]  # the arguments of _class_for
     # transformers reads these from the class; the backbone was checked when it was constructed.
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
     _supports_attention_backend = supports_gradient_checkpointing = True
@@ -37,8 +40,22 @@ class Wrapped(PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """False: ``generate`` is the backbone's, not transformers' mixin."""
-        return False
+        """Whether the backbone can: ``pipeline`` and assisted generation ask the class."""
+        return hasattr(cls, "_made_from") and cls._made_from[1].can_generate()
+
+    def __getattr__(self, name: str) -> Any:
+        """The backbone's ``lm_head``, ``model`` and so on, and what transformers' ``generate`` asks of an assistant."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and name not in self._modules and (name in base._modules or name in _GENERATION):
+            return getattr(base, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and name in base._modules and name not in self._modules:
+            setattr(base, name, value)  # or this model would have a second lm_head, which nothing runs
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -48,6 +65,9 @@ class Wrapped(PreTrainedModel):
     def _get_name(self) -> str:
         # Trainer's label smoothing shifts the labels if the class's name is among the causal language models.
         return type(self.base).__name__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, protocol, _class_for, *self._made_from)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward by the backbone's names."""
@@ -113,6 +133,63 @@ class Wrapped(PreTrainedModel):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie the backbone's weights."""
         self.base.tie_weights(*args, **kwargs)
+
+    # What transformers does to a model's weights and settings, done to the backbone
+
+    @property
+    def quantization_method(self) -> Any:
+        """The backbone's; None if it is not quantized."""
+        return getattr(self.base, "quantization_method", None)
+
+    def half(self, *args: Any) -> Self:
+        """As every module's; refused for a quantized backbone, as transformers does."""
+        if getattr(self.base, "is_quantized", False):
+            self.base.half(*args)
+        return super().half(*args)
+
+    def float(self, *args: Any) -> Self:
+        """As ``half``."""
+        if getattr(self.base, "is_quantized", False):
+            self.base.float(*args)
+        return super().float(*args)
+
+    def dequantize(self, dtype: Any = None) -> Any:
+        """Dequantize the backbone, which stays frozen."""
+        self.base.dequantize(*(() if dtype is None else (dtype,)))
+        self.base.requires_grad_(False)
+        return self
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's. Its new rows are frozen like the others."""
+        embeddings = self.base.resize_token_embeddings(*args, **kwargs)
+        self.base.requires_grad_(False)
+        return embeddings
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """The backbone's, which knows what it supports."""
+        self.base.set_attn_implementation(*args, **kwargs)
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """The backbone's."""
+        self.base.set_experts_implementation(*args, **kwargs)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.get_encoder(*args, **kwargs)
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.get_decoder(*args, **kwargs)
+
+    def init_weights(self) -> None:
+        """Not possible: transformers would draw the adapters' weights anew, and not as ``init`` says."""
+        raise NotImplementedError(
+            "init_weights: add_adapter initializes adapters; call reset_parameters on one to do it again"
+        )
+
+    initialize_weights = init_weights
+
+    def enable_peft_hotswap(self, *args: Any, **kwargs: Any) -> None:
+        """Not needed: ``load_adapter`` and ``set_adapter`` compile nothing anew for adapters of one shape."""
+        raise NotImplementedError("enable_peft_hotswap: expected a PEFT adapter; use load_adapter and set_adapter")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -191,7 +268,9 @@ def _class_for(cls: Any, base: Any) -> Any:
     )
     forward.__doc__ = cls.forward.__doc__
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
-    return type(cls.__name__, (cls,), members)
+    members |= {"_made_from": (cls, base)}
+    # Its name: pipelines and Trainer look whether a model's is among those of causal language models, and so on.
+    return type(base.__name__, (cls,), members)
 
 
 def _keep_differentiable(base: nn.Module) -> None:

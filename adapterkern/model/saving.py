@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapterkern.files import replacing
+from adapterkern.model.adapter import Adapter, plain
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.digest import Digest, weights_digest
@@ -82,15 +83,24 @@ class Saved(Extra):
         """
         if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
             raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
+        for argument, instead in (
+            ("push_to_hub", "call push_to_hub(repo_id)"),
+            ("variant", "save into another folder"),
+        ):
+            if from_trainer.get(argument):
+                raise ValueError(f"{argument}: expected none, got {from_trainer[argument]!r}; {instead}")
         if not is_main_process:
             return
         name = self._check_name(name)
+        for module in self.adapters[name].modules():
+            if isinstance(module, Adapter):
+                module.check_modules()
         self.check_saved(name)
         directory = Path(directory)
         prefix = f"{OURS}{name}."
         state = from_trainer.get("state_dict") or self.state_dict()
         tensors = {
-            key.removeprefix(prefix): t.detach().to("cpu").contiguous()
+            key.removeprefix(prefix): plain(t.detach()).to("cpu").contiguous()
             for key, t in state.items()
             if key.startswith(prefix)
         }

@@ -259,11 +259,13 @@ def test_refuses_what_does_not_fit(names: Any, index: Any, weight: Any, error: A
 
 def test_refuses_a_batch_of_another_size() -> None:
     two = ["a", "b"]
-    with pytest.raises(ValueError, match="index: expected one entry for each of the batch's 3 sequences, got 2"):
+    with pytest.raises(
+        ValueError, match="adapter_names: expected one entry for each of the batch's 3 sequences, got 2"
+    ):
         MODEL(IDS, adapter_names=two)
-    with pytest.raises(ValueError, match="index: expected one entry for each of 3 prompts, got 2"):
+    with pytest.raises(ValueError, match="adapter_names: expected one entry for each of 3 prompts, got 2"):
         MODEL.generate(IDS, adapter_names=two, max_new_tokens=1)
-    with pytest.raises(ValueError, match="index: expected one entry for each of 4 prompts, got 2"):
+    with pytest.raises(ValueError, match="adapter_names: expected one entry for each of 4 prompts, got 2"):
         MODEL.generate(IDS[:1].expand(4, -1), adapter_names=two, max_new_tokens=1)  # a multiple does not count as beams
-    with pytest.raises(ValueError, match=r"names: expected some of default, a, b, c, d, got 'z'"):
+    with pytest.raises(ValueError, match=r"adapter_names: expected some of default, a, b, c, d, __base__, got 'z'"):
         MODEL(IDS, adapter_names=["a", "z", "a"])

@@ -70,7 +70,9 @@ def test_what_needs_an_adapter_says_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"name: expected one of the model's adapters \(it has none\), got"):
             call()
-    with pytest.raises(ValueError, match=r"names: expected some of the model's adapters \(it has none\), got 'a'"):
+    with pytest.raises(
+        ValueError, match=r"adapter_names: expected some of the model's adapters \(it has none\), __base__, got 'a'"
+    ):
         model(IDS, adapter_names=["a"] * 3)
     assert not list(tmp_path.iterdir())
     model.add_adapter("a", ak.AdapterConfig())

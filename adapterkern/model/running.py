@@ -1,0 +1,249 @@
+"""Which adapters run: a model's setting, and what a thread has asked for instead.
+
+``set_adapter`` and ``disable_adapters`` are settings of the model. ``disable_adapter``, ``mixing`` and
+``adapter_names`` hold for a block of code, and only for the thread that runs it: threads that serve different users of
+one model each get their own adapter. Gradient checkpointing recomputes a layer in one of autograd's threads, as its
+forward ran.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapterkern.model.config import AdapterConfig, prefix_length
+from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
+from adapterkern.model.pretrained import Wrapped
+
+BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
+
+
+class State(NamedTuple):
+    """What runs."""
+
+    active: str | None
+    enabled: bool
+    mixture: Mixture | DeferredMixture | None
+    fixed: bool = False  # as a forward was; otherwise the model's settings hold for ``active``, and besides ``enabled``
+
+
+_UNCHANGED = State(None, True, None)
+
+
+class _Blocks(threading.local):
+    """What the open blocks of one model ask for in this thread.
+
+    Not a context variable, which torch.compile cannot read; it guards what it compiles by this attribute. It needs one
+    in every thread, so ``__init__``, which ``threading.local`` calls in each, sets it.
+    """
+
+    def __init__(self) -> None:
+        self.state: State | None = None
+
+    def __reduce__(self) -> Any:
+        return _Blocks, ()  # a copied or unpickled model is in no block
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """A block in which ``changes`` hold, with the rest of the block around it."""
+        before = self.state
+        self.state = state = (before or _UNCHANGED)._replace(**changes)
+        try:
+            yield
+        finally:
+            overlaps, self.state = self.state is not state, before
+            if overlaps:
+                raise RuntimeError(
+                    "disable_adapter, mixing: expected a block to end in the thread that began it, and before those "
+                    "around it; an asyncio task or a generator must end its block before it awaits or yields"
+                )
+
+
+class Running(Wrapped):
+    """A wrapped decoder with named adapters, of which one, none or a mixture runs."""
+
+    adapters: nn.ModuleDict
+    _configs: dict[str, AdapterConfig]
+
+    if TYPE_CHECKING:  # LlamaAdapter's
+        fused: bool
+
+        def _check_name(self, name: str | None) -> str: ...
+
+    def _start(self) -> None:
+        """No adapter is active, and none is disabled."""
+        self._active: str | None = None
+        self._on = True
+        self._detached = False
+        self._blocks = _Blocks()
+
+    def check_attached(self) -> None:
+        """Raise ``RuntimeError`` after ``unload``: from then on the backbone runs no adapter of this model."""
+        if self._detached:
+            raise RuntimeError(
+                "model: expected adapters that the backbone runs, but unload() has taken them off; wrap the backbone "
+                "that it returned in a new LlamaAdapter"
+            )
+
+    @property
+    def _state(self) -> State:
+        state = self._blocks.state or _UNCHANGED
+        return state if state.fixed else State(self._active, state.enabled and self._on, state.mixture)
+
+    @property
+    def _enabled(self) -> bool:
+        return self._state.enabled
+
+    @property
+    def _mixture(self) -> Mixture | DeferredMixture | None:
+        return self._state.mixture
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that runs outside ``mixing``; None if none is set, and where adapters are disabled."""
+        state = self._state
+        return state.active if state.enabled else None
+
+    def active_adapters(self) -> list[str]:
+        """The active adapter in a list, as transformers' models have it; empty if none runs."""
+        return [] if self.active_adapter is None else [self.active_adapter]
+
+    def set_adapter(self, name: str) -> None:  # type: ignore[override]
+        """Make ``name`` the active adapter, the one that runs. The others are not used and get no gradient.
+
+        A setting of the model, in all threads; ``adapter_names`` chooses for one call.
+        """
+        self._active = self._check_name(name)
+
+    def disable_adapters(self) -> None:
+        """Disable all adapters of the model, in all threads, until ``enable_adapters``."""
+        self._on = False
+
+    def enable_adapters(self) -> None:
+        """Undo ``disable_adapters``."""
+        self._on = True
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Disables all adapters inside the block: the model computes what the backbone does.
+
+        Only in the thread that enters the block. A thread that is started inside is not in it: give its ``generate``
+        ``adapter_names``, or call ``disable_adapters``.
+        """
+        return self._blocks.within(enabled=False)
+
+    def mixing(
+        self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside the block each sequence of a batch runs its own adapters instead of the active one.
+
+        y = x + Σ_k weight_k · (A_k(x) − x), summed over the sequence's choices that have an adapter at the site,
+        computed by grouped calls of the fused operator. Layers, dimensions and positions may differ between names.
+        Gradients reach ``weight`` and the parameters of all ``names`` (zeros for those that no sequence chose).
+        Inside ``disable_adapter`` no adapter runs. Only in the thread that enters the block.
+
+        Args:
+            names: the adapters to choose from, without duplicates.
+            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. Or a function that returns
+                index and weight for the residual stream (B, L, d) below the first of the adapters. It is called once,
+                in a forward or on the prompts of a ``generate``, and its result is kept until the block ends.
+            weight: floating point, same shape as ``index``; default 1.
+
+        Raises:
+            ValueError, TypeError: an unknown name, a number out of range, a wrong shape or dtype; in the forward, a
+                batch of another size. On a GPU, the numbers are checked asynchronously.
+        """
+        names = self._check_names("names", names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"names: expected none twice, got {list(names)}")
+        adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
+        configs = {name: self._configs[name] for name in names}
+        if isinstance(index, Tensor) or not callable(index):
+            return self._mixing(Mixture(adapters, configs, index, weight))
+        if weight is not None:
+            raise ValueError("weight: expected None if index is a function, which returns both, got a tensor")
+        return self._mixing(DeferredMixture(adapters, configs, index))
+
+    def _mixing(self, mixture: Mixture | DeferredMixture) -> AbstractContextManager[None]:
+        return self._blocks.within(mixture=mixture)
+
+    def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
+        if adapter_names is None:
+            return nullcontext()
+        given = self._check_names("adapter_names", adapter_names, BASE_NAME)
+        names = list(dict.fromkeys(name for name in given if name != BASE_NAME))
+        numbers = {name: number for number, name in enumerate(names)} | {BASE_NAME: -1}
+        index = torch.tensor([numbers[name] for name in given], dtype=torch.int64, device=self.device)
+        adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
+        configs = {name: self._configs[name] for name in names}
+        return self._mixing(Mixture(adapters, configs, index, argument="adapter_names"))
+
+    def _check_names(self, argument: str, names: object, *more: str) -> list[str]:
+        self.check_attached()
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"{argument}: expected a list of names, one per {_ONE_PER[argument]}, got {names!r}")
+        if unknown := [name for name in names if name not in self.adapters and name not in more]:
+            raise ValueError(f"{argument}: expected some of {', '.join((self._names(), *more))}, got {unknown[0]!r}")
+        return list(names)
+
+    def _names(self) -> str:
+        return ", ".join(self.adapters) or "the model's adapters (it has none)"
+
+    # Gradient checkpointing
+
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What ran in the forward runs in its recomputation, whatever is active by then, in whichever thread."""
+        return nullcontext(), self._as_it_was(self._state._replace(fixed=True), self.fused)
+
+    @contextmanager
+    def _as_it_was(self, state: State, fused: bool) -> Iterator[None]:
+        before = self.fused
+        with self._blocks.within(**state._asdict()), contextlib.ExitStack() as stack:
+            if fused != before:  # otherwise keep the flags that were set on single adapters
+                self.fused = fused
+                stack.callback(setattr, self, "fused", before)
+            yield
+
+    # The frozen prefix
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of leading layers whose output does not depend on the running adapters; all layers if none runs."""
+        mixture, active = self._mixture, self.active_adapter
+        if mixture is not None and self._enabled:
+            return mixture.prefix_length(len(self.layers))
+        return len(self.layers) if active is None else prefix_length(self._configs[active])
+
+    def _site(self, layer: int) -> "RunningSite":
+        return RunningSite(self, layer)
+
+
+_ONE_PER = {"names": "adapter", "adapter_names": "sequence of the batch"}
+
+
+class RunningSite:
+    """The adapters of one layer: those that the model runs there at the moment."""
+
+    def __init__(self, model: Running, index: int) -> None:
+        self.model, self.index = model, str(index)
+
+    def has(self, position: str) -> bool:
+        return self._at(position) is not None
+
+    def run(self, position: str, hidden: Tensor) -> Tensor:
+        adapters = self._at(position)
+        return hidden if adapters is None else adapters(hidden)
+
+    def _at(self, position: str) -> Callable[[Tensor], Tensor] | None:
+        active, enabled, mixture, _ = self.model._state
+        if not enabled:
+            return None
+        if mixture is not None:
+            return mixture.at(self.index, position)
+        if active is None or self.model._configs[active].position != position:
+            return None
+        sites: Any = self.model.adapters[active]
+        return sites[self.index] if self.index in sites else None  # noqa: SIM401 ModuleDict has no get

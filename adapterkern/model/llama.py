@@ -4,6 +4,8 @@ The backbone keeps its modules, with frozen parameters; ``decoder.py`` makes its
 the active adapter. The adapters are in ``model.adapters``, not in the layers: the backbone's state_dict stays the same.
 """
 
+import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +28,15 @@ from adapterkern.model.decoder import (
 from adapterkern.model.extra import detach
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.prefix import Split
+from adapterkern.model.reference import same_weights
 from adapterkern.model.running import Running
 from adapterkern.model.saving import Saved
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # the names of the prompts in transformers' generate
+_WITH_REFERENCE = frozenset(("dpo", "kto", "grpo", "rloo"))  # tags of TRL's trainers
 _DEFAULT = AdapterConfig()
+
+logger = logging.getLogger(__name__)
 
 
 class LlamaAdapter(Running, Split, Saved):
@@ -70,6 +76,7 @@ class LlamaAdapter(Running, Split, Saved):
         self._start()
         self._fused = checks.flag("fused", fused)
         self._liger = False
+        self._has_reference = False
         if config is not None:
             self.add_adapter("default", config)
             self.set_adapter("default")
@@ -125,6 +132,41 @@ class LlamaAdapter(Running, Split, Saved):
         if self.checkpoints_activations:
             self.enable_checkpointing({"use_reentrant": False})
         return self.base
+
+    def reference(self, name: str | None = None) -> PreTrainedModel:
+        """A frozen model over the backbone's own parameters: the reference or teacher of a training.
+
+        For ``ref_model=`` and ``teacher_model=`` of TRL's trainers. It takes no memory for the backbone, is in eval
+        mode, and has modes, hooks and a configuration of its own. Its ``to`` moves or casts the shared parameters.
+
+        Args:
+            name: an adapter, of which the reference has a frozen copy as it is now. Default none: the bare backbone.
+        """
+        self.check_attached()
+        if name is not None:
+            self._check_name(name)
+        self._has_reference = True
+        bare = same_weights(self.base)
+        if name is None:
+            return bare
+        model = self._made_from[0](bare, None, fused=self.fused)
+        model._liger = self._liger  # its modules have the classes of this model's
+        model.adapters[name] = copy.deepcopy(self.adapters[name])
+        model._configs[name] = self._configs[name]
+        model.set_adapter(name)
+        return model.requires_grad_(False).eval()
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As every model's. TRL's trainers add their names: a warning says what those with a reference take for it."""
+        super().add_model_tags(tags)
+        named = sorted(_WITH_REFERENCE.intersection([tags] if isinstance(tags, str) else tags))
+        if named and not self._has_reference:
+            logger.warning(
+                "TRL's %s takes as its reference, if it has one, the backbone without adapters, loaded once more from "
+                "%r; model.reference() shares this one's parameters: see docs/trainer.md",
+                named[0].upper(),
+                self.config.name_or_path,
+            )
 
     def merge_and_unload(self) -> PreTrainedModel:
         """Not possible: raises ``NotImplementedError``."""

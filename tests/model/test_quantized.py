@@ -134,3 +134,15 @@ def test_trainer_takes_it_and_its_adapter_fits_the_full_backbone(saved: Path, tm
     full = ak.LlamaAdapter.from_pretrained(LlamaForCausalLM.from_pretrained(saved), tmp_path / "adapter")
     for p, q in zip(model.adapter_parameters(), full.adapter_parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("quantize", "dtype"), [case[:2] for case in CASES[::2]])
+def test_a_reference_shares_the_quantized_weights(saved: Path, quantize: Any, dtype: torch.dtype) -> None:
+    model = adapted(quantize(saved, dtype)).eval()
+    with torch.no_grad():
+        on = model(IDS).logits
+        with model.disable_adapter():
+            off = model(IDS).logits
+        for reference, expected in ((model.reference(), off), (model.reference("default"), on)):
+            assert torch.equal(reference(IDS).logits, expected)
+            assert {id(p) for p in model.base.parameters()} <= {id(p) for p in reference.parameters()}

@@ -4,9 +4,12 @@ A value of the wrong kind is a ``TypeError``, one out of its range a ``ValueErro
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
@@ -44,6 +47,32 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
+
+
+def other_names(**instead: str) -> Callable[[T], T]:
+    """Refuses, in calls of a function or in the making of a class, arguments that other libraries have names for.
+
+    Args:
+        instead: their name → what to write for it.
+    """
+
+    def decorate(target: Any) -> Any:
+        function = vars(target)["__init__"] if isinstance(target, type) else target
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name in instead:
+                    expected, got = instead[name], f"{name}={kwargs[name]!r:.80}"
+                    raise TypeError(f"{name}: expected {expected} in {target.__name__}, got {got}")
+            return function(*args, **kwargs)
+
+        if not isinstance(target, type):
+            return checked
+        setattr(target, "__init__", checked)  # noqa: B010 as an attribute, mypy holds it for an instance's
+        return target
+
+    return decorate
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

@@ -27,6 +27,22 @@ def largest_adapter_dim(hidden_size: int, adapters: int, max_params: int) -> int
     return max(0, min(fit, MAX_ADAPTER_DIM))
 
 
+# As PEFT and AdapterHub have them
+_OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), "adapter_dim") | {
+    "reduction_factor": "adapter_dim, which is hidden_size / reduction_factor,",
+    "layers_to_transform": "layers",
+    "leave_out": "layers, those that have adapters,",
+    "target_modules": "position and layers",
+    "non_linearity": "activation",
+    "init_lora_weights": "init",
+    "init_weights": "init",
+    **dict.fromkeys(("lora_alpha", "alpha", "scaling"), "no scaling: there is none"),
+    **dict.fromkeys(("lora_dropout", "dropout"), "no dropout: there is none"),
+    **dict.fromkeys(("bias", "task_type", "inference_mode"), "no such argument"),
+}
+
+
+@checks.other_names(**_OTHER_NAMES)
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Which layers of a decoder have adapters, and how large the adapters are.

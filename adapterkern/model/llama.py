@@ -177,6 +177,7 @@ class LlamaAdapter(Running, Split, Saved):
 
     # Named adapters
 
+    @checks.other_names(adapter_name="name", adapter_config="config", peft_config="config")
     def add_adapter(self, name: str, config: AdapterConfig) -> None:  # type: ignore[override]
         """Create an adapter, on each layer's own device; ``set_adapter`` activates it.
 
@@ -218,6 +219,7 @@ class LlamaAdapter(Running, Split, Saved):
         self.adapters[name] = sites
         self._configs[name] = config
 
+    @checks.other_names(adapter_name="name", adapter_names="name, one at a time,")
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
         """Remove ``name``. If it was active, no adapter is active until ``set_adapter``."""
         self._check_name(name)

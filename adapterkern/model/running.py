@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adapterkern import checks
 from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
 from adapterkern.model.pretrained import Wrapped
@@ -112,6 +113,7 @@ class Running(Wrapped):
         """The active adapter in a list, as transformers' models have it; empty if none runs."""
         return [] if self.active_adapter is None else [self.active_adapter]
 
+    @checks.other_names(adapter_name="name")
     def set_adapter(self, name: str) -> None:  # type: ignore[override]
         """Make ``name`` the active adapter, the one that runs. The others are not used and get no gradient.
 

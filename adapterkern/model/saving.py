@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapterkern import checks
 from adapterkern.files import replacing
 from adapterkern.model.adapter import Adapter, plain
 from adapterkern.model.config import AdapterConfig
@@ -54,6 +55,7 @@ class Saved(Extra):
 
         def _check_name(self, name: str | None) -> str: ...
 
+    @checks.other_names(save_directory="directory", adapter_name="name", selected_adapters="name, one at a time,")
     def save_pretrained(  # type: ignore[override]
         self,
         directory: str | os.PathLike[str],
@@ -110,10 +112,13 @@ class Saved(Extra):
                 save_file({prefix + key: t for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
 
     @classmethod
+    @checks.other_names(
+        model="llama", model_id="directory", adapter_name="no name: it is 'default'; load_adapter gives another"
+    )
     def from_pretrained(  # type: ignore[override]
         cls,
         llama: PreTrainedModel,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None = None,
         *,
         fused: bool = True,
         liger: bool = False,
@@ -121,10 +126,17 @@ class Saved(Extra):
         resize_token_embeddings: bool = False,
     ) -> Self:
         """``llama`` with the adapter saved in ``directory``, as ``"default"``; see ``load_adapter``."""
+        if directory is None or isinstance(llama, (str, os.PathLike)):
+            shown = repr(llama) if isinstance(llama, (str, os.PathLike)) else type(llama).__name__
+            raise TypeError(
+                "from_pretrained: expected the backbone, a transformers model, and the folder of an adapter, got "
+                f"{shown} and {directory!r}; load the backbone first: AutoModelForCausalLM.from_pretrained(...)"
+            )
         resize = llama.resize_token_embeddings if resize_token_embeddings else None
         read = read_adapter(llama, Path(directory), strict=strict, resize=resize)
         return cls._from_read(llama, read, fused=fused, liger=liger)
 
+    @checks.other_names(adapter_name="name", peft_model_id="directory", model_id="directory")
     def load_adapter(  # type: ignore[override]
         self,
         directory: str | os.PathLike[str],

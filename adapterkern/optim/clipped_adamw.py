@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adapterkern.checks import choice, integer, number
+from adapterkern.checks import choice, integer, number, other_names
 from adapterkern.optim.backends import StepOptions, to_device
 from adapterkern.optim.plan import Plan, check_gradient, is_valid, local, make_plan, name_of, read_gradients
 
@@ -41,6 +41,16 @@ _STATE = ("step", "exp_avg", "exp_avg_sq", "master")
 _FOR_ALL = ("max_norm", "low_precision", "seed", "clear_grads", "error_if_nonfinite")
 
 
+@other_names(
+    max_grad_norm="max_norm",
+    clip_grad_norm="max_norm",
+    learning_rate="lr",
+    beta1="betas",
+    beta2="betas",
+    adam_epsilon="eps",
+    amsgrad="no such argument: AMSGrad is not implemented",
+    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), "no such argument"),
+)
 class ClippedAdamW(Optimizer):
     """AdamW with global-norm clipping, in two kernel launches and without a host synchronization.
 

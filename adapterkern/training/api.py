@@ -1,10 +1,12 @@
 """The entry points: ``train`` builds a run and runs it, ``evaluate`` scores what was trained."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
@@ -70,7 +72,8 @@ def train(
         TypeError, ValueError: an argument of a wrong type or value; the message names it.
         NotImplementedError: several processes, with an engine or a task that does not support them.
     """
-    config = config or TrainConfig()
+    config = TrainConfig() if config is None else config
+    _check_arguments(model, config, tokenizer, head, cache)
     accelerator = make_accelerator(config.precision, model.device)
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
@@ -102,6 +105,26 @@ def _summaries(task: Task[Any], config: TrainConfig, sets: Mapping[str, list[Any
         for name, examples in sets.items()
         for part, summary in (task.summaries(examples, config) if examples else {}).items()
     }
+
+
+def _check_arguments(model: object, config: object, tokenizer: object, head: object, cache: object) -> None:
+    """Refuse what a user gives in their places, before it fails somewhere inside."""
+    if not isinstance(model, LlamaAdapter):
+        hint = ": wrap it, LlamaAdapter(llama, AdapterConfig())" if isinstance(model, PreTrainedModel) else ""
+        if hasattr(model, "_orig_mod"):
+            hint = ": give the model itself; its compile() compiles it in place"
+        raise TypeError(f"model: expected a LlamaAdapter, got {type(model).__name__}{hint}")
+    model.check_attached()
+    if not isinstance(config, TrainConfig):
+        hint = ": write TrainConfig(**fields)" if isinstance(config, dict) else ""
+        raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}{hint}")
+    if tokenizer is not None and not callable(tokenizer):
+        path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else ""
+        hint = f": load it, AutoTokenizer.from_pretrained({path!r})" if path else ""
+        raise TypeError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}{hint}")
+    for name, value, kind in (("head", head, ClassificationHead), ("cache", cache, PrefixCache)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(value).__name__}")
 
 
 def _state(
@@ -161,6 +184,7 @@ def evaluate(
         DataError: unusable rows; the message names file and line.
         ValueError: a head is missing, or given for causal-lm.
     """
+    _check_arguments(model, config, tokenizer, head, cache)
     if task is None:
         if (head is None) == (config.task == "classification"):
             expected = "a" if head is None else "no"

@@ -36,6 +36,41 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+# As transformers' and TRL's trainers have them
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "max_grad_norm": "max_norm",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "logging_steps": "log_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "eval_steps": "eval_every",
+    "bf16": 'precision="bf16"',
+    "fp16": 'precision="fp16"',
+    "max_seq_length": "max_length",
+    "resume_from_checkpoint": "resume",
+    "overwrite_output_dir": "overwrite",
+    "betas": "beta1 and beta2",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps",
+    "dataset_text_field": "text_column",
+    "disable_tqdm": "progress",
+    "gradient_checkpointing": "model.gradient_checkpointing_enable() and no argument",
+    "use_liger_kernel": "LlamaAdapter(..., liger=True) and no argument",
+    "fsdp": "shard",
+}
+
+
+@checks.other_names(**_OTHER_NAMES)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. Every field has a default; a ``TypeError`` or ``ValueError`` names one of a wrong type or value.

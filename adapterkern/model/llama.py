@@ -56,6 +56,7 @@ class LlamaAdapter(Running, Split, Saved):
         ImportError: ``liger`` without liger-kernel.
     """
 
+    @checks.other_names(model="llama", base_model="llama", peft_config="config", adapter_config="config")
     def __init__(
         self,
         llama: PreTrainedModel,
@@ -93,6 +94,8 @@ class LlamaAdapter(Running, Split, Saved):
         ``inspect.signature`` gives the backbone's arguments: Trainer reads a model's columns from them.
         """
         self.check_attached()
+        if getattr(self, "_is_replica", False):
+            self._own_sites()
         with self._mixing_by_name(adapter_names):
             if self._loss_is_fused(args, kwargs):
                 return causal_lm_output(self.base, **self._named(args, kwargs))

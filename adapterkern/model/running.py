@@ -42,8 +42,8 @@ class _Blocks(threading.local):
     in every thread, so ``__init__``, which ``threading.local`` calls in each, sets it.
     """
 
-    def __init__(self) -> None:
-        self.state: State | None = None
+    def __init__(self, state: State | None = None) -> None:
+        self.state = state
 
     def __reduce__(self) -> Any:
         return _Blocks, ()  # a copied or unpickled model is in no block
@@ -112,6 +112,12 @@ class Running(Wrapped):
     def active_adapters(self) -> list[str]:
         """The active adapter in a list, as transformers' models have it; empty if none runs."""
         return [] if self.active_adapter is None else [self.active_adapter]
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
+        """The tensors of an adapter (default: the active one) by their names in it; of ``state_dict``, if given."""
+        prefix = f"adapters.{self._check_name(adapter_name)}."
+        state = self.state_dict() if state_dict is None else state_dict
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     @checks.other_names(adapter_name="name")
     def set_adapter(self, name: str) -> None:  # type: ignore[override]
@@ -193,6 +199,17 @@ class Running(Wrapped):
 
     def _names(self) -> str:
         return ", ".join(self.adapters) or "the model's adapters (it has none)"
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """``nn.DataParallel`` runs a replica per GPU in a thread of its own, which is in the blocks of this one."""
+        replica = super()._replicate_for_data_parallel()
+        replica._blocks = _Blocks(self._blocks.state)
+        return replica
+
+    def _own_sites(self) -> None:
+        """Make the layers of a replica run the replica's adapters."""
+        for index, layer in enumerate(self.layers):
+            layer.__dict__["_adapter_site"] = self._site(index)
 
     # Gradient checkpointing
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import pickle
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ def test_one_model_s_modules_change_their_class_and_get_it_back() -> None:
     assert not any(isinstance(m, liger.Fused) for m in base.modules())
     model.liger = True
     assert [type(module) for module in model.unload().modules()] == before
+
+
+def test_pickles_and_references_keep_the_modules() -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    model = ak.LlamaAdapter(llama(), liger=True).eval()
+    expected = model(IDS).logits
+    for other in (pickle.loads(pickle.dumps(model)), model.reference("default")):
+        assert [type(m) for m in other.base.modules()] == [type(m) for m in model.base.modules()]
+        assert torch.equal(other(IDS).logits, expected)
+        other.liger = False
+        assert not any(isinstance(m, liger._Fused) for m in other.modules())
+    assert any(isinstance(m, liger._Fused) for m in model.modules())
 
 
 def test_refuses_what_it_has_nothing_for(monkeypatch: pytest.MonkeyPatch) -> None:

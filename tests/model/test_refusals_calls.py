@@ -190,6 +190,7 @@ OTHER_NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (lambda **a: adapted().save_pretrained(**a), "save_directory", "directory"),
     (lambda **a: ak.LlamaAdapter.from_pretrained(tiny(), **a), "model_id", "directory"),
     (lambda **a: adapted().set_adapter(**a), "adapter_name", "name"),
+    (lambda **a: ak.LlamaAdapter(tiny(), **a), "peft_config", "config"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -144,6 +145,29 @@ def test_blocks_that_overlap_within_a_thread_are_an_error() -> None:
     (error,) = in_threads(lambda: next(tokens))
     assert isinstance(error, RuntimeError)
     assert "end in the thread that began it" in str(error)
+
+
+def test_replicas_of_data_parallel_run_their_own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs; here two replicas on the CPU, with copies of the parameters."""
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[t.clone() for t in tensors] for _ in devices]
+
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    model = adapted()
+    on, off = logits(model), bare(model)
+    first, second = replicate.replicate(model, [0, 1])
+    for got in in_threads(lambda: logits(first), lambda: logits(second)):
+        assert torch.equal(got, on)
+    first(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.adapter_parameters())
+    with model.disable_adapter():
+        (third,) = replicate.replicate(model, [0])
+        assert torch.equal(in_threads(lambda: logits(third))[0], off)
+    draw(model)
+    assert torch.equal(in_threads(lambda: logits(second))[0], on)  # a copy
+    assert not torch.equal(logits(model), on)
 
 
 @pytest.mark.slow

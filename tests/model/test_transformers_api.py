@@ -151,6 +151,15 @@ def test_settings_reach_the_backbone() -> None:
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
 
 
+def test_the_tensors_of_an_adapter() -> None:
+    model = adapted()
+    tensors = model.get_adapter_state_dict()
+    assert set(tensors) == set(model.adapters["default"].state_dict())
+    assert all(tensors[key].data_ptr() == p.data_ptr() for key, p in model.adapters["default"].named_parameters())
+    doubled = {key: 2 * value for key, value in model.state_dict().items()}
+    assert torch.equal(model.get_adapter_state_dict("default", doubled)["1.0.up.weight"], 2 * tensors["1.0.up.weight"])
+
+
 def test_a_question_answering_backbone_has_its_own_labels() -> None:
     """Trainer finds them by the name of the class."""
     torch.manual_seed(0)

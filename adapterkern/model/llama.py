@@ -25,7 +25,7 @@ from adapterkern.model.decoder import (
     layer_device,
     restore,
 )
-from adapterkern.model.extra import detach
+from adapterkern.model.extra import attach, detach
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.prefix import Split
 from adapterkern.model.reference import same_weights
@@ -156,6 +156,7 @@ class LlamaAdapter(Running, Split, Saved):
         model._liger = self._liger  # its modules have the classes of this model's
         model.adapters[name] = copy.deepcopy(self.adapters[name])
         model._configs[name] = self._configs[name]
+        attach(model, bare, self._configs[name].modules_to_save or ())
         model.set_adapter(name)
         return model.requires_grad_(False).eval()
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapterkern.model.decoder import AdaptedLayer, own_class
+from adapterkern.model.extra import Replaceable
 
 
 def same_weights(llama: PreTrainedModel) -> Any:
@@ -38,10 +39,12 @@ class _Copy:
         if id(module) in self._made:
             return self._made[id(module)]
         cls: Any = type(module)
-        cls = own_class(module, AdaptedLayer) if isinstance(module, AdaptedLayer) else cls
+        for ours in (AdaptedLayer, Replaceable):
+            cls = own_class(module, ours) if isinstance(module, ours) else cls
         new = self._made[id(module)] = cls.__new__(cls)
         new.__dict__ |= {name: self._value(value) for name, value in module.__dict__.items()}
-        new.__dict__.pop("_adapter_site", None)
+        for attribute in ("_adapter_site", "_place"):
+            new.__dict__.pop(attribute, None)
         new._parameters = {name: self._parameter(p) for name, p in module._parameters.items()}
         new._modules = {name: child and self.of(child) for name, child in module._modules.items()}
         self._bind_forward(module, new)
@@ -68,7 +71,7 @@ class _Copy:
             new.__dict__["_old_forward"] = type(new).forward.__get__(new)
             new.__dict__["forward"] = functools.partial(own.func, new)
         elif isinstance(own, types.MethodType) and own.__self__ is module:
-            if not isinstance(module, AdaptedLayer):
+            if not isinstance(module, (AdaptedLayer, Replaceable)):
                 new.__dict__["forward"] = types.MethodType(own.__func__, new)
         elif own is not None:
             new.__dict__["forward"] = own

@@ -58,8 +58,8 @@ def test_pickles_and_references_keep_the_modules() -> None:
         assert [type(m) for m in other.base.modules()] == [type(m) for m in model.base.modules()]
         assert torch.equal(other(IDS).logits, expected)
         other.liger = False
-        assert not any(isinstance(m, liger._Fused) for m in other.modules())
-    assert any(isinstance(m, liger._Fused) for m in model.modules())
+        assert not any(isinstance(m, liger.Fused) for m in other.modules())
+    assert any(isinstance(m, liger.Fused) for m in model.modules())
 
 
 def test_refuses_what_it_has_nothing_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,21 @@ def test_a_parameter_that_is_trained_is_copied() -> None:
     assert model.lm_head.weight.requires_grad
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_are_saved_with_an_adapter(tied: bool) -> None:
+    model = adapted(tiny(tie_word_embeddings=tied), modules_to_save=["embed_tokens"])
+    before = logits(model)
+    bare: Any = model.reference()
+    reference: Any = model.reference("default")
+    assert torch.equal(logits(bare), logits(tiny(tie_word_embeddings=tied)))
+    assert torch.equal(logits(reference), before)
+    draw(model)
+    assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(reference), before)
+    assert torch.equal(logits(reference.unload()), logits(bare))
+    assert not torch.equal(logits(model), logits(bare))
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_under_accelerate_s_hooks(offload: bool) -> None:
     llama = tiny()

@@ -58,6 +58,15 @@ def bare(model: ak.LlamaAdapter) -> Tensor:
         return logits(model)
 
 
+def test_forwards_that_overlap_do_not_mix_modules_that_are_saved_with_an_adapter() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    on, off = logits(model), bare(model)
+    meet(model, 2)
+    together = in_threads(lambda: logits(model), lambda: bare(model))
+    assert torch.equal(together[0], on)
+    assert torch.equal(together[1], off)
+
+
 def test_forwards_that_overlap_do_not_mix_adapters() -> None:
     model = two_adapters()
     ways = [
@@ -168,6 +177,9 @@ def test_replicas_of_data_parallel_run_their_own_adapters(monkeypatch: pytest.Mo
     draw(model)
     assert torch.equal(in_threads(lambda: logits(second))[0], on)  # a copy
     assert not torch.equal(logits(model), on)
+    (other,) = replicate.replicate(adapted(modules_to_save=["lm_head"]), [0])
+    with pytest.raises(NotImplementedError, match=r"modules_to_save: expected none under nn\.DataParallel"):
+        logits(other)
 
 
 @pytest.mark.slow

@@ -210,8 +210,8 @@ class Running(Wrapped):
         """Make the layers of a replica run the replica's adapters."""
         if any("_place" in module.__dict__ for module in self.base.modules()):
             raise NotImplementedError(
-                "modules_to_save: expected none under nn.DataParallel, got an adapter that has some; use one process per "
-                "GPU (torchrun), or make one GPU visible"
+                "modules_to_save: expected none under nn.DataParallel, got an adapter that has some; use one process "
+                "per GPU (torchrun), or make one GPU visible"
             )
         for index, layer in enumerate(self.layers):
             layer.__dict__["_adapter_site"] = self._site(index)

@@ -199,8 +199,9 @@ class DeferredMixture:
 
     def _begin(self, layer: str, position: str, x: Tensor) -> Tensor:
         # Gradient checkpointing runs the layer twice and the decision once, so the decision must not be recomputed: the
-        # hooks, inside those of the checkpoint, keep what it saves for the backward.
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        # hooks, inside those of the checkpoint, keep what it saves for the backward. Detached, since a saved output
+        # would hold its own graph.
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
             index, weight = self._decide(x)
         mixture = Mixture(self._adapters, self._configs, index, weight)
         self._mixture = mixture.generating(None) if self._generating else mixture

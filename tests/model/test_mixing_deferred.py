@@ -1,5 +1,7 @@
 """Batches whose adapters are chosen from the residual stream: decided once, below the first adapter, and kept."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -99,3 +101,37 @@ def test_a_function_brings_its_own_weights() -> None:
         run(lambda hidden: (torch.tensor([0, 1]), None))
     with pytest.raises(ValueError, match=f"^index: expected values from -1 to {len(MIXED) - 1}"):
         run(lambda hidden: (torch.full((3,), len(NAMES)), None))
+
+
+def test_a_forward_without_a_backward_leaves_nothing_behind() -> None:
+    """The decision's saved outputs must not keep their own graph alive: every routed forward would stay in memory."""
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, mark: Any) -> Tensor:
+            ctx.mark = mark
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            return grad, None
+
+    class Mark:
+        pass
+
+    marks = [Mark()]
+    held: Any = weakref.ref(marks[0])
+    scale = torch.ones(2, requires_grad=True)
+
+    def decide(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        weight = (Marked.apply(scale, marks[0]) * hidden.detach().mean((1, 2))[:, None]).softmax(-1)  # saves its output
+        return torch.zeros(len(hidden), 2, dtype=torch.int64) + torch.arange(2), weight
+
+    model = mixed()
+    with model.mixing(NAMES[:2], decide):
+        logits = model(IDS).logits
+    assert logits.requires_grad
+    del logits
+    marks.clear()
+    gc.collect()
+    assert held() is None

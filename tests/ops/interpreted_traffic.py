@@ -20,8 +20,8 @@ def test_ours(d: int, r: int, x_free: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert forward.activations == 3.0  # x twice, y
     assert backward.activations == 4.0 + separate  # dy; dy, x, dx
     # A and W_up once per 64 rows, and the fp32 bias and row sums beside them; W_up once per 64 rows, A once.
-    vectors = (4 * (d + 2 * r) / 64) / (d * itemsize)
-    padding = -(-d // 128) * 128 / d  # weights are padded to whole column tiles
+    padding = -(-d // 128) * 128 / d  # weights and bias are padded to whole column tiles
+    vectors = (4 * (d * padding + 2 * r) / 64) / (d * itemsize)
     assert forward.weights <= 2 * r / 64 * padding + vectors
     assert backward.weights <= (r / (32 if separate else 64) + (2 if x_free else 1) * r / T) * padding + 2 * vectors
     # z and two fp32 constants; z, dz, h and four constants, then dz, h and three constants once per slice of d.

@@ -1,6 +1,15 @@
 """For all tests: few threads, no network, seeded draws."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# A folder for extensions that torch compiles (DeepSpeed's), of this session and all of its workers: a killed run of
+# anybody's leaves a lock in the usual one, for which every later run waits.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="adapterkern-extensions-")
+    atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 # One thread per xdist worker. Idle OpenMP threads sleep: spinning, they take the cores of the other processes, and half
 # of the suite took 35 minutes on a machine under load.

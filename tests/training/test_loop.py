@@ -14,6 +14,7 @@ from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
+from adapterkern.training.run.lock import LOCK_NAME
 from adapterkern.training.saved import Sources
 from adapterkern.training.task import Task
 from tests.support import tiny_run
@@ -339,7 +340,7 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path: Path) -> Non
 
 
 def test_sources_alone_are_no_earlier_run(tmp_path: Path) -> None:
-    """A run that was killed before its first checkpoint leaves only them: there is nothing to resume."""
+    """A run of 0.1.0 that was killed before its first checkpoint left only them: there is nothing to resume."""
     for folder in (tmp_path, tmp_path / "tasks" / "a"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sources.json").write_text("{}")
@@ -371,7 +372,7 @@ def test_an_earlier_run_s_card_and_sources_go_with_it(
         tokenizer=TOKENIZER,
         sources=Sources("model"),
     )
-    assert sorted(seen) == ["README.md", "sources.json"] if own else ["sources.json"]
+    assert sorted(seen) == [LOCK_NAME, "README.md"] if own else [LOCK_NAME]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,32 @@ def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert error.value.step == 4
 
 
+def test_a_run_whose_every_step_was_skipped_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grown(monkeypatch, 2.0**40)
+    with pytest.raises(NonFiniteError, match="step 6: 6 of 6 steps had gradients beyond fp16 and changed nothing"):
+        run(precision="fp16", epochs=1, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "task.json").exists()
+    run(precision="fp16", epochs=6, max_skipped_steps=36, progress=True)
+    assert "of 36 steps had gradients beyond fp16 and changed nothing" in capsys.readouterr().err
+
+
+def test_the_only_step_of_a_run_has_a_learning_rate() -> None:
+    result = run(max_steps=1, log_every=1)  # the first step of a warmup, whose share would be one step, has 0
+    assert result.history[0]["lr"] == 0.0  # after it
+    model = tiny_run.model()
+    before = tiny_run.weights(model)
+    train(model, ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER)
+    assert not tiny_run.same_bits(before, tiny_run.weights(model))
+
+
+def test_rows_fewer_than_a_step_s_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    run(batch_size=len(ROWS) + 1, epochs=1, progress=True)
+    said = f"{len(ROWS)} training rows are fewer than a step's {len(ROWS) + 1}"
+    assert said in capsys.readouterr().err
+
+
 # Numbers that are not finite
 
 

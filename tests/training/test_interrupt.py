@@ -1,6 +1,7 @@
 """Ctrl-C, with a real signal to a real process."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -68,6 +69,22 @@ def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Sig
     whole = train(whole_model, ROWS, tiny_run.quiet(**VALUES), tokenizer=tokenizer)
     assert resumed.steps == whole.steps == 12
     assert tiny_run.same_bits(tiny_run.weights(model, resumed.head), tiny_run.weights(whole_model, whole.head))
+
+
+def test_the_terminal_goes_away(tmp_path: Path) -> None:
+    """SIGHUP, and from then on every write to the bar's terminal fails."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = ["-c", SCRIPT, str(tmp_path / "run"), repr(VALUES)]
+    process, terminal = pty.fork()
+    if not process:
+        os.execve(sys.executable, [sys.executable, *arguments], environment)
+    shown = b""
+    while b"go\r\n" not in shown:
+        shown += os.read(terminal, 4096)
+    assert b"/12" in shown  # the bar
+    os.close(terminal)
+    os.waitpid(process, 0)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000005"]
 
 
 def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,23 +27,27 @@ class _Stderr:
     """``sys.stderr``, whose loss (a closed terminal, ``| head``) stops no run: metrics.jsonl has all that is shown."""
 
     @property
+    def file(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # while a bar is shown rich stands in its place
+
+    @property
     def encoding(self) -> str:
-        return sys.stderr.encoding
+        return self.file.encoding
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: closed
-            sys.stderr.write(text)
+            self.file.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
+            self.file.flush()
 
     def isatty(self) -> bool:
-        return sys.stderr.isatty()
+        return self.file.isatty()
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self.file.fileno()
 
 
 class Reporter:

@@ -74,7 +74,8 @@ def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Sig
 def test_the_terminal_goes_away(tmp_path: Path) -> None:
     """SIGHUP, and from then on every write to the bar's terminal fails."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    arguments = ["-c", SCRIPT, str(tmp_path / "run"), repr(VALUES)]
+    script = SCRIPT.replace("sys.stdin.readline()", "import time; time.sleep(1)")  # nothing can be read, either
+    arguments = ["-c", script, str(tmp_path / "run"), repr(VALUES)]
     process, terminal = pty.fork()
     if not process:
         os.execve(sys.executable, [sys.executable, *arguments], environment)

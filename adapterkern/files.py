@@ -96,7 +96,9 @@ def write_pair(weights: Path, config: Path, save: Callable[[Path], None], fields
 
     Raises:
         OSError: a file cannot be written; the old pair stays.
+        ValueError: one of the two paths has a file that is not of such a pair.
     """
+    check_pair(weights, config)
     waiting = _waiting(weights)
     if _belong_together(waiting, config):
         waiting.replace(weights)  # an earlier process was killed before its last step
@@ -110,6 +112,19 @@ def write_pair(weights: Path, config: Path, save: Callable[[Path], None], fields
             waiting.unlink(missing_ok=True)
         raise
     waiting.replace(weights)
+
+
+def check_pair(weights: Path, config: Path) -> None:
+    """Raise ``ValueError`` if one of the two paths has a file that ``write_pair`` did not write."""
+    check_owner(config, "adapterkern", lambda saved: "weights_sha256" in saved)
+    if weights.exists() and not config.exists():  # a pair is written and removed so that this is never ours
+        raise ValueError(f"{weights}: expected adapterkern's file or none, got one without {config.name} beside it")
+
+
+def remove_pair(weights: Path, config: Path) -> None:
+    """Remove what ``write_pair`` wrote, the configuration last: while it is there, the files are known to be ours."""
+    for path in (weights, _waiting(weights), config):
+        path.unlink(missing_ok=True)
 
 
 def _belong_together(weights: Path, config: Path) -> bool:

@@ -25,7 +25,7 @@ from adapterkern.ops.kernels.backward import Needed, backward
 from adapterkern.ops.kernels.forward import forward
 from adapterkern.ops.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
 from adapterkern.ops.kernels.weights import padded_adapter_dim, prepare
-from bench import sass
+from bench import sass, ttgir
 
 ADAPTER_DIMS = (16, 32, 64, 128, 256)
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
@@ -149,6 +149,7 @@ class Compiled:
     mma: int
     cp_async: int
     loops: list[sass.Loop]
+    refills: list[ttgir.Refill]
 
 
 def compile_launch(launch: Launch, sm: int) -> Compiled:
@@ -173,6 +174,7 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
         mma=ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
         cp_async=len(re.findall(r"cp\.async\.(?:cg|ca)\.shared", ptx)),
         loops=sass.loops(out.asm["cubin"]) if sm == 90 else [],
+        refills=ttgir.refills(out.asm["ttgir"]),
     )
 
 
@@ -200,6 +202,7 @@ def main(argv: list[str]) -> None:
                 f"{c.registers:>9} {c.stack:>5} {c.shared:>7} {c.warps:>5} {c.wgmma:>5} {c.mma:>5} {c.cp_async:>8}"
             )
             flag = "" if c.stack == 0 and c.shared <= SHARED_LIMIT[sm] else "  <- spills or does not fit"
+            flag += "  <- overwrites an operand in use" if c.refills else ""
             print(f"{r:>4} {d:>5} {sm:>4} {c.kernel:<23} {numbers}{flag}", flush=True)
     over = sum(row["stack"] > 0 or row["shared"] > SHARED_LIMIT[row["sm"]] for row in rows)
     print(f"{len(rows)} compiled, {over} of them spill or do not fit")

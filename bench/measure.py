@@ -244,7 +244,7 @@ def kept_for_backward(
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()  # t itself may be an output: a cycle that nothing collects
 
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

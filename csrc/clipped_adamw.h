@@ -46,7 +46,7 @@ struct Tensor {
   void* grad;         // [count], set to zero by update() if clear_grads
   float* exp_avg;     // [count]
   float* exp_avg_sq;  // [count]
-  void* rounded;      // [count] a master's parameter, or null
+  void* rounded;      // [count] a master's parameter, read and written; or null
   float* step;        // [1] updates done so far, as torch.optim.AdamW keeps it
   int64_t count;
   uint32_t first_tile;
@@ -198,7 +198,11 @@ struct Master {
   using Gradient = Low;
   using Rounded = Low;
   static AK_INLINE void apply(const Step& s, uint32_t, float& p, Low g, float& m, float& v, Low& rounded) {
-    p = updated(s, p, to_float(g), m, v);
+    Low expected;
+    from_float(p, expected);
+    // A parameter that is not its rounded master was written since the last step (load_state_dict, a swapped average):
+    // what was written holds.
+    p = updated(s, expected.bits == rounded.bits ? p : to_float(rounded), to_float(g), m, v);
     from_float(p, rounded);
   }
 };

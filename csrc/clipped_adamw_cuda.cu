@@ -75,6 +75,11 @@ __device__ __forceinline__ Quad<T> load(const T* p, bool wide, int n) {
   return q;
 }
 
+template <bool kStream>
+__device__ __forceinline__ Quad<Nothing> load(const Nothing*, bool, int) {
+  return {};
+}
+
 template <typename T>
 __device__ __forceinline__ void store(T* p, const Quad<T>& q, bool wide, int n) {
   if (wide) {
@@ -187,7 +192,7 @@ __device__ void update_share(const Pointers<Rule>& at, uint32_t begin, int n, co
     auto p = load<true>(at.main + e, wide, n - e);
     const auto g = load<true>(at.grad + e, wide, n - e);
     auto m = load<true>(at.exp_avg + e, wide, n - e), v = load<true>(at.exp_avg_sq + e, wide, n - e);
-    Quad<typename Rule::Rounded> r;
+    auto r = load<true>(at.rounded + e, wide, n - e);
     for (int i = 0; i < 4; ++i) Rule::apply(s, begin + e + i, p.at[i], g.at[i], m.at[i], v.at[i], r.at[i]);
     store(at.main + e, p, wide, n - e);
     store(at.exp_avg + e, m, wide, n - e);

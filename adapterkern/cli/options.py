@@ -140,6 +140,10 @@ def layer_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected layer numbers such as 0,3 or -2,-1, got {text!r}") from None
 
 
+def name_list(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
 def add_options(parser: Any, record: type, without: Collection[str] = (), only: Collection[str] | None = None) -> None:
     """One option for each field of a dataclass: type and default are the field's, the help is its metadata's.
 
@@ -163,6 +167,7 @@ def add_options(parser: Any, record: type, without: Collection[str] = (), only: 
 
 _PARSERS: tuple[tuple[Any, tuple[Any, str]], ...] = (
     (tuple[int, ...], (layer_list, "I,J,...")),
+    (tuple[str, ...], (name_list, "A,B,...")),
     (float, (number, "X")),
     (int, (integer, "N")),
     (str, (str, "NAME")),

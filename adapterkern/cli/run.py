@@ -69,7 +69,7 @@ def train_run(
     from adapterkern.model.liger import check_installed
     from adapterkern.training import Task, train
     from adapterkern.training.optimization import check_lr
-    from adapterkern.training.run.folder import check_folder
+    from adapterkern.training.run.folder import check_output
 
     config = from_options(arguments, TrainConfig)
     check_lr(config)
@@ -77,7 +77,7 @@ def train_run(
     check_source(arguments.model)
     if arguments.liger:
         check_installed()
-    check_folder(config, Task.files)
+    check_output(config, Task.files)
     if check is not None:
         check(config)
     else:

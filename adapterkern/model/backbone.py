@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapterkern import checks
 from adapterkern.model.decoder import decoder_layers, keep_layers
+from adapterkern.model.files.folder import ADAPTER_FILES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXPECTED = "expected a .gguf file, a transformers folder or a name on the hub"
@@ -77,7 +78,7 @@ def check_source(source: str | os.PathLike[str], name: str = "model") -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             run = " (it holds adapters: name the backbone that they were trained on)"
-            known = run if (path / "adapter_config.json").exists() or (path / "task.json").exists() else ""
+            known = run if any((path / file).exists() for file in (*ADAPTER_FILES, "task.json")) else ""
             raise FileNotFoundError(f"{name}: {_EXPECTED}, got the folder {text} without a config.json{known}")
     elif path.is_file():
         if path.suffix != ".gguf":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import Any, Literal
 
 from adapterkern import checks
@@ -10,6 +11,7 @@ from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.reference import ACTIVATIONS
 
 POSITIONS = ("layer", "attention")
+MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
 _DEFAULT_DIM = 64
@@ -41,7 +43,10 @@ class AdapterConfig:
         depth: number of adapters in sequence at each site, 1 to 32. They run one after the other, so that time and
             memory grow with it.
         activation, init, eps, x_free: as in ``Adapter``.
-        max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken.
+        max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
+            does not count ``modules_to_save``.
+        modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
+            ``["embed_tokens"]``. The head of a backbone for classification is always among them; ``[]``: no module.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
@@ -63,6 +68,9 @@ class AdapterConfig:
     max_params: int | None = checks.option(
         None, "a budget instead of adapter_dim: the largest that fits, such as 8000000 or 8e6"
     )
+    modules_to_save: tuple[str, ...] | list[str] | None = checks.option(
+        None, "also train and save these modules of the backbone: embed_tokens"
+    )
 
     def __post_init__(self) -> None:
         checks.integer("adapter_dim", self.adapter_dim, 1, MAX_ADAPTER_DIM)
@@ -83,6 +91,11 @@ class AdapterConfig:
                     f"max_params: expected None together with adapter_dim={self.adapter_dim}, because a budget "
                     f"decides adapter_dim; got {self.max_params}"
                 )
+        if self.modules_to_save is not None:
+            names = self.modules_to_save
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+                raise TypeError(f"modules_to_save: expected a list of names of modules, got {names!r}")
+            object.__setattr__(self, MODULES, tuple(names))
         if self.layers is not None:
             if not isinstance(self.layers, (list, tuple)):
                 raise TypeError(f"layers: expected a list of layer numbers, got {self.layers!r}")
@@ -150,7 +163,8 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; ``from_dict`` reads them."""
         fields = dataclasses.asdict(self)
-        return fields | {"layers": None if self.layers is None else list(self.layers)}
+        lists = {name: getattr(self, name) for name in ("layers", MODULES)}
+        return fields | {name: None if value is None else list(value) for name, value in lists.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "AdapterConfig":
@@ -165,4 +179,14 @@ class AdapterConfig:
 
 def prefix_length(config: AdapterConfig) -> int:
     """Number of leading layers whose output an adapter of this resolved configuration does not change."""
-    return (config.layers or (0,))[0] + (config.position == "layer")
+    adapted = (config.layers or (0,))[0] + (config.position == "layer")
+    return int(min([adapted, *map(_first_layer, config.modules_to_save or ())]))
+
+
+def _first_layer(path: str) -> float:
+    """The first layer whose output a module of the backbone changes: 0 if it is below the layers."""
+    top, _, inside = path.partition(".")
+    child, _, rest = inside.partition(".")
+    if top != "model" or child == "norm":  # a head, or the norm above the layers
+        return math.inf
+    return int(rest.partition(".")[0]) if child == "layers" else 0

@@ -63,8 +63,10 @@ def use_liger(llama: Any) -> None:
     changed: list[tuple[nn.Module, Any]] = []
     for module in llama.model.modules():
         cls: Any = type(module)
-        if not isinstance(module, _Fused) and (new := _fused_class(cls)) is not None:
+        if not isinstance(module, Fused) and (new := _fused_class(cls)) is not None:
             check_forward(module)
+            if "_place" in vars(module):  # see extra.py: its parameters may be a copy's, in another dtype
+                raise ValueError(f"liger: expected no {cls.__name__} in an adapter's modules_to_save, got one")
             changed.append((module, new))
     for module, new in changed:
         change_class(module, new)
@@ -73,7 +75,7 @@ def use_liger(llama: Any) -> None:
 def without_liger(llama: Any) -> None:
     """Undo ``use_liger``: give each module its own class back."""
     for module in llama.model.modules():
-        if isinstance(module, _Fused):
+        if isinstance(module, Fused):
             change_class(module, type(module).__bases__[1])
 
 
@@ -92,11 +94,11 @@ def _runs(device_type: str, dtype: torch.dtype, enabled: bool) -> bool:
     return supported
 
 
-class _Fused(nn.Module):
+class Fused(nn.Module):
     """Precedes a module's own class in the method resolution order."""
 
 
-class _Norm(_Fused):
+class _Norm(Fused):
     """RMSNorm."""
 
     weight: Tensor
@@ -111,7 +113,7 @@ class _Norm(_Fused):
         return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, in_place=False)
 
 
-class _MLP(_Fused):
+class _MLP(Fused):
     """SwiGLU."""
 
     gate_proj: Callable[[Tensor], Tensor]
@@ -126,7 +128,7 @@ class _MLP(_Fused):
         return self.down_proj(liger_swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class _Attention(_Fused):
+class _Attention(Fused):
     """Attention of any kind with RoPE."""
 
     _rotating_forward: Callable[..., Any]  # the class's own forward, with Liger's rotation

@@ -23,6 +23,7 @@ from adapterkern.model.decoder import (
     layer_device,
     restore,
 )
+from adapterkern.model.extra import detach
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
 from adapterkern.model.prefix import Split
@@ -125,6 +126,7 @@ class LlamaAdapter(Split, Saved):
             site = layer.__dict__.get("_adapter_site")
             if site is not None and site.model is self:
                 restore(layer)
+        detach(self, self.base)
         if self.checkpoints_activations:
             self.enable_checkpointing({"use_reentrant": False})
         return self.base
@@ -153,7 +155,7 @@ class LlamaAdapter(Split, Saved):
             )
         if name in self.adapters:
             raise ValueError(f"name: expected a new name, got {name!r}, which exists")
-        config = config.resolve(self.config.hidden_size, len(self.layers))
+        config = self._with_modules(config.resolve(self.config.hidden_size, len(self.layers)))
         sites = nn.ModuleDict()
         for index in config.layers or ():
             if config.position == "attention":
@@ -173,6 +175,7 @@ class LlamaAdapter(Split, Saved):
                     for _ in range(config.depth)
                 )
             )
+        self._add_copies(sites, config)
         self.adapters[name] = sites
         self._configs[name] = config
 

@@ -59,6 +59,7 @@ class Mixture:
         index: Tensor,
         weight: Tensor | None = None,
     ) -> None:
+        check_mixable(configs)
         _check(len(adapters), index, weight)
         self._adapters, self._configs = list(adapters.values()), list(configs.values())
         # (K, B): each choice is contiguous, as the kernels expect
@@ -170,6 +171,7 @@ class DeferredMixture:
     def __init__(
         self, adapters: Mapping[str, nn.ModuleDict], configs: Mapping[str, AdapterConfig], decide: Decide
     ) -> None:
+        check_mixable(configs)
         self._adapters, self._configs, self._decide = adapters, configs, decide
         self._generating = False
         self._mixture: Mixture | None = None
@@ -201,6 +203,16 @@ class DeferredMixture:
         run = self._mixture.at(layer, position)
         assert run is not None  # `at` has found an adapter at this site
         return run(x)
+
+
+def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
+    """Raise ``ValueError`` if an adapter has modules of the backbone of its own: all sequences share those."""
+    for name, config in configs.items():
+        if config.modules_to_save:
+            raise ValueError(
+                f"modules_to_save: expected none of an adapter that is mixed with others in a batch, got "
+                f"{', '.join(config.modules_to_save)} of {name!r}; AdapterConfig(modules_to_save=[]) trains none"
+            )
 
 
 def _stacked(adapters: list[nn.Sequential]) -> list[Weights]:

@@ -23,6 +23,8 @@ class Split(Wrapped):
         @property
         def prefix_length(self) -> int: ...
 
+        def trains_below(self) -> bool: ...
+
         def disable_adapter(self) -> AbstractContextManager[None]: ...
 
         def _site(self, layer: int) -> Site: ...
@@ -63,9 +65,12 @@ class Split(Wrapped):
             below: the stream (B, L, d) after the first ``start`` layers, if it is known; then only the others run.
 
         Raises:
-            ValueError: the decoder cannot be run in two calls, see ``split_obstacle``.
+            ValueError: the decoder cannot be run in two calls, see ``split_obstacle``; or the running adapter has
+                embeddings of its own.
         """
         self._check_split()
+        if self.trains_below():
+            raise ValueError("modules_to_save: expected frozen embeddings below a frozen prefix, got trained ones")
         prefix = decoder_slice(self.decoder, start, self.prefix_length)
         prefix.norm = nn.Identity()
         source = {"input_ids": input_ids} if below is None else {"inputs_embeds": below}

@@ -3,22 +3,26 @@
 ``Saved`` is the half of ``LlamaAdapter`` that deals with files.
 """
 
+import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapterkern.files import replacing
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.digest import Digest, weights_digest
+from adapterkern.model.extra import Extra, covered
 from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
-from adapterkern.model.pretrained import TRAINER_WEIGHTS, Wrapped
+from adapterkern.model.files.owner import OURS
+from adapterkern.model.pretrained import TRAINER_WEIGHTS
 
 # Arguments that Trainer, TRL and accelerate pass to save_pretrained. Only state_dict matters for an adapter.
 _FROM_TRAINER = frozenset(
@@ -26,10 +30,11 @@ _FROM_TRAINER = frozenset(
 )
 
 
-class Saved(Wrapped):
-    """A wrapped decoder with named adapters that can be saved and loaded."""
+logger = logging.getLogger(__name__)
 
-    adapters: nn.ModuleDict
+
+class Saved(Extra):
+    """A wrapped decoder with named adapters that can be saved and loaded."""
 
     if TYPE_CHECKING:  # LlamaAdapter's
 
@@ -44,7 +49,7 @@ class Saved(Wrapped):
 
         def add_adapter(self, name: str, config: AdapterConfig) -> None: ...  # type: ignore[override]
 
-        def adapter_config(self, name: str | None = None) -> AdapterConfig: ...
+        def set_adapter(self, name: str) -> None: ...  # type: ignore[override]
 
         def _check_name(self, name: str | None) -> str: ...
 
@@ -56,7 +61,7 @@ class Saved(Wrapped):
         is_main_process: bool = True,
         **from_trainer: Any,
     ) -> None:
-        """Write ``adapter_model.safetensors``, ``adapter_config.json`` and a model card, never the backbone.
+        """Write ``adapterkern.safetensors``, ``adapterkern.json`` and a model card, never the backbone.
 
         The first two are written by ``write_pair``: the new adapter is complete, or the old one
         is still there.
@@ -71,43 +76,82 @@ class Saved(Wrapped):
 
         Raises:
             OSError: a file cannot be written.
-            ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, or the folder holds
-                another library's adapter. Existing files stay as they are.
+            ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, a parameter of the
+                backbone requires a gradient and is not among the adapter's ``modules_to_save``, or the folder holds a
+                model (the backbone's own, for example) or another library's adapter. Existing files stay as they are.
         """
         if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
             raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
         if not is_main_process:
             return
         name = self._check_name(name)
+        self.check_saved(name)
         directory = Path(directory)
-        prefix = f"adapters.{name}."
+        prefix = f"{OURS}{name}."
         state = from_trainer.get("state_dict") or self.state_dict()
         tensors = {
             key.removeprefix(prefix): t.detach().to("cpu").contiguous()
             for key, t in state.items()
             if key.startswith(prefix)
         }
-        write_adapter(directory, self.base, self.adapter_config(name), tensors)
+        write_adapter(directory, self.base, self.adapter_config(name), tensors, self.backbone_digest(name))
         if "state_dict" in from_trainer:
             with replacing(directory / TRAINER_WEIGHTS) as temporary:
                 save_file({prefix + key: t for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+        cls,
+        llama: PreTrainedModel,
+        directory: str | os.PathLike[str],
+        *,
+        fused: bool = True,
+        liger: bool = False,
+        strict: bool = False,
+        resize_token_embeddings: bool = False,
     ) -> Self:
-        """``llama`` with the adapter saved in ``directory``, as ``"default"``. Raises as ``load_adapter``."""
-        return cls._from_read(llama, read_adapter(llama, Path(directory)), fused=fused, liger=liger)
+        """``llama`` with the adapter saved in ``directory``, as ``"default"``; see ``load_adapter``."""
+        resize = llama.resize_token_embeddings if resize_token_embeddings else None
+        read = read_adapter(llama, Path(directory), strict=strict, resize=resize)
+        return cls._from_read(llama, read, fused=fused, liger=liger)
 
-    def load_adapter(self, directory: str | os.PathLike[str], name: str) -> None:  # type: ignore[override]
-        """Add the adapter saved in ``directory`` under ``name``.
+    def load_adapter(  # type: ignore[override]
+        self,
+        directory: str | os.PathLike[str],
+        name: str,
+        *,
+        strict: bool = False,
+        resize_token_embeddings: bool = False,
+    ) -> None:
+        """Add the adapter saved in ``directory`` under ``name``, with the copies of modules that it was saved with.
+
+        Args:
+            resize_token_embeddings: if the adapter was saved for another number of tokens, resize the backbone.
+                Otherwise an adapter with embeddings of its own is refused, and a line in the log warns of another.
+            strict: refuse a backbone whose weights are not those that the adapter was trained on; by default a line in
+                the log warns of it. Not compared: folders of 0.1.0, and fp16 weights with those of another dtype. Of
+                quantized weights with others, norms and embeddings are compared.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape; the
                 message names the file, and the field or both shapes.
         """
-        self._add_read(name, read_adapter(self.base, Path(directory)))
+        resize = self.resize_token_embeddings if resize_token_embeddings else None
+        self._add_read(name, read_adapter(self.base, Path(directory), strict=strict, resize=resize))
+
+    def backbone_digest(self, name: str | None = None) -> Digest:
+        """``weights_digest`` of the backbone; of the time before it was spread over processes, if it is by now.
+
+        With ``name``, without the modules of which this adapter has copies.
+        """
+        without = covered(self.base, () if name is None else self.adapter_config(name).modules_to_save or ())
+        found, key = weights_digest(self.base, without), frozenset(without)
+        known = self.__dict__.setdefault("_digests_before", {})
+        if found["exact"] is None:
+            return known.get(key, found)
+        known[key] = found
+        return found
 
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
         """Upload what ``save_pretrained`` writes to the Hugging Face hub, and return the repository's URL.
@@ -149,10 +193,14 @@ class Saved(Wrapped):
 
     @classmethod
     def _from_read(cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool) -> Self:
-        model = cls(llama, read[0], **flags)
-        model.adapters["default"].load_state_dict(read[1])
+        model = cls(llama, None, **flags)
+        model._add_read("default", read)
+        model.set_adapter("default")
         return model
 
     def _add_read(self, name: str, read: tuple[AdapterConfig, dict[str, Tensor]]) -> None:
         self.add_adapter(name, read[0])
-        self.adapters[name].load_state_dict(read[1])
+        missing, _ = self.adapters[name].load_state_dict(read[1], strict=False)  # the reader has checked all others
+        if missing:  # copies of a head that only this backbone's class has
+            modules = ", ".join(self.adapter_config(name).modules_to_save or ())
+            logger.warning("%s: not saved with the adapter; %s starts as the backbone's own", modules, missing[0])

@@ -214,6 +214,8 @@ class FusedAdamWPasses:
         self.skipped.copy_(skipped)
 
     def update(self, grads: list[Tensor], options: StepOptions) -> None:
+        for param, main in self._rounded:  # a parameter that was written since the last step is its own master
+            main.copy_(torch.where(main.to(param.dtype) == param, main, param.float()))
         for index, group in enumerate(options.groups):
             lr = _scalar_on(group["lr"], self.device, "lr")
             weight_decay = _scalar_on(group["weight_decay"], self.device, "weight_decay")

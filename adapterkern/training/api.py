@@ -101,6 +101,8 @@ def _state(
     model = task.model
     owners = {id(p): name for name in model.adapters for p in model.adapters[name].parameters()}
     names = dict.fromkeys(owners[id(p)] for p in engine.parameters.values() if id(p) in owners)
+    for name in names:
+        model.check_saved(name)
     origin = {
         "task": task.kind,
         "settings": task.settings,

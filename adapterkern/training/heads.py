@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adapterkern import checks
 from adapterkern.files import find_weights, read_json, read_versioned, write_pair
+from adapterkern.model.files.owner import check_folder
 from adapterkern.training.config import POOLINGS
 
 HEAD_WEIGHTS = "head.safetensors"
@@ -79,7 +80,11 @@ class ClassificationHead(nn.Module):
 
 
 def write_head(directory: Path, kind: str, head: nn.Module, fields: dict[str, Any]) -> None:
-    """Write a head's weights, and ``fields`` with what identifies them: both files or, if interrupted, neither."""
+    """Write a head's weights, and ``fields`` with what identifies them: both files or, if interrupted, neither.
+
+    Raises ``ValueError`` if the folder holds a model, or files of these names that are not a head's.
+    """
+    check_folder(directory)
     tensors = {key: t.detach().to("cpu").contiguous() for key, t in head.state_dict().items()}
 
     def save(path: Path) -> None:

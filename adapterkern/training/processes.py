@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from adapterkern.model.digest import is_sharded as is_sharded
 
 T = TypeVar("T")
 
@@ -121,11 +123,6 @@ def sum_over_batches(batches: Sequence[T], of: Callable[[T], Tensor], device: to
         results.append(result if counts else torch.zeros_like(result))
     own = torch.stack(results).cpu().double().sum(0)
     return own if world_size() == 1 else total(own.to(device)).cpu()
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether the module's parameters are sharded over ranks."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())  # FSDP2's, DeepSpeed's
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a finished run or checkpoint leaves in its folder: writing and reading it.
 
-    adapter_model.safetensors, adapter_config.json    the adapter (not for a head trained alone)
-    head.safetensors, head_config.json                the classification head with its label names (not for causal-lm)
+    adapterkern.safetensors, adapterkern.json    the adapter (not for a head trained alone)
+    head.safetensors, head_config.json           the classification head with its label names (not for causal-lm)
     task.json       the kind of task, and the TrainConfig: how to tokenize, pad and score
     sources.json    where backbone and evaluation data are, if the run was started by a command
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.files.card import CARD_NAME, push_folder
-from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
+from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, adapter_files
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
@@ -100,7 +100,7 @@ def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any)
     """
     config = load_config(directory)
     files = [CARD_NAME, TASK_NAME]
-    files += [WEIGHTS_NAME, CONFIG_NAME] if config.train_adapters else []
+    files += (adapter_files(directory) or (WEIGHTS_NAME, CONFIG_NAME)) if config.train_adapters else ()
     files += [HEAD_WEIGHTS, HEAD_CONFIG] if (Path(directory) / HEAD_CONFIG).exists() else []
     return push_folder(Path(directory), repo_id, files, **options)
 

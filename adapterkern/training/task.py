@@ -11,6 +11,7 @@ cache, the checkpoints and the evaluation call only these methods:
 """
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from adapterkern.model import liger
-from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
+from adapterkern.model.config import MODULES
+from adapterkern.model.files.folder import ADAPTER_FILES
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import processes
@@ -36,6 +38,8 @@ from adapterkern.training.data.prefix import PrefixCache, Slot
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run
+
+logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
@@ -59,7 +63,7 @@ class Task(nn.Module, Generic[E]):
             for unused parameters.
     """
 
-    files: ClassVar[tuple[str, ...]] = (WEIGHTS_NAME, CONFIG_NAME, HEAD_WEIGHTS, HEAD_CONFIG)
+    files: ClassVar[tuple[str, ...]] = (*ADAPTER_FILES, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = trains_all = True
 
     def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
@@ -119,7 +123,12 @@ class Task(nn.Module, Generic[E]):
             name = self.model.active_adapter
             if name is None:
                 raise ValueError("model: expected an active adapter, got none; see set_adapter and train_adapters")
-            parameters |= {f"adapter.{key}": p for key, p in self.model.adapters[name].named_parameters()}
+            unused = self.model.unused_copies(name, lm_head=self.head is None and config.task == "causal-lm")
+            if unused:
+                logger.warning("modules_to_save: %s: not used by this training, and not trained", ", ".join(unused))
+            left_out = tuple(f"{MODULES}.{path}." for path in unused)
+            of_adapter = self.model.adapters[name].named_parameters()
+            parameters |= {f"adapter.{key}": p for key, p in of_adapter if not key.startswith(left_out)}
         if self.head is not None:
             parameters |= {f"head.{key}": p for key, p in self.head.named_parameters()}
         return parameters

@@ -27,6 +27,7 @@ from bench.sweep import candidates
 TARGET = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132
 ALL, NOT_X, ONLY_X = (True,) * 7, (False, *(True,) * 6), (True, *(False,) * 6)
+SWEPT = (64, 128, 16, 256)
 LOW = ("bfloat16", "float16", "float32")
 TEST_SHAPES = ((1, 4096, 64), (37, 576, 16), (129, 577, 59), (9000, 2048, 32), (300, 5120, 128), (520, 1024, 256),
                (70, 300, 512))  # fmt: skip
@@ -92,9 +93,10 @@ def steps() -> list[Call]:
 def swept() -> list[Call]:
     """The sweep's candidates."""
     return [
-        Call(8192, 4096, 64, tiles=f"{kernel}={t.BT},{t.BD},{t.num_warps},{t.num_stages}")
+        Call(8192, 4096, r, tiles=f"{kernel}={t.BT},{t.BD},{t.num_warps},{t.num_stages}")
+        for r in SWEPT
         for kernel in tiling.TABLES
-        for t in candidates(kernel, 64)
+        for t in candidates(kernel, r)
     ]
 
 

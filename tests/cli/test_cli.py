@@ -98,10 +98,11 @@ def test_demo_on_your_own_files(
 def test_an_existing_run_is_not_overwritten(
     model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    earlier = '{"step": 1, "kind": "train"}\n'
+    (tmp_path / "metrics.jsonl").write_text(earlier)
     assert cli.main(train_arguments(model_folder, files, tmp_path)) == 1
     assert "holds an earlier run" in capsys.readouterr().err
-    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == earlier
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from adapterkern import cli
 from adapterkern.cli import options
 from adapterkern.model import backbone
-from adapterkern.model.files.folder import CONFIG_NAME
 
 TRAIN = "train --model {model} --train good.jsonl --output out "
 DISTILL = TRAIN.replace("train", "distill", 1)
@@ -108,9 +107,9 @@ def test_refused(
     Path("other.csv").write_text("body,label\nthe apple,a\n")
     Path("bad.txt").write_text("x")
     Path("empty.jsonl").touch()
-    for folder, name in (("old", CONFIG_NAME), ("strange", "x.txt")):
-        Path(folder).mkdir()
-        (Path(folder) / name).write_text("{}")
+    Path("old", "checkpoints").mkdir(parents=True)
+    Path("strange").mkdir()
+    Path("strange", "x.txt").touch()
     before = sorted(tmp_path.rglob("*"))
     status = cli.main(shlex.split(line.format(model=model_folder)))
     out, error = capsys.readouterr()

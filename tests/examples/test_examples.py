@@ -144,7 +144,7 @@ def test_trainer(program: str, model: Path, text: Path, tmp_path: Path) -> None:
     (mean,) = found(f"mean loss {NUMBER}", out)
     assert not list((tmp_path / "run").glob("pytorch_model*"))
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "run").iterdir()}
-    assert sizes["model.safetensors"] < 1.2 * sizes["adapter_model.safetensors"]  # nothing of the backbone
+    assert sizes["model.safetensors"] < 1.2 * sizes["adapterkern.safetensors"]  # nothing of the backbone
 
     llama, tokenizer = backbone(model)
     bare = text_loss(llama, tokenizer, text)

@@ -13,7 +13,7 @@ from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 ROWS, EVAL_ROWS = tiny_run.rows(16), tiny_run.rows(6, seed=1)
-PUBLISHED = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+PUBLISHED = {"adapterkern.safetensors", "adapterkern.json", "README.md"}
 
 
 def read(directory: Path) -> Any:
@@ -128,6 +128,11 @@ def test_push_a_run(hub: list[dict[str, Any]], tmp_path: Path) -> None:
     files = hub[1]["files"]
     assert files.keys() == PUBLISHED | {"task.json", "head.safetensors", "head_config.json"}
     assert not any(str(tmp_path).encode() in content for content in files.values())
+
+
+def test_push_a_run_of_0_1_0(hub: list[dict[str, Any]]) -> None:
+    push_to_hub(Path(__file__).parents[1] / "golden" / "runs" / "causal-lm", "me/name")
+    assert hub[1]["files"].keys() == {"adapter_model.safetensors", "adapter_config.json", "README.md", "task.json"}
 
 
 def test_there_must_be_something_to_push(hub: list[dict[str, Any]], tmp_path: Path) -> None:

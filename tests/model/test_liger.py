@@ -38,13 +38,13 @@ def test_one_model_s_modules_change_their_class_and_get_it_back() -> None:
     before = [type(module) for module in base.modules()]
     keys = list(base.state_dict())
     model = ak.LlamaAdapter(base, liger=True)
-    changed = [m for m in base.modules() if isinstance(m, liger._Fused)]
+    changed = [m for m in base.modules() if isinstance(m, liger.Fused)]
     assert sorted(type(m).__name__ for m in changed) == 2 * ["LlamaAttention"] + 2 * ["LlamaMLP"] + 5 * ["LlamaRMSNorm"]
-    assert not any(isinstance(m, liger._Fused) for m in other.modules())
+    assert not any(isinstance(m, liger.Fused) for m in other.modules())
     assert list(base.state_dict()) == keys
     model.liger = True  # once more changes nothing
     model.liger = False
-    assert not any(isinstance(m, liger._Fused) for m in base.modules())
+    assert not any(isinstance(m, liger.Fused) for m in base.modules())
     model.liger = True
     assert [type(module) for module in model.unload().modules()] == before
 

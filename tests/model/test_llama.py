@@ -280,13 +280,13 @@ def _edit_config(path: Path, **changes: object) -> None:
     [
         (lambda p: (p / CONFIG_NAME).unlink(), FileNotFoundError, CONFIG_NAME),
         (lambda p: (p / WEIGHTS_NAME).unlink(), FileNotFoundError, WEIGHTS_NAME),
-        (lambda p: (p / CONFIG_NAME).write_text("{"), ValueError, "adapter_config.json: not a JSON file"),
+        (lambda p: (p / CONFIG_NAME).write_text("{"), ValueError, "adapterkern.json: not a JSON file"),
         (lambda p: (p / CONFIG_NAME).write_text("[]"), ValueError, "expected a JSON object, got list"),
         (lambda p: _edit_config(p, format_version=99), ValueError, "expected format_version 1, got 99"),
-        (lambda p: _edit_config(p, adapter={"rank": 1}), ValueError, "adapter_config.json: rank: unknown field"),
-        (lambda p: _edit_config(p, adapter={"every": "x"}), ValueError, "adapter_config.json: every: expected an int"),
-        (lambda p: _edit_config(p, base={}), ValueError, "adapter_config.json: field 'hidden_size' is missing"),
-        (lambda p: (p / WEIGHTS_NAME).write_bytes(b"x"), ValueError, "adapter_model.safetensors: SHA-256 differs"),
+        (lambda p: _edit_config(p, adapter={"rank": 1}), ValueError, "adapterkern.json: rank: unknown field"),
+        (lambda p: _edit_config(p, adapter={"every": "x"}), ValueError, "adapterkern.json: every: expected an int"),
+        (lambda p: _edit_config(p, base={}), ValueError, "adapterkern.json: field 'hidden_size' is missing"),
+        (lambda p: (p / WEIGHTS_NAME).write_bytes(b"x"), ValueError, "adapterkern.safetensors: SHA-256 differs"),
     ],
 )
 def test_load_names_the_damaged_file(tmp_path: Path, damage: Any, error: type[Exception], message: str) -> None:

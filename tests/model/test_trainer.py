@@ -32,7 +32,7 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(tmp_path: Path
     checkpoint = tmp_path / "checkpoint-3"
     names = [f"adapters.default.{key}" for key in model.adapters["default"].state_dict()]
     assert sorted(load_file(checkpoint / "model.safetensors")) == sorted(names)
-    assert load_file(checkpoint / "adapter_model.safetensors").keys() == model.adapters["default"].state_dict().keys()
+    assert load_file(checkpoint / "adapterkern.safetensors").keys() == model.adapters["default"].state_dict().keys()
     backbone_bytes = sum(p.nbytes for p in model.base.parameters())
     assert sum(path.stat().st_size for path in checkpoint.glob("*model*.safetensors")) < backbone_bytes / 4
 
@@ -106,5 +106,5 @@ def test_the_documentation_s_example_runs(tmp_path: Path, monkeypatch: pytest.Mo
     texts, unseen = ([row["text"] for row in tiny_run.rows(count, seed)] for count, seed in ((32, 0), (8, 1)))
     given: dict[str, Any] = {"llama": tiny_run.model().unload(), "tokenizer": tokenizer}
     exec(code[1], given | {"texts": texts, "unseen": unseen})
-    assert {"adapter_model.safetensors", "model.safetensors"} <= {path.name for path in Path("adapter").iterdir()}
+    assert {"adapterkern.safetensors", "model.safetensors"} <= {path.name for path in Path("adapter").iterdir()}
     assert len(list(Path("out").glob("checkpoint-*"))) == 3

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from adapterkern.ops.kernels import cache, forward, hidden, launch, tiles
-from bench import aot, sass
+from bench import aot, sass, ttgir
 from tests.support.numerics import make_weights
 
 pytestmark = pytest.mark.slow
@@ -52,6 +52,7 @@ def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dt
         c = aot.compile_launch(variant, sm)
         assert c.stack == 0, c
         assert c.shared <= aot.SHARED_LIMIT[sm], c
+        assert not c.refills, (c.kernel, c.refills)
         if dtype != torch.float32 and c.kernel not in NO_PRODUCTS:
             assert c.wgmma + c.mma > 0, c
             if sm == 90 and r >= 64:
@@ -164,3 +165,26 @@ def test_one_variant_whatever_the_rows_and_strides(d: int, x_free: bool, monkeyp
     # hidden_kernel makes the product itself or adds up hidden_partial_kernel's.
     expected = {name: 2 if name == "hidden_kernel" else 1 for name in variants}
     assert {name: len(found) for name, found in variants.items()} == expected
+
+
+IR = """
+  %b_x = ttg.local_alloc : () -> !ttg.memdesc<SLOTSx64x64xbf16, #shared, #smem, mutable>
+  %0 = ttg.memdesc_index %b_x[%c0] : !ttg.memdesc<SLOTSx64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+  %1 = ttg.async_copy_global_to_local %p, %0 mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+  %2 = ttg.memdesc_index %b_x[%c1] : !ttg.memdesc<SLOTSx64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+  %3 = ttg.async_copy_global_to_local %p, %2 mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+  %4:2 = scf.for %i = %lo to %hi step %c1 iter_args(%acc = %zero) -> (tensor<64x64xf32>) {
+    %5 = ttg.memdesc_index %b_x[%slot] : !ttg.memdesc<SLOTSx64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+    %6 = ttg.memdesc_trans %5 {order = array<i32: 1, 0>} : !ttg.memdesc<64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+    %7 = ttng.warp_group_dot %6, %b_a, %acc {isAsync = true} : !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32>
+    %8:2 = ttng.warp_group_dot_wait %7, %5 {pendings = LEFT : i32} : tensor<64x64xf32>
+    %9 = ttg.memdesc_index %b_x[%next] : !ttg.memdesc<SLOTSx64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+    %10 = ttg.async_copy_global_to_local %p, %9 mask %m : tensor<64x64x!tt.ptr<bf16>> -> <64x64xbf16>
+  }
+"""
+
+
+@pytest.mark.parametrize(("slots", "left", "safe"), [(2, 0, True), (2, 1, False), (3, 1, True), (4, 1, True)])
+def test_a_load_into_the_memory_of_a_product_in_flight_is_found(slots: int, left: int, safe: bool) -> None:
+    text = IR.replace("SLOTS", str(slots)).replace("LEFT", str(left))
+    assert ttgir.refills(text) == ([] if safe else [ttgir.Refill("%b_x", 2, 2)])

@@ -249,9 +249,29 @@ def test_a_parameter_is_its_rounded_master_for_every_bit_pattern(any_backend: st
     p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.state[p]["master"].copy_(values)
+    p.data.copy_(values)  # rounded by torch; a master that rounds to anything else would be replaced
     optimizer.step()
     assert torch.equal(optimizer.state[p]["master"], values)
     assert torch.equal(p, values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_written_into_a_parameter_between_steps_holds(any_backend: str, dtype: torch.dtype) -> None:
+    params = parameters(SIZES, dtype)
+    optimizer = ClippedAdamW(params, lr=1e-3)
+    set_grads(params, 0)
+    optimizer.step()
+    kept = [optimizer.state[p]["master"].clone() for p in params]
+    with torch.no_grad():
+        for p in params:  # every third element, as an average swapped in or a loaded state dict
+            p[::3] = 100.0
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for p, before in zip(params, kept, strict=True):
+        before[::3] = 100.0
+        assert torch.equal(optimizer.state[p]["master"], before)  # the others keep what bf16 cannot hold
+        assert torch.equal(p, before.to(dtype))
 
 
 @needs_extension

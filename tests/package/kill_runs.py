@@ -168,7 +168,7 @@ def kill_training(folder: Path, draw: random.Random, kills: int, events: int | N
     done, lines, duration = run_child(train_in, folder / "whole", 0)
     assert done
     count = int(lines[-1].removeprefix("events "))
-    final = [sha256(folder / "whole" / name) for name in ("adapter_model.safetensors", "head.safetensors")]
+    final = [sha256(folder / "whole" / name) for name in ("adapterkern.safetensors", "head.safetensors")]
     chosen = list(range(1, count + 1)) if events is None else sorted(draw.sample(range(1, count + 1), events))
     plan: list[float | int] = [draw.uniform(0, duration) for _ in range(kills)]
     plan += chosen
@@ -183,7 +183,7 @@ def kill_training(folder: Path, draw: random.Random, kills: int, events: int | N
         if isinstance(kill, int):
             done = done or run_child(train_in, directory, None)[0]
         if done:
-            same = [sha256(directory / name) for name in ("adapter_model.safetensors", "head.safetensors")] == final
+            same = [sha256(directory / name) for name in ("adapterkern.safetensors", "head.safetensors")] == final
             assert same, f"the resumed run in {directory} ended with other weights"
             leftover = list(directory.rglob(".*"))
             assert not leftover, f"left behind: {leftover}"
@@ -207,7 +207,7 @@ def kill_saving(folder: Path, draw: random.Random, kills: int) -> dict[str, Any]
     directory = _fresh(folder / "saved")
     for _ in range(kills):
         _, lines, _ = run_child(save_in, directory, draw.uniform(0, 0.4))
-        if not (directory / "adapter_config.json").exists():
+        if not (directory / "adapterkern.json").exists():
             assert len(lines) == 1, "an adapter was saved and is gone"
             states["nothing saved yet"] += 1
             continue

@@ -22,7 +22,13 @@ def test_the_results_page_is_of_the_newest_results() -> None:
 def test_readme_is_short_and_its_numbers_are_in_the_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    (run,) = [run for run in report.newest() if str(run.path.relative_to(README.parent)) in text]
+    cited = {run.machine["cuda"] is not None: run for run in report.newest() if run.path.name in text}
+    assert set(cited) == {False, True}, "one run on a CPU and one on a GPU"
+    of_both = [entries for key, entries in cited[True].groups.items() if key[1].startswith("both")]
+    adapter = {e.variant: e for entries in of_both for e in entries}
+    for variant in ("ours", "eager autocast", "torch.compile"):
+        assert f"{1000 * adapter[variant].median:.2f} ms" in text, variant
+    run = cited[False]
     steps = [entries for key, entries in run.groups.items() if key[0] == "step" and "16×48" in key[1]]
     medians = {e.variant: e.median for e in steps[0]}
     for variant in ("frozen backbone", "ours", "PEFT LoRA", "ours + prefix cache"):
@@ -40,6 +46,6 @@ def test_the_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytes
     given: dict[str, Any] = {}
     exec(code, given)
     assert given["result"].metrics["accuracy"] >= 0
-    assert {path.name for path in Path("mine").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in Path("mine").iterdir()} >= {"adapterkern.safetensors", "adapterkern.json"}
     for p, q in zip(given["again"].adapter_parameters(), given["model"].adapter_parameters(), strict=True):
         assert torch.equal(p, q)

@@ -30,4 +30,4 @@ def test_two_processes_print_once(tmp_path: Path) -> None:
     lines = Counter(line.strip() for line in done.stdout.splitlines() if line.strip())
     for start in ("LlamaForCausalLM: 4 layers", "32 training texts", "head alone", "head + adapters", "saved in "):
         assert sum(count for line, count in lines.items() if line.startswith(start)) == 1, done.stdout
-    assert (tmp_path / "adapterkern-demo" / "adapters" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "adapterkern-demo" / "adapters" / "adapterkern.safetensors").exists()

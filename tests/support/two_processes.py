@@ -15,9 +15,15 @@ ROWS = tiny_run.rows(17)  # steps of 8, 8 and 1 rows: in the last one a process 
 EVAL_ROWS = tiny_run.rows(9, seed=1)
 
 
-def run(output_dir: Path | None, dtype: torch.dtype = torch.float32, cache: Any = None, **values: Any) -> TrainResult:
+def run(
+    output_dir: Path | None,
+    dtype: torch.dtype = torch.float32,
+    cache: Any = None,
+    modules: tuple[str, ...] = (),
+    **values: Any,
+) -> TrainResult:
     """7 steps over 3 epochs, clipped in every one, with evaluations and checkpoints after 3 and 6."""
-    model = tiny_run.model()
+    model = tiny_run.model(modules_to_save=modules)
     model.base.to(dtype)
     defaults = {"batch_size": 2, "accumulation": 4, "epochs": 3, "max_steps": 7, "max_norm": 0.3, "log_every": 1}
     often = {"eval_every": 3, "checkpoint_every": 3, "keep_checkpoints": 9}
@@ -45,6 +51,8 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         "shard": {"shard": True},
         "ddp bf16": {"precision": "bf16", "dtype": torch.bfloat16},
         "shard bf16": {"precision": "bf16", "shard": True, "dtype": torch.bfloat16},
+        "ddp modules": {"modules": ("embed_tokens",)},
+        "shard modules": {"modules": ("embed_tokens",), "shard": True},
         "one to ddp": {"resume": True},
         "one to shard": {"resume": True, "shard": True},
     }.items():

@@ -53,6 +53,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         run(folder / f"{name} bf16", precision="bf16")
         run(folder / f"one to {name}", resume=True)
         run(folder / f"{name} causal-lm", task="causal-lm")
+        run(folder / f"{name} modules", modules=("embed_tokens", "layers.3.mlp"))
         found[f"{name} qa"] = shared_run()
         found[f"{name} qa bf16"] = shared_run(precision="bf16")
         found[f"{name} infinite"] = blow_up()

@@ -129,9 +129,9 @@ def test_no_file_can_hold_code(tmp_path: Path) -> None:
 FILES = [
     "state.json",
     "training.safetensors",
-    "adapter_model.safetensors",
+    "adapterkern.safetensors",
     "head.safetensors",
-    "adapter_config.json",
+    "adapterkern.json",
     "task.json",
 ]
 

@@ -24,6 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two_processes.run(folder / "one")
     two_processes.run(folder / "one bf16", precision="bf16")
     two_processes.run(folder / "one causal-lm", task="causal-lm")
+    two_processes.run(folder / "one modules", modules=("embed_tokens", "layers.3.mlp"))
     for stage in STAGES:
         cut(folder / "one", folder / f"one to {stage}")
     with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +51,11 @@ def test_the_next_token_and_spans_are_learned_as_by_one_process(folder: Path, st
         got_losses, got = found(folder)[f"{stage} {kind}"]
         assert got_losses == pytest.approx(losses, rel=tolerance)
         assert got["loss"] == pytest.approx(metrics["loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_modules_of_the_backbone_are_trained_with_the_adapter(folder: Path, stage: str) -> None:
+    same(folder / f"{stage} modules", folder / "one modules", 2e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,6 +11,7 @@ import pytest
 import adapterkern as ak
 from adapterkern.files import write_json
 from adapterkern.model.backbone import load_backbone
+from adapterkern.model.files.folder import CONFIG_NAME, OLD_CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from adapterkern.training import train
 from adapterkern.training.data.examples import Example
 from adapterkern.training.saved import load_sources
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "runs"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+OLD_NAMES, NEW_NAMES = {OLD_WEIGHTS_NAME, OLD_CONFIG_NAME}, {WEIGHTS_NAME, CONFIG_NAME}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "classification": ("colors.jsonl", {}),
     "causal-lm": ("texts.jsonl", {"task": "causal-lm", "max_norm": math.inf}),
@@ -76,7 +78,7 @@ def test_a_run_of_another_kind_is_replaced_whole(name: str, lists: str, tmp_path
     with pytest.raises(FileExistsError, match="holds an earlier run"):
         train(model, data, made(run), tokenizer=tokenizer)
     train(model, data, made(run, overwrite=True), tokenizer=tokenizer)
-    plain = {path.name for path in (GOLDEN / "classification").iterdir()} - {"sources.json"}
+    plain = {path.name for path in (GOLDEN / "classification").iterdir()} - {"sources.json", *OLD_NAMES} | NEW_NAMES
     assert {path.name for path in run.iterdir()} == plain | {"mine.txt", "tasks"}
     assert [path.name for path in (run / "tasks").iterdir()] == ["todo.txt"]
 

@@ -31,11 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkern import checks
-from adapterkern.files import check_owner, read_json, replacing, write_json
+from adapterkern.files import read_json, replacing, write_json
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.files.card import base_name
+from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = OTHERS_CONFIG
 BIN_NAME = "pytorch_adapter.bin"
 SAFETENSORS_NAME = "adapter.safetensors"
 VERSION = "adapters.1.3.0"  # the version of the library that has this format
@@ -283,14 +284,18 @@ def write_adapterhub(
     Raises:
         OSError: a file cannot be written.
         ValueError: a field of ``config`` has a value that ``adapters`` does not support, ``name`` is not valid, or the
-            folder holds another library's adapter.
+            folder holds a model or another library's adapter.
     """
     directory = Path(directory)
-    check_owner(directory / CONFIG_NAME, "AdapterHub", lambda saved: isinstance(saved.get("config"), dict))
+    check_folder(directory, owner="AdapterHub")
     _check_name(name)
     for field, expected in (("depth", 1), ("eps", 1e-5)):
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save: expected none for AdapterHub's adapters, got {', '.join(config.modules_to_save)}"
+        )
     hidden_size, num_layers = llama.config.hidden_size, len(llama.model.layers)
     fields = {
         "original_ln_after": True,

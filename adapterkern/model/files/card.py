@@ -157,6 +157,11 @@ def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
         "## Adapter\n\n"
         f"y = x + W_up · {config.activation}(W_down · LayerNorm(x) + b_down) + b_up on the residual stream {where} "
         f"{', '.join(map(str, layers))} (from 0){deep}; dimension {config.adapter_dim}, {count:,} parameters in fp32."
+        + (
+            f"\n\nTrained with it, and saved here too: {', '.join(config.modules_to_save)}."
+            if config.modules_to_save
+            else ""
+        )
     )
 
 

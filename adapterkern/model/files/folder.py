@@ -1,10 +1,16 @@
-"""The folder of a saved adapter: ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
+"""The folder of a saved adapter: ``adapterkern.safetensors``, ``adapterkern.json`` and ``README.md``.
 
 Weights and configuration are a pair of ``write_pair``: after a full disk or a killed process the
 folder has the old pair or the new one, and loading checks the weights against the hash in the configuration.
+
+0.1.0 named them ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT does. transformers acts on the
+second name if peft is installed, and then does not load a model beside it. The old names are still read. The new ones
+win if a folder has both, and a save removes the old pair.
 """
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +18,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkern.files import check_owner, find_weights, read_versioned, write_pair
+from adapterkern.files import find_weights, read_json, read_versioned, remove_pair, write_pair
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.digest import Digest, differ, weights_digest
+from adapterkern.model.extra import covered, find_modules, saved_shapes
 from adapterkern.model.files.card import base_name, write_card
+from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder, is_ours, whose
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapterkern.safetensors"
+CONFIG_NAME = "adapterkern.json"
+OLD_WEIGHTS_NAME = "adapter_model.safetensors"  # of 0.1.0
+OLD_CONFIG_NAME = OTHERS_CONFIG
+ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME, OLD_WEIGHTS_NAME, OLD_CONFIG_NAME)
 FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
 _SHAPES = {
     "norm.weight": ("d",),
     "norm.bias": ("d",),
@@ -30,37 +43,78 @@ _SHAPES = {
 }
 
 
-def write_adapter(directory: Path, llama: Any, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(
+    directory: Path, llama: Any, config: AdapterConfig, tensors: Mapping[str, Tensor], digest: Digest
+) -> None:
     """Write an adapter of the backbone ``llama``, and its model card.
 
     Args:
+        digest: of the backbone's weights, see ``weights_digest``.
         config: resolved, with explicit layers.
         tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``.
 
     Raises:
         OSError: a file cannot be written; the message names it, and an earlier adapter in the folder stays.
-        ValueError: the folder holds another library's adapter, or ``tensors`` are not those of ``config``.
+        ValueError: the folder holds a model or another library's adapter, or ``tensors`` are not those of ``config``.
     """
-    check_owner(directory / CONFIG_NAME, "adapterkern", lambda saved: "format_version" in saved)
-    _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size)
+    check_folder(directory)
+    extra = saved_shapes(llama, config.modules_to_save or ())
+    _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size, extra)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
 
-    fields = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": _describe(llama)}
+    base = _describe(llama) | {"digest": digest}
+    fields = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": base}
     write_pair(directory / WEIGHTS_NAME, directory / CONFIG_NAME, save, fields)
+    _remove_old(directory)
     write_card(directory, llama, config)
 
 
-def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def adapter_files(directory: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The names of the weights and the configuration of the adapter saved in ``directory``; None if there is none."""
+    directory = Path(directory)
+    if (directory / CONFIG_NAME).exists():
+        return WEIGHTS_NAME, CONFIG_NAME
+    try:
+        old = is_ours(read_json(directory / OLD_CONFIG_NAME))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # damaged: the reader says how
+        old = True
+    return (OLD_WEIGHTS_NAME, OLD_CONFIG_NAME) if old else None
+
+
+def _remove_old(directory: Path) -> None:
+    """Remove the pair that 0.1.0 saved here and that the new one replaces. What is not ours stays."""
+    try:
+        ours = is_ours(read_json(directory / OLD_CONFIG_NAME))
+    except (FileNotFoundError, ValueError):
+        return
+    if ours:
+        remove_pair(directory / OLD_WEIGHTS_NAME, directory / OLD_CONFIG_NAME)
+
+
+def read_adapter(
+    llama: Any, directory: Path, *, strict: bool = False, resize: Callable[[int], Any] | None = None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """An adapter's resolved configuration and its tensors, checked against each other and against the backbone.
+
+    Args:
+        strict: refuse a backbone of other weights than the adapter was saved with. Otherwise one line warns of it.
+        resize: called with the number of tokens that the adapter was saved for, if the backbone has another.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape; the
-            message names the file, and the field or both shapes.
+        ValueError: a file is damaged, has another format version, or was saved for a backbone of another shape (with
+            ``strict``: of other weights); the message names the file, and the field or both shapes.
     """
-    path, weights = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    names = adapter_files(directory)
+    if names is None:
+        if held := whose(directory):
+            raise ValueError(f"directory: expected an adapter that this package saved, got {directory} with {held}")
+        raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file")
+    weights, path = (directory / name for name in names)
     saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str})
     for name in ("hidden_size", "num_hidden_layers"):
         if name not in saved["base"]:
@@ -73,31 +127,87 @@ def read_adapter(llama: Any, directory: Path) -> tuple[AdapterConfig, dict[str, 
             f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]} and {expected[1]} layers, "
             f"got one of hidden_size={shape[0]} and {shape[1]} layers"
         )
+    vocabulary = saved["base"].get("vocab_size")
+    another = isinstance(vocabulary, int) and vocabulary != _vocabulary(llama)
+    if another and resize is not None:
+        resize(vocabulary)
+        another = False
     try:
         config = AdapterConfig.from_dict(saved["adapter"]).resolve(*shape)
+        extra = saved_shapes(llama, _saved_modules(llama, config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     try:
         tensors = load_file(find_weights(weights, path, saved["weights_sha256"]))
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file: {error}") from error
-    _check_tensors(weights, tensors, config, shape[0])
+    if another:
+        problem = f"{path}: saved for a vocabulary of {vocabulary} tokens, and loaded on one of {_vocabulary(llama)}"
+        if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
+            raise ValueError(f"{problem}; resize_token_embeddings=True resizes the backbone")
+        logger.warning("%s: resize_token_embeddings=True resizes the backbone", problem)
+    _check_tensors(weights, tensors, config, shape[0], extra)
+    without = covered(llama, config.modules_to_save or ())
+    check_weights(path, saved["base"], llama, weights_digest(llama, without), strict=strict)
     return config, tensors
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig, hidden_size: int) -> None:
+def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Digest, *, strict: bool) -> None:
+    """Warn, or with ``strict`` raise ``ValueError``, if the backbone's weights are not those of a save.
+
+    Args:
+        path: the configuration, for the message.
+        base: what it says of the backbone; with no ``"digest"`` nothing is compared.
+        digest: of ``llama``, see ``weights_digest``.
+    """
+    if not differ(base.get("digest"), digest):
+        return
+    problem = (
+        f"{path}: saved for the backbone {base.get('name_or_path') or 'without a name'}, "
+        f"and loaded on one of other weights, {base_name(llama) or 'without a name'}"
+    )
+    if strict:
+        raise ValueError(f"{problem}; expected the same weights with strict=True")
+    logger.warning("%s: its results will differ; strict=True refuses this", problem)
+
+
+def _saved_modules(llama: Any, config: AdapterConfig) -> tuple[str, ...]:
+    """The paths in ``modules_to_save`` of a saved configuration. Raises ``ValueError`` for one that no save writes."""
+    paths = config.modules_to_save or ()
+    found = find_modules(llama, paths)
+    for path in paths:
+        if path not in found:
+            raise ValueError(f"modules_to_save: expected paths of modules, got {path!r}")
+    return tuple(paths)
+
+
+def _vocabulary(llama: Any) -> int:
+    """The number of tokens that the backbone has embeddings for."""
+    return llama.get_input_embeddings().num_embeddings
+
+
+def _check_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    hidden_size: int,
+    extra: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raise ``ValueError`` unless ``tensors`` are those of ``config`` and, beside them, those of ``extra``."""
     depth = min(config.depth, len(tensors) + 1)  # in a damaged file it may be any number
     adapters = [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
     names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in _SHAPES}
-    if odd := sorted(names.keys() ^ tensors.keys()):
-        expected = "expected" if odd[0] in names else "not expected"
-        raise ValueError(f"{path}: tensor {odd[0]}: {expected} by {CONFIG_NAME}")
+    if odd := sorted((names.keys() | extra.keys()) ^ tensors.keys()):
+        expected = "not expected" if odd[0] in tensors else "expected"
+        raise ValueError(f"{path}: tensor {odd[0]}: {expected} by its configuration")
     sizes = {"d": hidden_size, "r": config.adapter_dim}
-    for name, parameter in names.items():
-        shape = tuple(sizes[letter] for letter in _SHAPES[parameter])
+    shapes = {name: tuple(sizes[letter] for letter in _SHAPES[parameter]) for name, parameter in names.items()}
+    for name, shape in (shapes | dict(extra)).items():
         if tensors[name].shape != shape or not tensors[name].is_floating_point():
             got = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
-            raise ValueError(f"{path}: tensor {name}: expected {shape} of floating point by {CONFIG_NAME}, got {got}")
+            raise ValueError(
+                f"{path}: tensor {name}: expected {shape} of floating point by its configuration, got {got}"
+            )
 
 
 def _describe(llama: Any) -> dict[str, Any]:
@@ -107,4 +217,5 @@ def _describe(llama: Any) -> dict[str, Any]:
         "name_or_path": base_name(llama),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(decoder_layers(llama)),
+        "vocab_size": _vocabulary(llama),
     }

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, dot, follow, narrow, partial_stages, tile_rows
+from .primitives import activate, dot, follow, narrow, partial_stages, settled, tile_rows
 from .tiles import Tiles, ceil_div, column_split, early_launch, multiprocessors
 from .weights import Prepared
 
@@ -93,7 +93,7 @@ def _project_plain(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, B
         o_d = o + tl.arange(0, BD)
         b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
         b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
-        acc = dot(b_x, b_a, acc, PRECISION)
+        acc = settled(dot(b_x, b_a, acc, PRECISION))
         x = tl.reshape(b_x.to(tl.float32), (BT, BD // RUN, RUN))
         total += tl.sum(x, 2)
         squares += tl.sum(x * x, 2)

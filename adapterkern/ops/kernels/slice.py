@@ -10,7 +10,7 @@ recovered from y; and the plain equations, for fp16, fp32 and mixed dtypes.
 import triton
 import triton.language as tl
 
-from .primitives import dot, follow, narrow, tile_rows
+from .primitives import dot, follow, narrow, settled, tile_rows
 
 
 @triton.jit
@@ -77,8 +77,10 @@ def _walk(
             tl.store(p_dx + i_t[:, None] * d + o_d[None, :], narrow(dx, b_dy.dtype), mask=m)
         if G:
             g = _outer(b_dz, b_x if DIRECT else narrow(x, b_dz.dtype), g, PRECISION)
+            if not U:
+                g = settled(g)
         if U:
-            u = _outer(b_h, b_dy if b_dy.dtype == b_h.dtype else narrow(dy, b_h.dtype), u, PRECISION)
+            u = settled(_outer(b_h, b_dy if b_dy.dtype == b_h.dtype else narrow(dy, b_h.dtype), u, PRECISION))
         if DBIAS:
             b_sum += dy
     if DBIAS:

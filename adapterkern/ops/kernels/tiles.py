@@ -58,10 +58,10 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     if R == 512:
         return Tiles(32, 32, 8, 3 if wide else 2)
     if R == 256:
-        return Tiles(64, 64, 8, 3) if wide else Tiles(32, 32, 8, 3)
-    if R == 128:
-        return Tiles(128 if wide else 64, 64, 8, 3 if wide else 2)
-    return Tiles(64, 64, 4, 4 if wide else 3)
+        return Tiles(64, 64, 8, 4) if wide else Tiles(32, 32, 8, 3)
+    if wide:
+        return Tiles(64, 128, 8, 4)
+    return Tiles(64, 64, 8, 2) if R == 128 else Tiles(64, 64, 4, 3)
 
 
 @lru_cache
@@ -71,12 +71,8 @@ def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
         return Tiles(16, 32, 8, 3 if wide else 2)
     if itemsize == 2 and R == 256:
         return Tiles(32, 64, 8, 3 if wide else 2)
-    if itemsize == 2 and R == 128:
-        return Tiles(64, 64, 8, 3 if wide else 2)
     if itemsize == 2 and R == 32 and not wide:
         return Tiles(64, 64, 8, 3)  # with 4 warps ptxas trades 16 bytes of stack for occupancy
-    if itemsize == 2 and R <= 64 and wide:
-        return Tiles(64, 128, 4, 3)
     return forward_tiles(itemsize, R, wide)
 
 
@@ -90,7 +86,8 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     if itemsize == 4:
         return Tiles(16, max(16, min(64, 4096 // R)), 8, 1)
     if wide:
-        return Tiles(64, {16: 128, 32: 128, 64: 128, 128: 64, 256: 64, 512: 32}[R], 8, 3 if R <= 128 else 2)
+        columns, stages = {128: (64, 4), 256: (64, 3), 512: (32, 2)}.get(R, (128, 3))
+        return Tiles(64, columns, 8, stages)
     return Tiles(16 if R in (64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2)
 
 

@@ -21,10 +21,10 @@ from rich.table import Table
 
 from adapterkern import __version__
 from adapterkern.files import replacing, write_json
-from adapterkern.recipes.ablation.runs import Findings
+from adapterkern.recipes.ablation.runs import STUDY_NAME, Findings
 from adapterkern.recipes.ablation.study import ADAPTER_FIELDS, Setting, Study, Variant, show_setting
 
-TABLE_NAME, PLOT_NAME, STUDY_NAME = "ablation.md", "ablation.png", "study.json"
+TABLE_NAME, PLOT_NAME = "ablation.md", "ablation.png"
 
 INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on a dark page
 OURS, OTHER, THIRD = "#e5484d", "#3b82d6", "#27a376"

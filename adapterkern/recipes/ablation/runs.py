@@ -31,8 +31,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from adapterkern import __version__
-from adapterkern.files import replacing
-from adapterkern.model.config import AdapterConfig
+from adapterkern.files import check_owner, replacing
+from adapterkern.model.config import MODULES, AdapterConfig
+from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.api import train
@@ -45,7 +46,7 @@ from adapterkern.training.run.lock import locked
 from adapterkern.training.run.report import METRICS_NAME
 from adapterkern.training.run.results import NonFiniteError, TrainResult
 
-CSV_NAME = "ablation.csv"
+CSV_NAME, STUDY_NAME = "ablation.csv", "study.json"
 
 _SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init")
 _SHOWN_TRAINING = (
@@ -93,9 +94,11 @@ def run_study(
     Raises:
         BlockingIOError: another study is running in ``output``.
         DataError: unusable rows; the message names file and line.
-        TypeError, ValueError: a value that a configuration does not accept, or an ``ablation.csv`` with other columns.
-            All are raised before the first run.
+        TypeError, ValueError: a value that a configuration does not accept, an ``ablation.csv`` with other columns, or
+            an ``output`` that holds a model or another program's ``study.json``. All are raised before the first run.
     """
+    check_folder(output, "output")
+    check_owner(output / STUDY_NAME, "adapterkern", lambda saved: "vary" in saved)
     model = LlamaAdapter(llama, study.adapter)
     try:
         with locked(output):
@@ -231,8 +234,11 @@ def run_key(variant: Variant, seed: int, shared: str) -> str:
     """
     training = dataclasses.replace(variant.training, seed=seed).to_dict()
     floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    adapter = variant.adapter.to_dict()
+    if adapter[MODULES] is None:  # 0.1.0 had no such field
+        del adapter[MODULES]
     described = {
-        "adapter": variant.adapter.to_dict() if variant.training.train_adapters else None,
+        "adapter": adapter if variant.training.train_adapters else None,
         "training": {
             name: float(value) if name in floats and value is not None else value  # 0 and 0.0 are the same run
             for name, value in training.items()

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from adapterkern import checks
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import MODULES, AdapterConfig
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 _SITES = ("layers", "every")  # two ways to choose layers, so they form one axis
-ADAPTER_FIELDS = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", "max_params"))
+ADAPTER_FIELDS = tuple(
+    f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", "max_params", MODULES)
+)
 _TRAINING_FIELDS = tuple(
     f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"task", "train_adapters", "seed"}
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapterkern.files import read_json, write_json
 from adapterkern.model.decoder import eval_mode
+from adapterkern.model.extra import Replaceable
 from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
@@ -66,6 +67,11 @@ class Taught(Task[Example]):
         self.soft_labels = SoftLabelSettings(
             temperature=temperature, weight=weight, divergence=divergence, chunk_tokens=chunk_tokens
         )
+        if teacher is None and (model.trains_below() or isinstance(model.get_output_embeddings(), Replaceable)):
+            raise ValueError(
+                "modules_to_save: expected neither embeddings nor LM head where the model without its adapter is the "
+                f"teacher, got {', '.join(model.adapter_config().modules_to_save or ())}"
+            )
         if teacher is not None:
             check_teacher(model, teacher)
             teacher.eval()

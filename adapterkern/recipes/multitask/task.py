@@ -29,6 +29,7 @@ from adapterkern import checks
 from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.config import prefix_length
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.mixing import check_mixable
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.optim.plan import local
 from adapterkern.recipes.multitask.sampling import mixed_order
@@ -103,6 +104,7 @@ class MultiTask(Task[TaskExample]):
             model.adapter_config(name)
             if Path(name).name != name:
                 raise ValueError(f"names: expected names that a folder can have, got {name!r}")
+        check_mixable({name: model.adapter_config(name) for name in names})
         if unknown := sorted(heads.keys() - set(names)):
             raise ValueError(f"heads: expected tasks among {', '.join(names)}, got {unknown[0]!r}")
         self.names = list(names)

@@ -21,7 +21,11 @@ from torch import Tensor, nn
 
 from adapterkern.files import find_weights, read_json, read_versioned, write_pair
 from adapterkern.model.config import AdapterConfig
+from adapterkern.model.digest import weights_digest
+from adapterkern.model.files.card import base_name
+from adapterkern.model.files.folder import check_weights
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.mixing import check_mixable
 from adapterkern.recipes.routing.router import (
     Route,
     Router,
@@ -84,6 +88,7 @@ class RoutedTask(Task[Example]):
         first = model.active_adapter
         if first is None:
             raise ValueError("model: expected an active adapter to be the first expert, got none; see set_adapter")
+        check_mixable({first: model.adapter_config(first)})
         self.experts = [first, *(f"expert-{i}" for i in range(1, self.routing.experts))]
         if taken := [name for name in self.experts[1:] if name in model.adapters]:  # then none is added
             raise ValueError(f"model: expected a new name, got {taken[0]!r}, which exists")
@@ -240,6 +245,7 @@ class RoutedTask(Task[Example]):
             "adapter": self.model.adapter_config(self.experts[0]).to_dict(),
             "routing": self.settings,
             "base": _shape(self.model.config),
+            "backbone": {"digest": self.model.backbone_digest(), "name_or_path": base_name(self.model.base)},
         }
 
         def save_weights(path: Path) -> None:
@@ -271,6 +277,8 @@ class RoutedTask(Task[Example]):
             raise ValueError(f"{path}: {error}") from error
         if saved["base"] != _shape(llama.config):
             raise ValueError(f"{path}: saved for a backbone of {saved['base']}, got one of {_shape(llama.config)}")
+        if isinstance(backbone := saved.get("backbone"), dict):
+            check_weights(path, backbone, llama, weights_digest(llama), strict=False)
         found = find_weights(weights, path, saved["weights_sha256"])
         config = load_config(directory)
         head = ClassificationHead.from_pretrained(directory) if config.task == "classification" else None

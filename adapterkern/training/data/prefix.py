@@ -239,7 +239,7 @@ def choose_cache(
     dropout = getattr(model.config, "attention_dropout", 0.0)
     obstacle = ""
     if model.prefix_length == 0:
-        obstacle = "the first layer is adapted"
+        obstacle = "the first layer is adapted, or a module below it is trained"
     elif dropout:
         obstacle = f"the backbone has attention_dropout={dropout}, so no two passes are equal"
     elif any(p.is_meta for p in model.decoder.layers[: model.prefix_length].parameters()):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern.model.extra import has_tied_copies
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.parallel.engine import Engine
@@ -51,6 +52,11 @@ class Zero(Engine):
         dtypes = {p.dtype for p in task.parameters()}
         if config.precision == "fp32" and dtypes != {torch.float32}:
             raise ValueError(f"precision: expected bf16 under DeepSpeed for parameters of {dtypes}, got fp32")
+        if zero["stage"] == 3 and has_tied_copies(task.model.base):
+            raise NotImplementedError(
+                "modules_to_save: expected no tied embeddings under ZeRO-3, which gathers a parameter for the module "
+                "that has it; use stage 2, or shard=True without DeepSpeed"
+            )
         if not task.uniform:
             name = type(task).__name__
             raise NotImplementedError(

@@ -1,13 +1,13 @@
 """Checkpoints: folders that are whole or absent, hold no pickle, and resume a run to the same numbers.
 
     checkpoints/step-00000120/
-        adapter_model.safetensors, adapter_config.json     the adapter, as LlamaAdapter.from_pretrained reads it
-        head.safetensors, head_config.json                 the classification head, if there is one; other tasks save
-                                                           other files, in subfolders too
-        task.json                                          the TrainConfig
-        training.safetensors                               fp32 parameters, moments, generator states (uint8)
-        state.json                                         step, schedule, scaler, what a resumed run must match, and
-                                                           the SHA-256 of every other file and of its own fields
+        adapterkern.safetensors, adapterkern.json     the adapter, as LlamaAdapter.from_pretrained reads it
+        head.safetensors, head_config.json            the classification head, if there is one; other tasks save other
+                                                      files, in subfolders too
+        task.json                                     the TrainConfig
+        training.safetensors                          fp32 parameters, moments, generator states (uint8)
+        state.json                                    step, schedule, scaler, what a resumed run must match, and the
+                                                      SHA-256 of every other file and of its own fields
 
 A checkpoint is written into a hidden folder beside its final place, and renamed once every byte has reached the disk.
 Older ones are removed only after that, and renamed first, so neither a half-written nor a half-removed folder looks
@@ -28,7 +28,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adapterkern.files import flush, read_json, read_versioned, replacing, sha256, write_json
 from adapterkern.model.llama import LlamaAdapter
@@ -71,33 +70,14 @@ _SHAPES = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
-_SAMPLES = 64  # values of each of the backbone's parameters
 
 
 def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
-    """The backbone's shape, and a SHA-256 of a sample of its weights, which is fast for a backbone of any size.
-
-    ``"weights"`` is None if this process does not hold all of them: sharded or offloaded.
-    """
+    """The backbone's shape, and a SHA-256 of a sample of its weights; None if this process does not hold them all."""
     described = {name: getattr(model.config, name, None) for name in _SHAPES}
-    parameters = [part for p in model.decoder.parameters() for part in _plain(p.detach())]
-    if processes.is_sharded(model) or any(p.is_meta for p in parameters):
-        return described | {"weights": None}
-    digest = hashlib.sha256()
-    for p in parameters:
-        flat = p.reshape(-1)
-        some = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].contiguous()
-        digest.update(f"{tuple(p.shape)} {p.dtype}".encode())
-        digest.update(some.view(torch.uint8).cpu().numpy().tobytes())
-    return described | {"weights": digest.hexdigest()}
-
-
-def _plain(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors of a tensor subclass, such as torchao's quantized ones; a plain tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain(getattr(tensor, name))]
+    for name in model.adapters:  # remembered: saves compare them, and the backbone may be sharded by then
+        model.backbone_digest(name)
+    return described | {"weights": model.backbone_digest()["exact"]}
 
 
 class Gathered(NamedTuple):

@@ -9,26 +9,30 @@ A checkpoint's folder holds what the task saves too, and can be loaded in the sa
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterkern.files import remove_temporaries
+from adapterkern.files import check_owner, check_pair, remove_temporaries
 from adapterkern.model.files.card import CARD_NAME, MARK, Training, write_card
-from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME
+from adapterkern.model.files.folder import ADAPTER_FILES, OLD_WEIGHTS_NAME, adapter_files
+from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS
 from adapterkern.training.run.checkpoint import checkpoints, remove_leftovers, saved_names
 from adapterkern.training.run.lock import check_writable, locked
-from adapterkern.training.run.report import METRICS_NAME, PLOT_NAME
+from adapterkern.training.run.report import METRICS_NAME, PLOT_NAME, read_metrics
 from adapterkern.training.saved import CHECKPOINTS, SOURCES_NAME, TASK_NAME
 
-_FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, WEIGHTS_NAME, CONFIG_NAME)
+_FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, *ADAPTER_FILES)
 # What other kinds of task saved in 0.1.0, for a run whose checkpoints, and so the list of its files, are gone.
 _EARLIER_FILES = ("routing.safetensors", "routing_config.json", "distillation.json", "tasks/multitask.json")
 _EARLIER_FOLDERS = "tasks/*"
+# JSON files and a field that each of them has.
+_MARKS = dict.fromkeys((TASK_NAME, HEAD_CONFIG, "routing_config.json", "multitask.json"), "format_version")
+_MARKS |= {SOURCES_NAME: "model", "distillation.json": "temperature"}
 
 
 @contextlib.contextmanager
@@ -36,7 +40,7 @@ def run_folder(config: TrainConfig, files: Sequence[str]) -> Iterator[None]:
     """Hold ``output_dir`` inside the block, a run: rank 0 locks it. Nothing of an earlier run is removed yet.
 
     Raises:
-        what ``check_folder`` raises, on every rank.
+        what ``check_output`` raises, on every rank.
     """
     with contextlib.ExitStack() as stack:
         processes.on_rank_zero(lambda: _enter(stack, config, files))
@@ -47,7 +51,7 @@ def _enter(stack: contextlib.ExitStack, config: TrainConfig, files: Sequence[str
     if config.output_dir is None:
         return
     directory = Path(config.output_dir)
-    check_folder(config, files)
+    check_output(config, files)
     stack.enter_context(locked(directory))
     if config.resume:
         remove_leftovers(directory)
@@ -55,7 +59,7 @@ def _enter(stack: contextlib.ExitStack, config: TrainConfig, files: Sequence[str
             remove_temporaries(directory / name)
 
 
-def check_folder(config: TrainConfig, files: Sequence[str]) -> None:
+def check_output(config: TrainConfig, files: Sequence[str]) -> None:
     """Check that a run may write to ``output_dir``, before anything that takes time. Writes nothing.
 
     Args:
@@ -63,6 +67,7 @@ def check_folder(config: TrainConfig, files: Sequence[str]) -> None:
 
     Raises:
         BlockingIOError: another run is writing there.
+        ValueError: a model, another library's adapter or another program's file is there that this run would replace.
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
         FileNotFoundError: with ``resume``, there is no checkpoint.
         OSError: the folder is not writable.
@@ -71,6 +76,7 @@ def check_folder(config: TrainConfig, files: Sequence[str]) -> None:
         return
     directory = Path(config.output_dir)
     check_writable(directory)
+    _check_owned(directory, {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME})
     if config.resume:
         newest_checkpoint(directory)
         return
@@ -81,6 +87,32 @@ def check_folder(config: TrainConfig, files: Sequence[str]) -> None:
             f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True), "
             "replace it (overwrite=True), or name another folder"
         )
+
+
+def _check_owned(directory: Path, names: Collection[str]) -> None:
+    """Raise ``ValueError`` if ``directory``, or a folder inside it that the run writes to, has files of others."""
+    folders = {directory, *(path.parent for path in map(directory.joinpath, names)), *directory.glob(_EARLIER_FOLDERS)}
+    own = {Path(name).name for name in names}
+    for folder in sorted(folder for folder in folders if folder.is_dir()):
+        check_folder(folder, "output_dir")
+        try:
+            for path in sorted(path for path in folder.iterdir() if path.name in own and path.is_file()):
+                _check_file(path)
+        except ValueError as error:
+            raise ValueError(f"output_dir: {error}; name another folder") from error
+
+
+def _check_file(path: Path) -> None:
+    """Raise ``ValueError`` if a file of a run's name is not a run's."""
+    if (mark := _MARKS.get(path.name)) is not None:
+        check_owner(path, "adapterkern", lambda saved: not saved or mark in saved)
+    elif path.suffix == ".safetensors" and path.name != OLD_WEIGHTS_NAME:
+        configs = [path.with_name(f"{path.stem}{end}") for end in ("_config.json", ".json")]
+        check_pair(path, next((config for config in configs if config.exists()), configs[0]))
+    elif path.name == METRICS_NAME:
+        read_metrics(path)
+    elif path.name == PLOT_NAME and not any((path.parent / name).exists() for name in (METRICS_NAME, TASK_NAME)):
+        raise ValueError(f"{path}: expected a run's plot or none, got one without {METRICS_NAME} and {TASK_NAME}")
 
 
 def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
@@ -98,7 +130,8 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
     # Each folder that has files of the run may have a card and the sources, too.
     for folder in {path.parent for path in paths} | set(directory.glob(_EARLIER_FOLDERS)):
         paths |= {folder / name for name in (*_FILES, SOURCES_NAME)}
-    for path in sorted(paths):
+    # Weights before their configurations, by which they are known to be a run's: see `check_pair`.
+    for path in sorted(paths, key=lambda path: (path.suffix == ".json", path)):
         if path.name != CARD_NAME and path.is_file():
             path.unlink()
     for folder in sorted({path.parent for path in paths}, reverse=True):
@@ -109,8 +142,11 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
             folder.rmdir()
             folder = folder.parent
     # The checkpoints last, since they hold the list: an interrupted removal can be repeated.
-    if (directory / CHECKPOINTS).is_dir():
-        shutil.rmtree(directory / CHECKPOINTS)
+    remove_leftovers(directory)
+    for checkpoint in checkpoints(directory):
+        shutil.rmtree(checkpoint)
+    if (directory / CHECKPOINTS).is_dir() and not any((directory / CHECKPOINTS).iterdir()):
+        (directory / CHECKPOINTS).rmdir()
 
 
 def newest_checkpoint(output_dir: Path) -> Path:
@@ -130,7 +166,7 @@ def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, tr
     Args:
         training: the fields of ``Training`` other than ``settings``.
     """
-    if config.train_adapters and not (directory / CONFIG_NAME).exists():
+    if config.train_adapters and adapter_files(directory) is None:
         return
     settings = {"rows per step": config.rows_per_step} | {name: getattr(config, name) for name in _SETTINGS}
     adapter = model.adapter_config() if config.train_adapters else None

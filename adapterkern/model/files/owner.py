@@ -1,0 +1,93 @@
+"""Whose files a folder holds: nothing is saved over a model's, or beside another library's adapter.
+
+The check stands before everything that writes an adapter, a head or a run, so a refusal leaves the folder as it was.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from adapterkern.files import check_owner, read_json
+
+MODEL_CONFIG = "config.json"
+OTHERS_CONFIG = "adapter_config.json"  # PEFT's, AdapterHub's, and ours up to 0.1.0
+OURS = "adapters."  # how every key of ours begins in the file that transformers' Trainer resumes from
+_PICKLED = re.compile(rf"{re.escape(Path(WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\w-]+)?\.bin")
+_SAFE = re.compile(rf"{re.escape(Path(SAFE_WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\w-]+)?\.safetensors")
+
+
+def check_folder(directory: str | Path, argument: str = "directory", owner: str = "adapterkern") -> None:
+    """Raise ``ValueError`` if ``directory`` holds a model or another library's adapter.
+
+    Args:
+        directory: need not exist.
+        argument: what the message calls it.
+        owner: the library whose format is about to be written, ``"adapterkern"`` or ``"AdapterHub"``.
+    """
+    directory = Path(directory)
+    if (name := _of_a_model(directory)) is not None:
+        raise ValueError(
+            f"{argument}: expected a folder without a model, got {directory}, where {name} belongs to one that could "
+            "not be loaded any more; name another folder"
+        )
+    ours = owner == "adapterkern"
+    try:
+        check_owner(directory / OTHERS_CONFIG, owner, is_ours if ours else is_adapterhub)
+        check_owner(directory / "adapterkern.json", owner, is_ours if ours else lambda _: False)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}; name another folder") from error
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether the JSON of a saved adapter, head or router is this package's."""
+    return "format_version" in config
+
+
+def is_adapterhub(config: dict[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is that of AdapterHub's ``adapters``."""
+    return isinstance(config.get("config"), dict)
+
+
+def whose(directory: Path) -> str:
+    """What ``directory`` holds and who loads it, for a message; "" if there is nothing that is known."""
+    saved = _read(directory / OTHERS_CONFIG)
+    if "peft_type" in saved:
+        return f"PEFT's adapter (peft_type {saved['peft_type']!r}), which peft.PeftModel.from_pretrained loads"
+    if is_adapterhub(saved):
+        return "AdapterHub's adapter, which LlamaAdapter.from_adapterhub loads"
+    if saved and not is_ours(saved):
+        return f"another library's adapter, with the fields {', '.join(sorted(saved)[:6])}"
+    name = _of_a_model(directory)
+    return "" if name is None else f"a model ({name}), which transformers loads"
+
+
+def _of_a_model(directory: Path) -> str | None:
+    """The name of a file by which transformers would load ``directory`` as a model; None if there is none."""
+    if _read(directory / MODEL_CONFIG).keys() & {"model_type", "architectures"}:
+        return MODEL_CONFIG
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        name = path.name
+        if name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME) or _PICKLED.fullmatch(name):
+            return name
+        if _SAFE.fullmatch(name) and not _has_our_keys(path):
+            return name
+    return None
+
+
+def _has_our_keys(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return all(key.startswith(OURS) for key in file.keys())  # noqa: SIM118 it is no dict
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty if there is none."""
+    try:
+        return read_json(path)
+    except (ValueError, OSError):
+        return {}

@@ -161,7 +161,7 @@ def test_an_error_of_all_processes_is_printed_by_the_first_at_once(
     monkeypatch.setenv("RANK", "1")
     assert cli.main(BUDGET) == 1
     assert capsys.readouterr().err == "process 1: adapterkern budget: --x: wrong\n"
-    assert slept == [3.0]  # in which the launcher ends it, if the first has failed
+    assert slept == [15.0]  # in which the launcher ends it, if the first has failed
     monkeypatch.setattr(budget, "run", raising(processes.OtherProcessError("process 0: ValueError: wrong")))
     assert cli.main(BUDGET) == 1
     assert capsys.readouterr().err == ""

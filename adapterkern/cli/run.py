@@ -168,8 +168,11 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
         ValueError: one is damaged; or there is no data.
     """
     from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.liger import check_installed
     from adapterkern.recipes.multitask.task import MultiTask
 
+    if arguments.liger:
+        check_installed()
     arguments.directory = evaluated_folder(arguments.directory)
     kind = task_class(arguments.directory)
     data: Any

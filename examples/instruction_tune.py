@@ -2,8 +2,8 @@
 
 python examples/instruction_tune.py --model ./llama --train train.jsonl --eval test.jsonl --prompt "Q: Who are you? A:"
 
-Only completions are learned. Prompt and completion are tokenized separately, then joined: let the completion, not the
-prompt, have the space between them. {"prompt": "Q: Who are you? A:", "completion": " A helpful assistant."}
+Only completions are learned. Prompt and completion are tokenized as one text: let the completion, not the prompt, have
+the space between them. {"prompt": "Q: Who are you? A:", "completion": " A helpful assistant."}
 """
 
 import argparse

@@ -7,11 +7,13 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import numbered
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
-from adapterkern.training.data.rows import source_name
+from adapterkern.training.data.rows import source_name, warn
+from adapterkern.training.data.summary import Summary
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import Data, Run
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
@@ -19,6 +21,7 @@ from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
 from adapterkern.training.run.folder import run_folder
+from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.saved import Sources
 from adapterkern.training.task import Feed, Task, run_evaluation
@@ -77,7 +80,10 @@ def train(
     with run_folder(config, task.files):
         train_set = numbered(task.load(train_data, config, tokenizer))
         eval_set = [] if eval_data is None else numbered(task.load(eval_data, config, tokenizer), len(train_set))
-        data = Data(train_set, eval_set, source_name(train_data), None if eval_data is None else source_name(eval_data))
+        names = source_name(train_data), None if eval_data is None else source_name(eval_data)
+        summaries = _summaries(task, config, {"train": train_set, "eval": eval_set})
+        processes.on_rank_zero(lambda: show_data(summaries, config.progress))
+        data = Data(train_set, eval_set, *names, summaries)
         set_seed(config.seed)
         with left_as_found(task), task.running(config):
             order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
@@ -87,6 +93,15 @@ def train(
             state = _state(task, engine, accelerator, data, config, backbone)
             feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
             return Run(task, data, config, engine, state, feed, order, sources).go()
+
+
+def _summaries(task: Task[Any], config: TrainConfig, sets: Mapping[str, list[Any]]) -> dict[str, Summary]:
+    """The summaries of every part of the non-empty sets."""
+    return {
+        f"{name} {part}".strip(): summary
+        for name, examples in sets.items()
+        for part, summary in (task.summaries(examples, config) if examples else {}).items()
+    }
 
 
 def _state(
@@ -152,6 +167,9 @@ def evaluate(
             raise ValueError(f"head: expected {expected} head for task {config.task!r}")
         task = Task(model, None if head is None else head.to(model.device))
     examples = numbered(task.load(eval_data, config, tokenizer))
+    for name, summary in _summaries(task, config, {source_name(eval_data): examples}).items():
+        for line in summary.cut_warning():
+            warn("%s: %s", name, line)
     accelerator = make_accelerator(config.precision, model.device)
     with task.running(config), left_as_found(task):
         feed = Feed(task, config, cache)

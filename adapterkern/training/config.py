@@ -155,6 +155,12 @@ class TrainConfig:
                 checks.choice(field.name, getattr(self, field.name), choices)
             elif field.type is bool:
                 checks.flag(field.name, getattr(self, field.name))
+        for name in ("text_column", "label_column", "prompt_column", "completion_column"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: expected a column's name, got {getattr(self, name)!r}")
+        for name, other in (("label_column", "text_column"), ("completion_column", "prompt_column")):
+            if getattr(self, name) == getattr(self, other):
+                raise ValueError(f"{name}: expected another column than {other}, got {getattr(self, name)!r} for both")
         for name in ("batch_size", "accumulation", "epochs", "max_length", "keep_checkpoints", "log_every"):
             checks.integer(name, getattr(self, name), 1)
         for name in ("max_steps", "eval_batch_size", "checkpoint_every", "eval_every"):

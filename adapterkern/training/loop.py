@@ -21,16 +21,18 @@ from typing import Generic
 import torch
 from torch import Tensor
 
+from adapterkern.files import write_json
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_targets, count_tokens
 from adapterkern.training.data.examples import E
 from adapterkern.training.data.prefix import choose_cache
+from adapterkern.training.data.summary import Summary
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.folder import newest_checkpoint, remove_earlier_run, write_run_card
 from adapterkern.training.run.interrupt import StopRequest
-from adapterkern.training.run.report import PLOT_NAME, Reporter, plot_history
+from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter, plot_history
 from adapterkern.training.run.results import NonFiniteError, TrainResult
 from adapterkern.training.saved import Sources, save_sources
 from adapterkern.training.task import Feed, Task, run_evaluation
@@ -44,6 +46,7 @@ class Data(Generic[E]):
     eval: list[E]
     train_name: str
     eval_name: str | None
+    summaries: dict[str, Summary]
 
     def steps_per_epoch(self, config: TrainConfig) -> int:
         return math.ceil(len(self.train) / config.rows_per_step)
@@ -375,5 +378,6 @@ class Run(Generic[E]):
     def _write_output(self, reporter: Reporter) -> None:
         if self.output_dir is not None:
             self._save_model(self.output_dir)
+            write_json(self.output_dir / DATA_NAME, {name: s.to_dict() for name, s in self.data.summaries.items()})
             if self.config.plot:
                 plot_history(reporter.history, self.output_dir / PLOT_NAME, self.config.task)

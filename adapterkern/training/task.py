@@ -5,6 +5,7 @@ Another kind of training is a subclass, generic in its example, passed as ``trai
 cache, the checkpoints and the evaluation call only these methods:
 
     data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
+               summaries: what the examples are, which a run says before it begins
     a step     begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
     scores     evaluate: examples → metrics   predict: batch → answers
     files      save, from_pretrained; a resumed run must have the same ``settings``
@@ -33,8 +34,9 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import batches
 from adapterkern.training.data.batches import Batch
-from adapterkern.training.data.examples import E, Example, check_vocabulary, load_examples
+from adapterkern.training.data.examples import E, Example, check_targets, check_vocabulary, load_examples
 from adapterkern.training.data.prefix import PrefixCache, Slot
+from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run
@@ -98,6 +100,7 @@ class Task(nn.Module, Generic[E]):
         if config.task == "causal-lm":
             if self.head is not None:
                 raise ValueError("head: expected None for causal-lm, which uses the backbone's LM head, got one")
+            check_targets(examples, self.model.decoder.embed_tokens.num_embeddings)
             check_lm_head(self.model)
         elif self.head is None:
             with torch.random.fork_rng(devices=[]):
@@ -113,6 +116,10 @@ class Task(nn.Module, Generic[E]):
     def order(self, examples: Sequence[E], config: TrainConfig, epoch: int) -> list[int]:
         """An epoch's order of the examples, one index per row; a function of (seed, epoch) alone."""
         return batches.epoch_order(len(examples), config.seed, epoch)
+
+    def summaries(self, examples: Sequence[E], config: TrainConfig) -> dict[str, Summary]:
+        """What the examples are, by the names of their parts: "" if they have none."""
+        return {"": summarize(examples, config.max_length, None if self.head is None else self.head.labels)}
 
     # Training
 

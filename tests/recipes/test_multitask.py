@@ -333,15 +333,15 @@ def test_refuses_what_does_not_fit() -> None:
     task = MultiTask(made, ["a", "b"])
     for data, error, message in (
         (DATA["a"], TypeError, "data: expected a mapping from task names to rows, got list"),
-        (DATA, ValueError, "data: expected tasks among a, b, got 'c'"),
-        ({"a": DATA["a"]}, ValueError, "data: expected rows of all tasks, a, b; 'b' is missing"),
+        (DATA, ValueError, "data: expected tasks among 'a', 'b', got 'c'"),
+        ({"a": DATA["a"]}, ValueError, "data: expected rows of all tasks, 'a', 'b'; 'b' is missing"),
     ):
         with pytest.raises(error, match=message):
             together(task, data)
     rows = [{"text": "w1 w2"}]
     for data, message in (
-        ({"a": rows}, "data: expected rows of all tasks, a, b; 'b' is missing"),
-        ({}, "data: expected rows of tasks among a, b, got none"),
+        ({"a": rows}, "data: expected rows of all tasks, 'a', 'b'; 'b' is missing"),
+        ({}, "data: expected rows of tasks among 'a', 'b', got none"),
     ):
         with pytest.raises(ValueError, match=message):
             together(task, data, task="causal-lm")
@@ -358,7 +358,12 @@ def test_refuses_what_does_not_fit() -> None:
         task.classify(["w1", ""], ["a", "b"], config(), TOKENIZER)
     task.train()
     with pytest.raises(IndexError):
-        task.classify(["w1"], ["a"], config(), lambda _: {"input_ids": [[10_000]]})
+        task.classify(
+            ["w1"],
+            ["a"],
+            config(),
+            lambda texts, **_: {"input_ids": [10_000] if isinstance(texts, str) else [[10_000]]},
+        )
     assert all(module.training for module in task.modules())
 
 

@@ -135,7 +135,10 @@ def test_rows_without_id_or_answers() -> None:
         ({"context": "  "}, "field 'context': expected a string, got an empty one"),
         ({"id": True}, "field 'id': expected a string, got bool"),
         ({"answers": "Bo"}, "field 'answers': expected a list of objects with text and answer_start, got 'Bo'"),
-        ({"answers": {"text": ["Bo"], "answer_start": []}}, "field 'answers': expected one answer_start per text"),
+        (
+            {"answers": {"text": ["Bo"], "answer_start": []}},
+            "field 'answers': expected a list of texts, and one answer_start per text",
+        ),
         ({"answers": [{"text": "", "answer_start": 0}]}, "field 'answers[0].text': expected a string, got ''"),
         ({"answers": [{"text": "Bo"}]}, "field 'answers[0].answer_start': expected an integer, got None"),
         ({"answers": [{"text": "Bo", "answer_start": 7}]}, "expected 'Bo' at 7 of the context, but it is at 8"),

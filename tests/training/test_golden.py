@@ -79,7 +79,7 @@ def test_a_run_of_another_kind_is_replaced_whole(name: str, lists: str, tmp_path
         train(model, data, made(run), tokenizer=tokenizer)
     train(model, data, made(run, overwrite=True), tokenizer=tokenizer)
     plain = {path.name for path in (GOLDEN / "classification").iterdir()} - {"sources.json", *OLD_NAMES} | NEW_NAMES
-    assert {path.name for path in run.iterdir()} == plain | {"mine.txt", "tasks"}
+    assert {path.name for path in run.iterdir()} == plain | {"data_summary.json", "mine.txt", "tasks"}
     assert [path.name for path in (run / "tasks").iterdir()] == ["todo.txt"]
 
 

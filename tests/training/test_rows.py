@@ -53,7 +53,7 @@ def test_bad_rows_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read(path)
     assert f"{path}:3: not JSON" in str(error.value)
-    assert f"{path}:4: expected a JSON object, got list" in str(error.value)
+    assert f"{path}:4: expected a JSON object, got a list" in str(error.value)
     assert "2 bad rows" in str(error.value)
     assert [row.place for row in read(path, skip=True)] == [f"{path}:1", f"{path}:5"]
 
@@ -78,7 +78,7 @@ def test_many_bad_rows_are_counted() -> None:
         (
             "a.csv",
             b"text,text\na,b\n",
-            r"a\.csv:1: expected a header without duplicate column names, got \['text', 'text'\]",
+            r"a\.csv:1: expected a header without duplicate column names, got 'text', 'text'",
         ),
         ("a.csv", b"", r"a\.csv: expected a header"),
         ("a.txt", b"text", r"a\.txt: expected a name that ends in \.jsonl, \.csv"),

@@ -86,7 +86,7 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     if itemsize == 4:
         return Tiles(16, max(16, min(64, 4096 // R)), 8, 1)
     if wide:
-        columns, stages = {128: (64, 4), 256: (64, 3), 512: (32, 2)}.get(R, (128, 3))
+        columns, stages = {128: (64, 3), 256: (64, 3), 512: (32, 2)}.get(R, (128, 3))
         return Tiles(64, columns, 8, stages)
     return Tiles(16 if R in (64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2)
 

@@ -19,7 +19,8 @@ from adapterkern.recipes.distillation.teacher import Taught, token_metrics
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch
-from adapterkern.training.data.examples import Example, Rows, check_vocabulary, load_examples
+from adapterkern.training.data.examples import Example, Rows, check_vocabulary, load_examples, unpacked
+from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.task import Feed, sums_over
 
 
@@ -53,7 +54,16 @@ class KeepBehaviour(Taught):
         as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
         kept, _ = load_examples(rows.kept, as_text, tokenizer)
         check_vocabulary(kept, self.model.decoder.embed_tokens.num_embeddings)
-        return [*examples, *(KeptText(e.input_ids, np.array([IGNORE]), e.positions) for e in kept)]
+        texts = (
+            KeptText(e.input_ids, np.array([IGNORE]), e.positions, cut=e.cut, place=e.place) for e in unpacked(kept)
+        )
+        return [*examples, *texts]
+
+    def summaries(self, examples: Sequence[Example], config: TrainConfig) -> dict[str, Summary]:
+        """What the task's rows are, and the texts to keep."""
+        kept = [example for example in examples if isinstance(example, KeptText)]
+        found = super().summaries([e for e in examples if not isinstance(e, KeptText)], config)
+        return found | ({"kept": summarize(kept, config.max_length)} if kept else {})
 
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
         """The batch that ``forward`` takes.

@@ -37,6 +37,9 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_tokens
 from adapterkern.training.data.examples import Example, Rows
+from adapterkern.training.data.rows import DataError, listed, shown, warn
+from adapterkern.training.data.summary import Summary, summarize
+from adapterkern.training.data.tokens import tokenize
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.parallel.accelerator import left_as_found
@@ -134,9 +137,9 @@ class MultiTask(Task[TaskExample]):
         if not config.train_adapters:
             raise ValueError("train_adapters: expected True for several tasks, whose adapters are mixed, got False")
         if unknown := [name for name in rows if name not in self.names]:
-            raise ValueError(f"data: expected tasks among {', '.join(self.names)}, got {unknown[0]!r}")
+            raise ValueError(f"data: expected tasks among {listed(self.names)}, got {shown(unknown[0])}")
         if not rows:
-            raise ValueError(f"data: expected rows of tasks among {', '.join(self.names)}, got none")
+            raise ValueError(f"data: expected rows of tasks among {listed(self.names)}, got none")
         headless = [name for name in self.names if name not in rows and name not in self.heads]
         if headless and config.task == "classification":
             raise ValueError(self._missing(headless[0]))
@@ -144,14 +147,27 @@ class MultiTask(Task[TaskExample]):
         for number, name in enumerate(self.names):
             if name in rows:
                 one: Task[Example] = Task(self.model, self._head(name))
-                for example in one.load(rows[name], config, tokenizer):
-                    examples.append(TaskExample(example.input_ids, example.targets, example.positions, number))
+                try:
+                    loaded = one.load(rows[name], config, tokenizer)
+                except DataError as error:
+                    raise DataError(f"task {name!r}: {error}") from error
+                fields = [field.name for field in dataclasses.fields(Example)]
+                examples += [TaskExample(**{f: getattr(e, f) for f in fields}, task=number) for e in loaded]
                 if one.head is not None:
                     self.heads[name] = one.head
         return examples
 
+    def summaries(self, examples: Sequence[TaskExample], config: TrainConfig) -> dict[str, Summary]:
+        """What the examples of each task are."""
+        found: dict[str, Summary] = {}
+        for number, name in enumerate(self.names):
+            if mine := [example for example in examples if example.task == number]:
+                head = self._head(name)
+                found[name] = summarize(mine, config.max_length, None if head is None else head.labels)
+        return found
+
     def _missing(self, name: str) -> str:
-        return f"data: expected rows of all tasks, {', '.join(self.names)}; {name!r} is missing"
+        return f"data: expected rows of all tasks, {listed(self.names)}; {name!r} is missing"
 
     def collate(self, examples: Sequence[TaskExample], config: TrainConfig) -> Batch:
         """A batch with ``choice`` (B,), each row's task among those present, and ``rows/NAME`` of each of these.
@@ -311,13 +327,15 @@ class MultiTask(Task[TaskExample]):
             raise ValueError(f"tasks: expected one for each of {len(texts)} texts, got {len(tasks)}")
         if unknown := [name for name in tasks if name not in self.heads]:
             raise ValueError(f"tasks: expected some of {', '.join(self.heads)}, got {unknown[0]!r}")
-        ids = tokenizer(list(texts))["input_ids"] if texts else []
-        if [] in ids:
-            raise ValueError(f"texts: expected none empty, got {texts[ids.index([])]!r}")
+        found = tokenize(tokenizer, [("", text) for text in texts]) if texts else []
+        if empty := [text for text, tokens in zip(texts, found, strict=True) if tokens.empty]:
+            raise ValueError(f"texts: expected none empty, got {shown(empty[0])}")
+        if cut := sum(len(tokens.ids) > config.max_length for tokens in found):
+            warn("texts: %d of %d are cut at max_length=%d", cut, len(found), config.max_length)
         none = np.empty(0, dtype=np.int64)
         examples = [
-            TaskExample(np.array(tokens[: config.max_length]), np.zeros(1, np.int64), none, number)
-            for tokens, number in zip(ids, map(self.names.index, tasks), strict=True)
+            TaskExample(np.array(tokens.ids[: config.max_length]), np.zeros(1, np.int64), none, number)
+            for tokens, number in zip(found, map(self.names.index, tasks), strict=True)
         ]
         size, feed = config.eval_batch_size or config.batch_size, Feed(self, config, None)
         predictions = []

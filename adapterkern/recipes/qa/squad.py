@@ -22,8 +22,22 @@ from typing import Any, NamedTuple
 
 from adapterkern.files import read_json
 from adapterkern.training.data.examples import Rows
-from adapterkern.training.data.rows import HALF_A_PAIR, BadRows, DataError, is_unicode, read_rows
+from adapterkern.training.data.rows import (
+    HALF_A_PAIR,
+    BadRows,
+    DataError,
+    Row,
+    check_columns,
+    columns,
+    is_unicode,
+    read_rows,
+    scalar,
+    shown,
+    warn_unused,
+)
 
+_NEEDED = ("question", "context")
+_READ = {"id", *_NEEDED, "answers", "is_impossible"}
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -60,17 +74,20 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
     """
     source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
     if source is not None and source.lower().endswith(".json"):
-        rows = list(_flatten(Path(source), bad))
+        rows = [Row(values, place) for values, place in _flatten(Path(source), bad)]
     elif source is not None and not source.lower().endswith(".jsonl"):
         raise DataError(f"{source}: expected a name that ends in .json (SQuAD's form) or .jsonl")
     else:
-        rows = [(row.values, row.place) for row in read_rows(data, bad)]
+        rows = read_rows(data, bad)
+    if rows:
+        check_columns(rows, dict.fromkeys(_NEEDED, ""), bad.source)
+        warn_unused(bad.source, [name for name in columns(rows) if name not in _READ])
     questions: dict[str, Question] = {}
     for values, place in rows:
         try:
             question = _question(values, place, source, f"row-{len(questions)}")
         except ValueError as error:
-            bad.add(place if "id" not in values else f"{place} (id {values['id']!r})", str(error))
+            bad.add(place if "id" not in values else f"{place} (id {shown(values['id'])})", str(error))
             continue
         if question.id in questions:
             bad.add(question.place, f"field 'id': is there twice, first at {questions[question.id].place}")
@@ -104,7 +121,7 @@ def _members(owner: Any, field: str, place: str, bad: BadRows) -> Iterable[tuple
 
 
 def _question(values: Mapping[str, Any], place: str, source: str | None, default_id: str) -> Question:
-    id_ = values.get("id", default_id)
+    id_ = scalar(values.get("id", default_id))
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)
     for name, value in (("id", id_), ("question", values.get("question")), ("context", values.get("context"))):
@@ -115,34 +132,40 @@ def _question(values: Mapping[str, Any], place: str, source: str | None, default
             raise ValueError(f"field {name!r}: {HALF_A_PAIR}")
     context = values["context"]
     answers = None if "answers" not in values else tuple(_answers(values["answers"], context))
-    impossible = values.get("is_impossible")
+    impossible = scalar(values.get("is_impossible"))
     if isinstance(impossible, bool) and answers is not None and impossible == bool(answers):
         expected = f"expected {not impossible} with {len(answers)} answers"
         raise ValueError(f"field 'is_impossible': {expected}, got {impossible}")
-    where = place if "id" not in values else f"{source or place}: question {id_!r}"
+    where = place if "id" not in values else f"{source or place}: question {shown(id_)}"
     return Question(id_, values["question"].strip(), context, answers, where)
 
 
 def _answers(value: Any, context: str) -> Iterable[Answer]:
-    if isinstance(value, Mapping) and isinstance(value.get("text"), Sequence):
-        starts = value.get("answer_start")
-        if not isinstance(starts, Sequence) or len(starts) != len(value["text"]):
-            raise ValueError("field 'answers': expected one answer_start per text")
-        value = [{"text": t, "answer_start": s} for t, s in zip(value["text"], starts, strict=True)]
+    if isinstance(value, Mapping) and "text" in value:
+        texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
+        if texts is None or starts is None or len(starts) != len(texts):
+            raise ValueError("field 'answers': expected a list of texts, and one answer_start per text")
+        value = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)]
     if not isinstance(value, list | tuple) or not all(isinstance(answer, Mapping) for answer in value):
-        raise ValueError(f"field 'answers': expected a list of objects with text and answer_start, got {value!r:.60}")
+        raise ValueError(f"field 'answers': expected a list of objects with text and answer_start, got {shown(value)}")
     for number, answer in enumerate(value):
-        text, start = answer.get("text"), answer.get("answer_start")
+        text, start = scalar(answer.get("text")), scalar(answer.get("answer_start"))
         name = f"field 'answers[{number}]"
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}.text': expected a string, got {text!r:.60}")
+            raise ValueError(f"{name}.text': expected a string, got {shown(text)}")
         if not isinstance(start, int) or isinstance(start, bool):
-            raise ValueError(f"{name}.answer_start': expected an integer, got {start!r:.60}")
+            raise ValueError(f"{name}.answer_start': expected an integer, got {shown(start)}")
         if start < 0 or context[start : start + len(text)] != text:
             at = context.find(text)
             found = f"but it is at {at}" if at >= 0 else "which does not contain it"
-            raise ValueError(f"{name}.answer_start': expected {text!r:.60} at {start} of the context, {found}")
+            raise ValueError(f"{name}.answer_start': expected {shown(text)} at {start} of the context, {found}")
         yield Answer(text, start)
+
+
+def _listed(value: Any) -> Sequence[Any] | None:
+    """A list of Python, of NumPy or of a tensor; else None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return value if isinstance(value, list | tuple) else None
 
 
 def normalize_answer(text: str) -> str:

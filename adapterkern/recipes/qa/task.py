@@ -5,7 +5,6 @@ not contain the answer.
 """
 
 import dataclasses
-import logging
 import math
 import os
 import time
@@ -27,13 +26,12 @@ from adapterkern.recipes.qa.squad import read_questions, score
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_targets, count_tokens
 from adapterkern.training.data.examples import Rows, check_vocabulary
-from adapterkern.training.data.rows import BadRows, DataError, source_name
+from adapterkern.training.data.rows import BadRows, DataError, source_name, warn
+from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.heads import read_head_config, read_head_weights, write_head
 from adapterkern.training.parallel.accelerator import make_accelerator
 from adapterkern.training.saved import load_config, load_model, save_run
 from adapterkern.training.task import Feed, Task, eval_batches
-
-logger = logging.getLogger(__name__)
 
 
 class QuestionAnswering(Task[Window]):
@@ -83,9 +81,11 @@ class QuestionAnswering(Task[Window]):
         source = source_name(rows)
         bad = BadRows(source)
         questions = read_questions(rows, bad)
-        for question in questions:
-            if labeled and question.answers is None:
-                bad.add(question.place, "field 'answers' is missing")
+        unlabeled = [question for question in questions if question.answers is None] if labeled else []
+        if unlabeled and len(unlabeled) == len(questions):
+            raise DataError(f"{source}: field 'answers' is missing: no question is labeled")
+        for question in unlabeled:
+            bad.add(question.place, "field 'answers' is missing")
         questions = [question for question in questions if not labeled or question.answers is not None]
         windows = cut(questions, tokenizer, config.max_length, self.span_settings.doc_stride, bad) if questions else []
         bad.settle(config.skip_bad_rows)
@@ -95,13 +95,21 @@ class QuestionAnswering(Task[Window]):
         used = {window.question.id: window.question for window in windows}.values()
         without = sum(question.answers == () for question in used)
         if without and self.span_settings.null_threshold is None:
-            logger.warning(
+            warn(
                 "%s: %d of %d questions have no answer, but null_threshold=None answers every question",
                 source,
                 without,
                 len(used),
             )
         return windows
+
+    def summaries(self, examples: Sequence[Window], config: TrainConfig) -> dict[str, Summary]:
+        """How many questions there are, and windows of their contexts."""
+        questions = {window.question.id: window.question for window in examples}.values()
+        without = sum(question.answers == () for question in questions)
+        counts = {"questions": len(questions), "without an answer": without, "windows": len(examples)}
+        found = summarize(examples, config.max_length, counts=counts)
+        return {"": dataclasses.replace(found, learned=0, unit="window")}
 
     def collate(self, examples: Sequence[Window], config: TrainConfig) -> Batch:
         """The batch that ``forward`` takes.

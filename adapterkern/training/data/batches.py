@@ -25,7 +25,14 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
-    """Pad to ``length``, by default by ``config.padding``. Padding has token id 0, mask 0 and no target."""
+    """Pad to ``length``, by default by ``config.padding``. Padding has token id 0, mask 0 and no target.
+
+    Raises:
+        ValueError: an example has several packed texts, which would attend to each other.
+    """
+    if packed := [example for example in examples if len(example.starts) > 1]:
+        got = f"{len(packed[0].starts)} that are packed ({packed[0].place})"
+        raise ValueError(f"examples: expected one text in each, see unpacked, got {got}")
     if length is None:
         longest = max(len(example.input_ids) for example in examples)
         length = config.max_length if config.padding == "max_length" else longest

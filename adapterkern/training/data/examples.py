@@ -7,17 +7,30 @@ t. Prompt tokens, padding and the first token carry no loss.
 
 import dataclasses
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from typing_extensions import TypeVar  # torch needs it, too; typing has a default from Python 3.13
 
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.rows import BadRows, DataError, Row, read_rows, source_name
-
-_INTEGER = re.compile(r"-?\d{1,18}")
+from adapterkern.training.data.given import IDS, IGNORE, Text, given_columns, given_texts
+from adapterkern.training.data.labels import EXPECTED, alike, label_name, label_number, label_order
+from adapterkern.training.data.rows import (
+    BadRows,
+    DataError,
+    Row,
+    check_columns,
+    columns,
+    listed,
+    read_rows,
+    scalar,
+    shown,
+    source_name,
+    warn,
+    warn_unused,
+)
+from adapterkern.training.data.tokens import tokenize
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -30,6 +43,9 @@ class Example:
     targets: np.ndarray  # (1,) the label's index, or (k,) token ids
     positions: np.ndarray  # (k,) positions of the states that predict the targets; empty for classification
     row: int = dataclasses.field(default=-1, kw_only=True)  # its number within a run, see `numbered`
+    cut: int = dataclasses.field(default=0, kw_only=True)  # how many of its tokens were beyond max_length
+    place: str = dataclasses.field(default="", kw_only=True)  # of its row: file and line
+    starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The arrays that ``fingerprint`` covers."""
@@ -40,17 +56,26 @@ E = TypeVar("E", bound=Example, default=Example)
 
 
 def numbered(examples: Iterable[E], start: int = 0) -> list[E]:
-    """Copies of the examples with ``row`` counting up from ``start``."""
-    return [dataclasses.replace(example, row=row) for row, example in enumerate(examples, start)]
+    """Copies of the examples, one per text, with ``row`` counting up from ``start``."""
+    return [dataclasses.replace(example, row=row) for row, example in enumerate(unpacked(examples), start)]
 
 
-def label_names(rows: Iterable[Row], config: TrainConfig) -> list[str]:
-    """The distinct labels of the rows: in numerical order if all are integers, else in alphabetical order."""
-    names = {_label(row.values.get(config.label_column)) for row in rows} - {None}
-    labels = sorted(n for n in names if n is not None)
-    if all(_INTEGER.fullmatch(name) for name in labels):
-        labels.sort(key=int)
-    return labels
+def unpacked(examples: Iterable[E]) -> Iterator[E]:
+    """The examples, those of several packed texts as one example per text: no text attends to another."""
+    for example in examples:
+        ends = (*example.starts[1:], len(example.input_ids))
+        for start, end in zip(example.starts, ends, strict=True) if len(ends) > 1 else ():
+            inside = (example.positions >= start) & (example.positions < end)
+            yield dataclasses.replace(
+                example,
+                input_ids=example.input_ids[start:end],
+                targets=example.targets[inside],
+                positions=example.positions[inside] - start,
+                starts=(0,),
+                cut=0 if start else example.cut,  # counted once
+            )
+        if len(ends) == 1:
+            yield example
 
 
 def load_examples(
@@ -60,7 +85,8 @@ def load_examples(
 
     Args:
         data: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or an iterable of mappings. Rows have the columns that
-            ``config`` names; ``input_ids`` (a list of token ids) instead of the text column needs no tokenizer.
+            ``config`` names. Rows with ``input_ids`` (a list of token ids) are tokenized already, see given.py, and
+            need no tokenizer. A column that is not read is named in a warning.
         tokenizer: a transformers tokenizer.
         labels: the label names of a classification head; by default those in the data.
 
@@ -68,136 +94,171 @@ def load_examples(
         the examples, and the label names (none for causal-lm).
 
     Raises:
-        DataError: bad rows, each named by file and line, unless ``config.skip_bad_rows``; no rows left; or only one
-            label.
+        DataError: a column that all rows lack; bad rows, each named by file and line, unless ``config.skip_bad_rows``;
+            no rows left; or only one label.
         TypeError: rows of text without a tokenizer.
     """
-    bad = BadRows(source_name(data))
+    source = source_name(data)
+    bad = BadRows(source)
     rows = read_rows(data, bad)
+    names = [] if labels is None else list(labels)
     if config.task == "classification":
-        names = list(labels) if labels is not None else label_names(rows, config)
-        examples = _classification(rows, config, tokenizer, names, bad)
+        examples, names = _classification(rows, config, tokenizer, labels, bad)
     else:
-        names = []
         examples = _causal_lm(rows, config, tokenizer, bad)
     bad.settle(config.skip_bad_rows)
     if not examples:
-        raise DataError(f"{source_name(data)}: no rows")
+        raise DataError(f"{source}: no rows" + (f" are left of {len(bad.found)}" if bad.found else ""))
     if config.task == "classification" and labels is None and len(names) < 2:
+        column = shown(config.label_column)
         raise DataError(
-            f"{source_name(data)}: column {config.label_column!r}: expected at least two different labels, got {names}"
+            f"{source}: column {column}: expected at least two different labels, got {listed(names) or 'none'}"
         )
     return examples, names
 
 
-def _label(value: Any) -> str | None:
-    """The name of a label; None if ``value`` cannot be one."""
-    if isinstance(value, int):
-        return str(value)
-    return value if isinstance(value, str) and value else None
-
-
 def _classification(
-    rows: list[Row], config: TrainConfig, tokenizer: Any, names: list[str], bad: BadRows
-) -> list[Example]:
-    numbers = {name: number for number, name in enumerate(names)}
+    rows: list[Row], config: TrainConfig, tokenizer: Any, labels: Sequence[str] | None, bad: BadRows
+) -> tuple[list[Example], list[str]]:
+    column = config.label_column
+    _check_columns(rows, config, {column}, {config.text_column: "text_column", column: "label_column"}, bad.source)
     good = []
-    for row in rows:
-        label = _label(row.values.get(config.label_column))
-        if label is None:
-            bad.add(row.place, _problem(row, config.label_column, "a non-empty string or an integer"))
-        elif label not in numbers:
-            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-            bad.add(row.place, f"label {label!r} is not one of {shown}")
-        else:
-            good.append((row, numbers[label]))
-    ids = _tokenize([row for row, _ in good], config.text_column, config, tokenizer, bad)
+    for row, texts in zip(rows, _texts(rows, "", config.text_column, config, tokenizer, bad), strict=True):
+        value = row.values.get(column)
+        if label_name(value) is None:
+            bad.add(row.place, _problem(row, column, EXPECTED))
+        elif len(texts) > 1:
+            bad.add(row.place, f"expected one text for one label, got {len(texts)} that are packed into the row")
+        elif texts:
+            good.append((row, texts[0], value))
+    names = list(labels) if labels is not None else label_order(filter(None, (label_name(v) for _, _, v in good)))
+    numbers = {name: number for number, name in enumerate(names)}
     none = np.empty(0, dtype=np.int64)
-    return [
-        Example(tokens[: config.max_length], np.array([number]), none)
-        for tokens, (_, number) in zip(ids, good, strict=True)
-        if tokens is not None
-    ]
+    examples = []
+    for row, text, value in good:
+        number = label_number(value, numbers)
+        if number is None:
+            label = label_name(value) or ""
+            near = f"; {shown(near[0])} differs only in case, spaces or form" if (near := alike(label, names)) else ""
+            bad.add(row.place, f"column {shown(column)}: label {shown(label)} is not one of {listed(names)}{near}")
+            continue
+        ids = text.ids[: config.max_length]
+        cut = len(text.ids) - len(ids)
+        examples.append(Example(ids, np.array([number]), none, cut=cut, place=row.place))
+    return examples, names
 
 
 def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example]:
-    with_prompt = bool(rows) and config.prompt_column in rows[0].values
-    if not with_prompt:
-        prompts: list[np.ndarray | None] = [np.empty(0, dtype=np.int64) for _ in rows]
-        texts = _tokenize(rows, config.text_column, config, tokenizer, bad, end=True)
-    else:
-        prompts = _tokenize(rows, config.prompt_column, config, tokenizer, bad)
-        texts = _tokenize(rows, config.completion_column, config, tokenizer, bad, special=False, end=True)
+    found = columns(row for row in rows if not _is_given(row))
+    prompt, text = "", config.text_column
+    needed = {text: "text_column"}
+    if config.prompt_column in found or (config.completion_column in found and text not in found):
+        prompt, text = config.prompt_column, config.completion_column
+        needed = {prompt: "prompt_column", text: "completion_column"}
+    _check_columns(rows, config, set(), needed, bad.source)
     examples = []
-    for row, prompt, text in zip(rows, prompts, texts, strict=True):
-        if prompt is None or text is None:
-            continue
-        ids = np.concatenate([prompt, text])[: config.max_length]
-        first = max(len(prompt), 1)  # nothing predicts the first token
-        if len(ids) <= first:
-            bad.add(row.place, f"no token to learn: the prompt has {len(prompt)}, max_length is {config.max_length}")
-            continue
-        examples.append(Example(ids, ids[first:], np.arange(first - 1, len(ids) - 1)))
+    for row, texts in zip(rows, _texts(rows, prompt, text, config, tokenizer, bad), strict=True):
+        parts = [Text(part.ids[: config.max_length], part.labels[: config.max_length]) for part in texts]
+        parts = [part for part in parts if (part.labels[1:] != IGNORE).any()]  # nothing predicts the first token
+        if parts:
+            ends = np.cumsum([len(part.ids) for part in parts])
+            starts = (0, *ends[:-1].tolist())
+            labels = np.concatenate([part.labels for part in parts])
+            labels[list(starts)] = IGNORE
+            learned = np.flatnonzero(labels != IGNORE)
+            ids = np.concatenate([part.ids for part in parts])
+            cut = sum(max(len(part.ids) - config.max_length, 0) for part in texts)
+            examples.append(Example(ids, labels[learned], learned - 1, cut=cut, place=row.place, starts=starts))
+        elif texts:
+            learned = np.flatnonzero(texts[0].labels != IGNORE)
+            why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
+            why = why if len(learned) else "labels and masks leave none"
+            bad.add(row.place, f"no token to learn: {why}, max_length is {config.max_length}")
     return examples
 
 
-def _tokenize(
-    rows: list[Row],
-    column: str,
-    config: TrainConfig,
-    tokenizer: Any,
-    bad: BadRows,
-    *,
-    special: bool = True,
-    end: bool = False,
-) -> list[np.ndarray | None]:
-    """Token ids of a column, None for a bad row. ``special``: add special tokens; ``end``: add an end-of-text token."""
-    ids: list[np.ndarray | None] = [None] * len(rows)
-    texts: list[str] = []
-    where: list[int] = []
-    for index, row in enumerate(rows):
-        value = row.values.get(column)
-        if "input_ids" in row.values and column == config.text_column:
-            ids[index] = _given_ids(row, bad)
-        elif not isinstance(value, str) or not value.strip():
-            bad.add(row.place, _problem(row, column, "a non-empty string"))
-        else:
-            texts.append(value)
-            where.append(index)
-    if texts and tokenizer is None:
+def _is_given(row: Row) -> bool:
+    """Whether the row is tokenized already."""
+    return row.values.get(IDS) is not None
+
+
+def _check_columns(rows: list[Row], config: TrainConfig, always: set[str], needed: dict[str, str], source: str) -> None:
+    """Raise ``DataError`` for a needed column that all rows lack, and name the columns that are read from none.
+
+    ``always`` are the needed columns of rows that are tokenized already.
+    """
+    if not rows:
+        return
+    learned = config.task == "causal-lm"
+    of_text = [row for row in rows if not _is_given(row)]
+    check_columns(of_text or rows, needed if of_text else {name: needed[name] for name in always}, source)
+    read = set(needed) if of_text else set(always)
+    for row in rows:
+        if _is_given(row):
+            read |= given_columns(row.values, learned)
+    unused = [name for name in columns(rows) if name not in read]
+    hint = " by causal-lm (the task classification learns labels)" if learned and config.label_column in unused else ""
+    warn_unused(source, unused, hint)
+
+
+def _texts(
+    rows: list[Row], prompt: str, text: str, config: TrainConfig, tokenizer: Any, bad: BadRows
+) -> list[list[Text]]:
+    """The tokenized texts of each row, none of a bad one.
+
+    Args:
+        prompt, text: columns; "" for no prompt.
+    """
+    made: list[list[Text]] = [[] for _ in rows]
+    pairs: dict[int, tuple[str, str]] = {}
+    learned = config.task == "causal-lm"
+    for number, row in enumerate(rows):
+        if _is_given(row):
+            try:
+                made[number] = given_texts(row.values, learned)
+            except ValueError as error:
+                bad.add(row.place, str(error))
+            continue
+        values = {name: scalar(row.values.get(name)) for name in (prompt, text) if name}
+        wrong = [name for name, value in values.items() if not isinstance(value, str) or not value.strip()]
+        for name in wrong:
+            bad.add(row.place, _problem(row, name, "a non-empty string"))
+        if not wrong:
+            pairs[number] = values.get(prompt, ""), values[text]
+    if pairs and tokenizer is None:
         raise TypeError("tokenizer: expected a transformers tokenizer for rows of text, got None")
-    if texts:
-        encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-        final = getattr(tokenizer, "eos_token_id", None) if end else None
-        for index, tokens in zip(where, encoded, strict=True):
-            if final is not None and (not tokens or tokens[-1] != final):
-                tokens = [*tokens, final]
-            if tokens:
-                ids[index] = np.array(tokens, dtype=np.int64)
-            else:
-                bad.add(
-                    rows[index].place,
-                    f"column {column!r}: the tokenizer returns no tokens for it",
-                )
-    return ids
+    if pairs and learned and getattr(tokenizer, "eos_token_id", None) is None:
+        warn("%s: the tokenizer has no end-of-text token (eos_token), so no text teaches where to stop", bad.source)
+    shared = []
+    encoded = tokenize(tokenizer, list(pairs.values()), end=learned) if pairs else []
+    for number, tokens in zip(pairs, encoded, strict=True):
+        if tokens.empty:
+            bad.add(rows[number].place, f"column {shown(text)}: the tokenizer returns no tokens for it")
+            continue
+        ids = np.array(tokens.ids, dtype=np.int64)
+        made[number] = [Text(ids, np.where(np.arange(len(ids)) < tokens.prompt, IGNORE, ids))]
+        shared += [rows[number].place] * tokens.shared
+    if shared:
+        warn(
+            "%s: %d of %d prompts end within a token (%s): that token is learned. Let the completion, not the prompt, "
+            "have the space between them",
+            *(bad.source, len(shared), len(pairs), shared[0]),
+        )
+    return made
 
 
 def _problem(row: Row, column: str, expected: str) -> str:
     """What is wrong with a value that was expected to be a non-empty string."""
     if column not in row.values:
-        return f"column {column!r} is missing"
-    value = row.values[column]
-    got = "an empty one" if isinstance(value, str) else type(value).__name__
-    return f"column {column!r}: expected {expected}, got {got}"
-
-
-def _given_ids(row: Row, bad: BadRows) -> np.ndarray | None:
-    ids = row.values["input_ids"]
-    good = isinstance(ids, list | tuple) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
-    if not good:
-        bad.add(row.place, "column 'input_ids': expected a non-empty list of integers from 0 to 2**31 - 1")
-        return None
-    return np.array(ids, dtype=np.int64)
+        return f"column {shown(column)} is missing"
+    value = scalar(row.values[column])
+    if isinstance(value, str):
+        got = "an empty one"
+    elif isinstance(value, float):
+        got = f"the number {value}"
+    else:
+        got = type(value).__name__
+    return f"column {shown(column)}: expected {expected}, got {got}"
 
 
 def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:
@@ -205,3 +266,10 @@ def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:
     largest = max(int(example.input_ids.max()) for example in examples)
     if largest >= vocabulary:
         raise ValueError(f"tokenizer: expected token ids below the model's {vocabulary}, got {largest}")
+
+
+def check_targets(examples: Sequence[Example], vocabulary: int) -> None:
+    """The same of tokens to learn, which ``labels`` may give."""
+    largest = max(int(example.targets.max()) for example in examples)
+    if largest >= vocabulary:
+        raise ValueError(f"labels: expected token ids below the model's {vocabulary}, got {largest}")

@@ -8,15 +8,23 @@ import csv
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adapterkern.training import processes
+
 _log = logging.getLogger(__name__)
 
 HALF_A_PAIR = "half a surrogate pair, which is not a character"
-_SHOWN = 10  # bad rows in one message
+_SHOWN = 10  # bad rows, or names, in one message
+_WIDTH = 60  # characters of a value in a message
+_named: set[str] = set()  # what `warn_unused` has said
 _MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
+
+
+_JSON = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 class DataError(ValueError):
@@ -35,21 +43,102 @@ class BadRows:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.found: list[str] = []
+        self._problems: dict[str, list[str]] = {}  # by place
 
     def add(self, place: str, problem: str) -> None:
-        self.found.append(f"{place}: {problem}")
+        self._problems.setdefault(place, []).append(problem)
+
+    @property
+    def found(self) -> list[str]:
+        """One line per bad row, in the order of the rows."""
+        places = sorted(self._problems, key=_natural)
+        return [f"{place}: {'; '.join(dict.fromkeys(self._problems[place]))}" for place in places]
 
     def settle(self, skip: bool) -> None:
         """Raise ``DataError`` if there are bad rows; with ``skip``, log a warning instead."""
-        if not self.found:
+        found = self.found
+        if not found:
             return
-        shown = "\n  ".join(self.found[:_SHOWN])
-        more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
-        count = f"{len(self.found)} bad row{'s' if len(self.found) > 1 else ''}"
+        lines = "\n  ".join(found[:_SHOWN]) + (f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
+        count = f"{len(found)} bad row{'s' if len(found) > 1 else ''}"
         if not skip:
-            raise DataError(f"{self.source}: {count}:\n  {shown}{more}\nset skip_bad_rows to skip them")
-        _log.warning("%s: skipped %s:\n  %s%s", self.source, count, shown, more)
+            raise DataError(f"{self.source}: {count}:\n  {lines}\nset skip_bad_rows (--skip-bad-rows) to skip them")
+        warn("%s: skipped %s:\n  %s", self.source, count, lines)
+
+
+def _natural(place: str) -> list[Any]:
+    """A sorting key by which line 9 comes before line 10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]{1,18})", place))]
+
+
+def warn(message: str, *values: Any) -> None:
+    """Log a warning about data, on rank 0 alone: every rank reads the same."""
+    if processes.is_rank_zero():
+        _log.warning(message, *values)
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message: its repr, on one line and cut to a readable length."""
+    try:
+        text = repr(value[:_WIDTH] if isinstance(value, str | list | tuple) else value)
+    except Exception:  # what a value's own repr raises: int's beyond 4300 digits, for one
+        text = f"a value of type {type(value).__name__}"
+    text = text if isinstance(value, str) else " ".join(text.split())
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 4]} ..."
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message: quoted, and the first few if there are many."""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN + 2 else ""
+    return ", ".join(shown(name) for name in (names[:_SHOWN] if more else names)) + more
+
+
+def scalar(value: Any) -> Any:
+    """``value``; of a scalar of NumPy, or a tensor without dimensions, the Python number or string that it holds."""
+    if isinstance(value, str):
+        return str(value)  # np.str_ has another repr
+    if value is None or isinstance(value, int | float) or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """The columns that any of the rows has, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def check_columns(rows: list[Row], needed: Mapping[str, str], source: str) -> None:
+    """Raise ``DataError`` for a column that none of the rows has: once, with the columns that there are.
+
+    Args:
+        needed: the columns, and what chooses each: the name of a setting, or "".
+    """
+    found = columns(rows)
+    if missing := [name for name in needed if name not in found]:
+        raise DataError(f"{source}: {no_column(missing[0], needed[missing[0]], found)}")
+
+
+def no_column(name: str, setting: str, found: list[str]) -> str:
+    """What to say of a column that no row has."""
+    option = f"--{setting.replace('_', '-')}"
+    chosen = f"; {setting} ({option}) names another" if setting else ""
+    hint = ""
+    if len(found) == 1 and (separators := [char for char in ";\t,|" if char in found[0]]):
+        hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"
+    elif "messages" in found or "conversations" in found:
+        hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
+    return f"column {shown(name)} is missing; there are {listed(found) or 'no columns'}{chosen}{hint}"
+
+
+def warn_unused(source: str, names: Iterable[str], why: str = "") -> None:
+    """Name the columns that a task does not read, in one line; of a file, once per process."""
+    if not (names := list(names)):
+        return
+    line = f"{source}: column{'s' if len(names) > 1 else ''} not used{why}: {listed(names)}"
+    if line not in _named or source == source_name(None):
+        _named.add(line)
+        warn("%s", line)
 
 
 def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> list[Row]:
@@ -63,10 +152,16 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
         path = Path(data)
         readers = {".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table, ".tab": _read_table}
         if path.suffix.lower() not in readers:
-            raise DataError(f"{path}: expected a name that ends in {', '.join(readers)}")
+            hint = "; save a list of rows as .jsonl, one object per line" if path.suffix.lower() == ".json" else ""
+            raise DataError(f"{path}: expected a name that ends in {', '.join(readers)}{hint}")
         return _of_unicode(readers[path.suffix.lower()](path, bad), bad)
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data: expected a path or a list of rows, got {type(data).__name__}")
+    if isinstance(data, Mapping) or hasattr(data, "iterrows") or not isinstance(data, Iterable):
+        hint = ""
+        if isinstance(data, Mapping):  # a DatasetDict, or lists by column
+            hint = f" with the keys {listed(data)}; pass one of its splits, or a mapping for each row"
+        elif hasattr(data, "iterrows"):
+            hint = "; pass frame.to_dict('records')"
+        raise TypeError(f"data: expected a path or a list of rows, got {type(data).__name__}{hint}")
     rows = []
     for index, values in enumerate(data):
         if isinstance(values, Mapping):
@@ -99,14 +194,18 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-            bad.add(place, f"not JSON: {error}")
+            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+            if number == 1 and line.lstrip().startswith("["):
+                raise DataError(f"{place}: expected one JSON object per line, got a list over several lines") from error
+            cut = "" if line.endswith("\n") else "; the file ends here and may have been cut off"
+            bad.add(place, f"not JSON: {reason}{cut}")
             continue
         if isinstance(values, dict):
             yield Row(values, place)
         else:
-            bad.add(place, f"expected a JSON object, got {type(values).__name__}")
+            bad.add(place, f"expected a JSON object, got {_JSON[type(values)]}")
 
 
 def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
@@ -115,7 +214,7 @@ def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
     for row in rows:
         wrong = [name for name, value in row.values.items() if isinstance(value, str) and not is_unicode(value)]
         if wrong:
-            bad.add(row.place, f"column {wrong[0]!r}: {HALF_A_PAIR}")
+            bad.add(row.place, f"column {shown(wrong[0])}: {HALF_A_PAIR}")
         else:
             good.append(row)
     return good
@@ -143,7 +242,9 @@ def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:
             try:
                 fields = next(reader, None)
             except csv.Error as error:
-                raise DataError(f"{path}:{line}: {error}") from error
+                cut = "; a quote is not closed, or the file has been cut off" if "end of data" in str(error) else ""
+                problem = str(error).replace("\t", "\\t")
+                raise DataError(f"{path}:{line}: {problem}{cut}") from error
             place, line = f"{path}:{line}", reader.line_num + 1
             if fields is None:
                 break
@@ -152,7 +253,7 @@ def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:
             if header is None:
                 header = fields
                 if len(set(header)) != len(header):
-                    raise DataError(f"{place}: expected a header without duplicate column names, got {header}")
+                    raise DataError(f"{place}: expected a header without duplicate column names, got {listed(header)}")
             elif len(fields) != len(header):
                 bad.add(place, f"expected {len(header)} fields as in the header, got {len(fields)}")
             else:

@@ -1,8 +1,9 @@
 """A run's folder: what may be there before the run, and what is removed when an earlier run is replaced.
 
-    metrics.jsonl, training.png, checkpoints/    see report.py and checkpoint.py
-    task.json, sources.json, the adapter, ...    see saved.py; ``Task.files`` names what a task saves
-    README.md                                    the model card
+    data_summary.json, metrics.jsonl, training.png    see report.py
+    checkpoints/                                      see checkpoint.py
+    task.json, sources.json, the adapter, ...         see saved.py; ``Task.files`` names what a task saves
+    README.md                                         the model card
 
 A checkpoint's folder holds what the task saves too, and can be loaded in the same way.
 """
@@ -23,10 +24,10 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS
 from adapterkern.training.run.checkpoint import checkpoints, remove_leftovers, saved_names
 from adapterkern.training.run.lock import check_writable, locked
-from adapterkern.training.run.report import METRICS_NAME, PLOT_NAME, read_metrics
+from adapterkern.training.run.report import DATA_NAME, METRICS_NAME, PLOT_NAME, read_metrics
 from adapterkern.training.saved import CHECKPOINTS, SOURCES_NAME, TASK_NAME
 
-_FILES = (METRICS_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, *ADAPTER_FILES)
+_FILES = (METRICS_NAME, DATA_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, *ADAPTER_FILES)
 # What other kinds of task saved in 0.1.0, for a run whose checkpoints, and so the list of its files, are gone.
 _EARLIER_FILES = ("routing.safetensors", "routing_config.json", "distillation.json", "tasks/multitask.json")
 _EARLIER_FOLDERS = "tasks/*"

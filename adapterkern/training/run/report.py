@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, ``metrics.jsonl``, and a plot of loss and accuracy.
+"""What a run reports: its data, a progress bar, ``metrics.jsonl``, and a plot of loss and accuracy.
 
 ``metrics.jsonl`` has one JSON object per line, of ``"kind"`` ``"train"`` (means since the previous such line) or
 ``"eval"``. A resumed run first drops the lines after its checkpoint, so the file reads like an uninterrupted run's.
@@ -6,8 +6,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,7 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from adapterkern.files import replacing
 from adapterkern.training import processes
+from adapterkern.training.data.summary import Summary
 
+logger = logging.getLogger(__name__)
+
+DATA_NAME = "data_summary.json"
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "training.png"
 
@@ -149,6 +155,24 @@ class Reporter:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(error.errno, f"not written: {error.strerror}", os.fspath(self.path)) from error
+
+
+def show_data(summaries: Mapping[str, Summary], show: bool) -> None:
+    """Print what a run learns from and is evaluated on, by names that begin with train and eval; or log it."""
+    console = Console(stderr=True, quiet=not show)
+    width = max(map(len, summaries))
+    for name, summary in summaries.items():
+        for number, line in enumerate(summary.lines()):
+            said = f"{'' if number else name:{width}}  {line}"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+            if not show:
+                logger.info("%s", said.strip())
+        for line in (*summary.cut_warning(), *(summary.suspicious if name.startswith("train") else ())):
+            console.print(
+                f"{'':{width}}  warning: {line}", markup=False, highlight=False, soft_wrap=True, style="yellow"
+            )
+            if not show:
+                logger.warning("%s: %s", name, line)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""The labels of a classification: what may be one, their order, and what is suspicious about them.
+
+A label is a string that is not blank, or an integer, of Python, NumPy or torch; a boolean is the label ``true`` or
+``false``, as JSON and YAML write it. Strings are labels as they are, with case and spaces: nothing is merged, but
+labels that differ only in these are named. A float is none: what it measures is not a class.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adapterkern.training.data.rows import listed, scalar
+
+EXPECTED = "a non-empty string or an integer"
+_INTEGER = re.compile(r"-?\d{1,18}")
+_FRACTION = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
+_FEW = 10  # with fewer rows than this a label may well have one row
+
+
+def label_name(value: Any) -> str | None:
+    """The name of a label; None if ``value`` cannot be one."""
+    value = scalar(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(int(value)) if abs(value) < 1 << 63 else None
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def label_number(value: Any, numbers: Mapping[str, int]) -> int | None:
+    """The number of a label; None if it is none of these. Heads of 0.1.0 name booleans ``True`` and ``False``."""
+    name = label_name(value)
+    if name not in numbers and isinstance(scalar(value), bool):
+        name = str(scalar(value))
+    return None if name is None else numbers.get(name)
+
+
+def label_order(names: Iterable[str]) -> list[str]:
+    """Different names: in numerical order if all are integers, else in alphabetical order."""
+    labels = sorted(set(names))
+    if all(_INTEGER.fullmatch(name) for name in labels):
+        labels.sort(key=int)
+    return labels
+
+
+def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
+    """What may be wrong with labels, one line each, from the number of rows of each."""
+    groups: dict[str, list[str]] = {}
+    for name in counts:
+        groups.setdefault(_plain(name), []).append(name)
+    found = []
+    for names in groups.values():
+        if len(names) > 1:
+            # Escaped, for what differs may be invisible.
+            same = ", ".join(f"{ascii(name)[:40]} ({counts[name]})" for name in names[:_FEW])
+            found.append(f"labels that differ only in case, spaces or form are different labels: {same}")
+    fractions = [name for name in counts if _FRACTION.fullmatch(name.strip())]
+    if fractions:
+        found.append(
+            f"{len(fractions)} labels are numbers with a fraction, each a class of its own: {listed(fractions)}"
+        )
+    rows = sum(counts.values())
+    if rows >= _FEW and 2 * len(counts) > rows:
+        found.append(f"{len(counts)} labels for {rows} rows: most have one row, and nothing to generalize from")
+    return found
+
+
+def alike(name: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that differ from ``name`` only in case, spaces or form."""
+    return [other for other in names if _plain(other) == _plain(name)]
+
+
+def _plain(name: str) -> str:
+    """What a reader sees in a label: no case, no spaces around, no invisible characters; 1.0 and 01 are 1."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    text = " ".join("".join(char for char in text if unicodedata.category(char) != "Cf").split())
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text

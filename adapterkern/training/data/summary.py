@@ -1,0 +1,104 @@
+"""What a run learns from, before it begins: how many texts, which labels, how long they are, what is cut."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapterkern.training.data.examples import Example
+from adapterkern.training.data.labels import suspicious_labels
+from adapterkern.training.data.rows import shown
+
+_LABELS = 12  # that are shown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Numbers about the examples of one data source, or of one part of them.
+
+    Attributes:
+        counts: what there is how often: texts, and what else a task counts.
+        labels: the rows of each label; empty without a classification head.
+        unit: what the lengths are of.
+        median, longest: length in tokens, after the cut.
+        tokens, learned: in total, and those that carry loss; 0 for a classification.
+        cut: texts that were cut at ``max_length``.
+        max_length: ``TrainConfig.max_length``.
+        longest_cut: the longest of these, for a message; "" if none.
+        suspicious: what looks wrong about the labels, one line each.
+    """
+
+    counts: Mapping[str, int]
+    labels: Mapping[str, int]
+    median: float
+    longest: int
+    tokens: int
+    learned: int
+    cut: int
+    max_length: int
+    unit: str = "text"
+    longest_cut: str = ""
+    suspicious: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. Messages are left out: they may name a path."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in ("longest_cut", "suspicious")}
+
+    def lines(self) -> list[str]:
+        """For a reader, without what looks wrong."""
+        counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
+        learned = f", {self.learned:,} learned" if self.learned else ""
+        length = f"a {self.unit} has {self.median:,g} (median), {self.longest:,} (longest)"
+        found = [f"{counts}; {self.tokens:,} tokens{learned}; {length}"]
+        if self.labels:
+            ordered = sorted(self.labels.items(), key=lambda item: -item[1])
+            more = f", and {len(ordered) - _LABELS} more" if len(ordered) > _LABELS else ""
+            each = ", ".join(f"{shown(name)} {count:,}" for name, count in ordered[:_LABELS])
+            found.append(f"{len(ordered)} labels: {each}{more}")
+        return found
+
+    def cut_warning(self) -> list[str]:
+        """That texts are cut, in one line; none if no text is."""
+        if not self.cut:
+            return []
+        texts = self.counts.get("texts", self.cut)
+        return [
+            f"{self.cut:,} of {texts:,} texts are cut at max_length={self.max_length}, the longest {self.longest_cut}"
+        ]
+
+
+def summarize(
+    examples: Sequence[Example],
+    max_length: int,
+    labels: Sequence[str] | None = None,
+    counts: Mapping[str, int] | None = None,
+) -> Summary:
+    """The summary of ``examples``, of which there is at least one.
+
+    Args:
+        labels: those of the classification head.
+        counts: by default the number of texts.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    rows = Counter(int(example.targets[0]) for example in examples if labels is not None and len(example.targets))
+    of_labels = {name: rows[number] for number, name in enumerate(labels or ()) if rows[number]}
+    cut = [example for example in examples if example.cut]
+    worst = ""
+    if cut:
+        example = max(cut, key=lambda example: len(example.input_ids) + example.cut)
+        worst = f"of {len(example.input_ids) + example.cut:,} tokens" + (f" ({example.place})" if example.place else "")
+    return Summary(
+        counts=counts or {"texts": len(examples)},
+        labels=of_labels,
+        median=float(np.median(lengths)),
+        longest=max(lengths),
+        tokens=sum(lengths),
+        learned=0 if labels is not None else sum(len(example.positions) for example in examples),
+        cut=len(cut),
+        max_length=max_length,
+        longest_cut=worst,
+        suspicious=tuple(suspicious_labels(of_labels)),
+    )

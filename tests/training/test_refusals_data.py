@@ -1,0 +1,248 @@
+"""Every refusal of data: its exception, and the line that says what was expected and what came."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import adapterkern as ak
+from adapterkern.recipes.multitask.task import MultiTask
+from adapterkern.recipes.qa import QuestionAnswering
+from adapterkern.recipes.qa.squad import read_questions
+from adapterkern.training import DataError, evaluate, load_examples
+from adapterkern.training.data.rows import BadRows
+from tests.support import tiny_qa, tiny_run
+
+TOKENIZER = tiny_run.tokenizer()
+IDS = [5, 6, 7, 8]
+
+
+def lm(**row: Any) -> Callable[[Path], Any]:
+    return lambda _: load_examples([row], tiny_run.quiet(task="causal-lm"), TOKENIZER)
+
+
+def labels(*rows: Any, **values: Any) -> Callable[[Path], Any]:
+    return lambda _: load_examples(rows, tiny_run.quiet(**values), TOKENIZER)
+
+
+def data(value: Any) -> Callable[[Path], Any]:
+    return lambda _: load_examples(value, tiny_run.quiet(), TOKENIZER)
+
+
+def file(name: str, content: str, **values: Any) -> Callable[[Path], Any]:
+    def load(folder: Path) -> Any:
+        (folder / name).write_text(content)
+        return load_examples(folder / name, tiny_run.quiet(**values), TOKENIZER)
+
+    return load
+
+
+def questions(*rows: Any) -> Callable[[Path], Any]:
+    return lambda _: read_questions(rows, BadRows("data"))
+
+
+def unlabeled(_: Path) -> Any:
+    rows = [{"question": "Who?", "context": "Ann came."}]
+    return QuestionAnswering(tiny_qa.model()).load(rows, tiny_qa.quiet(), tiny_qa.TOKENIZER)
+
+
+def task_of_one_label(_: Path) -> Any:
+    model = tiny_run.model()
+    rows = {"default": [{"text": "w1", "label": "a"}]}
+    return MultiTask(model, ["default"]).load(rows, tiny_run.quiet(), TOKENIZER)
+
+
+def foreign_labels(_: Path) -> Any:
+    row = {"input_ids": IDS, "labels": [5, 6, 7, 500]}
+    return evaluate(tiny_run.model(), [row], tiny_run.quiet(task="causal-lm"))
+
+
+class Frame:
+    def iterrows(self) -> None: ...
+
+
+Case = tuple[Callable[[Path], Any], type[Exception], str]
+CASES: dict[str, Case] = {
+    "text column": (
+        data([{"body": "w1", "label": "a"}] * 300),
+        DataError,
+        r"^data: column 'text' is missing; there are 'body', 'label'; text_column \(--text-column\) names another$",
+    ),
+    "label column, skipping": (
+        labels({"text": "w1"}, skip_bad_rows=True),
+        DataError,
+        r"column 'label' is missing; there are 'text'; label_column \(--label-column\) names another$",
+    ),
+    "completion column": (
+        lm(prompt="w1", answer="w2"),
+        DataError,
+        r"column 'completion' is missing; there are 'prompt', 'answer'; completion_column \(--completion-column\)",
+    ),
+    "prompt column": (lm(completion="w2"), DataError, r"column 'prompt' is missing; .*\(--prompt-column\) names"),
+    "label of ids": (
+        data([{"input_ids": IDS, "labels": 1}]),
+        DataError,
+        "'label' is missing; there are 'input_ids', 'l",
+    ),
+    "chat": (lm(messages=[]), DataError, r"there are 'messages'; .* tokenizer\.apply_chat_template\(messages, tokeni"),
+    "semicolons": (
+        file("a.csv", "text;label\nw1;a\n"),
+        DataError,
+        r"a\.csv: column 'text' is missing; .* header seems to be separated by ';': \.csv files have ',', \.tsv",
+    ),
+    "commas in TSV": (file("a.tsv", "text,label\n"), DataError, "a.tsv: no rows"),
+    "commas in TSV rows": (file("a.tsv", "text,label\nw1,a\n"), DataError, "seems to be separated by ','"),
+    "columns, many": (data([{f"c{i}": "w1" for i in range(100)}]), DataError, "'c9' and 90 more; text_column"),
+    "bad rows, sorted and once": (
+        file("a.jsonl", '{"text": " ", "label": 0.5}\n' + '{"text": "w1", "label": "a"}\n' * 9 + "{\n" * 2),
+        DataError,
+        r"(?s)^\S*a\.jsonl: 3 bad rows:\n  \S*:1: column 'text': expected .*, got an empty one; column 'label': .*\n"
+        r"  \S*:11: not JSON: Expecting property name.* \(column 2\)\n  \S*:12: not JSON: [^\n]*\nset skip_bad_rows "
+        r"\(--skip-bad-rows\) to skip them$",
+    ),
+    "cut JSONL": (
+        file("a.jsonl", '{"text": "w1", "label": "a"}\n{"text": "w'),
+        DataError,
+        "a.jsonl:2: not JSON: Unterminated string starting at .column 10.; the file ends here and may",
+    ),
+    "cut CSV": (
+        file("a.csv", 'text,label\n"w1'),
+        DataError,
+        "a.csv:2: unexpected end of data; a quote is not closed, or",
+    ),
+    "JSON as JSONL": (
+        file("a.jsonl", '[\n{"text": "w1"}\n]'),
+        DataError,
+        "a.jsonl:1: expected one JSON object per line, g",
+    ),
+    "JSON": (
+        file("a.json", "[]"),
+        DataError,
+        r"a\.json: expected a name that ends in .*; save a list of rows as \.jsonl",
+    ),
+    "null": (file("a.jsonl", "null\n"), DataError, "a.jsonl:1: expected a JSON object, got null"),
+    "frame": (
+        data(Frame()),
+        TypeError,
+        r"^data: expected a path or a list of rows, got Frame; pass frame\.to_dict\('re",
+    ),
+    "splits": (
+        data({"train": [], "test": []}),
+        TypeError,
+        "got dict with the keys 'train', 'test'; pass one of its sp",
+    ),
+    "float label": (
+        labels({"text": "w1", "label": 1.5}),
+        DataError,
+        "'label': expected .* an integer, got the number 1.5",
+    ),
+    "blank label": (
+        labels({"text": "w1", "label": " "}),
+        DataError,
+        "row 0: column 'label': expected .* got an empty one",
+    ),
+    "long label": (
+        lambda _: load_examples([{"text": "w1", "label": "b" * 9999}], tiny_run.quiet(), TOKENIZER, ["a", "c"]),
+        DataError,
+        r"row 0: column 'label': label 'b{55} \.\.\. is not one of 'a', 'c'\n",
+    ),
+    "label of another spelling": (
+        lambda _: load_examples([{"text": "w1", "label": "A "}], tiny_run.quiet(), TOKENIZER, ["a", "c"]),
+        DataError,
+        "row 0: column 'label': label 'A ' is not one of 'a', 'c'; 'a' differs only in case, spaces or form",
+    ),
+    "one label": (labels({"text": "w1", "label": "a"}), DataError, "expected at least two different labels, got 'a'$"),
+    "one label of a task": (
+        task_of_one_label,
+        DataError,
+        "^task 'default': data: column 'label': expected at least two",
+    ),
+    "packed, one label": (
+        labels({"input_ids": IDS, "position_ids": [0, 1, 0, 1], "label": "a"}),
+        DataError,
+        "row 0: expected one text for one label, got 2 that are packed into the row",
+    ),
+    "ids, nested": (
+        lm(input_ids=[IDS]),
+        DataError,
+        r"'input_ids': expected a non-empty list .* got \[\[5, 6, 7, 8\]\]",
+    ),
+    "ids, floats": (
+        lm(input_ids=np.ones(3)),
+        DataError,
+        r"'input_ids': expected a non-empty list of integers from 0 to",
+    ),
+    "ids, bools": (
+        lm(input_ids=[True, False]),
+        DataError,
+        r"'input_ids': expected a non-empty list of integers from 0 to",
+    ),
+    "labels, short": (lm(input_ids=IDS, labels=[5]), DataError, "'labels': expected 4 values, as input_ids has, got 1"),
+    "labels, negative": (
+        lm(input_ids=IDS, labels=[5, 6, -1, 7]),
+        DataError,
+        "expected token ids, or -100 for none, got -1",
+    ),
+    "labels, none": (
+        lm(input_ids=IDS, labels=[-100] * 4),
+        DataError,
+        "row 0: no token to learn: labels and masks leave none",
+    ),
+    "labels of another model": (
+        foreign_labels,
+        ValueError,
+        "labels: expected token ids below the model's 128, got 500",
+    ),
+    "mask, value": (
+        lm(input_ids=IDS, attention_mask=[1, 1, 2, 2]),
+        DataError,
+        "expected a list of integers from 0 to 1, got",
+    ),
+    "mask, hole": (
+        lm(input_ids=IDS, attention_mask=[1, 0, 1, 1]),
+        DataError,
+        "0 on padding at either end, got a 0 between",
+    ),
+    "mask, empty": (lm(input_ids=IDS, attention_mask=[0] * 4), DataError, "0 on padding at either end, got no 1"),
+    "completion mask": (
+        lm(input_ids=IDS, completion_mask="0011"),
+        DataError,
+        "'completion_mask': expected a list of integ",
+    ),
+    "positions": (
+        lm(input_ids=IDS, position_ids=[3, 4, 5, 6]),
+        DataError,
+        r"expected positions that count up from 0 in e",
+    ),
+    "positions, jump": (lm(input_ids=IDS, position_ids=[0, 1, 0, 2]), DataError, r"in each text, got \[0, 1, 0, 2\]"),
+    "lengths": (
+        lm(input_ids=IDS, seq_lengths=[2, 3]),
+        DataError,
+        r"expected lengths that sum to 4, as input_ids has, got",
+    ),
+    "column's type": (
+        lambda _: ak.TrainConfig(text_column=3),
+        TypeError,
+        "text_column: expected a column's name, got 3",
+    ),
+    "same columns": (
+        lambda _: ak.TrainConfig(label_column="text"),
+        ValueError,
+        "label_column: expected another column than text_column, got 'text' for both",
+    ),
+    "question": (
+        questions({"context": "Ann."}, {"context": "Bo."}),
+        DataError,
+        "'question' is missing; there are 'context'$",
+    ),
+    "answers": (unlabeled, DataError, "^data: field 'answers' is missing: no question is labeled"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refusals(case: str, tmp_path: Path) -> None:
+    provoke, kind, message = CASES[case]
+    with pytest.raises(kind, match=message):
+        provoke(tmp_path)

@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING
 
+from adapterkern import _ctrl_c as _ctrl_c  # first: it is about the imports that follow
 from adapterkern import _lazy
 from adapterkern import _moved as _moved
 from adapterkern.model.adapter import Adapter

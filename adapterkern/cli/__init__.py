@@ -4,37 +4,117 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
-from adapterkern import __version__
+from adapterkern import __version__, _ctrl_c
 from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
+from adapterkern.cli.options import Parser, UsageError, in_options
 
 COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
+_OTHERS_WAIT = (
+    15.0  # seconds in which a launcher ends the other processes, once the first has ended with the same error
+)
+_EXPECTED = (OSError, ValueError, ArithmeticError, NotImplementedError, ImportError)
+_PLAIN = (*_EXPECTED, TypeError, RuntimeError)  # of any other kind, such as KeyError, the kind is part of the message
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an error that was reported, 130 for an interrupted run."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    """Run a command; returns the exit status: 0; 1 or 2 (usage) for an error that was reported; 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv else ""
+    _ctrl_c.raise_again()
     try:
-        arguments = _parser(argv).parse_args(argv)
-        return arguments.run(arguments)
+        status = _run(argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
-    except ModuleNotFoundError as error:
-        hint = "" if "adapterkern[train]" in str(error) else "; pip install 'adapterkern[train]'"
-        print(f"adapterkern {command}: {error}{hint}", file=sys.stderr)
-    except (OSError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        status = _interrupted(argv)
+    except BrokenPipeError:  # `adapterkern ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at the end is quiet, too
+        status = _BROKEN_PIPE
+    finally:
+        _ctrl_c.end_at_once()
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser: argparse.ArgumentParser = Parser()
+    show = logging.StreamHandler()
+    try:
+        arguments = _parser(argv).read(argv)
+        parser = arguments.parser
+        level = logging.WARNING if _rank() == 0 else logging.ERROR
+        show.setFormatter(_Formatter(parser))
+        logging.basicConfig(handlers=[show], level=level)
+        return arguments.run(arguments)
+    except SystemExit:  # --help and --version, which have been printed
+        sys.stdout.flush()
+        raise
+    except UsageError as error:
+        _report(str(error))
+        return 2
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if _has_interrupt(error):
+            raise KeyboardInterrupt from error
         if os.environ.get("ADAPTERKERN_TRACEBACK"):
             raise
-        print(f"adapterkern {command}: {error}", file=sys.stderr)
-        print("(ADAPTERKERN_TRACEBACK=1 shows where)", file=sys.stderr)
-    return 1
+        from adapterkern.training.processes import OtherProcessError
+
+        if not isinstance(error, OtherProcessError):
+            text = str(error) if isinstance(error, _PLAIN) and str(error) else f"{type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError) and "adapterkern[train]" not in text:
+                text += "; pip install 'adapterkern[train]'"
+            where = "" if isinstance(error, _EXPECTED) else " (ADAPTERKERN_TRACEBACK=1 shows where)"
+            _report(f"{parser.prog}: {in_options(text, parser)}{where}")
+        return 1
+    finally:
+        logging.getLogger().removeHandler(show)
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="adapterkern", description="Bottleneck adapters on a frozen LLaMA.")
+class _Formatter(logging.Formatter):
+    """Warnings in the words of the command line."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return in_options(text, self.parser) if record.name.startswith("adapterkern") else text
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _report(message: str) -> None:
+    """Print an error: once where several processes have the same one, as for a missing file."""
+    if rank := _rank():
+        time.sleep(_OTHERS_WAIT)
+        message = f"process {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def _interrupted(argv: Sequence[str]) -> int:
+    if _rank() == 0:
+        print(" ".join(["adapterkern", *argv[:1]]) + ": interrupted", file=sys.stderr)
+    return _ctrl_c.STATUS
+
+
+def _has_interrupt(error: BaseException | None) -> bool:
+    """Whether a library has made an error of its own from Ctrl-C."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _parser(argv: Sequence[str]) -> Parser:
+    parser = Parser(prog="adapterkern", description="Bottleneck adapters on a frozen LLaMA.")
     parser.add_argument("--version", action="version", version=f"adapterkern {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

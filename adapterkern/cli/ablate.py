@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkern.cli.options import LAYERS_HELP, demo_layers, integer
+from adapterkern.cli.options import add_layers_option, demo_layers, integer
+from adapterkern.cli.run import check_rows
 
 if TYPE_CHECKING:
     from adapterkern.recipes.ablation.study import Study
@@ -39,34 +40,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-head-alone", action="store_true", help="leave out the runs without adapters")
     parser.add_argument("--seeds", type=integer, metavar="N", help="seeds 0 to N-1; default the preset's")
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
-    parser.add_argument("--backbone-layers", type=int, metavar="N", help=LAYERS_HELP)
+    add_layers_option(parser)
     parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV instead of Reuters R8")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
     parser.add_argument("--train-texts", type=integer, default=400, metavar="N", help="of Reuters R8; default 400")
     parser.add_argument("--eval-texts", type=integer, default=600, metavar="N", help="of Reuters R8; default 600")
     parser.add_argument(
-        "--output", type=Path, default=Path("adapterkern-ablation"), metavar="DIR", help="default %(default)s"
+        "--output",
+        dest="output_dir",
+        type=Path,
+        default=Path("adapterkern-ablation"),
+        metavar="DIR",
+        help="default %(default)s",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.backbone import check_source, load_backbone
     from adapterkern.recipes.ablation.report import write_report
     from adapterkern.recipes.ablation.runs import run_study
     from adapterkern.recipes.ablation.stability import write_stability
     from adapterkern.recipes.demo.corpora import MODEL, obtain
+    from adapterkern.training.run.lock import check_writable
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("ablate: expected one process, got several: every one would make the same runs")
     study = make_study(arguments)
-    train_file, eval_file = _files(arguments)
+    if arguments.model is not None:
+        check_source(arguments.model)
+    check_writable(arguments.output_dir)
+    train_file, eval_file = _files(arguments, study)
     source = arguments.model or os.fspath(obtain(MODEL))
     llama, tokenizer = load_backbone(source, num_layers=demo_layers(arguments))
-    findings = run_study(study, llama, train_file, eval_file, arguments.output, tokenizer=tokenizer, say=_say)
+    findings = run_study(study, llama, train_file, eval_file, arguments.output_dir, tokenizer=tokenizer, say=_say)
     title = f"{Path(source).stem}, {findings.num_layers} layers; {train_file.name}, {eval_file.name}"
-    write_report(study, findings, arguments.output, title)
+    write_report(study, findings, arguments.output_dir, title)
     if arguments.preset == "stability":
-        write_stability(study, findings, arguments.output)
+        write_stability(study, findings, arguments.output_dir)
     return 0 if findings.complete else 130
 
 
@@ -90,12 +100,14 @@ def make_study(arguments: argparse.Namespace) -> "Study":
     return study.based_on(settings)
 
 
-def _files(arguments: argparse.Namespace) -> tuple[Path, Path]:
+def _files(arguments: argparse.Namespace, study: "Study") -> tuple[Path, Path]:
     from adapterkern.recipes.demo.corpora import R8_TEST, R8_TRAIN, column, draw_texts
 
     if (arguments.train is None) != (arguments.eval is None):
-        raise ValueError("--train, --eval: expected both files or neither")
+        raise ValueError("--train, --eval: expected both files or neither, got one")
     if arguments.train is not None:
+        check_rows("--train", arguments.train, study.training)
+        check_rows("--eval", arguments.eval, study.training)
         return arguments.train, arguments.eval
     train_file = draw_texts(R8_TRAIN, arguments.train_texts, 0)
     return train_file, draw_texts(R8_TEST, arguments.eval_texts, 0, exclude=frozenset(column(train_file, "text")))

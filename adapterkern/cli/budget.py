@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapterkern import checks
 from adapterkern.cli.options import integer
-from adapterkern.model.config import adapter_num_params, largest_adapter_dim
+from adapterkern.model.config import MAX_DEPTH, adapter_num_params, largest_adapter_dim
 
 # (hidden size, decoder layers)
 SHAPES = {
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a transformers config.json or its folder, or one of: {', '.join(SHAPES)}",
     )
     parser.add_argument("--max-params", type=integer, required=True, metavar="N", help="such as 8000000 or 8e6")
-    parser.add_argument("--depth", type=int, default=1, metavar="N", help="adapters in sequence at a site; default 1")
+    parser.add_argument(
+        "--depth", type=integer, default=1, metavar="N", help="adapters in sequence at a site; default 1"
+    )
 
 
 def model_shape(name: str) -> tuple[int, int]:
@@ -68,7 +70,7 @@ def model_shape(name: str) -> tuple[int, int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    checks.integer("--depth", arguments.depth, 1)
+    checks.integer("--depth", arguments.depth, 1, MAX_DEPTH)
     checks.integer("--max-params", arguments.max_params, 1)
     hidden_size, num_layers = model_shape(arguments.model_config)
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from adapterkern.cli.options import LAYERS_HELP, demo_layers
+from adapterkern.cli.options import add_layers_option, demo_layers
+from adapterkern.cli.run import check_rows
 
 NAME, SUMMARY = "demo", "adapters on a real LLaMA and real texts, in minutes on a CPU"
 HELP = """\
@@ -14,18 +15,31 @@ them on texts that training never saw. With --model, --train and --eval: the sam
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
-    parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV with text and label")
-    parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
     parser.add_argument(
-        "--output", type=Path, default=Path("adapterkern-demo"), metavar="DIR", help="default %(default)s"
+        "--train", dest="train_file", type=Path, metavar="FILE", help="JSONL, CSV or TSV with text and label"
     )
-    parser.add_argument("--backbone-layers", type=int, metavar="N", help=LAYERS_HELP)
+    parser.add_argument("--eval", dest="eval_file", type=Path, metavar="FILE", help="the same, unseen in training")
+    parser.add_argument(
+        "--output",
+        dest="output_dir",
+        type=Path,
+        default=Path("adapterkern-demo"),
+        metavar="DIR",
+        help="default %(default)s",
+    )
+    add_layers_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.recipes.demo.demo import run_demo
+    from adapterkern.model.backbone import check_source
+    from adapterkern.recipes.demo.demo import TRAINING, run_demo
 
-    runs = run_demo(
-        arguments.output, arguments.model, arguments.train, arguments.eval, num_layers=demo_layers(arguments)
-    )
+    if arguments.model is not None:
+        check_source(arguments.model)
+    files = arguments.train_file, arguments.eval_file
+    if None in files and any(files):
+        raise ValueError("--train, --eval: expected both files or neither, got one")
+    for option, path in zip(("--train", "--eval"), files, strict=True):
+        check_rows(option, path, TRAINING)
+    runs = run_demo(arguments.output_dir, arguments.model, *files, num_layers=demo_layers(arguments))
     return 0 if len(runs) == 2 else 130

@@ -12,7 +12,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, train_run
+from adapterkern.cli.run import Job, adapted, check_rows, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "distill", "train adapters on a teacher's soft labels, or keep a model close to its original behavior"
@@ -55,15 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.backbone import check_source, load_backbone
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
-    dtype, cut = arguments.dtype or "fp32", arguments.backbone_layers
+    dtype, cut = arguments.dtype or "fp32", arguments.num_layers
     if arguments.eval_keep and not arguments.eval:
         raise ValueError("--eval: expected a file together with --eval-keep, got none")
     if arguments.teacher == "whole" and cut is None:
         raise ValueError("--backbone-layers: expected a number of layers together with --teacher whole, got none")
+
+    settings = dataclasses.asdict(from_options(arguments, SoftLabelSettings))
+
+    def check(config: TrainConfig) -> None:
+        if arguments.teacher not in ("itself", "whole"):
+            check_source(arguments.teacher, "--teacher")
+        as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
+        check_rows("--train", arguments.train, config)
+        check_rows("--eval", arguments.eval, config)
+        check_rows("--keep", arguments.keep, as_text)
+        check_rows("--eval-keep", arguments.eval_keep, as_text)
 
     def job(whole: Any, tokenizer: Any, config: TrainConfig) -> Job:
         llama = whole if cut is None else first_layers(whole, cut)
@@ -75,7 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
                     f"--teacher: expected the tokens of {arguments.model}, got others in {arguments.teacher}"
                 )
         model = adapted(arguments, llama)
-        settings = dataclasses.asdict(from_options(arguments, SoftLabelSettings))
         if not (arguments.keep or arguments.eval_keep):
             return Job(model, arguments.train, arguments.eval, Distillation(model, teacher, **settings))
         rows, eval_rows = (
@@ -85,4 +95,4 @@ def run(arguments: argparse.Namespace) -> int:
         return Job(model, rows, eval_rows, KeepBehaviour(model, teacher, **settings))
 
     # The whole backbone, and not what --backbone-layers leaves of it.
-    return train_run(arguments, job, lambda _: load_backbone(arguments.model, dtype=dtype))
+    return train_run(arguments, job, lambda _: load_backbone(arguments.model, dtype=dtype), check)

@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from adapterkern import ops, optim
+from adapterkern.training.parallel import extension
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
 _TRAIN_EXTRA = _PACKAGES[2:]
@@ -44,8 +45,17 @@ def diagnosis() -> list[str]:
 
     settings = [f"  {name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     lines += ["environment", *(settings or ["  nothing set"])]
-    advice = _advice(versions)
+    advice = _advice(versions) + _lock_advice()
     return [*lines, "what to do", *(f"  {line}" for line in advice or ["nothing: all is there"])]
+
+
+def _lock_advice() -> list[str]:
+    return [
+        f"{path} is {age / 60:.0f} min old: if no process is compiling an extension now, one was killed while it did; "
+        "delete the file, or DeepSpeed waits for it for ever"
+        for path, age in extension.locks().items()
+        if age > extension.PATIENCE
+    ]
 
 
 def _version(name: str) -> str | None:

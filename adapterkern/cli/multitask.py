@@ -12,7 +12,7 @@ from adapterkern.cli.options import (
     add_training_options,
     model_flags,
 )
-from adapterkern.cli.run import Job, say, sources_of, train_run
+from adapterkern.cli.run import Job, check_rows, say, sources_of, train_run
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
 
@@ -72,18 +72,30 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"{name}: {sum(p.numel() for p in model.adapter_parameters(name)):,} adapter parameters")
         train_files = {name: of_task[0] for name, of_task in files.items()}
         eval_files = {name: of_task[1] for name, of_task in files.items() if len(of_task) == 2}
-        sources = {f"{MultiTask.folder('', name)}": sources_of(arguments, eval_files.get(name)) for name in files}
+        sources = {
+            f"{MultiTask.folder('', name)}": sources_of(arguments, eval_files.get(name), tokenizer) for name in files
+        }
         task = MultiTask(model, list(files), temperature=arguments.temperature)
         return Job(model, train_files, eval_files or None, task, sources)
 
-    return train_run(arguments, job)
+    def check(config: TrainConfig) -> None:
+        for of_task in files.values():
+            for path in of_task:
+                check_rows("--data", path, config)
+
+    return train_run(arguments, job, check=check)
 
 
 def _files(data: list[list[str]]) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for name, *of_task in data:
-        if not 1 <= len(of_task) <= 2 or name in files:
-            raise ValueError(f"--data: expected NAME TRAIN [EVAL], each name once, got {' '.join([name, *of_task])}")
+        if not 1 <= len(of_task) <= 2:
+            raise ValueError(
+                "--data: expected a name, a file to learn from, and optionally one to evaluate on, as in "
+                f"--data reviews reviews.csv reviews-test.csv; got {' '.join([name, *of_task])}"
+            )
+        if name in files:
+            raise ValueError(f"--data: expected each name once, got {name} twice")
         files[name] = of_task
     return files
 
@@ -101,4 +113,17 @@ def _adapters(arguments: argparse.Namespace, names: list[str]) -> dict[str, Adap
         if not isinstance(own[name], dict):
             raise ValueError(f"--adapters: expected a JSON object of fields, got {text}")
     shared = dataclasses.asdict(adapter_config(arguments))
-    return {name: AdapterConfig.from_dict(shared | own.get(name, {})) for name in names}
+    # Of two answers to one question the task's own holds.
+    for fields in own.values():
+        for one, other in (("adapter_dim", "max_params"), ("max_params", "adapter_dim"), ("every", "layers")):
+            if one in fields and other not in fields:
+                fields[other] = getattr(AdapterConfig(), other)
+        if "layers" in fields and "every" not in fields:
+            fields["every"] = 1
+    configs = {}
+    for name in names:
+        try:
+            configs[name] = AdapterConfig.from_dict(shared | own.get(name, {}))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"--adapters {name}: {error}") from error
+    return configs

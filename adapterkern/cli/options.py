@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
-from collections.abc import Collection
+import difflib
+import math
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
@@ -12,43 +15,160 @@ from adapterkern.training.config import TrainConfig
 T = TypeVar("T")
 
 
+class UsageError(Exception):
+    """What the user typed does not fit the options of ``parser``; one line that names the option."""
+
+    def __init__(self, message: str, parser: "Parser") -> None:
+        super().__init__(message)
+        self.parser = parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ``UsageError`` where argparse prints the usage, of a parser that may be another, and exits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help", self)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = difflib.get_close_matches(str(value), map(str, action.choices), 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise argparse.ArgumentError(
+                action, f"expected one of {', '.join(map(str, action.choices))}, got {value!r}{hint}"
+            )
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments; ``parser`` among them is the innermost command's. Raises ``UsageError``."""
+        try:
+            arguments, unknown = self.parse_known_args(_with_values(argv))
+        except UsageError as error:  # --modle is unknown, rather than --model missing
+            error.parser._refuse([word for word in argv if word.startswith("--")])
+            raise
+        arguments.parser._refuse(unknown)
+        if unknown:
+            arguments.parser.error(f"unknown {unknown[0]}")
+        return arguments
+
+    def _refuse(self, words: Sequence[str]) -> None:
+        """Raise for the first option that this parser does not have."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for option in (word.split("=")[0] for word in words):
+            if option.startswith("-") and option not in known:
+                near = difflib.get_close_matches(option, known, 1)
+                self.error(f"unknown {option}" + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """``--layers -2,-1`` as ``--layers=-2,-1``, since argparse takes what begins with a dash for an option."""
+    joined: list[str] = []
+    for word in argv:
+        if re.match(r"-[\d.]", word) and joined and re.fullmatch(r"--[^=]+", joined[-1]):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def in_options(message: str, parser: argparse.ArgumentParser) -> str:
+    """A message about the fields of our dataclasses, and arguments of our functions, as one about the options.
+
+    A field's option is the one that sets it. At the message's beginning any field is replaced, as in ``seed: expected
+    ...``; further on ``seed=1``, and names that cannot be other words, as ``batch_size``.
+    """
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "version")}
+    options = {name: action.option_strings[0] for name, action in actions.items()}
+
+    def setting(name: str, value: str) -> str:
+        if value == "True":
+            return options[name]
+        if value == "False" and isinstance(actions[name], argparse.BooleanOptionalAction):
+            return actions[name].option_strings[-1]
+        return f"no {options[name]}" if value in ("False", "None") else f"{options[name]} {value.strip(_QUOTE)}"
+
+    head, colon, rest = message.partition(": ")
+    names = head.split(", ")
+    if colon and all(name in options for name in names):
+        head = ", ".join(options[name] for name in names)
+        if len(names) == 1 and actions[names[0]].nargs == 0:
+            rest = re.sub(r"(?<![=\w])(True|False)\b", lambda m: setting(names[0], m[1]), rest)
+        rest = re.sub(r"(?<![=\w])None\b", "none", rest)
+        rest = re.sub(r"(?<=got )[\[(](-?\d+(?:, -?\d+)*),?[\])]", lambda m: m[1].replace(" ", ""), rest)
+    known = "|".join(sorted(options, key=len, reverse=True)) or "(?!)"
+    message = re.sub(rf"{_BEFORE}({known})={_VALUE}", lambda m: setting(m[1], m[2]), head + colon + rest)
+    return re.sub(rf"{_BEFORE}(?<!, )({known})(?!,){_AFTER}", lambda m: options[m[1]] if "_" in m[1] else m[1], message)
+
+
+_QUOTE = "'"
+_BEFORE, _AFTER = r"(?<![\w./'\"=-])", r"(?![\w/'\"=]|\.\w)"  # not within a path, a quoted value or another name
+_VALUE = r"('[^']*'|-?\w(?:[\w.,/+-]*\w)?)"
+
+
 def integer(text: str) -> int:
     """``"8000000"`` or ``"8e6"``."""
-    value = float(text)
+    try:
+        return int(text)  # not by way of a float, which has 53 bits
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"expected an integer such as 8000000 or 8e6, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}")
     return int(value)
 
 
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
 def layer_list(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layer numbers such as 0,3 or -2,-1, got {text!r}") from None
 
 
 def name_list(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def add_options(parser: Any, record: type, without: Collection[str] = ()) -> None:
-    """One option for each field of a dataclass: type and default are the field's, the help is its metadata's."""
+def add_options(parser: Any, record: type, without: Collection[str] = (), only: Collection[str] | None = None) -> None:
+    """One option for each field of a dataclass: type and default are the field's, the help is its metadata's.
+
+    ``only`` these fields, and with the default None: what a saved run has holds.
+    """
     for field in dataclasses.fields(record):
-        if field.name in without:
+        if field.name in without or (only is not None and field.name not in only):
             continue
         option, choices = f"--{field.name.replace('_', '-')}", field.metadata.get("choices")
-        shown = field.metadata["help"] + ("" if field.default is None else " [%(default)s]")
+        default = field.default if only is None else None
+        shown = field.metadata["help"] + ("" if default is None else " [%(default)s]")
         kinds = get_args(field.type) or (field.type,)
         if bool in kinds:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default, help=shown)
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default, help=shown)
             continue
         parse, metavar = next(parse for kind, parse in _PARSERS if kind in kinds or (kind is str and choices))
         parser.add_argument(
-            option, type=parse, choices=choices, default=field.default, metavar=None if choices else metavar, help=shown
+            option, type=parse, choices=choices, default=default, metavar=None if choices else metavar, help=shown
         )
 
 
 _PARSERS: tuple[tuple[Any, tuple[Any, str]], ...] = (
     (tuple[int, ...], (layer_list, "I,J,...")),
     (tuple[str, ...], (name_list, "A,B,...")),
-    (float, (float, "X")),
+    (float, (number, "X")),
     (int, (integer, "N")),
     (str, (str, "NAME")),
 )
@@ -65,7 +185,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) 
     group = parser.add_argument_group("backbone", "default: the run's own" if of_run else None)
     dtype = "dtype of the backbone's weights" + ("" if of_run else "; default fp32")
     group.add_argument("--model", required=not of_run, help="a .gguf file, transformers folder or hub name")
-    group.add_argument("--backbone-layers", type=int, metavar="N", help="keep only the first N decoder layers")
+    add_layers_option(group, "keep only the first N decoder layers")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=dtype)
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
     group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
@@ -74,9 +194,13 @@ def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) 
 LAYERS_HELP = "keep only the first N decoder layers; default 8 of SmolLM2-135M, all of --model"
 
 
+def add_layers_option(parser: Any, help: str = LAYERS_HELP) -> None:
+    parser.add_argument("--backbone-layers", dest="num_layers", type=integer, metavar="N", help=help)
+
+
 def demo_layers(arguments: argparse.Namespace) -> int | None:
     """``--backbone-layers``, whose default cuts the demo's backbone and no other."""
-    return 8 if arguments.backbone_layers is None and arguments.model is None else arguments.backbone_layers
+    return 8 if arguments.num_layers is None and arguments.model is None else arguments.num_layers
 
 
 def model_flags(arguments: argparse.Namespace) -> dict[str, bool]:
@@ -89,14 +213,29 @@ def add_data_options(parser: argparse.ArgumentParser, format: str = "JSONL, CSV 
     parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on")
 
 
+COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
+READING = ("skip_bad_rows", "eval_batch_size")
+
+
 def add_saved_options(
-    parser: argparse.ArgumentParser, format: str = "JSONL, CSV or TSV", data_required: bool = False
+    parser: argparse.ArgumentParser,
+    format: str = "JSONL, CSV or TSV",
+    data_required: bool = False,
+    columns: bool = True,
 ) -> None:
-    """A saved run, its data and its backbone."""
+    """A saved run, its data and its backbone. ``columns``: the data may have columns of other names."""
     parser.add_argument("directory", type=Path, help="the --output of a training, or one of its checkpoints")
     default = "" if data_required else "; default: the run's own --eval"
     parser.add_argument("--data", required=data_required, metavar="FILE", help=format + default)
+    group = parser.add_argument_group("data", "default: the run's own")
+    add_options(group, TrainConfig, only=(*(COLUMNS if columns else ()), *READING))
     add_backbone_options(parser, of_run=True)
+
+
+def as_asked(arguments: argparse.Namespace, config: TrainConfig) -> TrainConfig:
+    """A saved run's configuration with what ``add_saved_options`` was given in place of its own."""
+    given = {name: getattr(arguments, name, None) for name in (*COLUMNS, *READING)}
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:

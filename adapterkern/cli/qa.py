@@ -13,7 +13,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, evaluate_run, load_saved, train_run
+from adapterkern.cli.run import Job, adapted, check_file, evaluate_run, load_saved, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "qa", "question answering: train, evaluate, predict"
@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_options(train, without=_UNUSED)
 
     evaluate = actions.add_parser("evaluate", help="the same as adapterkern eval", allow_abbrev=False)
-    add_saved_options(evaluate, _FORMAT)
+    add_saved_options(evaluate, _FORMAT, columns=False)
     predict = actions.add_parser("predict", help="answer questions with a saved run", allow_abbrev=False)
-    add_saved_options(predict, _FORMAT, data_required=True)
+    add_saved_options(predict, _FORMAT, data_required=True, columns=False)
     predict.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write the answers to")
     predict.add_argument("--n-best", type=Path, metavar="FILE", help="JSON to write the candidates to")
 
@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_train(arguments: argparse.Namespace) -> int:
     from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
+    from adapterkern.recipes.qa.squad import read_questions
+    from adapterkern.training.data.rows import BadRows
 
     settings = from_options(arguments, SpanSettings)
 
@@ -64,7 +66,16 @@ def run_train(arguments: argparse.Namespace) -> int:
         task = QuestionAnswering(adapted(arguments, llama), settings)
         return Job(task.model, arguments.train, arguments.eval, task)
 
-    return train_run(arguments, job)
+    def check(config: TrainConfig) -> None:
+        for option, path in (("--train", arguments.train), ("--eval", arguments.eval)):
+            if path is not None:
+                check_file(option, path)
+                bad = BadRows(path)
+                read_questions(path, bad)
+                if not config.skip_bad_rows:
+                    bad.settle(False)
+
+    return train_run(arguments, job, check=check)
 
 
 def run_predict(arguments: argparse.Namespace) -> int:

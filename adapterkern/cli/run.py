@@ -1,13 +1,15 @@
 """What every command that trains or evaluates does: build, call, print on rank 0, return the status."""
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapterkern.cli.options import from_options, model_flags
+from adapterkern.cli.options import adapter_config, as_asked, from_options, model_flags
 from adapterkern.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -33,32 +35,54 @@ def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The backbone that the arguments name, and its tokenizer."""
     from adapterkern.model.backbone import load_backbone
 
-    return load_backbone(arguments.model, num_layers=arguments.backbone_layers, dtype=arguments.dtype or "fp32")
+    return load_backbone(arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype or "fp32")
 
 
-def sources_of(arguments: argparse.Namespace, eval_data: str | None) -> "Sources":
+def sources_of(arguments: argparse.Namespace, eval_data: str | None, tokenizer: Any) -> "Sources":
     """What ``sources.json`` holds of a run with these arguments."""
     from adapterkern.training.saved import Sources
 
-    data = None if eval_data is None else os.path.abspath(eval_data)
-    model = os.path.abspath(arguments.model) if os.path.exists(arguments.model) else arguments.model  # a hub name stays
-    return Sources(model, arguments.backbone_layers, arguments.dtype or "fp32", data)
+    return Sources(arguments.model, arguments.num_layers, arguments.dtype or "fp32", eval_data, _tokens(tokenizer))
+
+
+def _tokens(tokenizer: Any) -> str:
+    """A digest of the tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def train_run(
     arguments: argparse.Namespace,
     job: Callable[[Any, Any, TrainConfig], Job],
     load: Callable[[argparse.Namespace], tuple[Any, Any]] = load_arguments_backbone,
+    check: Callable[[TrainConfig], None] | None = None,
 ) -> int:
     """Train what ``job`` makes of (backbone, tokenizer, configuration); the status of the command.
 
-    Raises what ``adapterkern.train`` raises.
+    Args:
+        check: raises for data that the command cannot use; by default ``check_rows`` of ``--train`` and ``--eval``.
+
+    Raises what ``adapterkern.train`` raises; all that can be known without the backbone before it is loaded.
     """
     import torch
 
-    from adapterkern.training import train
+    from adapterkern.model.backbone import check_source
+    from adapterkern.model.liger import check_installed
+    from adapterkern.training import Task, train
+    from adapterkern.training.optimization import check_lr
+    from adapterkern.training.run.folder import check_output
 
     config = from_options(arguments, TrainConfig)
+    check_lr(config)
+    adapter_config(arguments)
+    check_source(arguments.model)
+    if arguments.liger:
+        check_installed()
+    check_output(config, Task.files)
+    if check is not None:
+        check(config)
+    else:
+        check_rows("--train", arguments.train, config)
+        check_rows("--eval", arguments.eval, config)
     llama, tokenizer = load(arguments)
     torch.manual_seed(config.seed)
     model, train_data, eval_data, task, sources = job(llama, tokenizer, config)
@@ -69,7 +93,7 @@ def train_run(
         tokenizer=tokenizer,
         eval_data=eval_data,
         task=task,
-        sources=sources or sources_of(arguments, arguments.eval),
+        sources=sources or sources_of(arguments, arguments.eval, tokenizer),
     )
     if result.stopped:
         return 130
@@ -79,9 +103,45 @@ def train_run(
     return 0
 
 
+def check_rows(option: str, path: str | None, config: TrainConfig, labeled: bool = True) -> None:
+    """Raise ``DataError`` or ``OSError`` if the file of an option cannot be read, or lacks the task's columns.
+
+    Args:
+        labeled: whether rows of a classification need their label.
+    """
+    from adapterkern.training.data.rows import BadRows, DataError, read_rows
+
+    if path is None:
+        return
+    check_file(option, path)
+    bad = BadRows(path)
+    rows = read_rows(path, bad)
+    if not config.skip_bad_rows:
+        bad.settle(False)
+    if not rows:
+        raise DataError(f"{option}: expected a file with rows, got none in {path}")
+    there = rows[0].values
+    needed = [] if "input_ids" in there else ["text_column"]
+    if config.task == "causal-lm":
+        needed = ["completion_column"] if config.prompt_column in there else needed
+    elif labeled:
+        needed.append("label_column")
+    for name in needed:
+        column = getattr(config, name)
+        if not any(column in row.values for row in rows):
+            raise DataError(f"{name}: expected one of {path}'s columns, {', '.join(there)}; got {column!r}")
+
+
+def check_file(option: str, path: str | os.PathLike[str]) -> None:
+    """Raise ``OSError`` if there is no such file."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{option}: expected a file, got the folder {path}")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{option}: no file {path}")
+
+
 def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "LlamaAdapter":
     """``llama`` with the adapter of the arguments; prints how many parameters it trains if ``show``."""
-    from adapterkern.cli.options import adapter_config
     from adapterkern.model.llama import LlamaAdapter
 
     model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
@@ -108,8 +168,12 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
         ValueError: one is damaged; or there is no data.
     """
     from adapterkern.model.backbone import load_backbone
+    from adapterkern.model.liger import check_installed
     from adapterkern.recipes.multitask.task import MultiTask
 
+    if arguments.liger:
+        check_installed()
+    arguments.directory = evaluated_folder(arguments.directory)
     kind = task_class(arguments.directory)
     data: Any
     if issubclass(kind, MultiTask):
@@ -121,13 +185,54 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
             raise ValueError(
                 f"--data: expected a file, because {arguments.directory} was trained without --eval; got none"
             )
+    for path in data.values() if isinstance(data, Mapping) else (data,):
+        check_file("--data", path)
     llama, tokenizer = load_backbone(
-        arguments.model or source.model,
-        num_layers=source.num_layers if arguments.backbone_layers is None else arguments.backbone_layers,
+        arguments.model or _known(source.model, arguments.directory),
+        num_layers=source.num_layers if arguments.num_layers is None else arguments.num_layers,
         dtype=arguments.dtype or source.dtype,
     )
+    if source.tokenizer not in (None, _tokens(tokenizer)):
+        model = arguments.model or source.model
+        logger.warning("%s: was trained with other tokens than those of %s", arguments.directory, model)
     task, config = kind.from_pretrained(llama, arguments.directory, **model_flags(arguments))
-    return task, config, tokenizer, data
+    return task, as_asked(arguments, config), tokenizer, data
+
+
+def evaluated_folder(directory: Path) -> Path:
+    """``directory``; of a run that has not finished the newest checkpoint, with a warning.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder, or nothing of a run in it.
+    """
+    from adapterkern.recipes.multitask.task import MULTITASK_CONFIG
+    from adapterkern.training.run.checkpoint import STATE_NAME, checkpoints
+    from adapterkern.training.saved import TASK_NAME
+
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: no such folder; expected the --output of a training, or a checkpoint")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory}: expected the --output of a training, or a checkpoint, got a file")
+    if any((directory / name).exists() for name in (TASK_NAME, MULTITASK_CONFIG, STATE_NAME)):
+        return directory
+    if found := checkpoints(directory):
+        logger.warning("%s: has not finished; this is of its newest checkpoint, %s", directory, found[-1].name)
+        return found[-1]
+    names = sorted(path.name for path in directory.iterdir())
+    there = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    raise FileNotFoundError(
+        f"{directory}: expected a finished training or a checkpoint, with {TASK_NAME}; "
+        f"got a folder with {there or 'no files'}"
+    )
+
+
+def _known(model: str, directory: Path) -> str:
+    """The backbone in a run's sources. Raises ``FileNotFoundError`` if it was a path, and nothing is there now."""
+    if os.path.isabs(model) and not os.path.exists(model):
+        raise FileNotFoundError(
+            f"--model: {directory} was trained on {model}, which is not there; say where it is now, got no --model"
+        )
+    return model
 
 
 def _saved_sources(arguments: argparse.Namespace) -> "Sources":
@@ -136,9 +241,10 @@ def _saved_sources(arguments: argparse.Namespace) -> "Sources":
 
     try:
         return load_sources(arguments.directory)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if arguments.model is None or arguments.data is None:
-            raise
+            options = " and ".join(f"--{name}" for name in ("model", "data") if getattr(arguments, name) is None)
+            raise FileNotFoundError(f"{error.filename}: expected that file, or {options}; got neither") from None
         return Sources(arguments.model)
 
 

@@ -1,16 +1,24 @@
 """Load a backbone, or its first layers, from a transformers folder, a hub name or a GGUF file."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapterkern import checks
 from adapterkern.model.decoder import decoder_layers, keep_layers
+from adapterkern.model.files.folder import ADAPTER_FILES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_EXPECTED = "expected a .gguf file, a transformers folder or a name on the hub"
+
+logger = logging.getLogger(__name__)
 
 
 def load_backbone(
@@ -30,23 +38,116 @@ def load_backbone(
             accelerate, the CUDA device of its local rank.
 
     Raises:
-        FileNotFoundError: there is no such ``.gguf`` file or folder.
-        ValueError: ``num_layers`` is not from 1 to the number of layers, or the dtype is unknown.
+        OSError: there is no such file, folder or model, or the hub cannot be asked.
+        ValueError: it has no tokenizer, its files are damaged or lack weights, ``num_layers`` is not from 1 to the
+            number of layers, or the dtype is unknown.
     """
     checks.choice("dtype", dtype, tuple(DTYPES))
+    check_source(source)
     path = Path(source)
     name, kwargs = os.fspath(source), {}
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"model: no file {path}")
         name, kwargs = os.fspath(path.parent), {"gguf_file": path.name}
-    elif not path.exists() and (path.is_absolute() or name.startswith(".")):
-        raise FileNotFoundError(f"model: no folder {path}")
-    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
-    llama: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], **kwargs)
+    tokenizer = _read("tokenizer", source, AutoTokenizer.from_pretrained, name, **kwargs)
+    if num_layers is not None:
+        # Before the weights are read; a GGUF file says it with them.
+        config = None if kwargs else _read("config.json", source, AutoConfig.from_pretrained, name)
+        checks.integer("num_layers", num_layers, 1, getattr(config, "num_hidden_layers", None))
+    llama: Any
+    llama, found = _read(
+        "weights",
+        source,
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        dtype=DTYPES[dtype],
+        output_loading_info=True,
+        **kwargs,
+    )
+    _check_whole(source, llama, sorted(found["missing_keys"]))
     if num_layers is not None:
         checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
         keep_layers(llama.model, 0, num_layers)
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     llama.to(device or (cuda if torch.cuda.is_available() else "cpu"))
     return llama.eval(), tokenizer
+
+
+def check_source(source: str | os.PathLike[str], name: str = "model") -> None:
+    """Raise ``OSError`` for a path where no backbone can be; ``name`` is the argument's. The hub is not asked."""
+    path, text = Path(source), os.fspath(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            run = " (it holds adapters: name the backbone that they were trained on)"
+            known = run if any((path / file).exists() for file in (*ADAPTER_FILES, "task.json")) else ""
+            raise FileNotFoundError(f"{name}: {_EXPECTED}, got the folder {text} without a config.json{known}")
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise NotADirectoryError(f"{name}: {_EXPECTED}, got the file {text}")
+    elif path.suffix == ".gguf":
+        raise FileNotFoundError(f"{name}: no file {path}")
+    elif path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no folder {path}")
+
+
+def _read(what: str, source: str | os.PathLike[str], read: Any, name: str, **kwargs: Any) -> Any:
+    """``read(name, **kwargs)``, with one line for what libraries raise in many kinds and paragraphs."""
+    try:
+        return read(name, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not Path(source).exists():
+            raise OSError(f"model: no folder {source} here, and {_why_not_from_hub(name, error)}") from error
+        problem = _first_line(error)
+        if isinstance(error, SafetensorError):
+            problem = next(_damaged(Path(source)), problem)
+        if what == "tokenizer":
+            raise ValueError(
+                f"model: expected a tokenizer beside the weights in {source}, as save_pretrained writes it; got none "
+                f"that can be read ({problem})"
+            ) from error
+        raise ValueError(f"model: the {what} could not be read from {source}: {problem}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0].rstrip(" :.")
+    return text if not isinstance(error, KeyError) else f"{text} is missing"
+
+
+def _why_not_from_hub(name: str, error: BaseException | None) -> str:
+    text = _first_line(error) if error is not None else ""
+    while error is not None:
+        if isinstance(error, hub.GatedRepoError):
+            return f"the hub gives {name} only to users who have accepted its terms: log in with `hf auth login`"
+        if isinstance(error, hub.RepositoryNotFoundError):
+            return f"the hub has no model {name}, or it is private: `hf auth login`"
+        if isinstance(error, hub.HFValidationError):
+            return f"{name} cannot be a name on the hub"
+        if isinstance(error, hub.LocalEntryNotFoundError):
+            return f"the hub could not be asked for {name}, of which there is no copy in the cache"
+        error = error.__cause__ or error.__context__
+    return f"the hub gave no usable {name}: {text}"
+
+
+def _damaged(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            yield f"{path.name} is damaged or cut short ({error})"
+
+
+def _check_whole(source: str | os.PathLike[str], llama: Any, missing: list[str]) -> None:
+    """Raise ``ValueError`` if transformers has drawn weights of the decoder at random, since the file has none."""
+    head = llama.get_output_embeddings()
+    heads = {name for name, module in llama.named_modules() if module is head}
+    of_decoder = [name for name in missing if name.rpartition(".")[0] not in heads]
+    if of_decoder:
+        shown = ", ".join(of_decoder[:3]) + (", ..." if len(of_decoder) > 3 else "")
+        raise ValueError(
+            f"model: expected all weights of the decoder in {source}, which lacks {len(of_decoder)}: {shown}"
+        )
+    if missing:
+        logger.warning("%s: has no LM head; causal-lm and generate would use random weights", source)

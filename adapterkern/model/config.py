@@ -12,6 +12,9 @@ from adapterkern.ops.reference import ACTIVATIONS
 
 POSITIONS = ("layer", "attention")
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
+MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
+
+_DEFAULT_DIM = 64
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +56,10 @@ class AdapterConfig:
             between attention and the feed-forward network.
         every: k selects layers k−1, 2k−1, … (counted from 0).
         layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
-        depth: number of adapters in sequence at each site.
+        depth: number of adapters in sequence at each site, 1 to 32. They run one after the other, so that time and
+            memory grow with it.
         activation, init, eps, x_free: as in ``Adapter``.
-        max_params: a budget for all sites together: the largest ``adapter_dim`` that fits replaces the given one. It
+        max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
         modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
             ``["embed_tokens"]``. The head of a backbone for classification is always among them; ``[]``: no module.
@@ -64,7 +68,7 @@ class AdapterConfig:
         TypeError, ValueError: a field has the wrong type or is out of range; the message names it.
     """
 
-    adapter_dim: int = checks.option(64, f"width of the bottleneck, 1 to {MAX_ADAPTER_DIM}")
+    adapter_dim: int = checks.option(_DEFAULT_DIM, f"width of the bottleneck, 1 to {MAX_ADAPTER_DIM}")
     position: Literal["layer", "attention"] = checks.option(
         "layer", "after a layer, or between attention and MLP", POSITIONS
     )
@@ -72,12 +76,14 @@ class AdapterConfig:
     layers: tuple[int, ...] | list[int] | None = checks.option(
         None, "adapters on these layers: --layers=-2,-1 the last two"
     )
-    depth: int = checks.option(1, "adapters in sequence at each site")
+    depth: int = checks.option(1, f"adapters in sequence at each site, 1 to {MAX_DEPTH}")
     activation: str = checks.option("silu", "between the two projections", tuple(ACTIVATIONS))
     init: str = checks.option("identity", "identity: y = x at the start", INITS)
     eps: float = checks.option(1e-5, "added to LayerNorm's variance")
     x_free: bool = checks.option(False, "keep y instead of x for the backward; where fused")
-    max_params: int | None = checks.option(None, "a budget: take the largest adapter_dim that fits")
+    max_params: int | None = checks.option(
+        None, "a budget instead of adapter_dim: the largest that fits, such as 8000000 or 8e6"
+    )
     modules_to_save: tuple[str, ...] | list[str] | None = checks.option(
         None, "also train and save these modules of the backbone: embed_tokens"
     )
@@ -86,13 +92,21 @@ class AdapterConfig:
         checks.integer("adapter_dim", self.adapter_dim, 1, MAX_ADAPTER_DIM)
         checks.choice("position", self.position, POSITIONS)
         checks.integer("every", self.every, 1)
-        checks.integer("depth", self.depth, 1)
+        if checks.integer("depth", self.depth, 1) > MAX_DEPTH:
+            raise ValueError(
+                f"depth: expected at most {MAX_DEPTH} adapters, which run one after the other, got {self.depth}"
+            )
         checks.choice("activation", self.activation, tuple(ACTIVATIONS))
         checks.choice("init", self.init, INITS)
         checks.number("eps", self.eps, "[0, inf)")
         checks.flag("x_free", self.x_free)
         if self.max_params is not None:
             checks.integer("max_params", self.max_params, 1)
+            if self.adapter_dim != _DEFAULT_DIM:
+                raise ValueError(
+                    f"max_params: expected None together with adapter_dim={self.adapter_dim}, because a budget "
+                    f"decides adapter_dim; got {self.max_params}"
+                )
         if self.modules_to_save is not None:
             names = self.modules_to_save
             if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):

@@ -40,6 +40,12 @@ _ROTATE = "apply_rotary_pos_emb"
 logger = logging.getLogger(__name__)
 
 
+def check_installed() -> None:
+    """Raise ``ImportError`` if liger-kernel is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ImportError("liger: expected liger-kernel, which is not installed: pip install liger-kernel")
+
+
 def use_liger(llama: Any) -> None:
     """Make the norms, MLPs and attentions of ``llama`` run Liger's kernels; ``without_liger`` undoes it.
 
@@ -48,8 +54,7 @@ def use_liger(llama: Any) -> None:
         ValueError: the type of ``llama`` is not among ``MODEL_TYPES``, its activation is not SiLU, or a module has a
             forward of its own.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ImportError("liger: expected liger-kernel, which is not installed: pip install liger-kernel")
+    check_installed()
     kind = llama.config.model_type
     if kind not in MODEL_TYPES:
         raise ValueError(f"liger: expected a backbone of type {', '.join(MODEL_TYPES)}, got {kind!r}")

@@ -22,7 +22,7 @@ from adapterkern.training.parallel.accelerator import left_as_found, make_accele
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
-from adapterkern.training.run.folder import prepare_folder
+from adapterkern.training.run.folder import run_folder
 from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.saved import Sources
@@ -59,15 +59,16 @@ def train(
     With several processes all of them call this with the same arguments, and all return. Rank 0 writes the files.
 
     Returns:
-        a ``TrainResult``. After Ctrl-C (SIGINT) or SIGTERM its ``stopped`` is True. With an ``output_dir`` there
-        is then a checkpoint of the last finished step, and ``resume=True`` continues from it to the numbers of an
-        uninterrupted run (bit-identical on a CPU with the same number of threads).
+        a ``TrainResult``. After Ctrl-C (SIGINT), SIGTERM or SIGHUP its ``stopped`` is True. With an ``output_dir``
+        there is then a checkpoint of the last finished step, and ``resume=True`` continues from it to the numbers of
+        an uninterrupted run (bit-identical on a CPU with the same number of threads).
 
     Raises:
         DataError: unusable rows; the message names file and line.
         NonFiniteError: a loss or gradient is not finite; the message names the step.
         CheckpointError: with ``resume``, the checkpoint is damaged or belongs to another run.
         FileExistsError: ``output_dir`` holds an earlier run.
+        BlockingIOError: another run is writing to ``output_dir``.
         FileNotFoundError: with ``resume``, there is no checkpoint.
         TypeError, ValueError: an argument of a wrong type or value; the message names it.
         NotImplementedError: several processes, with an engine or a task that does not support them.
@@ -79,23 +80,22 @@ def train(
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
         raise ValueError("task: expected a task built on model, and head=None")
-    files = task.files
-    processes.on_rank_zero(lambda: prepare_folder(config, files))
-    train_set = numbered(task.load(train_data, config, tokenizer))
-    eval_set = [] if eval_data is None else numbered(task.load(eval_data, config, tokenizer), len(train_set))
-    names = source_name(train_data), None if eval_data is None else source_name(eval_data)
-    summaries = _summaries(task, config, {"train": train_set, "eval": eval_set})
-    processes.on_rank_zero(lambda: show_data(summaries, config.progress))
-    data = Data(train_set, eval_set, *names, summaries)
-    set_seed(config.seed)
-    with left_as_found(task), task.running(config):
-        order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
-        backbone = describe_backbone(model)  # before the engine shards it
-        zero = accelerator.distributed_type is DistributedType.DEEPSPEED
-        engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
-        state = _state(task, engine, accelerator, data, config, backbone)
-        feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
-        return Run(task, data, config, engine, state, feed, order).go(sources)
+    with run_folder(config, task.files):
+        train_set = numbered(task.load(train_data, config, tokenizer))
+        eval_set = [] if eval_data is None else numbered(task.load(eval_data, config, tokenizer), len(train_set))
+        names = source_name(train_data), None if eval_data is None else source_name(eval_data)
+        summaries = _summaries(task, config, {"train": train_set, "eval": eval_set})
+        processes.on_rank_zero(lambda: show_data(summaries, config.progress))
+        data = Data(train_set, eval_set, *names, summaries)
+        set_seed(config.seed)
+        with left_as_found(task), task.running(config):
+            order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
+            backbone = describe_backbone(model)  # before the engine shards it
+            zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+            engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
+            state = _state(task, engine, accelerator, data, config, backbone)
+            feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
+            return Run(task, data, config, engine, state, feed, order, sources).go()
 
 
 def _summaries(task: Task[Any], config: TrainConfig, sets: Mapping[str, list[Any]]) -> dict[str, Summary]:

@@ -104,9 +104,11 @@ class Run(Generic[E]):
         state: checkpoint.TrainingState,
         feed: Feed,
         order: list[int],  # of the first epoch
+        sources: Sources | Mapping[str, Sources] | None,
     ) -> None:
         self.task, self.data, self.config = task, data, config
         self.engine, self.state, self.feed = engine, state, feed
+        self.sources = sources
         self.model = task.model
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch, self.total_steps = data.steps_per_epoch(config), data.total_steps(config)
@@ -118,19 +120,22 @@ class Run(Generic[E]):
         self.metrics_step = 0
         self.checkpoint: Path | None = None
 
-    def go(self, sources: Sources | Mapping[str, Sources] | None) -> TrainResult:
+    def go(self) -> TrainResult:
         """Run to the last step or until a signal; resume first if ``config.resume``."""
         config, state = self.config, self.state
         if config.resume:
             assert self.output_dir is not None  # TrainConfig has checked it
             self.checkpoint = newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
-        processes.on_rank_zero(lambda: self._prepare_files(sources))
+        processes.on_rank_zero(lambda: remove_earlier_run(config, self.task.files))
         try:
             self.engine.start()
             with StopRequest() as stop, self._reporter() as reporter:
                 if state.step:
                     reporter.say(f"resumed from {self.checkpoint}")
+                elif len(self.data.train) < config.rows_per_step:
+                    rows = f"{len(self.data.train)} training rows are fewer than a step's {config.rows_per_step}"
+                    reporter.say(f"{rows} (batch_size · accumulation): every step learns from all of them")
                 processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
                 self.engine.run.train()
                 while state.step < self.total_steps and not self._stopped(stop):
@@ -160,11 +165,6 @@ class Run(Generic[E]):
             checkpoint=self.checkpoint,
         )
 
-    def _prepare_files(self, sources: Sources | Mapping[str, Sources] | None) -> None:
-        remove_earlier_run(self.config, self.task.files)
-        if sources is not None and self.output_dir is not None:
-            save_sources(self.output_dir, sources)
-
     def _reporter(self) -> Reporter:
         made: list[Reporter] = []  # a Reporter cannot be broadcast: rank 0 keeps this one, the others make a silent one
         steps = self.total_steps, self.state.step
@@ -182,10 +182,12 @@ class Run(Generic[E]):
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
         examples = [*self._own(), *self.data.eval]
         config = self.config
-        if self.state.step and config.prefix_cache is None and not processes.is_sharded(self.model):
+        as_before = bool(self.state.step) and config.prefix_cache is None and not processes.is_sharded(self.model)
+        if as_before:
             config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
         passes = math.ceil(self.total_steps / self.steps_per_epoch)
         use, why = choose_cache(self.model, config, examples, passes)
+        why = "as before the run was stopped" if as_before else why
         self.state.prefix_cached = use
         layers, depth = self.model.prefix_length, len(self.model.layers)
         reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
@@ -321,9 +323,14 @@ class Run(Generic[E]):
 
     def _save_checkpoint(self) -> None:
         if self.output_dir is not None:
+            processes.on_rank_zero(self._save_sources)
             gathered = self.engine.gathered()
             with self.engine.with_parameters(gathered.parameters):
                 self.checkpoint = checkpoint.save_checkpoint(self.output_dir, self.state, gathered, self._save_model)
+
+    def _save_sources(self) -> None:
+        if self.sources is not None and self.output_dir is not None:
+            save_sources(self.output_dir, self.sources)
 
     def _save_model(self, directory: Path) -> None:
         self.task.save(directory, self.config)
@@ -358,6 +365,11 @@ class Run(Generic[E]):
             )
 
     def _finish(self, reporter: Reporter) -> None:
+        if skipped := self.state.skipped_steps:
+            problem = f"{skipped} of {self.total_steps} steps had gradients beyond fp16 and changed nothing"
+            if skipped == self.total_steps:
+                raise NonFiniteError(self.total_steps, problem, self.checkpoint)
+            reporter.say(problem)
         self._evaluate(reporter)
         self._save_checkpoint()
         with self.engine.with_parameters(self.engine.gathered().parameters):

@@ -25,8 +25,19 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Steps of warmup: ``config.warmup``, or that share of all steps, rounded up, if it is below 1."""
-    return int(config.warmup) if config.warmup >= 1 else math.ceil(config.warmup * total_steps)
+    """Steps of warmup: ``config.warmup``, or that share of all steps, rounded up, if it is below 1.
+
+    A share leaves a step after the warmup, because the first step of a warmup has the learning rate 0.
+    """
+    if config.warmup >= 1:
+        return int(config.warmup)
+    return min(math.ceil(config.warmup * total_steps), max(total_steps - 1, 0))
+
+
+def check_lr(config: TrainConfig) -> None:
+    """Raise ``ValueError`` if no step would change anything. A saved configuration may say so."""
+    if config.lr == 0:
+        raise ValueError("lr: expected a number above 0, with which a step changes something, got 0")
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:
@@ -36,10 +47,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_s
     (linear), lr·(1 + cos(π(n−w)/(N−w)))/2 (cosine), or lr (constant).
 
     Raises:
-        ValueError: the warmup is longer than the run.
+        ValueError: the warmup is longer than the run, or no step has a learning rate above 0.
     """
+    check_lr(config)
     warmup = warmup_steps(config, total_steps)
     if warmup > total_steps:
         raise ValueError(f"warmup: expected at most the run's {total_steps} steps, got {warmup}")
+    if warmup == total_steps == 1:
+        raise ValueError("warmup: expected 0 in a run of one step, which a warmup gives the learning rate 0, got 1")
     name = _TRANSFORMERS_NAMES[config.schedule]
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)

@@ -23,6 +23,10 @@ from adapterkern.model.digest import is_sharded as is_sharded
 T = TypeVar("T")
 
 
+class OtherProcessError(RuntimeError):
+    """Another process has failed, which says so itself; the message names it and its error."""
+
+
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -68,7 +72,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 and return its result on every rank. If it raises, every rank raises.
 
     Raises:
-        RuntimeError: on the other ranks, with rank 0's error in its message.
+        OtherProcessError: on the other ranks, with rank 0's error in its message.
     """
     if world_size() == 1:
         return work()
@@ -83,7 +87,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise RuntimeError(f"process 0: {outcome[1]}")
+        raise OtherProcessError(f"process 0: {outcome[1]}")
     return outcome[0]
 
 
@@ -107,7 +111,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
         raise failure
     for number, problem in enumerate(problems):
         if problem is not None:
-            raise RuntimeError(f"process {number}: {problem}")
+            raise OtherProcessError(f"process {number}: {problem}")
     return results[0]
 
 

@@ -113,12 +113,17 @@ class Sources:
     num_layers: int | None = None
     dtype: str = "fp32"
     eval_data: str | None = None
+    tokenizer: str | None = None  # a digest of its tokens
 
 
 def save_sources(directory: Path, sources: Sources | Mapping[str, Sources]) -> None:
-    """Write ``sources.json`` into a run's folder, or one into each subfolder that a mapping names."""
+    """Write ``sources.json`` into a run's folder, or one into each subfolder of a mapping. Paths are absolute."""
     for folder, of_folder in (sources if isinstance(sources, Mapping) else {"": sources}).items():
-        write_json(directory / folder / SOURCES_NAME, dataclasses.asdict(of_folder))
+        fields = dataclasses.asdict(of_folder)
+        for name in ("model", "eval_data"):
+            if fields[name] is not None and os.path.exists(fields[name]):  # a hub name stays
+                fields[name] = os.path.abspath(fields[name])
+        write_json(directory / folder / SOURCES_NAME, fields)
 
 
 def load_sources(directory: str | os.PathLike[str]) -> Sources:
@@ -136,7 +141,8 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
                 path = step.parent.parent / absolute.relative_to(step) / SOURCES_NAME  # the run's, or its tasks/NAME's
                 break
     saved = read_json(path)
-    kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None}
+    saved.setdefault("tokenizer", None)  # since 0.2
+    kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None, "tokenizer": str | None}
     for name, kind in kinds.items():
         if not isinstance(saved.get(name), kind):
             raise ValueError(f"{path}: {name}: expected {kind}, got {saved.get(name)!r}")

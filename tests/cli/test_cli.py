@@ -77,7 +77,7 @@ def test_eval_of_a_checkpoint_of_a_killed_run(
     assert cli.main(["eval", str(copy), *both]) == 0
     assert accuracy(capsys.readouterr().out) == scored
     assert cli.main(["eval", str(checkpoint), "--backbone-layers", "0"]) == 1
-    assert "num_layers: expected an integer from 1 to 4, got 0" in capsys.readouterr().err
+    assert "--backbone-layers: expected an integer from 1 to 4, got 0" in capsys.readouterr().err
 
 
 def test_demo_on_your_own_files(
@@ -108,16 +108,19 @@ def test_an_existing_run_is_not_overwritten(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "nowhere"], "nowhere/sources.json"),
-        (["demo", "--train", "x.csv"], "train_file, eval_file: expected both or neither, got one"),
+        (["eval", "nowhere"], "eval: nowhere: no such folder"),
+        (["demo", "--train", "x.csv"], "demo: --train, --eval: expected both files or neither, got one"),
         (["budget", "--model-config", "gpt-5", "--max-params", "1e6"], "--model-config: expected a config.json"),
         (["budget", "--model-config", "llama-7b", "--max-params", "100"], "--max-params: expected at least 20,481"),
         (
             ["budget", "--model-config", "llama-7b", "--max-params", "8e6", "--depth", "0"],
-            "--depth: expected an integer >= 1",
+            "--depth: expected an integer from 1 to 32, got 0",
         ),
-        (["train", "--model", "/no/such.gguf", "--train", "x", "--output", "{tmp}"], "model: no file /no/such.gguf"),
-        (["train", "--model", "./no", "--train", "x", "--output", "{tmp}"], "model: no folder no"),
+        (
+            ["train", "--model", "/no/such.gguf", "--train", "x", "--output", "{tmp}"],
+            "train: --model: no file /no/such.gguf",
+        ),
+        (["train", "--model", "./no", "--train", "x", "--output", "{tmp}"], "train: --model: no folder no"),
     ],
 )
 def test_errors_are_one_line_and_status_1(

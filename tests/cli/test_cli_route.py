@@ -43,5 +43,5 @@ def test_what_cannot_be_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train(model_folder, files, tmp_path / "run", "--no-skip", "--cost", "1") == 1
-    assert "cost: expected 0 with skip=False" in capsys.readouterr().err
+    assert "--cost: expected 0 with --no-skip" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -274,7 +274,7 @@ def test_saved_together_used_alone_and_together(tmp_path: Path) -> None:
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_may_begin_again(tmp_path: Path) -> None:
-    """Until then the tasks' folders hold nothing but what a command writes there."""
+    """Until then nothing is written."""
     data = {name: DATA[name] for name in "ab"}
     sources = {f"tasks/{name}": Sources("somewhere") for name in data}
     task = MultiTask(many_adapters(), ["a", "b"])
@@ -282,7 +282,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_may_begin_again(tmp_path
         task.model.adapter_parameters("b")[0].fill_(math.nan)
     with pytest.raises(NonFiniteError):
         train(task.model, data, config(output_dir=tmp_path), tokenizer=TOKENIZER, task=task, sources=sources)
-    assert {path.name for path in (tmp_path / "tasks").rglob("*") if path.is_file()} == {"sources.json"}
+    assert not list(tmp_path.iterdir())
     together(MultiTask(many_adapters(), ["a", "b"]), data, output_dir=tmp_path, max_steps=1)
 
 
@@ -397,7 +397,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert again["b/accuracy"] == accuracy
     for wrong, message in (
-        (["--data", "a", "x.csv"], "--data: expected NAME TRAIN [EVAL], each name once, got a x.csv"),
+        (["--data", "a", "x.csv"], "--data: expected each name once, got a twice"),
         (["--adapters", "z", "{}"], "--adapters: expected a task among a, b, got 'z'"),
         (["--adapters", "a", "[]"], "--adapters: expected a JSON object of fields, got []"),
         (["--adapters", "a", "{bad"], "--adapters: expected a JSON object of fields, got {bad: "),

@@ -106,16 +106,16 @@ def test_a_signal_to_one_process_stops_both_at_one_step(folder: Path) -> None:
 def test_errors_reach_both_processes(folder: Path) -> None:
     first, second = (found(folder, rank) for rank in range(2))
     assert first["folder"].startswith("FileExistsError: output_dir:")
-    assert second["folder"] == f"RuntimeError: process 0: {first['folder']}"
+    assert second["folder"] == f"OtherProcessError: process 0: {first['folder']}"
     for each in (first, second):
         assert each["cache"].startswith("ValueError: prefix_cache: expected None or False, because the backbone is")
         assert each["fp16"].startswith("ValueError: precision: expected fp32 or bf16 with shard=True")
     for name, error in (("metrics", "IsADirectoryError: [Errno 21] not written"), ("damaged", "ValueError: ")):
         assert first[name].startswith(error)
         assert "metrics.jsonl" in first[name]
-        assert second[name] == f"RuntimeError: process 0: {first[name]}"
+        assert second[name] == f"OtherProcessError: process 0: {first[name]}"
     assert second["full"] == "OSError: prefix_cache: no room"
-    assert first["full"] == f"RuntimeError: process 1: {second['full']}"
+    assert first["full"] == f"OtherProcessError: process 1: {second['full']}"
 
 
 def test_one_process_cannot_be_split() -> None:

@@ -1,6 +1,7 @@
 """Ctrl-C, with a real signal to a real process."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapterkern.training import train
+from adapterkern.training.run import interrupt
 from adapterkern.training.run.checkpoint import checkpoints
 from adapterkern.training.run.interrupt import StopRequest
 from tests.support import tiny_run
@@ -38,7 +40,7 @@ print(result.stopped, result.steps, flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Signals) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
@@ -69,15 +71,48 @@ def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Sig
     assert tiny_run.same_bits(tiny_run.weights(model, resumed.head), tiny_run.weights(whole_model, whole.head))
 
 
-def test_a_second_signal_does_not_wait() -> None:
+def test_the_terminal_goes_away(tmp_path: Path) -> None:
+    """SIGHUP, and from then on every write to the bar's terminal fails."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = SCRIPT.replace("sys.stdin.readline()", "import time; time.sleep(1)")  # nothing can be read, either
+    arguments = ["-c", script, str(tmp_path / "run"), repr(VALUES)]
+    process, terminal = pty.fork()
+    if not process:
+        os.execve(sys.executable, [sys.executable, *arguments], environment)
+    shown = b""
+    while b"go\r\n" not in shown:
+        shown += os.read(terminal, 4096)
+    assert b"/12" in shown  # the bar
+    os.close(terminal)
+    os.waitpid(process, 0)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000005"]
+
+
+def test_a_second_signal_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it comes with the first: a launcher passes on what the terminal has sent to all."""
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         assert not stop
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.signal_name == "SIGINT"
+        monkeypatch.setattr(interrupt, "_SAME_REQUEST", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
+    """SIGHUP under nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            assert not stop
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_stopped_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_an_evaluation_names_what_is_cut(caplog: pytest.LogCaptureFixture) -> No
 
 def test_causal_lm_says_how_much_is_learned(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "w1 w2", "completion": " w3"}, {"prompt": "w1", "completion": " w2 w3"}]
-    (line,) = said(tiny_run.quiet(progress=True, task="causal-lm", max_steps=1), capsys, rows)
+    (line,) = said(tiny_run.quiet(progress=True, task="causal-lm", max_steps=1, batch_size=2), capsys, rows)
     assert line == "train  2 texts; 8 tokens, 5 learned; a text has 4 (median), 4 (longest)"
 
 

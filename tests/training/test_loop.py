@@ -14,6 +14,7 @@ from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
+from adapterkern.training.run.lock import LOCK_NAME
 from adapterkern.training.saved import Sources
 from adapterkern.training.task import Task
 from tests.support import tiny_run
@@ -160,6 +161,32 @@ def test_too_many_fp16_skips_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(NonFiniteError, match="step 4: 4 consecutive steps had gradients beyond fp16") as error:
         run(precision="fp16", max_skipped_steps=3)
     assert error.value.step == 4
+
+
+def test_a_run_whose_every_step_was_skipped_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grown(monkeypatch, 2.0**40)
+    with pytest.raises(NonFiniteError, match="step 6: 6 of 6 steps had gradients beyond fp16 and changed nothing"):
+        run(precision="fp16", epochs=1, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run" / "task.json").exists()
+    run(precision="fp16", epochs=6, max_skipped_steps=36, progress=True)
+    assert "of 36 steps had gradients beyond fp16 and changed nothing" in capsys.readouterr().err
+
+
+def test_the_only_step_of_a_run_has_a_learning_rate() -> None:
+    result = run(max_steps=1, log_every=1)  # the first step of a warmup, whose share would be one step, has 0
+    assert result.history[0]["lr"] == 0.0  # after it
+    model = tiny_run.model()
+    before = tiny_run.weights(model)
+    train(model, ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER)
+    assert not tiny_run.same_bits(before, tiny_run.weights(model))
+
+
+def test_rows_fewer_than_a_step_s_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    run(batch_size=len(ROWS) + 1, epochs=1, progress=True)
+    said = f"{len(ROWS)} training rows are fewer than a step's {len(ROWS) + 1}"
+    assert said in capsys.readouterr().err
 
 
 # Numbers that are not finite
@@ -339,7 +366,7 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path: Path) -> Non
 
 
 def test_sources_alone_are_no_earlier_run(tmp_path: Path) -> None:
-    """A run that was killed before its first checkpoint leaves only them: there is nothing to resume."""
+    """A run of 0.1.0 that was killed before its first checkpoint left only them: there is nothing to resume."""
     for folder in (tmp_path, tmp_path / "tasks" / "a"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sources.json").write_text("{}")
@@ -371,7 +398,7 @@ def test_an_earlier_run_s_card_and_sources_go_with_it(
         tokenizer=TOKENIZER,
         sources=Sources("model"),
     )
-    assert sorted(seen) == ["README.md", "sources.json"] if own else ["sources.json"]
+    assert sorted(seen) == [LOCK_NAME, "README.md"] if own else [LOCK_NAME]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

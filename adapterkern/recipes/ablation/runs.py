@@ -42,6 +42,7 @@ from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import Rows, load_examples
 from adapterkern.training.data.prefix import PrefixCache, choose_cache, prefix_fingerprint
 from adapterkern.training.run import checkpoint
+from adapterkern.training.run.lock import locked
 from adapterkern.training.run.report import METRICS_NAME
 from adapterkern.training.run.results import NonFiniteError, TrainResult
 
@@ -91,6 +92,7 @@ def run_study(
         say: called with one line per run.
 
     Raises:
+        BlockingIOError: another study is running in ``output``.
         DataError: unusable rows; the message names file and line.
         TypeError, ValueError: a value that a configuration does not accept, an ``ablation.csv`` with other columns, or
             an ``output`` that holds a model or another program's ``study.json``. All are raised before the first run.
@@ -99,7 +101,8 @@ def run_study(
     check_owner(output / STUDY_NAME, "adapterkern", lambda saved: "vary" in saved)
     model = LlamaAdapter(llama, study.adapter)
     try:
-        return _Runner(study, model, train_data, eval_data, output, tokenizer, say).go()
+        with locked(output):
+            return _Runner(study, model, train_data, eval_data, output, tokenizer, say).go()
     finally:
         model.unload()
 

@@ -4,6 +4,7 @@ Backbone: the first 8 layers of SmolLM2-135M-Instruct. Texts: Reuters-21578 R8, 
 downloads both.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -23,6 +24,7 @@ from adapterkern.training import processes
 from adapterkern.training.api import train
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.prefix import PrefixCache
+from adapterkern.training.run.lock import check_writable, locked
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.saved import Sources
 
@@ -79,6 +81,7 @@ def run_demo(
         eval_file = draw_texts(R8_TEST, EVAL_TEXTS, TRAINING.seed, exclude=frozenset(column(train_file, "text")))
     source = model or os.fspath(obtain(MODEL))
     fetched = time.perf_counter()
+    check_writable(output)
     llama, tokenizer = load_backbone(source, num_layers=num_layers)
     torch.manual_seed(TRAINING.seed)
     adapted = LlamaAdapter(llama, ADAPTERS)
@@ -87,23 +90,24 @@ def run_demo(
     cache = PrefixCache()
     runs: list[Run] = []
     # The adapters first: the head alone needs all layers, which continue from the cached prefix below the adapters.
-    for name, folder, train_adapters in (("head + adapters", "adapters", True), ("head alone", "head", False)):
-        config = dataclasses.replace(
-            TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
-        )
-        sources = Sources(source, num_layers, eval_data=os.fspath(eval_file.resolve()))
-        result = train(
-            adapted,
-            train_file,
-            config,
-            tokenizer=tokenizer,
-            eval_data=eval_file,
-            cache=cache,
-            sources=sources,
-        )
-        if result.stopped:
-            return runs
-        runs.insert(0, _line(name, result))
+    with locked(output) if processes.is_rank_zero() else contextlib.nullcontext():
+        for name, folder, train_adapters in (("head + adapters", "adapters", True), ("head alone", "head", False)):
+            config = dataclasses.replace(
+                TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
+            )
+            sources = Sources(source, num_layers, eval_data=os.fspath(eval_file.resolve()))
+            result = train(
+                adapted,
+                train_file,
+                config,
+                tokenizer=tokenizer,
+                eval_data=eval_file,
+                cache=cache,
+                sources=sources,
+            )
+            if result.stopped:
+                return runs
+            runs.insert(0, _line(name, result))
     if processes.is_rank_zero():
         _print_table(runs, train_file, eval_file)
     _say(f"{time.perf_counter() - fetched:.0f} s in total, after {fetched - start:.0f} s for obtaining the files")

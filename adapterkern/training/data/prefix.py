@@ -235,7 +235,7 @@ def choose_cache(
         ValueError: the cache is requested but impossible, for example because the backbone has dropout.
     """
     if config.prefix_cache is False:
-        return False, "prefix_cache=False"
+        return False, "it was not wanted"
     dropout = getattr(model.config, "attention_dropout", 0.0)
     obstacle = ""
     if model.prefix_length == 0:

@@ -10,6 +10,7 @@ from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 from torch import nn
 
 from adapterkern.model.decoder import modes_kept
+from adapterkern.training.parallel.extension import waits_told
 
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -29,12 +30,14 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         if (state.mixed_precision, state.device.type) != (mixed, device.type):
             AcceleratorState._reset_state(reset_partial_state=state.device.type != device.type)
     # With cpu=True accelerate ignores DeepSpeed.
-    cpu = device.type == "cpu" and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    cpu = device.type == "cpu" and not deepspeed
     # Overrides ACCELERATE_GRADIENT_ACCUMULATION_STEPS, by which accelerate would divide every gradient.
     undivided = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(
-        mixed_precision=mixed, cpu=cpu, device_placement=False, gradient_accumulation_plugin=undivided
-    )
+    with waits_told() if deepspeed else contextlib.nullcontext():  # DeepSpeed compiles its collectives
+        accelerator = Accelerator(
+            mixed_precision=mixed, cpu=cpu, device_placement=False, gradient_accumulation_plugin=undivided
+        )
     accelerator.sync_gradients = True  # process-wide state; a user's own loop may have left it False
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         engine = accelerator.distributed_type.value

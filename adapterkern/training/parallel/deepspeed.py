@@ -20,6 +20,7 @@ from adapterkern.model.extra import has_tied_copies
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.parallel.engine import Engine
+from adapterkern.training.parallel.extension import waits_told
 from adapterkern.training.run.checkpoint import Gathered
 from adapterkern.training.task import Task
 
@@ -82,7 +83,8 @@ class Zero(Engine):
             autocast = torch.autocast(self.task.model.device.type, torch.bfloat16)
             self.task.forward = autocast(self.task.forward)  # type: ignore[method-assign]
         loaded = {name: self.optimizer.state.pop(p) for name, p in self.parameters.items() if p in self.optimizer.state}
-        self.run, stepper = self.accelerator.prepare(self.task, self.optimizer)
+        with waits_told():  # it compiles extensions
+            self.run, stepper = self.accelerator.prepare(self.task, self.optimizer)
         self._zero = stepper.optimizer
         self._make_state(loaded)
 

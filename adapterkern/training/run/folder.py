@@ -8,9 +8,9 @@
 A checkpoint's folder holds what the task saves too, and can be loaded in the same way.
 """
 
+import contextlib
 import shutil
-import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from adapterkern.model.files.card import CARD_NAME, MARK, Training, write_card
 from adapterkern.model.files.folder import ADAPTER_FILES, OLD_WEIGHTS_NAME, adapter_files
 from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS
 from adapterkern.training.run.checkpoint import checkpoints, remove_leftovers, saved_names
+from adapterkern.training.run.lock import check_writable, locked
 from adapterkern.training.run.report import DATA_NAME, METRICS_NAME, PLOT_NAME, read_metrics
 from adapterkern.training.saved import CHECKPOINTS, SOURCES_NAME, TASK_NAME
 
@@ -34,35 +36,57 @@ _MARKS = dict.fromkeys((TASK_NAME, HEAD_CONFIG, "routing_config.json", "multitas
 _MARKS |= {SOURCES_NAME: "model", "distillation.json": "temperature"}
 
 
-def prepare_folder(config: TrainConfig, files: Sequence[str]) -> None:
-    """Make ``output_dir``, and check that this run may write there. Nothing of an earlier run is removed yet.
+@contextlib.contextmanager
+def run_folder(config: TrainConfig, files: Sequence[str]) -> Iterator[None]:
+    """Hold ``output_dir`` inside the block, a run: rank 0 locks it. Nothing of an earlier run is removed yet.
+
+    Raises:
+        what ``check_output`` raises, on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.on_rank_zero(lambda: _enter(stack, config, files))
+        yield
+
+
+def _enter(stack: contextlib.ExitStack, config: TrainConfig, files: Sequence[str]) -> None:
+    if config.output_dir is None:
+        return
+    directory = Path(config.output_dir)
+    check_output(config, files)
+    stack.enter_context(locked(directory))
+    if config.resume:
+        remove_leftovers(directory)
+        for name in (*_FILES, *files, CARD_NAME):
+            remove_temporaries(directory / name)
+
+
+def check_output(config: TrainConfig, files: Sequence[str]) -> None:
+    """Check that a run may write to ``output_dir``, before anything that takes time. Writes nothing.
 
     Args:
         files: what the task saves.
 
     Raises:
+        BlockingIOError: another run is writing there.
         ValueError: a model, another library's adapter or another program's file is there that this run would replace.
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
-        OSError: the folder is not writable, which is checked now rather than after the training.
+        FileNotFoundError: with ``resume``, there is no checkpoint.
+        OSError: the folder is not writable.
     """
     if config.output_dir is None:
         return
     directory = Path(config.output_dir)
+    check_writable(directory)
     _check_owned(directory, {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME})
     if config.resume:
-        remove_leftovers(directory)
-        for name in (*_FILES, *files, CARD_NAME):
-            remove_temporaries(directory / name)
+        newest_checkpoint(directory)
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=directory):
-        pass
     # sources.json alone is not a run: it is written before the first checkpoint.
     found = [name for name in (*_FILES, *files, *_EARLIER_FILES, CHECKPOINTS) if (directory / name).exists()]
     if found and not config.overwrite:
         raise FileExistsError(
-            f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True, --resume), "
-            "replace it (overwrite=True, --overwrite), or name another folder"
+            f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True), "
+            "replace it (overwrite=True), or name another folder"
         )
 
 

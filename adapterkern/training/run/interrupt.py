@@ -2,20 +2,25 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal is gone, as when ssh loses its line
+# Under a launcher one Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on.
+_SAME_REQUEST = 0.5  # seconds
 
 
 class StopRequest:
-    """Inside the block the first SIGINT or SIGTERM only sets ``signal_name``; a second raises ``KeyboardInterrupt``.
+    """Inside the block a first signal to stop only sets ``signal_name``; a later one raises ``KeyboardInterrupt``.
 
-    Outside the main thread it does nothing, because Python delivers signals only there.
+    A signal that was ignored stays ignored: SIGHUP under nohup. Outside the main thread it does nothing, because
+    Python delivers signals only there.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
@@ -23,7 +28,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            for number in _SIGNALS:
+                # None: set by a program that Python is embedded in, and not to be set back by Python
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -31,6 +39,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self:
+        now = time.monotonic()
+        if not self:
+            self.signal_name, self._at = signal.Signals(number).name, now
+        elif now - self._at > _SAME_REQUEST:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name

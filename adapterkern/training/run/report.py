@@ -4,12 +4,14 @@
 ``"eval"``. A resumed run first drops the lines after its checkpoint, so the file reads like an uninterrupted run's.
 """
 
+import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
@@ -25,6 +27,33 @@ logger = logging.getLogger(__name__)
 DATA_NAME = "data_summary.json"
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "training.png"
+
+
+class _Stderr:
+    """``sys.stderr``, whose loss (a closed terminal, ``| head``) stops no run: metrics.jsonl has all that is shown."""
+
+    @property
+    def file(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # while a bar is shown rich stands in its place
+
+    @property
+    def encoding(self) -> str:
+        return self.file.encoding
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+            self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.file.flush()
+
+    def isatty(self) -> bool:
+        return self.file.isatty()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
 
 class Reporter:
@@ -49,7 +78,7 @@ class Reporter:
                 self.history = [r for r in self.history if (r["step"], r["kind"]) != (step, "eval")]
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
-        self.console = Console(stderr=True, quiet=not show)
+        self.console = Console(file=cast("IO[str]", _Stderr()), quiet=not show)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),

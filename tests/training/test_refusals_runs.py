@@ -1,0 +1,61 @@
+"""What a run refuses: its folder, its steps. One row each: what provokes it, the error, its message."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterkern.model.config import AdapterConfig
+from adapterkern.training import train
+from adapterkern.training.run.lock import locked
+from tests.support import tiny_run
+
+
+def run(**values: Any) -> Any:
+    return train(tiny_run.model(), tiny_run.rows(8), tiny_run.quiet(**values), tokenizer=tiny_run.tokenizer())
+
+
+def in_a_file(folder: Path) -> None:
+    (folder / "file").touch()
+    run(output_dir=folder / "file" / "run")
+
+
+def in_use(folder: Path) -> None:
+    with locked(folder):
+        run(output_dir=folder)
+
+
+def read_only(folder: Path) -> None:
+    run(output_dir="/proc/adapterkern")
+
+
+ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
+    ("in a file", in_a_file, NotADirectoryError, r"output_dir: expected a folder, got .*file/run, which is or is in a"),
+    (
+        "in use",
+        in_use,
+        BlockingIOError,
+        r"output_dir: .* is in use by process \d+ on .*: wait for it, stop it",
+    ),
+    ("read only", read_only, OSError, r"output_dir: expected a folder to write to, got /proc/adapterkern: "),
+    ("nothing to resume", lambda f: run(output_dir=f, resume=True), FileNotFoundError, "resume: expected a checkpoint"),
+    ("lr 0", lambda f: run(lr=0.0), ValueError, "lr: expected a number above 0, with which a step changes something"),
+    ("long warmup", lambda f: run(warmup=9), ValueError, "warmup: expected at most the run's 4 steps, got 9"),
+    ("warmup of all", lambda f: run(max_steps=1, warmup=1), ValueError, "warmup: expected 0 in a run of one step"),
+    ("no epochs", lambda f: run(epochs=0), ValueError, "epochs: expected an integer >= 1, got 0"),
+    ("deep", lambda f: AdapterConfig(depth=1000), ValueError, "depth: expected at most 32 adapters, which run one"),
+    (
+        "two widths",
+        lambda f: AdapterConfig(adapter_dim=8, max_params=1000),
+        ValueError,
+        "max_params: expected None together with adapter_dim=8, because a budget decides adapter_dim; got 1000",
+    ),
+]
+
+
+@pytest.mark.parametrize(("provoke", "error", "message"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_refused(provoke: Callable[[Path], Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        provoke(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["file"])

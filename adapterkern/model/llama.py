@@ -27,6 +27,7 @@ from adapterkern.model.decoder import (
 )
 from adapterkern.model.extra import attach, detach
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
+from adapterkern.model.logits import WithLogits
 from adapterkern.model.prefix import Split
 from adapterkern.model.reference import same_weights
 from adapterkern.model.running import Running
@@ -39,7 +40,7 @@ _DEFAULT = AdapterConfig()
 logger = logging.getLogger(__name__)
 
 
-class LlamaAdapter(Running, Split, Saved):
+class LlamaAdapter(Running, Split, WithLogits, Saved):
     """A frozen ``LlamaForCausalLM`` (or another decoder of its structure) with adapters on its residual stream.
 
     Args:
@@ -108,7 +109,9 @@ class LlamaAdapter(Running, Split, Saved):
         keep = given.get("logits_to_keep")
         if given.get("labels") is None or isinstance(keep, Tensor) or keep:
             return False
-        return reads(self.get_output_embeddings()) and has_plain_loss(self.base)
+        if not reads(self.get_output_embeddings()) or not has_plain_loss(self.base):
+            return False
+        return self.logits_path.plain and not self.logits_path.added
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The backbone's ``generate``, with the active adapter, or with one of ``adapter_names`` per prompt."""
@@ -251,6 +254,8 @@ class LlamaAdapter(Running, Split, Saved):
     @liger.setter
     def liger(self, value: bool) -> None:
         if checks.flag("liger", value) != self._liger:
+            if value:
+                _ = self.logits_path  # found now, not within a step, where the model may be sharded
             (use_liger if value else without_liger)(self.base)
             self._liger = value
 

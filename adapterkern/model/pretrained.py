@@ -191,7 +191,7 @@ class Wrapped(PreTrainedModel):
         """Not needed: ``load_adapter`` and ``set_adapter`` compile nothing anew for adapters of one shape."""
         raise NotImplementedError("enable_peft_hotswap: expected a PEFT adapter; use load_adapter and set_adapter")
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:

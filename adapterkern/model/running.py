@@ -253,13 +253,26 @@ class RunningSite:
 
     def __init__(self, model: Running, index: int) -> None:
         self.model, self.index = model, str(index)
+        self.width = model.config.hidden_size
 
     def has(self, position: str) -> bool:
         return self._at(position) is not None
 
     def run(self, position: str, hidden: Tensor) -> Tensor:
         adapters = self._at(position)
-        return hidden if adapters is None else adapters(hidden)
+        if adapters is None:
+            return hidden
+        if hidden.shape[-1] != self.width:
+            raise ValueError(
+                f"llama: expected layers that pass on {self.width} channels, which is config.hidden_size, got "
+                f"{type(self.model.base).__name__}, whose pass on {hidden.shape[-1]}: no adapter can run on this backbone"
+            )
+        if hidden.dim() != 3 and self.model._mixture is not None:
+            raise ValueError(
+                f"adapter_names: expected None for {type(self.model.base).__name__}, whose layers pass on several "
+                f"streams per token (their output has shape {tuple(hidden.shape)}): all rows of a batch run one adapter"
+            )
+        return adapters(hidden)
 
     def _at(self, position: str) -> Callable[[Tensor], Tensor] | None:
         active, enabled, mixture, _ = self.model._state

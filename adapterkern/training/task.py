@@ -80,6 +80,11 @@ class Task(nn.Module, Generic[E]):
         return next(c.__name__ for c in type(self).__mro__ if not issubclass(c, FSDPModule))
 
     @property
+    def backbones(self) -> list[Any]:
+        """The transformers models that run on the task's batches."""
+        return [self.model.base]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """JSON values that a run's numbers depend on besides its ``TrainConfig``."""
         return {}
@@ -96,7 +101,7 @@ class Task(nn.Module, Generic[E]):
         The first call is with the training rows and makes the head if there is none.
         """
         examples, names = load_examples(rows, config, tokenizer, None if self.head is None else self.head.labels)
-        check_vocabulary(examples, self.model.decoder.embed_tokens.num_embeddings)
+        check_vocabulary(examples, self.model.get_input_embeddings().num_embeddings)
         if config.task == "causal-lm":
             if self.head is not None:
                 raise ValueError("head: expected None for causal-lm, which uses the backbone's LM head, got one")
@@ -176,8 +181,8 @@ class Task(nn.Module, Generic[E]):
             return scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training)
         # Only the states that predict targets: scores of prompts and padding would waste tokens × vocabulary of memory.
         states, head = hidden.flatten(0, 1)[batch["positions"]], self.model.get_output_embeddings()
-        if not (self.model.liger and liger.reads(head)):
-            return scored(head(states), targets, count=not self.training)
+        if not (self.model.liger and liger.reads(head) and self.model.logits_path.plain):
+            return scored(self.model.logits_of(states), targets, count=not self.training)
         loss, best = liger.linear_cross_entropy(states, head, targets)
         return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
@@ -301,10 +306,19 @@ def run_evaluation(
 
 
 def check_lm_head(model: LlamaAdapter) -> None:
-    """Raise ``ValueError`` if the backbone has no LM head, or transforms its logits."""
-    config: Any = model.config
-    if model.base.get_output_embeddings() is None:
-        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, got {type(model.base).__name__}")
-    for name, neutral in (("logits_scaling", 1), ("logit_scale", 1), ("final_logit_softcapping", None)):
-        if getattr(config, name, neutral) not in (neutral, None):
-            raise ValueError(f"model: expected plain logits for causal-lm, got {name}={getattr(config, name)}")
+    """Ask the backbone anew how it computes its logits; warn if its own loss adds something to their cross-entropy.
+
+    Raises:
+        ValueError: it has no LM head, or its logits do not follow from its last hidden states.
+    """
+    model.__dict__.pop("logits_path", None)
+    path = model.logits_path
+    if path.obstacle:
+        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, but {path.obstacle}")
+    if path.added:
+        logger.warning(
+            "causal-lm learns the cross-entropy of the next token; %s's own loss differs from it by %+.3g on eight "
+            "tokens (the balance of its experts, for example), which is not trained",
+            type(model.base).__name__,
+            path.added,
+        )

@@ -19,7 +19,7 @@ from adapterkern.recipes.distillation.keeping import KeptText
 from adapterkern.recipes.distillation.teacher import DISTILLATION_CONFIG
 from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
 from adapterkern.training.task import Feed, Task
-from tests.support import tiny_run
+from tests.support import tiny_llama, tiny_run
 from tests.support.soft_label_reference import Allocations, plain
 
 TOKENIZER = tiny_run.tokenizer()
@@ -142,6 +142,16 @@ class Scaled(GPT2LMHeadModel):
         return out
 
 
+class Lengthened(GPT2LMHeadModel):
+    """Its logits do not follow from its last hidden states alone."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        out = super().forward(input_ids, **kwargs)
+        if input_ids is not None:
+            out.logits = out.logits + input_ids[..., None]
+        return out
+
+
 def test_teachers_that_do_not_fit_are_refused() -> None:
     model = tiny_run.model()
     with pytest.raises(ValueError, match="vocabulary of 128 tokens, got one of 127"):
@@ -151,11 +161,39 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="teacher: expected a transformers causal language model, got Linear"):
         Distillation(model, nn.Linear(2, 2))
     gpt2 = GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
-    with pytest.raises(ValueError, match=r"teacher: expected logits that are .* got Scaled"):
-        KeepBehaviour(model, Scaled(gpt2))
+    with pytest.raises(ValueError, match=r"teacher: expected logits that follow from the last .*, but Lengthened"):
+        KeepBehaviour(model, Lengthened(gpt2))
     Distillation(model, GPT2LMHeadModel(gpt2))  # another architecture is fine
     with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got 0"):
         KeepBehaviour(model, temperature=0)
+
+
+def test_a_model_that_cannot_be_cut_teaches_itself() -> None:
+    """Granite scales its embeddings. Its logits are scaled too, so the loss needs its own."""
+    model = tiny_llama.adapted(tiny_llama.tiny("Granite", embedding_multiplier=12.0, logits_scaling=0.5))
+    assert model.split_obstacle
+    task = Distillation(model, weight=0.5)
+    config = tiny_run.quiet(task="causal-lm")
+    examples = task.load([{"input_ids": list(range(3, 11))}], config, None)
+    loss, others = task.eval()(task.collate(examples, config))
+    ids = torch.arange(3, 11)[None]
+    student = model(ids).logits[0, :-1]
+    with model.disable_adapter():
+        teacher = model(ids).logits[0, :-1]
+    cross_entropy = F.cross_entropy(student, ids[0, 1:], reduction="sum")
+    divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum")
+    torch.testing.assert_close(others[:2], torch.stack([cross_entropy, divergence]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, 0.5 * cross_entropy + 0.5 * divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_whose_positions_count_refuses_left_padding() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    rope |= {"original_max_position_embeddings": 4}
+    teacher = tiny_llama.tiny("Ministral3", head_dim=8, initializer_range=0.2, rope_parameters=rope)
+    task = Distillation(tiny_run.model(), teacher)
+    rows = [{"input_ids": list(range(3, 3 + n))} for n in (14, 5)]
+    with pytest.raises(ValueError, match="padding_side: expected 'right' for Ministral3ForCausalLM"):
+        train(task.model, rows, tiny_run.quiet(task="causal-lm", padding_side="left"), task=task)
 
 
 def test_the_first_layers_share_the_parameters_and_not_the_adapters() -> None:

@@ -11,7 +11,7 @@ from adapterkern.training import ClassificationHead
 from adapterkern.training.data.batches import collate
 from adapterkern.training.data.examples import Example, load_examples
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, pool
-from adapterkern.training.task import Task, check_lm_head
+from adapterkern.training.task import Task
 from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
@@ -67,13 +67,6 @@ def test_classification_counts_what_is_right() -> None:
     assert predicted == scores.argmax(1).tolist()
     assert [p.probability for p in task.predict(batch)] == pytest.approx(scores.softmax(1).amax(1).tolist())
     torch.testing.assert_close(loss, F.cross_entropy(scores, batch["targets"], reduction="sum"))
-
-
-def test_logits_that_are_not_plain_are_refused() -> None:
-    model = tiny_run.model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping=30"):
-        check_lm_head(model)
 
 
 def test_saved_head(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class KeepBehaviour(Taught):
         examples = super().load(rows.rows, config, tokenizer)
         as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
         kept, _ = load_examples(rows.kept, as_text, tokenizer)
-        check_vocabulary(kept, self.model.decoder.embed_tokens.num_embeddings)
+        check_vocabulary(kept, self.model.get_input_embeddings().num_embeddings)
         texts = (
             KeptText(e.input_ids, np.array([IGNORE]), e.positions, cut=e.cut, place=e.place) for e in unpacked(kept)
         )

@@ -19,6 +19,7 @@ from adapterkern.model.decoder import eval_mode
 from adapterkern.model.extra import Replaceable
 from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.logits import LogitsPath, find_logits_path, logits_of
 from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
 from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher, soft_label_loss
 from adapterkern.training.config import TrainConfig
@@ -38,8 +39,8 @@ class Taught(Task[Example]):
     Args:
         model: the student, with its adapters.
         teacher: None is ``model`` with its adapters off; or a transformers causal language model with the same
-            vocabulary, on the same device, whose logits are its output embedding of its last hidden states. It is put
-            into eval mode. It does not become part of this module: it is neither trained nor saved.
+            vocabulary, on the same device, whose logits follow from its last hidden states. It is put into eval mode.
+            It does not become part of this module: it is neither trained nor saved.
         head: a classification head, for a task that has one.
         temperature, weight, divergence, chunk_tokens: see ``SoftLabelSettings``; later ``soft_labels``.
 
@@ -73,12 +74,16 @@ class Taught(Task[Example]):
                 f"teacher, got {', '.join(model.adapter_config().modules_to_save or ())}"
             )
         if teacher is not None:
-            check_teacher(model, teacher)
+            self._teacher_logits = check_teacher(model, teacher)
             teacher.eval()
         self.__dict__["teacher"] = teacher  # not through setattr: a submodule would follow train() and be prepared
 
     def settings_in(self, directory: Path) -> dict[str, Any] | None:
         return read_json(directory / DISTILLATION_CONFIG)
+
+    @property
+    def backbones(self) -> list[Any]:
+        return super().backbones if self.teacher is None else [*super().backbones, self.teacher]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -92,8 +97,11 @@ class Taught(Task[Example]):
     # A forward
 
     def with_prefix(self, batch: Batch) -> Batch:
-        """The batch with its ``prefix``, if the teacher is the model itself: student and teacher both start there."""
-        if "prefix" in batch or self.teacher is not None:
+        """The batch with its ``prefix``, if the teacher is the model itself: student and teacher both start there.
+
+        Without one if the decoder cannot be run in two calls; then both run all layers.
+        """
+        if "prefix" in batch or self.teacher is not None or self.model.split_obstacle:
             return batch
         return batch | {"prefix": self.model.run_prefix(batch["input_ids"], batch["attention_mask"])}
 
@@ -105,6 +113,8 @@ class Taught(Task[Example]):
                 return self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
             start = self.model.prefix_length  # which is all layers once the adapters are off
             with self.model.disable_adapter(), eval_mode(self.model.base):
+                if "prefix" not in batch:
+                    return super().hidden(batch)
                 return self.model.run_suffix(batch["prefix"], batch["attention_mask"], start)
 
     def soft_label_loss(self, hidden: Tensor, taught: Tensor | None, **values: Any) -> SoftLabelLoss:
@@ -112,12 +122,15 @@ class Taught(Task[Example]):
 
         ``values`` are further arguments of ``soft_labels.soft_label_loss``; they go before this task's settings.
         """
-        head = self.model.base.get_output_embeddings()
+        head = self.model.logits_of
         teacher = None
         if taught is not None:
-            teacher = Teacher(taught, head if self.teacher is None else self.teacher.get_output_embeddings())
+            teacher = Teacher(taught, head if self.teacher is None else self._logits_of_teacher)
         settings = dataclasses.asdict(self.soft_labels) | {"count": not self.training}
         return soft_label_loss(hidden, head, teacher, **(settings | values))
+
+    def _logits_of_teacher(self, states: Tensor) -> Tensor:
+        return logits_of(self.teacher, self._teacher_logits, states)
 
     # Files
 
@@ -170,8 +183,8 @@ def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def check_teacher(model: LlamaAdapter, teacher: Any) -> None:
-    """Raise ``ValueError`` if ``teacher`` cannot teach ``model``."""
+def check_teacher(model: LlamaAdapter, teacher: Any) -> LogitsPath:
+    """How ``teacher`` computes its logits. Raises ``ValueError`` if it cannot teach ``model``."""
     if teacher is model.base:
         raise ValueError("teacher: expected None for the model itself with its adapters off, got its backbone")
     head = getattr(teacher, "get_output_embeddings", lambda: None)()
@@ -182,16 +195,10 @@ def check_teacher(model: LlamaAdapter, teacher: Any) -> None:
         raise ValueError(f"teacher: expected the student's vocabulary of {sizes[0]} tokens, got one of {sizes[1]}")
     if teacher.device != model.device:
         raise ValueError(f"teacher: expected it on the student's device {model.device}, got {teacher.device}")
-    # Some models scale or cap their logits, or project the hidden states first. Running it finds all of them.
-    ids = torch.arange(4, device=teacher.device)[None]
-    with torch.no_grad(), eval_mode(teacher):
-        logits = teacher(input_ids=ids, use_cache=False).logits
-        hidden = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        if hidden.shape[-1] != head.weight.shape[1] or not torch.allclose(head(hidden), logits, rtol=1e-2, atol=1e-2):
-            raise ValueError(
-                f"teacher: expected logits that are the output embedding of the last hidden state, got "
-                f"{type(teacher).__name__}, which does more to them"
-            )
+    path = find_logits_path(teacher)
+    if path.obstacle:
+        raise ValueError(f"teacher: expected logits that follow from the last hidden states, but {path.obstacle}")
+    return path
 
 
 def token_metrics(sums: Sequence[float], tokens: int) -> dict[str, float]:

@@ -91,7 +91,7 @@ class QuestionAnswering(Task[Window]):
         bad.settle(config.skip_bad_rows)
         if not windows:
             raise DataError(f"{source}: no questions")
-        check_vocabulary(windows, self.model.decoder.embed_tokens.num_embeddings)
+        check_vocabulary(windows, self.model.get_input_embeddings().num_embeddings)
         used = {window.question.id: window.question for window in windows}.values()
         without = sum(question.answers == () for question in used)
         if without and self.span_settings.null_threshold is None:

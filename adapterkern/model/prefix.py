@@ -4,15 +4,19 @@ Their output does not depend on any adapter, so it can be computed once per exam
 ``LlamaAdapter`` that runs a decoder in two calls: ``Split.run_prefix``, then ``Split.run_suffix``.
 """
 
-import functools
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from adapterkern.model.decoder import Site, decoder_slice, eval_mode
+from adapterkern.model.asking import described, same_numbers, some_tokens
+from adapterkern.model.decoder import Site, decoder_slice, eval_mode, modes_kept
 from adapterkern.model.pretrained import Wrapped
+
+_BELOW = "the layers below the first adapter"
 
 
 class Split(Wrapped):
@@ -31,32 +35,88 @@ class Split(Wrapped):
 
         def check_attached(self) -> None: ...
 
-    @functools.cached_property
+    @property
     def split_obstacle(self) -> str:
-        """Why the decoder cannot be run in two calls; "" if it can. Found once, by running it on four tokens.
+        """Why the decoder cannot be run in two calls, cut after ``prefix_length`` layers; "" if it can."""
+        return self._obstacle_at(self.prefix_length)
+
+    def _obstacle_at(self, cut: int) -> str:
+        """``split_obstacle`` for a cut after so many layers. Found once for each, by running it on four tokens.
 
         Two calls are correct only if the decoder does nothing but run its layers between embeddings and final norm.
-        Some decoders also scale the embeddings, or their norm has another name.
+        Some decoders also scale the embeddings, pass more from layer to layer, or their norm has another name.
         """
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        middle, end = len(self.layers) // 2, len(self.layers)
-        with torch.no_grad(), eval_mode(self.base), self.disable_adapter():
-            try:
-                first, second = decoder_slice(self.decoder, 0, middle), decoder_slice(self.decoder, middle, end)
-            except ValueError as error:
-                return str(error)
-            first.norm = nn.Identity()
-            hidden = first(input_ids=ids, use_cache=False).last_hidden_state
-            split = second(inputs_embeds=hidden, use_cache=False).last_hidden_state
-            unsplit = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        if (split - unsplit).norm() <= 1e-2 * unsplit.norm():
-            return ""
-        return f"{type(self.decoder).__name__} does more than run its layers between embeddings and norm"
+        answers = self.__dict__.setdefault("_obstacles", {})
+        if cut not in answers:
+            answers[cut] = self._find_obstacle(cut)
+        return answers[cut]
 
-    def _check_split(self) -> None:
+    def _find_obstacle(self, cut: int) -> str:
+        name, ids = type(self.decoder).__name__, some_tokens(self, 4)
+        with torch.no_grad(), eval_mode(self.base), self.disable_adapter():
+            unsplit = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            try:
+                first, second = decoder_slice(self.decoder, 0, cut), decoder_slice(self.decoder, cut, len(self.layers))
+                first.norm = nn.Identity()
+                hidden = first(input_ids=ids, use_cache=False).last_hidden_state
+                split = second(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            except Exception as error:  # of any kind: decoders are not written to be run so
+                return f"{name} cannot be run in two calls ({described(error)})"
+        if same_numbers(self, split, unsplit):
+            return ""
+        return f"{name} does more than run its layers between embeddings and norm"
+
+    def _check_split(self, *cuts: int) -> None:
         self.check_attached()
+        for cut in cuts:
+            if obstacle := self._obstacle_at(cut):
+                raise ValueError(f"model: expected a decoder that can be run in two calls, but {obstacle}")
+
+    def reuse_obstacle(self, length: int, one_length: bool = False) -> str:
+        """Why what ``run_prefix`` returns for a text cannot be used again for it in training; "" if it can.
+
+        Found by running the prefix, in training mode too: it may draw random numbers (dropout, a router's jitter,
+        skipped layers), or depend on the length of the batch (RoPE that is scaled by it).
+
+        Args:
+            length: of the longest batch.
+            one_length: whether all batches have this length.
+        """
         if self.split_obstacle:
-            raise ValueError(f"model: expected a decoder that can be run in two calls, but {self.split_obstacle}")
+            return self.split_obstacle
+        with modes_kept(self.base), _random_state_kept(self.base) as state:
+            try:
+                if obstacle := self._random_obstacle(min(64, length), state):
+                    return obstacle
+                if not one_length and self._depends_on_length(length):
+                    how = "RoPE scaled by length, for example"
+                    return f"{_BELOW} give a text other activations in a longer batch ({how})"
+                return ""
+            finally:
+                self._forget_length()
+
+    def _random_obstacle(self, length: int, state: Callable[[], list[object]]) -> str:
+        ids = some_tokens(self, length)
+        self.base.eval()
+        expected = self._run_below(ids)
+        self.base.train()
+        before, first, after, second = state(), self._run_below(ids), state(), self._run_below(ids)
+        if before != after or not same_numbers(self, second, first):
+            return f"{_BELOW} draw random numbers in training (dropout, for example), so no two passes are equal"
+        if not same_numbers(self, first, expected):
+            return f"{_BELOW} compute something else in training than in evaluation"
+        return ""
+
+    def _depends_on_length(self, length: int) -> bool:
+        self.base.eval()
+        self._forget_length()
+        shorter = [self._run_below(some_tokens(self, min(n, length))) for n in (4, 16, max(16, length // 2))]
+        longest = self._run_below(some_tokens(self, length))
+        return not all(same_numbers(self, longest[:, : s.shape[1]], s) for s in shorter)
+
+    def _forget_length(self) -> None:
+        """Run two tokens: some decoders keep what they adjusted to a long batch until a short one comes."""
+        self._run_below(some_tokens(self, 2))
 
     def run_prefix(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
@@ -71,9 +131,14 @@ class Split(Wrapped):
             ValueError: the decoder cannot be run in two calls, see ``split_obstacle``; or the running adapter has
                 embeddings of its own.
         """
-        self._check_split()
+        self._check_split(start, self.prefix_length)
         if self.trains_below():
             raise ValueError("modules_to_save: expected frozen embeddings below a frozen prefix, got trained ones")
+        return self._run_below(input_ids, attention_mask, below, start)
+
+    def _run_below(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         prefix = decoder_slice(self.decoder, start, self.prefix_length)
         prefix.norm = nn.Identity()
         source = {"input_ids": input_ids} if below is None else {"inputs_embeds": below}
@@ -91,9 +156,32 @@ class Split(Wrapped):
         Raises:
             ValueError: the decoder cannot be run in two calls, see ``split_obstacle``.
         """
-        self._check_split()
         start = self.prefix_length if start is None else start
+        self._check_split(start)
         if start > 0:
             hidden = self._site(start - 1).run("layer", hidden)
         suffix = decoder_slice(self.decoder, start, len(self.layers))
         return suffix(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def _random_state_kept(module: nn.Module) -> Iterator[Callable[[], list[object]]]:
+    """Restores the random generators on exit. Gives a function that reads their states, to compare with ``==``."""
+    devices = {p.device for p in module.parameters() if p.device.type in ("cuda", "xpu")}
+
+    def state() -> list[object]:
+        return [
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            *(torch.get_device_module(device).get_rng_state(device).tolist() for device in devices),
+        ]
+
+    pythons, torchs = random.getstate(), torch.get_rng_state()
+    of_devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+    try:
+        yield state
+    finally:
+        random.setstate(pythons)
+        torch.set_rng_state(torchs)
+        for device, kept in of_devices.items():
+            torch.get_device_module(device).set_rng_state(kept, device)

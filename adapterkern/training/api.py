@@ -1,18 +1,20 @@
 """The entry points: ``train`` builds a run and runs it, ``evaluate`` scores what was trained."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from adapterkern.model.asking import check_runs
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import fingerprint
-from adapterkern.training.data.examples import numbered
+from adapterkern.training.data.examples import Example, numbered
+from adapterkern.training.data.padding import check_padding
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
 from adapterkern.training.data.rows import source_name, warn
 from adapterkern.training.data.summary import Summary
@@ -70,7 +72,8 @@ def train(
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is writing to ``output_dir``.
         FileNotFoundError: with ``resume``, there is no checkpoint.
-        TypeError, ValueError: an argument of a wrong type or value; the message names it.
+        TypeError, ValueError: an argument of a wrong type or value, or one that the backbone does not support, such as
+            ``padding_side="left"``; the message names it.
         NotImplementedError: several processes, with an engine or a task that does not support them.
     """
     config = TrainConfig() if config is None else config
@@ -86,6 +89,8 @@ def train(
         names = source_name(train_data), None if eval_data is None else source_name(eval_data)
         summaries = _summaries(task, config, {"train": train_set, "eval": eval_set})
         processes.on_rank_zero(lambda: show_data(summaries, config.progress))
+        with accelerator.autocast():
+            processes.on_every_rank(lambda: _check_backbones(task, config, [*train_set, *eval_set]))
         data = Data(train_set, eval_set, *names, summaries)
         set_seed(config.seed)
         with left_as_found(task), task.running(config):
@@ -125,6 +130,14 @@ def _check_arguments(model: object, config: object, tokenizer: object, head: obj
     for name, value, kind in (("head", head, ClassificationHead), ("cache", cache, PrefixCache)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(value).__name__}")
+
+
+def _check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Raise ``ValueError`` if a backbone of the task does not run on the examples, or not as they are padded."""
+    check_runs(task.model)
+    with task.model.disable_adapter():
+        for llama in task.backbones:
+            check_padding(llama, config, examples)
 
 
 def _state(
@@ -195,9 +208,13 @@ def evaluate(
         for line in summary.cut_warning():
             warn("%s: %s", name, line)
     accelerator = make_accelerator(config.precision, model.device)
+    with accelerator.autocast():
+        _check_backbones(task, config, examples)
     with task.running(config), left_as_found(task):
         feed = Feed(task, config, cache)
-        if cache is not None and choose_cache(model, config, examples, passes=2)[0]:
+        with accelerator.autocast():
+            use = cache is not None and choose_cache(model, config, examples, passes=2)[0]
+        if cache is not None and use:
             feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])
         run = accelerator.prepare_model(task.train(model.training), evaluation_mode=True)
         return run_evaluation(task, run, examples, feed, config)

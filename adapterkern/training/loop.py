@@ -181,13 +181,10 @@ class Run(Generic[E]):
 
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
         examples = [*self._own(), *self.data.eval]
-        config = self.config
-        as_before = bool(self.state.step) and config.prefix_cache is None and not processes.is_sharded(self.model)
-        if as_before:
-            config = dataclasses.replace(config, prefix_cache=self.state.prefix_cached)
         passes = math.ceil(self.total_steps / self.steps_per_epoch)
-        use, why = choose_cache(self.model, config, examples, passes)
-        why = "as before the run was stopped" if as_before else why
+        before = self.state.prefix_cached if self.state.step else None
+        with self.engine.accelerator.autocast():
+            use, why = choose_cache(self.model, self.config, examples, passes, before)
         self.state.prefix_cached = use
         layers, depth = self.model.prefix_length, len(self.model.layers)
         reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")

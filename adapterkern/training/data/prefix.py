@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -199,13 +199,17 @@ def _batches(
     """Texts to compute together, with the length to pad them to. The longest, which need most memory, come first."""
     by_length: dict[int, list[tuple[bytes, Example]]] = {}
     for item in new:
-        n = len(item[1].input_ids)
-        length = config.max_length if config.padding == "max_length" else -(-n // _LENGTH_STEP) * _LENGTH_STEP
-        by_length.setdefault(min(length, config.max_length), []).append(item)
+        by_length.setdefault(_length(item[1], config), []).append(item)
     for length in sorted(by_length, reverse=True):
         items = by_length[length]
         for start in range(0, len(items), config.batch_size):
             yield length, items[start : start + config.batch_size]
+
+
+def _length(example: Example, config: TrainConfig) -> int:
+    """The length that the cache pads an example to."""
+    steps = -(-len(example.input_ids) // _LENGTH_STEP)
+    return config.max_length if config.padding == "max_length" else min(steps * _LENGTH_STEP, config.max_length)
 
 
 def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) -> bytes:
@@ -215,7 +219,7 @@ def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) ->
     shapes = (config.batch_size, config.padding, config.padding_side, config.max_length)
     described = (model.config.to_json_string(), model.config._attn_implementation, length, config.precision, shapes)
     digest.update(repr(described).encode())
-    for module in (decoder.embed_tokens, decoder.rotary_emb, *decoder.layers[:length]):
+    for module in (*_below(decoder), *decoder.layers[:length]):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             # A 64-bit hash per row on the tensor's own device, then SHA-256 over the hashes: fast at 7B parameters too.
             rows = torch.hash_tensor(tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=-1)
@@ -224,42 +228,53 @@ def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) ->
     return digest.digest()
 
 
+def _below(decoder: Any) -> list[Any]:
+    """The modules of a decoder besides its layers and its final norm: embeddings, usually, and RoPE."""
+    first = ("embed_tokens", "rotary_emb")  # in this order, so that the keys of older versions stay
+    names = [*first, *(name for name, _ in decoder.named_children() if name not in (*first, "layers", "norm"))]
+    return [module for name in names if (module := getattr(decoder, name, None)) is not None]
+
+
 def choose_cache(
-    model: LlamaAdapter, config: TrainConfig, examples: Sequence[Example], passes: int
+    model: LlamaAdapter, config: TrainConfig, examples: Sequence[Example], passes: int, before: bool | None = None
 ) -> tuple[bool, str]:
     """Whether to use a prefix cache on ``examples``, and why, for ``config.prefix_cache`` True, False or None (auto).
 
-    ``passes`` is how often each example is needed.
+    Args:
+        passes: how often each example is needed.
+        before: what the interrupted run decided that is resumed; kept if ``config.prefix_cache`` is None.
 
     Raises:
         ValueError: the cache is requested but impossible, for example because the backbone has dropout.
     """
     if config.prefix_cache is False:
         return False, "it was not wanted"
-    dropout = getattr(model.config, "attention_dropout", 0.0)
-    obstacle = ""
-    if model.prefix_length == 0:
-        obstacle = "the first layer is adapted, or a module below it is trained"
-    elif dropout:
-        obstacle = f"the backbone has attention_dropout={dropout}, so no two passes are equal"
-    elif any(p.is_meta for p in model.decoder.layers[: model.prefix_length].parameters()):
-        obstacle = "the prefix's weights are offloaded"
-    elif is_sharded(model):
-        obstacle = "the backbone is sharded over processes"
-    elif model.split_obstacle:
-        obstacle = model.split_obstacle
-    if obstacle:
+    if obstacle := _obstacle(model, config, examples):
         if config.prefix_cache:
             raise ValueError(f"prefix_cache: expected None or False, because {obstacle}; got True")
         return False, obstacle
     # The residual stream is fp32 under autocast and with an fp32 backbone; otherwise it needs half of this.
     needed = count_tokens(examples) * model.config.hidden_size * 4
     where = f"{needed / 2**20:.0f} MiB"
-    if config.prefix_cache:
+    if config.prefix_cache or before:
         return True, f"{where} of activations"
+    if before is False:
+        return False, "the run that is resumed has none"
     if passes < 2:
         return False, "every text is needed only once"
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed - config.prefix_cache_bytes > free // 2:
         return False, f"{where} of activations would take more than half of the free disk space"
     return True, f"{where} of activations"
+
+
+def _obstacle(model: LlamaAdapter, config: TrainConfig, examples: Sequence[Example]) -> str:
+    """Why the activations below the first adapter cannot be reused; "" if they can."""
+    if model.prefix_length == 0:
+        return "the first layer is adapted, or a module below it is trained"
+    if any(p.is_meta for p in model.decoder.layers[: model.prefix_length].parameters()):
+        return "the prefix's weights are offloaded"
+    if is_sharded(model):
+        return "the backbone is sharded over processes"
+    longest = max((_length(example, config) for example in examples), default=_LENGTH_STEP)
+    return model.reuse_obstacle(longest, one_length=config.padding == "max_length")

@@ -74,10 +74,18 @@ _SHAPES = (
 
 def describe_backbone(model: LlamaAdapter) -> dict[str, Any]:
     """The backbone's shape, and a SHA-256 of a sample of its weights; None if this process does not hold them all."""
-    described = {name: getattr(model.config, name, None) for name in _SHAPES}
+    described = {name: _field(model.config, name) for name in _SHAPES}
     for name in model.adapters:  # remembered: saves compare them, and the backbone may be sharded by then
         model.backbone_digest(name)
     return described | {"weights": model.backbone_digest()["exact"]}
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a configuration; None if it has none, or raises because its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
 
 
 class Gathered(NamedTuple):

@@ -262,15 +262,16 @@ class RunningSite:
         adapters = self._at(position)
         if adapters is None:
             return hidden
+        name = type(self.model.base).__name__
         if hidden.shape[-1] != self.width:
             raise ValueError(
-                f"llama: expected layers that pass on {self.width} channels, which is config.hidden_size, got "
-                f"{type(self.model.base).__name__}, whose pass on {hidden.shape[-1]}: no adapter can run on this backbone"
+                f"llama: expected layers that pass on {self.width} channels, which is config.hidden_size, got {name}, "
+                f"whose pass on {hidden.shape[-1]}: no adapter can run on this backbone"
             )
         if hidden.dim() != 3 and self.model._mixture is not None:
             raise ValueError(
-                f"adapter_names: expected None for {type(self.model.base).__name__}, whose layers pass on several "
-                f"streams per token (their output has shape {tuple(hidden.shape)}): all rows of a batch run one adapter"
+                f"adapter_names: expected None for {name}, whose layers pass on several streams per token (their "
+                f"output has shape {tuple(hidden.shape)}): all rows of a batch run one adapter"
             )
         return adapters(hidden)
 

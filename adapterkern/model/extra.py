@@ -112,9 +112,13 @@ def _own_class(module: nn.Module) -> Any:
 
 
 def default_heads(llama: Any) -> tuple[str, ...]:
-    """The heads that the backbone's class brings: what has parameters, is outside its decoder, and is no LM head."""
-    output = llama.get_output_embeddings()
-    inside = {id(p) for part in (llama.model, output) if part is not None for p in part.parameters()}
+    """The heads that the backbone's class brings: what has parameters and is outside its decoder.
+
+    None of a language model, whose heads are trained already (ModernBERT has a layer before the output embeddings).
+    """
+    if llama.get_output_embeddings() is not None:
+        return ()
+    inside = {id(p) for p in llama.model.parameters()}
     heads = [name for name, child in llama.named_children() if any(id(p) not in inside for p in child.parameters())]
     return tuple(heads)
 

@@ -105,7 +105,7 @@ class Task(nn.Module, Generic[E]):
         if config.task == "causal-lm":
             if self.head is not None:
                 raise ValueError("head: expected None for causal-lm, which uses the backbone's LM head, got one")
-            check_targets(examples, self.model.decoder.embed_tokens.num_embeddings)
+            check_targets(examples, self.model.get_input_embeddings().num_embeddings)
             check_lm_head(self.model)
         elif self.head is None:
             with torch.random.fork_rng(devices=[]):

@@ -16,6 +16,7 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 import adapterkern as ak
 from adapterkern.model.extra import default_heads
 from adapterkern.model.files.folder import WEIGHTS_NAME
+from tests.support import families
 from tests.support.tiny_llama import IDS, LEFT_PADDED, draw, logits, tiny
 
 ROWS = [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(torch.randint(1, 128, (16, 6)))]
@@ -38,6 +39,7 @@ def with_embeddings(tied: bool = False, **config: Any) -> ak.LlamaAdapter:
 
 def test_the_heads_that_a_class_brings() -> None:
     assert default_heads(tiny()) == default_heads(tiny(tie_word_embeddings=True)) == ()
+    assert default_heads(families.tiny("ModernBertDecoderForCausalLM")) == ()
     assert default_heads(classifier()) == ("score",)
     assert default_heads(classifier(LlamaForTokenClassification)) == ("score",)
 

@@ -9,7 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
+from adapterkern.model import config
 from adapterkern.model.config import AdapterConfig
+from adapterkern.training import config as training
 from adapterkern.training.config import TrainConfig
 
 T = TypeVar("T")
@@ -59,8 +61,18 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         for option in (word.split("=")[0] for word in words):
             if option.startswith("-") and option not in known:
-                near = difflib.get_close_matches(option, known, 1)
-                self.error(f"unknown {option}" + (f" (did you mean {near[0]}?)" if near else ""))
+                self.error(f"unknown {option}{_hint(option, known)}")
+
+
+def _hint(option: str, known: Sequence[str]) -> str:
+    """What an option that is unknown may stand for: what other libraries call one of ours, or a typing error."""
+    name = option.lstrip("-").replace("-", "_")
+    theirs = config.OTHER_NAMES | training.OTHER_NAMES
+    if ours := theirs.get(name) or theirs.get(name.removeprefix("lora_")):
+        ours = next((o for o in (f"--{ours.replace('_', '-')}", ours) if o in known), ours)
+    else:
+        ours = next(iter(difflib.get_close_matches(option, known, 1)), "")
+    return f" (did you mean {ours}?)" if ours in known else f": expected {ours}" if ours else ""
 
 
 def _with_values(argv: Sequence[str]) -> list[str]:

@@ -109,7 +109,7 @@ def check_rows(option: str, path: str | None, config: TrainConfig, labeled: bool
     Args:
         labeled: whether rows of a classification need their label.
     """
-    from adapterkern.training.data.rows import BadRows, DataError, read_rows
+    from adapterkern.training.data.rows import BadRows, DataError, columns, no_column, read_rows
 
     if path is None:
         return
@@ -129,7 +129,7 @@ def check_rows(option: str, path: str | None, config: TrainConfig, labeled: bool
     for name in needed:
         column = getattr(config, name)
         if not any(column in row.values for row in rows):
-            raise DataError(f"{name}: expected one of {path}'s columns, {', '.join(there)}; got {column!r}")
+            raise DataError(f"{option}: {path}: {no_column(column, name, columns(rows))}")
 
 
 def check_file(option: str, path: str | os.PathLike[str]) -> None:

@@ -31,7 +31,7 @@ def largest_adapter_dim(hidden_size: int, adapters: int, max_params: int) -> int
 
 
 # As PEFT and AdapterHub have them
-_OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), "adapter_dim") | {
+OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), "adapter_dim") | {
     "reduction_factor": "adapter_dim, which is hidden_size / reduction_factor,",
     "layers_to_transform": "layers",
     "leave_out": "layers, those that have adapters,",
@@ -45,7 +45,7 @@ _OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"),
 }
 
 
-@checks.other_names(**_OTHER_NAMES)
+@checks.other_names(**OTHER_NAMES)
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Which layers of a decoder have adapters, and how large the adapters are.

@@ -195,7 +195,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self.check_attached()
         if not isinstance(config, AdapterConfig):
             hint = ": write AdapterConfig(**fields)" if isinstance(config, dict) else ""
-            raise TypeError(f"config: expected an AdapterConfig, got {config!r}{hint}")
+            raise TypeError(f"config: expected an AdapterConfig, got {config!r:.80}{hint}")
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"name: expected a non-empty name without dots that is no attribute of nn.ModuleDict, got {name!r}"

@@ -130,7 +130,7 @@ class Saved(Extra):
             shown = repr(llama) if isinstance(llama, (str, os.PathLike)) else type(llama).__name__
             raise TypeError(
                 "from_pretrained: expected the backbone, a transformers model, and the folder of an adapter, got "
-                f"{shown} and {directory!r}; load the backbone first: AutoModelForCausalLM.from_pretrained(...)"
+                f"{shown} and {directory!r:.80}; load the backbone first: AutoModelForCausalLM.from_pretrained(...)"
             )
         resize = llama.resize_token_embeddings if resize_token_embeddings else None
         read = read_adapter(llama, Path(directory), strict=strict, resize=resize)

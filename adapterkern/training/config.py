@@ -37,7 +37,7 @@ FREE_ON_RESUME = frozenset(
 
 
 # As transformers' and TRL's trainers have them
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
@@ -70,7 +70,7 @@ _OTHER_NAMES = {
 }
 
 
-@checks.other_names(**_OTHER_NAMES)
+@checks.other_names(**OTHER_NAMES)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. Every field has a default; a ``TypeError`` or ``ValueError`` names one of a wrong type or value.

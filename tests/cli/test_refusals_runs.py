@@ -70,8 +70,14 @@ ROWS = [
     (TRAIN + "--eval .", "--eval: expected a file, got the folder ."),
     (TRAIN + "--eval bad.txt", "bad.txt: expected a name that ends in .jsonl, .csv"),
     (TRAIN + "--eval empty.jsonl", "--eval: expected a file with rows, got none in empty.jsonl"),
-    (TRAIN + "--eval other.csv", "--text-column: expected one of other.csv's columns, body, label; got 'text'"),
-    (TRAIN + "--label-column lab", "--label-column: expected one of good.jsonl's columns, text, label; got 'lab'"),
+    (
+        TRAIN + "--eval other.csv",
+        "--eval: other.csv: column 'text' is missing; there are 'body', 'label'; --text-column names another",
+    ),
+    (
+        TRAIN + "--label-column lab",
+        "--train: good.jsonl: column 'lab' is missing; there are 'text', 'label'; --label-column names another",
+    ),
     (MULTITASK + "--data a no.jsonl", "--data: no file no.jsonl"),
     (DISTILL + "--keep no.jsonl", "--keep: no file no.jsonl"),
     ("qa train --model {model} --train other.csv --output out", "other.csv: expected a name that ends in .json"),

@@ -68,19 +68,19 @@ CASES: dict[str, Case] = {
     "text column": (
         data([{"body": "w1", "label": "a"}] * 300),
         DataError,
-        r"^data: column 'text' is missing; there are 'body', 'label'; text_column \(--text-column\) names another$",
+        r"^data: column 'text' is missing; there are 'body', 'label'; text_column names another$",
     ),
     "label column, skipping": (
         labels({"text": "w1"}, skip_bad_rows=True),
         DataError,
-        r"column 'label' is missing; there are 'text'; label_column \(--label-column\) names another$",
+        r"column 'label' is missing; there are 'text'; label_column names another$",
     ),
     "completion column": (
         lm(prompt="w1", answer="w2"),
         DataError,
-        r"column 'completion' is missing; there are 'prompt', 'answer'; completion_column \(--completion-column\)",
+        r"column 'completion' is missing; there are 'prompt', 'answer'; completion_column",
     ),
-    "prompt column": (lm(completion="w2"), DataError, r"column 'prompt' is missing; .*\(--prompt-column\) names"),
+    "prompt column": (lm(completion="w2"), DataError, r"column 'prompt' is missing; .*prompt_column names"),
     "label of ids": (
         data([{"input_ids": IDS, "labels": 1}]),
         DataError,
@@ -99,8 +99,8 @@ CASES: dict[str, Case] = {
         file("a.jsonl", '{"text": " ", "label": 0.5}\n' + '{"text": "w1", "label": "a"}\n' * 9 + "{\n" * 2),
         DataError,
         r"(?s)^\S*a\.jsonl: 3 bad rows:\n  \S*:1: column 'text': expected .*, got an empty one; column 'label': .*\n"
-        r"  \S*:11: not JSON: Expecting property name.* \(column 2\)\n  \S*:12: not JSON: [^\n]*\nset skip_bad_rows "
-        r"\(--skip-bad-rows\) to skip them$",
+        r"  \S*:11: not JSON: Expecting property name.* \(column 2\)\n  \S*:12: not JSON: [^\n]*\n"
+        r"set skip_bad_rows=True to skip them$",
     ),
     "cut JSONL": (
         file("a.jsonl", '{"text": "w1", "label": "a"}\n{"text": "w'),

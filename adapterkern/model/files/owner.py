@@ -20,7 +20,7 @@ _SAFE = re.compile(rf"{re.escape(Path(SAFE_WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\
 
 
 def check_folder(directory: str | Path, argument: str = "directory", owner: str = "adapterkern") -> None:
-    """Raise ``ValueError`` if ``directory`` holds a model or another library's adapter.
+    """Raise ``ValueError`` if ``directory`` holds a model or another library's adapter, ``OSError`` if it is a file.
 
     Args:
         directory: need not exist.
@@ -28,6 +28,8 @@ def check_folder(directory: str | Path, argument: str = "directory", owner: str 
         owner: the library whose format is about to be written, ``"adapterkern"`` or ``"AdapterHub"``.
     """
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{argument}: expected a folder, got {directory}, which is a file")
     if (name := _of_a_model(directory)) is not None:
         raise ValueError(
             f"{argument}: expected a folder without a model, got {directory}, where {name} belongs to one that could "

@@ -62,7 +62,7 @@ class BadRows:
         lines = "\n  ".join(found[:_SHOWN]) + (f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
         count = f"{len(found)} bad row{'s' if len(found) > 1 else ''}"
         if not skip:
-            raise DataError(f"{self.source}: {count}:\n  {lines}\nset skip_bad_rows (--skip-bad-rows) to skip them")
+            raise DataError(f"{self.source}: {count}:\n  {lines}\nset skip_bad_rows=True to skip them")
         warn("%s: skipped %s:\n  %s", self.source, count, lines)
 
 
@@ -121,13 +121,14 @@ def check_columns(rows: list[Row], needed: Mapping[str, str], source: str) -> No
 
 def no_column(name: str, setting: str, found: list[str]) -> str:
     """What to say of a column that no row has."""
-    option = f"--{setting.replace('_', '-')}"
-    chosen = f"; {setting} ({option}) names another" if setting else ""
+    chosen = f"; {setting} names another" if setting else ""
     hint = ""
     if len(found) == 1 and (separators := [char for char in ";\t,|" if char in found[0]]):
         hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"
     elif "messages" in found or "conversations" in found:
         hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
+    elif setting == "text_column" and {"prompt", "completion"} <= set(found):
+        hint = ". prompt and completion are for task='causal-lm'"
     return f"column {shown(name)} is missing; there are {listed(found) or 'no columns'}{chosen}{hint}"
 
 

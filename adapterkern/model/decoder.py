@@ -238,15 +238,33 @@ def decoder_slice(decoder: Any, start: int, stop: int) -> Any:
 def first_layers(llama: Any, num_layers: int) -> Any:
     """A model of the first ``num_layers`` layers of ``llama``, its final norm and its head, sharing all parameters.
 
-    Its layers are new objects, so adapters on it do not change ``llama``: a student that takes no memory.
+    Its modules are new objects, so neither adapters on it nor their ``modules_to_save`` change ``llama``: a student
+    that takes no memory.
 
     Raises:
         ValueError: ``num_layers`` is not from 1 to the number of layers.
     """
     checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
+    decoder = decoder_slice(llama.model, 0, num_layers)
     student = copy.copy(llama)
-    student._modules = dict(llama._modules)
-    student.model = decoder_slice(llama.model, 0, num_layers)
-    student.model.layers = nn.ModuleList(copy.copy(layer) for layer in student.model.layers)
-    student.config = student.model.config
+    student._modules = llama._modules | {"model": decoder}
+    student = _new_modules(student, {})
+    student.config = decoder.config
     return student
+
+
+def _new_modules(module: nn.Module, made: dict[int, Any]) -> Any:
+    """``module`` and all inside it as new objects, once each, with the same parameters and buffers."""
+    if id(module) in made:
+        return made[id(module)]
+    new: Any = copy.copy(module)
+    made[id(module)] = new
+    for name in ("_parameters", "_buffers"):
+        new.__dict__[name] = dict(module.__dict__[name])
+    new._modules = {name: child and _new_modules(child, made) for name, child in module._modules.items()}
+    if _is_left_behind(module):
+        del new.__dict__["forward"]
+    elif "_old_forward" in new.__dict__:  # accelerate's hook is bound to the module
+        new.__dict__["_old_forward"] = type(new).forward.__get__(new)
+        new.__dict__["forward"] = functools.partial(new.__dict__["forward"].func, new)
+    return new

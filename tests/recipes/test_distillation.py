@@ -212,6 +212,22 @@ def test_the_first_layers_share_the_parameters_and_not_the_adapters() -> None:
         first_layers(whole, 5)
 
 
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["norm"], ["lm_head"], ["layers.0.mlp"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_that_a_student_trains_stay_as_they_are_in_the_whole_model(modules: list[str], tied: bool) -> None:
+    whole = tiny_llama.tiny(tie_word_embeddings=tied)
+    ids = torch.randint(3, 60, (2, 7))
+    before = whole(input_ids=ids).logits
+    student = LlamaAdapter(first_layers(whole, 2), AdapterConfig(adapter_dim=4, modules_to_save=modules))
+    at_start = student(input_ids=ids).logits
+    with torch.no_grad():
+        for p in student.adapter_parameters():
+            p.add_(0.5)
+    assert torch.equal(whole(input_ids=ids).logits, before)
+    assert not torch.equal(student(input_ids=ids).logits, at_start)
+    assert {p.data_ptr() for p in student.base.parameters()} < {p.data_ptr() for p in whole.parameters()}
+
+
 # Training
 
 

@@ -32,6 +32,11 @@ REFUSALS: list[tuple[str, Callable[[], Any], str]] = [
         "modules_to_save: expected neither embeddings nor LM head",
     ),
     ("what is kept", lambda: KeepBehaviour(of("embed_tokens")), "modules_to_save: expected neither embeddings nor LM"),
+    (
+        "another teacher",
+        lambda: Distillation(of("lm_head"), tiny_run.model().unload()),
+        "modules_to_save: expected a frozen LM head, to which the loss of soft labels gives no gradient, got ",
+    ),
 ]
 
 

@@ -73,6 +73,11 @@ class Taught(Task[Example]):
                 "modules_to_save: expected neither embeddings nor LM head where the model without its adapter is the "
                 f"teacher, got {', '.join(model.adapter_config().modules_to_save or ())}"
             )
+        if isinstance(model.get_output_embeddings(), Replaceable):
+            raise ValueError(
+                "modules_to_save: expected a frozen LM head, to which the loss of soft labels gives no gradient, got "
+                f"{', '.join(model.adapter_config().modules_to_save or ())}"
+            )
         if teacher is not None:
             self._teacher_logits = check_teacher(model, teacher)
             teacher.eval()

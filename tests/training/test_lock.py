@@ -114,3 +114,11 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises((ValueError, FileNotFoundError)):
         train(tiny_run.model(), rows, tiny_run.quiet(output_dir=folder, **values), tokenizer=tiny_run.tokenizer())
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_without_a_finished_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step-00000001.1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000001.1" / "task.json").write_text("{")
+    config = tiny_run.quiet(output_dir=tmp_path, max_steps=2)
+    train(tiny_run.model(), tiny_run.rows(8), config, tokenizer=tiny_run.tokenizer())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -54,8 +54,8 @@ def _enter(stack: contextlib.ExitStack, config: TrainConfig, files: Sequence[str
     directory = Path(config.output_dir)
     check_output(config, files)
     stack.enter_context(locked(directory))
+    remove_leftovers(directory)
     if config.resume:
-        remove_leftovers(directory)
         for name in (*_FILES, *files, CARD_NAME):
             remove_temporaries(directory / name)
 
@@ -82,7 +82,9 @@ def check_output(config: TrainConfig, files: Sequence[str]) -> None:
         newest_checkpoint(directory)
         return
     # sources.json alone is not a run: it is written before the first checkpoint.
-    found = [name for name in (*_FILES, *files, *_EARLIER_FILES, CHECKPOINTS) if (directory / name).exists()]
+    found = [name for name in (*_FILES, *files, *_EARLIER_FILES) if (directory / name).exists()]
+    # Neither is a folder of checkpoints in which the first was never finished.
+    found += [CHECKPOINTS] if any((directory / CHECKPOINTS).glob("[!.]*")) else []
     if found and not config.overwrite:
         raise FileExistsError(
             f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True), "

@@ -255,6 +255,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
     def liger(self, value: bool) -> None:
         if checks.flag("liger", value) != self._liger:
             if value:
+                self.check_attached()
                 _ = self.logits_path  # found now, not within a step, where the model may be sharded
             (use_liger if value else without_liger)(self.base)
             self._liger = value

@@ -104,6 +104,11 @@ class Running(Wrapped):
         return self._state.mixture
 
     @property
+    def is_mixing(self) -> bool:
+        """Whether the sequences of a batch run adapters of their own: inside ``mixing``."""
+        return self._mixture is not None
+
+    @property
     def active_adapter(self) -> str | None:
         """The adapter that runs outside ``mixing``; None if none is set, and where adapters are disabled."""
         state = self._state

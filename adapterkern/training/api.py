@@ -78,6 +78,8 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_arguments(model, config, tokenizer, head, cache)
+    if model.is_mixing and config.train_adapters:
+        raise ValueError("model: expected one adapter to train, got a call inside mixing, where several run")
     accelerator = make_accelerator(config.precision, model.device)
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
@@ -134,7 +136,8 @@ def _check_arguments(model: object, config: object, tokenizer: object, head: obj
 
 def _check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Example]) -> None:
     """Raise ``ValueError`` if a backbone of the task does not run on the examples, or not as they are padded."""
-    check_runs(task.model)
+    if not task.model.is_mixing:  # which holds for batches of its own size
+        check_runs(task.model)
     with task.model.disable_adapter():
         for llama in task.backbones:
             check_padding(llama, config, examples)

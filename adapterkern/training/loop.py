@@ -357,9 +357,7 @@ class Run(Generic[E]):
         elif self.checkpoint is None:
             reporter.say(f"{where}; nothing was saved, because no step was finished")
         else:
-            reporter.say(
-                f"{where}; saved {self.checkpoint}. The same call with resume=True (--resume) continues from it"
-            )
+            reporter.say(f"{where}; saved {self.checkpoint}. With resume=True (--resume) it goes on from there")
 
     def _finish(self, reporter: Reporter) -> None:
         if skipped := self.state.skipped_steps:

@@ -33,6 +33,7 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("parameters after unload", lambda _: unloaded().adapter_parameters(), RuntimeError, AFTER_UNLOAD),
     ("set after unload", lambda _: unloaded().set_adapter("default"), RuntimeError, AFTER_UNLOAD),
     ("add after unload", lambda _: unloaded().add_adapter("b", ak.AdapterConfig()), RuntimeError, AFTER_UNLOAD),
+    ("liger after unload", lambda _: setattr(unloaded(), "liger", True), RuntimeError, AFTER_UNLOAD),
     ("mixing after unload", lambda _: unloaded().mixing([], IDS[:, 0]), RuntimeError, AFTER_UNLOAD),
     ("prefix after unload", lambda _: unloaded().run_prefix(IDS), RuntimeError, AFTER_UNLOAD),
     ("reference after unload", lambda _: unloaded().reference(), RuntimeError, AFTER_UNLOAD),

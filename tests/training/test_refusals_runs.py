@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training import train
@@ -30,6 +31,12 @@ def read_only(folder: Path) -> None:
     run(output_dir="/proc/adapterkern")
 
 
+def inside_mixing(folder: Path) -> None:
+    model = tiny_run.model()
+    with model.mixing(["default"], torch.zeros(4, dtype=torch.int64)):
+        train(model, tiny_run.rows(8), tiny_run.quiet(), tokenizer=tiny_run.tokenizer())
+
+
 ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("in a file", in_a_file, NotADirectoryError, r"output_dir: expected a folder, got .*file/run, which is or is in a"),
     (
@@ -43,6 +50,7 @@ ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("lr 0", lambda f: run(lr=0.0), ValueError, "lr: expected a number above 0, with which a step changes something"),
     ("long warmup", lambda f: run(warmup=9), ValueError, "warmup: expected at most the run's 4 steps, got 9"),
     ("warmup of all", lambda f: run(max_steps=1, warmup=1), ValueError, "warmup: expected 0 in a run of one step"),
+    ("inside mixing", inside_mixing, ValueError, "model: expected one adapter to train, got a call inside mixing"),
     ("no epochs", lambda f: run(epochs=0), ValueError, "epochs: expected an integer >= 1, got 0"),
     ("deep", lambda f: AdapterConfig(depth=1000), ValueError, "depth: expected at most 32 adapters, which run one"),
     (

@@ -4,6 +4,7 @@ import atexit
 import glob
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -16,6 +17,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _built = glob.glob(os.path.expanduser(_python))
     if len(_built) == 1:  # of one build of torch
         shutil.copytree(_built[0], os.path.join(_own, "deepspeed_shm_comm"), ignore=shutil.ignore_patterns("lock"))
+
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread per xdist worker. Idle OpenMP threads sleep: spinning, they take the cores of the other processes, and half
 # of the suite took 35 minutes on a machine under load.

@@ -30,7 +30,7 @@ NOT_INTERPRETED = ["test_large_inputs_take_the_operator_and_small_ones_eager"]
     ],
 )
 def test_interpreted(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(TESTS / file)]
     command += [f"--deselect=tests/{file}::{name}" for name in NOT_INTERPRETED]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     child = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False)

@@ -113,7 +113,7 @@ def test_refused(
     Path("other.csv").write_text("body,label\nthe apple,a\n")
     Path("bad.txt").write_text("x")
     Path("empty.jsonl").touch()
-    Path("old", "checkpoints").mkdir(parents=True)
+    Path("old", "checkpoints", "step-00000002").mkdir(parents=True)
     Path("strange").mkdir()
     Path("strange", "x.txt").touch()
     before = sorted(tmp_path.rglob("*"))

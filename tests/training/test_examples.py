@@ -74,7 +74,7 @@ def test_one_label_is_no_task() -> None:
 def test_a_column_that_no_row_has_is_named_once(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,topic\nw1,a\nw2,b\n")
-    expected = r"a\.csv: column 'label' is missing; there are 'text', 'topic'; label_column \(--label-column\) names"
+    expected = r"a\.csv: column 'label' is missing; there are 'text', 'topic'; label_column names"
     with pytest.raises(DataError, match=expected):
         load(path)
 

@@ -90,7 +90,8 @@ def run_demo(
     cache = PrefixCache()
     runs: list[Run] = []
     # The adapters first: the head alone needs all layers, which continue from the cached prefix below the adapters.
-    with locked(output) if processes.is_rank_zero() else contextlib.nullcontext():
+    first = os.environ.get("RANK", "0") == "0"  # the processes of a launcher are not connected yet
+    with locked(output) if first else contextlib.nullcontext():
         for name, folder, train_adapters in (("head + adapters", "adapters", True), ("head alone", "head", False)):
             config = dataclasses.replace(
                 TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True

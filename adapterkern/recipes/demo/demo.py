@@ -24,7 +24,7 @@ from adapterkern.training import processes
 from adapterkern.training.api import train
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.prefix import PrefixCache
-from adapterkern.training.run.lock import check_writable, locked
+from adapterkern.training.run.lock import locked
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.saved import Sources
 
@@ -81,17 +81,15 @@ def run_demo(
         eval_file = draw_texts(R8_TEST, EVAL_TEXTS, TRAINING.seed, exclude=frozenset(column(train_file, "text")))
     source = model or os.fspath(obtain(MODEL))
     fetched = time.perf_counter()
-    check_writable(output)
-    llama, tokenizer = load_backbone(source, num_layers=num_layers)
-    torch.manual_seed(TRAINING.seed)
-    adapted = LlamaAdapter(llama, ADAPTERS)
-    layers, sites = len(adapted.layers), adapted.adapter_config().layers
-    _say(f"{type(llama).__name__}: {layers} layers, adapters after {', '.join(str(i) for i in sites or ())} (from 0)")
-    cache = PrefixCache()
-    runs: list[Run] = []
-    # The adapters first: the head alone needs all layers, which continue from the cached prefix below the adapters.
-    first = os.environ.get("RANK", "0") == "0"  # the processes of a launcher are not connected yet
-    with locked(output) if first else contextlib.nullcontext():
+    with locked(output) if processes.is_rank_zero() else contextlib.nullcontext():
+        llama, tokenizer = load_backbone(source, num_layers=num_layers)
+        torch.manual_seed(TRAINING.seed)
+        adapted = LlamaAdapter(llama, ADAPTERS)
+        sites = ", ".join(map(str, adapted.adapter_config().layers or ()))
+        _say(f"{type(llama).__name__}: {len(adapted.layers)} layers, adapters after {sites} (from 0)")
+        cache = PrefixCache()
+        runs: list[Run] = []
+        # The adapters first: the head alone needs all layers, which continue from the cached prefix below the adapters.
         for name, folder, train_adapters in (("head + adapters", "adapters", True), ("head alone", "head", False)):
             config = dataclasses.replace(
                 TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True

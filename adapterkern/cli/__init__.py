@@ -14,9 +14,8 @@ from adapterkern.cli.options import Parser, UsageError, in_options
 COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
-_OTHERS_WAIT = (
-    15.0  # seconds in which a launcher ends the other processes, once the first has ended with the same error
-)
+# Seconds in which a launcher ends the other processes, once the first has ended with the same error.
+_OTHERS_WAIT = 15.0
 _EXPECTED = (OSError, ValueError, ArithmeticError, NotImplementedError, ImportError)
 _PLAIN = (*_EXPECTED, TypeError, RuntimeError)  # of any other kind, such as KeyError, the kind is part of the message
 

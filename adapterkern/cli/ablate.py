@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkern.cli.options import add_layers_option, demo_layers, integer
-from adapterkern.cli.run import check_rows
+from adapterkern.cli.options import add_layers_option, add_output_option, demo_layers, integer
+from adapterkern.cli.run import check_both
 
 if TYPE_CHECKING:
     from adapterkern.recipes.ablation.study import Study
@@ -45,14 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
     parser.add_argument("--train-texts", type=integer, default=400, metavar="N", help="of Reuters R8; default 400")
     parser.add_argument("--eval-texts", type=integer, default=600, metavar="N", help="of Reuters R8; default 600")
-    parser.add_argument(
-        "--output",
-        dest="output_dir",
-        type=Path,
-        default=Path("adapterkern-ablation"),
-        metavar="DIR",
-        help="default %(default)s",
-    )
+    add_output_option(parser, "adapterkern-ablation")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -103,11 +96,8 @@ def make_study(arguments: argparse.Namespace) -> "Study":
 def _files(arguments: argparse.Namespace, study: "Study") -> tuple[Path, Path]:
     from adapterkern.recipes.demo.corpora import R8_TEST, R8_TRAIN, column, draw_texts
 
-    if (arguments.train is None) != (arguments.eval is None):
-        raise ValueError("--train, --eval: expected both files or neither, got one")
+    check_both(arguments.train, arguments.eval, study.training)
     if arguments.train is not None:
-        check_rows("--train", arguments.train, study.training)
-        check_rows("--eval", arguments.eval, study.training)
         return arguments.train, arguments.eval
     train_file = draw_texts(R8_TRAIN, arguments.train_texts, 0)
     return train_file, draw_texts(R8_TEST, arguments.eval_texts, 0, exclude=frozenset(column(train_file, "text")))

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from adapterkern.cli.options import add_layers_option, demo_layers
-from adapterkern.cli.run import check_rows
+from adapterkern.cli.options import add_layers_option, add_output_option, demo_layers
+from adapterkern.cli.run import check_both
 
 NAME, SUMMARY = "demo", "adapters on a real LLaMA and real texts, in minutes on a CPU"
 HELP = """\
@@ -19,14 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train", dest="train_file", type=Path, metavar="FILE", help="JSONL, CSV or TSV with text and label"
     )
     parser.add_argument("--eval", dest="eval_file", type=Path, metavar="FILE", help="the same, unseen in training")
-    parser.add_argument(
-        "--output",
-        dest="output_dir",
-        type=Path,
-        default=Path("adapterkern-demo"),
-        metavar="DIR",
-        help="default %(default)s",
-    )
+    add_output_option(parser, "adapterkern-demo")
     add_layers_option(parser)
 
 
@@ -37,9 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
         check_source(arguments.model)
     files = arguments.train_file, arguments.eval_file
-    if None in files and any(files):
-        raise ValueError("--train, --eval: expected both files or neither, got one")
-    for option, path in zip(("--train", "--eval"), files, strict=True):
-        check_rows(option, path, TRAINING)
+    check_both(*files, TRAINING)
     runs = run_demo(arguments.output_dir, arguments.model, *files, num_layers=demo_layers(arguments))
     return 0 if len(runs) == 2 else 130

@@ -210,6 +210,12 @@ def add_layers_option(parser: Any, help: str = LAYERS_HELP) -> None:
     parser.add_argument("--backbone-layers", dest="num_layers", type=integer, metavar="N", help=help)
 
 
+def add_output_option(parser: Any, default: str) -> None:
+    parser.add_argument(
+        "--output", dest="output_dir", type=Path, default=Path(default), metavar="DIR", help="default %(default)s"
+    )
+
+
 def demo_layers(arguments: argparse.Namespace) -> int | None:
     """``--backbone-layers``, whose default cuts the demo's backbone and no other."""
     return 8 if arguments.num_layers is None and arguments.model is None else arguments.num_layers

@@ -103,7 +103,7 @@ def train_run(
     return 0
 
 
-def check_rows(option: str, path: str | None, config: TrainConfig, labeled: bool = True) -> None:
+def check_rows(option: str, path: str | os.PathLike[str] | None, config: TrainConfig, labeled: bool = True) -> None:
     """Raise ``DataError`` or ``OSError`` if the file of an option cannot be read, or lacks the task's columns.
 
     Args:
@@ -114,7 +114,7 @@ def check_rows(option: str, path: str | None, config: TrainConfig, labeled: bool
     if path is None:
         return
     check_file(option, path)
-    bad = BadRows(path)
+    bad = BadRows(os.fspath(path))
     rows = read_rows(path, bad)
     if not config.skip_bad_rows:
         bad.settle(False)
@@ -130,6 +130,18 @@ def check_rows(option: str, path: str | None, config: TrainConfig, labeled: bool
         column = getattr(config, name)
         if not any(column in row.values for row in rows):
             raise DataError(f"{option}: {path}: {no_column(column, name, columns(rows))}")
+
+
+def check_both(train_file: Path | None, eval_file: Path | None, config: TrainConfig) -> None:
+    """``check_rows`` of ``--train`` and ``--eval``, of which a command needs both or neither.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    if (train_file is None) != (eval_file is None):
+        raise ValueError("--train, --eval: expected both files or neither, got one")
+    check_rows("--train", train_file, config)
+    check_rows("--eval", eval_file, config)
 
 
 def check_file(option: str, path: str | os.PathLike[str]) -> None:

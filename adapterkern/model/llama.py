@@ -125,11 +125,10 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
                 return self.base.generate(*args, **kwargs)
 
     def unload(self) -> PreTrainedModel:
-        """Remove the adapters and return the backbone as it was, still frozen. This model can then run no more."""
-        if self._detached:
-            return self.base
+        """Remove the adapters and return the backbone as it was, still frozen. This model no longer has it then."""
+        if "_unloaded" in self.__dict__:
+            return self._unloaded
         self.liger = False
-        self._detached = True
         for layer in self.layers:
             site = layer.__dict__.get("_adapter_site")
             if site is not None and site.model is self:
@@ -137,7 +136,8 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         detach(self, self.base)
         if self.checkpoints_activations:
             self.enable_checkpointing({"use_reentrant": False})
-        return self.base
+        self.__dict__["_unloaded"] = self._modules.pop("base")  # not as a module of this one
+        return self._unloaded
 
     def reference(self, name: str | None = None) -> PreTrainedModel:
         """A frozen model over the backbone's own parameters: the reference or teacher of a training.
@@ -230,7 +230,11 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
         """Remove ``name``. If it was active, no adapter is active until ``set_adapter``."""
         self._check_name(name)
-        del self.adapters[name], self._configs[name]
+        del self.adapters[name]
+        if self._configs.pop(name).modules_to_save:
+            detach(self, self.base)
+            for config in self._configs.values():
+                attach(self, self.base, config.modules_to_save or ())
         if self._active == name:
             self._active = None
 

@@ -62,9 +62,9 @@ class Wrapped(PreTrainedModel):
         """transformers 5 calls it on the class of every model that contains a mixture of experts."""
         return True
 
-    def _get_name(self) -> str:
-        # Trainer's label smoothing shifts the labels if the class's name is among the causal language models.
-        return type(self.base).__name__
+    def __repr__(self) -> str:
+        # By its name alone, which Trainer and pipelines look for, this model would be shown as the backbone.
+        return f"{self._made_from[0].__name__} of {super().__repr__()}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, protocol, _class_for, *self._made_from)

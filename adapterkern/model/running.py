@@ -69,6 +69,7 @@ class Running(Wrapped):
 
     adapters: nn.ModuleDict
     _configs: dict[str, AdapterConfig]
+    _unloaded: Any  # the backbone that ``unload`` returned, which this model no longer has
 
     if TYPE_CHECKING:  # LlamaAdapter's
         fused: bool
@@ -79,12 +80,17 @@ class Running(Wrapped):
         """No adapter is active, and none is disabled."""
         self._active: str | None = None
         self._on = True
-        self._detached = False
         self._blocks = _Blocks()
+
+    def __getattr__(self, name: str) -> Any:
+        """As ``Wrapped``'s. After ``unload``, raise ``RuntimeError`` for what was the backbone's."""
+        if "_unloaded" in self.__dict__ and (name == "base" or name in self._unloaded._modules):
+            self.check_attached()
+        return super().__getattr__(name)
 
     def check_attached(self) -> None:
         """Raise ``RuntimeError`` after ``unload``: from then on the backbone runs no adapter of this model."""
-        if self._detached:
+        if "_unloaded" in self.__dict__:
             raise RuntimeError(
                 "model: expected adapters that the backbone runs, but unload() has taken them off; wrap the backbone "
                 "that it returned in a new LlamaAdapter"

@@ -127,7 +127,7 @@ def test_checkpointing_that_was_on_already_recomputes_the_forward_s_adapter(when
         first = adapted(llama)
         first.gradient_checkpointing_enable()
         llama = first.unload()
-        assert first.checkpoints_activations
+        assert any(getattr(module, "gradient_checkpointing", False) for module in llama.modules())
         llama.train()(IDS, labels=IDS)  # as without adapters
     for got, expected in zip(gradients(llama), gradients(tiny()), strict=True):
         torch.testing.assert_close(got, expected)

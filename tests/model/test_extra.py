@@ -110,6 +110,19 @@ def test_new_tokens(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(*(t if tied else t[..., :128] for t in (got, expected)))
 
 
+def test_embeddings_whose_adapter_is_deleted_can_be_resized() -> None:
+    adapted = model(modules_to_save=["embed_tokens"])
+    adapted.add_adapter("head", ak.AdapterConfig(adapter_dim=4, layers=[2], modules_to_save=["lm_head"]))
+    adapted.delete_adapter("default")
+    adapted.set_adapter("head")
+    with torch.no_grad():
+        adapted.lm_head.weight.zero_()
+    assert not logits(adapted).any()  # the other adapter's copy still runs
+    adapted.delete_adapter("head")
+    adapted.resize_token_embeddings(140, mean_resizing=False)
+    assert adapted.base.model.embed_tokens.weight.shape[0] == 140
+
+
 def test_tied_embeddings_stay_tied() -> None:
     adapted, untied = with_embeddings(tied=True), with_embeddings()
     assert adapted.base.lm_head.weight is adapted.base.model.embed_tokens.weight
@@ -202,6 +215,16 @@ def test_an_adapter_of_a_language_model_gets_a_head(tmp_path: Path, caplog: pyte
     loaded = ak.LlamaAdapter.from_pretrained(classifier(), tmp_path)
     assert loaded.adapter_config().modules_to_save == ("score",)
     assert "score: not saved with the adapter" in caplog.text
+
+
+def test_an_adapter_of_a_classifier_on_a_language_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = model(classifier(), modules_to_save=["norm"])
+    trained.save_pretrained(tmp_path)
+    loaded = ak.LlamaAdapter.from_pretrained(tiny(), tmp_path)
+    assert loaded.adapter_config().modules_to_save == ("model.norm",)
+    for name, tensor in loaded.adapters["default"].state_dict().items():
+        assert torch.equal(tensor, trained.adapters["default"].state_dict()[name]), name
+    assert "score, trained with the adapter, is not loaded, since LlamaForCausalLM has none" in caplog.text
 
 
 # transformers' Trainer and TRL

@@ -177,3 +177,7 @@ _SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+
+def test_it_is_shown_as_an_adapter_over_its_backbone() -> None:
+    assert repr(adapted()).startswith("LlamaAdapter of LlamaForCausalLM(\n  (base): LlamaForCausalLM(")

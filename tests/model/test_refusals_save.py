@@ -94,10 +94,16 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         "saved for a vocabulary of 140 tokens, and loaded on one of 128",
     ),
     (
-        "a head's adapter on a language model",
-        lambda p: load(p, ak.LlamaAdapter(classifier()), tiny()),
+        "a head's adapter on a language model, strict",
+        lambda p: load(p, ak.LlamaAdapter(classifier()), tiny(), strict=True),
         ValueError,
-        r"adapterkern\.json: modules_to_save: expected names of modules of LlamaForCausalLM, .* got 'score'",
+        r"adapterkern\.json: modules_to_save: expected modules of LlamaForCausalLM, got 'score'",
+    ),
+    (
+        "a head without tensors",
+        lambda p: damaged(p, "score", ""),
+        ValueError,
+        r"adapterkern.safetensors: tensors modules_to_save.score: expected by its configuration, got none",
     ),
     (
         "another number of labels",

@@ -8,6 +8,7 @@ second name if peft is installed, and then does not load a model beside it. The 
 win if a folder has both, and a save removes the old pair.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapterkern.files import find_weights, read_json, read_versioned, remove_pair, write_pair
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import MODULES, AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.digest import Digest, differ, weights_digest
 from adapterkern.model.extra import covered, find_modules, saved_shapes
@@ -134,6 +135,9 @@ def read_adapter(
         another = False
     try:
         config = AdapterConfig.from_dict(saved["adapter"]).resolve(*shape)
+        config, lost = _without_heads_of_other_classes(llama, config)
+        if lost and strict:
+            raise ValueError(f"modules_to_save: expected modules of {type(llama).__name__}, got {lost[0]!r}")
         extra = saved_shapes(llama, _saved_modules(llama, config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -141,6 +145,13 @@ def read_adapter(
         tensors = load_file(find_weights(weights, path, saved["weights_sha256"]))
     except SafetensorError as error:
         raise ValueError(f"{weights}: not a safetensors file: {error}") from error
+    for head in lost:
+        found = [key for key in tensors if key.startswith(f"{MODULES}.{head}.")]
+        if not found:
+            raise ValueError(f"{weights}: tensors {MODULES}.{head}: expected by its configuration, got none")
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in found}
+        name = type(llama).__name__
+        logger.warning("%s: %s, trained with the adapter, is not loaded, since %s has none", path, head, name)
     if another:
         problem = f"{path}: saved for a vocabulary of {vocabulary} tokens, and loaded on one of {_vocabulary(llama)}"
         if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
@@ -169,6 +180,18 @@ def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Diges
     if strict:
         raise ValueError(f"{problem}; expected the same weights with strict=True")
     logger.warning("%s: its results will differ; strict=True refuses this", problem)
+
+
+def _without_heads_of_other_classes(llama: Any, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
+    """The configuration without the heads that this class of model does not have; and these: paths outside ``model``.
+
+    As ``score`` of a sequence classifier, whose adapter is loaded on a language model.
+    """
+    paths = config.modules_to_save or ()
+    there = [f".{name}" for name, _ in llama.named_modules()]
+    lost = [p for p in paths if p.partition(".")[0] != "model" and not any(name.endswith(f".{p}") for name in there)]
+    kept = tuple(path for path in paths if path not in lost)
+    return (dataclasses.replace(config, modules_to_save=kept or None) if lost else config), lost
 
 
 def _saved_modules(llama: Any, config: AdapterConfig) -> tuple[str, ...]:

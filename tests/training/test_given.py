@@ -12,6 +12,7 @@ from adapterkern.recipes.distillation import KeepBehaviour, WithKept
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training.data.batches import collate
 from adapterkern.training.data.examples import Example, load_examples, numbered
+from adapterkern.training.data.summary import summarize
 from tests.support import tiny_run
 
 LM = tiny_run.quiet(task="causal-lm")
@@ -62,10 +63,16 @@ def test_packed_texts_become_examples() -> None:
         collate([example], LM)
 
 
-def test_each_packed_text_is_cut_by_itself() -> None:
-    row = {"input_ids": [*range(10, 40), 5, 6], "seq_lengths": [30, 2]}
-    assert texts(**row) == [([*range(10, 26)], [*range(11, 26)]), ([5, 6], [6])]
-    assert one(**row).cut == 14
+def test_each_packed_text_is_cut_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"input_ids": [*range(10, 40), 5, 6, *range(40, 57)], "seq_lengths": [30, 2, 17]}
+    assert texts(**row) == [([*range(10, 26)], [*range(11, 26)]), ([5, 6], [6]), ([*range(40, 56)], [*range(41, 56)])]
+    examples = numbered([one(**row)])
+    assert [e.cuts for e in examples] == [(14,), (0,), (1,)]
+    (warning,) = summarize(examples, 16).cut_warning()
+    assert warning == "2 of 3 texts are cut at max_length=16, the longest of 30 tokens (row 0)"
+    labels = [-100] * 20 + [*range(30, 40), 5, 6] + [-100] * 17
+    assert texts(**row, labels=labels) == [([5, 6], [6])]
+    assert "1 packed texts are left out, since all that they learn is beyond max_length=16 (row 0)" in caplog.text
 
 
 def test_padding_is_not_pooled() -> None:

@@ -87,6 +87,12 @@ CASES: dict[str, Case] = {
         "'label' is missing; there are 'input_ids', 'l",
     ),
     "chat": (lm(messages=[]), DataError, r"there are 'messages'; .* tokenizer\.apply_chat_template\(messages, tokeni"),
+    "no file": (data("no.csv"), FileNotFoundError, "^data: expected a file of rows, got no.csv, which is not there$"),
+    "folder": (
+        lambda folder: data(folder.with_suffix(".csv"))(folder.rename(folder.with_suffix(".csv"))),
+        IsADirectoryError,
+        "^data: expected a file of rows, got .*csv, which is a folder$",
+    ),
     "semicolons": (
         file("a.csv", "text;label\nw1;a\n"),
         DataError,

@@ -55,7 +55,7 @@ class KeepBehaviour(Taught):
         kept, _ = load_examples(rows.kept, as_text, tokenizer)
         check_vocabulary(kept, self.model.get_input_embeddings().num_embeddings)
         texts = (
-            KeptText(e.input_ids, np.array([IGNORE]), e.positions, cut=e.cut, place=e.place) for e in unpacked(kept)
+            KeptText(e.input_ids, np.array([IGNORE]), e.positions, place=e.place, cuts=e.cuts) for e in unpacked(kept)
         )
         return [*examples, *texts]
 

@@ -43,9 +43,9 @@ class Example:
     targets: np.ndarray  # (1,) the label's index, or (k,) token ids
     positions: np.ndarray  # (k,) positions of the states that predict the targets; empty for classification
     row: int = dataclasses.field(default=-1, kw_only=True)  # its number within a run, see `numbered`
-    cut: int = dataclasses.field(default=0, kw_only=True)  # how many of its tokens were beyond max_length
     place: str = dataclasses.field(default="", kw_only=True)  # of its row: file and line
     starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
+    cuts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # the tokens of each beyond max_length
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The arrays that ``fingerprint`` covers."""
@@ -64,7 +64,7 @@ def unpacked(examples: Iterable[E]) -> Iterator[E]:
     """The examples, those of several packed texts as one example per text: no text attends to another."""
     for example in examples:
         ends = (*example.starts[1:], len(example.input_ids))
-        for start, end in zip(example.starts, ends, strict=True) if len(ends) > 1 else ():
+        for start, end, cut in zip(example.starts, ends, example.cuts, strict=True) if len(ends) > 1 else ():
             inside = (example.positions >= start) & (example.positions < end)
             yield dataclasses.replace(
                 example,
@@ -72,7 +72,7 @@ def unpacked(examples: Iterable[E]) -> Iterator[E]:
                 targets=example.targets[inside],
                 positions=example.positions[inside] - start,
                 starts=(0,),
-                cut=0 if start else example.cut,  # counted once
+                cuts=(cut,),
             )
         if len(ends) == 1:
             yield example
@@ -143,8 +143,8 @@ def _classification(
             bad.add(row.place, f"column {shown(column)}: label {shown(label)} is not one of {listed(names)}{near}")
             continue
         ids = text.ids[: config.max_length]
-        cut = len(text.ids) - len(ids)
-        examples.append(Example(ids, np.array([number]), none, cut=cut, place=row.place))
+        cuts = (len(text.ids) - len(ids),)
+        examples.append(Example(ids, np.array([number]), none, cuts=cuts, place=row.place))
     return examples, names
 
 
@@ -156,24 +156,31 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
         prompt, text = config.prompt_column, config.completion_column
         needed = {prompt: "prompt_column", text: "completion_column"}
     _check_columns(rows, config, set(), needed, bad.source)
-    examples = []
+    examples, lost = [], []
     for row, texts in zip(rows, _texts(rows, prompt, text, config, tokenizer, bad), strict=True):
-        parts = [Text(part.ids[: config.max_length], part.labels[: config.max_length]) for part in texts]
-        parts = [part for part in parts if (part.labels[1:] != IGNORE).any()]  # nothing predicts the first token
+        learned_from = [part for part in texts if (part.labels[1:] != IGNORE).any()]  # nothing predicts the first token
+        parts = [part for part in learned_from if (part.labels[1 : config.max_length] != IGNORE).any()]
         if parts:
+            lost += [row.place] * (len(learned_from) - len(parts))
+            cuts = tuple(max(len(part.ids) - config.max_length, 0) for part in parts)
+            parts = [Text(part.ids[: config.max_length], part.labels[: config.max_length]) for part in parts]
             ends = np.cumsum([len(part.ids) for part in parts])
             starts = (0, *ends[:-1].tolist())
             labels = np.concatenate([part.labels for part in parts])
             labels[list(starts)] = IGNORE
             learned = np.flatnonzero(labels != IGNORE)
             ids = np.concatenate([part.ids for part in parts])
-            cut = sum(max(len(part.ids) - config.max_length, 0) for part in texts)
-            examples.append(Example(ids, labels[learned], learned - 1, cut=cut, place=row.place, starts=starts))
+            examples.append(Example(ids, labels[learned], learned - 1, place=row.place, starts=starts, cuts=cuts))
         elif texts:
             learned = np.flatnonzero(texts[0].labels != IGNORE)
             why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
             why = why if len(learned) else "labels and masks leave none"
             bad.add(row.place, f"no token to learn: {why}, max_length is {config.max_length}")
+    if lost:
+        warn(
+            "%s: %d packed texts are left out, since all that they learn is beyond max_length=%d (%s)",
+            *(bad.source, len(lost), config.max_length, lost[0]),
+        )
     return examples
 
 

@@ -147,6 +147,7 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
 
     Raises:
         DataError: the file has another suffix, has no header, or is not UTF-8.
+        OSError: there is no such file, or it cannot be read.
         TypeError: ``data`` is neither a path nor an iterable of rows.
     """
     if isinstance(data, str | os.PathLike):
@@ -155,6 +156,9 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
         if path.suffix.lower() not in readers:
             hint = "; save a list of rows as .jsonl, one object per line" if path.suffix.lower() == ".json" else ""
             raise DataError(f"{path}: expected a name that ends in {', '.join(readers)}{hint}")
+        if path.is_dir() or not path.exists():
+            kind, what = (IsADirectoryError, "a folder") if path.is_dir() else (FileNotFoundError, "not there")
+            raise kind(f"data: expected a file of rows, got {path}, which is {what}")
         return _of_unicode(readers[path.suffix.lower()](path, bad), bad)
     if isinstance(data, Mapping) or hasattr(data, "iterrows") or not isinstance(data, Iterable):
         hint = ""

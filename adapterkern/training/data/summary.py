@@ -76,7 +76,7 @@ def summarize(
     labels: Sequence[str] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> Summary:
-    """The summary of ``examples``, of which there is at least one.
+    """The summary of ``examples``, of which there is at least one, and each is one text.
 
     Args:
         labels: those of the classification head.
@@ -85,11 +85,11 @@ def summarize(
     lengths = [len(example.input_ids) for example in examples]
     rows = Counter(int(example.targets[0]) for example in examples if labels is not None and len(example.targets))
     of_labels = {name: rows[number] for number, name in enumerate(labels or ()) if rows[number]}
-    cut = [example for example in examples if example.cut]
+    cut = [(len(e.input_ids) + e.cuts[0], e.place) for e in examples if e.cuts[0]]
     worst = ""
     if cut:
-        example = max(cut, key=lambda example: len(example.input_ids) + example.cut)
-        worst = f"of {len(example.input_ids) + example.cut:,} tokens" + (f" ({example.place})" if example.place else "")
+        length, place = max(cut, key=lambda found: found[0])
+        worst = f"of {length:,} tokens" + (f" ({place})" if place else "")
     return Summary(
         counts=counts or {"texts": len(examples)},
         labels=of_labels,

@@ -4,7 +4,9 @@ A value of the wrong kind is a ``TypeError``, one out of its range a ``ValueErro
 """
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -50,21 +52,28 @@ def flag(name: str, value: object) -> bool:
 
 
 def other_names(**instead: str) -> Callable[[T], T]:
-    """Refuses, in calls of a function or in the making of a class, arguments that other libraries have names for.
+    """Refuses, in calls of a function or in the making of a class, arguments that it does not have, by the right name.
 
     Args:
-        instead: their name → what to write for it.
+        instead: what other libraries call an argument → what to write for it.
     """
 
     def decorate(target: Any) -> Any:
         function = vars(target)["__init__"] if isinstance(target, type) else target
 
+        parameters = inspect.signature(function).parameters
+        own = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in ("self", "cls")]
+        takes_any = len(own) < len(parameters.keys() - {"self", "cls"})
+
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
-                if name in instead:
-                    expected, got = instead[name], f"{name}={kwargs[name]!r:.80}"
-                    raise TypeError(f"{name}: expected {expected} in {target.__name__}, got {got}")
+                if name in instead or not (takes_any or name in own):
+                    expected = instead.get(name) or next(iter(difflib.get_close_matches(name, own, 1)), None)
+                    expected = expected or f"one of {', '.join(own)}"
+                    raise TypeError(
+                        f"{name}: expected {expected} in {target.__name__}, got {name}={kwargs[name]!r:.80}"
+                    )
             return function(*args, **kwargs)
 
         if not isinstance(target, type):

@@ -26,7 +26,7 @@ from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adapterkern.checks import choice, integer, number, other_names
@@ -91,6 +91,9 @@ class ClippedAdamW(Optimizer):
         clear_grads: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
+        if isinstance(params, nn.Module):
+            name = type(params).__name__
+            raise TypeError(f"params: expected tensors or groups, such as model.adapter_parameters(), got a {name}")
         _check_not_negative("max_norm", math.inf if max_norm is None else max_norm)
         self.max_norm = max_norm
         self.low_precision = choice("low_precision", low_precision, ("master", "stochastic"))

@@ -8,9 +8,11 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from adapterkern import checks
 from adapterkern.model.asking import check_runs
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
+from adapterkern.training.config import OTHER_NAMES as SETTINGS
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import Example, numbered
@@ -25,12 +27,33 @@ from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
 from adapterkern.training.run.folder import run_folder
+from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.saved import Sources
 from adapterkern.training.task import Feed, Task, run_evaluation
 
 
+def _in_config(ours: str) -> str:
+    """What to write for a setting that is given as an argument."""
+    value = f"{ours}=..." if ours.isidentifier() else ours
+    return f"config=TrainConfig({value})" if "=" in value and "(" not in value else ours
+
+
+# Settings, and what transformers' and TRL's trainers have
+_OTHER_NAMES = {
+    **{name: _in_config(name) for name in TrainConfig.__dataclass_fields__ if name != "task"},
+    **{name: _in_config(ours) for name, ours in SETTINGS.items()},
+    "args": "config",
+    "train_dataset": "train_data",
+    "eval_dataset": "eval_data",
+    "processing_class": "tokenizer",
+    "peft_config": "no such argument: the model has its adapters already",
+    **dict.fromkeys(("callbacks", "compute_metrics", "data_collator"), "a task, see Task, and no such argument"),
+}
+
+
+@checks.other_names(**_OTHER_NAMES)
 def train(
     model: LlamaAdapter,
     train_data: Any,
@@ -71,6 +94,7 @@ def train(
         CheckpointError: with ``resume``, the checkpoint is damaged or belongs to another run.
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is writing to ``output_dir``.
+        RuntimeError: another thread trains or evaluates ``model``.
         FileNotFoundError: with ``resume``, there is no checkpoint.
         TypeError, ValueError: an argument of a wrong type or value, or one that the backbone does not support, such as
             ``padding_side="left"``; the message names it.
@@ -85,7 +109,7 @@ def train(
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
         raise ValueError("task: expected a task built on model, and head=None")
-    with run_folder(config, task.files):
+    with in_one_thread(model), run_folder(config, task.files):
         train_set = numbered(task.load(train_data, config, tokenizer))
         eval_set = [] if eval_data is None else numbered(task.load(eval_data, config, tokenizer), len(train_set))
         names = source_name(train_data), None if eval_data is None else source_name(eval_data)
@@ -175,6 +199,7 @@ def _state(
     )
 
 
+@checks.other_names(**_OTHER_NAMES)
 def evaluate(
     model: LlamaAdapter,
     eval_data: Any,
@@ -199,13 +224,23 @@ def evaluate(
     Raises:
         DataError: unusable rows; the message names file and line.
         ValueError: a head is missing, or given for causal-lm.
+        RuntimeError: another thread trains or evaluates ``model``.
     """
     _check_arguments(model, config, tokenizer, head, cache)
     if task is None:
         if (head is None) == (config.task == "classification"):
-            expected = "a" if head is None else "no"
-            raise ValueError(f"head: expected {expected} head for task {config.task!r}")
+            hint = ", got None: give the head of the training, which is result.head, or load_run(...)[1]"
+            expected = f"a head for task 'classification'{hint}" if head is None else "no head for task 'causal-lm'"
+            raise ValueError(f"head: expected {expected}")
         task = Task(model, None if head is None else head.to(model.device))
+    with in_one_thread(model):
+        return _evaluated(task, eval_data, config, tokenizer, cache)
+
+
+def _evaluated(
+    task: Task[Any], eval_data: Any, config: TrainConfig, tokenizer: Any, cache: PrefixCache | None
+) -> dict[str, float]:
+    model = task.model
     examples = numbered(task.load(eval_data, config, tokenizer))
     for name, summary in _summaries(task, config, {source_name(eval_data): examples}).items():
         for line in summary.cut_warning():

@@ -38,8 +38,24 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("prefix after unload", lambda _: unloaded().run_prefix(IDS), RuntimeError, AFTER_UNLOAD),
     ("reference after unload", lambda _: unloaded().reference(), RuntimeError, AFTER_UNLOAD),
     ("count after unload", lambda _: unloaded().print_trainable_parameters(), RuntimeError, AFTER_UNLOAD),
+    ("checkpointing after unload", lambda _: unloaded().gradient_checkpointing_enable(), RuntimeError, AFTER_UNLOAD),
+    ("resize after unload", lambda _: unloaded().resize_token_embeddings(140), RuntimeError, AFTER_UNLOAD),
+    ("half after unload", lambda _: unloaded().half(), RuntimeError, AFTER_UNLOAD),
+    ("its head after unload", lambda _: unloaded().lm_head, RuntimeError, AFTER_UNLOAD),
     ("train after unload", lambda _: ak.train(unloaded(), []), RuntimeError, AFTER_UNLOAD),
     ("evaluate after unload", lambda _: ak.evaluate(unloaded(), [], ak.TrainConfig()), RuntimeError, AFTER_UNLOAD),
+    (
+        "evaluate without a head",
+        lambda _: ak.evaluate(adapted(), [], ak.TrainConfig()),
+        ValueError,
+        r"head: expected a head for task 'classification', got None: give .* result.head, or load_run\(...\)\[1\]",
+    ),
+    (
+        "an optimizer of a model",
+        lambda _: ak.ClippedAdamW(adapted()),
+        TypeError,
+        r"params: expected tensors or groups, such as model.adapter_parameters\(\), got a LlamaForCausalLM",
+    ),
     # Names of adapters
     (
         "several adapters",
@@ -170,6 +186,7 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ),
 ]
 # Names of other libraries: call, argument, what the message says to write
+TRAIN = "model, train_data, config, tokenizer, eval_data, head, cache, task, sources"
 OTHER_NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (ak.AdapterConfig, "r", "adapter_dim"),
     (ak.AdapterConfig, "target_modules", "position and layers"),
@@ -192,6 +209,20 @@ OTHER_NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (lambda **a: ak.LlamaAdapter.from_pretrained(tiny(), **a), "model_id", "directory"),
     (lambda **a: adapted().set_adapter(**a), "adapter_name", "name"),
     (lambda **a: ak.LlamaAdapter(tiny(), **a), "peft_config", "config"),
+    (lambda **a: ak.train(adapted(), [], **a), "eval_dataset", "eval_data"),
+    (lambda **a: ak.train(adapted(), [], **a), "epochs", "config=TrainConfig(epochs=...)"),
+    (lambda **a: ak.train(adapted(), [], **a), "learning_rate", "config=TrainConfig(lr=...)"),
+    (lambda **a: ak.train(adapted(), [], **a), "bf16", 'config=TrainConfig(precision="bf16")'),
+    (lambda **a: ak.evaluate(adapted(), [], **a), "processing_class", "tokenizer"),
+    # Nobody's
+    (ak.AdapterConfig, "adapter_dims", "adapter_dim"),
+    (ak.TrainConfig, "epoch", "epochs"),
+    (adam, "weightdecay", "weight_decay"),
+    (
+        lambda **a: ak.train(adapted(), [], **a),
+        "zzz",
+        f"one of {TRAIN}",
+    ),
 ]
 
 
@@ -221,5 +252,3 @@ def test_our_own_names_still_work() -> None:
     draw(model, "b")
     model.set_adapter(name="b")
     assert model.active_adapters() == ["b"]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'adapterdim'"):
-        ak.AdapterConfig(**{"adapterdim": 3})

@@ -1,6 +1,7 @@
 """What a run refuses: its folder, its steps. One row each: what provokes it, the error, its message."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from adapterkern.model.config import AdapterConfig
-from adapterkern.training import train
-from adapterkern.training.run.lock import locked
+from adapterkern.training import evaluate, train
+from adapterkern.training.run.lock import in_one_thread, locked
 from tests.support import tiny_run
 
 
@@ -37,6 +38,30 @@ def inside_mixing(folder: Path) -> None:
         train(model, tiny_run.rows(8), tiny_run.quiet(), tokenizer=tiny_run.tokenizer())
 
 
+def another_thread_trains(folder: Path) -> None:
+    model = tiny_run.model()
+    with in_one_thread(model), ThreadPoolExecutor(thread_name_prefix="second") as pool:
+        train(model, tiny_run.rows(8), tiny_run.quiet(), tokenizer=tiny_run.tokenizer())  # in this thread it may
+        pool.submit(lambda: train(model, tiny_run.rows(8), tiny_run.quiet(), tokenizer=tiny_run.tokenizer())).result()
+
+
+def another_thread_evaluates(folder: Path) -> None:
+    model = tiny_run.model()
+    with in_one_thread(model), ThreadPoolExecutor() as pool:
+        pool.submit(lambda: evaluate(model, tiny_run.rows(8), tiny_run.quiet(task="causal-lm"))).result()
+
+
+def stopped_early(**values: Any) -> Callable[[Path], Any]:
+    def begin(folder: Path) -> None:
+        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+        try:
+            run(output_dir=folder, **values)
+        finally:
+            (folder / "metrics.jsonl").unlink()
+
+    return begin
+
+
 ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("in a file", in_a_file, NotADirectoryError, r"output_dir: expected a folder, got .*file/run, which is or is in a"),
     (
@@ -47,6 +72,25 @@ ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ),
     ("read only", read_only, OSError, r"output_dir: expected a folder to write to, got /proc/adapterkern: "),
     ("nothing to resume", lambda f: run(output_dir=f, resume=True), FileNotFoundError, "resume: expected a checkpoint"),
+    (
+        "a run without a checkpoint",
+        stopped_early(),
+        FileExistsError,
+        r"holds an earlier run \(metrics.jsonl\), which stopped before its first checkpoint: replace it \(overwrite=T",
+    ),
+    (
+        "no checkpoint to resume from",
+        stopped_early(resume=True),
+        FileNotFoundError,
+        r"got none: the run there stopped before its first; begin again \(overwrite=True\)",
+    ),
+    (
+        "two threads",
+        another_thread_trains,
+        RuntimeError,
+        "model: expected one that no other thread trains or evaluates, got one in use by MainThread: wait for it",
+    ),
+    ("evaluation in a second thread", another_thread_evaluates, RuntimeError, "model: expected one that no other"),
     ("lr 0", lambda f: run(lr=0.0), ValueError, "lr: expected a number above 0, with which a step changes something"),
     ("long warmup", lambda f: run(warmup=9), ValueError, "warmup: expected at most the run's 4 steps, got 9"),
     ("warmup of all", lambda f: run(max_steps=1, warmup=1), ValueError, "warmup: expected 0 in a run of one step"),

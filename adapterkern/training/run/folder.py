@@ -86,8 +86,10 @@ def check_output(config: TrainConfig, files: Sequence[str]) -> None:
     # Neither is a folder of checkpoints in which the first was never finished.
     found += [CHECKPOINTS] if any((directory / CHECKPOINTS).glob("[!.]*")) else []
     if found and not config.overwrite:
+        resume = "resume it (resume=True), " if checkpoints(directory) else ""
+        stopped = "" if resume or (directory / TASK_NAME).exists() else ", which stopped before its first checkpoint"
         raise FileExistsError(
-            f"output_dir: {directory} holds an earlier run ({found[0]}): resume it (resume=True), "
+            f"output_dir: {directory} holds an earlier run ({found[0]}){stopped}: {resume}"
             "replace it (overwrite=True), or name another folder"
         )
 
@@ -156,7 +158,9 @@ def newest_checkpoint(output_dir: Path) -> Path:
     """The newest checkpoint of a run. Raises ``FileNotFoundError`` if there is none."""
     found = checkpoints(output_dir)
     if not found:
-        raise FileNotFoundError(f"resume: expected a checkpoint in {output_dir / CHECKPOINTS}, got none")
+        begun = (output_dir / METRICS_NAME).exists() and not (output_dir / TASK_NAME).exists()
+        hint = ": the run there stopped before its first; begin again (overwrite=True)" if begun else ""
+        raise FileNotFoundError(f"resume: expected a checkpoint in {output_dir / CHECKPOINTS}, got none{hint}")
     return found[-1]
 
 

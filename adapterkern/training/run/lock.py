@@ -1,4 +1,4 @@
-"""One run per folder: a lock that its process holds, and that ends with it however it ends.
+"""One run per folder: a lock that its process holds, and that ends with it however it ends. One run per model.
 
 The kernel's ``flock`` on a hidden file is the lock, so a killed process leaves a file that locks nothing. The file says
 who holds the lock. Its owner removes it before it lets go; whoever locked a removed file tries again.
@@ -10,13 +10,42 @@ import fcntl
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 LOCK_NAME = ".adapterkern.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 
 logger = logging.getLogger(__name__)
+
+_in_use: "WeakKeyDictionary[Any, threading.Thread]" = WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def in_one_thread(model: Any) -> Iterator[None]:
+    """Inside the block no other thread can begin such a block with ``model``; this one can.
+
+    Raises:
+        RuntimeError: another thread is inside one.
+    """
+    own = threading.current_thread()
+    with _guard:
+        before = _in_use.get(model)
+        if before not in (None, own):
+            raise RuntimeError(
+                f"model: expected one that no other thread trains or evaluates, got one in use by {before.name}: wait "
+                "for it, or give each thread a model over a backbone of its own"
+            )
+        _in_use[model] = own
+    try:
+        yield
+    finally:
+        if before is None:
+            del _in_use[model]
 
 
 @contextlib.contextmanager

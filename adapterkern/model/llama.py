@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from adapterkern import checks
 from adapterkern.model.adapter import Adapter
 from adapterkern.model.config import AdapterConfig
+from adapterkern.model.copies import attach, detach
 from adapterkern.model.decoder import (
     AdaptedLayer,
     adapt,
@@ -25,7 +26,6 @@ from adapterkern.model.decoder import (
     layer_device,
     restore,
 )
-from adapterkern.model.extra import attach, detach
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.logits import WithLogits
 from adapterkern.model.prefix import Split

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import AdaptedLayer, own_class
-from adapterkern.model.extra import Replaceable
 
 
 def same_weights(llama: PreTrainedModel) -> Any:

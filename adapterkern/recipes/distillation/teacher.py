@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from adapterkern.files import read_json, write_json
+from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import eval_mode
-from adapterkern.model.extra import Replaceable
 from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import LogitsPath, find_logits_path, logits_of

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkern.model.extra import has_tied_copies
+from adapterkern.model.copies import has_tied_copies
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.parallel.engine import Engine

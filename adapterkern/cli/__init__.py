@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from adapterkern import __version__, _ctrl_c
 from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
 from adapterkern.cli.options import Parser, UsageError, in_options
+from adapterkern.cli.together import check_together
 
 COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
@@ -46,6 +47,7 @@ def _run(argv: Sequence[str]) -> int:
         level = logging.WARNING if _rank() == 0 else logging.ERROR
         show.setFormatter(_Formatter(parser))
         logging.basicConfig(handlers=[show], level=level)
+        check_together(arguments)
         return arguments.run(arguments)
     except SystemExit:  # --help and --version, which have been printed
         sys.stdout.flush()

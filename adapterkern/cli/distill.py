@@ -12,7 +12,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, check_rows, train_run
+from adapterkern.cli.run import Job, adapted, check_rows, check_train_and_eval, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "distill", "train adapters on a teacher's soft labels, or keep a model close to its original behavior"
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from adapterkern.model.backbone import check_source, load_backbone
+    from adapterkern.model.backbone import check_hub, check_source, load_backbone
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
@@ -70,9 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     def check(config: TrainConfig) -> None:
         if arguments.teacher not in ("itself", "whole"):
             check_source(arguments.teacher, "--teacher")
+            check_hub(arguments.teacher, "--teacher")
         as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
-        check_rows("--train", arguments.train, config)
-        check_rows("--eval", arguments.eval, config)
+        if config.task == "classification" and not (arguments.keep or arguments.eval_keep):
+            raise ValueError(
+                "--task: expected causal-lm without --keep, since soft labels are those of tokens, got classification"
+            )
+        check_train_and_eval(arguments, config)
         check_rows("--keep", arguments.keep, as_text)
         check_rows("--eval-keep", arguments.eval_keep, as_text)
 

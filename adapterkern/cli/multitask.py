@@ -3,17 +3,20 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
+from adapterkern import checks
 from adapterkern.cli.options import (
     adapter_config,
     add_adapter_options,
     add_backbone_options,
     add_training_options,
     model_flags,
+    number,
 )
-from adapterkern.cli.run import Job, check_rows, say, sources_of, train_run
-from adapterkern.model.config import AdapterConfig
+from adapterkern.cli.run import Job, check_mixed, check_rows, say, sources_of, train_run
+from adapterkern.model.config import AdapterConfig, check_name
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "multitask", "train adapters for several tasks at once"
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=number,
         default=1.0,
         metavar="T",
         help="a task of n rows has a share of n^(1/T): 1 in proportion, inf equal shares [1.0]",
@@ -57,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     files = _files(arguments.data)
+    checks.number("--temperature", arguments.temperature, "[1, inf]")
     adapters = _adapters(arguments, list(files))
 
     def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
@@ -79,9 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
         return Job(model, train_files, eval_files or None, task, sources)
 
     def check(config: TrainConfig) -> None:
-        for of_task in files.values():
-            for path in of_task:
-                check_rows("--data", path, config)
+        for name, of_task in files.items():
+            option = "--modules-to-save" if arguments.modules_to_save else f"--adapters {name}"
+            check_mixed(option, adapters[name], config)
+            labels = None
+            for path in of_task:  # the second may have the labels of the first
+                labels = check_rows(f"--data {name}", path, config, labels)
 
     return train_run(arguments, job, check=check)
 
@@ -94,6 +101,8 @@ def _files(data: list[list[str]]) -> dict[str, list[str]]:
                 "--data: expected a name, a file to learn from, and optionally one to evaluate on, as in "
                 f"--data reviews reviews.csv reviews-test.csv; got {' '.join([name, *of_task])}"
             )
+        if Path(check_name(name, "--data")).name != name:
+            raise ValueError(f"--data: expected a task's name that a folder can have, got {name}")
         if name in files:
             raise ValueError(f"--data: expected each name once, got {name} twice")
         files[name] = of_task

@@ -31,10 +31,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_defaults(parser=self)
+        self.typed: set[str] = set()  # the fields whose options the last command line had
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
+        message = message.replace(": expected one argument", ": expected a value, got none")
+        if found := _VALUE_OF_FLAG.fullmatch(message):
+            message = _no_value(found[1], found[2])
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help", self)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        self.typed.add(action.dest)  # argparse calls this for what is there, and not for defaults
+        return super()._get_values(action, arg_strings)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -53,7 +61,12 @@ class Parser(argparse.ArgumentParser):
             raise
         arguments.parser._refuse(unknown)
         if unknown:
-            arguments.parser.error(f"unknown {unknown[0]}")
+            before = list(argv)[: list(argv).index(unknown[0])] if unknown[0] in argv else []
+            flags = [
+                name for action in arguments.parser._actions if action.nargs == 0 for name in action.option_strings
+            ]
+            problem = _no_value(before[-1], repr(unknown[0])) if before and before[-1] in flags else None
+            arguments.parser.error(problem or f"unknown {unknown[0]}")
         return arguments
 
     def _refuse(self, words: Sequence[str]) -> None:
@@ -62,6 +75,13 @@ class Parser(argparse.ArgumentParser):
         for option in (word.split("=")[0] for word in words):
             if option.startswith("-") and option not in known:
                 self.error(f"unknown {option}{_hint(option, known)}")
+
+
+_VALUE_OF_FLAG = re.compile(r"(--\S+): ignored explicit argument (.*)")
+
+
+def _no_value(flag: str, value: str) -> str:
+    return f"{flag}: expected no value, since the option is a flag, got {value}"
 
 
 def _hint(option: str, known: Sequence[str]) -> str:
@@ -94,12 +114,15 @@ def in_options(message: str, parser: argparse.ArgumentParser) -> str:
     """
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "version")}
     options = {name: action.option_strings[0] for name, action in actions.items()}
+    message = re.sub(r" \(in Python: (?:[^()]|\([^()]*\))*\)", "", message)
 
     def setting(name: str, value: str) -> str:
         if value == "True":
             return options[name]
         if value == "False" and isinstance(actions[name], argparse.BooleanOptionalAction):
             return actions[name].option_strings[-1]
+        if value[0] in "[(":
+            value = ",".join(part.strip(" '") for part in value[1:-1].split(","))
         return f"no {options[name]}" if value in ("False", "None") else f"{options[name]} {value.strip(_QUOTE)}"
 
     head, colon, rest = message.partition(": ")
@@ -112,12 +135,19 @@ def in_options(message: str, parser: argparse.ArgumentParser) -> str:
         rest = re.sub(r"(?<=got )[\[(](-?\d+(?:, -?\d+)*),?[\])]", lambda m: m[1].replace(" ", ""), rest)
     known = "|".join(sorted(options, key=len, reverse=True)) or "(?!)"
     message = re.sub(rf"{_BEFORE}({known})={_VALUE}", lambda m: setting(m[1], m[2]), head + colon + rest)
-    return re.sub(rf"{_BEFORE}(?<!, )({known})(?!,){_AFTER}", lambda m: options[m[1]] if "_" in m[1] else m[1], message)
+    if message != head + colon + rest:  # begun with --layers 0,1, not [0]
+        message = re.sub(r"(?<=, not )None\b", "none", message)
+        message = re.sub(r"(?<=, not )\[([^\]]*)\]", lambda m: re.sub(r"[' ]", "", m[1]), message)
+    message = re.sub(
+        rf"{_BEFORE}(?<!, )({known})(?!,){_AFTER}", lambda m: options[m[1]] if "_" in m[1] else m[1], message
+    )
+    return re.sub(_ADVICE, "", message)
 
 
 _QUOTE = "'"
+_ADVICE = r"; [a-z]+_column names another|\nset skip_bad_rows=True to skip them"  # of which a command has no option
 _BEFORE, _AFTER = r"(?<![\w./'\"=-])", r"(?![\w/'\"=]|\.\w)"  # not within a path, a quoted value or another name
-_VALUE = r"('[^']*'|-?\w(?:[\w.,/+-]*\w)?)"
+_VALUE = r"('[^']*'|\[[^\]]*\]|\([^)]*\)|-?\w(?:[\w.,/+-]*\w)?)"
 
 
 def integer(text: str) -> int:
@@ -253,7 +283,8 @@ def add_saved_options(
 def as_asked(arguments: argparse.Namespace, config: TrainConfig) -> TrainConfig:
     """A saved run's configuration with what ``add_saved_options`` was given in place of its own."""
     given = {name: getattr(arguments, name, None) for name in (*COLUMNS, *READING)}
-    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    asked = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, progress=True, **asked)  # the training's --no-progress is not about this
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
@@ -261,9 +292,13 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser.add_argument_group("adapters", "defaults in brackets"), AdapterConfig, without={"eps"})
 
 
+def adapter_fields() -> tuple[str, ...]:
+    """The fields of ``AdapterConfig`` that have options."""
+    return tuple(field.name for field in dataclasses.fields(AdapterConfig) if field.name != "eps")
+
+
 def adapter_config(arguments: argparse.Namespace) -> AdapterConfig:
-    values = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(AdapterConfig) if f.name != "eps"}
-    return AdapterConfig(**values)
+    return AdapterConfig(**{name: getattr(arguments, name) for name in adapter_fields()})
 
 
 def add_training_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:

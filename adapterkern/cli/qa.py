@@ -13,7 +13,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, check_file, evaluate_run, load_saved, train_run
+from adapterkern.cli.run import Job, adapted, check_questions, evaluate_run, load_saved, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "qa", "question answering: train, evaluate, predict"
@@ -57,8 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_train(arguments: argparse.Namespace) -> int:
     from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
-    from adapterkern.recipes.qa.squad import read_questions
-    from adapterkern.training.data.rows import BadRows
 
     settings = from_options(arguments, SpanSettings)
 
@@ -67,13 +65,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         return Job(task.model, arguments.train, arguments.eval, task)
 
     def check(config: TrainConfig) -> None:
-        for option, path in (("--train", arguments.train), ("--eval", arguments.eval)):
-            if path is not None:
-                check_file(option, path)
-                bad = BadRows(path)
-                read_questions(path, bad)
-                if not config.skip_bad_rows:
-                    bad.settle(False)
+        check_questions("--train", arguments.train, config)
+        check_questions("--eval", arguments.eval, config)
 
     return train_run(arguments, job, check=check)
 
@@ -82,9 +75,11 @@ def run_predict(arguments: argparse.Namespace) -> int:
     from adapterkern.files import write_json
     from adapterkern.recipes.qa import QuestionAnswering
 
-    task, config, tokenizer, data = load_saved(arguments)
-    if not isinstance(task, QuestionAnswering):
-        raise ValueError(f"{arguments.directory}: expected a run of question answering, got a {task.kind}")
+    for option, path in (("--output", arguments.output), ("--n-best", arguments.n_best)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{option}: expected a file in a folder that exists, got {path}")
+    task, config, tokenizer, data = load_saved(arguments, answers=True)
+    assert isinstance(task, QuestionAnswering)
     predictions = task.answer(data, config, tokenizer)
     write_json(arguments.output, {id_: prediction.text for id_, prediction in predictions.items()})
     if arguments.n_best is not None:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from adapterkern.cli.options import (
+    adapter_config,
     add_adapter_options,
     add_backbone_options,
     add_data_options,
@@ -12,7 +13,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, evaluate_run, train_run
+from adapterkern.cli.run import Job, adapted, check_mixed, check_train_and_eval, evaluate_run, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "route", "experts that a router chooses among: train, evaluate"
@@ -52,4 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         task = RoutedTask(adapted(arguments, llama, show=False), routing)  # one of several experts
         return Job(task.model, arguments.train, arguments.eval, task)
 
-    return train_run(arguments, job)
+    def check(config: TrainConfig) -> None:
+        check_mixed("--modules-to-save", adapter_config(arguments), config)
+        check_train_and_eval(arguments, config)
+
+    return train_run(arguments, job, check=check)

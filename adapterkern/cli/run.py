@@ -1,15 +1,18 @@
 """What every command that trains or evaluates does: build, call, print on rank 0, return the status."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkern.cli.options import adapter_config, as_asked, from_options, model_flags
+from adapterkern.cli.together import check_together
+from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ def train_run(
     """Train what ``job`` makes of (backbone, tokenizer, configuration); the status of the command.
 
     Args:
-        check: raises for data that the command cannot use; by default ``check_rows`` of ``--train`` and ``--eval``.
+        check: raises for data that the command cannot use; by default ``check_train_and_eval``.
 
     Raises what ``adapterkern.train`` raises; all that can be known without the backbone before it is loaded.
     """
@@ -81,8 +84,7 @@ def train_run(
     if check is not None:
         check(config)
     else:
-        check_rows("--train", arguments.train, config)
-        check_rows("--eval", arguments.eval, config)
+        check_train_and_eval(arguments, config)
     llama, tokenizer = load(arguments)
     torch.manual_seed(config.seed)
     model, train_data, eval_data, task, sources = job(llama, tokenizer, config)
@@ -103,33 +105,68 @@ def train_run(
     return 0
 
 
-def check_rows(option: str, path: str | os.PathLike[str] | None, config: TrainConfig, labeled: bool = True) -> None:
-    """Raise ``DataError`` or ``OSError`` if the file of an option cannot be read, or lacks the task's columns.
+def check_rows(
+    option: str,
+    path: str | os.PathLike[str] | None,
+    config: TrainConfig,
+    labels: Sequence[str] | None = None,
+) -> list[str] | None:
+    """Raise ``DataError`` or ``OSError`` if a training could not use an option's file, whatever the tokenizer.
 
     Args:
-        labeled: whether rows of a classification need their label.
+        labels: those that the rows may have; by default any.
+
+    Returns:
+        the labels; None without a file.
     """
-    from adapterkern.training.data.rows import BadRows, DataError, columns, no_column, read_rows
+    from adapterkern.training.data.examples import check_data
 
     if path is None:
-        return
+        return None
     check_file(option, path)
-    bad = BadRows(os.fspath(path))
-    rows = read_rows(path, bad)
-    if not config.skip_bad_rows:
-        bad.settle(False)
-    if not rows:
-        raise DataError(f"{option}: expected a file with rows, got none in {path}")
-    there = rows[0].values
-    needed = [] if "input_ids" in there else ["text_column"]
-    if config.task == "causal-lm":
-        needed = ["completion_column"] if config.prompt_column in there else needed
-    elif labeled:
-        needed.append("label_column")
-    for name in needed:
-        column = getattr(config, name)
-        if not any(column in row.values for row in rows):
-            raise DataError(f"{option}: {path}: {no_column(column, name, columns(rows))}")
+    with _named(option):
+        return check_data(path, config, labels)
+
+
+def check_questions(option: str, path: str | None, config: TrainConfig, labeled: bool = True) -> None:
+    """The same of a file of questions. ``labeled``: they need their answers."""
+    from adapterkern.recipes.qa.squad import check_questions
+
+    if path is not None:
+        check_file(option, path)
+        with _named(option):
+            check_questions(path, config.skip_bad_rows, labeled)
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Name the option in errors about its data."""
+    from adapterkern.training.data.rows import DataError
+
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{option}: {error}") from error
+
+
+def check_train_and_eval(arguments: argparse.Namespace, config: TrainConfig) -> None:
+    """``check_rows`` of ``--train``, and of ``--eval``, which may have the labels of ``--train`` alone."""
+    check_rows("--eval", arguments.eval, config, check_rows("--train", arguments.train, config))
+
+
+def check_mixed(option: str, adapter: AdapterConfig, config: TrainConfig) -> None:
+    """Raise ``ValueError`` for what an adapter cannot have, or a training, whose batches mix several.
+
+    Args:
+        option: that sets the adapter's ``modules_to_save``.
+    """
+    if adapter.modules_to_save:
+        raise ValueError(
+            f"{option}: expected no modules of the backbone, which all adapters of a batch share, got "
+            f"{','.join(adapter.modules_to_save)}"
+        )
+    if not config.train_adapters:
+        raise ValueError("--train-adapters: expected several adapters to train, got --no-train-adapters")
 
 
 def check_both(train_file: Path | None, eval_file: Path | None, config: TrainConfig) -> None:
@@ -140,8 +177,7 @@ def check_both(train_file: Path | None, eval_file: Path | None, config: TrainCon
     """
     if (train_file is None) != (eval_file is None):
         raise ValueError("--train, --eval: expected both files or neither, got one")
-    check_rows("--train", train_file, config)
-    check_rows("--eval", eval_file, config)
+    check_rows("--eval", eval_file, config, check_rows("--train", train_file, config))
 
 
 def check_file(option: str, path: str | os.PathLike[str]) -> None:
@@ -172,8 +208,11 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig, Any, Any]:
+def load_saved(arguments: argparse.Namespace, answers: bool = False) -> tuple["Task[Any]", TrainConfig, Any, Any]:
     """A saved run's task, configuration and tokenizer, and the data to use it on: ``--data``, or the run's own.
+
+    Args:
+        answers: the run must answer questions, and those in the data need not have answers.
 
     Raises:
         FileNotFoundError: a file of the run is missing.
@@ -182,14 +221,19 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
     from adapterkern.model.backbone import load_backbone
     from adapterkern.model.liger import check_installed
     from adapterkern.recipes.multitask.task import MultiTask
+    from adapterkern.recipes.qa.task import QuestionAnswering
 
     if arguments.liger:
         check_installed()
     arguments.directory = evaluated_folder(arguments.directory)
     kind = task_class(arguments.directory)
+    if answers and not issubclass(kind, QuestionAnswering):
+        raise ValueError(f"{arguments.directory}: expected a run of question answering, got a {kind.__name__}")
     data: Any
     if issubclass(kind, MultiTask):
         source, data = _sources_of_tasks(arguments)
+        for name, path in data.items():
+            _check_saved_data(arguments, MultiTask.folder(arguments.directory, name), path)
     else:
         source = _saved_sources(arguments)
         data = arguments.data or source.eval_data
@@ -197,8 +241,7 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
             raise ValueError(
                 f"--data: expected a file, because {arguments.directory} was trained without --eval; got none"
             )
-    for path in data.values() if isinstance(data, Mapping) else (data,):
-        check_file("--data", path)
+        _check_saved_data(arguments, arguments.directory, data, issubclass(kind, QuestionAnswering), not answers)
     llama, tokenizer = load_backbone(
         arguments.model or _known(source.model, arguments.directory),
         num_layers=source.num_layers if arguments.num_layers is None else arguments.num_layers,
@@ -209,6 +252,22 @@ def load_saved(arguments: argparse.Namespace) -> tuple["Task[Any]", TrainConfig,
         logger.warning("%s: was trained with other tokens than those of %s", arguments.directory, model)
     task, config = kind.from_pretrained(llama, arguments.directory, **model_flags(arguments))
     return task, as_asked(arguments, config), tokenizer, data
+
+
+def _check_saved_data(
+    arguments: argparse.Namespace, directory: Path, path: str, questions: bool = False, labeled: bool = True
+) -> None:
+    """Raise what can be known of a saved run's data, and of the options that read it, without its backbone."""
+    from adapterkern.training.heads import saved_labels
+    from adapterkern.training.saved import load_config
+
+    config = as_asked(arguments, load_config(directory))
+    if questions:
+        check_together(arguments, task="question answering")
+        check_questions("--data", path, config, labeled)
+    else:
+        check_together(arguments, task=config.task)
+        check_rows("--data", path, config, saved_labels(directory) if config.task == "classification" else None)
 
 
 def evaluated_folder(directory: Path) -> Path:

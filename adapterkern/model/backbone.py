@@ -2,14 +2,17 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import errors as hub
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from adapterkern import checks
 from adapterkern.model.decoder import decoder_layers, keep_layers
@@ -17,6 +20,8 @@ from adapterkern.model.files.folder import ADAPTER_FILES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXPECTED = "expected a .gguf file, a transformers folder or a name on the hub"
+
+_PAUSE = 1.0  # seconds, after which the hub is asked once more
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,7 @@ def load_backbone(
     """
     checks.choice("dtype", dtype, tuple(DTYPES))
     check_source(source)
+    check_hub(source)
     path = Path(source)
     name, kwargs = os.fspath(source), {}
     if path.suffix == ".gguf":
@@ -89,6 +95,45 @@ def check_source(source: str | os.PathLike[str], name: str = "model") -> None:
         raise FileNotFoundError(f"{name}: no folder {path}")
 
 
+def check_hub(source: str | os.PathLike[str], name: str = "model") -> None:
+    """Raise ``OSError`` if ``source`` is a name on the hub that the hub does not know, or cannot be asked for.
+
+    The hub's own client tries six times for each file, which takes a minute where there is no network. What is in the
+    cache is not asked for, nor is anything where ``HF_HUB_OFFLINE`` is set.
+    """
+    text = os.fspath(source)
+    if Path(source).exists() or _in_cache(text):
+        return
+    try:
+        for last in (False, True):
+            try:
+                get_hf_file_metadata(hf_hub_url(text, "config.json"))
+                break
+            except Exception as error:
+                if last or not _not_connected(error):
+                    raise
+                time.sleep(_PAUSE)
+    except hub.OfflineModeIsEnabled:
+        pass  # which the loader reports at once
+    except Exception as error:
+        known = hub.GatedRepoError | hub.RepositoryNotFoundError | hub.HFValidationError
+        if isinstance(error, known) or _not_connected(error):
+            raise OSError(f"{name}: no folder {source} here, and {_why_not_from_hub(text, error)}") from error
+
+
+def _in_cache(name: str) -> bool:
+    try:
+        return cached_file(name, "config.json", local_files_only=True) is not None
+    except Exception:
+        return False
+
+
+def _not_connected(error: BaseException) -> bool:
+    """Whether no connection was made, by the names that both of the hub's HTTP libraries have for it."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"ConnectError", "ConnectionError"}) and not isinstance(error, hub.OfflineModeIsEnabled)
+
+
 def _read(what: str, source: str | os.PathLike[str], read: Any, name: str, **kwargs: Any) -> Any:
     """``read(name, **kwargs)``, with one line for what libraries raise in many kinds and paragraphs."""
     try:
@@ -124,7 +169,7 @@ def _why_not_from_hub(name: str, error: BaseException | None) -> str:
             return f"the hub has no model {name}, or it is private: `hf auth login`"
         if isinstance(error, hub.HFValidationError):
             return f"{name} cannot be a name on the hub"
-        if isinstance(error, hub.LocalEntryNotFoundError):
+        if isinstance(error, hub.LocalEntryNotFoundError) or _not_connected(error):
             return f"the hub could not be asked for {name}, of which there is no copy in the cache"
         error = error.__cause__ or error.__context__
     return f"the hub gave no usable {name}: {text}"

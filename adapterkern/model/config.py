@@ -5,6 +5,8 @@ import logging
 import math
 from typing import Any, Literal
 
+from torch import nn
+
 from adapterkern import checks
 from adapterkern.model.adapter import INITS
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
@@ -28,6 +30,15 @@ def largest_adapter_dim(hidden_size: int, adapters: int, max_params: int) -> int
     """The largest ``adapter_dim`` for which ``adapters`` adapters have at most ``max_params`` parameters; 0 if none."""
     fit = (max_params // adapters - adapter_num_params(hidden_size, 0)) // (2 * hidden_size + 1)
     return max(0, min(fit, MAX_ADAPTER_DIM))
+
+
+def check_name(name: object, argument: str = "name") -> str:
+    """``name``, if an adapter can have it. Raises ``ValueError`` that names the argument."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{argument}: expected a non-empty name without dots that is no attribute of nn.ModuleDict, got {name!r}"
+        )
+    return name
 
 
 # As PEFT and AdapterHub have them

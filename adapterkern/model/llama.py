@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from adapterkern import checks
 from adapterkern.model.adapter import Adapter
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import AdapterConfig, check_name
 from adapterkern.model.copies import attach, detach
 from adapterkern.model.decoder import (
     AdaptedLayer,
@@ -196,10 +196,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         if not isinstance(config, AdapterConfig):
             hint = ": write AdapterConfig(**fields)" if isinstance(config, dict) else ""
             raise TypeError(f"config: expected an AdapterConfig, got {config!r:.80}{hint}")
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise ValueError(
-                f"name: expected a non-empty name without dots that is no attribute of nn.ModuleDict, got {name!r}"
-            )
+        check_name(name)
         if name in self.adapters:
             raise ValueError(f"name: expected a new name, got {name!r}, which exists")
         config = self._with_modules(config.resolve(self.config.hidden_size, len(self.layers)))

@@ -216,7 +216,8 @@ def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save: expected none of an adapter that is mixed with others in a batch, got "
-                f"{', '.join(config.modules_to_save)} of {name!r}; AdapterConfig(modules_to_save=[]) trains none"
+                f"{', '.join(config.modules_to_save)} of {name!r} "
+                "(in Python: AdapterConfig(modules_to_save=[]) trains none)"
             )
 
 

@@ -18,7 +18,7 @@ from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.padding import check_padding
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
-from adapterkern.training.data.rows import source_name, warn
+from adapterkern.training.data.rows import source_name
 from adapterkern.training.data.summary import Summary
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import Data, Run
@@ -242,9 +242,8 @@ def _evaluated(
 ) -> dict[str, float]:
     model = task.model
     examples = numbered(task.load(eval_data, config, tokenizer))
-    for name, summary in _summaries(task, config, {source_name(eval_data): examples}).items():
-        for line in summary.cut_warning():
-            warn("%s: %s", name, line)
+    summaries = _summaries(task, config, {source_name(eval_data): examples})
+    processes.on_rank_zero(lambda: show_data(summaries, config.progress))
     accelerator = make_accelerator(config.precision, model.device)
     with accelerator.autocast():
         _check_backbones(task, config, examples)

@@ -119,6 +119,11 @@ def read_head_config(directory: Path, kind: str, kinds: Mapping[str, Any]) -> tu
     return path, read_versioned(path, FORMAT_VERSION, {**kinds, "weights_sha256": str})
 
 
+def saved_labels(directory: Path) -> list[str]:
+    """The labels of the classification head in ``directory``. Raises as ``read_head_config``."""
+    return read_head_config(directory, "classification", {"labels": list})[1]["labels"]
+
+
 def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) -> None:
     """Load the saved weights into ``head``, which takes their dtype.
 

@@ -135,7 +135,7 @@ class Run(Generic[E]):
                     reporter.say(f"resumed from {self.checkpoint}")
                 elif len(self.data.train) < config.rows_per_step:
                     rows = f"{len(self.data.train)} training rows are fewer than a step's {config.rows_per_step}"
-                    reporter.say(f"{rows} (batch_size · accumulation): every step learns from all of them")
+                    reporter.say(f"{rows}: every step learns from all of them")
                 processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
                 self.engine.run.train()
                 while state.step < self.total_steps and not self._stopped(stop):
@@ -357,7 +357,7 @@ class Run(Generic[E]):
         elif self.checkpoint is None:
             reporter.say(f"{where}; nothing was saved, because no step was finished")
         else:
-            reporter.say(f"{where}; saved {self.checkpoint}. With resume=True (--resume) it goes on from there")
+            reporter.say(f"{where}; saved {self.checkpoint}, from which a resumed run goes on")
 
     def _finish(self, reporter: Reporter) -> None:
         if skipped := self.state.skipped_steps:

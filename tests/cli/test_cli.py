@@ -283,6 +283,6 @@ def test_eval_finds_the_backbone_from_another_folder(
 ) -> None:
     monkeypatch.chdir(model_folder.parent)
     arguments = train_arguments(Path(model_folder.name), files, tmp_path / "run")
-    assert cli.main([*arguments, "--max-steps", "1"]) == 0
+    assert cli.main([*arguments, "--epochs", "1"]) == 0
     monkeypatch.chdir(tmp_path)
     assert cli.main(["eval", "run"]) == 0

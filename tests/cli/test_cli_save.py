@@ -21,11 +21,27 @@ def test_the_backbone_s_folder_is_no_output(
     assert {path: path.read_bytes() for path in model_folder.iterdir()} == before
 
 
-def test_modules_to_save(model_folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
-    arguments = [*train_arguments(model_folder, files, tmp_path), "--modules-to-save", "embed_tokens,norm"]
-    assert cli.main([*arguments, "--max-steps", "2"]) == 0
+def test_modules_to_save(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*train_arguments(model_folder, files, tmp_path), "--epochs", "1"]
+    assert cli.main([*arguments, "--modules-to-save", "embed_tokens,norm"]) == 0
     saved = {key for key in load_file(tmp_path / WEIGHTS_NAME) if key.startswith("modules_to_save")}
     assert saved == {"modules_to_save.model.embed_tokens.weight", "modules_to_save.model.norm.weight"}
     config = json.loads((tmp_path / CONFIG_NAME).read_text())["adapter"]
     assert sorted(config["modules_to_save"]) == ["model.embed_tokens", "model.norm"]
+    capsys.readouterr()
     assert cli.main(["eval", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert f"{files[1]}  32 texts; 224 tokens; a text has 7 (median), 7 (longest)\n" in said
+    assert "  2 labels: 'fruit' 16, 'metal' 16\n" in said
+    for more, problem in (
+        (
+            ["--resume"],
+            "begun with --modules-to-save model.embed_tokens,model.norm, not none: resume with the same value",
+        ),
+        (["--resume", "--adapter-dim", "8"], "begun with --adapter-dim 4, not 8: resume with the same value"),
+        (["--resume", "--layers", "0"], "begun with --layers 2,3, not 0: resume with the same value"),
+    ):
+        assert cli.main([*arguments, *more]) == 1
+        assert problem in capsys.readouterr().err

@@ -32,7 +32,14 @@ ROWS = [
     (TRAIN + "--lr nan", "--lr: expected a number, got 'nan'"),
     (TRAIN + "--layers a,b", "--layers: expected layer numbers such as 0,3 or -2,-1, got 'a,b'"),
     (TRAIN + "--dtype fp3", "--dtype: expected one of fp32, bf16, fp16, got 'fp3'"),
-    (TRAIN + "--skip-bad-rows 3", "train: unknown 3;"),
+    (TRAIN + "--seed", "--seed: expected a value, got none; see"),
+    (
+        TRAIN + "--skip-bad-rows 3",
+        "train: --skip-bad-rows: expected no value, since the option is a flag, got '3'; see",
+    ),
+    (TRAIN + "--skip-bad-rows=3", "--skip-bad-rows/--no-skip-bad-rows: expected no value, .*, got '3'; see"),
+    (TRAIN + "--liger=yes", "train: --liger: expected no value, since the option is a flag, got 'yes'; see"),
+    (TRAIN + "--seed 3 4", "train: unknown 4;"),
     # values
     (TRAIN + "--lr 0", "--lr: expected a number above 0"),
     (TRAIN + "--lr -1e-3", "--lr: expected a number in \\[0, inf\\), got -0.001"),
@@ -43,6 +50,43 @@ ROWS = [
         TRAIN + "--adapter-dim 8 --max-params 1e4",
         "--max-params: expected none together with --adapter-dim 8, .* 1",
     ),
+    # of two options one has no effect, though its value may be the default
+    (
+        TRAIN + "--max-params 1e4 --adapter-dim 64",
+        "--max-params: expected none together with --adapter-dim 64, .* 10000$",
+    ),
+    (TRAIN + "--every 1 --layers -2,-1", "--layers: expected none together with --every 1, got -2,-1$"),
+    (TRAIN + "--epochs 3 --max-steps 5", "--epochs: expected none together with --max-steps 5, which .*, got 3$"),
+    (
+        TRAIN + "--no-train-adapters --init identity",
+        "--init: expected none together with --no-train-adapters, .*, got id",
+    ),
+    (
+        TRAIN + "--task causal-lm --pooling mean",
+        "--pooling: expected none together with --task causal-lm, .*, got mean",
+    ),
+    (DISTILL + "--label-column y", "--label-column: expected none together with --task causal-lm, .*, got y$"),
+    (TRAIN + "--prompt-column q", "--prompt-column: expected none together with --task classification, .*, got q$"),
+    (TRAIN + "--max-skipped-steps 20", "--max-skipped-steps: expected none together with --precision fp32, .*, got 20"),
+    (TRAIN + "--no-prefix-cache --prefix-cache-bytes 1e9", "--prefix-cache-bytes: .* with --no-prefix-cache, got 10+$"),
+    (TRAIN + "--eval-every 5", "--eval-every: expected none without --eval, .*, got 5$"),
+    (ROUTE + "--free-epochs 1", "--free-epochs: expected none together with --cost 0.0, got 1"),
+    (
+        "ablate --train-texts 400 --train good.jsonl --eval good.jsonl",
+        "--train-texts: .* with --train good.jsonl, .* 400$",
+    ),
+    # of what several adapters in a batch share
+    (ROUTE + "--modules-to-save norm", "route train: --modules-to-save: expected no modules of the backbone, .* norm$"),
+    (MULTITASK + "--data a good.jsonl --modules-to-save norm", "multitask: --modules-to-save: expected no modules"),
+    (
+        MULTITASK + '--data a good.jsonl --adapters a \'{{"modules_to_save": ["norm"]}}\'',
+        "--adapters a: expected no modules of the backbone, .*, got norm$",
+    ),
+    (ROUTE + "--no-train-adapters", "--train-adapters: expected several adapters to train, got --no-train-adapters"),
+    (MULTITASK + "--data a good.jsonl --temperature 0.5", "--temperature: expected a number in \\[1, inf\\], got 0.5"),
+    (MULTITASK + "--data keys good.jsonl", "--data: expected a non-empty name without dots .*, got 'keys'"),
+    (MULTITASK + "--data a/b good.jsonl", "--data: expected a task's name that a folder can have, got a/b"),
+    (DISTILL + "--task classification", "--task: expected causal-lm without --keep, .*, got classification"),
     (TRAIN + "--resume --overwrite", "--overwrite: expected --no-overwrite together with --resume, got --overwrite"),
     (
         TRAIN + "--no-train-adapters --task causal-lm",
@@ -69,7 +113,7 @@ ROWS = [
     ("train --model {model} --train no.jsonl --output out", "--train: no file no.jsonl"),
     (TRAIN + "--eval .", "--eval: expected a file, got the folder ."),
     (TRAIN + "--eval bad.txt", "bad.txt: expected a name that ends in .jsonl, .csv"),
-    (TRAIN + "--eval empty.jsonl", "--eval: expected a file with rows, got none in empty.jsonl"),
+    (TRAIN + "--eval empty.jsonl", "--eval: empty.jsonl: no rows"),
     (
         TRAIN + "--eval other.csv",
         "--eval: other.csv: column 'text' is missing; there are 'body', 'label'; --text-column names another",
@@ -78,9 +122,22 @@ ROWS = [
         TRAIN + "--label-column lab",
         "--train: good.jsonl: column 'lab' is missing; there are 'text', 'label'; --label-column names another",
     ),
-    (MULTITASK + "--data a no.jsonl", "--data: no file no.jsonl"),
+    (
+        TRAIN.replace("good", "one"),
+        "--train: one.jsonl: column 'label': expected at least two different labels, got 'a'",
+    ),
+    (MULTITASK + "--data a no.jsonl", "--data a: no file no.jsonl"),
+    (
+        MULTITASK + "--data a good.jsonl other.csv",
+        "--data a: other.csv: column 'text' is missing; there are 'body', 'lab",
+    ),
+    (MULTITASK + "--data a one.jsonl", "--data a: one.jsonl: column 'label': expected at least two different labels"),
     (DISTILL + "--keep no.jsonl", "--keep: no file no.jsonl"),
     ("qa train --model {model} --train other.csv --output out", "other.csv: expected a name that ends in .json"),
+    (
+        "qa train --model {model} --train q.jsonl --output out",
+        "--train: q.jsonl: field 'answers' is missing: no question",
+    ),
     ("demo --train good.jsonl --eval no.csv", "demo: --eval: no file no.csv"),
     ("train --model {model} --train good.jsonl --output bad.txt", "--output: expected a folder, got bad.txt"),
     (TRAIN + "--resume", "--resume: expected a checkpoint in out/checkpoints, got none"),
@@ -110,6 +167,8 @@ def test_refused(
     monkeypatch.setattr(backbone, "_read", lambda *_, **__: pytest.fail("loads a backbone"))
     rows = [{"text": "the apple", "label": label} for label in "abab"]
     Path("good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("one.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    Path("q.jsonl").write_text('{"question": "what", "context": "the apple"}\n')
     Path("other.csv").write_text("body,label\nthe apple,a\n")
     Path("bad.txt").write_text("x")
     Path("empty.jsonl").touch()
@@ -124,6 +183,79 @@ def test_refused(
     assert error.count("\n") == 1
     assert not out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "eval classification --data questions.jsonl",
+            "--data: questions.jsonl: column 'text' is missing; .* --text-col",
+        ),
+        ("eval multitask/tasks/small --data {bad}", "--data: .*: 1 bad row:\n.*: label 'maybe' is not one of "),
+        ("eval routing --data {bad}", "--data: .*: 1 bad row:\n.*: label 'maybe' is not one of "),
+        ("eval qa --data colors.jsonl", "--data: colors.jsonl: column 'question' is missing; there are "),
+        ("eval qa --data no.jsonl", "--data: no file no.jsonl"),
+        ("eval qa --text-column x", "--text-column: expected none for a run of task question answering, .*, got x"),
+        (
+            "eval classification --prompt-column x",
+            "--prompt-column: expected none for a run of task classification, .* x",
+        ),
+        ("qa predict classification --data questions.jsonl --output a.json", "a run of question answering, got a Task"),
+        (
+            "qa predict qa --data questions.jsonl --output no/a.json",
+            "--output: expected a file in a folder that exists, g",
+        ),
+    ],
+)
+def test_a_saved_run_s_data_are_checked_before_its_backbone_is_loaded(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1] / "golden" / "runs")
+    monkeypatch.setattr(backbone, "_read", lambda *_, **__: pytest.fail("loads a backbone"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "the apple", "label": "maybe"}\n')
+    assert cli.main(shlex.split(line.format(bad=bad))) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+LABELS = (
+    "bad.jsonl: 1 bad row:\n  bad.jsonl:2: column 'label': label 'c' is not one of 'a', 'b'\nset --skip-bad-rows to "
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (TRAIN + "--eval bad.jsonl", "train: --eval: " + LABELS),
+        (ROUTE + "--eval bad.jsonl", "route train: --eval: " + LABELS),
+        (MULTITASK + "--data x good.jsonl bad.jsonl", "multitask: --data x: " + LABELS),
+        (DISTILL + "--task classification --keep good.jsonl --eval bad.jsonl", "distill: --eval: " + LABELS),
+        ("demo --train good.jsonl --eval bad.jsonl", "demo: --eval: " + LABELS.partition("\nset")[0] + "\n"),
+        ("ablate --train good.jsonl --eval bad.jsonl", "ablate: --eval: " + LABELS.partition("\nset")[0] + "\n"),
+        (TRAIN + "--eval c.jsonl --skip-bad-rows", "train: --eval: c.jsonl: no rows are left of 1"),
+        (TRAIN.replace("good", "blank"), "blank.jsonl:1: column 'text': expected a non-empty string, got an empty one"),
+        (
+            DISTILL + "--keep blank.jsonl",
+            "--keep: blank.jsonl: 1 bad row:\n  blank.jsonl:1: column 'text': expected a non-empty string",
+        ),
+    ],
+)
+def test_bad_rows_are_found_before_a_backbone_is_loaded(
+    line: str,
+    message: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backbone, "_read", lambda *_, **__: pytest.fail("loads a backbone"))
+    for name, labels, text in (("good", "abab", "x"), ("bad", "acb", "x"), ("c", "c", "x"), ("blank", "a", " ")):
+        rows = [{"text": text, "label": label} for label in labels]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(shlex.split(line.format(model=model_folder))) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_liger_is_missed_before_a_backbone_is_loaded(
@@ -148,6 +280,9 @@ def test_liger_is_missed_before_a_backbone_is_loaded(
         ("or set prefix_cache=False", "or set --no-prefix-cache"),
         ("plot: expected True, got False", "--plot: expected --plot, got --no-plot"),
         ("layers: expected None, got (0, 1)", "--layers: expected none, got 0,1"),
+        ("run/step-1: begun with layers=[2, 3], not [0]", "run/step-1: begun with --layers 2,3, not 0"),
+        ("a: begun with modules_to_save=['norm'], not None", "a: begun with --modules-to-save norm, not none"),
+        ("its results differ (in Python: f(strict=True) refuses this)", "its results differ"),
         # not the names of fields
         ("/data/max_length.csv: no file", "/data/max_length.csv: no file"),
         ("the task of a seed", "the task of a seed"),

@@ -3,11 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from adapterkern.model import backbone
 from adapterkern.model.backbone import load_backbone
 from tests.support import tiny_run
 
@@ -49,6 +52,12 @@ def incomplete(folder: Path) -> str:
 def no_gguf(folder: Path) -> str:
     (folder / "x.gguf").write_bytes(b"GGUF" + bytes(100))
     return str(folder / "x.gguf")
+
+
+def not_there(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)  # made of a response, of which each version of the hub's client has its own kind
+    Exception.__init__(error, "404")
+    return error
 
 
 EXPECTED = "model: expected a .gguf file, a transformers folder or a name on the hub, got "
@@ -102,3 +111,53 @@ def test_layers_are_counted_before_the_weights_are_read(whole: Path, tmp_path: P
     source = cut(shutil.copytree(whole, tmp_path / "model"))
     with pytest.raises(ValueError, match="num_layers: expected an integer from 1 to 4, got 5"):
         load_backbone(source, num_layers=5)
+
+
+class ConnectError(Exception):
+    """As httpx and requests name what they raise without a network."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "asked", "message"),
+    [
+        (
+            ConnectError("no name"),
+            2,
+            "model: no folder some/name here, and the hub could not be asked for some/name, of",
+        ),
+        (not_there(RepositoryNotFoundError), 1, "and the hub has no model some/name, or it is private"),
+        (not_there(GatedRepoError), 1, "and the hub gives some/name only to users who have accepted its terms"),
+        (TimeoutError("slow"), 1, "the loader's own"),  # the client tries again
+        (None, 1, "the loader's own"),
+    ],
+)
+def test_the_hub_is_asked_before_its_client_tries_for_a_minute(
+    raised: Exception | None, asked: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def ask(url: str) -> None:
+        calls.append(url)
+        if raised is not None:
+            raise raised
+
+    def read(*_: object, **__: object) -> None:
+        raise OSError("the loader's own")
+
+    monkeypatch.setattr(backbone, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(backbone, "_read", read)
+    monkeypatch.setattr(backbone, "_PAUSE", 0.0)
+    with pytest.raises(OSError, match=message):
+        load_backbone("some/name")
+    assert len(calls) == asked
+    assert calls[0].endswith("some/name/resolve/main/config.json")
+
+
+def test_what_the_cache_has_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "models--some--name"
+    shutil.copytree(whole, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(backbone, "cached_file", partial(backbone.cached_file, cache_dir=tmp_path))
+    monkeypatch.setattr(backbone, "get_hf_file_metadata", lambda _: pytest.fail("asks the hub"))
+    backbone.check_hub("some/name")

@@ -16,6 +16,7 @@ from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
 from adapterkern.training.data.examples import load_examples
 from adapterkern.training.data.labels import label_name, suspicious_labels
 from adapterkern.training.data.rows import shown
+from adapterkern.training.heads import ClassificationHead
 from tests.support import tiny_qa, tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
@@ -97,7 +98,7 @@ def test_a_run_begins_with_its_data(capsys: pytest.CaptureFixture[str], tmp_path
     assert said(config, capsys, rows, eval_data=rows[:9]) == [
         "train  12 texts; 108 tokens; a text has 9.5 (median), 12 (longest)",
         "       2 labels: 'a' 8, 'b' 4",
-        "       warning: 3 of 12 texts are cut at max_length=12, the longest of 15 tokens (row 11)",
+        "       warning: 3 of 12 texts are cut to the maximum length of 12 tokens, the longest of 15 tokens (row 11)",
         "eval   9 texts; 72 tokens; a text has 8 (median), 12 (longest)",
         "       2 labels: 'a' 6, 'b' 3",
     ]
@@ -115,7 +116,7 @@ def test_without_progress_it_is_logged(caplog: pytest.LogCaptureFixture, capsys:
     assert lines == [
         ("INFO", "train  3 texts; 48 tokens; a text has 16 (median), 16 (longest)"),
         ("INFO", "3 labels: 'a' 1, 'a ' 1, 'b' 1"),
-        ("WARNING", "train: 3 of 3 texts are cut at max_length=16, the longest of 20 tokens (row 0)"),
+        ("WARNING", "train: 3 of 3 texts are cut to the maximum length of 16 tokens, the longest of 20 tokens (row 0)"),
         ("WARNING", "train: labels that differ only in case, spaces or form are different labels: 'a' (1), 'a ' (1)"),
     ]
     assert capsys.readouterr().err == ""
@@ -123,7 +124,20 @@ def test_without_progress_it_is_logged(caplog: pytest.LogCaptureFixture, capsys:
 
 def test_an_evaluation_names_what_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     ak.evaluate(tiny_run.model(), [{"input_ids": [5] * 20}], tiny_run.quiet(task="causal-lm"))
-    assert "data: 1 of 1 texts are cut at max_length=16, the longest of 20 tokens (row 0)" in caplog.text
+    assert (
+        "data: 1 of 1 texts are cut to the maximum length of 16 tokens, the longest of 20 tokens (row 0)" in caplog.text
+    )
+
+
+def test_an_evaluation_begins_with_its_data(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"input_ids": [5] * (4 + i), "label": "aab"[i % 3], "other": 1} for i in range(9)]
+    head = ClassificationHead(32, ["a", "b"])
+    ak.evaluate(tiny_run.model(), rows, tiny_run.quiet(progress=True, max_length=11), head=head)
+    assert capsys.readouterr().err.splitlines() == [
+        "data  9 texts; 71 tokens; a text has 8 (median), 11 (longest)",
+        "      2 labels: 'a' 6, 'b' 3",
+        "      warning: 1 of 9 texts are cut to the maximum length of 11 tokens, the longest of 12 tokens (row 8)",
+    ]
 
 
 def test_causal_lm_says_how_much_is_learned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,8 +155,8 @@ def read_adapter(
     if another:
         problem = f"{path}: saved for a vocabulary of {vocabulary} tokens, and loaded on one of {_vocabulary(llama)}"
         if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
-            raise ValueError(f"{problem}; resize_token_embeddings=True resizes the backbone")
-        logger.warning("%s: resize_token_embeddings=True resizes the backbone", problem)
+            raise ValueError(f"{problem} (in Python: resize_token_embeddings=True resizes the backbone)")
+        logger.warning("%s (in Python: resize_token_embeddings=True resizes the backbone)", problem)
     _check_tensors(weights, tensors, config, shape[0], extra)
     without = covered(llama, config.modules_to_save or ())
     check_weights(path, saved["base"], llama, weights_digest(llama, without), strict=strict)
@@ -179,7 +179,7 @@ def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Diges
     )
     if strict:
         raise ValueError(f"{problem}; expected the same weights with strict=True")
-    logger.warning("%s: its results will differ; strict=True refuses this", problem)
+    logger.warning("%s: its results will differ (in Python: strict=True refuses this)", problem)
 
 
 def _without_heads_of_other_classes(llama: Any, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:

@@ -331,7 +331,7 @@ class MultiTask(Task[TaskExample]):
         if empty := [text for text, tokens in zip(texts, found, strict=True) if tokens.empty]:
             raise ValueError(f"texts: expected none empty, got {shown(empty[0])}")
         if cut := sum(len(tokens.ids) > config.max_length for tokens in found):
-            warn("texts: %d of %d are cut at max_length=%d", cut, len(found), config.max_length)
+            warn("texts: %d of %d are cut to the maximum length of %d tokens", cut, len(found), config.max_length)
         none = np.empty(0, dtype=np.int64)
         examples = [
             TaskExample(np.array(tokens.ids[: config.max_length]), np.zeros(1, np.int64), none, number)

@@ -33,6 +33,7 @@ from adapterkern.training.data.rows import (
     read_rows,
     scalar,
     shown,
+    source_name,
     warn_unused,
 )
 
@@ -94,6 +95,28 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
         else:
             questions[question.id] = question
     return list(questions.values())
+
+
+def read_labeled(data: Rows, bad: BadRows) -> list[Question]:
+    """The labeled ones of ``read_questions``; the others go to ``bad``. Raises ``DataError`` if none is labeled."""
+    questions = read_questions(data, bad)
+    found = [question for question in questions if question.answers is not None]
+    if questions and not found:
+        raise DataError(f"{bad.source}: field 'answers' is missing: no question is labeled")
+    for question in questions:
+        if question.answers is None:
+            bad.add(question.place, "field 'answers' is missing")
+    return found
+
+
+def check_questions(data: Rows, skip_bad_rows: bool, labeled: bool = True) -> None:
+    """Raise ``DataError`` if a task could not use the questions, as far as it can be known without a tokenizer."""
+    bad = BadRows(source_name(data))
+    questions = (read_labeled if labeled else read_questions)(data, bad)
+    if not (skip_bad_rows and questions):
+        bad.settle(skip_bad_rows)
+    if not questions:
+        raise DataError(f"{bad.source}: no questions")
 
 
 def _flatten(path: Path, bad: BadRows) -> Iterable[tuple[Mapping[str, Any], str]]:

@@ -22,7 +22,7 @@ from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.qa.head import SpanHead
 from adapterkern.recipes.qa.settings import SpanSettings
 from adapterkern.recipes.qa.spans import Prediction, Span, Window, best_spans, cut, predictions
-from adapterkern.recipes.qa.squad import read_questions, score
+from adapterkern.recipes.qa.squad import read_labeled, read_questions, score
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_targets, count_tokens
 from adapterkern.training.data.examples import Rows, check_vocabulary
@@ -80,13 +80,7 @@ class QuestionAnswering(Task[Window]):
             raise TypeError(f"tokenizer: expected a fast one, which gives offsets, got {type(tokenizer).__name__}")
         source = source_name(rows)
         bad = BadRows(source)
-        questions = read_questions(rows, bad)
-        unlabeled = [question for question in questions if question.answers is None] if labeled else []
-        if unlabeled and len(unlabeled) == len(questions):
-            raise DataError(f"{source}: field 'answers' is missing: no question is labeled")
-        for question in unlabeled:
-            bad.add(question.place, "field 'answers' is missing")
-        questions = [question for question in questions if not labeled or question.answers is not None]
+        questions = (read_labeled if labeled else read_questions)(rows, bad)
         windows = cut(questions, tokenizer, config.max_length, self.span_settings.doc_stride, bad) if questions else []
         bad.settle(config.skip_bad_rows)
         if not windows:
@@ -96,7 +90,7 @@ class QuestionAnswering(Task[Window]):
         without = sum(question.answers == () for question in used)
         if without and self.span_settings.null_threshold is None:
             warn(
-                "%s: %d of %d questions have no answer, but null_threshold=None answers every question",
+                "%s: %d of %d questions have no answer, but every question is answered, since no null threshold is set",
                 source,
                 without,
                 len(used),

@@ -98,23 +98,49 @@ def load_examples(
             no rows left; or only one label.
         TypeError: rows of text without a tokenizer.
     """
-    source = source_name(data)
-    bad = BadRows(source)
-    rows = read_rows(data, bad)
-    names = [] if labels is None else list(labels)
-    if config.task == "classification":
-        examples, names = _classification(rows, config, tokenizer, labels, bad)
-    else:
-        examples = _causal_lm(rows, config, tokenizer, bad)
+    bad = BadRows(source_name(data))
+    examples, names = _load(data, config, tokenizer, labels, bad)
     bad.settle(config.skip_bad_rows)
+    _check_some(examples, names, config, labels, bad)
+    return examples, names
+
+
+def check_data(data: Rows, config: TrainConfig, labels: Sequence[str] | None = None) -> list[str]:
+    """Raise what ``load_examples`` would raise, as far as it can be known without a tokenizer; the label names.
+
+    Rows that would be skipped are named only if no others are left.
+    """
+    bad = BadRows(source_name(data))
+    examples, names = _load(data, config, _UNREAD, labels, bad)
+    if not (config.skip_bad_rows and examples):
+        bad.settle(config.skip_bad_rows)
+    _check_some(examples, names, config, labels, bad)
+    return names
+
+
+_UNREAD = object()  # stands for a tokenizer: of a text there is a token or two, whatever they are
+
+
+def _load(
+    data: Rows, config: TrainConfig, tokenizer: Any, labels: Sequence[str] | None, bad: BadRows
+) -> tuple[list[Example], list[str]]:
+    rows = read_rows(data, bad)
+    if config.task == "classification":
+        return _classification(rows, config, tokenizer, labels, bad)
+    return _causal_lm(rows, config, tokenizer, bad), [] if labels is None else list(labels)
+
+
+def _check_some(
+    examples: list[Example], names: list[str], config: TrainConfig, labels: Sequence[str] | None, bad: BadRows
+) -> None:
+    """Raise ``DataError`` if no example is left, or nothing to tell apart."""
     if not examples:
-        raise DataError(f"{source}: no rows" + (f" are left of {len(bad.found)}" if bad.found else ""))
+        raise DataError(f"{bad.source}: no rows" + (f" are left of {len(bad.found)}" if bad.found else ""))
     if config.task == "classification" and labels is None and len(names) < 2:
         column = shown(config.label_column)
         raise DataError(
-            f"{source}: column {column}: expected at least two different labels, got {listed(names) or 'none'}"
+            f"{bad.source}: column {column}: expected at least two different labels, got {listed(names) or 'none'}"
         )
-    return examples, names
 
 
 def _classification(
@@ -234,6 +260,10 @@ def _texts(
             pairs[number] = values.get(prompt, ""), values[text]
     if pairs and tokenizer is None:
         raise TypeError("tokenizer: expected a transformers tokenizer for rows of text, got None")
+    if tokenizer is _UNREAD:
+        for number in pairs:
+            made[number] = [Text(np.zeros(2, np.int64), np.zeros(2, np.int64))]
+        return made
     if pairs and learned and getattr(tokenizer, "eos_token_id", None) is None:
         warn("%s: the tokenizer has no end-of-text token (eos_token), so no text teaches where to stop", bad.source)
     shared = []

@@ -66,7 +66,8 @@ class Summary:
             return []
         texts = self.counts.get("texts", self.cut)
         return [
-            f"{self.cut:,} of {texts:,} texts are cut at max_length={self.max_length}, the longest {self.longest_cut}"
+            f"{self.cut:,} of {texts:,} texts are cut to the maximum length of {self.max_length} tokens, "
+            f"the longest {self.longest_cut}"
         ]
 
 

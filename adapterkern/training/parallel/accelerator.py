@@ -43,7 +43,7 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         engine = accelerator.distributed_type.value
         raise NotImplementedError(
             f"train: expected accelerate without an engine of its own, got {engine}: "
-            "launch as for DDP, and set shard=True (--shard) for FSDP2"
+            "launch as for DDP, and set shard=True for FSDP2"
         )
     if precision == "fp16" and accelerator.scaler is None:
         # On a CPU accelerate accepts mixed_precision="fp16" and silently trains in fp32; torch supports it.

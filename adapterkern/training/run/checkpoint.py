@@ -288,6 +288,16 @@ def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> 
     _check_same_values(path, saved["config"], state.config.to_dict(), FREE_ON_RESUME)
     if saved["data_fingerprint"] != state.data_fingerprint:
         raise CheckpointError(f"{path}: the run was begun with other training data or another tokenizer")
+    # Equally many, in runs of one task with the same settings.
+    both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
+    for number, (before, adapter) in enumerate(both):
+        for name in sorted(before.keys() - {"init"}):  # all values come from the checkpoint, whatever the init
+            if before[name] != adapter.get(name):
+                which = f" in trained adapter {number}" if len(saved["adapters"]) > 1 else ""
+                raise CheckpointError(
+                    f"{path}: the run was begun with {name}={before[name]!r}{which}, not {adapter.get(name)!r}: "
+                    "resume with the same value, or begin another run"
+                )
     shapes = {name: list(p.shape) for name, p in state.parameters.items()}
     if saved["parameters"] != shapes:
         differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
@@ -296,15 +306,6 @@ def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> 
             f"{path}: another model: parameter {name} had shape {saved['parameters'].get(name)}, "
             f"and has {shapes.get(name)}"
         )
-    # Equally many, since their parameters have the same names.
-    both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
-    for number, (before, adapter) in enumerate(both):
-        for name in sorted(before.keys() - {"init"}):  # all values come from the checkpoint, whatever the init
-            if before[name] != adapter.get(name):
-                raise CheckpointError(
-                    f"{path}: the run was begun with {name}={before[name]!r} in trained adapter {number}, "
-                    f"not {adapter.get(name)!r}"
-                )
     backbone = origin.get("backbone", {})
     for name in sorted(backbone.keys() & saved.get("backbone", {}).keys()):
         value, now_is = saved["backbone"][name], backbone[name]

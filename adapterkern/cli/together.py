@@ -1,0 +1,71 @@
+"""Options that have no effect beside others: refused, since what a user has typed is not silently ignored."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from adapterkern.cli.options import COLUMNS, adapter_fields
+
+
+class _Rule(NamedTuple):
+    """These fields have no effect where another one has such a value, or (None) is given at all."""
+
+    ignored: tuple[str, ...]
+    other: str
+    value: Callable[[Any], bool] | None = None
+    why: str = ""
+
+
+_RULES = (
+    _Rule(("max_params",), "adapter_dim", why="because a budget decides it"),
+    _Rule(("layers",), "every"),
+    _Rule(("epochs",), "max_steps", why="which gives the number of steps"),
+    _Rule(adapter_fields(), "train_adapters", lambda on: not on, "which trains the head alone"),
+    _Rule(("pooling", "label_column"), "task", lambda task: task == "causal-lm", "which has no labels"),
+    _Rule(
+        ("prompt_column", "completion_column"), "task", lambda task: task == "classification", "which has no prompts"
+    ),
+    _Rule(COLUMNS, "task", lambda task: task == "question answering", "whose columns have fixed names"),
+    _Rule(("max_skipped_steps",), "precision", lambda precision: precision != "fp16", "which skips no step"),
+    _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
+    _Rule(
+        ("eval_every", "eval_batch_size"), "eval", lambda file: file is None, "since there is nothing to evaluate on"
+    ),
+    _Rule(("free_epochs",), "cost", lambda cost: cost == 0),
+    _Rule(("train_texts",), "train", why="which holds the texts"),
+    _Rule(("eval_texts",), "eval", why="which holds the texts"),
+)
+
+
+def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
+    """Raise ``ValueError`` for an option that was typed, and has no effect beside the others.
+
+    Args:
+        of_run: fields of a saved run that has no options for them here.
+    """
+    typed, values = arguments.parser.typed, vars(arguments) | of_run
+    actions = {action.dest: action for action in arguments.parser._actions if action.option_strings}
+    for rule in _RULES:
+        given = [name for name in rule.ignored if name in typed]
+        if not given or rule.other not in values:
+            continue
+        value = values[rule.other]
+        if rule.other in typed if rule.value is None else rule.value(value):
+            option = actions[given[0]].option_strings[0]
+            beside = _shown(actions.get(rule.other), rule.other, value)
+            why = f", {rule.why}" if rule.why else ""
+            raise ValueError(f"{option}: expected none {beside}{why}, got {_plain(values[given[0]])}")
+
+
+def _shown(action: argparse.Action | None, name: str, value: Any) -> str:
+    if action is None:
+        return f"for a run of {name} {value}"
+    if value is None:
+        return f"without {action.option_strings[0]}"
+    if value is False:
+        return f"together with {action.option_strings[-1]}"
+    return f"together with {action.option_strings[0]} {_plain(value)}"
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkern import checks
 from adapterkern.cli.options import add_layers_option, add_output_option, demo_layers, integer
 from adapterkern.cli.run import check_both
 
@@ -80,9 +81,12 @@ def make_study(arguments: argparse.Namespace) -> "Study":
 
     study = PRESETS[arguments.preset]
     axes = [parse_axis(text) for text in arguments.vary]
-    settings = dict(parse_setting(text) for text in arguments.set)
-    if len({name for name, _ in axes}) != len(axes):
-        raise ValueError(f"--vary: expected each field once, got {' '.join(arguments.vary)}")
+    settings = [parse_setting(text) for text in arguments.set]
+    for option, given, texts in (("--vary", axes, arguments.vary), ("--set", settings, arguments.set)):
+        if len({name for name, _ in given}) != len(given):
+            raise ValueError(f"{option}: expected each field once, got {' '.join(texts)}")
+    if arguments.seeds is not None:
+        checks.integer("--seeds", arguments.seeds, 1)
     study = dataclasses.replace(
         study,
         vary=dict(axes) or study.vary,
@@ -90,7 +94,7 @@ def make_study(arguments: argparse.Namespace) -> "Study":
         product=arguments.product or study.product,
         head_alone=study.head_alone and not arguments.no_head_alone,
     )
-    return study.based_on(settings)
+    return study.based_on(dict(settings))
 
 
 def _files(arguments: argparse.Namespace, study: "Study") -> tuple[Path, Path]:

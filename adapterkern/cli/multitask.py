@@ -115,6 +115,8 @@ def _adapters(arguments: argparse.Namespace, names: list[str]) -> dict[str, Adap
     for name, text in arguments.adapters:
         if name not in names:
             raise ValueError(f"--adapters: expected a task among {', '.join(names)}, got {name!r}")
+        if name in own:
+            raise ValueError(f"--adapters: expected each task once, got {name} twice")
         try:
             own[name] = json.loads(text)
         except ValueError as error:

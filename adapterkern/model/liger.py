@@ -66,7 +66,7 @@ def use_liger(llama: Any) -> None:
         if not isinstance(module, Fused) and (new := _fused_class(cls)) is not None:
             check_forward(module)
             if "_place" in vars(module):  # see copies.py: its parameters may be a copy's, in another dtype
-                raise ValueError(f"liger: expected no {cls.__name__} in an adapter's modules_to_save, got one")
+                raise ValueError(f"liger: expected no {cls.__name__} among the modules_to_save of an adapter, got one")
             changed.append((module, new))
     for module, new in changed:
         change_class(module, new)

@@ -103,6 +103,14 @@ ROWS = [
         MULTITASK + "--data a good.jsonl --adapters a '{{\"foo\": 1}}'",
         "--adapters a: foo: unknown",
     ),
+    ("ablate --set foo=1", "--set: expected one of adapter_dim, position, .*, got 'foo'"),
+    ("ablate --set epochs", "--set: expected FIELD=VALUE,VALUE,..., got 'epochs'"),
+    ("ablate --set epochs=1 --set epochs=2", "--set: expected each field once, got epochs=1 epochs=2"),
+    ("ablate --seeds 0", "--seeds: expected an integer >= 1, got 0"),
+    (
+        MULTITASK + "--data a good.jsonl --adapters a '{{\"depth\": 2}}' --adapters a '{{\"depth\": 1}}'",
+        "--adapters: expected each task once, got a twice",
+    ),
     # files and folders
     (
         "train --model good.jsonl --train good.jsonl --output out",

@@ -143,7 +143,7 @@ def show_layers(layers: Sequence[int]) -> str:
 # From strings
 
 
-def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
+def parse_axis(text: str, argument: str = "vary") -> tuple[str, tuple[Any, ...]]:
     """``"depth=1,2,3"`` → ``("depth", (1, 2, 3))``; sets of layers are separated by ``/``: ``"layers=-1/-2,-1"``.
 
     Raises:
@@ -151,9 +151,9 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
     """
     name, separator, values = text.partition("=")
     if not separator or not values:
-        raise ValueError(f"vary: expected FIELD=VALUE,VALUE,..., got {text!r}")
+        raise ValueError(f"{argument}: expected FIELD=VALUE,VALUE,..., got {text!r}")
     name = name.strip().replace("-", "_")
-    _check_field(name)
+    _check_field(name, argument)
     if name == "layers":
         return name, tuple(_layer_set(part) for part in values.split("/"))
     return name, tuple(_literal(part) for part in values.split(","))
@@ -161,14 +161,14 @@ def parse_axis(text: str) -> tuple[str, tuple[Any, ...]]:
 
 def parse_setting(text: str) -> Setting:
     """``"lr=2e-3"`` → ``("lr", 0.002)``. Raises ``ValueError`` like ``parse_axis``."""
-    name, values = parse_axis(text)
+    name, values = parse_axis(text, "set")
     if len(values) != 1:
         raise ValueError(f"set: expected one value for {name}, got {text!r}")
     return name, values[0]
 
 
-def _check_field(name: object) -> None:
-    checks.choice("vary", name, ADAPTER_FIELDS + _TRAINING_FIELDS)
+def _check_field(name: object, argument: str = "vary") -> None:
+    checks.choice(argument, name, ADAPTER_FIELDS + _TRAINING_FIELDS)
 
 
 def _layer_set(text: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from adapterkern.cli.options import (
     number,
 )
 from adapterkern.cli.run import Job, check_mixed, check_rows, say, sources_of, train_run
+from adapterkern.cli.together import check_together
 from adapterkern.model.config import AdapterConfig, check_name
 from adapterkern.training.config import TrainConfig
 
@@ -60,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     files = _files(arguments.data)
+    if all(len(of_task) == 1 for of_task in files.values()):
+        check_together(arguments, eval=None)
     checks.number("--temperature", arguments.temperature, "[1, inf]")
     adapters = _adapters(arguments, list(files))
 

@@ -28,9 +28,7 @@ _RULES = (
     _Rule(COLUMNS, "task", lambda task: task == "question answering", "whose columns have fixed names"),
     _Rule(("max_skipped_steps",), "precision", lambda precision: precision != "fp16", "which skips no step"),
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
-    _Rule(
-        ("eval_every", "eval_batch_size"), "eval", lambda file: file is None, "since there is nothing to evaluate on"
-    ),
+    _Rule(("eval_every", "eval_batch_size"), "eval", lambda file: file is None),
     _Rule(("free_epochs",), "cost", lambda cost: cost == 0),
     _Rule(("train_texts",), "train", why="which holds the texts"),
     _Rule(("eval_texts",), "eval", why="which holds the texts"),
@@ -41,7 +39,7 @@ def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
     """Raise ``ValueError`` for an option that was typed, and has no effect beside the others.
 
     Args:
-        of_run: fields of a saved run that has no options for them here.
+        of_run: values that the command has no option for, such as a saved run's.
     """
     typed, values = arguments.parser.typed, vars(arguments) | of_run
     actions = {action.dest: action for action in arguments.parser._actions if action.option_strings}
@@ -59,7 +57,7 @@ def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
 
 def _shown(action: argparse.Action | None, name: str, value: Any) -> str:
     if action is None:
-        return f"for a run of {name} {value}"
+        return "without data to evaluate on" if name == "eval" else f"for a run of {name} {value}"
     if value is None:
         return f"without {action.option_strings[0]}"
     if value is False:

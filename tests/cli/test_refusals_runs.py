@@ -69,7 +69,11 @@ ROWS = [
     (TRAIN + "--prompt-column q", "--prompt-column: expected none together with --task classification, .*, got q$"),
     (TRAIN + "--max-skipped-steps 20", "--max-skipped-steps: expected none together with --precision fp32, .*, got 20"),
     (TRAIN + "--no-prefix-cache --prefix-cache-bytes 1e9", "--prefix-cache-bytes: .* with --no-prefix-cache, got 10+$"),
-    (TRAIN + "--eval-every 5", "--eval-every: expected none without --eval, .*, got 5$"),
+    (TRAIN + "--eval-every 5", "--eval-every: expected none without --eval, got 5$"),
+    (
+        MULTITASK + "--data a good.jsonl --eval-every 5",
+        "--eval-every: expected none without data to evaluate on, got 5$",
+    ),
     (ROUTE + "--free-epochs 1", "--free-epochs: expected none together with --cost 0.0, got 1"),
     (
         "ablate --train-texts 400 --train good.jsonl --eval good.jsonl",

@@ -357,7 +357,7 @@ class Run(Generic[E]):
         elif self.checkpoint is None:
             reporter.say(f"{where}; nothing was saved, because no step was finished")
         else:
-            reporter.say(f"{where}; saved {self.checkpoint}, from which a resumed run goes on")
+            reporter.say(f"{where}; saved {self.checkpoint}; with resume, a run goes on from there")
 
     def _finish(self, reporter: Reporter) -> None:
         if skipped := self.state.skipped_steps:

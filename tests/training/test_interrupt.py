@@ -60,7 +60,7 @@ def test_stops_with_a_checkpoint_that_resumes(tmp_path: Path, number: signal.Sig
     assert process.returncode == 0, err
     assert out == "True 5\n"
     assert f"{number.name}: stopped after step 5 of 12; saved {tmp_path / 'run'}" in err
-    assert "resume=True" in err
+    assert "; with resume, a run goes on from there" in err
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000005"]
 
     model, whole_model = tiny_run.model(), tiny_run.model()

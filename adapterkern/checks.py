@@ -8,8 +8,8 @@ import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -18,37 +18,45 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
     """``value``, an integer from ``low`` to ``high``, both included; None is no bound."""
     bounds = "" if low is None else f" >= {low}" if high is None else f" from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer{bounds}, got {value!r}")
+        raise TypeError(f"{name}: expected an integer{bounds}, got {value!r:.80}")
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{name}: expected an integer{bounds}, got {value}")
+        raise ValueError(f"{name}: expected an integer{bounds}, got {value!s:.80}")
     return value
 
 
 def number(name: str, value: object, interval: str) -> float:
     """``value``, a number in ``interval``: ``"[0, 1)"``, ``"(0, inf)"`` (finite), ``"[0, inf]"``; NaN is in none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number in {interval}, got {value!r}")
+        raise TypeError(f"{name}: expected a number in {interval}, got {value!r:.80}")
     low, high = map(float, interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
     too_large = isinstance(value, int) and abs(value) > sys.float_info.max  # float(10**400) raises
     if not (above and below) or too_large:
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r:.80}")
     return value
 
 
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """``value``, one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r:.80}")
     return value
 
 
 def flag(name: str, value: object) -> bool:
     """``value``, True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {value!r:.80}")
     return value
+
+
+def fields(made: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """An object of a dataclass from the fields of a file. Raises ``ValueError`` that names an unknown field."""
+    known = [field.name for field in dataclasses.fields(cast("Any", made))]
+    if unknown := sorted(values.keys() - set(known)):
+        raise ValueError(f"{unknown[0]:.80}: unknown field; expected one of {', '.join(sorted(known))}")
+    return made(**values)
 
 
 def other_names(**instead: str) -> Callable[[T], T]:

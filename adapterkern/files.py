@@ -10,9 +10,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -189,15 +192,48 @@ def read_versioned(path: str | os.PathLike[str], version: int, kinds: Mapping[st
     """
     saved = read_json(path)
     if saved.get("format_version") != version:
-        raise ValueError(f"{path}: expected format_version {version}, got {saved.get('format_version')!r}")
+        raise ValueError(f"{path}: expected format_version {version}, got {saved.get('format_version')!r:.80}")
     for name, kind in kinds.items():
         if name not in saved:
             raise ValueError(f"{path}: field {name!r} is missing")
         value = saved[name]
         kinds_of = getattr(kind, "__args__", (kind,))
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds_of):  # a bool is an int, too
-            raise ValueError(f"{path}: field {name!r}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+            raise ValueError(f"{path}: field {name!r}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")
     return saved
+
+
+def read_tensors(path: str | os.PathLike[str], *, weights: bool = True) -> dict[str, "Tensor"]:
+    """The tensors of a safetensors file.
+
+    Args:
+        weights: each must be finite and of 16, 32 or 64 bits of floating point: what a damaged file has instead would
+            otherwise be converted in silence, or be met by the first forward.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is not a safetensors file, or has other tensors; the message names file and tensor.
+    """
+    from safetensors.torch import load_file  # here: torch takes long to import, and most files here are JSON
+
+    with open(path, "rb"):  # names the file where safetensors says "No such device"
+        pass
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # also what torch raises for a shape or dtype that it does not have
+        raise ValueError(f"{os.fspath(path)}: not a safetensors file: {error}") from error
+    if weights:
+        for name, tensor in tensors.items():
+            check_values(f"{os.fspath(path)}: tensor {name:.80}", tensor)
+    return tensors
+
+
+def check_values(what: str, tensor: "Tensor") -> None:
+    """Raise ``ValueError`` that begins with ``what`` unless the tensor's values are finite, of 16 to 64 bits."""
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        raise ValueError(f"{what}: expected 16, 32 or 64 bits of floating point, got {tensor.dtype}")
+    if wrong := int((~tensor.float().isfinite()).sum()):  # as fp32, which fp64 may be too large for
+        raise ValueError(f"{what}: expected finite values, got {wrong} that are not")
 
 
 def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) -> None:

@@ -62,7 +62,7 @@ def model_shape(name: str) -> tuple[int, int]:
     config = read_json(path)
     try:
         shape = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: expected integers hidden_size and num_hidden_layers: {error}") from error
     if min(shape) < 1:
         raise ValueError(f"{path}: expected hidden_size and num_hidden_layers >= 1, got {shape[0]} and {shape[1]}")

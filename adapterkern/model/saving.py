@@ -3,11 +3,13 @@
 ``Saved`` is the half of ``LlamaAdapter`` that deals with files.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +37,19 @@ _FROM_TRAINER = frozenset(
 logger = logging.getLogger(__name__)
 
 
+M = TypeVar("M", bound="Saved")
+
+
+@contextlib.contextmanager
+def unloaded_on_error(model: M) -> Iterator[M]:
+    """Yield ``model``, a backbone that is being given what a file holds; an error leaves the backbone as it was."""
+    try:
+        yield model
+    except BaseException:
+        model.unload()
+        raise
+
+
 class Saved(Extra):
     """A wrapped decoder with named adapters that can be saved and loaded."""
 
@@ -52,6 +67,8 @@ class Saved(Extra):
         def add_adapter(self, name: str, config: AdapterConfig) -> None: ...  # type: ignore[override]
 
         def set_adapter(self, name: str) -> None: ...  # type: ignore[override]
+
+        def unload(self) -> PreTrainedModel: ...
 
         def _check_name(self, name: str | None) -> str: ...
 
@@ -215,9 +232,9 @@ class Saved(Extra):
 
     @classmethod
     def _from_read(cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool) -> Self:
-        model = cls(llama, None, **flags)
-        model._add_read("default", read)
-        model.set_adapter("default")
+        with unloaded_on_error(cls(llama, None, **flags)) as model:
+            model._add_read("default", read)
+            model.set_adapter("default")
         return model
 
     def _add_read(self, name: str, read: tuple[AdapterConfig, dict[str, Tensor]]) -> None:

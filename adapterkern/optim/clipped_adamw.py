@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from adapterkern.checks import choice, integer, number, other_names
+from adapterkern.checks import choice, flag, integer, number, other_names
 from adapterkern.optim.backends import StepOptions, to_device
 from adapterkern.optim.plan import Plan, check_gradient, is_valid, local, make_plan, name_of, read_gradients
 
@@ -220,9 +220,19 @@ class ClippedAdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of torch.optim.AdamW. Moments and masters are copied, and stay fp32."""
+        """Load a state dict of this class or of torch.optim.AdamW. Moments and masters are copied, and stay fp32.
+
+        Raises ``TypeError`` or ``ValueError``, before anything is changed, if it does not fit these parameters.
+        """
         final: dict[str, Any] = {}
-        last_hook = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict: expected a dict, got {type(state_dict).__name__}")
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:  # after all other hooks, which may change it
+            self._check_loaded(loaded)
+            final.update(loaded)
+
+        last_hook = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -234,6 +244,42 @@ class ClippedAdamW(Optimizer):
             for name, value in final["state"].get(key, {}).items():
                 if name in _STATE:
                     self.state[p][name] = torch.as_tensor(value).to(p.device, torch.float32, copy=True)
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        for key, kind in (("state", dict), ("param_groups", list)):
+            if not isinstance(loaded.get(key), kind):
+                got = repr(loaded[key])[:80] if key in loaded else "none"
+                raise ValueError(f"state_dict: {key}: expected a {kind.__name__}, got {got}")
+        if len(loaded["param_groups"]) != len(self.param_groups):
+            counts = len(self.param_groups), len(loaded["param_groups"])
+            raise ValueError(f"state_dict: expected {counts[0]} parameter groups, got {counts[1]}")
+        owners: dict[Any, Tensor] = {}
+        for index, (group, own) in enumerate(zip(loaded["param_groups"], self.param_groups, strict=True)):
+            where = f"state_dict: group {index}"
+            keys = group.get("params") if isinstance(group, dict) else None
+            if not isinstance(keys, list) or not all(isinstance(key, int | str) for key in keys):
+                raise ValueError(f"{where}: expected a dict with a list 'params', got {group!r:.80}")
+            if len(keys) != len(own["params"]) or len({*keys, *owners}) != len(keys) + len(owners):
+                raise ValueError(f"{where}: expected {len(own['params'])} parameters, each once, got {keys!r:.80}")
+            owners |= zip(keys, own["params"], strict=True)
+            try:
+                self._check_group(group | {"params": []})
+                flag("maximize", group.get("maximize", False))
+            except KeyError as error:
+                raise ValueError(f"{where}: expected a value of {error}, got none") from None
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{where}: {error}") from None
+        for key, state in loaded["state"].items():
+            if key not in owners or not isinstance(state, dict):
+                raise ValueError(
+                    f"state_dict: state: {key!r:.80}: expected a dict for one of the parameters, got {state!r:.80}"
+                )
+            if state and not state.keys() >= {*_STATE[:3]}:
+                raise ValueError(
+                    f"state_dict: state of {key!r}: expected {', '.join(_STATE[:3])}, got {[*state]!r:.80}"
+                )
+            for name in state.keys() & {*_STATE}:
+                _check_state(f"state_dict: {name} of {key!r}", name, state[name], owners[key])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: self.__dict__[name] for name in _FOR_ALL}
@@ -261,7 +307,9 @@ class ClippedAdamW(Optimizer):
             _check_not_negative(key, group[key])
         betas = group["betas"]
         pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-        if not pair or not all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas):
+        if not pair or not all(
+            isinstance(beta, Real) and 0 <= (beta if isinstance(beta, int) else float(beta)) < 1 for beta in betas
+        ):
             raise ValueError(f"betas: expected two floats in [0, 1), got {betas}")
         if group.get("amsgrad"):
             raise ValueError("amsgrad: expected False (ClippedAdamW has no amsgrad), got True")
@@ -279,8 +327,26 @@ class ClippedAdamW(Optimizer):
 
 
 def _check_not_negative(name: str, value: object) -> None:
+    if isinstance(value, Real) and not isinstance(value, int | float):  # NumPy's
+        value = float(value)
     if not isinstance(value, Tensor):
-        number(name, float(value) if isinstance(value, Real) else value, "[0, inf]")
+        number(name, value, "[0, inf]")
+
+
+def _check_state(what: str, name: str, value: object, p: Tensor) -> None:
+    """Raise ``ValueError`` unless ``value`` can be the state ``name`` of the parameter ``p``."""
+    shape = () if name == "step" else tuple(p.shape)
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    values = torch.tensor(value, dtype=torch.float64) if plain and abs(value) < 2**53 else value  # type: ignore[arg-type]
+    if not isinstance(values, Tensor) or values.layout != torch.strided or values.is_meta:
+        raise ValueError(f"{what}: expected a dense tensor, got {value!r:.80}")
+    if tuple(values.shape) != shape or not values.is_floating_point():
+        got = f"{tuple(values.shape)} of {values.dtype}"
+        raise ValueError(f"{what}: expected {shape} of floating point, got {got}")
+    found = local(values).float()
+    low = 0.0 if name in ("step", "exp_avg_sq") else -math.inf
+    if not bool((found >= low).all()):  # nor NaN
+        raise ValueError(f"{what}: expected numbers{' >= 0' if low == 0 else ''}, got others")
 
 
 def _share_norm(plan: Plan, options: StepOptions) -> None:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapterkern import checks
-from adapterkern.files import find_weights, read_json, read_versioned, write_pair
+from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, write_pair
 from adapterkern.model.files.owner import check_folder
 from adapterkern.training.config import POOLINGS
 
@@ -132,10 +131,10 @@ def read_head_weights(directory: Path, head: nn.Module, config: dict[str, Any]) 
         ValueError: they are not the ones that ``config`` was saved with, or do not fit ``head``.
     """
     weights = directory / HEAD_WEIGHTS
+    tensors = read_tensors(find_weights(weights, directory / HEAD_CONFIG, config["weights_sha256"]))
     try:
-        found = find_weights(weights, directory / HEAD_CONFIG, config["weights_sha256"])
-        head.load_state_dict(load_file(found), assign=True)
-    except (SafetensorError, RuntimeError) as error:
+        head.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
         raise ValueError(f"{weights}: not this head's weights: {error}") from error
 
 

@@ -144,6 +144,7 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
     saved.setdefault("tokenizer", None)  # since 0.2
     kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None, "tokenizer": str | None}
     for name, kind in kinds.items():
-        if not isinstance(saved.get(name), kind):
-            raise ValueError(f"{path}: {name}: expected {kind}, got {saved.get(name)!r}")
+        value = saved.setdefault(name, None)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{path}: {name}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")
     return Sources(**{name: saved[name] for name in kinds})

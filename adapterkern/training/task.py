@@ -29,6 +29,7 @@ from adapterkern.model import liger
 from adapterkern.model.config import MODULES
 from adapterkern.model.files.folder import ADAPTER_FILES
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
@@ -238,8 +239,8 @@ class Task(nn.Module, Generic[E]):
             ValueError: one is damaged or does not fit; the message names it.
         """
         config, head = load_run(directory)
-        model = load_model(llama, directory, config, fused=fused, liger=liger)
-        return cls(model, None if head is None else head.to(model.device)), config
+        with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
+            return cls(model, None if head is None else head.to(model.device)), config
 
 
 def scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def test_integers_in_range_come_back(value: int) -> None:
         (checks.number, (1, "[0, 1)"), ValueError, "n: expected a number in [0, 1), got 1"),
         (checks.number, (0.0, "(0, inf)"), ValueError, "n: expected a number in (0, inf), got 0.0"),
         (checks.number, (math.inf, "(0, inf)"), ValueError, "n: expected a number in (0, inf), got inf"),
-        (checks.number, (10**400, "[0, inf)"), ValueError, f"n: expected a number in [0, inf), got 1{400 * '0'}"),
+        (checks.number, (10**400, "[0, inf)"), ValueError, f"n: expected a number in [0, inf), got 1{79 * '0'}"),
         (checks.number, (math.nan, "[0, inf]"), ValueError, "n: expected a number in [0, inf], got nan"),
         (checks.choice, ("c", ("a", "b")), ValueError, "n: expected one of a, b, got 'c'"),
         (checks.choice, (["a"], ("a", "b")), ValueError, "n: expected one of a, b, got ['a']"),

@@ -1,17 +1,22 @@
 """Atomic files, pairs and versioned JSON: complete or absent, and refused by name. See also test_faults.py."""
 
 import json
+import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from adapterkern.files import (
     check_owner,
     find_weights,
     read_json,
+    read_tensors,
     read_versioned,
     remove_temporaries,
     replacing,
@@ -164,3 +169,33 @@ def test_a_file_of_another_program_is_not_overwritten(tmp_path: Path) -> None:
     path.write_text('{"theirs": 1}')
     with pytest.raises(ValueError, match=r"a\.json: expected the owner's file or none, got one with the fields theirs"):
         check_owner(path, "the owner", lambda saved: "ours" in saved)
+
+
+WEIGHTS = {"a": torch.ones(2), "b": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda content: content[:20], "not a safetensors file: "),
+        (lambda _: b"", "not a safetensors file: "),
+        (lambda _: save(WEIGHTS | {"b": torch.tensor([math.nan])}), "tensor b: expected finite values, got 1 that"),
+        (lambda _: save(WEIGHTS | {"b": torch.tensor([1e300], dtype=torch.float64)}), "tensor b: expected finite"),
+        (lambda _: save(WEIGHTS | {"b": torch.ones(1).long()}), "tensor b: expected 16, 32 or 64 bits of floating"),
+        (lambda _: save(WEIGHTS | {"b": torch.ones(1).to(torch.float8_e5m2)}), "tensor b: expected 16, 32 or 64 bits"),
+        (lambda _: save(WEIGHTS | {"b": torch.ones(1).to(torch.complex64)}), "tensor b: expected 16, 32 or 64 bits"),
+    ],
+)
+def test_tensors_are_refused_by_file_and_name(tmp_path: Path, change: Callable[[bytes], bytes], problem: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(save(WEIGHTS))
+    assert {name: tensor.tolist() for name, tensor in read_tensors(path).items()} == {"a": [1, 1], "b": [1]}
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {problem}")):
+        read_tensors(path)
+
+
+def test_a_folder_is_no_file_of_tensors(tmp_path: Path) -> None:
+    """What safetensors says of it is "No such device"."""
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        read_tensors(tmp_path)

@@ -4,8 +4,11 @@ golden/adapterhub/ holds a tiny LLaMA, adapters that the library saved for it, a
 golden/make_adapterhub.py made them, and with ``check`` shows that the library loads what is written here.
 """
 
+import io
 import json
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,7 @@ def test_any_dimension_survives(tmp_path: Path) -> None:
         ("output_adapter", "no", "output_adapter: expected True or False, got 'no'"),
         ("non_linearity", "gelu_new", "non_linearity: expected one of silu, swish, gelu, .* got 'gelu_new'"),
         ("non_linearity", None, "non_linearity: expected one of .* got None"),
+        ("non_linearity", ["silu"], r"non_linearity: expected one of .* got \['silu'\]"),
         ("reduction_factor", 0, "reduction_factor: expected a number > 0 for each layer, got 0"),
         ("reduction_factor", 1e-300, "reduction_factor: expected a number > 0"),
         ("reduction_factor", {"0": 2}, "reduction_factor: expected a number > 0 for each layer"),
@@ -194,6 +198,15 @@ PREFIX = "model.layers.0.output_adapters.adapters.layer."
         ({"shared_parameters.layer.x": torch.ones(1)}, "expected only keys of output_adapters.adapters.layer"),
         ({PREFIX.replace("0", "3") + "adapter_up.bias": torch.ones(10)}, "layer 3: expected adapters of layers"),
         ({PREFIX + "adapter_up.bias": "text"}, "expected a mapping from names to tensors"),
+        ({PREFIX + "adapter_up.bias": torch.ones(10).to_sparse()}, "expected plain numbers, got torch.sparse_coo"),
+        ({PREFIX + "adapter_up.bias": torch.ones(10, device="meta")}, "expected plain numbers, got .* on meta"),
+        ({PREFIX + "adapter_up.bias": torch.full((10,), torch.nan)}, "adapter_up.bias: expected finite values, got 10"),
+        (
+            {PREFIX + "adapter_up.bias": torch.full((10,), 1e300, dtype=torch.float64)},
+            "adapter_up.bias: expected finite values",
+        ),
+        ({PREFIX + "adapter_up.bias": torch.ones(10).to(torch.float8_e5m2)}, "expected 16, 32 or 64 bits of floating"),
+        ({PREFIX + "adapter_down.0.bias": torch.ones(10).to(torch.float8_e5m2)}, "expected the same as adapter_down.0"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -203,6 +216,32 @@ def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], proble
     with pytest.raises(ValueError, match=rf"{BIN_NAME}: .*{problem}"):
         model.load_adapterhub(path, "new")
     assert list(model.adapters) == ["default"]
+
+
+def zipped(content: bytes) -> bytes:
+    """As torch.save would write it, but compressed."""
+    with zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", content)
+        file.writestr("archive/version", b"3\n")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "not a file of tensors: "),
+        (zipped(bytes(10**6)), "not a file of tensors: 1000002 bytes in a file of "),
+        (zipped(b"\x80\x02]" + b"]" * 1000 + b"."), "not a file of tensors: "),
+        (zipped(b"\x80\x02K\x01."), "not a file of tensors: |expected a mapping .*, got int"),
+        (pickle.dumps({"a": 1}, 2), "not a file of tensors: "),
+    ],
+    ids=["empty", "a zip bomb", "nested lists", "a number", "a plain pickle"],
+)
+def test_any_bytes_instead_of_tensors(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = copied(tmp_path)
+    (path / BIN_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{BIN_NAME}: ({problem})"):
+        ak.LlamaAdapter.from_adapterhub(llama(), path)
 
 
 @pytest.mark.parametrize(("field", "value"), [("depth", 2), ("eps", 1e-6)])

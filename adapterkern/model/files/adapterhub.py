@@ -17,21 +17,18 @@ The two files are not a pair of ``write_pair``: the format has no field for a ha
 import io
 import math
 import os
-import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterkern import checks
-from adapterkern.files import read_json, replacing, write_json
+from adapterkern.files import check_values, read_json, read_tensors, replacing, write_json
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
@@ -88,20 +85,6 @@ _READ = (
     "reduction_factor",
     "leave_out",
 )
-# What torch's reader raises for bytes that are not a file of weights.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    RuntimeError,
-    OSError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-)
 
 
 def read_adapterhub(
@@ -136,13 +119,13 @@ def read_adapterhub(
 def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tuple[str, AdapterConfig]:
     name, fields = _check_name(saved.get("name")), saved.get("config")
     if saved.get("hidden_size") != hidden_size:
-        raise ValueError(f"hidden_size: expected the backbone's {hidden_size}, got {saved.get('hidden_size')!r}")
+        raise ValueError(f"hidden_size: expected the backbone's {hidden_size}, got {saved.get('hidden_size')!r:.80}")
     if not isinstance(fields, dict):
-        raise ValueError(f"config: expected an object of fields, got {fields!r}")
+        raise ValueError(f"config: expected an object of fields, got {fields!r:.80}")
     if fields.get("architecture") is not None:
-        raise ValueError(f"architecture: expected a bottleneck adapter's None, got {fields['architecture']!r}")
+        raise ValueError(f"architecture: expected a bottleneck adapter's None, got {fields['architecture']!r:.80}")
     if unknown := sorted(fields.keys() - {"architecture", *_FIXED, *_WITHOUT_EFFECT, *_READ}):
-        raise ValueError(f"{unknown[0]}: expected no such field, got {fields[unknown[0]]!r}")
+        raise ValueError(f"{unknown[0]}: expected no such field, got {fields[unknown[0]]!r:.80}")
     # Its own reader allows a field to be missing if the class has a default; these have none.
     for field in ("ln_before", "original_ln_before", *_READ[:-1]):
         if field not in fields:
@@ -150,12 +133,12 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
     for field, expected in _FIXED.items():
         got = fields.get(field, expected)
         if got != expected or isinstance(got, bool) != isinstance(expected, bool):
-            raise ValueError(f"{field}: expected {expected!r}, which is this operator, got {got!r}")
+            raise ValueError(f"{field}: expected {expected!r}, which is this operator, got {got!r:.80}")
     # x must be added exactly once: around the adapter, or by the layer and not around the adapter.
     around = checks.flag("original_ln_after", fields["original_ln_after"])
     if fields["residual_before_ln"] is not around:
         raise ValueError(
-            f"residual_before_ln: expected {around} as original_ln_after, got {fields['residual_before_ln']!r}"
+            f"residual_before_ln: expected {around} as original_ln_after, got {fields['residual_before_ln']!r:.80}"
         )
     config = AdapterConfig(
         adapter_dim=_adapter_dim(fields["reduction_factor"], hidden_size, layers := _layers(fields, num_layers)),
@@ -168,17 +151,17 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
 
 def _check_name(name: Any) -> str:
     if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name: expected a string without dots, got {name!r}")
+        raise ValueError(f"name: expected a string without dots, got {name!r:.80}")
     return name
 
 
 def _layers(fields: dict[str, Any], num_layers: int) -> list[int]:
     left_out = fields.get("leave_out") or []
     if not isinstance(left_out, list) or not all(type(layer) is int for layer in left_out):
-        raise ValueError(f"leave_out: expected a list of layer numbers, got {left_out!r}")
+        raise ValueError(f"leave_out: expected a list of layer numbers, got {left_out!r:.80}")
     layers = [layer for layer in range(num_layers) if layer not in left_out]
     if not layers:
-        raise ValueError(f"leave_out: expected to keep one of {num_layers} layers, got {left_out!r}")
+        raise ValueError(f"leave_out: expected to keep one of {num_layers} layers, got {left_out!r:.80}")
     return layers
 
 
@@ -190,11 +173,11 @@ def _position(fields: dict[str, Any]) -> Any:
 
 
 def _activation(value: Any, has_version: bool) -> str:
-    name = value.lower() if isinstance(value, str) else value
+    name = value.lower() if isinstance(value, str) else ""
     if not has_version:
         name = _RENAMED.get(name, name)
     if name not in _ACTIVATIONS:
-        raise ValueError(f"non_linearity: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+        raise ValueError(f"non_linearity: expected one of {', '.join(_ACTIVATIONS)}, got {name or value!r:.80}")
     return _ACTIVATIONS[name]
 
 
@@ -205,7 +188,7 @@ def _adapter_dim(factor: Any, hidden_size: int, layers: list[int]) -> int:
     for value in factors.values():
         # A factor below 1 enlarges the dimension, up to 2**20 times here: a tiny one would need any amount of memory.
         if isinstance(value, bool) or not isinstance(value, int | float) or not 2**-20 <= value < math.inf:
-            raise ValueError(f"reduction_factor: expected a number > 0 for each layer, got {factor!r}")
+            raise ValueError(f"reduction_factor: expected a number > 0 for each layer, got {factor!r:.80}")
     dims = {max(1, int(hidden_size // value)) for value in factors.values()}
     if len(dims) > 1:
         raise ValueError(f"reduction_factor: expected one dimension for all layers, got {sorted(dims)} from {factor!r}")
@@ -213,24 +196,17 @@ def _adapter_dim(factor: Any, hidden_size: int, layers: list[int]) -> int:
 
 
 def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            saved: Any = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from error
-    else:
-        content = io.BytesIO(path.read_bytes())
-        try:
-            saved = torch.load(content, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
-            raise ValueError(f"{path}: not a file of tensors: {error}") from error
+    saved = read_tensors(path) if path.suffix == ".safetensors" else _read_bin(path)
     if not isinstance(saved, Mapping) or not all(isinstance(t, Tensor) for t in saved.values()):
         raise ValueError(f"{path}: expected a mapping from names to tensors, got {type(saved).__name__}")
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in saved.items():
         match = _KEY.fullmatch(str(key))
         if match is None or match[2] != _SITES[config.position] or match[3] != name:
-            raise ValueError(f"{path}: {key}: expected only keys of {_SITES[config.position]}.adapters.{name}")
+            raise ValueError(f"{path}: {key!s:.200}: expected only keys of {_SITES[config.position]}.adapters.{name}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
+            got = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{path}: {key}: expected plain numbers, got {got}")
         sites.setdefault(match[1], {})[match[4]] = tensor
     layers = [str(layer) for layer in config.layers or ()]
     if odd := sorted(sites.keys() ^ set(layers)):
@@ -247,12 +223,26 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
                 if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
                     got = "none" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
                     raise ValueError(f"{where}: expected {shape} of floating point, got {got}")
-                if alias is not None and not torch.equal(alias, tensor):
+                check_values(where, tensor)
+                if alias is not None and (alias.dtype != tensor.dtype or not torch.equal(alias, tensor)):
                     raise ValueError(f"{where}: expected the same as {_ALIAS}.{kind}, got other values")
-                found[f"{layer}.0.{ours}.{kind}"] = tensor.to(torch.float32).contiguous()
+                found[f"{layer}.0.{ours}.{kind}"] = tensor.detach().to(torch.float32).contiguous()
         if tensors:
             raise ValueError(f"{path}: layer {layer}: {min(tensors)}: expected no such tensor")
     return found
+
+
+def _read_bin(path: Path) -> Any:
+    content = path.read_bytes()
+    try:
+        if zipfile.is_zipfile(file := io.BytesIO(content)):
+            # torch compresses nothing: what claims to be larger than the file could fill the memory
+            with zipfile.ZipFile(file) as archive:
+                if (size := sum(member.file_size for member in archive.infolist())) > len(content):
+                    raise ValueError(f"{size} bytes in a file of {len(content)}")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: the bytes decide what the reader meets
+        raise ValueError(f"{path}: not a file of tensors: {str(error)[:200]}") from error
 
 
 def _shape(module: str, kind: str, hidden_size: int, adapter_dim: int) -> tuple[int, ...]:

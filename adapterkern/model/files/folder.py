@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkern.files import find_weights, read_json, read_versioned, remove_pair, write_pair
+from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, remove_pair, write_pair
 from adapterkern.model.config import MODULES, AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.digest import Digest, differ, weights_digest
@@ -141,10 +140,7 @@ def read_adapter(
         extra = saved_shapes(llama, _saved_modules(llama, config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    try:
-        tensors = load_file(find_weights(weights, path, saved["weights_sha256"]))
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: not a safetensors file: {error}") from error
+    tensors = read_tensors(find_weights(weights, path, saved["weights_sha256"]))
     for head in lost:
         found = [key for key in tensors if key.startswith(f"{MODULES}.{head}.")]
         if not found:

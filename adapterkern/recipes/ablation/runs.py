@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,6 +58,7 @@ _MEASURED = (
     *("status", "steps", "skipped_steps", "trainable_parameters", "prefix_layers", "seconds", "prefix_seconds"),
     *("eval_seconds", "tokens_per_second", "loss", "accuracy"),
 )
+_NUMBERS = ("trainable_parameters", "seconds", "tokens_per_second", "loss", "accuracy")  # what a report computes with
 _VERSIONS = ("date", "device", "threads", "adapterkern", "torch", "transformers")
 COLUMNS = ("key", *_SHOWN_ADAPTER, *_SHOWN_TRAINING, *_MEASURED, *_VERSIONS)
 
@@ -297,15 +299,36 @@ def read_results(path: Path) -> dict[str, dict[str, str]]:
     """The rows of an ``ablation.csv`` by key; none if there is no file.
 
     Raises:
-        ValueError: its columns are not ``COLUMNS``.
+        ValueError: it is no such file; the message names the file, and the row and column.
     """
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: expected the columns {','.join(COLUMNS)}, got {reader.fieldnames}")
-        return {row["key"]: row for row in reader}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from error
+    if not rows or tuple(rows[0]) != COLUMNS:
+        raise ValueError(
+            f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(rows[0] if rows else ()):.80}"
+        )
+    found: dict[str, dict[str, str]] = {}
+    for number, values in enumerate(rows[1:], start=1):
+        where = f"{path}: row {number}"
+        if len(values) != len(COLUMNS):
+            raise ValueError(f"{where}: expected {len(COLUMNS)} fields, got {len(values)}")
+        row = dict(zip(COLUMNS, values, strict=True))
+        if row["key"] in found:
+            raise ValueError(f"{where}: expected each key once, got {row['key']!r:.80} again")
+        for name in _NUMBERS:
+            try:
+                ok = not row[name] or math.isfinite(float(row[name]))
+            except ValueError:
+                ok = False
+            if not ok:
+                raise ValueError(f"{where}: {name}: expected a number or nothing, got {row[name]!r:.80}")
+        found[row["key"]] = row
+    return found
 
 
 def append_result(path: Path, row: Mapping[str, Any]) -> None:

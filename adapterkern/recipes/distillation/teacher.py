@@ -20,6 +20,7 @@ from adapterkern.model.decoder import eval_mode
 from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import LogitsPath, find_logits_path, logits_of
+from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
 from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher, soft_label_loss
 from adapterkern.training.config import TrainConfig
@@ -169,9 +170,9 @@ class Taught(Task[Example]):
             expected = f"the run's, {described}" if described else "None, the model itself as in the run"
             raise ValueError(f"teacher: expected {expected}, got {None if teacher is None else type(teacher).__name__}")
         config, head = load_run(directory)
-        model = load_model(llama, directory, config, fused=fused, liger=liger)
-        head = None if head is None else head.to(model.device)
-        return cls(model, teacher, head=head, **dataclasses.asdict(settings)), config
+        with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
+            head = None if head is None else head.to(model.device)
+            return cls(model, teacher, head=head, **dataclasses.asdict(settings)), config
 
 
 def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:

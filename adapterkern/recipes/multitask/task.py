@@ -30,6 +30,7 @@ from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.config import prefix_length
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.mixing import check_mixable
+from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.optim.plan import local
 from adapterkern.recipes.multitask.sampling import mixed_order
@@ -372,17 +373,16 @@ class MultiTask(Task[TaskExample]):
         """
         names, temperature = cls._saved_settings(directory)
         model = LlamaAdapter(llama, None, fused=fused, liger=liger)
-        heads = {}
-        for name in names:
-            config, head = load_run(cls.folder(directory, name))
-            model.load_adapter(cls.folder(directory, name), name)
-            if head is not None:
-                heads[name] = head
-        try:
-            task = cls(model, names, temperature=math.inf if temperature is None else temperature, heads=heads)
-        except ValueError as error:
-            raise ValueError(f"{Path(directory) / MULTITASK_CONFIG}: {error}") from error
-        return task, config
+        heads: dict[str, ClassificationHead] = {}
+        with unloaded_on_error(model):
+            for name in names:
+                config, head = load_run(folder := cls.folder(directory, name))
+                model.load_adapter(folder, name)
+                heads |= {} if head is None else {name: head}
+            try:
+                return cls(model, names, temperature=temperature, heads=heads), config
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{Path(directory) / MULTITASK_CONFIG}: {error}") from error
 
     @classmethod
     def saved_names(cls, directory: str | os.PathLike[str]) -> list[str]:
@@ -390,10 +390,10 @@ class MultiTask(Task[TaskExample]):
         return cls._saved_settings(directory)[0]
 
     @staticmethod
-    def _saved_settings(directory: str | os.PathLike[str]) -> tuple[list[str], float | None]:
+    def _saved_settings(directory: str | os.PathLike[str]) -> tuple[list[str], float]:
         path = Path(directory) / MULTITASK_CONFIG
         saved = read_versioned(path, FORMAT_VERSION, {"tasks": list, "temperature": int | float | None})
         names = saved["tasks"]
-        if not names or not all(isinstance(n, str) and n and Path(n).name == n for n in names):
-            raise ValueError(f"{path}: field 'tasks': expected names, got {names!r}")
-        return names, saved["temperature"]
+        if not names or len({n for n in names if isinstance(n, str) and n and Path(n).name == n}) != len(names):
+            raise ValueError(f"{path}: field 'tasks': expected different names, got {names!r:.80}")
+        return names, math.inf if saved["temperature"] is None else saved["temperature"]

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from adapterkern import checks
 from adapterkern.model.decoder import modes_kept
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.qa.head import SpanHead
 from adapterkern.recipes.qa.settings import SpanSettings
 from adapterkern.recipes.qa.spans import Prediction, Span, Window, best_spans, cut, predictions
@@ -224,10 +226,11 @@ class QuestionAnswering(Task[Window]):
             expected = f"expected the model's {llama.config.hidden_size}"
             raise ValueError(f"{path}: field 'hidden_size': {expected}, got {saved['hidden_size']}")
         try:
-            settings = SpanSettings(**saved["settings"])
+            settings = checks.fields(SpanSettings, saved["settings"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: field 'settings': {error}") from error
         with torch.device("meta"):  # the weights replace these
             span = SpanHead(saved["hidden_size"], settings.pointer_dim)
         read_head_weights(Path(directory), span, saved)
-        return cls(load_model(llama, directory, config, fused=fused, liger=liger), settings, span), config
+        with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
+            return cls(model, settings, span), config

@@ -15,17 +15,18 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapterkern.files import find_weights, read_json, read_versioned, write_pair
+from adapterkern import checks
+from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, write_pair
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.digest import weights_digest
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.folder import check_weights
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.mixing import check_mixable
+from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.routing.router import (
     Route,
     Router,
@@ -272,7 +273,7 @@ class RoutedTask(Task[Example]):
         kinds = {"adapter": dict, "routing": dict, "base": dict, "weights_sha256": str}
         saved = read_versioned(path, FORMAT_VERSION, kinds)
         try:
-            adapter, routing = AdapterConfig.from_dict(saved["adapter"]), RoutingConfig(**saved["routing"])
+            adapter, routing = AdapterConfig.from_dict(saved["adapter"]), checks.fields(RoutingConfig, saved["routing"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         if saved["base"] != _shape(llama.config):
@@ -283,11 +284,13 @@ class RoutedTask(Task[Example]):
         config = load_config(directory)
         head = ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
         model = LlamaAdapter(llama, adapter, fused=fused, liger=liger)
-        task = cls(model, routing, None if head is None else head.to(model.device))
-        try:
-            _modules(task).load_state_dict(load_file(found))
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights}: not these experts' weights: {error}") from error
+        with unloaded_on_error(model):
+            task = cls(model, routing, None if head is None else head.to(model.device))
+            tensors = read_tensors(found)
+            try:
+                _modules(task).load_state_dict(tensors)
+            except RuntimeError as error:
+                raise ValueError(f"{weights}: not these experts' weights: {error}") from error
         return task, config
 
 

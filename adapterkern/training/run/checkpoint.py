@@ -20,29 +20,33 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapterkern.files import flush, read_json, read_versioned, replacing, sha256, write_json
+from adapterkern.files import flush, read_json, read_tensors, read_versioned, replacing, sha256, write_json
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
-from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
+from adapterkern.training.config import TrainConfig
+from adapterkern.training.run.matching import (
+    FIELDS,
+    SCHEDULE,
+    check_fields,
+    check_restorable,
+    check_same_run,
+    check_tensors,
+)
+from adapterkern.training.run.matching import CheckpointError as CheckpointError
 from adapterkern.training.saved import CHECKPOINTS
 
 FORMAT_VERSION = 2
 STATE_NAME = "state.json"
 TENSORS_NAME = "training.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged or belongs to another run; the message names the file or field."""
 
 
 @dataclasses.dataclass
@@ -158,31 +162,31 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another configuration, data or model.
     """
+    path, weights = directory / STATE_NAME, directory / TENSORS_NAME
     try:
-        saved = read_versioned(directory / STATE_NAME, FORMAT_VERSION, _FIELDS)
-        for name, kind in _ORIGIN.items():
-            if name in saved and type(saved[name]) is not kind:
-                raise CheckpointError(
-                    f"{directory / STATE_NAME}: field {name!r}: expected {kind.__name__}, got {saved[name]!r}"
-                )
+        saved = read_versioned(path, FORMAT_VERSION, FIELDS)
+        check_fields(path, saved)
         digest = saved.pop("sha256", None)
         if digest != _digest(saved):
-            raise CheckpointError(f"{directory / STATE_NAME}: damaged: field 'sha256' does not match the other fields")
+            raise CheckpointError(f"{path}: damaged: field 'sha256' does not match the other fields")
+        present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
         for name, digest in saved["files"].items():
-            outside = Path(name).is_absolute() or ".." in Path(name).parts
-            if outside or sha256(directory / name) != digest:
+            if name not in present:  # as is a name outside of the folder
+                raise CheckpointError(f"{directory}: damaged: {name!r:.200} is missing")
+            if sha256(directory / name) != digest:
                 raise CheckpointError(f"{directory / name}: damaged: its SHA-256 differs from the one in {STATE_NAME}")
         if TENSORS_NAME not in saved["files"]:
-            raise CheckpointError(f"{directory / STATE_NAME}: field 'files': {TENSORS_NAME} is missing")
-        tensors = load_file(directory / TENSORS_NAME)
-    except (SafetensorError, FileNotFoundError) as error:
+            raise CheckpointError(f"{path}: field 'files': {TENSORS_NAME} is missing")
+        tensors = read_tensors(weights, weights=False)
+        if "settings" not in saved and (earlier := state.settings_in(directory)) is not None:
+            saved["settings"] = earlier
+    except FileNotFoundError as error:
         raise CheckpointError(f"{directory}: damaged: {error}") from error
     except ValueError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
-    if "settings" not in saved and (earlier := state.settings_in(directory)) is not None:
-        saved["settings"] = earlier
-    _check_same_run(directory / STATE_NAME, saved, state)
-    _check_tensors(directory / TENSORS_NAME, tensors, saved, state)
+    check_same_run(path, saved, state)
+    check_tensors(weights, tensors, saved, state)
+    check_restorable(path, saved, state)
 
     with torch.no_grad():
         for name, parameter in state.parameters.items():
@@ -200,7 +204,8 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
             "param_groups": state.optimizer.state_dict()["param_groups"],
         }
     )
-    state.schedule.load_state_dict(saved["schedule"])
+    schedule = state.schedule.state_dict()
+    state.schedule.load_state_dict(schedule | {name: saved["schedule"][name] for name in SCHEDULE})
     for group, lr in zip(state.optimizer.param_groups, saved["schedule"]["_last_lr"], strict=True):
         group["lr"] = lr
     if state.scaler is not None:
@@ -259,85 +264,6 @@ def _described(state: TrainingState, gathered: Gathered) -> dict[str, Any]:
         "optimizer_state": {name: sorted(values) for name, values in gathered.optimizer.items()},
         "parameters": {name: list(p.shape) for name, p in gathered.parameters.items()},
     }
-
-
-_FIELDS: dict[str, Any] = {
-    "step": int,
-    "skipped_steps": int,
-    "skipped_in_a_row": int,
-    "prefix_cached": bool,
-    "window": list,
-    "config": dict,
-    "data_fingerprint": str,
-    "schedule": dict,
-    "scaler": dict | None,
-    "optimizer_state": dict,
-    "parameters": dict,
-    "files": dict,
-}
-# Checkpoints of 0.1.0 lack some of these; they are accepted without that check.
-_ORIGIN: dict[str, type] = {"task": str, "settings": dict, "adapters": list, "backbone": dict}
-
-
-def _check_same_run(path: Path, saved: dict[str, Any], state: TrainingState) -> None:
-    origin = state.origin
-    if "task" in saved and saved["task"] != origin.get("task", saved["task"]):
-        raise CheckpointError(f"{path}: the run was begun with another task: {saved['task']}, not {origin['task']}")
-    settings = origin.get("settings", {})
-    _check_same_values(path, saved.get("settings", settings), settings)
-    _check_same_values(path, saved["config"], state.config.to_dict(), FREE_ON_RESUME)
-    if saved["data_fingerprint"] != state.data_fingerprint:
-        raise CheckpointError(f"{path}: the run was begun with other training data or another tokenizer")
-    # Equally many, in runs of one task with the same settings.
-    both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
-    for number, (before, adapter) in enumerate(both):
-        for name in sorted(before.keys() - {"init"}):  # all values come from the checkpoint, whatever the init
-            if before[name] != adapter.get(name):
-                which = f" in trained adapter {number}" if len(saved["adapters"]) > 1 else ""
-                raise CheckpointError(
-                    f"{path}: the run was begun with {name}={before[name]!r}{which}, not {adapter.get(name)!r}: "
-                    "resume with the same value, or begin another run"
-                )
-    shapes = {name: list(p.shape) for name, p in state.parameters.items()}
-    if saved["parameters"] != shapes:
-        differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
-        name = differing[0]
-        raise CheckpointError(
-            f"{path}: another model: parameter {name} had shape {saved['parameters'].get(name)}, "
-            f"and has {shapes.get(name)}"
-        )
-    backbone = origin.get("backbone", {})
-    for name in sorted(backbone.keys() & saved.get("backbone", {}).keys()):
-        value, now_is = saved["backbone"][name], backbone[name]
-        if name == "weights" and None not in (value, now_is) and value != now_is:
-            raise CheckpointError(f"{path}: the run was begun with other backbone weights")
-        if name != "weights" and value != now_is:
-            raise CheckpointError(f"{path}: the run was begun with a backbone of {name}={value!r}, not {now_is!r}")
-
-
-def _check_same_values(
-    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
-) -> None:
-    for name in sorted((before.keys() | now.keys()) - set(free)):
-        if before.get(name) != now.get(name):
-            raise CheckpointError(
-                f"{path}: the run was begun with {name}={before.get(name)!r}, not {now.get(name)!r}: "
-                "resume with the same value, or begin another run"
-            )
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: TrainingState) -> None:
-    for name, parameter in state.parameters.items():
-        found = tensors.get(f"parameter/{name}")
-        if found is None or found.shape != parameter.shape:
-            raise CheckpointError(f"{path}: parameter {name} is missing or of another shape")
-    for name, keys in saved["optimizer_state"].items():
-        if name not in state.parameters or any(f"optimizer/{key}/{name}" not in tensors for key in keys):
-            raise CheckpointError(
-                f"{path}: the optimizer's state of {name} is incomplete, or {name} is not a trained parameter"
-            )
-    if "generator/cpu" not in tensors:
-        raise CheckpointError(f"{path}: generator/cpu is missing")
 
 
 def saved_names(directory: Path) -> set[str]:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DATA_NAME = "data_summary.json"
 METRICS_NAME = "metrics.jsonl"
+_NUMBERS = {"train": ("loss", "grad_norm", "skipped_steps"), "eval": ("loss", "accuracy")}  # what plots are made of
 PLOT_NAME = "training.png"
 
 
@@ -195,6 +196,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}:{number}: expected an object with an integer 'step' and a 'kind', got {str(record)[:80]}"
             )
+        for name in _NUMBERS.get(record["kind"] if isinstance(record["kind"], str) else "", ()):
+            if isinstance(record.get(name), bool) or not isinstance(record.get(name), int | float):
+                raise ValueError(f"{path}:{number}: {name}: expected a number, got {record.get(name)!r:.80}")
         records.append(record)
     return records
 

@@ -168,11 +168,24 @@ def remove_temporaries(path: Path) -> None:
             temporary.unlink()
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object. Raises ``FileNotFoundError``, or ``ValueError`` that names the file and what is wrong."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An ``object_pairs_hook`` for json: of a key that is there twice, one value would be dropped in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+    return found
+
+
+def read_json(path: str | os.PathLike[str], *, ours: bool = True) -> dict[str, Any]:
+    """Read a JSON object. Raises ``FileNotFoundError``, or ``ValueError`` that names the file and what is wrong.
+
+    Args:
+        ours: refuse a key that is there twice. Another program's file may be read that way.
+    """
     path = Path(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys if ours else None)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(value, dict):
@@ -246,7 +259,7 @@ def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) 
         owns: whether a file with this content is ``owner``'s.
     """
     try:
-        saved = read_json(path)
+        saved = read_json(path, ours=False)
     except (ValueError, FileNotFoundError):
         return
     if not owns(saved):

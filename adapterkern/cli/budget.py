@@ -59,7 +59,7 @@ def model_shape(name: str) -> tuple[int, int]:
         raise ValueError(
             f"--model-config: expected a config.json, its folder, or one of {', '.join(SHAPES)}; got {name}"
         )
-    config = read_json(path)
+    config = read_json(path, ours=False)
     try:
         shape = int(config["hidden_size"]), int(config["num_hidden_layers"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkern.files import sha256
-from adapterkern.training import read_metrics, train
+from adapterkern.training import load_examples, read_metrics, train
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.checkpoint import CheckpointError, TrainingState, checkpoints
@@ -122,6 +122,10 @@ def metrics(line: str) -> Callable[[Path], Any]:
     return of_text("metrics.jsonl", line + "\n", lambda folder: read_metrics(folder / "metrics.jsonl"))
 
 
+def read(path: Path) -> Any:
+    return load_examples(path, tiny_run.quiet(), TOKENIZER)
+
+
 FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no model", of_text("sources.json", "{}", load_sources), r"sources\.json: model: expected str, got None"),
     (
@@ -134,6 +138,11 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
         "text",
         metrics('{"step": 1, "kind": "eval", "loss": "a"}'),
         r"metrics\.jsonl:1: loss: expected a number, got 'a'",
+    ),
+    (
+        "a key twice",
+        of_text("rows.jsonl", '{"text": "w1", "label": "a", "label": "b"}\n', lambda p: read(p / "rows.jsonl")),
+        r"rows\.jsonl:1: not JSON: key 'label' is there twice",
     ),
     ("NaN", load_head, r"head\.safetensors: tensor linear\.bias: expected finite values, got 2"),
 ]

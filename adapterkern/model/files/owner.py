@@ -90,6 +90,6 @@ def _has_our_keys(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; empty if there is none."""
     try:
-        return read_json(path)
+        return read_json(path, ours=False)
     except (ValueError, OSError):
         return {}

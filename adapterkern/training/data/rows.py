@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adapterkern.files import unique_keys
 from adapterkern.training import processes
 
 _log = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line.rstrip("\r\n"))
+            values = json.loads(line.rstrip("\r\n"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
             reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
             if number == 1 and line.lstrip().startswith("["):

@@ -310,7 +310,7 @@ class ClippedAdamW(Optimizer):
         if not pair or not all(
             isinstance(beta, Real) and 0 <= (beta if isinstance(beta, int) else float(beta)) < 1 for beta in betas
         ):
-            raise ValueError(f"betas: expected two floats in [0, 1), got {betas}")
+            raise ValueError(f"betas: expected two floats in [0, 1), got {betas!s:.80}")
         if group.get("amsgrad"):
             raise ValueError("amsgrad: expected False (ClippedAdamW has no amsgrad), got True")
         for p in group["params"]:
@@ -344,9 +344,10 @@ def _check_state(what: str, name: str, value: object, p: Tensor) -> None:
         got = f"{tuple(values.shape)} of {values.dtype}"
         raise ValueError(f"{what}: expected {shape} of floating point, got {got}")
     found = local(values).float()
-    low = 0.0 if name in ("step", "exp_avg_sq") else -math.inf
-    if not bool((found >= low).all()):  # nor NaN
-        raise ValueError(f"{what}: expected numbers{' >= 0' if low == 0 else ''}, got others")
+    # A square may have overflowed: its parameter then stands still.
+    if not bool((found >= 0 if name in ("step", "exp_avg_sq") else found.isfinite()).all()):
+        expected = "numbers >= 0" if name in ("step", "exp_avg_sq") else "finite numbers"
+        raise ValueError(f"{what}: expected {expected}, got others")
 
 
 def _share_norm(plan: Plan, options: StepOptions) -> None:

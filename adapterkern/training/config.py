@@ -237,7 +237,7 @@ class TrainConfig:
             if name not in fields:
                 raise ValueError(f"{name}: not a field of TrainConfig")
             if not _fits(fields[name].type, value) and not (name == "max_norm" and value is None):
-                raise ValueError(f"{name}: expected {_kind(fields[name].type)}, got {value!r}")
+                raise ValueError(f"{name}: expected {_kind(fields[name].type)}, got {value!r:.80}")
         if "max_norm" in values and values["max_norm"] is None:
             values = values | {"max_norm": math.inf}
         return cls(**values)

@@ -72,7 +72,7 @@ class ClassificationHead(nn.Module):
         try:
             with torch.device("meta"):  # allocates nothing: a damaged size may be any number
                 head = cls(config["hidden_size"], config["labels"], config["pooling"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of a size that no tensor has
             raise ValueError(f"{path}: {error}") from error
         read_head_weights(Path(directory), head, config)
         return head

@@ -68,7 +68,12 @@ REFUSALS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("integers", setting(*MOMENT, value=torch.ones(2, 3).long()), ValueError, "of floating point, got .*int64"),
     ("sparse", setting(*MOMENT, value=torch.ones(2, 3).to_sparse()), ValueError, "expected a dense tensor"),
     ("meta", setting(*MOMENT, value=torch.ones(2, 3, device="meta")), ValueError, "expected a dense tensor"),
-    ("NaN", setting(*MOMENT, value=torch.full((2, 3), torch.nan)), ValueError, "exp_avg of 0: expected numbers, got"),
+    (
+        "NaN",
+        setting(*MOMENT, value=torch.full((2, 3), torch.nan)),
+        ValueError,
+        "exp_avg of 0: expected finite numbers, got",
+    ),
     ("< 0", setting("state", 1, "exp_avg_sq", value=-torch.ones(4)), ValueError, "of 1: expected numbers >= 0"),
     ("a step", setting("state", 1, "step", value=torch.ones(1)), ValueError, r"step of 1: expected \(\) of floating"),
 ]

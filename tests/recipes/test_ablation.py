@@ -312,7 +312,7 @@ def test_a_run_that_is_not_finite_is_a_row(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_foreign_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ablation.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"ablation.csv: expected the columns key,.*, got \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"ablation.csv: expected the columns key,.*, got a,b"):
         run(make(), tmp_path)
 
 

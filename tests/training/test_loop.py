@@ -1,5 +1,6 @@
 """The loop: it learns what can be learned, in every precision, changes nothing else, and reports non-finite numbers."""
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -410,11 +411,12 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("damage", ["not json\n", '{"kind": "train"}\n'])
 def test_damaged_metrics(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\n' + damage + '{"kind": "train", "step": 3}\n{"st')
+    record = {"kind": "train", "step": 1, "loss": 1.0, "grad_norm": 1.0, "skipped_steps": 0}
+    path.write_text(json.dumps(record) + "\n" + damage + json.dumps(record | {"step": 3}) + '\n{"st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
         read_metrics(path)
-    path.write_text('{"kind": "train", "step": 1}\n{"st')
-    assert read_metrics(path) == [{"kind": "train", "step": 1}]
+    path.write_text(json.dumps(record) + '\n{"st')
+    assert read_metrics(path) == [record]
 
 
 def test_head_and_task_must_fit() -> None:

@@ -125,7 +125,7 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
     if fields.get("architecture") is not None:
         raise ValueError(f"architecture: expected a bottleneck adapter's None, got {fields['architecture']!r:.80}")
     if unknown := sorted(fields.keys() - {"architecture", *_FIXED, *_WITHOUT_EFFECT, *_READ}):
-        raise ValueError(f"{unknown[0]}: expected no such field, got {fields[unknown[0]]!r:.80}")
+        raise ValueError(f"{unknown[0]:.80}: expected no such field, got {fields[unknown[0]]!r:.80}")
     # Its own reader allows a field to be missing if the class has a default; these have none.
     for field in ("ln_before", "original_ln_before", *_READ[:-1]):
         if field not in fields:
@@ -203,7 +203,9 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
     for key, tensor in saved.items():
         match = _KEY.fullmatch(str(key))
         if match is None or match[2] != _SITES[config.position] or match[3] != name:
-            raise ValueError(f"{path}: {key!s:.200}: expected only keys of {_SITES[config.position]}.adapters.{name}")
+            raise ValueError(
+                f"{path}: {key!s:.200}: expected only keys of {_SITES[config.position]}.adapters.{name:.80}"
+            )
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
             got = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{path}: {key}: expected plain numbers, got {got}")

@@ -124,8 +124,8 @@ def read_adapter(
     )
     if shape != expected:
         raise ValueError(
-            f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]} and {expected[1]} layers, "
-            f"got one of hidden_size={shape[0]} and {shape[1]} layers"
+            f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]!s:.80} and "
+            f"{expected[1]!s:.80} layers, got one of hidden_size={shape[0]} and {shape[1]} layers"
         )
     vocabulary = saved["base"].get("vocab_size")
     another = isinstance(vocabulary, int) and vocabulary != _vocabulary(llama)

@@ -229,8 +229,11 @@ class QuestionAnswering(Task[Window]):
             settings = checks.fields(SpanSettings, saved["settings"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: field 'settings': {error}") from error
-        with torch.device("meta"):  # the weights replace these
-            span = SpanHead(saved["hidden_size"], settings.pointer_dim)
+        try:
+            with torch.device("meta"):  # the weights replace these
+                span = SpanHead(saved["hidden_size"], settings.pointer_dim)
+        except (TypeError, RuntimeError) as error:  # torch's, of sizes that no tensor has
+            raise ValueError(f"{path}: field 'settings': pointer_dim: {error}") from error
         read_head_weights(Path(directory), span, saved)
         with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
             return cls(model, settings, span), config

@@ -7,6 +7,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -197,8 +198,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"{path}:{number}: expected an object with an integer 'step' and a 'kind', got {str(record)[:80]}"
             )
         for name in _NUMBERS.get(record["kind"] if isinstance(record["kind"], str) else "", ()):
-            if isinstance(record.get(name), bool) or not isinstance(record.get(name), int | float):
-                raise ValueError(f"{path}:{number}: {name}: expected a number, got {record.get(name)!r:.80}")
+            value = record.get(name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or math.inf > abs(value) > sys.float_info.max
+            ):
+                raise ValueError(f"{path}:{number}: {name}: expected a number, got {value!r:.80}")
         records.append(record)
     return records
 

@@ -395,5 +395,5 @@ class MultiTask(Task[TaskExample]):
         saved = read_versioned(path, FORMAT_VERSION, {"tasks": list, "temperature": int | float | None})
         names = saved["tasks"]
         if not names or len({n for n in names if isinstance(n, str) and n and Path(n).name == n}) != len(names):
-            raise ValueError(f"{path}: field 'tasks': expected different names, got {names!r:.80}")
+            raise ValueError(f"{path}: field 'tasks': expected names, each once, got {names!r:.80}")
         return names, math.inf if saved["temperature"] is None else saved["temperature"]

@@ -241,11 +241,11 @@ def read_tensors(path: str | os.PathLike[str], *, weights: bool = True) -> dict[
     return tensors
 
 
-def check_values(what: str, tensor: "Tensor") -> None:
-    """Raise ``ValueError`` that begins with ``what`` unless the tensor's values are finite, of 16 to 64 bits."""
+def check_values(what: str, tensor: "Tensor", *, finite: bool = True) -> None:
+    """Raise ``ValueError`` that begins with ``what`` unless the values are of 16 to 64 bits, and ``finite``."""
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         raise ValueError(f"{what}: expected 16, 32 or 64 bits of floating point, got {tensor.dtype}")
-    if wrong := int((~tensor.float().isfinite()).sum()):  # as fp32, which fp64 may be too large for
+    if finite and (wrong := int((~tensor.float().isfinite()).sum())):  # as fp32, which fp64 may be too large for
         raise ValueError(f"{what}: expected finite values, got {wrong} that are not")
 
 

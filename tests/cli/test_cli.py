@@ -98,7 +98,7 @@ def test_demo_on_your_own_files(
 def test_an_existing_run_is_not_overwritten(
     model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    earlier = '{"step": 1, "kind": "train"}\n'
+    earlier = '{"step": 1, "kind": "train", "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(earlier)
     assert cli.main(train_arguments(model_folder, files, tmp_path)) == 1
     assert "holds an earlier run" in capsys.readouterr().err

@@ -69,10 +69,13 @@ def test_each_packed_text_is_cut_by_itself(caplog: pytest.LogCaptureFixture) -> 
     examples = numbered([one(**row)])
     assert [e.cuts for e in examples] == [(14,), (0,), (1,)]
     (warning,) = summarize(examples, 16).cut_warning()
-    assert warning == "2 of 3 texts are cut at max_length=16, the longest of 30 tokens (row 0)"
+    assert warning == "2 of 3 texts are cut to the maximum length of 16 tokens, the longest of 30 tokens (row 0)"
     labels = [-100] * 20 + [*range(30, 40), 5, 6] + [-100] * 17
     assert texts(**row, labels=labels) == [([5, 6], [6])]
-    assert "1 packed texts are left out, since all that they learn is beyond max_length=16 (row 0)" in caplog.text
+    assert (
+        "1 packed texts are left out: all that they learn is beyond the maximum length of 16 tokens (row 0)"
+        in caplog.text
+    )
 
 
 def test_padding_is_not_pooled() -> None:

@@ -53,7 +53,7 @@ def another_thread_evaluates(folder: Path) -> None:
 
 def stopped_early(**values: Any) -> Callable[[Path], Any]:
     def begin(folder: Path) -> None:
-        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
         try:
             run(output_dir=folder, **values)
         finally:

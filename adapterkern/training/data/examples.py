@@ -202,9 +202,9 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
             why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
             why = why if len(learned) else "labels and masks leave none"
             bad.add(row.place, f"no token to learn: {why}, max_length is {config.max_length}")
-    if lost:
+    if lost and tokenizer is not _UNREAD:
         warn(
-            "%s: %d packed texts are left out, since all that they learn is beyond max_length=%d (%s)",
+            "%s: %d packed texts are left out: all that they learn is beyond the maximum length of %d tokens (%s)",
             *(bad.source, len(lost), config.max_length, lost[0]),
         )
     return examples

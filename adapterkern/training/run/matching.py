@@ -127,7 +127,7 @@ def _check_same_values(
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: "TrainingState") -> None:
     """Raise ``CheckpointError`` unless there is a tensor for every parameter and moment, of its shape and kind."""
 
-    def check(key: str, shape: Sequence[int]) -> None:
+    def check(key: str, shape: Sequence[int], finite: bool = True) -> None:
         found = tensors.get(key)
         if found is None or tuple(found.shape) != tuple(shape):
             got = "none" if found is None else f"one of {tuple(found.shape)}"
@@ -135,7 +135,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, An
                 f"{path}: {key:.200}: missing or of another shape: expected {tuple(shape)}, got {got}"
             )
         try:
-            check_values(f"{path}: {key}", found)
+            check_values(f"{path}: {key}", found, finite=finite)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
 
@@ -147,7 +147,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, An
         if missing := sorted({"step", "exp_avg", "exp_avg_sq"} - set(keys)):
             raise CheckpointError(f"{path}: the optimizer's state of {name}: expected {missing[0]}, got {keys!r:.80}")
         for key in keys:
-            check(f"optimizer/{key}/{name}", () if key == "step" else state.parameters[name].shape)
+            shape = () if key == "step" else state.parameters[name].shape
+            check(f"optimizer/{key}/{name}", shape, finite=key != "exp_avg_sq")  # a square may have overflowed
     try:
         torch.Generator().set_state(tensors["generator/cpu"])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -114,8 +114,8 @@ def read_traces(study: Study, findings: Findings, output: Path) -> list[Trace]:
                     row["status"],
                     float(row["accuracy"]) if row["accuracy"] else None,
                     [r["loss"] for r in records],
-                    [r["grad_norm"] or math.nan for r in records],  # a skipped step is logged as 0
-                    records[-1]["skipped_steps"] if records else 0,
+                    [r.get("grad_norm") or math.nan for r in records],  # a skipped step is logged as 0
+                    records[-1].get("skipped_steps", 0) if records else 0,
                 )
             )
         if curves:

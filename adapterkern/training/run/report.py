@@ -198,7 +198,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"{path}:{number}: expected an object with an integer 'step' and a 'kind', got {str(record)[:80]}"
             )
         for name in _NUMBERS.get(record["kind"] if isinstance(record["kind"], str) else "", ()):
-            value = record.get(name)
+            value = record.get(name, None if name == "loss" else 0)
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)

@@ -7,7 +7,7 @@ parameter runs with the copy as well, so tied parameters stay tied.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -176,12 +176,15 @@ def has_tied_copies(module: nn.Module) -> bool:
     return any(isinstance(child, Replaceable) and child._place.tied for child in module.modules())
 
 
-def detach(model: Copies, llama: Any) -> None:
-    """Give the modules of ``attach`` their own classes back."""
+def detach(model: Copies, llama: Any, kept: Collection[str] = ()) -> None:
+    """Give the modules of ``attach`` their own classes back, except those at ``kept`` paths and those tied to them."""
     for module in list(llama.modules()):
-        if isinstance(module, Replaceable) and module._place.model is model:
-            del module.__dict__["_place"]
-            change_class(module, _own_class(module))
+        if isinstance(module, Replaceable) and (place := module._place).model is model:
+            tied = place.tied.items()
+            place.tied = {key: at for key, at in tied if any(f"{'.'.join(at[0])}.".startswith(f"{p}.") for p in kept)}
+            if not place.tied and ".".join(place.path) not in kept:
+                del module.__dict__["_place"]
+                change_class(module, _own_class(module))
 
 
 def _at(copies: nn.Module | None, path: list[str]) -> nn.Module | None:

@@ -229,9 +229,9 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self._check_name(name)
         del self.adapters[name]
         if self._configs.pop(name).modules_to_save:
-            detach(self, self.base)
-            for config in self._configs.values():
-                attach(self, self.base, config.modules_to_save or ())
+            detach(
+                self, self.base, {path for config in self._configs.values() for path in config.modules_to_save or ()}
+            )
         if self._active == name:
             self._active = None
 

@@ -123,6 +123,20 @@ def test_embeddings_whose_adapter_is_deleted_can_be_resized() -> None:
     assert adapted.base.model.embed_tokens.weight.shape[0] == 140
 
 
+def test_a_deleted_adapter_leaves_the_copies_of_others_as_they_run() -> None:
+    """Even where a module's forward has been replaced since, so that it could not be prepared again."""
+    adapted = model(modules_to_save=["lm_head"])
+    adapted.add_adapter("b", ak.AdapterConfig(adapter_dim=4, layers=[2], modules_to_save=["lm_head", "norm"]))
+    adapted.set_adapter("b")
+    with torch.no_grad():
+        adapted.lm_head.weight += 1
+    forward = adapted.base.lm_head.forward
+    adapted.base.lm_head.forward = lambda *args: forward(*args)
+    expected = logits(adapted)
+    adapted.delete_adapter("default")
+    assert torch.equal(logits(adapted), expected)
+
+
 def test_tied_embeddings_stay_tied() -> None:
     adapted, untied = with_embeddings(tied=True), with_embeddings()
     assert adapted.base.lm_head.weight is adapted.base.model.embed_tokens.weight

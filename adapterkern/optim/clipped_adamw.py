@@ -340,7 +340,8 @@ def _check_state(what: str, name: str, value: object, p: Tensor) -> None:
     values = torch.tensor(value, dtype=torch.float64) if plain and abs(value) < 2**53 else value  # type: ignore[arg-type]
     if not isinstance(values, Tensor) or values.layout != torch.strided or values.is_meta:
         raise ValueError(f"{what}: expected a dense tensor, got {value!r:.80}")
-    if tuple(values.shape) != shape or not values.is_floating_point():
+    counts = name == "step" and values.dtype == torch.int64  # as a step that was a plain integer may be saved
+    if tuple(values.shape) != shape or not (values.is_floating_point() or counts):
         got = f"{tuple(values.shape)} of {values.dtype}"
         raise ValueError(f"{what}: expected {shape} of floating point, got {got}")
     found = local(values).float()

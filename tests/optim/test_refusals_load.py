@@ -88,3 +88,12 @@ def test_is_refused(change: Callable[[Any], Any], error: type[Exception], messag
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert all(torch.equal(after["state"][i][k], t) for i, s in before["state"].items() for k, t in s.items())
+
+
+def test_a_step_may_be_an_integer() -> None:
+    optimizer, saved = stepped(), stepped().state_dict()
+    saved["state"][0]["step"] = torch.tensor(7)
+    optimizer.load_state_dict(saved)
+    step = optimizer.state_dict()["state"][0]["step"]
+    assert step == 7
+    assert step.dtype == torch.float32

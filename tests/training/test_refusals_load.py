@@ -1,6 +1,7 @@
 """What the files of a run must hold, one row each: refused by file and field, before anything is changed."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from adapterkern.training import load_examples, read_metrics, train
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.checkpoint import CheckpointError, TrainingState, checkpoints
+from adapterkern.training.run.matching import check_restorable
 from adapterkern.training.saved import load_sources
 from tests.support import tiny_run
 
@@ -95,6 +97,18 @@ def test_a_checkpoint_with_valid_hashes(
     assert all(torch.equal(p, before[name]) for name, p in state.parameters.items())
     assert len(state.optimizer.state) == moments
     assert (state.schedule.state_dict(), state.step) == (schedule, 0)
+
+
+def test_a_scale_that_has_doubled_for_long_is_one(resumed: tuple[Path, TrainingState]) -> None:
+    directory, state = resumed
+    state = dataclasses.replace(state, scaler=torch.amp.GradScaler("cpu"))
+    saved = json.loads((directory / "state.json").read_text())
+    saved["scaler"] = state.scaler.state_dict() | {"scale": 2.0**60}
+    check_restorable(directory, saved, state)
+    for wrong in (-1.0, float("inf")):
+        saved["scaler"]["scale"] = wrong
+        with pytest.raises(CheckpointError, match=f"scaler: scale: expected a number >= 0, got {wrong}"):
+            check_restorable(directory, saved, state)
 
 
 def test_the_checkpoint_itself_loads(resumed: tuple[Path, TrainingState]) -> None:

@@ -168,8 +168,8 @@ def check_restorable(path: Path, saved: dict[str, Any], state: "TrainingState") 
         return
     scaler = saved["scaler"]
     for name in state.scaler.state_dict():
-        if scaler is None or not _is_count(scaler.get(name)):
-            got = None if scaler is None else scaler.get(name)
+        got = None if scaler is None else scaler.get(name)
+        if not _is_number(got) or got < 0:  # the scale doubles for as long as no gradient is too large
             raise CheckpointError(f"{path}: scaler: {name}: expected a number >= 0, got {got!r:.80}")
 
 

@@ -241,10 +241,10 @@ def _evaluated(
     task: Task[Any], eval_data: Any, config: TrainConfig, tokenizer: Any, cache: PrefixCache | None
 ) -> dict[str, float]:
     model = task.model
+    accelerator = make_accelerator(config.precision, model.device)  # joins the processes, of which one shows the data
     examples = numbered(task.load(eval_data, config, tokenizer))
     summaries = _summaries(task, config, {source_name(eval_data): examples})
     processes.on_rank_zero(lambda: show_data(summaries, config.progress))
-    accelerator = make_accelerator(config.precision, model.device)
     with accelerator.autocast():
         _check_backbones(task, config, examples)
     with task.running(config), left_as_found(task):

@@ -137,6 +137,33 @@ def test_a_deleted_adapter_leaves_the_copies_of_others_as_they_run() -> None:
     assert torch.equal(logits(adapted), expected)
 
 
+class Masked(torch.nn.Linear):
+    """A head of which some outputs are ruled out."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 128, bias=False)
+        self.register_buffer("mask", torch.zeros(128).index_fill(0, torch.tensor([3, 5]), -torch.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.mask
+
+
+def test_infinite_values_of_a_mask_are_loaded(tmp_path: Path) -> None:
+    llama = tiny()
+    llama.lm_head = Masked()
+    adapted = model(llama, modules_to_save=["lm_head"])
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    loaded = ak.LlamaAdapter.from_pretrained(adapted.unload(), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected)
+    assert (expected == -torch.inf).sum() == 2 * expected[..., 0].numel()
+    with torch.no_grad():
+        loaded.lm_head.weight[0] = torch.nan
+    loaded.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weight: expected finite values, got 32 that are not"):
+        ak.LlamaAdapter.from_pretrained(loaded.unload(), tmp_path)
+
+
 def test_tied_embeddings_stay_tied() -> None:
     adapted, untied = with_embeddings(tied=True), with_embeddings()
     assert adapted.base.lm_head.weight is adapted.base.model.embed_tokens.weight

@@ -13,6 +13,7 @@ import adapterkern as ak
 from adapterkern.recipes.distillation import KeepBehaviour, WithKept
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.recipes.qa import QuestionAnswering, SpanSettings
+from adapterkern.training import api
 from adapterkern.training.data.examples import load_examples
 from adapterkern.training.data.labels import label_name, suspicious_labels
 from adapterkern.training.data.rows import shown
@@ -127,6 +128,16 @@ def test_an_evaluation_names_what_is_cut(caplog: pytest.LogCaptureFixture) -> No
     assert (
         "data: 1 of 1 texts are cut to the maximum length of 16 tokens, the longest of 20 tokens (row 0)" in caplog.text
     )
+
+
+def test_the_processes_are_joined_before_one_of_them_shows_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, each takes itself for the only one, and all show it."""
+    called = []
+    make, show = api.make_accelerator, api.show_data
+    monkeypatch.setattr(api, "make_accelerator", lambda *args: called.append("joined") or make(*args))
+    monkeypatch.setattr(api, "show_data", lambda *args: called.append("shown") or show(*args))
+    ak.evaluate(tiny_run.model(), [{"input_ids": [5] * 9}], tiny_run.quiet(task="causal-lm"))
+    assert called == ["joined", "shown"]
 
 
 def test_an_evaluation_begins_with_its_data(capsys: pytest.CaptureFixture[str]) -> None:

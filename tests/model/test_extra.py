@@ -140,6 +140,8 @@ def test_a_deleted_adapter_leaves_the_copies_of_others_as_they_run() -> None:
 class Masked(torch.nn.Linear):
     """A head of which some outputs are ruled out."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__(32, 128, bias=False)
         self.register_buffer("mask", torch.zeros(128).index_fill(0, torch.tensor([3, 5]), -torch.inf))

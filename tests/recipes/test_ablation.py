@@ -296,8 +296,11 @@ def test_a_stopped_study_goes_on_within_the_run(tmp_path: Path, monkeypatch: pyt
     assert not list((tmp_path / "cut" / "runs").iterdir())
 
 
-def test_a_run_that_is_not_finite_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = make(vary={"lr": (1e-2, 1e30)}, head_alone=False, training=tiny_run.quiet(epochs=1, warmup=0, log_every=1))
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_a_run_that_is_not_finite_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int) -> None:
+    """Even if that is before the first line of its log."""
+    training = tiny_run.quiet(epochs=1, warmup=0, log_every=log_every)
+    study = make(vary={"lr": (1e-2, 1e30)}, head_alone=False, training=training)
     findings = run(study, tmp_path)
     row = findings.rows["lr 1e+30", 0]
     assert row["status"].startswith("not finite at step")

@@ -173,7 +173,10 @@ class _Runner:
             return None
         curves = self.output / "curves" / f"{key}.jsonl"
         with replacing(curves) as temporary:
-            shutil.copyfile(folder / METRICS_NAME, temporary)
+            if (folder / METRICS_NAME).exists():
+                shutil.copyfile(folder / METRICS_NAME, temporary)
+            else:  # not finite before the first line
+                temporary.touch()
         before = int(newest[-1].name.removeprefix("step-")) if newest else 0
         return _row(key, variant, config, result, status, before, self.model)
 

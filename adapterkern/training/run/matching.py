@@ -160,7 +160,7 @@ def check_restorable(path: Path, saved: dict[str, Any], state: "TrainingState") 
     schedule, groups = saved["schedule"], len(state.optimizer.param_groups)
     for name in SCHEDULE:
         value, many = schedule.get(name), name.endswith("lrs") or name == "_last_lr"
-        if many and not (isinstance(value, list) and len(value) == groups and all(map(_is_count, value))):
+        if many and not (isinstance(value, list) and len(value) == groups and all(map(_is_scale, value))):
             raise CheckpointError(f"{path}: schedule: {name}: expected {groups} numbers >= 0, got {value!r:.80}")
         if not many and not (_is_count(value) and isinstance(value, int)):
             raise CheckpointError(f"{path}: schedule: {name}: expected an integer >= 0, got {value!r:.80}")
@@ -169,10 +169,15 @@ def check_restorable(path: Path, saved: dict[str, Any], state: "TrainingState") 
     scaler = saved["scaler"]
     for name in state.scaler.state_dict():
         got = None if scaler is None else scaler.get(name)
-        if not _is_number(got) or got < 0:  # the scale doubles for as long as no gradient is too large
+        if not _is_scale(got):
             raise CheckpointError(f"{path}: scaler: {name}: expected a number >= 0, got {got!r:.80}")
 
 
 def _is_count(value: object) -> bool:
     """Whether it is a number from 0 to what a float holds exactly."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 2**53
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether it is a number >= 0, which may be large: a scale doubles for as long as no gradient is too large."""
+    return _is_number(value) and value >= 0

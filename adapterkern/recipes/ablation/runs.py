@@ -143,7 +143,8 @@ class _Runner:
                 complete = False
                 break
             append_result(self.path, row)
-            shutil.rmtree(self.output / "runs" / key)
+            if (folder := self.output / "runs" / key).exists():  # not if nothing was logged or saved
+                shutil.rmtree(folder)
             left = (time.perf_counter() - started) / number * (len(missing) - number)
             outcome = row["status"] if row["accuracy"] is None else f"accuracy {row['accuracy']:.1%}"
             self.say(f"[{number}/{len(missing)}] {variant.label}, seed {seed}: {outcome}; {left / 60:.0f} min left")

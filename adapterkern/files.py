@@ -6,6 +6,7 @@ A file is therefore complete or absent, and so is a pair of weights and configur
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -220,8 +223,9 @@ def read_tensors(path: str | os.PathLike[str], *, weights: bool = True) -> dict[
     """The tensors of a safetensors file.
 
     Args:
-        weights: each must be finite and of 16, 32 or 64 bits of floating point: what a damaged file has instead would
-            otherwise be converted in silence, or be met by the first forward.
+        weights: each must be of 16, 32 or 64 bits of floating point: what a damaged file has instead would otherwise
+            be converted in silence. Values that are not finite are loaded, with a warning: a mask may have them, and
+            training may have diverged.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -237,7 +241,10 @@ def read_tensors(path: str | os.PathLike[str], *, weights: bool = True) -> dict[
         raise ValueError(f"{os.fspath(path)}: not a safetensors file: {error}") from error
     if weights:
         for name, tensor in tensors.items():
-            check_values(f"{os.fspath(path)}: tensor {name:.80}", tensor)
+            what = f"{os.fspath(path)}: tensor {name:.80}"
+            check_values(what, tensor, finite=False)
+            if wrong := _count_not_finite(tensor):
+                logger.warning("%s: %d of its %d values are not finite", what, wrong, tensor.numel())
     return tensors
 
 
@@ -245,8 +252,12 @@ def check_values(what: str, tensor: "Tensor", *, finite: bool = True) -> None:
     """Raise ``ValueError`` that begins with ``what`` unless the values are of 16 to 64 bits, and ``finite``."""
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         raise ValueError(f"{what}: expected 16, 32 or 64 bits of floating point, got {tensor.dtype}")
-    if finite and (wrong := int((~tensor.float().isfinite()).sum())):  # as fp32, which fp64 may be too large for
+    if finite and (wrong := _count_not_finite(tensor)):
         raise ValueError(f"{what}: expected finite values, got {wrong} that are not")
+
+
+def _count_not_finite(tensor: "Tensor") -> int:
+    return int((~tensor.float().isfinite()).sum())  # as fp32, which fp64 may be too large for
 
 
 def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) -> None:

@@ -182,8 +182,6 @@ WEIGHTS = {"a": torch.ones(2), "b": torch.ones(1)}
     [
         (lambda content: content[:20], "not a safetensors file: "),
         (lambda _: b"", "not a safetensors file: "),
-        (lambda _: save(WEIGHTS | {"b": torch.tensor([math.nan])}), "tensor b: expected finite values, got 1 that"),
-        (lambda _: save(WEIGHTS | {"b": torch.tensor([1e300], dtype=torch.float64)}), "tensor b: expected finite"),
         (lambda _: save(WEIGHTS | {"b": torch.ones(1).long()}), "tensor b: expected 16, 32 or 64 bits of floating"),
         (lambda _: save(WEIGHTS | {"b": torch.ones(1).to(torch.float8_e5m2)}), "tensor b: expected 16, 32 or 64 bits"),
         (lambda _: save(WEIGHTS | {"b": torch.ones(1).to(torch.complex64)}), "tensor b: expected 16, 32 or 64 bits"),
@@ -196,6 +194,14 @@ def test_tensors_are_refused_by_file_and_name(tmp_path: Path, change: Callable[[
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=re.escape(f"{path}: {problem}")):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e300])
+def test_tensors_that_are_not_finite_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(save(WEIGHTS | {"b": torch.tensor([value, 1.0], dtype=torch.float64)}))
+    assert str(read_tensors(path)["b"].tolist()) == str([value, 1.0])
+    assert f"{path}: tensor b: 1 of its 2 values are not finite" in caplog.text
 
 
 def test_a_folder_is_no_file_of_tensors(tmp_path: Path) -> None:

@@ -159,11 +159,6 @@ def test_infinite_values_of_a_mask_are_loaded(tmp_path: Path) -> None:
     loaded = ak.LlamaAdapter.from_pretrained(adapted.unload(), tmp_path).eval()
     assert torch.equal(logits(loaded), expected)
     assert (expected == -torch.inf).sum() == 2 * expected[..., 0].numel()
-    with torch.no_grad():
-        loaded.lm_head.weight[0] = torch.nan
-    loaded.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="weight: expected finite values, got 32 that are not"):
-        ak.LlamaAdapter.from_pretrained(loaded.unload(), tmp_path)
 
 
 def test_tied_embeddings_stay_tied() -> None:

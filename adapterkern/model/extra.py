@@ -67,6 +67,12 @@ def find_modules(llama: Any, names: Sequence[str] | None) -> tuple[str, ...]:
                 f"modules_to_save: expected a module that is not quantized, got {path!r} with {odd[0].dtype}; name it "
                 "among the modules that the quantization leaves out"
             )
+        for key, tensor in module.state_dict().items():
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"modules_to_save: expected a module that saves floating point alone, got {path!r}, whose {key} "
+                    f"is of {tensor.dtype}"
+                )
         if all(id(p) in owned for p in parameters):  # inside another one, or tied to it
             continue
         owned |= {id(p) for p in parameters}

@@ -28,6 +28,12 @@ def resized(tokens: int) -> Any:
     return llama
 
 
+def with_head(head: Any) -> Any:
+    llama = tiny()
+    llama.lm_head = head
+    return llama
+
+
 def saved(folder: Path, model: ak.LlamaAdapter) -> Path:
     model.save_pretrained(folder)
     return folder
@@ -60,6 +66,12 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("a string", lambda _: ak.AdapterConfig(modules_to_save="norm"), TypeError, "modules_to_save: expected a list"),
     ("unknown", lambda _: of("embed"), ValueError, r"modules_to_save: .*such as embed_tokens, norm, lm_head, got 'emb"),
     ("no parameters", lambda _: of("rotary_emb"), ValueError, "modules_to_save: expected modules with parameters, got"),
+    (
+        "a count",
+        lambda _: of("lm_head", llama=with_head(torch.nn.BatchNorm1d(32))),
+        ValueError,
+        "modules_to_save: expected a module that saves floating point alone, got 'lm_head', whose num_batches",
+    ),
     ("a layer", lambda _: of("layers.1"), ValueError, "modules_to_save: expected modules inside or beside the layers"),
     ("all layers", lambda _: of("model"), ValueError, "modules_to_save: expected modules inside or beside the layers"),
     ("mixed", lambda _: mixed(of("norm")), ValueError, "modules_to_save: expected none .* got model.norm of 'default'"),

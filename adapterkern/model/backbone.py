@@ -49,15 +49,16 @@ def load_backbone(
     """
     checks.choice("dtype", dtype, tuple(DTYPES))
     check_source(source)
-    check_hub(source)
     path = Path(source)
-    name, kwargs = os.fspath(source), {}
+    name = os.fspath(source)
+    kwargs: dict[str, Any] = {"local_files_only": True} if check_hub(source) else {}
     if path.suffix == ".gguf":
         name, kwargs = os.fspath(path.parent), {"gguf_file": path.name}
     tokenizer = _read("tokenizer", source, AutoTokenizer.from_pretrained, name, **kwargs)
     if num_layers is not None:
         # Before the weights are read; a GGUF file says it with them.
-        config = None if kwargs else _read("config.json", source, AutoConfig.from_pretrained, name)
+        gguf = "gguf_file" in kwargs
+        config = None if gguf else _read("config.json", source, AutoConfig.from_pretrained, name, **kwargs)
         checks.integer("num_layers", num_layers, 1, getattr(config, "num_hidden_layers", None))
     llama: Any
     llama, found = _read(
@@ -95,17 +96,21 @@ def check_source(source: str | os.PathLike[str], name: str = "model") -> None:
         raise FileNotFoundError(f"{name}: no folder {path}")
 
 
-def check_hub(source: str | os.PathLike[str], name: str = "model") -> None:
-    """Raise ``OSError`` if ``source`` is a name on the hub that the hub does not know, or cannot be asked for.
+def check_hub(source: str | os.PathLike[str], name: str = "model") -> bool:
+    """Whether to load ``source`` from the hub's cache alone, since there is no network.
 
-    The hub's own client tries six times for each file, which takes a minute where there is no network. What is in the
-    cache is not asked for, nor is anything where ``HF_HUB_OFFLINE`` is set.
+    The hub's own client tries six times for each file, which takes minutes where there is no network. Nothing is asked
+    where ``HF_HUB_OFFLINE`` is set.
+
+    Raises:
+        OSError: it is a name that the hub does not know, or that is not in the cache and cannot be asked for.
     """
     text = os.fspath(source)
-    if Path(source).exists() or _in_cache(text):
-        return
+    if Path(source).exists():
+        return False
+    cached = _in_cache(text)
     try:
-        for last in (False, True):
+        for last in (cached, True):
             try:
                 get_hf_file_metadata(hf_hub_url(text, "config.json"))
                 break
@@ -116,9 +121,14 @@ def check_hub(source: str | os.PathLike[str], name: str = "model") -> None:
     except hub.OfflineModeIsEnabled:
         pass  # which the loader reports at once
     except Exception as error:
+        if cached:
+            if _not_connected(error):
+                logger.warning("%s: the hub cannot be asked, so this is the copy in the cache", source)
+            return _not_connected(error)
         known = hub.GatedRepoError | hub.RepositoryNotFoundError | hub.HFValidationError
         if isinstance(error, known) or _not_connected(error):
             raise OSError(f"{name}: no folder {source} here, and {_why_not_from_hub(text, error)}") from error
+    return False
 
 
 def _in_cache(name: str) -> bool:

@@ -153,11 +153,30 @@ def test_the_hub_is_asked_before_its_client_tries_for_a_minute(
     assert calls[0].endswith("some/name/resolve/main/config.json")
 
 
-def test_what_the_cache_has_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path) -> None:
+def test_what_the_cache_has_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cached = tmp_path / "models--some--name"
     shutil.copytree(whole, cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     monkeypatch.setattr(backbone, "cached_file", partial(backbone.cached_file, cache_dir=tmp_path))
-    monkeypatch.setattr(backbone, "get_hf_file_metadata", lambda _: pytest.fail("asks the hub"))
-    backbone.check_hub("some/name")
+    assert asked_once(monkeypatch, ConnectError("no name")) is True  # there is no network: the cache alone
+    assert "some/name: the hub cannot be asked, so this is the copy in the cache" in caplog.text
+    assert asked_once(monkeypatch, None) is False
+    assert asked_once(monkeypatch, TimeoutError("slow")) is False  # the client tries again
+    assert asked_once(monkeypatch, not_there(RepositoryNotFoundError)) is False
+
+
+def asked_once(monkeypatch: pytest.MonkeyPatch, raised: Exception | None) -> bool:
+    calls = []
+
+    def ask(url: str) -> None:
+        calls.append(url)
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(backbone, "get_hf_file_metadata", ask)
+    alone = backbone.check_hub("some/name")
+    assert len(calls) == 1
+    return alone

@@ -64,6 +64,10 @@ class _Blocks(threading.local):
                 )
 
 
+class UnloadedError(RuntimeError, AttributeError):
+    """The backbone is no longer the model's, nor are the backbone's attributes."""
+
+
 class Running(Wrapped):
     """A wrapped decoder with named adapters, of which one, none or a mixture runs."""
 
@@ -83,15 +87,18 @@ class Running(Wrapped):
         self._blocks = _Blocks()
 
     def __getattr__(self, name: str) -> Any:
-        """As ``Wrapped``'s. After ``unload``, raise ``RuntimeError`` for what was the backbone's."""
-        if "_unloaded" in self.__dict__ and (name == "base" or name in self._unloaded._modules):
-            self.check_attached()
-        return super().__getattr__(name)
+        """As ``Wrapped``'s. After ``unload``, what was the backbone's is missing for this reason."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_unloaded" in self.__dict__ and not name.startswith("__"):
+                self.check_attached()
+            raise
 
     def check_attached(self) -> None:
-        """Raise ``RuntimeError`` after ``unload``: from then on the backbone runs no adapter of this model."""
+        """Raise ``UnloadedError`` after ``unload``: from then on the backbone runs no adapter of this model."""
         if "_unloaded" in self.__dict__:
-            raise RuntimeError(
+            raise UnloadedError(
                 "model: expected adapters that the backbone runs, but unload() has taken them off; wrap the backbone "
                 "that it returned in a new LlamaAdapter"
             )

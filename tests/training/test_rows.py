@@ -100,3 +100,8 @@ def test_long_fields(tmp_path: Path) -> None:
 def test_neither_path_nor_rows() -> None:
     with pytest.raises(TypeError, match="data: expected a path or a list"):
         read(3)
+
+
+def test_a_key_that_is_twice_inside_a_column_is_the_columns_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "w1", "meta": {"a": 1, "a": 2}}\n')
+    assert [row.values for row in read(path)] == [{"text": "w1", "meta": {"a": 2}}]

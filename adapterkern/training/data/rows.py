@@ -194,13 +194,23 @@ def _lines(path: Path) -> Iterator[str]:
             yield text
 
 
+class _Object(dict[str, Any]):
+    """A JSON object that knows its pairs."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
         place = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            values = json.loads(line.rstrip("\r\n"), object_pairs_hook=unique_keys)
+            values = json.loads(line.rstrip("\r\n"), object_pairs_hook=_Object)
+            if isinstance(values, _Object) and len(values) != len(values.pairs):
+                unique_keys(values.pairs)  # raises; objects inside a column may have a key twice, which nothing reads
         except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
             reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
             if number == 1 and line.lstrip().startswith("["):

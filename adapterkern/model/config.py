@@ -198,10 +198,7 @@ class AdapterConfig:
         """The inverse of ``to_dict``. Raises ``ValueError`` that names an unknown field."""
         if not isinstance(fields, dict):
             raise TypeError(f"config: expected an object of fields, got {type(fields).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(f"{unknown[0]}: unknown field; expected one of {', '.join(sorted(known))}")
-        return cls(**fields)
+        return checks.fields(cls, fields)
 
 
 def prefix_length(config: AdapterConfig) -> int:

@@ -18,14 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkern.files import (
-    find_weights,
-    read_json,
-    read_tensors,
-    read_versioned,
-    remove_pair,
-    write_pair,
-)
+from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, remove_pair, write_pair
 from adapterkern.model.config import MODULES, AdapterConfig
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.digest import Digest, differ, weights_digest

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 "--task: expected causal-lm without --keep, since soft labels are those of tokens, got classification"
             )
-        check_train_and_eval(arguments, config)
+        check_train_and_eval(arguments.train, arguments.eval, config)
         check_rows("--keep", arguments.keep, as_text)
         check_rows("--eval-keep", arguments.eval_keep, as_text)
 

@@ -55,6 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     def check(config: TrainConfig) -> None:
         check_mixed("--modules-to-save", adapter_config(arguments), config)
-        check_train_and_eval(arguments, config)
+        check_train_and_eval(arguments.train, arguments.eval, config)
 
     return train_run(arguments, job, check=check)

@@ -84,7 +84,7 @@ def train_run(
     if check is not None:
         check(config)
     else:
-        check_train_and_eval(arguments, config)
+        check_train_and_eval(arguments.train, arguments.eval, config)
     llama, tokenizer = load(arguments)
     torch.manual_seed(config.seed)
     model, train_data, eval_data, task, sources = job(llama, tokenizer, config)
@@ -149,9 +149,11 @@ def _named(option: str) -> Iterator[None]:
         raise DataError(f"{option}: {error}") from error
 
 
-def check_train_and_eval(arguments: argparse.Namespace, config: TrainConfig) -> None:
+def check_train_and_eval(
+    train_file: str | os.PathLike[str] | None, eval_file: str | os.PathLike[str] | None, config: TrainConfig
+) -> None:
     """``check_rows`` of ``--train``, and of ``--eval``, which may have the labels of ``--train`` alone."""
-    check_rows("--eval", arguments.eval, config, check_rows("--train", arguments.train, config))
+    check_rows("--eval", eval_file, config, check_rows("--train", train_file, config))
 
 
 def check_mixed(option: str, adapter: AdapterConfig, config: TrainConfig) -> None:
@@ -170,14 +172,14 @@ def check_mixed(option: str, adapter: AdapterConfig, config: TrainConfig) -> Non
 
 
 def check_both(train_file: Path | None, eval_file: Path | None, config: TrainConfig) -> None:
-    """``check_rows`` of ``--train`` and ``--eval``, of which a command needs both or neither.
+    """``check_train_and_eval``, of files of which a command needs both or neither.
 
     Raises:
         ValueError: one of them is given.
     """
     if (train_file is None) != (eval_file is None):
         raise ValueError("--train, --eval: expected both files or neither, got one")
-    check_rows("--eval", eval_file, config, check_rows("--train", train_file, config))
+    check_train_and_eval(train_file, eval_file, config)
 
 
 def check_file(option: str, path: str | os.PathLike[str]) -> None:

@@ -134,7 +134,7 @@ def check_hub(source: str | os.PathLike[str], name: str = "model") -> bool:
 def _in_cache(name: str) -> bool:
     try:
         return cached_file(name, "config.json", local_files_only=True) is not None
-    except Exception:
+    except (OSError, ValueError):  # not there, or no name that the hub could have
         return False
 
 

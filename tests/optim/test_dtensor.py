@@ -11,6 +11,7 @@ from torch import nn
 
 from adapterkern.optim import ClippedAdamW
 from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, worst
+from tests.support.pair import leave
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def _sharded_run(rank: int, world: int, file: str) -> None:
         assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-6)
     assert all(p._version >= 4 for p in params)  # a DTensor's own counter, not its shard's
     assert worst([p.full_tensor() if hasattr(p, "full_tensor") else p for p in params], oracle.params) < 1e-6
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def _fsdp_run(rank: int, world: int, file: str) -> None:
@@ -71,7 +72,7 @@ def _fsdp_run(rank: int, world: int, file: str) -> None:
             set_optimizer_state_dict(model, optimizers[0], get_optimizer_state_dict(model, optimizers[0]))
     sharded = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]  # fully_shard has made them DTensors
     assert worst(sharded, [p.detach().double() for p in whole.parameters()]) < 1e-4
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("run", [_sharded_run, _fsdp_run])

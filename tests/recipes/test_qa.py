@@ -25,7 +25,7 @@ from adapterkern.training import CheckpointError, DataError, PrefixCache, evalua
 from adapterkern.training.data.batches import Batch, fingerprint
 from adapterkern.training.data.rows import BadRows
 from adapterkern.training.task import Feed
-from tests.support import tiny_run
+from tests.support import pair, tiny_run
 from tests.support.tiny_qa import EXAMPLES, TOKENIZER, examples, model, quiet, row, shared_run
 
 
@@ -319,7 +319,7 @@ def trained_by(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for shard in (False, True):
         torch.save(shared_run(shard=shard), folder / f"{rank}-{shard}.pt")
-    torch.distributed.destroy_process_group()
+    pair.leave()
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from adapterkern.training.config import OTHER_NAMES as SETTINGS
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import Example, numbered
-from adapterkern.training.data.padding import check_padding
+from adapterkern.training.data.padding import check_padding, check_positions
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
 from adapterkern.training.data.rows import source_name
-from adapterkern.training.data.summary import Summary
+from adapterkern.training.data.summary import Summary, warn_of_overlap
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import Data, Run
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
@@ -117,6 +117,7 @@ def train(
         processes.on_rank_zero(lambda: show_data(summaries, config.progress))
         with accelerator.autocast():
             processes.on_every_rank(lambda: _check_backbones(task, config, [*train_set, *eval_set]))
+        warn_of_overlap(train_set, eval_set)
         data = Data(train_set, eval_set, *names, summaries)
         set_seed(config.seed)
         with left_as_found(task), task.running(config):
@@ -164,6 +165,7 @@ def _check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Ex
         check_runs(task.model)
     with task.model.disable_adapter():
         for llama in task.backbones:
+            check_positions(llama, examples)
             check_padding(llama, config, examples)
 
 

@@ -74,11 +74,28 @@ def test_a_skipped_row_makes_no_label() -> None:
         ({"é": 9, "e\u0301": 9}, f"{ALIKE}: '\\xe9' (9), 'e\\u0301' (9)"),
         ({"1": 9, "1.0": 9, "01": 9}, f"{ALIKE}: '1' (9), '1.0' (9), '01' (9)"),
         ({"0.5": 9, "1.5": 9}, "2 labels are numbers with a fraction, each a class of its own: '0.5', '1.5'"),
+        ({"a": 9, "b": 1, "c": 1}, "2 of 3 labels have one row: 'b', 'c'"),
         ({str(i): 1 for i in range(300)}, "300 labels for 300 rows: most have one row, and nothing to generalize from"),
     ],
 )
 def test_suspicious(counts: dict[str, int], found: str) -> None:
     assert suspicious_labels(counts)[0] == found
+
+
+def test_a_label_in_two_ways(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": "w1", "label": label} for label in (1, "1", np.int64(1), 2, True, "true", "x")]
+    assert load_examples(rows, tiny_run.quiet(), TOKENIZER)[1] == ["1", "2", "true", "x"]
+    said = "column 'label': the same label as a string and as another value: 1 and '1', True and 'true'"
+    assert caplog.messages == [f"data: {said}"]
+
+
+def test_texts_in_both_sets(caplog: pytest.LogCaptureFixture) -> None:
+    other = {"text": "w1 w2", "label": "yes"}
+    data = [ROWS[3] | {"label": "yes"}, other, ROWS[5]]
+    ak.train(tiny_run.model(), ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER, eval_data=data)
+    assert caplog.messages == ["eval: 2 of 3 texts are training texts, too (row 0)"]
+    ak.train(tiny_run.model(), ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER, eval_data=[other])
+    assert len(caplog.messages) == 1
 
 
 def test_nothing_suspicious() -> None:

@@ -77,6 +77,21 @@ def test_states_that_depend_on_the_batch_s_length_are_named(caplog: pytest.LogCa
     assert caplog.text.count("the states of a row depend on how far it is padded") == 1
 
 
+def test_texts_that_are_too_long_for_the_backbone(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted("Llama")
+    model.config.max_position_embeddings = 10
+    ak.train(model, ROWS, config())
+    longer = sum(len(row["input_ids"]) > 10 for row in ROWS)
+    assert 0 < longer < len(ROWS)
+    assert caplog.messages == [
+        f"max_length: {longer} texts, the longest of 20 tokens, are longer than what LlamaForCausalLM was made for "
+        "(max_position_embeddings=10); a smaller max_length cuts them"
+    ]
+    caplog.clear()
+    ak.train(model, ROWS, config(max_length=10))
+    assert "max_position_embeddings" not in caplog.text
+
+
 def test_nothing_is_asked_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapterkern.training.data.padding._states", None)
     loss("Llama", padding="max_length")

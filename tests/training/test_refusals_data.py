@@ -54,6 +54,11 @@ def task_of_one_label(_: Path) -> Any:
     return MultiTask(model, ["default"]).load(rows, tiny_run.quiet(), TOKENIZER)
 
 
+def foreign_ids(_: Path) -> Any:
+    rows = [{"input_ids": [5, 200]}, {"input_ids": [5, 500]}]
+    return evaluate(tiny_run.model(), rows, tiny_run.quiet(task="causal-lm"))
+
+
 def foreign_labels(_: Path) -> Any:
     row = {"input_ids": IDS, "labels": [5, 6, 7, 500]}
     return evaluate(tiny_run.model(), [row], tiny_run.quiet(task="causal-lm"))
@@ -196,10 +201,15 @@ CASES: dict[str, Case] = {
         DataError,
         "row 0: no token to learn: labels and masks leave none",
     ),
+    "ids of another model": (
+        foreign_ids,
+        ValueError,
+        "row 1: column 'input_ids': expected token ids below the model's 128, got 500",
+    ),
     "labels of another model": (
         foreign_labels,
         ValueError,
-        "labels: expected token ids below the model's 128, got 500",
+        "row 0: column 'labels': expected token ids below the model's 128, got 500",
     ),
     "mask, value": (
         lm(input_ids=IDS, attention_mask=[1, 1, 2, 2]),

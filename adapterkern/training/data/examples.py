@@ -7,15 +7,22 @@ t. Prompt tokens, padding and the first token carry no loss.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from typing_extensions import TypeVar  # torch needs it, too; typing has a default from Python 3.13
 
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.given import IDS, IGNORE, Text, given_columns, given_texts
-from adapterkern.training.data.labels import EXPECTED, alike, label_name, label_number, label_order
+from adapterkern.training.data.given import IDS, IGNORE, LABELS, Text, given_columns, given_texts
+from adapterkern.training.data.labels import (
+    EXPECTED,
+    alike,
+    label_name,
+    label_number,
+    label_order,
+    written_in_two_ways,
+)
 from adapterkern.training.data.rows import (
     BadRows,
     DataError,
@@ -46,6 +53,7 @@ class Example:
     place: str = dataclasses.field(default="", kw_only=True)  # of its row: file and line
     starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
     cuts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # the tokens of each beyond max_length
+    given: bool = dataclasses.field(default=False, kw_only=True)  # whether its row was tokenized already
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The arrays that ``fingerprint`` covers."""
@@ -159,6 +167,8 @@ def _classification(
             good.append((row, texts[0], value))
     names = list(labels) if labels is not None else label_order(filter(None, (label_name(v) for _, _, v in good)))
     numbers = {name: number for number, name in enumerate(names)}
+    if tokenizer is not _UNREAD and (both := written_in_two_ways(value for _, _, value in good)):
+        warn("%s: column %s: the same label as a string and as another value: %s", *(bad.source, shown(column), both))
     none = np.empty(0, dtype=np.int64)
     examples = []
     for row, text, value in good:
@@ -170,7 +180,7 @@ def _classification(
             continue
         ids = text.ids[: config.max_length]
         cuts = (len(text.ids) - len(ids),)
-        examples.append(Example(ids, np.array([number]), none, cuts=cuts, place=row.place))
+        examples.append(Example(ids, np.array([number]), none, cuts=cuts, place=row.place, given=_is_given(row)))
     return examples, names
 
 
@@ -196,7 +206,8 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
             labels[list(starts)] = IGNORE
             learned = np.flatnonzero(labels != IGNORE)
             ids = np.concatenate([part.ids for part in parts])
-            examples.append(Example(ids, labels[learned], learned - 1, place=row.place, starts=starts, cuts=cuts))
+            more: Any = {"place": row.place, "starts": starts, "cuts": cuts, "given": _is_given(row)}
+            examples.append(Example(ids, labels[learned], learned - 1, **more))
         elif texts:
             learned = np.flatnonzero(texts[0].labels != IGNORE)
             why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
@@ -300,13 +311,16 @@ def _problem(row: Row, column: str, expected: str) -> str:
 
 def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:
     """Raise ``ValueError`` if a token id is beyond the model's embedding, as with another model's tokenizer."""
-    largest = max(int(example.input_ids.max()) for example in examples)
-    if largest >= vocabulary:
-        raise ValueError(f"tokenizer: expected token ids below the model's {vocabulary}, got {largest}")
+    _check_ids(examples, vocabulary, IDS, lambda example: example.input_ids)
 
 
 def check_targets(examples: Sequence[Example], vocabulary: int) -> None:
     """The same of tokens to learn, which ``labels`` may give."""
-    largest = max(int(example.targets.max()) for example in examples)
-    if largest >= vocabulary:
-        raise ValueError(f"labels: expected token ids below the model's {vocabulary}, got {largest}")
+    _check_ids(examples, vocabulary, LABELS, lambda example: example.targets)
+
+
+def _check_ids(examples: Sequence[Example], vocabulary: int, column: str, ids: Callable[[Example], np.ndarray]) -> None:
+    worst = max(examples, key=lambda example: int(ids(example).max()))
+    if (largest := int(ids(worst).max())) >= vocabulary:
+        where = f"{worst.place}: column {shown(column)}" if worst.given else "tokenizer"
+        raise ValueError(f"{where}: expected token ids below the model's {vocabulary}, got {largest}")

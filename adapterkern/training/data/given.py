@@ -22,7 +22,8 @@ IDS = "input_ids"
 IGNORE = -100  # a label that is not learned, as in transformers and torch
 _LIMIT = 1 << 31
 _ATTENDED = ("attention_mask", "position_ids", "seq_lengths")
-_LEARNED = ("labels", "completion_mask", "assistant_masks")
+LABELS = "labels"
+_LEARNED = (LABELS, "completion_mask", "assistant_masks")
 
 
 class Text(NamedTuple):

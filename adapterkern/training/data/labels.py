@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adapterkern.training.data.rows import listed, scalar
+from adapterkern.training.data.rows import listed, scalar, shown
 
 EXPECTED = "a non-empty string or an integer"
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -44,6 +44,16 @@ def label_order(names: Iterable[str]) -> list[str]:
     return labels
 
 
+def written_in_two_ways(values: Iterable[Any]) -> str:
+    """The labels that are strings in some rows and numbers or booleans in others, as ``'1' and 1``; "" if none is."""
+    kinds: dict[str, dict[type, Any]] = {}
+    for value in map(scalar, values):
+        if (name := label_name(value)) is not None:
+            kinds.setdefault(name, {}).setdefault(type(value), value)
+    several = [found.values() for found in kinds.values() if len(found) > 1]
+    return ", ".join(" and ".join(map(shown, values)) for values in several[:_FEW])
+
+
 def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     """What may be wrong with labels, one line each, from the number of rows of each."""
     groups: dict[str, list[str]] = {}
@@ -63,6 +73,8 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     rows = sum(counts.values())
     if rows >= _FEW and 2 * len(counts) > rows:
         found.append(f"{len(counts)} labels for {rows} rows: most have one row, and nothing to generalize from")
+    elif rows >= _FEW and (single := [name for name, count in counts.items() if count == 1]):
+        found.append(f"{len(single)} of {len(counts)} labels have one row: {listed(single)}")
     return found
 
 

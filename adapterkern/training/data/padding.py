@@ -1,4 +1,4 @@
-"""Whether padding changes what a backbone computes for a row, found by asking it once before a run."""
+"""Whether padding changes what a backbone computes for a row, found by asking it once before a run; or its length."""
 
 import dataclasses
 import logging
@@ -14,6 +14,7 @@ from adapterkern.model.decoder import eval_mode
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import collate, to_device
 from adapterkern.training.data.examples import Example
+from adapterkern.training.data.rows import warn
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,20 @@ def check_padding(llama: Any, config: TrainConfig, examples: Sequence[Example]) 
             "padding: in %s the states of a row depend on how far it is padded, so on the other rows of its batch; "
             "padding='max_length' makes them the same in every batch",
             name,
+        )
+
+
+def check_positions(llama: Any, examples: Sequence[Example]) -> None:
+    """Warn of texts that are longer than what ``llama`` was trained on."""
+    most = getattr(llama.config, "max_position_embeddings", None)
+    rope = getattr(llama.config, "rope_parameters", None) or getattr(llama.config, "rope_scaling", None) or {}
+    if not isinstance(most, int) or "dynamic" in (rope.get("rope_type"), rope.get("type")):  # which grows with the text
+        return
+    if longer := [n for n in (len(example.input_ids) for example in examples) if n > most]:
+        warn(
+            "max_length: %d texts, the longest of %s tokens, are longer than what %s was made for "
+            "(max_position_embeddings=%d); a smaller max_length cuts them",
+            *(len(longer), f"{max(longer):,}", type(llama).__name__, most),
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from adapterkern.training.data.examples import Example
 from adapterkern.training.data.labels import suspicious_labels
-from adapterkern.training.data.rows import shown
+from adapterkern.training.data.rows import shown, warn
 
 _LABELS = 12  # that are shown
 
@@ -103,3 +103,12 @@ def summarize(
         longest_cut=worst,
         suspicious=tuple(suspicious_labels(of_labels)),
     )
+
+
+def warn_of_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
+    """Warn of texts to evaluate on that are learned, too: their scores say nothing about other texts."""
+    learned = {hash(example.input_ids.tobytes()) for example in train}
+    both = [example for example in evaluation if hash(example.input_ids.tobytes()) in learned]
+    if both:
+        place = f" ({both[0].place})" if both[0].place else ""
+        warn("eval: %s of %s texts are training texts, too%s", f"{len(both):,}", f"{len(evaluation):,}", place)

@@ -188,6 +188,7 @@ def _state(
         "settings": task.settings,
         "adapters": [model.adapter_config(name).to_dict() for name in names],  # without their names
         "backbone": backbone,
+        "eval_fingerprint": fingerprint(data.eval),
     }
     return TrainingState(
         engine.parameters,

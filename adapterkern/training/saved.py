@@ -10,6 +10,7 @@ A task may save other files beside these, or in folders of its own.
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Classification
 TASK_NAME = "task.json"
 SOURCES_NAME = "sources.json"
 CHECKPOINTS = "checkpoints"  # a folder inside the run's folder
+_CHECKPOINT = re.compile(r"step-(\d{8,})")
 FORMAT_VERSION = 1  # of task.json
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folder = Path(output_dir) / CHECKPOINTS
+    found = [p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def save_run(
@@ -53,6 +62,10 @@ def save_config(directory: Path, config: TrainConfig, kind: str) -> None:
 def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
     """The configuration of a saved run of any kind. Raises like ``load_run``."""
     path = Path(directory) / TASK_NAME
+    if (found := checkpoints(directory)) and not path.exists():
+        raise FileNotFoundError(
+            f"{path}: not there, since the run has not finished; its newest checkpoint is {found[-1]}"
+        )
     saved = read_versioned(path, FORMAT_VERSION, {"config": dict})
     try:
         return TrainConfig.from_dict(saved["config"] | {"output_dir": None, "resume": False, "overwrite": False})

@@ -197,6 +197,38 @@ def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
         run(tmp_path, tiny_run.model(adapter_dim=4), max_steps=2, resume=True)
 
 
+@pytest.mark.parametrize("other", [None, EVAL_ROWS[:5]], ids=["none", "fewer"])
+def test_other_evaluation_data_are_refused(tmp_path: Path, other: Any) -> None:
+    run(tmp_path, max_steps=2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    config = tiny_run.quiet(output_dir=tmp_path, max_steps=2, resume=True, checkpoint_every=2)
+    with pytest.raises(CheckpointError, match=r"begun with other evaluation data: resume with the same, and score the"):
+        train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=other)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert run(tmp_path, max_steps=2, resume=True).steps == 2
+
+
+def test_other_settings_are_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2)
+    with pytest.raises(CheckpointError, match=r"begun with lr=0\.01, not 0\.02: resume with the same value"):
+        train(tiny_run.model(), tmp_path / "none.csv", tiny_run.quiet(output_dir=tmp_path, resume=True, lr=2e-2))
+
+
+def test_a_run_that_has_not_finished_names_its_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    die_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000004"
+    unfinished = f"task.json: not there, since the run has not finished; its newest checkpoint is {newest}"
+    with pytest.raises(FileNotFoundError, match=unfinished):
+        load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"got no such file; there is one in {newest}"):
+        LlamaAdapter.from_pretrained(tiny_run.model().unload(), tmp_path)
+    assert load_run(newest)[0].lr == 1e-2
+
+
 def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
     """With the same parameter names and shapes."""
     run(tmp_path, max_steps=2)
@@ -231,7 +263,7 @@ def test_a_checkpoint_without_its_origin_resumes(tmp_path: Path) -> None:
     older = {
         name: value
         for name, value in json.loads(path.read_text()).items()
-        if name not in ("task", "adapters", "backbone", "sha256")
+        if name not in ("task", "adapters", "backbone", "eval_fingerprint", "sha256")
     }
     path.write_text(json.dumps(older | {"sha256": checkpoint_module._digest(older)}))
     assert run(tmp_path, max_steps=2, resume=True).steps == 2

@@ -113,7 +113,10 @@ def read_adapter(
     if names is None:
         if held := whose(directory):
             raise ValueError(f"directory: expected an adapter that this package saved, got {directory} with {held}")
-        raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file")
+        inside = [path for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{CONFIG_NAME}")]
+        newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"; there is one in {newest.parent}" if newest else ""
+        raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file{hint}")
     weights, path = (directory / name for name in names)
     saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str})
     for name in ("hidden_size", "num_hidden_layers"):

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,15 +37,16 @@ from adapterkern.training.run.matching import (
     check_fields,
     check_restorable,
     check_same_run,
+    check_settings,
     check_tensors,
 )
 from adapterkern.training.run.matching import CheckpointError as CheckpointError
 from adapterkern.training.saved import CHECKPOINTS
+from adapterkern.training.saved import checkpoints as checkpoints
 
 FORMAT_VERSION = 2
 STATE_NAME = "state.json"
 TENSORS_NAME = "training.safetensors"
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclasses.dataclass
@@ -59,7 +59,8 @@ class TrainingState:
     scaler: Any  # a torch GradScaler or None
     config: TrainConfig
     data_fingerprint: str
-    # "task", "settings", "adapters", "backbone": must match in a resumed run, if the checkpoint has them too.
+    # "task", "settings", "adapters", "backbone", "eval_fingerprint": must match in a resumed run, if the checkpoint has
+    # them too.
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     # the settings in a checkpoint of 0.1.0, whose state.json has none; None where they are not known
     settings_in: Callable[[Path], dict[str, Any] | None] = lambda _: None
@@ -97,13 +98,6 @@ class Gathered(NamedTuple):
 
     parameters: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]  # moments and step count, for updated parameters
-
-
-def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folder = Path(output_dir) / CHECKPOINTS
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -154,6 +148,27 @@ def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_mode
     return target
 
 
+def read_state(directory: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's ``state.json``. Raises ``CheckpointError`` if it is missing or damaged."""
+    path = directory / STATE_NAME
+    try:
+        saved = read_versioned(path, FORMAT_VERSION, FIELDS)
+        check_fields(path, saved)
+        digest = saved.pop("sha256", None)
+        if digest != _digest(saved):
+            raise CheckpointError(f"{path}: damaged: field 'sha256' does not match the other fields")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: damaged: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
+    return saved
+
+
+def check_begun_with(directory: Path, config: TrainConfig) -> None:
+    """Raise ``CheckpointError`` if the run of a checkpoint was begun with other settings: what is known at once."""
+    check_settings(directory / STATE_NAME, read_state(directory)["config"], config)
+
+
 def load_checkpoint(directory: Path, state: TrainingState) -> None:
     """Load a checkpoint into ``state``: parameters, optimizer, schedule, scaler, generators, step.
 
@@ -163,12 +178,8 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
         CheckpointError: a file is missing or damaged, or belongs to another configuration, data or model.
     """
     path, weights = directory / STATE_NAME, directory / TENSORS_NAME
+    saved = read_state(directory)
     try:
-        saved = read_versioned(path, FORMAT_VERSION, FIELDS)
-        check_fields(path, saved)
-        digest = saved.pop("sha256", None)
-        if digest != _digest(saved):
-            raise CheckpointError(f"{path}: damaged: field 'sha256' does not match the other fields")
         present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
         for name, digest in saved["files"].items():
             if name not in present:  # as is a name outside of the folder

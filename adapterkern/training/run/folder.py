@@ -22,7 +22,7 @@ from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS
-from adapterkern.training.run.checkpoint import checkpoints, remove_leftovers, saved_names
+from adapterkern.training.run.checkpoint import check_begun_with, checkpoints, remove_leftovers, saved_names
 from adapterkern.training.run.lock import check_writable, locked
 from adapterkern.training.run.report import DATA_NAME, METRICS_NAME, PLOT_NAME, read_metrics
 from adapterkern.training.saved import CHECKPOINTS, SOURCES_NAME, TASK_NAME
@@ -71,6 +71,7 @@ def check_output(config: TrainConfig, files: Sequence[str]) -> None:
         ValueError: a model, another library's adapter or another program's file is there that this run would replace.
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
         FileNotFoundError: with ``resume``, there is no checkpoint.
+        CheckpointError: it is damaged, or the run was begun with other settings.
         OSError: the folder is not writable.
     """
     if config.output_dir is None:
@@ -79,7 +80,7 @@ def check_output(config: TrainConfig, files: Sequence[str]) -> None:
     check_writable(directory)
     _check_owned(directory, {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME})
     if config.resume:
-        newest_checkpoint(directory)
+        check_begun_with(newest_checkpoint(directory), config)
         return
     # sources.json alone is not a run: it is written before the first checkpoint.
     found = [name for name in (*_FILES, *files, *_EARLIER_FILES) if (directory / name).exists()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.files import check_values
-from adapterkern.training.config import FREE_ON_RESUME
+from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 if TYPE_CHECKING:
     from adapterkern.training.run.checkpoint import TrainingState
@@ -34,7 +34,10 @@ FIELDS: dict[str, Any] = {
     "files": dict,
 }
 # Checkpoints of 0.1.0 lack some of these; they are accepted without that check.
-_ORIGIN: dict[str, type] = {"task": str, "settings": dict, "adapters": list, "backbone": dict}
+_ORIGIN: dict[str, type] = {
+    **{"task": str, "settings": dict, "adapters": list, "backbone": dict},
+    "eval_fingerprint": str,
+}
 
 SCHEDULE = ("base_lrs", "_last_lr", "last_epoch", "_step_count")  # what a schedule's state is made of
 
@@ -81,9 +84,15 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
     if not isinstance(saved.get("settings", {}), dict):  # from a file of the task's
         raise CheckpointError(f"{path.parent}: the task's settings: expected an object, got {saved['settings']!r:.80}")
     _check_same_values(path, saved.get("settings", settings), settings)
-    _check_same_values(path, saved["config"], state.config.to_dict(), FREE_ON_RESUME)
+    check_settings(path, saved["config"], state.config)
     if saved["data_fingerprint"] != state.data_fingerprint:
         raise CheckpointError(f"{path}: the run was begun with other training data or another tokenizer")
+    evaluated = origin.get("eval_fingerprint")
+    if saved.get("eval_fingerprint", evaluated) != evaluated:
+        raise CheckpointError(
+            f"{path}: the run was begun with other evaluation data: resume with the same, and score the finished run "
+            "on others"
+        )
     # Equally many, in runs of one task with the same settings.
     both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
     for number, (before, adapter) in enumerate(both):
@@ -111,6 +120,11 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
             raise CheckpointError(
                 f"{path}: the run was begun with a backbone of {name}={value!r:.80}, not {now_is!r:.80}"
             )
+
+
+def check_settings(path: Path, before: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise ``CheckpointError`` for a setting with another value than the run was begun with."""
+    _check_same_values(path, before, config.to_dict(), FREE_ON_RESUME)
 
 
 def _check_same_values(

@@ -8,7 +8,7 @@ import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
@@ -57,6 +57,25 @@ def fields(made: Callable[..., T], values: Mapping[str, Any]) -> T:
     if unknown := sorted(values.keys() - set(known)):
         raise ValueError(f"{unknown[0]:.80}: unknown field; expected one of {', '.join(sorted(known))}")
     return made(**values)
+
+
+def other_value(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = (), which: str = ""
+) -> str | None:
+    """What to say of the first field that a run was begun with and does not go on with; None if all are the same.
+
+    Args:
+        before, now: fields that JSON holds; a missing one is None.
+        free: the fields that may differ.
+        which: whose fields they are, if that needs to be said: ``" in trained adapter 1"``.
+    """
+    for name in sorted((before.keys() | now.keys()) - set(free)):
+        if before.get(name) != now.get(name):
+            return (
+                f"the run was begun with {name}={before.get(name)!r:.80}{which}, not {now.get(name)!r:.80}: "
+                "resume with the same value, or begin another run"
+            )
+    return None
 
 
 def other_names(**instead: str) -> Callable[[T], T]:

@@ -186,27 +186,34 @@ def read_json(path: str | os.PathLike[str], *, ours: bool = True) -> dict[str, A
     Args:
         ours: refuse a key that is there twice. Another program's file may be read that way.
     """
-    path = Path(path)
+    return _json_object(path, Path(path).read_bytes(), ours)
+
+
+def _json_object(where: str | os.PathLike[str], content: bytes, ours: bool) -> dict[str, Any]:
+    where = os.fspath(where)
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys if ours else None)
+        value = json.loads(content, object_pairs_hook=unique_keys if ours else None)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+        raise ValueError(f"{where}: not a JSON file: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
-def read_versioned(path: str | os.PathLike[str], version: int, kinds: Mapping[str, Any]) -> dict[str, Any]:
+def read_versioned(
+    path: str | os.PathLike[str], version: int, kinds: Mapping[str, Any], content: bytes | None = None
+) -> dict[str, Any]:
     """Read a JSON object that has ``"format_version": version``.
 
     Args:
+        content: what the file holds; ``path`` is then what a message calls it, and is not read.
         kinds: the required fields and the type of each: ``{"names": list, "seed": int | None}``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON or has another version, or a field is missing or has another type.
     """
-    saved = read_json(path)
+    saved = read_json(path) if content is None else _json_object(path, content, ours=True)
     if saved.get("format_version") != version:
         raise ValueError(f"{path}: expected format_version {version}, got {saved.get('format_version')!r:.80}")
     for name, kind in kinds.items():

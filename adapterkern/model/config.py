@@ -14,6 +14,7 @@ from adapterkern.ops.reference import ACTIVATIONS
 
 POSITIONS = ("layer", "attention")
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
+FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
 _DEFAULT_DIM = 64

@@ -18,7 +18,6 @@ from adapterkern.model.decoder import argument_names, reduced
 
 # What generate and its helpers call on a model
 _GENERATION = frozenset(name for name in vars(GenerationMixin) if not name.startswith("__"))
-TRAINER_WEIGHTS = "model.safetensors"  # what transformers' Trainer loads when it resumes
 
 
 class Wrapped(PreTrainedModel):

@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapterkern import checks
-from adapterkern.files import replacing
 from adapterkern.model.adapter import Adapter, plain
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers
@@ -26,7 +24,7 @@ from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from adapterkern.model.files.owner import OURS
-from adapterkern.model.pretrained import TRAINER_WEIGHTS
+from adapterkern.model.files.trainer import take_described, write_trainer
 
 # Arguments that Trainer, TRL and accelerate pass to save_pretrained. Only state_dict matters for an adapter.
 _FROM_TRAINER = frozenset(
@@ -70,6 +68,8 @@ class Saved(Extra):
 
         def unload(self) -> PreTrainedModel: ...
 
+        def check_attached(self) -> None: ...
+
         def _check_name(self, name: str | None) -> str: ...
 
     @checks.other_names(save_directory="directory", adapter_name="name", selected_adapters="name, one at a time,")
@@ -87,8 +87,8 @@ class Saved(Extra):
         is still there.
 
         transformers' Trainer calls this as for every model, with ``is_main_process`` and with ``state_dict``, which is
-        None or gathered from several processes. ``model.safetensors`` is then written too: the same tensors by their
-        names within this model, from which a Trainer resumes.
+        None or gathered from several processes. ``model.safetensors`` is then written too, from which a Trainer
+        resumes: the same tensors by their names within this model, and the configuration.
 
         Args:
             directory: created if it does not exist.
@@ -125,8 +125,15 @@ class Saved(Extra):
         }
         write_adapter(directory, self.base, self.adapter_config(name), tensors, self.backbone_digest(name))
         if "state_dict" in from_trainer:
-            with replacing(directory / TRAINER_WEIGHTS) as temporary:
-                save_file({prefix + key: t for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
+            write_trainer(directory, name, tensors)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As every module's, which ``load_state_dict`` calls, and of what a Trainer resumes from: see files/trainer.py.
+
+        Before anything is copied into the model.
+        """
+        take_described(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     @checks.other_names(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
 import adapterkern as ak
@@ -62,6 +63,37 @@ def damaged(folder: Path, name: str = "model.norm", saved_with: str = "embed_tok
     ak.LlamaAdapter.from_pretrained(tiny(), folder)
 
 
+def resume(folder: Path, change: Callable[[dict[str, Any]], Any], model: ak.LlamaAdapter | None = None) -> None:
+    """As transformers' Trainer does, from a checkpoint that ``change`` has damaged."""
+    of().save_pretrained(folder, state_dict=None)
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    change(tensors)
+    model = model or of()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        model.load_state_dict(tensors, strict=False)
+    finally:
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def rename(tensors: dict[str, Any]) -> None:
+    for key in list(tensors):
+        tensors[key.replace(".default.", ".b.")] = tensors.pop(key)
+
+
+def describe(tensors: dict[str, Any], old: bytes, new: bytes) -> None:
+    content = tensors[DESCRIBED].numpy().tobytes().replace(old, new)
+    tensors[DESCRIBED] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def unloaded() -> ak.LlamaAdapter:
+    model = of()
+    model.unload()
+    return model
+
+
+DESCRIBED = "adapters.default.config"
+UP = "adapters.default.2.0.up.weight"
 REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("a string", lambda _: ak.AdapterConfig(modules_to_save="norm"), TypeError, "modules_to_save: expected a list"),
     ("unknown", lambda _: of("embed"), ValueError, r"modules_to_save: .*such as embed_tokens, norm, lm_head, got 'emb"),
@@ -134,6 +166,66 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         lambda p: damaged(p, "norm", ""),
         ValueError,
         r"adapterkern\.json: modules_to_save: expected paths of modules, got 'norm'",
+    ),
+    (
+        "a checkpoint of another adapter",
+        lambda p: resume(p, rename),
+        ValueError,
+        "name: the run was begun with the adapter 'b', which this model does not have, got 'default': name it so",
+    ),
+    (
+        "a checkpoint of another shape",
+        lambda p: resume(p, lambda t: None, of(llama=tiny(hidden_size=48))),
+        ValueError,
+        f"the checkpoint's {DESCRIBED}: .* saved for a backbone of hidden_size=32 .* got one of hidden_size=48",
+    ),
+    (
+        "a checkpoint without a tensor",
+        lambda p: resume(p, lambda t: t.pop(UP)),
+        ValueError,
+        r"the checkpoint: tensor 2\.0\.up\.weight: expected by its configuration",
+    ),
+    (
+        "a checkpoint with another tensor",
+        lambda p: resume(p, lambda t: t.update({"adapters.default.0.norm": torch.ones(2)})),
+        ValueError,
+        r"the checkpoint: tensor 0\.norm: not expected by its configuration",
+    ),
+    (
+        "a checkpoint with a tensor of another shape",
+        lambda p: resume(p, lambda t: t.update({UP: torch.ones(32, 5)})),
+        ValueError,
+        r"the checkpoint: tensor 2\.0\.up\.weight: expected \(32, 4\) of floating point .*, got \(32, 5\)",
+    ),
+    (
+        "a checkpoint whose configuration is no bytes",
+        lambda p: resume(p, lambda t: t.update({DESCRIBED: torch.ones(3)})),
+        ValueError,
+        rf"the checkpoint's {DESCRIBED}: expected the bytes of adapterkern\.json, got \(3,\) of torch\.float32",
+    ),
+    (
+        "a checkpoint whose configuration is cut",
+        lambda p: resume(p, lambda t: t.update({DESCRIBED: t[DESCRIBED][:50]})),
+        ValueError,
+        f"the checkpoint's {DESCRIBED}: not a JSON file: ",
+    ),
+    (
+        "a checkpoint with a field that nobody knows",
+        lambda p: resume(p, lambda t: describe(t, b"x_free", b"x_fred")),
+        ValueError,
+        f"the checkpoint's {DESCRIBED}: x_fred: unknown field; expected one of ",
+    ),
+    (
+        "a checkpoint of another version",
+        lambda p: resume(p, lambda t: describe(t, b'"format_version": 1', b'"format_version": 2')),
+        ValueError,
+        f"the checkpoint's {DESCRIBED}: expected format_version 1, got 2",
+    ),
+    (
+        "a checkpoint after unload",
+        lambda p: resume(p, lambda t: None, unloaded()),
+        RuntimeError,
+        r"unload\(\) has taken them off",
     ),
     (
         "AdapterHub",

@@ -2,19 +2,27 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import (
-    PreTrainedModel,
-)
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import adapterkern as ak
 from tests.support import tiny_run
-from tests.support.trainers import ROWS, adapted, by_hand, check_sft_trainer, check_trainer, logged, trainer, weights
+from tests.support.trainers import (
+    ROWS,
+    adapted,
+    by_hand,
+    check_sft_trainer,
+    check_trainer,
+    logged,
+    trainer,
+    weights,
+)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -31,7 +39,10 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(tmp_path: Path
     trainer(tmp_path, model, save_strategy="steps", save_steps=3).train()
     checkpoint = tmp_path / "checkpoint-3"
     names = [f"adapters.default.{key}" for key in model.adapters["default"].state_dict()]
-    assert sorted(load_file(checkpoint / "model.safetensors")) == sorted(names)
+    described = "adapters.default.config"
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert sorted(tensors) == sorted([*names, described])
+    assert tensors[described].numpy().tobytes() == (checkpoint / "adapterkern.json").read_bytes()
     assert load_file(checkpoint / "adapterkern.safetensors").keys() == model.adapters["default"].state_dict().keys()
     backbone_bytes = sum(p.nbytes for p in model.base.parameters())
     assert sum(path.stat().st_size for path in checkpoint.glob("*model*.safetensors")) < backbone_bytes / 4
@@ -41,6 +52,93 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_to_the_bit(tmp_path: Path
     assert all(map(torch.equal, weights(resumed), weights(model)))
     loaded = ak.LlamaAdapter.from_pretrained(adapted().unload(), tmp_path / "checkpoint-6")
     assert all(map(torch.equal, weights(loaded), weights(model)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one step, with the adapters of ``adapted``."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer(folder, adapted(), save_strategy="steps", max_steps=1).train()
+    return folder / "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"activation": "relu"}, "activation='silu', not 'relu'"),
+        ({"position": "attention"}, "position='layer', not 'attention'"),
+        ({"eps": 1e-3}, "eps=1e-05, not 0.001"),
+        ({"x_free": True}, "x_free=False, not True"),
+        ({"layers": [1]}, r"layers=\[0, 1\], not \[1\]"),
+        ({"adapter_dim": 8}, "adapter_dim=4, not 8"),
+        ({"depth": 2}, "depth=1, not 2"),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save=None, not \['model.norm'\]"),
+    ],
+    ids=lambda value: next(iter(value), None) if isinstance(value, dict) else "",
+)
+def test_another_configuration_is_not_resumed(
+    tmp_path: Path, checkpoint: Path, other: dict[str, Any], message: str
+) -> None:
+    model = adapted(config=ak.AdapterConfig(**({"adapter_dim": 4} | other)))
+    before = weights(model)
+    expected = f"^config: the run was begun with {message}: resume with the same value, or begin another run$"
+    with pytest.raises(ValueError, match=expected):
+        trainer(tmp_path, model).train(resume_from_checkpoint=str(checkpoint))
+    assert all(map(torch.equal, weights(model), before))
+
+
+def test_another_init_is_resumed(tmp_path: Path, checkpoint: Path) -> None:
+    model = adapted(config=ak.AdapterConfig(adapter_dim=4, init="svd"))
+    trainer(tmp_path, model, max_steps=1).train(resume_from_checkpoint=str(checkpoint))
+    saved = load_file(checkpoint / "adapterkern.safetensors")
+    assert all(torch.equal(t, saved[key]) for key, t in model.adapters["default"].state_dict().items())
+
+
+def test_checkpoints_without_a_configuration_are_resumed(tmp_path: Path, checkpoint: Path) -> None:
+    """Those of before."""
+    old = shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    tensors = load_file(old / "model.safetensors")
+    del tensors["adapters.default.config"]
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    one, other = adapted(), adapted()
+    trainer(tmp_path, one).train(resume_from_checkpoint=str(old))
+    trainer(tmp_path, other).train(resume_from_checkpoint=str(checkpoint))
+    assert all(map(torch.equal, weights(one), weights(other)))
+
+
+def test_resuming_warns_of_another_backbone_and_of_another_active_adapter(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    model = adapted()
+    model.load_state_dict(tensors, strict=False)
+    assert not caplog.records
+    model.base.model.norm.weight.data.mul_(2)
+    model.load_state_dict(tensors, strict=False)
+    assert "saved for the backbone without a name, and loaded on one of other weights" in caplog.text
+    model.add_adapter("b", ak.AdapterConfig(adapter_dim=4))
+    model.set_adapter("b")
+    model.load_state_dict(tensors, strict=False)
+    assert "the checkpoint is of the adapter 'default', and 'b' is active" in caplog.text
+
+
+def test_a_state_dict_by_hand_is_the_module_s(checkpoint: Path) -> None:
+    model, other = adapted(), adapted()
+    part = load_file(checkpoint / "adapterkern.safetensors")
+    key = next(iter(part))
+    assert model.load_state_dict({f"adapters.default.{key}": part[key]}, strict=False).unexpected_keys == []
+    assert torch.equal(model.adapters["default"].state_dict()[key], part[key])
+    assert "adapters.default.config" not in model.state_dict()
+    assert str(other.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
+    # also within another module, and without a change of what is passed
+    tensors = {f"0.{key}": value for key, value in load_file(checkpoint / "model.safetensors").items()}
+    wrapped = torch.nn.Sequential(adapted(config=ak.AdapterConfig(adapter_dim=4, eps=1e-3)))
+    with pytest.raises(ValueError, match=r"config: the run was begun with eps=1e-05, not 0\.001"):
+        wrapped.load_state_dict(tensors, strict=False)
+    result = torch.nn.Sequential(other).load_state_dict(tensors, strict=False)
+    assert result.unexpected_keys == []
+    assert all(torch.equal(t, part[key]) for key, t in other.adapters["default"].state_dict().items())
+    assert "0.adapters.default.config" in tensors
 
 
 def test_the_best_adapter_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,14 +26,14 @@ ROWS = [
 ]
 
 
-def adapted(llama: PreTrainedModel | None = None) -> ak.LlamaAdapter:
+def adapted(llama: PreTrainedModel | None = None, config: ak.AdapterConfig | None = None) -> ak.LlamaAdapter:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
     if llama is None:
         # Tied embeddings: what writes a whole model to safetensors without knowing of them fails.
         llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True, initializer_range=0.2))
-    return ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=4))
+    return ak.LlamaAdapter(llama, config or ak.AdapterConfig(adapter_dim=4))
 
 
 def trainer(folder: Path, model: ak.LlamaAdapter, rows: Any = None, **arguments: Any) -> Trainer:

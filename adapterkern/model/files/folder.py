@@ -59,7 +59,7 @@ def write_adapter(
     """
     check_folder(directory)
     extra = saved_shapes(llama, config.modules_to_save or ())
-    _check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size, extra)
+    check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size, extra)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -118,18 +118,7 @@ def read_adapter(
         hint = f"; there is one in {newest.parent}" if newest else ""
         raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file{hint}")
     weights, path = (directory / name for name in names)
-    saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str})
-    for name in ("hidden_size", "num_hidden_layers"):
-        if name not in saved["base"]:
-            raise ValueError(f"{path}: field {name!r} is missing")
-    shape, expected = (
-        [base[name] for name in ("hidden_size", "num_hidden_layers")] for base in (_describe(llama), saved["base"])
-    )
-    if shape != expected:
-        raise ValueError(
-            f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]!s:.80} and "
-            f"{expected[1]!s:.80} layers, got one of hidden_size={shape[0]} and {shape[1]} layers"
-        )
+    saved, shape = read_described(path, llama)
     vocabulary = saved["base"].get("vocab_size")
     another = isinstance(vocabulary, int) and vocabulary != _vocabulary(llama)
     if another and resize is not None:
@@ -156,13 +145,33 @@ def read_adapter(
         if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
             raise ValueError(f"{problem} (in Python: resize_token_embeddings=True resizes the backbone)")
         logger.warning("%s (in Python: resize_token_embeddings=True resizes the backbone)", problem)
-    _check_tensors(weights, tensors, config, shape[0], extra)
+    check_tensors(weights, tensors, config, shape[0], extra)
     without = covered(llama, config.modules_to_save or ())
     check_weights(path, saved["base"], llama, weights_digest(llama, without), strict=strict)
     return config, tensors
 
 
-def check_weights(path: Path, base: Mapping[str, Any], llama: Any, digest: Digest, *, strict: bool) -> None:
+def read_described(path: Path | str, llama: Any, content: bytes | None = None) -> tuple[dict[str, Any], list[int]]:
+    """What ``adapterkern.json`` says, if it was saved for a backbone of this shape; and hidden size and layers.
+
+    ``content`` and ``ValueError`` as of ``read_versioned``.
+    """
+    saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str}, content)
+    for name in ("hidden_size", "num_hidden_layers"):
+        if name not in saved["base"]:
+            raise ValueError(f"{path}: field {name!r} is missing")
+    shape, expected = (
+        [base[name] for name in ("hidden_size", "num_hidden_layers")] for base in (_describe(llama), saved["base"])
+    )
+    if shape != expected:
+        raise ValueError(
+            f"{path}: the adapter was saved for a backbone of hidden_size={expected[0]!s:.80} and "
+            f"{expected[1]!s:.80} layers, got one of hidden_size={shape[0]} and {shape[1]} layers"
+        )
+    return saved, shape
+
+
+def check_weights(path: Path | str, base: Mapping[str, Any], llama: Any, digest: Digest, *, strict: bool) -> None:
     """Warn, or with ``strict`` raise ``ValueError``, if the backbone's weights are not those of a save.
 
     Args:
@@ -208,8 +217,8 @@ def _vocabulary(llama: Any) -> int:
     return llama.get_input_embeddings().num_embeddings
 
 
-def _check_tensors(
-    path: Path,
+def check_tensors(
+    path: Path | str,
     tensors: Mapping[str, Tensor],
     config: AdapterConfig,
     hidden_size: int,

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adapterkern import checks
 from adapterkern.files import check_values
+from adapterkern.model.config import FREE_IN_ADAPTERS
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 if TYPE_CHECKING:
@@ -96,13 +98,8 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
     # Equally many, in runs of one task with the same settings.
     both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
     for number, (before, adapter) in enumerate(both):
-        for name in sorted(before.keys() - {"init"}):  # all values come from the checkpoint, whatever the init
-            if before[name] != adapter.get(name):
-                which = f" in trained adapter {number}" if len(saved["adapters"]) > 1 else ""
-                raise CheckpointError(
-                    f"{path}: the run was begun with {name}={before[name]!r:.80}{which}, not {adapter.get(name)!r}: "
-                    "resume with the same value, or begin another run"
-                )
+        which = f" in trained adapter {number}" if len(saved["adapters"]) > 1 else ""
+        _check_same_values(path, adapter | before, adapter, FREE_IN_ADAPTERS, which)
     shapes = {name: list(p.shape) for name, p in state.parameters.items()}
     if saved["parameters"] != shapes:
         differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
@@ -128,14 +125,10 @@ def check_settings(path: Path, before: Mapping[str, Any], config: TrainConfig) -
 
 
 def _check_same_values(
-    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = (), which: str = ""
 ) -> None:
-    for name in sorted((before.keys() | now.keys()) - set(free)):
-        if before.get(name) != now.get(name):
-            raise CheckpointError(
-                f"{path}: the run was begun with {name}={before.get(name)!r:.80}, not {now.get(name)!r:.80}: "
-                "resume with the same value, or begin another run"
-            )
+    if problem := checks.other_value(before, now, free, which):
+        raise CheckpointError(f"{path}: {problem}")
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], saved: dict[str, Any], state: "TrainingState") -> None:

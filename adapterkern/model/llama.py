@@ -136,6 +136,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         detach(self, self.base)
         if self.checkpoints_activations:
             self.enable_checkpointing({"use_reentrant": False})
+        self._active = None
         self.__dict__["_unloaded"] = self._modules.pop("base")  # not as a module of this one
         return self._unloaded
 

@@ -147,10 +147,12 @@ class Running(Wrapped):
 
     def disable_adapters(self) -> None:
         """Disable all adapters of the model, in all threads, until ``enable_adapters``."""
+        self.check_attached()
         self._on = False
 
     def enable_adapters(self) -> None:
         """Undo ``disable_adapters``."""
+        self.check_attached()
         self._on = True
 
     def disable_adapter(self) -> AbstractContextManager[None]:
@@ -159,6 +161,7 @@ class Running(Wrapped):
         Only in the thread that enters the block. A thread that is started inside is not in it: give its ``generate``
         ``adapter_names``, or call ``disable_adapters``.
         """
+        self.check_attached()
         return self._blocks.within(enabled=False)
 
     def mixing(

@@ -1,5 +1,6 @@
 """What a model, its configurations and its optimizer refuse, in one line that says what to write."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("push after unload", lambda _: unloaded().push_to_hub("a/b"), RuntimeError, AFTER_UNLOAD),
     ("parameters after unload", lambda _: unloaded().adapter_parameters(), RuntimeError, AFTER_UNLOAD),
     ("set after unload", lambda _: unloaded().set_adapter("default"), RuntimeError, AFTER_UNLOAD),
+    ("disable after unload", lambda _: unloaded().disable_adapter(), RuntimeError, AFTER_UNLOAD),
+    ("disable all after unload", lambda _: unloaded().disable_adapters(), RuntimeError, AFTER_UNLOAD),
+    ("enable after unload", lambda _: unloaded().enable_adapters(), RuntimeError, AFTER_UNLOAD),
     ("add after unload", lambda _: unloaded().add_adapter("b", ak.AdapterConfig()), RuntimeError, AFTER_UNLOAD),
     ("liger after unload", lambda _: setattr(unloaded(), "liger", True), RuntimeError, AFTER_UNLOAD),
     ("mixing after unload", lambda _: unloaded().mixing([], IDS[:, 0]), RuntimeError, AFTER_UNLOAD),
@@ -248,7 +252,14 @@ def test_what_is_left_after_unload() -> None:
     model = unloaded()
     assert not hasattr(model, "lm_head")
     assert not hasattr(model, "base")
+    assert model.active_adapters() == []
     assert next(model.to(torch.float64).parameters()).dtype == torch.float64
+    file = io.BytesIO()
+    torch.save(model.eval(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=False).state_dict()
+    assert all(key.startswith("adapters.default.") for key in state)
+    assert str(model.load_state_dict(state)) == "<All keys matched successfully>"
 
 
 def test_our_own_names_still_work() -> None:

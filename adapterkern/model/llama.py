@@ -72,6 +72,11 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         check_config(llama.config)
         for layer in layers:
             check_forward(layer)
+        if hasattr(llama, "peft_config") and any(p.requires_grad for p in llama.parameters()):
+            logger.warning(
+                "llama: PEFT's modules in it are frozen from now on, and an adapter's files do not hold them: call "
+                "PEFT's merge_and_unload() before if they belong to the backbone, unload() if not"
+            )
         super().__init__(llama.requires_grad_(False))
         self.adapters = nn.ModuleDict()
         self._configs: dict[str, AdapterConfig] = {}

@@ -7,6 +7,7 @@ its class (which decides whether a loss shifts the labels), gradient checkpointi
 
 import functools
 import inspect
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -18,6 +19,8 @@ from adapterkern.model.decoder import argument_names, reduced
 
 # What generate and its helpers call on a model
 _GENERATION = frozenset(name for name in vars(GenerationMixin) if not name.startswith("__"))
+
+logger = logging.getLogger(__name__)
 
 
 class Wrapped(PreTrainedModel):
@@ -55,6 +58,17 @@ class Wrapped(PreTrainedModel):
             setattr(base, name, value)  # or this model would have a second lm_head, which nothing runs
         else:
             super().__setattr__(name, value)
+            if name == "peft_config":
+                self._warn_of_peft()
+
+    def _warn_of_peft(self) -> None:
+        """PEFT sets ``peft_config`` on a model at its end: its modules are in it, and all others are frozen."""
+        if any(not p.requires_grad for key, p in self.named_parameters() if not key.startswith("base.")):
+            logger.warning(
+                "peft_config: PEFT has frozen the adapters of this model: it trains and saves its own modules alone. "
+                "To train the adapters, pass no peft_config; to train PEFT's modules alone, give it the backbone, "
+                "model.unload()"
+            )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

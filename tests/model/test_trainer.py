@@ -20,6 +20,7 @@ from tests.support.trainers import (
     check_sft_trainer,
     check_trainer,
     logged,
+    sft_trainer,
     trainer,
     weights,
 )
@@ -206,3 +207,35 @@ def test_the_documentation_s_example_runs(tmp_path: Path, monkeypatch: pytest.Mo
     exec(code[1], given | {"texts": texts, "unseen": unseen})
     assert {"adapterkern.safetensors", "model.safetensors"} <= {path.name for path in Path("adapter").iterdir()}
     assert len(list(Path("out").glob("checkpoint-*"))) == 3
+
+
+# PEFT
+
+
+@pytest.mark.parametrize(
+    ("where", "by"), [(["q_proj"], "get_peft_model"), ("all-linear", "get_peft_model"), (["q_proj"], "SFTTrainer")]
+)
+def test_what_peft_does_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, where: Any, by: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, lora = adapted(), peft.LoraConfig(target_modules=where, task_type="CAUSAL_LM")
+    own = model.adapter_parameters()
+    if by == "SFTTrainer":
+        sft_trainer(tmp_path, model, peft_config=lora)
+    else:
+        peft.get_peft_model(model, lora)
+    assert not any(p.requires_grad for p in own)
+    expected = "peft_config: PEFT has frozen the adapters of this model: it trains and saves its own modules alone"
+    assert [r.message.startswith(expected) for r in caplog.records if "PEFT" in r.message] == [True]
+
+
+def test_adapters_over_peft_s_modules(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = peft.get_peft_model(adapted().unload(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert not hasattr(lora, "adapters")
+    assert "PEFT" not in caplog.text
+    model = adapted(lora.get_base_model())
+    assert "llama: PEFT's modules in it are frozen from now on" in caplog.text
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in model.adapter_parameters()}
+    caplog.clear()
+    adapted(model.unload())  # frozen already
+    assert not caplog.records

@@ -100,7 +100,7 @@ def check_trainer(folder: Path, model: ak.LlamaAdapter, smoothing: float, checkp
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-4)
 
 
-def sft_trainer(folder: Path, model: ak.LlamaAdapter) -> Any:
+def sft_trainer(folder: Path, model: ak.LlamaAdapter, **more: Any) -> Any:
     """6 steps on the first four rows."""
     trl = pytest.importorskip("trl", reason="trl is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -124,7 +124,7 @@ def sft_trainer(folder: Path, model: ak.LlamaAdapter) -> Any:
     )
     optimizer = ak.ClippedAdamW(model.adapter_parameters(), lr=1e-2, max_norm=0.3)
     return trl.SFTTrainer(
-        model, arguments, train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, None)
+        model, arguments, train_dataset=rows, processing_class=tokenizer, optimizers=(optimizer, None), **more
     )
 
 

@@ -201,7 +201,7 @@ def test_the_documentation_s_example_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert code is not None
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny_run.tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token is None
     texts, unseen = ([row["text"] for row in tiny_run.rows(count, seed)] for count, seed in ((32, 0), (8, 1)))
     given: dict[str, Any] = {"llama": tiny_run.model().unload(), "tokenizer": tokenizer}
     exec(code[1], given | {"texts": texts, "unseen": unseen})

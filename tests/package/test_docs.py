@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
 # One per job that a user has; each begins with the shortest thing that works.
 PAGES = ("index", "classify", "instruct-tune", "own-loop", "multitask", "routing", "distillation", "qa")
+ALONE = ("instruct-tune",)  # each block of Python runs without those before it
 RECIPES = ("multitask", "routing", "distillation", "qa")
 PACKAGES = ("", ".ops", ".optim", ".training", *(f".recipes.{recipe}" for recipe in RECIPES))
 
@@ -109,6 +110,8 @@ def test_commands_and_code_run_as_printed(
         assert status == 0, (command, capsys.readouterr().err)
     namespace: dict[str, Any] = {}
     for code in blocks(path, "python"):
+        if page in ALONE:
+            namespace = {}
         torch.manual_seed(0)
         exec(compile(code, str(path), "exec"), namespace)
 

@@ -76,11 +76,11 @@ def train_run(
 
     config = from_options(arguments, TrainConfig)
     check_lr(config)
-    adapter_config(arguments)
+    adapter = adapter_config(arguments)
     check_source(arguments.model)
     if arguments.liger:
         check_installed()
-    check_output(config, Task.files)
+    check_output(config, Task.files, adapter)
     if check is not None:
         check(config)
     else:

@@ -22,7 +22,11 @@ def test_the_backbone_s_folder_is_no_output(
 
 
 def test_modules_to_save(
-    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = [*train_arguments(model_folder, files, tmp_path), "--epochs", "1"]
     assert cli.main([*arguments, "--modules-to-save", "embed_tokens,norm"]) == 0
@@ -35,13 +39,15 @@ def test_modules_to_save(
     said = capsys.readouterr().err
     assert f"{files[1]}  32 texts; 224 tokens; a text has 7 (median), 7 (longest)\n" in said
     assert "  2 labels: 'fruit' 16, 'metal' 16\n" in said
+    assert cli.main([*arguments, "--resume"]) == 1
+    problem = "begun with --modules-to-save model.embed_tokens,model.norm, not none: resume with the same value"
+    assert problem in capsys.readouterr().err
+    monkeypatch.setattr("adapterkern.model.backbone.load_backbone", None)  # the others are told before it
     for more, problem in (
-        (
-            ["--resume"],
-            "begun with --modules-to-save model.embed_tokens,model.norm, not none: resume with the same value",
-        ),
-        (["--resume", "--adapter-dim", "8"], "begun with --adapter-dim 4, not 8: resume with the same value"),
-        (["--resume", "--layers", "0"], "begun with --layers 2,3, not 0: resume with the same value"),
+        (["--adapter-dim", "8"], "begun with --adapter-dim 4, not 8: resume with the same value"),
+        (["--layers", "0"], "begun with --layers 2,3, not 0: resume with the same value"),
+        (["--lr", "0.5"], "begun with --lr 0.02, not 0.5: resume with the same value"),
+        (["--layers", "9"], "--layers: expected numbers from -4 to 3, got 9"),
     ):
-        assert cli.main([*arguments, *more]) == 1
+        assert cli.main([*arguments, "--resume", *more]) == 1
         assert problem in capsys.readouterr().err

@@ -28,12 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapterkern.files import flush, read_json, read_tensors, read_versioned, replacing, sha256, write_json
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.run.matching import (
     FIELDS,
     SCHEDULE,
+    check_adapter,
     check_fields,
     check_restorable,
     check_same_run,
@@ -164,9 +166,16 @@ def read_state(directory: Path) -> dict[str, Any]:
     return saved
 
 
-def check_begun_with(directory: Path, config: TrainConfig) -> None:
-    """Raise ``CheckpointError`` if the run of a checkpoint was begun with other settings: what is known at once."""
-    check_settings(directory / STATE_NAME, read_state(directory)["config"], config)
+def check_begun_with(directory: Path, config: TrainConfig, adapter: AdapterConfig | None = None) -> None:
+    """Raise ``CheckpointError`` if the run of a checkpoint was begun otherwise: what is known without its backbone.
+
+    Args:
+        adapter: of a run that trains one, not resolved yet.
+    """
+    path, saved = directory / STATE_NAME, read_state(directory)
+    check_settings(path, saved["config"], config)
+    if adapter is not None and adapter.max_params is None and len(saved.get("adapters", ())) == 1:
+        check_adapter(path, saved["adapters"][0], saved.get("backbone", {}), adapter)
 
 
 def load_checkpoint(directory: Path, state: TrainingState) -> None:

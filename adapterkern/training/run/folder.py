@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern.files import check_owner, check_pair, remove_temporaries
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.files.card import CARD_NAME, MARK, Training, write_card
 from adapterkern.model.files.folder import ADAPTER_FILES, OLD_WEIGHTS_NAME, adapter_files
 from adapterkern.model.files.owner import check_folder
@@ -60,18 +61,19 @@ def _enter(stack: contextlib.ExitStack, config: TrainConfig, files: Sequence[str
             remove_temporaries(directory / name)
 
 
-def check_output(config: TrainConfig, files: Sequence[str]) -> None:
+def check_output(config: TrainConfig, files: Sequence[str], adapter: AdapterConfig | None = None) -> None:
     """Check that a run may write to ``output_dir``, before anything that takes time. Writes nothing.
 
     Args:
         files: what the task saves.
+        adapter: compared with a resumed run's, if it trains one.
 
     Raises:
         BlockingIOError: another run is writing there.
         ValueError: a model, another library's adapter or another program's file is there that this run would replace.
         FileExistsError: an earlier run is there, and neither ``overwrite`` nor ``resume`` is set.
         FileNotFoundError: with ``resume``, there is no checkpoint.
-        CheckpointError: it is damaged, or the run was begun with other settings.
+        CheckpointError: it is damaged, or the run was begun with other settings or another adapter.
         OSError: the folder is not writable.
     """
     if config.output_dir is None:
@@ -80,7 +82,7 @@ def check_output(config: TrainConfig, files: Sequence[str]) -> None:
     check_writable(directory)
     _check_owned(directory, {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME})
     if config.resume:
-        check_begun_with(newest_checkpoint(directory), config)
+        check_begun_with(newest_checkpoint(directory), config, adapter)
         return
     # sources.json alone is not a run: it is written before the first checkpoint.
     found = [name for name in (*_FILES, *files, *_EARLIER_FILES) if (directory / name).exists()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import check_values
-from adapterkern.model.config import FREE_IN_ADAPTERS
+from adapterkern.model.config import FREE_IN_ADAPTERS, MODULES, AdapterConfig
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 if TYPE_CHECKING:
@@ -122,6 +122,17 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
 def check_settings(path: Path, before: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise ``CheckpointError`` for a setting with another value than the run was begun with."""
     _check_same_values(path, before, config.to_dict(), FREE_ON_RESUME)
+
+
+def check_adapter(path: Path, before: Mapping[str, Any], backbone: Mapping[str, Any], adapter: AdapterConfig) -> None:
+    """Raise ``CheckpointError`` for a field of an adapter with another value, as it would be on the run's backbone.
+
+    Not compared: ``modules_to_save``, whose paths only the backbone knows.
+    """
+    size, layers = backbone.get("hidden_size"), backbone.get("num_hidden_layers")
+    if isinstance(size, int) and isinstance(layers, int):
+        now = adapter.resolve(size, layers).to_dict()
+        _check_same_values(path, now | before, now, (*FREE_IN_ADAPTERS, MODULES))
 
 
 def _check_same_values(

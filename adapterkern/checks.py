@@ -96,8 +96,7 @@ def other_names(**instead: str) -> Callable[[T], T]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
                 if name in instead or not (takes_any or name in own):
-                    expected = instead.get(name) or next(iter(difflib.get_close_matches(name, own, 1)), None)
-                    expected = expected or f"one of {', '.join(own)}"
+                    expected = instead.get(name) or " or ".join(near(name, own)) or f"one of {', '.join(own)}"
                     raise TypeError(
                         f"{name}: expected {expected} in {target.__name__}, got {name}={kwargs[name]!r:.80}"
                     )
@@ -109,6 +108,22 @@ def other_names(**instead: str) -> Callable[[T], T]:
         return target
 
     return decorate
+
+
+_FEW = 5  # names in a suggestion
+
+
+def near(name: str, known: Sequence[str]) -> list[str]:
+    """Those of ``known`` that an unknown ``name`` may stand for: none if it is like none of them, or a letter of many.
+
+    Those that begin with it, else that end with it, else the one of which it is a typing error, or a longer form.
+    """
+    found = [other for other in known if other.startswith(name)]
+    found = found or [other for other in known if other.endswith((f"-{name}", f"_{name}"))]
+    found = found or difflib.get_close_matches(name, known, 1, cutoff=0.85)
+    found = found or sorted((other for other in known if name.startswith((f"{other}-", f"{other}_"))), key=len)[-1:]
+    found = found or difflib.get_close_matches(name, known, 1)
+    return found if len(found) <= _FEW else []
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
+from adapterkern import checks
 from adapterkern.model import config
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training import config as training
@@ -46,8 +46,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            near = difflib.get_close_matches(str(value), map(str, action.choices), 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = _mean(checks.near(str(value), list(map(str, action.choices))))
             raise argparse.ArgumentError(
                 action, f"expected one of {', '.join(map(str, action.choices))}, got {value!r}{hint}"
             )
@@ -74,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         for option in (word.split("=")[0] for word in words):
             if option.startswith("-") and option not in known:
-                self.error(f"unknown {option}{_hint(option, known)}")
+                self.error(f"unknown {option}{_hint(option, self)}")
 
 
 _VALUE_OF_FLAG = re.compile(r"(--\S+): ignored explicit argument (.*)")
@@ -84,15 +83,32 @@ def _no_value(flag: str, value: str) -> str:
     return f"{flag}: expected no value, since the option is a flag, got {value}"
 
 
-def _hint(option: str, known: Sequence[str]) -> str:
+# What other libraries call an option, where it is another than the argument that ``OTHER_NAMES`` has for Python
+_OTHER_NAMES = {"use_liger_kernel": "liger", "task_type": "task"}
+
+
+def _hint(option: str, parser: argparse.ArgumentParser) -> str:
     """What an option that is unknown may stand for: what other libraries call one of ours, or a typing error."""
     name = option.lstrip("-").replace("-", "_")
-    theirs = config.OTHER_NAMES | training.OTHER_NAMES
-    if ours := theirs.get(name) or theirs.get(name.removeprefix("lora_")):
-        ours = next((o for o in (f"--{ours.replace('_', '-')}", ours) if o in known), ours)
-    else:
-        ours = next(iter(difflib.get_close_matches(option, known, 1)), "")
-    return f" (did you mean {ours}?)" if ours in known else f": expected {ours}" if ours else ""
+    actions = {a.dest: a for a in parser._actions if a.option_strings}
+    theirs = {name: name for name in actions} | config.OTHER_NAMES | training.OTHER_NAMES | _OTHER_NAMES
+    ours = theirs.get(name) or theirs.get(name.removeprefix("lora_")) or ""
+    fields = rf"{_BEFORE}({'|'.join(actions) or '(?!)'})(?:=(\S+))?{_AFTER}"
+    meant, found = re.subn(fields, lambda m: _setting(actions[m[1]], m[2] or "True"), ours)
+    if found:
+        return _mean([meant.rstrip(",")])
+    if ours.startswith("no ") and ": " in ours:
+        return f": adapters have {ours.partition(': ')[0]}"
+    if "(" in ours:
+        return f": there is no such option; in Python it is {ours.partition(' and ')[0]}"
+    typed = ours.replace("_", "-") if ours.isidentifier() else option.lstrip("-")
+    known = [string.removeprefix("--") for action in actions.values() for string in action.option_strings]
+    known = [name for name in known if name.startswith("no-") == typed.startswith("no-")]
+    return _mean([f"--{name}" for name in checks.near(typed, known)])
+
+
+def _mean(names: list[str]) -> str:
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
 
 
 def _with_values(argv: Sequence[str]) -> list[str]:
@@ -116,25 +132,16 @@ def in_options(message: str, parser: argparse.ArgumentParser) -> str:
     options = {name: action.option_strings[0] for name, action in actions.items()}
     message = re.sub(r" \(in Python: (?:[^()]|\([^()]*\))*\)", "", message)
 
-    def setting(name: str, value: str) -> str:
-        if value == "True":
-            return options[name]
-        if value == "False" and isinstance(actions[name], argparse.BooleanOptionalAction):
-            return actions[name].option_strings[-1]
-        if value[0] in "[(":
-            value = ",".join(part.strip(" '") for part in value[1:-1].split(","))
-        return f"no {options[name]}" if value in ("False", "None") else f"{options[name]} {value.strip(_QUOTE)}"
-
     head, colon, rest = message.partition(": ")
     names = head.split(", ")
     if colon and all(name in options for name in names):
         head = ", ".join(options[name] for name in names)
         if len(names) == 1 and actions[names[0]].nargs == 0:
-            rest = re.sub(r"(?<![=\w])(True|False)\b", lambda m: setting(names[0], m[1]), rest)
+            rest = re.sub(r"(?<![=\w])(True|False)\b", lambda m: _setting(actions[names[0]], m[1]), rest)
         rest = re.sub(r"(?<![=\w])None\b", "none", rest)
         rest = re.sub(r"(?<=got )[\[(](-?\d+(?:, -?\d+)*),?[\])]", lambda m: m[1].replace(" ", ""), rest)
     known = "|".join(sorted(options, key=len, reverse=True)) or "(?!)"
-    message = re.sub(rf"{_BEFORE}({known})={_VALUE}", lambda m: setting(m[1], m[2]), head + colon + rest)
+    message = re.sub(rf"{_BEFORE}({known})={_VALUE}", lambda m: _setting(actions[m[1]], m[2]), head + colon + rest)
     if message != head + colon + rest:  # begun with --layers 0,1, not [0]
         message = re.sub(r"(?<=, not )None\b", "none", message)
         message = re.sub(r"(?<=, not )\[([^\]]*)\]", lambda m: re.sub(r"[' ]", "", m[1]), message)
@@ -144,8 +151,24 @@ def in_options(message: str, parser: argparse.ArgumentParser) -> str:
     return re.sub(_ADVICE, "", message)
 
 
-_QUOTE = "'"
-_ADVICE = r"; [a-z]+_column names another|\nset skip_bad_rows=True to skip them"  # of which a command has no option
+def _setting(action: argparse.Action, value: str) -> str:
+    """``name=value``, with the value as Python writes it, as the option of ``name`` with its value."""
+    option = action.option_strings[0]
+    if value == "True":
+        return option
+    if value == "False" and isinstance(action, argparse.BooleanOptionalAction):
+        return action.option_strings[-1]
+    if value[0] in "[(":
+        value = ",".join(part.strip(" '") for part in value[1:-1].split(","))
+    return f"no {option}" if value in ("False", "None") else f"{option} {value.strip(_QUOTES)}"
+
+
+_QUOTES = "'\""
+# Of which a command has no option
+_ADVICE = (
+    r"; [a-z]+_column(?: and [a-z]+_column)* names? (?:another|others)|\nset skip_bad_rows=True to skip them"
+    r"|\. prompt and completion are for task='causal-lm'"
+)
 _BEFORE, _AFTER = r"(?<![\w./'\"=-])", r"(?![\w/'\"=]|\.\w)"  # not within a path, a quoted value or another name
 _VALUE = r"('[^']*'|\[[^\]]*\]|\([^)]*\)|-?\w(?:[\w.,/+-]*\w)?)"
 

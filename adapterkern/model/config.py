@@ -46,7 +46,7 @@ def check_name(name: object, argument: str = "name") -> str:
 OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), "adapter_dim") | {
     "reduction_factor": "adapter_dim, which is hidden_size / reduction_factor,",
     "layers_to_transform": "layers",
-    "leave_out": "layers, those that have adapters,",
+    "leave_out": "layers, which names the rest,",
     "target_modules": "position and layers",
     "non_linearity": "activation",
     "init_lora_weights": "init",

@@ -63,7 +63,7 @@ OTHER_NAMES = {
     "adam_beta2": "beta2",
     "adam_epsilon": "eps",
     "dataset_text_field": "text_column",
-    "disable_tqdm": "progress",
+    "disable_tqdm": "progress=False",
     "gradient_checkpointing": "model.gradient_checkpointing_enable() and no argument",
     "use_liger_kernel": "LlamaAdapter(..., liger=True) and no argument",
     "fsdp": "shard",

@@ -42,3 +42,21 @@ def test_numbers_in_range_come_back() -> None:
     assert checks.number("n", math.inf, "[0, inf]") == math.inf
     assert checks.number("n", 0, "[0, 1)") == 0
     assert checks.number("n", -3.5, "(-inf, 0]") == -3.5
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("ep", ["epochs", "eps"]),
+        ("dim", ["adapter_dim"]),
+        ("lerning_rate", ["learning_rate"]),
+        ("batch_size_of_training", ["batch_size"]),
+        ("batch-sizes", ["batch_size"]),
+        ("l", ["learning_rate"]),
+        ("a", []),  # of six
+        ("zzz", []),
+    ],
+)
+def test_names_that_are_near(name: str, found: list[str]) -> None:
+    known = ["epochs", "eps", "adapter_dim", "learning_rate", "batch", "batch_size", *[f"a{i}" for i in range(5)]]
+    assert checks.near(name, known) == found

@@ -222,6 +222,8 @@ OTHER_NAMES: list[tuple[Callable[..., Any], str, str]] = [
     # Nobody's
     (ak.AdapterConfig, "adapter_dims", "adapter_dim"),
     (ak.TrainConfig, "epoch", "epochs"),
+    (ak.TrainConfig, "ep", "epochs or eps"),
+    (ak.TrainConfig, "disable_tqdm", "progress=False"),
     (adam, "weightdecay", "weight_decay"),
     (
         lambda **a: ak.train(adapted(), [], **a),

@@ -8,7 +8,7 @@ from adapterkern.cli.options import COLUMNS, adapter_fields
 
 
 class _Rule(NamedTuple):
-    """These fields have no effect where another one has such a value, or (None) is given at all."""
+    """These fields have no effect where another one has such a value; or (None) only one of the two is to be given."""
 
     ignored: tuple[str, ...]
     other: str
@@ -17,9 +17,9 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule(("max_params",), "adapter_dim", why="because a budget decides it"),
-    _Rule(("layers",), "every"),
-    _Rule(("epochs",), "max_steps", why="which gives the number of steps"),
+    _Rule(("max_params",), "adapter_dim", why="a budget decides the dimension"),
+    _Rule(("layers",), "every", why="each says which layers have adapters"),
+    _Rule(("epochs",), "max_steps", why="each says how long to train"),
     _Rule(adapter_fields(), "train_adapters", lambda on: not on, "which trains the head alone"),
     _Rule(("pooling", "label_column"), "task", lambda task: task == "causal-lm", "which has no labels"),
     _Rule(
@@ -30,8 +30,8 @@ _RULES = (
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("eval_every", "eval_batch_size"), "eval", lambda file: file is None),
     _Rule(("free_epochs",), "cost", lambda cost: cost == 0),
-    _Rule(("train_texts",), "train", why="which holds the texts"),
-    _Rule(("eval_texts",), "eval", why="which holds the texts"),
+    _Rule(("train_texts",), "train", why="texts of Reuters R8, or of a file"),
+    _Rule(("eval_texts",), "eval", why="texts of Reuters R8, or of a file"),
 )
 
 
@@ -49,20 +49,25 @@ def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
             continue
         value = values[rule.other]
         if rule.other in typed if rule.value is None else rule.value(value):
-            option = actions[given[0]].option_strings[0]
+            option, got = actions[given[0]].option_strings[0], _plain(values[given[0]])
+            if rule.value is None:
+                other = actions[rule.other].option_strings[0]
+                raise ValueError(
+                    f"{option}: expected {option} or {other}, not both: {rule.why}; got {got} and {_plain(value)}"
+                )
             beside = _shown(actions.get(rule.other), rule.other, value)
             why = f", {rule.why}" if rule.why else ""
-            raise ValueError(f"{option}: expected none {beside}{why}, got {_plain(values[given[0]])}")
+            raise ValueError(f"{option}: has no effect {beside}{why}: expected no {option}, got {got}")
 
 
 def _shown(action: argparse.Action | None, name: str, value: Any) -> str:
     if action is None:
-        return "without data to evaluate on" if name == "eval" else f"for a run of {name} {value}"
+        return "without data to evaluate on" if name == "eval" else f"for a run of {value}"
     if value is None:
         return f"without {action.option_strings[0]}"
     if value is False:
-        return f"together with {action.option_strings[-1]}"
-    return f"together with {action.option_strings[0]} {_plain(value)}"
+        return f"with {action.option_strings[-1]}"
+    return f"with {action.option_strings[0]} {_plain(value)}"
 
 
 def _plain(value: Any) -> str:

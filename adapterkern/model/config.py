@@ -116,8 +116,8 @@ class AdapterConfig:
             checks.integer("max_params", self.max_params, 1)
             if self.adapter_dim != _DEFAULT_DIM:
                 raise ValueError(
-                    f"max_params: expected None together with adapter_dim={self.adapter_dim}, because a budget "
-                    f"decides adapter_dim; got {self.max_params}"
+                    "max_params: expected max_params or adapter_dim, not both: a budget decides the dimension; got "
+                    f"max_params={self.max_params} and adapter_dim={self.adapter_dim}"
                 )
         if self.modules_to_save is not None:
             names = self.modules_to_save
@@ -130,7 +130,10 @@ class AdapterConfig:
             for layer in self.layers:
                 checks.integer("layers", layer)
             if self.every != 1:
-                raise ValueError(f"layers: expected None together with every={self.every}, got {self.layers!r}")
+                raise ValueError(
+                    "layers: expected layers or every, not both: each says which layers have adapters; got "
+                    f"layers={self.layers!r} and every={self.every}"
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
 
     def site_layers(self, num_layers: int) -> tuple[int, ...]:

@@ -211,11 +211,17 @@ class TrainConfig:
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup: expected a share below 1 or an integer number of steps, got {self.warmup!r}")
         if self.task == "causal-lm" and not self.train_adapters:
-            raise ValueError("train_adapters: expected True for causal-lm, which has no head to train, got False")
+            raise ValueError(
+                "train_adapters: expected adapters to train with task='causal-lm': without them there is only a head "
+                "to train, and causal-lm has none; got train_adapters=False"
+            )
         if self.resume and self.output_dir is None:
             raise ValueError("output_dir: expected a folder to resume from, got None")
         if self.resume and self.overwrite:
-            raise ValueError("overwrite: expected False together with resume=True, got True")
+            raise ValueError(
+                "overwrite: expected resume=True, which continues the earlier run, or overwrite=True, which replaces "
+                "it; got both"
+            )
 
     @property
     def rows_per_step(self) -> int:

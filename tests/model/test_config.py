@@ -72,7 +72,12 @@ def test_config_dict_round_trip() -> None:
         ({"eps": float("nan")}, ValueError, r"eps: expected a number in \[0, inf\), got nan"),
         ({"x_free": 1}, TypeError, "x_free: expected True or False, got 1"),
         ({"layers": 3}, TypeError, "layers: expected a list of layer numbers, got 3"),
-        ({"layers": [1], "every": 2}, ValueError, "layers: expected None together with every=2"),
+        (
+            {"layers": [1], "every": 2},
+            ValueError,
+            r"layers: expected layers or every, not both: each says which layers have adapters; got layers=\[1\] and "
+            r"every=2$",
+        ),
     ],
 )
 def test_config_errors(fields: dict[str, object], error: type[Exception], message: str) -> None:

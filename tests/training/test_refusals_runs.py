@@ -101,7 +101,8 @@ ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
         "two widths",
         lambda f: AdapterConfig(adapter_dim=8, max_params=1000),
         ValueError,
-        "max_params: expected None together with adapter_dim=8, because a budget decides adapter_dim; got 1000",
+        "^max_params: expected max_params or adapter_dim, not both: a budget decides the dimension; got "
+        "max_params=1000 and adapter_dim=8$",
     ),
 ]
 

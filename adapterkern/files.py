@@ -124,7 +124,9 @@ def check_pair(weights: Path, config: Path) -> None:
     """Raise ``ValueError`` if one of the two paths has a file that ``write_pair`` did not write."""
     check_owner(config, "adapterkern", lambda saved: "weights_sha256" in saved)
     if weights.exists() and not config.exists():  # a pair is written and removed so that this is never ours
-        raise ValueError(f"{weights}: expected adapterkern's file or none, got one without {config.name} beside it")
+        raise ValueError(
+            f"{weights}: expected adapterkern's file or none, got another program's: it has no {config.name} beside it"
+        )
 
 
 def remove_pair(weights: Path, config: Path) -> None:
@@ -282,7 +284,8 @@ def check_owner(path: Path, owner: str, owns: Callable[[dict[str, Any]], bool]) 
         return
     if not owns(saved):
         raise ValueError(
-            f"{path}: expected {owner}'s file or none, got one with the fields {', '.join(sorted(saved)[:6])}"
+            f"{path}: expected {owner}'s file or none, got another program's, with the fields "
+            f"{', '.join(sorted(saved)[:6])}"
         )
 
 

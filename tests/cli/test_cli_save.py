@@ -17,7 +17,10 @@ def test_the_backbone_s_folder_is_no_output(
 ) -> None:
     before = {path: path.read_bytes() for path in model_folder.iterdir()}
     assert cli.main([*train_arguments(model_folder, files, model_folder), *more]) != 0
-    assert "expected a folder without a model" in capsys.readouterr().err
+    assert (
+        f"train: --output: expected a folder without a model, got {model_folder}, which holds one (config.json): "
+        "saving there would damage it; name another folder\n"
+    ) in capsys.readouterr().err
     assert {path: path.read_bytes() for path in model_folder.iterdir()} == before
 
 

@@ -44,7 +44,13 @@ def model(folder: Path) -> None:
 PEFT = '{"peft_type": "LORA"}'
 # id, what is in the folder, what is tried, the exception, its message
 REFUSALS: list[tuple[str, Callable[[Path], None], Callable[[Path], None], type[Exception], str]] = [
-    ("a model", model, run, ValueError, r"output_dir: expected a folder without a model, got .*config\.json belongs"),
+    (
+        "a model",
+        model,
+        run,
+        ValueError,
+        r"output_dir: expected a folder without a model, got .*, which holds one .config\.json.: sav",
+    ),
     ("a model, resumed", model, lambda p: run(p, overwrite=False, resume=True), ValueError, "output_dir: .* a model"),
     ("PEFT's adapter", with_file("adapter_config.json", PEFT), run, ValueError, "output_dir: .* the fields peft_type"),
     (

@@ -32,8 +32,8 @@ def check_folder(directory: str | Path, argument: str = "directory", owner: str 
         raise NotADirectoryError(f"{argument}: expected a folder, got {directory}, which is a file")
     if (name := _of_a_model(directory)) is not None:
         raise ValueError(
-            f"{argument}: expected a folder without a model, got {directory}, where {name} belongs to one that could "
-            "not be loaded any more; name another folder"
+            f"{argument}: expected a folder without a model, got {directory}, which holds one ({name}): saving there "
+            "would damage it; name another folder"
         )
     ours = owner == "adapterkern"
     try:

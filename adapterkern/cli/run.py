@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapterkern.cli.options import adapter_config, as_asked, from_options, model_flags
+from adapterkern.cli.options import COLUMNS, adapter_config, as_asked, from_options, model_flags
 from adapterkern.cli.together import check_together
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
@@ -146,7 +146,7 @@ def _named(option: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{option}: {error}") from error
+        raise type(error)(f"{option}: {error}") from error
 
 
 def check_train_and_eval(
@@ -260,16 +260,23 @@ def _check_saved_data(
     arguments: argparse.Namespace, directory: Path, path: str, questions: bool = False, labeled: bool = True
 ) -> None:
     """Raise what can be known of a saved run's data, and of the options that read it, without its backbone."""
+    from adapterkern.training.data.rows import ColumnError
     from adapterkern.training.heads import saved_labels
     from adapterkern.training.saved import load_config
 
     config = as_asked(arguments, load_config(directory))
-    if questions:
-        check_together(arguments, task="question answering")
-        check_questions("--data", path, config, labeled)
-    else:
-        check_together(arguments, task=config.task)
-        check_rows("--data", path, config, saved_labels(directory) if config.task == "classification" else None)
+    text, label, prompt, completion = (repr(getattr(config, name)) for name in COLUMNS)
+    reads = {"classification": f"{text} and {label}", "causal-lm": f"{prompt} and {completion}, or {text}"}
+    task = "question answering" if questions else config.task
+    check_together(arguments, task=task)
+    try:
+        if questions:
+            check_questions("--data", path, config, labeled)
+        else:
+            check_rows("--data", path, config, saved_labels(directory) if config.task == "classification" else None)
+    except ColumnError as error:
+        columns = reads.get(task, "'question', 'context' and 'answers'")
+        raise ColumnError(f"{error}. {directory} is a run of {task}, which reads {columns}") from error
 
 
 def evaluated_folder(directory: Path) -> Path:

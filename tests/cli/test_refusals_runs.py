@@ -146,6 +146,11 @@ ROWS = [
         "--eval: other.csv: column 'text' is missing; there are 'body', 'label'; --text-column names another",
     ),
     (
+        TRAIN + "--eval pairs.csv",
+        "--eval: pairs.csv: columns 'text', 'label' are missing; .*; --text-column and --label-column name others. "
+        "prompt and completion are for --task causal-lm$",
+    ),
+    (
         TRAIN + "--label-column lab",
         "--train: good.jsonl: column 'lab' is missing; there are 'text', 'label'; --label-column names another",
     ),
@@ -197,6 +202,7 @@ def test_refused(
     Path("one.jsonl").write_text(json.dumps(rows[0]) + "\n")
     Path("q.jsonl").write_text('{"question": "what", "context": "the apple"}\n')
     Path("other.csv").write_text("body,label\nthe apple,a\n")
+    Path("pairs.csv").write_text("prompt,completion\nthe apple, is red\n")
     Path("bad.txt").write_text("x")
     Path("empty.jsonl").touch()
     Path("old", "checkpoints", "step-00000002").mkdir(parents=True)
@@ -217,16 +223,37 @@ def test_refused(
     [
         (
             "eval classification --data questions.jsonl",
-            "--data: questions.jsonl: column 'text' is missing; .* --text-col",
+            "--data: questions.jsonl: columns 'text', 'label' are missing; .*'answers'; --text-column and "
+            "--label-column name others. classification is a run of classification, which reads 'text' and 'label'$",
         ),
-        ("eval multitask/tasks/small --data {bad}", "--data: .*: 1 bad row:\n.*: label 'maybe' is not one of "),
-        ("eval routing --data {bad}", "--data: .*: 1 bad row:\n.*: label 'maybe' is not one of "),
-        ("eval qa --data colors.jsonl", "--data: colors.jsonl: column 'question' is missing; there are "),
+        (
+            "eval multitask/tasks/small --data {bad}",
+            "--data: .*: 1 bad row:\n.*: label 'maybe' is not one of the training's labels ",
+        ),
+        (
+            "eval routing --data {bad}",
+            "--data: .*: 1 bad row:\n.*: label 'maybe' is not one of the training's labels ",
+        ),
+        (
+            "eval qa --data colors.jsonl",
+            "--data: colors.jsonl: columns 'question', 'context' are missing; .* qa is a run of "
+            "question answering, which reads 'question', 'context' and 'answers'$",
+        ),
+        (
+            "eval causal-lm --data questions.jsonl",
+            "--data: questions.jsonl: column 'text' is missing; .*; --text-column names another. causal-lm is a run of "
+            "causal-lm, which reads 'prompt' and 'completion', or 'text'$",
+        ),
+        (
+            "eval classification --data {pairs}",
+            "pairs.jsonl: columns 'text', 'label' are missing; there are 'prompt', 'completion'; --text-column and "
+            "--label-column name others. classification is a run of classification, which reads 'text' and 'label'$",
+        ),
         ("eval qa --data no.jsonl", "--data: no file no.jsonl"),
         ("eval qa --text-column x", "--text-column: has no effect for a run of question answering, .*: .*, got x$"),
         (
             "eval classification --prompt-column x",
-            "--prompt-column: has no effect for a run of classification, .*: .*, got x",
+            "--prompt-column: has no effect for a run of classification, .*: .*, got x$",
         ),
         ("qa predict classification --data questions.jsonl --output a.json", "a run of question answering, got a Task"),
         (
@@ -242,12 +269,15 @@ def test_a_saved_run_s_data_are_checked_before_its_backbone_is_loaded(
     monkeypatch.setattr(backbone, "_read", lambda *_, **__: pytest.fail("loads a backbone"))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "the apple", "label": "maybe"}\n')
-    assert cli.main(shlex.split(line.format(bad=bad))) == 1
-    assert re.search(message, capsys.readouterr().err)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "the apple", "completion": " is red"}\n')
+    assert cli.main(shlex.split(line.format(bad=bad, pairs=pairs))) == 1
+    assert re.search(message, capsys.readouterr().err.strip())
 
 
 LABELS = (
-    "bad.jsonl: 1 bad row:\n  bad.jsonl:2: column 'label': label 'c' is not one of 'a', 'b'\nset --skip-bad-rows to "
+    "bad.jsonl: 1 bad row:\n  bad.jsonl:2: column 'label': label 'c' is not one of the training's labels 'a', 'b'\n"
+    "set --skip-bad-rows to "
 )
 
 

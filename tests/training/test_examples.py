@@ -47,7 +47,7 @@ def test_numeric_labels_are_sorted_as_numbers() -> None:
             {"text": "w1", "label": ""},
             "row 2: column 'label': expected a non-empty string or an integer, got an empty one",
         ),
-        ({"text": "w1", "label": "c"}, "row 2: column 'label': label 'c' is not one of 'a', 'b'"),
+        ({"text": "w1", "label": "c"}, "row 2: column 'label': label 'c' is not one of the training's labels 'a', 'b'"),
         ({"input_ids": [], "label": "a"}, "row 2: column 'input_ids': expected a non-empty list of integers"),
         ({"input_ids": [3, -1], "label": "a"}, "row 2: column 'input_ids': expected a non-empty list of integers"),
     ],

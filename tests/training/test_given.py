@@ -138,5 +138,5 @@ def test_columns_of_a_file_are_named_once(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_a_label_that_causal_lm_does_not_learn_is_named(caplog: pytest.LogCaptureFixture) -> None:
     load_examples([{"text": "w1 w2", "label": "a"}], LM, tiny_run.tokenizer())
-    expected = "data: column not used by causal-lm (the task classification learns labels): 'label'"
+    expected = "data: column not used by causal-lm, which learns texts and no labels: 'label'"
     assert [record.getMessage() for record in caplog.records] == [expected]

@@ -39,6 +39,10 @@ def file(name: str, content: str, **values: Any) -> Callable[[Path], Any]:
     return load
 
 
+def labeled(label: str, names: list[str]) -> Callable[[Path], Any]:
+    return lambda _: load_examples([{"text": "w1", "label": label}], tiny_run.quiet(), TOKENIZER, names)
+
+
 def questions(*rows: Any) -> Callable[[Path], Any]:
     return lambda _: read_questions(rows, BadRows("data"))
 
@@ -75,6 +79,44 @@ CASES: dict[str, Case] = {
         DataError,
         r"^data: column 'text' is missing; there are 'body', 'label'; text_column names another$",
     ),
+    "both columns": (
+        data([{"sentence": "w1", "sentiment": "a"}]),
+        DataError,
+        r"^data: columns 'text', 'label' are missing; there are 'sentence', 'sentiment'; text_column and label_column "
+        r"name others$",
+    ),
+    "both columns of a question": (
+        questions({"q": "Who?", "c": "Ann."}),
+        DataError,
+        "^data: columns 'question', 'context' are missing; there are 'q', 'c'$",
+    ),
+    "no header": (
+        file("a.csv", "w1 w2,no\nw2 w3,yes\n"),
+        DataError,
+        r"a\.csv: columns 'text', 'label' are missing; there are 'w1 w2', 'no'; text_column and label_column name "
+        r"others\. The file's first line has to name its columns: 'text', 'label'$",
+    ),
+    "no header, TSV": (
+        file("a.tsv", "w1 w2\nw2 w3\n", task="causal-lm"),
+        DataError,
+        r"text_column names another\. The file's first line has to name its columns: 'text'$",
+    ),
+    "a header, though of other columns": (
+        file("a.csv", "body,label\nw1,a\n"),
+        DataError,
+        "column 'text' is missing; there are 'body', 'label'; text_column names another$",
+    ),
+    "two kinds of row": (
+        file("a.jsonl", '{"prompt": "w1", "completion": "w2"}\n' + '{"text": "w1 w2"}\n' * 2, task="causal-lm"),
+        DataError,
+        r"a\.jsonl: 2 bad rows:\n  \S*a\.jsonl:2: expected 'prompt' and 'completion', which \S*a\.jsonl:1 has, got "
+        r"'text': a file has one kind of row\n  \S*a\.jsonl:3: expected 'prompt' and .*\nset skip_bad_rows=True to ",
+    ),
+    "two kinds of row, CSV": (
+        file("a.csv", "text,prompt,completion\nw1 w2,,\n,w1,w2\n", task="causal-lm"),
+        DataError,
+        r"1 bad row:\n  \S*a\.csv:2: expected 'prompt' and 'completion', which \S*a\.csv:3 has, got 'text': a file ",
+    ),
     "label column, skipping": (
         labels({"text": "w1"}, skip_bad_rows=True),
         DataError,
@@ -101,7 +143,8 @@ CASES: dict[str, Case] = {
     "semicolons": (
         file("a.csv", "text;label\nw1;a\n"),
         DataError,
-        r"a\.csv: column 'text' is missing; .* header seems to be separated by ';': \.csv files have ',', \.tsv",
+        r"a\.csv: columns 'text', 'label' are missing; there are 'text;label'; .* name others\. The header seems to be "
+        r"separated by ';': \.csv files have ',', \.tsv",
     ),
     "commas in TSV": (file("a.tsv", "text,label\n"), DataError, "a.tsv: no rows"),
     "commas in TSV rows": (file("a.tsv", "text,label\nw1,a\n"), DataError, "seems to be separated by ','"),
@@ -157,13 +200,25 @@ CASES: dict[str, Case] = {
     "long label": (
         lambda _: load_examples([{"text": "w1", "label": "b" * 9999}], tiny_run.quiet(), TOKENIZER, ["a", "c"]),
         DataError,
-        r"row 0: column 'label': label 'b{55} \.\.\. is not one of 'a', 'c'\n",
+        r"row 0: column 'label': label 'b{55} \.\.\. is not one of the training's labels 'a', 'c'\n",
     ),
     "label of another spelling": (
         lambda _: load_examples([{"text": "w1", "label": "A "}], tiny_run.quiet(), TOKENIZER, ["a", "c"]),
         DataError,
-        "row 0: column 'label': label 'A ' is not one of 'a', 'c'; 'a' differs only in case, spaces or form",
+        "row 0: column 'label': label 'A ' is not one of the training's labels 'a', 'c'; 'a' differs only in case, "
+        "spaces or form",
     ),
+    "label with a typing error": (
+        labeled("Postive", ["negative", "positive"]),
+        DataError,
+        "label 'Postive' is not one of the training's labels 'negative', 'positive'; did you mean 'positive'\\?\n",
+    ),
+    "label of another number": (
+        labeled("class 3", ["class 1", "class 2"]),
+        DataError,
+        "label 'class 3' is not one of the training's labels 'class 1', 'class 2'\n",
+    ),
+    "label like no other": (labeled("maybe", ["no", "yes"]), DataError, "the training's labels 'no', 'yes'\n"),
     "one label": (labels({"text": "w1", "label": "a"}), DataError, "expected at least two different labels, got 'a'$"),
     "one label of a task": (
         task_of_one_label,

@@ -78,7 +78,7 @@ def test_many_bad_rows_are_counted() -> None:
         (
             "a.csv",
             b"text,text\na,b\n",
-            r"a\.csv:1: expected a header without duplicate column names, got 'text', 'text'",
+            r"a\.csv:1: expected a line that names the columns, each once, got 'text', 'text'",
         ),
         ("a.csv", b"", r"a\.csv: expected a header"),
         ("a.txt", b"text", r"a\.txt: expected a name that ends in \.jsonl, \.csv"),

@@ -17,10 +17,10 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.given import IDS, IGNORE, LABELS, Text, given_columns, given_texts
 from adapterkern.training.data.labels import (
     EXPECTED,
-    alike,
     label_name,
     label_number,
     label_order,
+    unknown_label,
     written_in_two_ways,
 )
 from adapterkern.training.data.rows import (
@@ -174,9 +174,7 @@ def _classification(
     for row, text, value in good:
         number = label_number(value, numbers)
         if number is None:
-            label = label_name(value) or ""
-            near = f"; {shown(near[0])} differs only in case, spaces or form" if (near := alike(label, names)) else ""
-            bad.add(row.place, f"column {shown(column)}: label {shown(label)} is not one of {listed(names)}{near}")
+            bad.add(row.place, f"column {shown(column)}: {unknown_label(label_name(value) or '', names)}")
             continue
         ids = text.ids[: config.max_length]
         cuts = (len(text.ids) - len(ids),)
@@ -191,6 +189,7 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
     if config.prompt_column in found or (config.completion_column in found and text not in found):
         prompt, text = config.prompt_column, config.completion_column
         needed = {prompt: "prompt_column", text: "completion_column"}
+        rows = _of_one_kind(rows, prompt, text, config.text_column, bad)
     _check_columns(rows, config, set(), needed, bad.source)
     examples, lost = [], []
     for row, texts in zip(rows, _texts(rows, prompt, text, config, tokenizer, bad), strict=True):
@@ -221,6 +220,27 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
     return examples
 
 
+def _of_one_kind(rows: list[Row], prompt: str, completion: str, text: str, bad: BadRows) -> list[Row]:
+    """The rows without those that have a text where others have prompt and completion."""
+    pair = next((row for row in rows if _has(row, prompt) and _has(row, completion)), None)
+    good = []
+    for row in rows:
+        if pair is None or _has(row, prompt) or _has(row, completion) or not _has(row, text) or _is_given(row):
+            good.append(row)
+        else:
+            both = f"{shown(prompt)} and {shown(completion)}"
+            bad.add(
+                row.place, f"expected {both}, which {pair.place} has, got {shown(text)}: a file has one kind of row"
+            )
+    return good
+
+
+def _has(row: Row, column: str) -> bool:
+    """Whether the column is not blank."""
+    value = row.values.get(column)
+    return value is not None and (not isinstance(value, str) or bool(value.strip()))
+
+
 def _is_given(row: Row) -> bool:
     """Whether the row is tokenized already."""
     return row.values.get(IDS) is not None
@@ -241,7 +261,7 @@ def _check_columns(rows: list[Row], config: TrainConfig, always: set[str], neede
         if _is_given(row):
             read |= given_columns(row.values, learned)
     unused = [name for name in columns(rows) if name not in read]
-    hint = " by causal-lm (the task classification learns labels)" if learned and config.label_column in unused else ""
+    hint = " by causal-lm, which learns texts and no labels" if learned and config.label_column in unused else ""
     warn_unused(source, unused, hint)
 
 

@@ -5,9 +5,10 @@ A label is a string that is not blank, or an integer, of Python, NumPy or torch;
 labels that differ only in these are named. A float is none: what it measures is not a class.
 """
 
+import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from adapterkern.training.data.rows import listed, scalar, shown
@@ -81,6 +82,20 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
 def alike(name: str, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that differ from ``name`` only in case, spaces or form."""
     return [other for other in names if _plain(other) == _plain(name)]
+
+
+def unknown_label(name: str, names: Sequence[str]) -> str:
+    """What to say of a label that is none of those ``names`` that a head has learned."""
+    known = {_plain(other): other for other in names}
+    hint = f"; {shown(near[0])} differs only in case, spaces or form" if (near := alike(name, names)) else ""
+    typed = _plain(name)
+    if not near and (close := difflib.get_close_matches(typed, known, 1)) and _letters(close[0]) != _letters(typed):
+        hint = f"; did you mean {shown(known[close[0]])}?"  # class 3 is no typing error of class 2
+    return f"label {shown(name)} is not one of the training's labels {listed(names)}{hint}"
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\d.+-]", "", text)
 
 
 def _plain(name: str) -> str:

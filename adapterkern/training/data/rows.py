@@ -22,6 +22,7 @@ HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows, or names, in one message
 _WIDTH = 60  # characters of a value in a message
 _named: set[str] = set()  # what `warn_unused` has said
+_TABLES = (".csv", ".tsv", ".tab")
 _MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
 
 
@@ -30,6 +31,10 @@ _JSON = {list: "a list", str: "a string", int: "a number", float: "a number", bo
 
 class DataError(ValueError):
     """Unusable training or evaluation data; the message names file and line."""
+
+
+class ColumnError(DataError):
+    """Columns are missing: the data may be for another task."""
 
 
 class Row(NamedTuple):
@@ -110,19 +115,27 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 
 def check_columns(rows: list[Row], needed: Mapping[str, str], source: str) -> None:
-    """Raise ``DataError`` for a column that none of the rows has: once, with the columns that there are.
+    """Raise ``ColumnError`` for the columns that none of the rows has: once, with the columns that there are.
 
     Args:
         needed: the columns, and what chooses each: the name of a setting, or "".
     """
     found = columns(rows)
     if missing := [name for name in needed if name not in found]:
-        raise DataError(f"{source}: {no_column(missing[0], needed[missing[0]], found)}")
+        no_header = len(missing) == len(needed) and Path(source).suffix.lower() in _TABLES
+        raise ColumnError(f"{source}: {no_columns({name: needed[name] for name in missing}, found, no_header)}")
 
 
-def no_column(name: str, setting: str, found: list[str]) -> str:
-    """What to say of a column that no row has."""
-    chosen = f"; {setting} names another" if setting else ""
+def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool) -> str:
+    """What to say of columns that no row has.
+
+    Args:
+        missing: as ``needed`` of ``check_columns``.
+        no_header: a row may have been taken for the header.
+    """
+    settings = [setting for setting in missing.values() if setting]
+    setting = settings[0] if settings else ""
+    chosen = f"; {' and '.join(settings)} name{'s another' if len(settings) == 1 else ' others'}" if settings else ""
     hint = ""
     if len(found) == 1 and (separators := [char for char in ";\t,|" if char in found[0]]):
         hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"
@@ -130,7 +143,10 @@ def no_column(name: str, setting: str, found: list[str]) -> str:
         hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
     elif setting == "text_column" and {"prompt", "completion"} <= set(found):
         hint = ". prompt and completion are for task='causal-lm'"
-    return f"column {shown(name)} is missing; there are {listed(found) or 'no columns'}{chosen}{hint}"
+    elif no_header:
+        hint = f". The file's first line has to name its columns: {listed(missing)}"
+    what = f"column {listed(missing)} is" if len(missing) == 1 else f"columns {listed(missing)} are"
+    return f"{what} missing; there are {listed(found) or 'no columns'}{chosen}{hint}"
 
 
 def warn_unused(source: str, names: Iterable[str], why: str = "") -> None:
@@ -153,7 +169,7 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
     """
     if isinstance(data, str | os.PathLike):
         path = Path(data)
-        readers = {".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table, ".tab": _read_table}
+        readers = {".jsonl": _read_jsonl} | dict.fromkeys(_TABLES, _read_table)
         if path.suffix.lower() not in readers:
             hint = "; save a list of rows as .jsonl, one object per line" if path.suffix.lower() == ".json" else ""
             raise DataError(f"{path}: expected a name that ends in {', '.join(readers)}{hint}")
@@ -269,7 +285,7 @@ def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:
             if header is None:
                 header = fields
                 if len(set(header)) != len(header):
-                    raise DataError(f"{place}: expected a header without duplicate column names, got {listed(header)}")
+                    raise DataError(f"{place}: expected a line that names the columns, each once, got {listed(header)}")
             elif len(fields) != len(header):
                 bad.add(place, f"expected {len(header)} fields as in the header, got {len(fields)}")
             else:

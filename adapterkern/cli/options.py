@@ -101,7 +101,7 @@ def _hint(option: str, parser: argparse.ArgumentParser) -> str:
         return f": adapters have {ours.partition(': ')[0]}"
     if "(" in ours:
         return f": there is no such option; in Python it is {ours.partition(' and ')[0]}"
-    typed = ours.replace("_", "-") if ours.isidentifier() else option.lstrip("-")
+    typed = (ours if ours.isidentifier() else name).replace("_", "-")
     known = [string.removeprefix("--") for action in actions.values() for string in action.option_strings]
     known = [name for name in known if name.startswith("no-") == typed.startswith("no-")]
     return _mean([f"--{name}" for name in checks.near(typed, known)])

@@ -61,6 +61,8 @@ def hint(command: tuple[str, ...], option: str) -> str:
         # beginnings, ends, longer forms
         ("--ep", " (did you mean --epochs or --eps?)"),
         ("--ov", " (did you mean --overwrite?)"),
+        ("--max_len", " (did you mean --max-length?)"),
+        ("-epochs", " (did you mean --epochs?)"),
         ("--log", " (did you mean --log-every?)"),
         ("--no-pl", " (did you mean --no-plot?)"),
         ("--e", ""),  # which may be seven

@@ -45,7 +45,10 @@ ROWS = [
     (TRAIN + "--lr -1e-3", "--lr: expected a number in \\[0, inf\\), got -0.001"),
     (TRAIN + "--epochs 0", "--epochs: expected an integer >= 1, got 0"),
     (TRAIN + "--depth 1000", "--depth: expected at most 32 adapters, which run one after the other, got 1000"),
-    (TRAIN + "--layers -2,-1 --every 2", "--layers: expected --layers or --every, not both: each .*; got -2,-1 and 2$"),
+    (
+        TRAIN + "--layers -2,-1 --every 2",
+        "--layers: expected --layers or --every, not both: each says which layers have adapters; got -2,-1 and 2$",
+    ),
     (
         TRAIN + "--adapter-dim 8 --max-params 1e4",
         "--max-params: expected --max-params or --adapter-dim, not both: a budget .*; got 10000 and 8$",
@@ -55,7 +58,10 @@ ROWS = [
         TRAIN + "--max-params 1e4 --adapter-dim 64",
         "--max-params: expected --max-params or --adapter-dim, not both: a budget .*; got 10000 and 64$",
     ),
-    (TRAIN + "--every 1 --layers -2,-1", "--layers: expected --layers or --every, not both: each .*; got -2,-1 and 1$"),
+    (
+        TRAIN + "--every 1 --layers -2,-1",
+        "--layers: expected --layers or --every, not both: each says which layers have adapters; got -2,-1 and 1$",
+    ),
     (TRAIN + "--epochs 3 --max-steps 5", "--epochs: expected --epochs or --max-steps, not both: each .*; got 3 and 5$"),
     (
         TRAIN + "--no-train-adapters --init identity",
@@ -105,7 +111,7 @@ ROWS = [
     (DISTILL + "--task classification", "--task: expected causal-lm without --keep, .*, got classification"),
     (
         TRAIN + "--resume --overwrite",
-        "--overwrite: expected --resume, which .*, or --overwrite, which replaces it; got both$",
+        "--overwrite: expected --resume, which continues the earlier run, or --overwrite, which replaces it; got both$",
     ),
     (
         TRAIN + "--no-train-adapters --task causal-lm",

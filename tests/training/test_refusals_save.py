@@ -49,7 +49,8 @@ REFUSALS: list[tuple[str, Callable[[Path], None], Callable[[Path], None], type[E
         model,
         run,
         ValueError,
-        r"output_dir: expected a folder without a model, got .*, which holds one .config\.json.: sav",
+        r"output_dir: expected a folder without a model, got .*, which holds one \(config\.json\): saving there would "
+        r"damage it; name another folder$",
     ),
     ("a model, resumed", model, lambda p: run(p, overwrite=False, resume=True), ValueError, "output_dir: .* a model"),
     ("PEFT's adapter", with_file("adapter_config.json", PEFT), run, ValueError, "output_dir: .* the fields peft_type"),

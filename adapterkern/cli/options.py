@@ -166,8 +166,8 @@ def _setting(action: argparse.Action, value: str) -> str:
 _QUOTES = "'\""
 # Of which a command has no option
 _ADVICE = (
-    r"; [a-z]+_column(?: and [a-z]+_column)* names? (?:another|others)|\nset skip_bad_rows=True to skip them"
-    r"|\. prompt and completion are for task='causal-lm'"
+    r"; [a-z]+_column(?: and [a-z]+_column)* names? (?:another|others)(?:, or \w+ and \w+ a pair)?"
+    r"|\nset skip_bad_rows=True to skip them|\. prompt and completion are for task='causal-lm'"
 )
 _BEFORE, _AFTER = r"(?<![\w./'\"=-])", r"(?![\w/'\"=]|\.\w)"  # not within a path, a quoted value or another name
 _VALUE = r"('[^']*'|\[[^\]]*\]|\([^)]*\)|-?\w(?:[\w.,/+-]*\w)?)"

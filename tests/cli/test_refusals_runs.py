@@ -247,8 +247,9 @@ def test_refused(
         ),
         (
             "eval causal-lm --data questions.jsonl",
-            "--data: questions.jsonl: column 'text' is missing; .*; --text-column names another. causal-lm is a run of "
-            "causal-lm, which reads 'prompt' and 'completion', or 'text'$",
+            "--data: questions.jsonl: column 'text' is missing; .*; --text-column names another, or --prompt-column "
+            "and --completion-column a pair. causal-lm is a run of causal-lm, which reads 'prompt' and 'completion', "
+            "or 'text'$",
         ),
         (
             "eval classification --data {pairs}",

@@ -99,7 +99,13 @@ CASES: dict[str, Case] = {
     "no header, TSV": (
         file("a.tsv", "w1 w2\nw2 w3\n", task="causal-lm"),
         DataError,
-        r"text_column names another\. The file's first line has to name its columns: 'text'$",
+        r"text_column names another, or .*_column a pair\. The file's first line has to name its columns: 'text'$",
+    ),
+    "instructions": (
+        file("a.jsonl", '{"instruction": "w1", "input": "", "output": "w2"}\n', task="causal-lm"),
+        DataError,
+        r"a\.jsonl: column 'text' is missing; there are 'instruction', 'input', 'output'; text_column names another, "
+        r"or prompt_column and completion_column a pair$",
     ),
     "a header, though of other columns": (
         file("a.csv", "body,label\nw1,a\n"),

@@ -39,6 +39,8 @@ from adapterkern.training.data.rows import (
 )
 from adapterkern.training.data.tokens import tokenize
 
+_LOOKED_AT = 20  # unknown labels, for what they may have meant: more are not shown
+
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
@@ -170,11 +172,14 @@ def _classification(
     if tokenizer is not _UNREAD and (both := written_in_two_ways(value for _, _, value in good)):
         warn("%s: column %s: the same label as a string and as another value: %s", *(bad.source, shown(column), both))
     none = np.empty(0, dtype=np.int64)
-    examples = []
+    examples, unknown = [], dict[str, str]()
     for row, text, value in good:
         number = label_number(value, numbers)
         if number is None:
-            bad.add(row.place, f"column {shown(column)}: {unknown_label(label_name(value) or '', names)}")
+            label = label_name(value) or ""
+            if label not in unknown:
+                unknown[label] = unknown_label(label, names, look=len(unknown) < _LOOKED_AT)
+            bad.add(row.place, f"column {shown(column)}: {unknown[label]}")
             continue
         ids = text.ids[: config.max_length]
         cuts = (len(text.ids) - len(ids),)
@@ -255,7 +260,9 @@ def _check_columns(rows: list[Row], config: TrainConfig, always: set[str], neede
         return
     learned = config.task == "causal-lm"
     of_text = [row for row in rows if not _is_given(row)]
-    check_columns(of_text or rows, needed if of_text else {name: needed[name] for name in always}, source)
+    names = needed if of_text else {name: needed[name] for name in always}
+    pair = "prompt_column and completion_column" if learned and len(names) == 1 else ""
+    check_columns(of_text or rows, names, source, pair)
     read = set(needed) if of_text else set(always)
     for row in rows:
         if _is_given(row):

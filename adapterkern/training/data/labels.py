@@ -84,13 +84,16 @@ def alike(name: str, names: Iterable[str]) -> list[str]:
     return [other for other in names if _plain(other) == _plain(name)]
 
 
-def unknown_label(name: str, names: Sequence[str]) -> str:
-    """What to say of a label that is none of those ``names`` that a head has learned."""
-    known = {_plain(other): other for other in names}
-    hint = f"; {shown(near[0])} differs only in case, spaces or form" if (near := alike(name, names)) else ""
-    typed = _plain(name)
-    if not near and (close := difflib.get_close_matches(typed, known, 1)) and _letters(close[0]) != _letters(typed):
-        hint = f"; did you mean {shown(known[close[0]])}?"  # class 3 is no typing error of class 2
+def unknown_label(name: str, names: Sequence[str], *, look: bool) -> str:
+    """What to say of a label that is none of those ``names`` that a head has learned; ``look`` for what it may mean."""
+    hint = ""
+    if look and (near := alike(name, names)):
+        hint = f"; {shown(near[0])} differs only in case, spaces or form"
+    elif look:
+        known, typed = {_plain(other): other for other in names}, _plain(name)
+        close = difflib.get_close_matches(typed, known, 1)
+        if close and _letters(close[0]) != _letters(typed):  # class 3 is no typing error of class 2
+            hint = f"; did you mean {shown(known[close[0]])}?"
     return f"label {shown(name)} is not one of the training's labels {listed(names)}{hint}"
 
 

@@ -114,28 +114,31 @@ def columns(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def check_columns(rows: list[Row], needed: Mapping[str, str], source: str) -> None:
+def check_columns(rows: list[Row], needed: Mapping[str, str], source: str, pair: str = "") -> None:
     """Raise ``ColumnError`` for the columns that none of the rows has: once, with the columns that there are.
 
     Args:
         needed: the columns, and what chooses each: the name of a setting, or "".
+        pair: two settings that may choose others instead of one.
     """
     found = columns(rows)
     if missing := [name for name in needed if name not in found]:
         no_header = len(missing) == len(needed) and Path(source).suffix.lower() in _TABLES
-        raise ColumnError(f"{source}: {no_columns({name: needed[name] for name in missing}, found, no_header)}")
+        problem = no_columns({name: needed[name] for name in missing}, found, no_header, pair)
+        raise ColumnError(f"{source}: {problem}")
 
 
-def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool) -> str:
+def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool, pair: str) -> str:
     """What to say of columns that no row has.
 
     Args:
-        missing: as ``needed`` of ``check_columns``.
+        missing, pair: as ``needed`` and ``pair`` of ``check_columns``.
         no_header: a row may have been taken for the header.
     """
     settings = [setting for setting in missing.values() if setting]
     setting = settings[0] if settings else ""
     chosen = f"; {' and '.join(settings)} name{'s another' if len(settings) == 1 else ' others'}" if settings else ""
+    chosen += f", or {pair} a pair" if pair else ""
     hint = ""
     if len(found) == 1 and (separators := [char for char in ";\t,|" if char in found[0]]):
         hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"

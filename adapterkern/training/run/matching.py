@@ -132,7 +132,7 @@ def check_adapter(path: Path, before: Mapping[str, Any], backbone: Mapping[str, 
     size, layers = backbone.get("hidden_size"), backbone.get("num_hidden_layers")
     if isinstance(size, int) and isinstance(layers, int):
         now = adapter.resolve(size, layers).to_dict()
-        _check_same_values(path, now | before, now, (*FREE_IN_ADAPTERS, MODULES))
+        _check_same_values(path, now | dict(before), now, (*FREE_IN_ADAPTERS, MODULES))
 
 
 def _check_same_values(

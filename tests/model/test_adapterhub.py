@@ -277,7 +277,8 @@ def test_one_library_s_file_is_not_written_over_the_other_s(tmp_path: Path) -> N
     ):
         with pytest.raises(
             ValueError,
-            match=rf"(adapter_config|adapterkern)\.json: expected {owner}'s file or none, got one with the fields",
+            match=rf"(adapter_config|adapterkern)\.json: expected {owner}'s file or none, got another program's, "
+            "with the fields",
         ):
             save(tmp_path / folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before

@@ -111,17 +111,20 @@ def other_names(**instead: str) -> Callable[[T], T]:
 
 
 _FEW = 5  # names in a suggestion
+# What others write after the name of our argument
+_DATA = ("data", "dataset", "file", "files", "path", "set", "name-or-path", "name_or_path")
 
 
 def near(name: str, known: Sequence[str]) -> list[str]:
     """Those of ``known`` that an unknown ``name`` may stand for: none if it is like none of them, or a letter of many.
 
-    Those that begin with it, else that end with it, else the one of which it is a typing error, or a longer form.
+    Those that begin with it, else that end with it, else the one of which it is a typing error, or ``train`` for
+    ``train_file``.
     """
     found = [other for other in known if other.startswith(name)]
     found = found or [other for other in known if other.endswith((f"-{name}", f"_{name}"))]
     found = found or difflib.get_close_matches(name, known, 1, cutoff=0.85)
-    found = found or sorted((other for other in known if name.startswith((f"{other}-", f"{other}_"))), key=len)[-1:]
+    found = found or [other for other in known for end in _DATA if name in (f"{other}-{end}", f"{other}_{end}")]
     found = found or difflib.get_close_matches(name, known, 1)
     return found if len(found) <= _FEW else []
 

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             for path in of_task:  # the second may have the labels of the first
                 labels = check_rows(f"--data {name}", path, config, labels)
 
-    return train_run(arguments, job, check=check)
+    return train_run(arguments, job, check=check, one_adapter=False)
 
 
 def _files(data: list[list[str]]) -> dict[str, list[str]]:

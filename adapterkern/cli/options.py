@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            hint = _mean(checks.near(str(value), list(map(str, action.choices))))
+            choices = list(map(str, action.choices))
+            hint = _mean([c for c in choices if str(value).startswith(c)] or checks.near(str(value), choices))
             raise argparse.ArgumentError(
                 action, f"expected one of {', '.join(map(str, action.choices))}, got {value!r}{hint}"
             )
@@ -84,7 +85,7 @@ def _no_value(flag: str, value: str) -> str:
 
 
 # What other libraries call an option, where it is another than the argument that ``OTHER_NAMES`` has for Python
-_OTHER_NAMES = {"use_liger_kernel": "liger", "task_type": "task"}
+_OTHER_NAMES = {"use_liger_kernel": "liger", "task_type": "task", "no_fused": "unfused"}
 
 
 def _hint(option: str, parser: argparse.ArgumentParser) -> str:
@@ -103,8 +104,9 @@ def _hint(option: str, parser: argparse.ArgumentParser) -> str:
         return f": there is no such option; in Python it is {ours.partition(' and ')[0]}"
     typed = (ours if ours.isidentifier() else name).replace("_", "-")
     known = [string.removeprefix("--") for action in actions.values() for string in action.option_strings]
-    known = [name for name in known if name.startswith("no-") == typed.startswith("no-")]
-    return _mean([f"--{name}" for name in checks.near(typed, known)])
+    alike = [name for name in known if name.startswith("no-") == typed.startswith("no-")]
+    likely = checks.near(typed, alike) or checks.near(typed.removeprefix("no-"), known)
+    return _mean([f"--{name}" for name in likely])
 
 
 def _mean(names: list[str]) -> str:

@@ -57,4 +57,4 @@ def run(arguments: argparse.Namespace) -> int:
         check_mixed("--modules-to-save", adapter_config(arguments), config)
         check_train_and_eval(arguments.train, arguments.eval, config)
 
-    return train_run(arguments, job, check=check)
+    return train_run(arguments, job, check=check, one_adapter=False)

@@ -58,11 +58,14 @@ def train_run(
     job: Callable[[Any, Any, TrainConfig], Job],
     load: Callable[[argparse.Namespace], tuple[Any, Any]] = load_arguments_backbone,
     check: Callable[[TrainConfig], None] | None = None,
+    *,
+    one_adapter: bool = True,
 ) -> int:
     """Train what ``job`` makes of (backbone, tokenizer, configuration); the status of the command.
 
     Args:
         check: raises for data that the command cannot use; by default ``check_train_and_eval``.
+        one_adapter: the run trains one, which the options describe.
 
     Raises what ``adapterkern.train`` raises; all that can be known without the backbone before it is loaded.
     """
@@ -80,7 +83,7 @@ def train_run(
     check_source(arguments.model)
     if arguments.liger:
         check_installed()
-    check_output(config, Task.files, adapter)
+    check_output(config, Task.files, adapter if one_adapter else None)
     if check is not None:
         check(config)
     else:

@@ -58,7 +58,15 @@ def hint(command: tuple[str, ...], option: str) -> str:
         # the field's name, where the option has another
         ("--num-layers", " (did you mean --backbone-layers?)"),
         ("--output-dir", " (did you mean --output?)"),
-        # beginnings, ends, longer forms
+        ("--lr-scheduler", " (did you mean --schedule?)"),
+        ("--clip-norm", " (did you mean --max-norm?)"),
+        ("--no-fused", " (did you mean --unfused?)"),
+        ("--no-liger", " (did you mean --liger?)"),
+        # beginnings, ends, longer forms, typing errors
+        ("--lr-decay", " (did you mean --weight-decay?)"),
+        ("--eval-interval", " (did you mean --eval-every?)"),
+        ("--train-epochs", " (did you mean --epochs?)"),
+        ("--model-layers", " (did you mean --layers?)"),
         ("--ep", " (did you mean --epochs or --eps?)"),
         ("--ov", " (did you mean --overwrite?)"),
         ("--max_len", " (did you mean --max-length?)"),

@@ -73,7 +73,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"layers": [1]}, r"layers=\[0, 1\], not \[1\]"),
         ({"adapter_dim": 8}, "adapter_dim=4, not 8"),
         ({"depth": 2}, "depth=1, not 2"),
-        ({"modules_to_save": ["norm"]}, r"modules_to_save=None, not \['model.norm'\]"),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save=\[\], not \['model.norm'\]"),
     ],
     ids=lambda value: next(iter(value), None) if isinstance(value, dict) else "",
 )
@@ -93,6 +93,16 @@ def test_another_init_is_resumed(tmp_path: Path, checkpoint: Path) -> None:
     trainer(tmp_path, model, max_steps=1).train(resume_from_checkpoint=str(checkpoint))
     saved = load_file(checkpoint / "adapterkern.safetensors")
     assert all(torch.equal(t, saved[key]) for key, t in model.adapters["default"].state_dict().items())
+
+
+def test_what_is_the_same_in_other_words_or_another_dtype_is_loaded(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    model = adapted(config=ak.AdapterConfig(adapter_dim=4, modules_to_save=[]))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model.load_state_dict({key: t.to(dtype) for key, t in tensors.items()}, strict=False)
+    key = "adapters.default.config"
+    with pytest.raises(ValueError, match=r"config: expected the bytes of .*json, got \(\d+,\) of torch.float32"):
+        model.load_state_dict(tensors | {key: tensors[key] + 0.5}, strict=False)
 
 
 def test_checkpoints_without_a_configuration_are_resumed(tmp_path: Path, checkpoint: Path) -> None:
@@ -117,6 +127,7 @@ def test_resuming_warns_of_another_backbone_and_of_another_active_adapter(
     model.base.model.norm.weight.data.mul_(2)
     model.load_state_dict(tensors, strict=False)
     assert "saved for the backbone without a name, and loaded on one of other weights" in caplog.text
+    assert "strict" not in caplog.text  # which load_state_dict has for something else
     model.add_adapter("b", ak.AdapterConfig(adapter_dim=4))
     model.set_adapter("b")
     model.load_state_dict(tensors, strict=False)

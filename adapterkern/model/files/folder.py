@@ -113,7 +113,8 @@ def read_adapter(
     if names is None:
         if held := whose(directory):
             raise ValueError(f"directory: expected an adapter that this package saved, got {directory} with {held}")
-        inside = [path for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{CONFIG_NAME}")]
+        # Trainer's checkpoint-N, or a run's checkpoints/step-N; what is hidden is not whole
+        inside = [p for of in ("checkpoint-*", "checkpoints/[!.]*") for p in directory.glob(f"{of}/{CONFIG_NAME}")]
         newest = max(inside, key=lambda path: path.stat().st_mtime, default=None)
         hint = f"; there is one in {newest.parent}" if newest else ""
         raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file{hint}")
@@ -171,13 +172,16 @@ def read_described(path: Path | str, llama: Any, content: bytes | None = None) -
     return saved, shape
 
 
-def check_weights(path: Path | str, base: Mapping[str, Any], llama: Any, digest: Digest, *, strict: bool) -> None:
+def check_weights(
+    path: Path | str, base: Mapping[str, Any], llama: Any, digest: Digest, *, strict: bool | None
+) -> None:
     """Warn, or with ``strict`` raise ``ValueError``, if the backbone's weights are not those of a save.
 
     Args:
         path: the configuration, for the message.
         base: what it says of the backbone; with no ``"digest"`` nothing is compared.
         digest: of ``llama``, see ``weights_digest``.
+        strict: None if the caller has no such option.
     """
     if not differ(base.get("digest"), digest):
         return
@@ -187,7 +191,8 @@ def check_weights(path: Path | str, base: Mapping[str, Any], llama: Any, digest:
     )
     if strict:
         raise ValueError(f"{problem}; expected the same weights with strict=True")
-    logger.warning("%s: its results will differ (in Python: strict=True refuses this)", problem)
+    hint = "" if strict is None else " (in Python: strict=True refuses this)"
+    logger.warning("%s: its results will differ%s", problem, hint)
 
 
 def _without_heads_of_other_classes(llama: Any, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:

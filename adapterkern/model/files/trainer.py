@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import replacing
-from adapterkern.model.config import FREE_IN_ADAPTERS, AdapterConfig
+from adapterkern.model.config import FREE_IN_ADAPTERS, MODULES, AdapterConfig
 from adapterkern.model.extra import saved_shapes
 from adapterkern.model.files.folder import CONFIG_NAME, check_tensors, check_weights, read_described
 from adapterkern.model.files.owner import OURS
@@ -59,13 +59,21 @@ def _of(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def _bytes(where: str, described: Any) -> bytes:
+    """What a tensor of bytes holds, also if all tensors have been cast, to a dtype that has the numbers up to 255."""
+    if isinstance(described, Tensor) and described.dim() == 1 and not described.is_complex():
+        values = described.detach().cpu()
+        as_bytes = values.nan_to_num(-1).clamp(0, 255).to(torch.uint8)
+        if bool((as_bytes.to(values.dtype) == values).all()):
+            return as_bytes.numpy().tobytes()
+    is_tensor = isinstance(described, Tensor)
+    got = f"{tuple(described.shape)} of {described.dtype}" if is_tensor else f"{described!r:.80}"
+    raise ValueError(f"{where}: expected the bytes of {CONFIG_NAME}, got {got}")
+
+
 def _check(model: "Saved", where: str, name: str, described: Any, tensors: Mapping[str, Tensor]) -> None:
     model.check_attached()
-    if not isinstance(described, Tensor) or described.dtype is not torch.uint8 or described.dim() != 1:
-        is_tensor = isinstance(described, Tensor)
-        got = f"{tuple(described.shape)} of {described.dtype}" if is_tensor else f"{described!r:.80}"
-        raise ValueError(f"{where}: expected the bytes of {CONFIG_NAME}, got {got}")
-    saved, _ = read_described(where, model.base, described.cpu().numpy().tobytes())
+    saved, _ = read_described(where, model.base, _bytes(where, described))
     if name not in model.adapters:
         there = ", ".join(map(repr, model.adapters)) or "none"
         raise ValueError(
@@ -74,14 +82,15 @@ def _check(model: "Saved", where: str, name: str, described: Any, tensors: Mappi
         )
     config = model.adapter_config(name)
     try:
-        before = AdapterConfig.from_dict(saved["adapter"]).to_dict()
+        before = AdapterConfig.from_dict(saved["adapter"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if problem := checks.other_value(before, config.to_dict(), FREE_IN_ADAPTERS):
+    began, now = (c.to_dict() | {MODULES: list(c.modules_to_save or ())} for c in (before, config))
+    if problem := checks.other_value(began, now, FREE_IN_ADAPTERS):
         raise ValueError(f"config: {problem}")
     extra = saved_shapes(model.base, config.modules_to_save or ())
     check_tensors("the checkpoint", tensors, config, model.config.hidden_size, extra)
-    check_weights(where, saved["base"], model.base, model.backbone_digest(name), strict=False)
+    check_weights(where, saved["base"], model.base, model.backbone_digest(name), strict=None)
     if model.active_adapter not in (None, name):
         logger.warning(
             "the checkpoint is of the adapter %r, and %r is active: set_adapter(%r) before the run goes on, or it "

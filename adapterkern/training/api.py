@@ -188,7 +188,7 @@ def _state(
         "settings": task.settings,
         "adapters": [model.adapter_config(name).to_dict() for name in names],  # without their names
         "backbone": backbone,
-        "eval_fingerprint": fingerprint(data.eval),
+        "eval_fingerprint": fingerprint(data.eval) if data.eval else "",
     }
     return TrainingState(
         engine.parameters,

@@ -64,7 +64,7 @@ def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
     path = Path(directory) / TASK_NAME
     if (found := checkpoints(directory)) and not path.exists():
         raise FileNotFoundError(
-            f"{path}: not there, since the run has not finished; its newest checkpoint is {found[-1]}"
+            f"{path}: no such file. The newest checkpoint of a run that has not finished is {found[-1]}"
         )
     saved = read_versioned(path, FORMAT_VERSION, {"config": dict})
     try:

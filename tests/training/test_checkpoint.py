@@ -1,5 +1,6 @@
 """Checkpoints: resumed bit-identically, refused if damaged or of another run, never half-written."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -197,15 +198,24 @@ def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
         run(tmp_path, tiny_run.model(adapter_dim=4), max_steps=2, resume=True)
 
 
-@pytest.mark.parametrize("other", [None, EVAL_ROWS[:5]], ids=["none", "fewer"])
-def test_other_evaluation_data_are_refused(tmp_path: Path, other: Any) -> None:
-    run(tmp_path, max_steps=2)
+@pytest.mark.parametrize(
+    ("first", "second", "problem"),
+    [
+        (EVAL_ROWS, EVAL_ROWS[:5], "begun with other evaluation data: resume with the same, and score the finished"),
+        (EVAL_ROWS, None, "begun with evaluation data, and has none now: resume with the same"),
+        (None, EVAL_ROWS, "begun with no evaluation data, and has some now: resume with the same"),
+    ],
+    ids=["other", "then", "now"],
+)
+def test_other_evaluation_data_are_refused(tmp_path: Path, first: Any, second: Any, problem: str) -> None:
+    config = tiny_run.quiet(output_dir=tmp_path, max_steps=2, checkpoint_every=2, log_every=1)
+    again = dataclasses.replace(config, resume=True)
+    train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=first)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    config = tiny_run.quiet(output_dir=tmp_path, max_steps=2, resume=True, checkpoint_every=2)
-    with pytest.raises(CheckpointError, match=r"begun with other evaluation data: resume with the same, and score the"):
-        train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=other)
+    with pytest.raises(CheckpointError, match=problem):
+        train(tiny_run.model(), ROWS, again, tokenizer=TOKENIZER, eval_data=second)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert run(tmp_path, max_steps=2, resume=True).steps == 2
+    assert train(tiny_run.model(), ROWS, again, tokenizer=TOKENIZER, eval_data=first).steps == 2
 
 
 def test_other_settings_are_refused_before_the_data_are_read(tmp_path: Path) -> None:
@@ -220,8 +230,11 @@ def test_a_run_that_has_not_finished_names_its_newest_checkpoint(
     die_after(monkeypatch, 2)
     with pytest.raises(Killed):
         run(tmp_path)
+    half = tmp_path / "checkpoints" / ".step-00000006.1"  # as of a killed process
+    half.mkdir()
+    (half / "adapterkern.json").touch()
     newest = tmp_path / "checkpoints" / "step-00000004"
-    unfinished = f"task.json: not there, since the run has not finished; its newest checkpoint is {newest}"
+    unfinished = f"task.json: no such file. The newest checkpoint of a run that has not finished is {newest}"
     with pytest.raises(FileNotFoundError, match=unfinished):
         load_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"got no such file; there is one in {newest}"):

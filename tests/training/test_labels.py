@@ -2,6 +2,7 @@
 
 import json
 import logging
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_suspicious(counts: dict[str, int], found: str) -> None:
 
 
 def test_a_label_in_two_ways(caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"text": "w1", "label": label} for label in (1, "1", np.int64(1), 2, True, "true", "x")]
+    labels = (1, "1", np.int64(1), 2, IntEnum("Two", {"two": 2}).two, True, "true", "x")  # type: ignore[attr-defined]
+    rows = [{"text": "w1", "label": label} for label in labels]
     assert load_examples(rows, tiny_run.quiet(), TOKENIZER)[1] == ["1", "2", "true", "x"]
     said = "column 'label': the same label as a string and as another value: 1 and '1', True and 'true'"
     assert caplog.messages == [f"data: {said}"]
@@ -91,11 +93,25 @@ def test_a_label_in_two_ways(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_texts_in_both_sets(caplog: pytest.LogCaptureFixture) -> None:
     other = {"text": "w1 w2", "label": "yes"}
-    data = [ROWS[3] | {"label": "yes"}, other, ROWS[5]]
+    data = [ROWS[3], other, ROWS[5]]
     ak.train(tiny_run.model(), ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER, eval_data=data)
     assert caplog.messages == ["eval: 2 of 3 texts are training texts, too (row 0)"]
-    ak.train(tiny_run.model(), ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER, eval_data=[other])
+    for again in ([other], data):  # the second has been said
+        ak.train(tiny_run.model(), ROWS, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER, eval_data=again)
     assert len(caplog.messages) == 1
+
+
+def test_what_is_not_in_both_sets(caplog: pytest.LogCaptureFixture) -> None:
+    """Another task's texts, and texts that begin alike and are cut."""
+    model = tiny_run.model()
+    model.add_adapter("other", ak.AdapterConfig(adapter_dim=4, layers=(3,)))
+    both = {"default": ROWS, "other": tiny_run.rows(8, seed=1)}
+    swapped = dict(zip(both, reversed(both.values()), strict=True))
+    task = MultiTask(model, list(both))
+    ak.train(model, both, tiny_run.quiet(max_steps=1), tokenizer=TOKENIZER, eval_data=swapped, task=task)
+    long = [{"input_ids": [5] * 20 + [i], "label": "ab"[i % 2]} for i in range(4)]
+    ak.train(tiny_run.model(), long[:2], tiny_run.quiet(max_steps=1), eval_data=long[2:])
+    assert "training texts" not in caplog.text
 
 
 def test_nothing_suspicious() -> None:

@@ -1,13 +1,16 @@
 """Padding changes no row's states, or it is refused or named."""
 
 import logging
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import adapterkern as ak
+from adapterkern.training.data import padding
 from tests.support import families, tiny_run
 
 pytestmark = families.LISTED
@@ -90,6 +93,24 @@ def test_texts_that_are_too_long_for_the_backbone(caplog: pytest.LogCaptureFixtu
     caplog.clear()
     ak.train(model, ROWS, config(max_length=10))
     assert "max_position_embeddings" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "default"}, 16),
+        ({"rope_type": "linear", "factor": 4.0}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 32),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2}, 16),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"factor": None}}, 32),
+        ({"rope_type": "dynamic", "factor": 2.0}, math.inf),
+        (None, 16),
+    ],
+    ids=str,
+)
+def test_positions_of_scaled_rope(rope: Any, positions: float) -> None:
+    assert padding._positions(SimpleNamespace(max_position_embeddings=16, rope_parameters=rope)) == positions
+    assert padding._positions(SimpleNamespace(rope_parameters=rope)) == math.inf
 
 
 def test_nothing_is_asked_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,12 +94,12 @@ CASES: dict[str, Case] = {
         file("a.csv", "w1 w2,no\nw2 w3,yes\n"),
         DataError,
         r"a\.csv: columns 'text', 'label' are missing; there are 'w1 w2', 'no'; text_column and label_column name "
-        r"others\. The file's first line has to name its columns: 'text', 'label'$",
+        r"others\. If these are values, the file lacks a first line with the names of its columns$",
     ),
     "no header, TSV": (
         file("a.tsv", "w1 w2\nw2 w3\n", task="causal-lm"),
         DataError,
-        r"text_column names another, or .*_column a pair\. The file's first line has to name its columns: 'text'$",
+        r"text_column names another, or .*_column a pair\. If these are values, the file lacks a first line with",
     ),
     "instructions": (
         file("a.jsonl", '{"instruction": "w1", "input": "", "output": "w2"}\n', task="causal-lm"),
@@ -107,6 +107,7 @@ CASES: dict[str, Case] = {
         r"a\.jsonl: column 'text' is missing; there are 'instruction', 'input', 'output'; text_column names another, "
         r"or prompt_column and completion_column a pair$",
     ),
+    "a column without a name": (data([{0: "w1 w2"}]), DataError, "columns 'text', 'label' are missing; there are 0; "),
     "a header, though of other columns": (
         file("a.csv", "body,label\nw1,a\n"),
         DataError,

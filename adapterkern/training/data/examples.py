@@ -39,7 +39,7 @@ from adapterkern.training.data.rows import (
 )
 from adapterkern.training.data.tokens import tokenize
 
-_LOOKED_AT = 20  # unknown labels, for what they may have meant: more are not shown
+_LOOKED_AT = 10  # unknown labels, for what they may have meant: more are not shown
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 

@@ -16,6 +16,7 @@ from adapterkern.training.data.rows import listed, scalar, shown
 EXPECTED = "a non-empty string or an integer"
 _INTEGER = re.compile(r"-?\d{1,18}")
 _FRACTION = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
+_MANY = 1000  # labels, among which no typing error is looked for
 _FEW = 10  # with fewer rows than this a label may well have one row
 
 
@@ -47,10 +48,10 @@ def label_order(names: Iterable[str]) -> list[str]:
 
 def written_in_two_ways(values: Iterable[Any]) -> str:
     """The labels that are strings in some rows and numbers or booleans in others, as ``'1' and 1``; "" if none is."""
-    kinds: dict[str, dict[type, Any]] = {}
+    kinds: dict[str, dict[bool, Any]] = {}
     for value in map(scalar, values):
         if (name := label_name(value)) is not None:
-            kinds.setdefault(name, {}).setdefault(type(value), value)
+            kinds.setdefault(name, {}).setdefault(isinstance(value, str), value)
     several = [found.values() for found in kinds.values() if len(found) > 1]
     return ", ".join(" and ".join(map(shown, values)) for values in several[:_FEW])
 
@@ -89,7 +90,7 @@ def unknown_label(name: str, names: Sequence[str], *, look: bool) -> str:
     hint = ""
     if look and (near := alike(name, names)):
         hint = f"; {shown(near[0])} differs only in case, spaces or form"
-    elif look:
+    elif look and len(names) <= _MANY:
         known, typed = {_plain(other): other for other in names}, _plain(name)
         close = difflib.get_close_matches(typed, known, 1)
         if close and _letters(close[0]) != _letters(typed):  # class 3 is no typing error of class 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from adapterkern.model.decoder import eval_mode
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import collate, to_device
 from adapterkern.training.data.examples import Example
-from adapterkern.training.data.rows import warn
+from adapterkern.training.data.rows import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +52,31 @@ def check_padding(llama: Any, config: TrainConfig, examples: Sequence[Example]) 
 
 
 def check_positions(llama: Any, examples: Sequence[Example]) -> None:
-    """Warn of texts that are longer than what ``llama`` was trained on."""
-    most = getattr(llama.config, "max_position_embeddings", None)
-    rope = getattr(llama.config, "rope_parameters", None) or getattr(llama.config, "rope_scaling", None) or {}
-    if not isinstance(most, int) or "dynamic" in (rope.get("rope_type"), rope.get("type")):  # which grows with the text
-        return
+    """Warn of texts that are longer than what ``llama`` was made for."""
+    most = _positions(llama.config)
     if longer := [n for n in (len(example.input_ids) for example in examples) if n > most]:
-        warn(
-            "max_length: %d texts, the longest of %s tokens, are longer than what %s was made for "
-            "(max_position_embeddings=%d); a smaller max_length cuts them",
-            *(len(longer), f"{max(longer):,}", type(llama).__name__, most),
+        warn_once(
+            f"max_length: {len(longer):,} texts, the longest of {max(longer):,} tokens, are longer than what "
+            f"{type(llama).__name__} was made for (max_position_embeddings={most:g}); a smaller max_length cuts them"
         )
+
+
+def _positions(config: Any) -> float:
+    """The number of positions that a model was made for; infinity where its configuration has no bound.
+
+    RoPE may be scaled, ``factor`` times, by what the configuration says of all layers, or of each kind.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    found = math.inf
+    if isinstance(most, int):
+        found = most
+        for one in (rope, *rope.values()):
+            if isinstance(one, dict) and "dynamic" in (one.get("rope_type"), one.get("type")):  # grows with the text
+                return math.inf
+            if isinstance(one, dict) and isinstance(factor := one.get("factor"), int | float):
+                found = max(found, factor * (one.get("original_max_position_embeddings") or most))
+    return found
 
 
 def _pads(config: TrainConfig, examples: Sequence[Example]) -> bool:

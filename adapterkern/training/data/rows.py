@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows, or names, in one message
 _WIDTH = 60  # characters of a value in a message
-_named: set[str] = set()  # what `warn_unused` has said
+_named: set[str] = set()  # what `warn_once` and `warn_unused` have said
 _TABLES = (".csv", ".tsv", ".tab")
 _MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
 
@@ -83,6 +83,13 @@ def warn(message: str, *values: Any) -> None:
         _log.warning(message, *values)
 
 
+def warn_once(line: str) -> None:
+    """``warn`` in the first of several runs on the same data, such as an ablation's."""
+    if line not in _named:
+        _named.add(line)
+        warn("%s", line)
+
+
 def shown(value: Any) -> str:
     """``value`` for a message: its repr, on one line and cut to a readable length."""
     try:
@@ -140,14 +147,14 @@ def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool, pa
     chosen = f"; {' and '.join(settings)} name{'s another' if len(settings) == 1 else ' others'}" if settings else ""
     chosen += f", or {pair} a pair" if pair else ""
     hint = ""
-    if len(found) == 1 and (separators := [char for char in ";\t,|" if char in found[0]]):
+    if len(found) == 1 and isinstance(found[0], str) and (separators := [char for char in ";\t,|" if char in found[0]]):
         hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"
     elif "messages" in found or "conversations" in found:
         hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
     elif setting == "text_column" and {"prompt", "completion"} <= set(found):
         hint = ". prompt and completion are for task='causal-lm'"
     elif no_header:
-        hint = f". The file's first line has to name its columns: {listed(missing)}"
+        hint = ". If these are values, the file lacks a first line with the names of its columns"
     what = f"column {listed(missing)} is" if len(missing) == 1 else f"columns {listed(missing)} are"
     return f"{what} missing; there are {listed(found) or 'no columns'}{chosen}{hint}"
 

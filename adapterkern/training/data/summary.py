@@ -9,7 +9,7 @@ import numpy as np
 
 from adapterkern.training.data.examples import Example
 from adapterkern.training.data.labels import suspicious_labels
-from adapterkern.training.data.rows import shown, warn
+from adapterkern.training.data.rows import shown, warn_once
 
 _LABELS = 12  # that are shown
 
@@ -106,9 +106,16 @@ def summarize(
 
 
 def warn_of_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
-    """Warn of texts to evaluate on that are learned, too: their scores say nothing about other texts."""
-    learned = {hash(example.input_ids.tobytes()) for example in train}
-    both = [example for example in evaluation if hash(example.input_ids.tobytes()) in learned]
+    """Warn of texts to evaluate on that are learned, too: their scores say nothing about others.
+
+    Texts that are cut are not compared: they may differ in what is gone.
+    """
+    learned = {_hash(example) for example in train if not any(example.cuts)}
+    both = [example for example in evaluation if not any(example.cuts) and _hash(example) in learned]
     if both:
         place = f" ({both[0].place})" if both[0].place else ""
-        warn("eval: %s of %s texts are training texts, too%s", f"{len(both):,}", f"{len(evaluation):,}", place)
+        warn_once(f"eval: {len(both):,} of {len(evaluation):,} texts are training texts, too{place}")
+
+
+def _hash(example: Example) -> int:
+    return hash(tuple(array.tobytes() for array in example.arrays()))

@@ -90,10 +90,11 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
     if saved["data_fingerprint"] != state.data_fingerprint:
         raise CheckpointError(f"{path}: the run was begun with other training data or another tokenizer")
     evaluated = origin.get("eval_fingerprint")
-    if saved.get("eval_fingerprint", evaluated) != evaluated:
+    if (before := saved.get("eval_fingerprint", evaluated)) != evaluated:
+        data = "other evaluation data" if before and evaluated else f"{'' if before else 'no '}evaluation data"
+        data += "" if before and evaluated else f", and has {'none' if before else 'some'} now"
         raise CheckpointError(
-            f"{path}: the run was begun with other evaluation data: resume with the same, and score the finished run "
-            "on others"
+            f"{path}: the run was begun with {data}: resume with the same, and score the finished run on others"
         )
     # Equally many, in runs of one task with the same settings.
     both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)

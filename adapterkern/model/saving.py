@@ -23,7 +23,7 @@ from adapterkern.model.extra import Extra, covered
 from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
-from adapterkern.model.files.owner import OURS
+from adapterkern.model.files.owner import OURS, check_no_run
 from adapterkern.model.files.trainer import take_described, write_trainer
 
 # Arguments that Trainer, TRL and accelerate pass to save_pretrained. Only state_dict matters for an adapter.
@@ -98,7 +98,8 @@ class Saved(Extra):
             OSError: a file cannot be written.
             ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, a parameter of the
                 backbone requires a gradient and is not among the adapter's ``modules_to_save``, or the folder holds a
-                model (the backbone's own, for example) or another library's adapter. Existing files stay as they are.
+                model (the backbone's own, for example), another library's adapter, or a training of ``ak.train``.
+                Existing files stay as they are.
         """
         if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):
             raise TypeError(f"save_pretrained: unexpected argument {unknown[0]!r}")
@@ -115,7 +116,10 @@ class Saved(Extra):
             if isinstance(module, Adapter):
                 module.check_modules()
         self.check_saved(name)
+        if not os.fspath(directory):
+            raise ValueError("directory: expected the name of a folder, got ''")
         directory = Path(directory)
+        check_no_run(directory)
         prefix = f"{OURS}{name}."
         state = from_trainer.get("state_dict") or self.state_dict()
         tensors = {

@@ -18,6 +18,7 @@ from typing import Any
 from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, adapter_files
+from adapterkern.model.files.owner import writing
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
@@ -47,7 +48,8 @@ def save_run(
 ) -> None:
     """Write the adapter (``name``, or the active one), the head and ``task.json``, each file atomically."""
     if config.train_adapters:
-        model.save_pretrained(directory, name)
+        with writing(directory):
+            model.save_pretrained(directory, name)
     if head is not None:
         head.save_pretrained(directory)
     save_config(directory, config, kind)

@@ -199,7 +199,7 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ),
     (
         "a checkpoint whose configuration is no bytes",
-        lambda p: resume(p, lambda t: t.update({DESCRIBED: torch.ones(3)})),
+        lambda p: resume(p, lambda t: t.update({DESCRIBED: torch.ones(3) / 2})),
         ValueError,
         rf"the checkpoint's {DESCRIBED}: expected the bytes of adapterkern\.json, got \(3,\) of torch\.float32",
     ),

@@ -1,5 +1,6 @@
 """What a run refuses to write over: before the training begins, and without changing a file."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,23 @@ def test_checkpoints_of_others_stay(tmp_path: Path) -> None:
     config = tiny_run.quiet(output_dir=tmp_path, overwrite=True, max_steps=1)
     train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER)
     assert (tmp_path / "checkpoints" / "epoch-1" / "weights.pt").read_bytes() == b"precious"
+
+
+def test_an_adapter_is_not_saved_over_that_of_a_training(tmp_path: Path) -> None:
+    adapted = tiny_run.model()
+    config = tiny_run.quiet(output_dir=tmp_path / "run", max_steps=1)
+    train(adapted, ROWS, config, tokenizer=TOKENIZER)
+    folder = tmp_path / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = tiny_run.model(adapter_dim=4)
+    for place, name in ((folder, "task.json"), (folder / "checkpoints" / "step-00000001", "task.json")):
+        for arguments in ({}, {"state_dict": None}):  # by hand, and as Trainer does
+            with pytest.raises(ValueError, match=rf"expected a folder without a training, got .*, .* one \({name}\)"):
+                other.save_pretrained(place, **arguments)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="directory: expected the name of a folder, got ''"):
+        other.save_pretrained("")
+    other.save_pretrained(folder / "mine")
+    for _ in range(2):  # a task saves itself as often as it is asked
+        Task(adapted).save(tmp_path / "task", config)
+    train(adapted, ROWS, dataclasses.replace(config, resume=True), tokenizer=TOKENIZER)

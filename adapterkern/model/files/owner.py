@@ -3,7 +3,10 @@
 The check stands before everything that writes an adapter, a head or a run, so a refusal leaves the folder as it was.
 """
 
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from adapterkern.files import check_owner, read_json
 
 MODEL_CONFIG = "config.json"
 OTHERS_CONFIG = "adapter_config.json"  # PEFT's, AdapterHub's, and ours up to 0.1.0
+RUN_FILES = ("task.json", "state.json")  # of a training or a checkpoint, whose adapter belongs to its other files
 OURS = "adapters."  # how every key of ours begins in the file that transformers' Trainer resumes from
 _PICKLED = re.compile(rf"{re.escape(Path(WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\w-]+)?\.bin")
 _SAFE = re.compile(rf"{re.escape(Path(SAFE_WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\w-]+)?\.safetensors")
@@ -41,6 +45,30 @@ def check_folder(directory: str | Path, argument: str = "directory", owner: str 
         check_owner(directory / "adapterkern.json", owner, is_ours if ours else lambda _: False)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}; name another folder") from error
+
+
+def check_no_run(directory: Path) -> None:
+    """Raise ``ValueError`` if ``directory`` holds a training or a checkpoint, outside of ``writing`` there."""
+    held = next((name for name in RUN_FILES if (directory / name).exists()), None)
+    if held is not None and not any(directory.resolve().is_relative_to(folder) for folder in _writing):
+        raise ValueError(
+            f"directory: expected a folder without a training, got {directory}, which holds one ({held}): its adapter "
+            "would be replaced; name another folder"
+        )
+
+
+_writing: list[Path] = []
+
+
+@contextlib.contextmanager
+def writing(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside the block adapters are saved in ``directory``, and in folders inside it, as parts of a training."""
+    folder = Path(directory).resolve()
+    _writing.append(folder)
+    try:
+        yield
+    finally:
+        _writing.remove(folder)
 
 
 def is_ours(config: dict[str, Any]) -> bool:

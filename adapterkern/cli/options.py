@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.set_defaults(parser=self)
         self.typed: set[str] = set()  # the fields whose options the last command line had
+        self.repeated: set[str] = set()  # the options that it had twice, of which the last counts
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
@@ -41,6 +42,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help", self)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.dest in self.typed and action.option_strings and not isinstance(action, argparse._AppendAction):
+            option = action.option_strings[0]
+            if option in _FILES:
+                raise argparse.ArgumentError(action, "expected one file, got two: write all rows into one")
+            self.repeated.add(option)
         self.typed.add(action.dest)  # argparse calls this for what is there, and not for defaults
         return super()._get_values(action, arg_strings)
 
@@ -77,6 +83,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown {option}{_hint(option, self)}")
 
 
+_FILES = ("--train", "--eval", "--data")  # of which one given twice may mean both
 _VALUE_OF_FLAG = re.compile(r"(--\S+): ignored explicit argument (.*)")
 
 
@@ -207,6 +214,12 @@ def layer_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected layer numbers such as 0,3 or -2,-1, got {text!r}") from None
 
 
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder, got ''")
+    return Path(text)
+
+
 def name_list(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -267,7 +280,7 @@ def add_layers_option(parser: Any, help: str = LAYERS_HELP) -> None:
 
 def add_output_option(parser: Any, default: str) -> None:
     parser.add_argument(
-        "--output", dest="output_dir", type=Path, default=Path(default), metavar="DIR", help="default %(default)s"
+        "--output", dest="output_dir", type=folder, default=Path(default), metavar="DIR", help="default %(default)s"
     )
 
 

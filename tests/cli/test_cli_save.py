@@ -54,3 +54,11 @@ def test_modules_to_save(
     ):
         assert cli.main([*arguments, "--resume", *more]) == 1
         assert problem in capsys.readouterr().err
+
+
+def test_of_an_option_given_twice_the_last_counts(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert cli.main([*train_arguments(model_folder, files, tmp_path), "--epochs", "1"]) == 0  # after 4
+    assert "--epochs: given more than once; the last one counts" in caplog.messages
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000008"]

@@ -110,6 +110,12 @@ ROWS = [
     (MULTITASK + "--data a/b good.jsonl", "--data: expected a task's name that a folder can have, got a/b"),
     (DISTILL + "--task classification", "--task: expected causal-lm without --keep, .*, got classification"),
     (
+        TRAIN + "--train good.jsonl",
+        "train: --train: expected one file, got two: write all rows into one; see",
+    ),
+    ("train --model {model} --train good.jsonl --output ''", "--output: expected the name of a folder, got ''"),
+    (TRAIN + "--max-norm 0", "--max-norm: expected a number above 0, .* or inf, got 0"),
+    (
         TRAIN + "--resume --overwrite",
         "--overwrite: expected --resume, which continues the earlier run, or --overwrite, which replaces it; got both$",
     ),

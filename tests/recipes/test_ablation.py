@@ -385,7 +385,7 @@ def test_the_command_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "spikes" in out
     assert "…" not in out  # nothing is cut off in 80 columns
     assert (tmp_path / "out" / "stability.png").stat().st_size > 1000
-    assert cli.main([*arguments, "--train", "x.csv", "--vary", "dept=1"]) == 1
+    assert cli.main([*arguments, "--vary", "dept=1"]) == 1
     assert "vary: expected one of" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.padding import check_padding, check_positions
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
-from adapterkern.training.data.rows import source_name
+from adapterkern.training.data.rows import source_name, warn
 from adapterkern.training.data.summary import Summary, warn_of_overlap
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import Data, Run
@@ -102,6 +102,8 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_arguments(model, config, tokenizer, head, cache)
+    _warn_of_no_effect(config, task, eval_data is not None)
+    _warn_of_pooling(config, head)
     if model.is_mixing and config.train_adapters:
         raise ValueError("model: expected one adapter to train, got a call inside mixing, where several run")
     accelerator = make_accelerator(config.precision, model.device)
@@ -157,6 +159,27 @@ def _check_arguments(model: object, config: object, tokenizer: object, head: obj
     for name, value, kind in (("head", head, ClassificationHead), ("cache", cache, PrefixCache)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(value).__name__}")
+
+
+def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: bool) -> None:
+    """Name the settings of a training that were made and change nothing."""
+    found: dict[str, str] = {}
+    if type(task) in (Task, type(None)):  # others may read other rows, too
+        names = ("label_column", "pooling") if config.task == "causal-lm" else ("prompt_column", "completion_column")
+        found |= dict.fromkeys(names, f"with task={config.task!r}")
+    if not evaluates:
+        found |= dict.fromkeys(("eval_every", "eval_batch_size"), "without eval_data")
+    if config.output_dir is None:
+        found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
+    for name, why in found.items():
+        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+            warn("config: %s=%r has no effect %s", name, getattr(config, name), why)
+
+
+def _warn_of_pooling(config: TrainConfig, head: ClassificationHead | None) -> None:
+    """The same of ``pooling`` beside a head, which has its own."""
+    if head is not None and config.pooling not in (head.pooling, TrainConfig().pooling):
+        warn("config: pooling=%r has no effect with a head that reads %r", config.pooling, head.pooling)
 
 
 def _check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Example]) -> None:
@@ -236,6 +259,7 @@ def evaluate(
             expected = f"a head for task 'classification'{hint}" if head is None else "no head for task 'causal-lm'"
             raise ValueError(f"head: expected {expected}")
         task = Task(model, None if head is None else head.to(model.device))
+        _warn_of_pooling(config, head)
     with in_one_thread(model):
         return _evaluated(task, eval_data, config, tokenizer, cache)
 

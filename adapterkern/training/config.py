@@ -218,6 +218,8 @@ class TrainConfig:
                 "train_adapters: expected adapters to train with task='causal-lm': without them there is only a head "
                 "to train, and causal-lm has none; got train_adapters=False"
             )
+        if self.output_dir is not None and not os.fspath(self.output_dir):
+            raise ValueError("output_dir: expected the name of a folder, got ''")
         if self.resume and self.output_dir is None:
             raise ValueError("output_dir: expected a folder to resume from, got None")
         if self.resume and self.overwrite:

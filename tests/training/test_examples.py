@@ -147,3 +147,39 @@ def test_fingerprint_tells_data_apart() -> None:
 def test_a_foreign_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"tokenizer: .* below the model's 5, got 6"):
         check_vocabulary(load([{"text": "w1", "label": "a"}, {"text": "w2 w3", "label": "b"}])[0], 5)
+
+
+BOTH = [{"text": "w1 w2 w3", "prompt": "w4", "completion": " w5 w6"}] * 2
+TEXTS, PAIRS = ([{name: row[name] for name in names} for row in BOTH] for names in (["text"], ["prompt", "completion"]))
+NONE = "data: there is no column {}; read are {}"
+PAIR = "'prompt', 'completion'"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "learned", "said"),
+    [
+        (BOTH, {}, 2, "data: column not used: 'text'"),
+        (PAIRS, {"text_column": "foo"}, 2, NONE.format("'foo' (text_column)", PAIR)),
+        (TEXTS, {"prompt_column": "promt"}, 2, NONE.format("'promt' (prompt_column)", "'text'")),
+        (
+            [row | {"body": "w1 w2 w3 w4"} for row in PAIRS],
+            {"text_column": "body"},
+            3,
+            f"data: columns not used: {PAIR}",
+        ),
+    ],
+    ids=["both", "no such text", "no such prompt", "a text that was asked for"],
+)
+def test_a_column_that_was_asked_for(
+    rows: list[dict[str, str]],
+    columns: dict[str, Any],
+    learned: int,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = tiny_run.quiet(task="causal-lm", **columns)
+    tokenizer = tiny_run.tokenizer()
+    tokenizer.eos_token = None
+    examples, _ = load_examples(rows, config, tokenizer)
+    assert said in caplog.messages
+    assert [len(example.targets) for example in examples] == [learned] * 2

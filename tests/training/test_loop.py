@@ -429,3 +429,24 @@ def test_progress_is_shown_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().err
     for part in ("prefix cache: ", "step 2/2", "loss ", "lr ", "grad norm ", "tokens/s", "eval loss", "accuracy"):
         assert part in shown
+
+
+def test_settings_without_effect_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows, model = [{"input_ids": [5, 6, 7, 8]}] * 4, tiny_run.model()
+    config = tiny_run.quiet(
+        task="causal-lm", pooling="last", label_column="topic", max_steps=1, eval_every=2, checkpoint_every=5
+    )
+    train(model, rows, config)
+    assert caplog.messages == [
+        "config: label_column='topic' has no effect with task='causal-lm'",
+        "config: pooling='last' has no effect with task='causal-lm'",
+        "config: eval_every=2 has no effect without eval_data",
+        "config: checkpoint_every=5 has no effect without output_dir",
+    ]
+    caplog.clear()
+    labeled, head = tiny_run.rows(4), ClassificationHead(32, ["no", "yes"])
+    config = tiny_run.quiet(pooling="last", eval_every=2, checkpoint_every=5, output_dir=tmp_path, max_steps=1)
+    train(model, labeled, config, tokenizer=tiny_run.tokenizer(), eval_data=tiny_run.rows(1, seed=9), head=head)
+    assert caplog.messages == ["config: pooling='last' has no effect with a head that reads 'mean'"]
+    evaluate(model, labeled, config, tokenizer=tiny_run.tokenizer(), head=head)
+    assert len(caplog.messages) == 2

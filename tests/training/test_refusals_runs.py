@@ -92,6 +92,8 @@ ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ),
     ("evaluation in a second thread", another_thread_evaluates, RuntimeError, "model: expected one that no other"),
     ("lr 0", lambda f: run(lr=0.0), ValueError, "lr: expected a number above 0, with which a step changes something"),
+    ("max_norm 0", lambda f: run(max_norm=0.0), ValueError, "max_norm: expected a number above 0, .* or inf, got 0"),
+    ("a folder without a name", lambda f: run(output_dir=""), ValueError, "output_dir: expected the name of a folder"),
     ("long warmup", lambda f: run(warmup=9), ValueError, "warmup: expected at most the run's 4 steps, got 9"),
     ("warmup of all", lambda f: run(max_steps=1, warmup=1), ValueError, "warmup: expected 0 in a run of one step"),
     ("inside mixing", inside_mixing, ValueError, "model: expected one adapter to train, got a call inside mixing"),

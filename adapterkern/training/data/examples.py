@@ -188,12 +188,8 @@ def _classification(
 
 
 def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example]:
-    found = columns(row for row in rows if not _is_given(row))
-    prompt, text = "", config.text_column
-    needed = {text: "text_column"}
-    if config.prompt_column in found or (config.completion_column in found and text not in found):
-        prompt, text = config.prompt_column, config.completion_column
-        needed = {prompt: "prompt_column", text: "completion_column"}
+    prompt, text, needed = _columns_of_causal_lm(rows, config, bad.source, warned=tokenizer is not _UNREAD)
+    if prompt:
         rows = _of_one_kind(rows, prompt, text, config.text_column, bad)
     _check_columns(rows, config, set(), needed, bad.source)
     examples, lost = [], []
@@ -223,6 +219,33 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
             *(bad.source, len(lost), config.max_length, lost[0]),
         )
     return examples
+
+
+def _columns_of_causal_lm(
+    rows: list[Row], config: TrainConfig, source: str, warned: bool
+) -> tuple[str, str, dict[str, str]]:
+    """The columns of the prompts ("" for none) and of what is learned, and what chooses each.
+
+    A text column that has been named and is there goes before prompts and completions by their default names. A column
+    that has been named, and is not there, is named in a warning if the rows are read without it.
+    """
+    found = columns(row for row in rows if not _is_given(row))
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    named = {
+        getattr(config, name): name
+        for name in ("text_column", "prompt_column", "completion_column")
+        if getattr(config, name) != defaults[name]
+    }
+    prompt, text = "", config.text_column
+    needed = {text: "text_column"}
+    pairs = config.prompt_column in found or (config.completion_column in found and text not in found)
+    if pairs and not (text in found and set(named) == {text}):
+        prompt, text = config.prompt_column, config.completion_column
+        needed = {prompt: "prompt_column", text: "completion_column"}
+    lacking = [f"{shown(column)} ({named[column]})" for column in named if column not in needed and column not in found]
+    if found and lacking and warned:
+        warn("%s: there is no column %s; read are %s", *(source, ", ".join(lacking), listed(needed)))
+    return prompt, text, needed
 
 
 def _of_one_kind(rows: list[Row], prompt: str, completion: str, text: str, bad: BadRows) -> list[Row]:

@@ -197,6 +197,8 @@ class TrainConfig:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: expected a column's name, got {getattr(self, name)!r}")
         for name, other in (("label_column", "text_column"), ("completion_column", "prompt_column")):
+            if name == "label_column" and self.task == "causal-lm":  # which reads no labels
+                continue
             if getattr(self, name) == getattr(self, other):
                 raise ValueError(f"{name}: expected another column than {other}, got {getattr(self, name)!r} for both")
         for name in ("batch_size", "accumulation", "epochs", "max_length", "keep_checkpoints", "log_every"):

@@ -90,6 +90,36 @@ CASES: dict[str, Case] = {
         DataError,
         "^data: columns 'question', 'context' are missing; there are 'q', 'c'$",
     ),
+    "another case": (
+        file("a.csv", "Text,Label\nw1,a\n"),
+        DataError,
+        r"there are 'Text', 'Label'; text_column and label_column name others\. Did you mean 'Text', 'Label'\?$",
+    ),
+    "a space in the header": (
+        file("a.csv", "text, label\nw1, a\n"),
+        DataError,
+        r"column 'label' is missing; there are 'text', ' label'; label_column names another\. Did you mean ' label'\?$",
+    ),
+    "null in a column": (
+        file("a.jsonl", '{"prompt": "w1", "completion": null}\n', task="causal-lm"),
+        DataError,
+        r"a\.jsonl:1: column 'completion': expected a non-empty string, got null\n",
+    ),
+    "an object": (
+        file("a.jsonl", '{"text": {"a": 1}, "label": [1]}\n'),
+        DataError,
+        r":1: column 'text': expected a non-empty string, got an object; column 'label': expected .*, got a list\n",
+    ),
+    "None": (
+        lm(prompt="w1", completion=None),
+        DataError,
+        r"row 0: column 'completion': expected .* string, got None\n",
+    ),
+    "a label that is no token": (
+        lm(input_ids=IDS, labels=[-100, 5, -1, 7]),
+        DataError,
+        r"column 'labels': expected token ids, or -100 for none, got -1\n",
+    ),
     "no header": (
         file("a.csv", "w1 w2,no\nw2 w3,yes\n"),
         DataError,
@@ -324,3 +354,8 @@ def test_refusals(case: str, tmp_path: Path) -> None:
     provoke, kind, message = CASES[case]
     with pytest.raises(kind, match=message):
         provoke(tmp_path)
+
+
+def test_causal_lm_reads_no_label_column() -> None:
+    config = tiny_run.quiet(task="causal-lm", text_column="label")
+    assert len(load_examples([{"label": "w1 w2"}], config, TOKENIZER)[0]) == 1

@@ -29,6 +29,7 @@ from adapterkern.training.data.rows import (
     Row,
     check_columns,
     columns,
+    kind,
     listed,
     read_rows,
     scalar,
@@ -355,7 +356,7 @@ def _problem(row: Row, column: str, expected: str) -> str:
     elif isinstance(value, float):
         got = f"the number {value}"
     else:
-        got = type(value).__name__
+        got = kind(row, value)
     return f"column {shown(column)}: expected {expected}, got {got}"
 
 

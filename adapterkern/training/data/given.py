@@ -53,8 +53,8 @@ def given_texts(values: Mapping[str, Any], learned: bool) -> list[Text]:
     read = given_columns(values, learned)
     masks = {name: _mask(values, name, len(ids)) for name in ("attention_mask", *_LEARNED[1:]) if name in read}
     labels = _column(values, "labels", len(ids), IGNORE, _LIMIT - 1) if "labels" in read else ids
-    if ((labels < 0) & (labels != IGNORE)).any():
-        raise ValueError(f"column 'labels': expected token ids, or {IGNORE} for none, got {labels.min()}")
+    if len(odd := labels[(labels < 0) & (labels != IGNORE)]):
+        raise ValueError(f"column 'labels': expected token ids, or {IGNORE} for none, got {odd[0]}")
     for name in set(masks) & set(_LEARNED):
         labels = np.where(masks[name], labels, IGNORE)
     starts = np.zeros(len(ids), dtype=bool)

@@ -7,11 +7,10 @@ labels that differ only in these are named. A float is none: what it measures is
 
 import difflib
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from adapterkern.training.data.rows import listed, scalar, shown
+from adapterkern.training.data.rows import alike, listed, plain, scalar, shown
 
 EXPECTED = "a non-empty string or an integer"
 _INTEGER = re.compile(r"-?\d{1,18}")
@@ -60,7 +59,7 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     """What may be wrong with labels, one line each, from the number of rows of each."""
     groups: dict[str, list[str]] = {}
     for name in counts:
-        groups.setdefault(_plain(name), []).append(name)
+        groups.setdefault(plain(name), []).append(name)
     found = []
     for names in groups.values():
         if len(names) > 1:
@@ -80,18 +79,13 @@ def suspicious_labels(counts: Mapping[str, int]) -> list[str]:
     return found
 
 
-def alike(name: str, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that differ from ``name`` only in case, spaces or form."""
-    return [other for other in names if _plain(other) == _plain(name)]
-
-
 def unknown_label(name: str, names: Sequence[str], *, look: bool) -> str:
     """What to say of a label that is none of those ``names`` that a head has learned; ``look`` for what it may mean."""
     hint = ""
     if look and (near := alike(name, names)):
         hint = f"; {shown(near[0])} differs only in case, spaces or form"
     elif look and len(names) <= _MANY:
-        known, typed = {_plain(other): other for other in names}, _plain(name)
+        known, typed = {plain(other): other for other in names}, plain(name)
         close = difflib.get_close_matches(typed, known, 1)
         if close and _letters(close[0]) != _letters(typed):  # class 3 is no typing error of class 2
             hint = f"; did you mean {shown(known[close[0]])}?"
@@ -100,13 +94,3 @@ def unknown_label(name: str, names: Sequence[str], *, look: bool) -> str:
 
 def _letters(text: str) -> str:
     return re.sub(r"[\d.+-]", "", text)
-
-
-def _plain(name: str) -> str:
-    """What a reader sees in a label: no case, no spaces around, no invisible characters; 1.0 and 01 are 1."""
-    text = unicodedata.normalize("NFKC", name).casefold()
-    text = " ".join("".join(char for char in text if unicodedata.category(char) != "Cf").split())
-    try:
-        return repr(float(text))
-    except ValueError:
-        return text

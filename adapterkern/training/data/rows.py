@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +122,28 @@ def columns(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
+def alike(name: str, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that differ from ``name`` only in case, spaces or form."""
+    return [other for other in names if plain(other) == plain(name)]
+
+
+def plain(name: str) -> str:
+    """What a reader sees in a name: no case, no spaces around, no invisible characters; 1.0 and 01 are 1."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    text = " ".join("".join(char for char in text if unicodedata.category(char) != "Cf").split())
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text
+
+
+def kind(row: Row, value: Any) -> str:
+    """What a value is, in the words of JSON for a row of JSONL, else of Python."""
+    if isinstance(row.values, _Object):
+        return _JSON.get(type(value), "an object")
+    return "None" if value is None else type(value).__name__
+
+
 def check_columns(rows: list[Row], needed: Mapping[str, str], source: str, pair: str = "") -> None:
     """Raise ``ColumnError`` for the columns that none of the rows has: once, with the columns that there are.
 
@@ -153,6 +176,8 @@ def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool, pa
         hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
     elif setting == "text_column" and {"prompt", "completion"} <= set(found):
         hint = ". prompt and completion are for task='causal-lm'"
+    elif likely := [near for name in missing for near in alike(name, [f for f in found if isinstance(f, str)])]:
+        hint = f". Did you mean {listed(likely)}?"
     elif no_header:
         hint = ". If these are values, the file lacks a first line with the names of its columns"
     what = f"column {listed(missing)} is" if len(missing) == 1 else f"columns {listed(missing)} are"

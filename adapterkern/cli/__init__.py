@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from adapterkern import __version__, _ctrl_c
 from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
-from adapterkern.cli.options import Parser, UsageError, in_options
+from adapterkern.cli.options import Parser, UsageError
 from adapterkern.cli.together import check_together
+from adapterkern.cli.words import in_options
 
 COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 

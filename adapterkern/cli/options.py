@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 from adapterkern import checks
+from adapterkern.cli.words import AFTER, BEFORE, setting
 from adapterkern.model import config
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training import config as training
@@ -33,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(parser=self)
         self.typed: set[str] = set()  # the fields whose options the last command line had
         self.repeated: set[str] = set()  # the options that it had twice, of which the last counts
+        self.words: set[str] = set()  # and their values
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace("the following arguments are required:", "missing")
@@ -48,6 +50,7 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentError(action, "expected one file, got two: write all rows into one")
             self.repeated.add(option)
         self.typed.add(action.dest)  # argparse calls this for what is there, and not for defaults
+        self.words |= set(arg_strings)
         return super()._get_values(action, arg_strings)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -64,23 +67,48 @@ class Parser(argparse.ArgumentParser):
             arguments, unknown = self.parse_known_args(_with_values(argv))
         except UsageError as error:  # --modle is unknown, rather than --model missing
             error.parser._refuse([word for word in argv if word.startswith("--")])
+            error.parser._miss_command(argv)
             raise
         arguments.parser._refuse(unknown)
         if unknown:
             before = list(argv)[: list(argv).index(unknown[0])] if unknown[0] in argv else []
-            flags = [
-                name for action in arguments.parser._actions if action.nargs == 0 for name in action.option_strings
-            ]
-            problem = _no_value(before[-1], repr(unknown[0])) if before and before[-1] in flags else None
-            arguments.parser.error(problem or f"unknown {unknown[0]}")
+            arguments.parser.error(arguments.parser._one_too_many(unknown[0], before) or f"unknown {unknown[0]}")
         return arguments
 
     def _refuse(self, words: Sequence[str]) -> None:
         """Raise for the first option that this parser does not have."""
         known = [name for action in self._actions for name in action.option_strings]
+        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
         for option in (word.split("=")[0] for word in words):
             if option.startswith("-") and option not in known:
-                self.error(f"unknown {option}{_hint(option, self)}")
+                hint = _hint(option, self)
+                if hint or not has_commands:  # else it may be a command's
+                    self.error(f"unknown {option}{hint}")
+
+    def _miss_command(self, argv: Sequence[str]) -> None:
+        """Raise if an option is where one of this parser's commands is expected."""
+        rest = argv[len(self.prog.split()) - 1 :]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and rest and rest[0].startswith("-"):
+                self.error(f"missing {action.metavar}: expected one of {', '.join(action.choices)} before {rest[0]}")
+
+    def _one_too_many(self, word: str, before: Sequence[str]) -> str | None:
+        """What to say of a word that no option and no argument takes; None if nothing precedes it that takes one."""
+        options = {name: action for action in self._actions for name in action.option_strings}
+        if (option := word.split("=")[0]) in options:
+            return f"{option}: expected after {self.prog.split()[-1]}, got it before"
+        last = next((other for other in reversed(before) if other.split("=")[0] in options), "")
+        option, _, value = last.partition("=")
+        if last and not value and last == before[-1]:
+            return _no_value(option, repr(word)) if options[option].nargs == 0 else None
+        arguments = [action for action in self._actions if not action.option_strings]
+        if option and options[option].nargs == 0:
+            option = value = ""
+        action = options[option] if option else arguments[-1] if arguments else None
+        if action is None or action.nargs is not None:
+            return None
+        expected = "folder" if action.type in (Path, folder) else {"FILE": "file"}.get(str(action.metavar), "value")
+        return f"{option or action.dest}: expected one {expected}, got {value or before[-1]} and {word}"
 
 
 _FILES = ("--train", "--eval", "--data")  # of which one given twice may mean both
@@ -101,8 +129,8 @@ def _hint(option: str, parser: argparse.ArgumentParser) -> str:
     actions = {a.dest: a for a in parser._actions if a.option_strings}
     theirs = {name: name for name in actions} | config.OTHER_NAMES | training.OTHER_NAMES | _OTHER_NAMES
     ours = theirs.get(name) or theirs.get(name.removeprefix("lora_")) or ""
-    fields = rf"{_BEFORE}({'|'.join(actions) or '(?!)'})(?:=(\S+))?{_AFTER}"
-    meant, found = re.subn(fields, lambda m: _setting(actions[m[1]], m[2] or "True"), ours)
+    fields = rf"{BEFORE}({'|'.join(actions) or '(?!)'})(?:=(\S+))?{AFTER}"
+    meant, found = re.subn(fields, lambda m: setting(actions[m[1]], m[2] or "True"), ours)
     if found:
         return _mean([meant.rstrip(",")])
     if ours.startswith("no ") and ": " in ours:
@@ -131,57 +159,6 @@ def _with_values(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def in_options(message: str, parser: argparse.ArgumentParser) -> str:
-    """A message about the fields of our dataclasses, and arguments of our functions, as one about the options.
-
-    A field's option is the one that sets it. At the message's beginning any field is replaced, as in ``seed: expected
-    ...``; further on ``seed=1``, and names that cannot be other words, as ``batch_size``.
-    """
-    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "version")}
-    options = {name: action.option_strings[0] for name, action in actions.items()}
-    message = re.sub(r" \(in Python: (?:[^()]|\([^()]*\))*\)", "", message)
-
-    head, colon, rest = message.partition(": ")
-    names = head.split(", ")
-    if colon and all(name in options for name in names):
-        head = ", ".join(options[name] for name in names)
-        if len(names) == 1 and actions[names[0]].nargs == 0:
-            rest = re.sub(r"(?<![=\w])(True|False)\b", lambda m: _setting(actions[names[0]], m[1]), rest)
-        rest = re.sub(r"(?<![=\w])None\b", "none", rest)
-        rest = re.sub(r"(?<=got )[\[(](-?\d+(?:, -?\d+)*),?[\])]", lambda m: m[1].replace(" ", ""), rest)
-    known = "|".join(sorted(options, key=len, reverse=True)) or "(?!)"
-    message = re.sub(rf"{_BEFORE}({known})={_VALUE}", lambda m: _setting(actions[m[1]], m[2]), head + colon + rest)
-    if message != head + colon + rest:  # begun with --layers 0,1, not [0]
-        message = re.sub(r"(?<=, not )None\b", "none", message)
-        message = re.sub(r"(?<=, not )\[([^\]]*)\]", lambda m: re.sub(r"[' ]", "", m[1]), message)
-    message = re.sub(
-        rf"{_BEFORE}(?<!, )({known})(?!,){_AFTER}", lambda m: options[m[1]] if "_" in m[1] else m[1], message
-    )
-    return re.sub(_ADVICE, "", message)
-
-
-def _setting(action: argparse.Action, value: str) -> str:
-    """``name=value``, with the value as Python writes it, as the option of ``name`` with its value."""
-    option = action.option_strings[0]
-    if value == "True":
-        return option
-    if value == "False" and isinstance(action, argparse.BooleanOptionalAction):
-        return action.option_strings[-1]
-    if value[0] in "[(":
-        value = ",".join(part.strip(" '") for part in value[1:-1].split(","))
-    return f"no {option}" if value in ("False", "None") else f"{option} {value.strip(_QUOTES)}"
-
-
-_QUOTES = "'\""
-# Of which a command has no option
-_ADVICE = (
-    r"; [a-z]+_column(?: and [a-z]+_column)* names? (?:another|others)(?:, or \w+ and \w+ a pair)?"
-    r"|\nset skip_bad_rows=True to skip them|\. prompt and completion are for task='causal-lm'"
-)
-_BEFORE, _AFTER = r"(?<![\w./'\"=-])", r"(?![\w/'\"=]|\.\w)"  # not within a path, a quoted value or another name
-_VALUE = r"('[^']*'|\[[^\]]*\]|\([^)]*\)|-?\w(?:[\w.,/+-]*\w)?)"
-
-
 def integer(text: str) -> int:
     """``"8000000"`` or ``"8e6"``."""
     try:
@@ -193,7 +170,8 @@ def integer(text: str) -> int:
     except ValueError:
         value = math.nan
     if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}")
+        hint = " such as 1000000 or 1e6" if re.fullmatch(r"\d[\d.,']* ?[kKmMgGbB]?", text) and value != value else ""
+        raise argparse.ArgumentTypeError(f"expected an integer{hint}, got {text!r}")
     return int(value)
 
 

@@ -45,10 +45,22 @@ def test_modules_to_save(
     assert cli.main([*arguments, "--resume"]) == 1
     problem = "begun with --modules-to-save model.embed_tokens,model.norm, not none: resume with the same value"
     assert problem in capsys.readouterr().err
+    modules = ["--modules-to-save", "embed_tokens,norm"]
+    for more, problem in (
+        (["--backbone-layers", "2"], "begun with a backbone of num_hidden_layers=4, not 2: resume w"),
+        (
+            ["--dtype", "bf16"],
+            "begun with other backbone weights (another model, or dtype of its weights): resume with",
+        ),
+        (["--train", str(files[1])], "begun with other training data or another tokenizer: resume with the same, or b"),
+    ):
+        assert cli.main([*arguments, *modules, "--resume", *more]) == 1
+        assert problem in capsys.readouterr().err
     monkeypatch.setattr("adapterkern.model.backbone.load_backbone", None)  # the others are told before it
     for more, problem in (
         (["--adapter-dim", "8"], "begun with --adapter-dim 4, not 8: resume with the same value"),
         (["--layers", "0"], "begun with --layers 2,3, not 0: resume with the same value"),
+        (["--task", "causal-lm"], "begun with --task classification, not causal-lm: resume with the same value"),
         (["--lr", "0.5"], "begun with --lr 0.02, not 0.5: resume with the same value"),
         (["--layers", "9"], "--layers: expected numbers from -4 to 3, got 9"),
     ):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapterkern import cli
-from adapterkern.cli import options
+from adapterkern.cli import words
 from adapterkern.model import backbone
 
 TRAIN = "train --model {model} --train good.jsonl --output out "
@@ -39,7 +39,31 @@ ROWS = [
     ),
     (TRAIN + "--skip-bad-rows=3", "--skip-bad-rows/--no-skip-bad-rows: expected no value, .*, got '3'; see"),
     (TRAIN + "--liger=yes", "train: --liger: expected no value, since the option is a flag, got 'yes'; see"),
-    (TRAIN + "--seed 3 4", "train: unknown 4;"),
+    (TRAIN + "--seed 3 4", "train: --seed: expected one value, got 3 and 4; see"),
+    (
+        "train --model m --output o --train a.csv b.csv",
+        "train: --train: expected one file, got a.csv and b.csv; see",
+    ),
+    ("eval run qa", "eval: directory: expected one folder, got run and qa; see"),
+    ("eval --liger run qa", "eval: directory: expected one folder, got run and qa; see"),
+    (TRAIN + "--max-steps 1M", "--max-steps: expected an integer such as 1000000 or 1e6, got '1M'; see"),
+    ("tran --model x", "adapterkern: COMMAND: expected one of train, .*, got 'tran' \\(did you mean train\\?\\); see"),
+    (
+        "route --no-progress --model x",
+        "adapterkern route: missing ACTION: expected one of train, evaluate before --no-progress; see",
+    ),
+    (ROUTE.replace("route", "route --seed=1"), "route train: --seed: expected after train, got it before; see"),
+    ("--verson", "adapterkern: unknown --verson \\(did you mean --version\\?\\); see"),
+    ("train --model m --output o --train max_length=5.csv", "train: --train: no file max_length=5.csv$"),
+    (
+        MULTITASK + "--data b good.jsonl --adapters b adapter_dim=3",
+        "multitask: --adapters: expected a JSON object of fields, got adapter_dim=3: ",
+    ),
+    (TRAIN.replace(" out", " old/checkpoints") + "--resume", "got none: --output is the folder of the run, old$"),
+    (
+        TRAIN.replace(" out", " old/checkpoints/step-00000002") + "--resume",
+        "got none: --output is the folder of .*, old$",
+    ),
     # values
     (TRAIN + "--lr 0", "--lr: expected a number above 0"),
     (TRAIN + "--lr -1e-3", "--lr: expected a number in \\[0, inf\\), got -0.001"),
@@ -345,7 +369,15 @@ def test_liger_is_missed_before_a_backbone_is_loaded(
         ("seed: expected x", "--seed: expected x"),
         ("num_layers: got 3", "--backbone-layers: got 3"),
         ("run/step-1: begun with lr=0.001, not 0.01", "run/step-1: begun with --lr 0.001, not 0.01"),
-        ("a: begun with task='causal-lm', not 'x'", "a: begun with --task causal-lm, not 'x'"),
+        ("a: begun with task='causal-lm', not 'x'", "a: begun with --task causal-lm, not x"),
+        ("a: begun with train_adapters=True, not False", "a: begun with --train-adapters, not --no-train-adapters"),
+        ("a: with init='xavier' in trained adapter 1, not 'x'", "a: with --init xavier in trained adapter 1, not x"),
+        (
+            "the run was begun with another task: RoutedTask, not Task: resume",
+            "the run was begun with another task: one of `adapterkern route train`, not one of `adapterkern train`: "
+            "resume",
+        ),
+        ("another task: Mine, not Task", "another task: Mine, not one of `adapterkern train`"),
         ("set skip_bad_rows to skip them", "set --skip-bad-rows to skip them"),
         ("or set prefix_cache=False", "or set --no-prefix-cache"),
         ("plot: expected True, got False", "--plot: expected --plot, got --no-plot"),
@@ -362,7 +394,7 @@ def test_liger_is_missed_before_a_backbone_is_loaded(
 )
 def test_fields_are_named_as_options(message: str, shown: str) -> None:
     argv = ["train", "--model", "m", "--train", "t", "--output", "o"]
-    assert options.in_options(message, cli._parser(argv).read(argv).parser) == shown
+    assert words.in_options(message, cli._parser(argv).read(argv).parser) == shown
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,9 @@ def newest_checkpoint(output_dir: Path) -> Path:
     if not found:
         begun = (output_dir / METRICS_NAME).exists() and not (output_dir / TASK_NAME).exists()
         hint = ": the run there stopped before its first; begin again (overwrite=True)" if begun else ""
+        for run in output_dir.parents[:2]:
+            if any(output_dir in (run / CHECKPOINTS, checkpoint) for checkpoint in checkpoints(run)):
+                hint = f": output_dir is the folder of the run, {run}"
         raise FileNotFoundError(f"resume: expected a checkpoint in {output_dir / CHECKPOINTS}, got none{hint}")
     return found[-1]
 

@@ -81,14 +81,20 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
     """Raise ``CheckpointError`` unless the checkpoint is of a run with the same settings, data and model."""
     origin = state.origin
     if "task" in saved and saved["task"] != origin.get("task", saved["task"]):
-        raise CheckpointError(f"{path}: the run was begun with another task: {saved['task']:.80}, not {origin['task']}")
+        raise CheckpointError(
+            f"{path}: the run was begun with another task: {saved['task']:.80}, not {origin['task']}: resume with the "
+            "same, or begin another run"
+        )
     settings = origin.get("settings", {})
     if not isinstance(saved.get("settings", {}), dict):  # from a file of the task's
         raise CheckpointError(f"{path.parent}: the task's settings: expected an object, got {saved['settings']!r:.80}")
     _check_same_values(path, saved.get("settings", settings), settings)
     check_settings(path, saved["config"], state.config)
     if saved["data_fingerprint"] != state.data_fingerprint:
-        raise CheckpointError(f"{path}: the run was begun with other training data or another tokenizer")
+        raise CheckpointError(
+            f"{path}: the run was begun with other training data or another tokenizer: resume with the same, or begin "
+            "another run"
+        )
     evaluated = origin.get("eval_fingerprint")
     if (before := saved.get("eval_fingerprint", evaluated)) != evaluated:
         data = "other evaluation data" if before and evaluated else f"{'' if before else 'no '}evaluation data"
@@ -96,6 +102,13 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
         raise CheckpointError(
             f"{path}: the run was begun with {data}: resume with the same, and score the finished run on others"
         )
+    before_is, backbone = saved.get("backbone", {}), origin.get("backbone", {})
+    for name in sorted(backbone.keys() & before_is.keys() - {"weights"}):  # first, since adapters follow its layers
+        if before_is[name] != backbone[name]:
+            raise CheckpointError(
+                f"{path}: the run was begun with a backbone of {name}={before_is[name]!r:.80}, not "
+                f"{backbone[name]!r:.80}: resume with the same"
+            )
     # Equally many, in runs of one task with the same settings.
     both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
     for number, (before, adapter) in enumerate(both):
@@ -109,15 +122,12 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
             f"{path}: another model: parameter {name:.200} had shape {saved['parameters'].get(name)!s:.80}, "
             f"and has {shapes.get(name)}"
         )
-    backbone = origin.get("backbone", {})
-    for name in sorted(backbone.keys() & saved.get("backbone", {}).keys()):
-        value, now_is = saved["backbone"][name], backbone[name]
-        if name == "weights" and None not in (value, now_is) and value != now_is:
-            raise CheckpointError(f"{path}: the run was begun with other backbone weights")
-        if name != "weights" and value != now_is:
-            raise CheckpointError(
-                f"{path}: the run was begun with a backbone of {name}={value!r:.80}, not {now_is!r:.80}"
-            )
+    weights = before_is.get("weights"), backbone.get("weights")
+    if None not in weights and weights[0] != weights[1]:
+        raise CheckpointError(
+            f"{path}: the run was begun with other backbone weights (another model, or dtype of its weights): resume "
+            "with the same"
+        )
 
 
 def check_settings(path: Path, before: Mapping[str, Any], config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkern.cli.options import COLUMNS, adapter_config, as_asked, from_options, model_flags
 from adapterkern.cli.together import check_together
+from adapterkern.cli.words import command
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
 
@@ -233,7 +234,7 @@ def load_saved(arguments: argparse.Namespace, answers: bool = False) -> tuple["T
     arguments.directory = evaluated_folder(arguments.directory)
     kind = task_class(arguments.directory)
     if answers and not issubclass(kind, QuestionAnswering):
-        raise ValueError(f"{arguments.directory}: expected a run of question answering, got a {kind.__name__}")
+        raise ValueError(f"{arguments.directory}: expected a run of question answering, got {command(kind.__name__)}")
     data: Any
     if issubclass(kind, MultiTask):
         source, data = _sources_of_tasks(arguments)

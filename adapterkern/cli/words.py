@@ -43,9 +43,7 @@ def _in_options(message: str, parser: argparse.ArgumentParser) -> str:
         lambda m: setting(actions[m[1]], m[2]) + (f"{m[3]}{_value(actions[m[1]], m[4])}" if m[3] else ""),
         head + colon + rest,
     )
-    message = re.sub(
-        r"(?<=another task: )(\w+), not (\w+)", lambda m: f"{_command(m[1])}, not {_command(m[2])}", message
-    )
+    message = re.sub(r"(?<=another task: )(\w+), not (\w+)", lambda m: f"{command(m[1])}, not {command(m[2])}", message)
     message = re.sub(
         rf"{BEFORE}(?<!, )({known})(?!,){AFTER}", lambda m: options[m[1]] if "_" in m[1] else m[1], message
     )
@@ -76,7 +74,8 @@ _COMMANDS = {"Task": "train", "RoutedTask": "route train", "MultiTask": "multita
 _COMMANDS |= dict.fromkeys(("Distillation", "KeepBehaviour"), "distill")
 
 
-def _command(kind: str) -> str:
+def command(kind: str) -> str:
+    """A run whose task is of this class, by the command that trains it; of another class its name."""
     return f"one of `adapterkern {_COMMANDS[kind]}`" if kind in _COMMANDS else kind
 
 

@@ -292,7 +292,10 @@ def test_refused(
             "eval classification --prompt-column x",
             "--prompt-column: has no effect for a run of classification, .*: .*, got x$",
         ),
-        ("qa predict classification --data questions.jsonl --output a.json", "a run of question answering, got a Task"),
+        (
+            "qa predict classification --data questions.jsonl --output a.json",
+            "a run of question answering, got one of `adapterkern train`$",
+        ),
         (
             "qa predict qa --data questions.jsonl --output no/a.json",
             "--output: expected a file in a folder that exists, g",

@@ -192,7 +192,9 @@ def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
 
 def test_other_data_and_other_models_are_refused(tmp_path: Path) -> None:
     run(tmp_path, max_steps=2)
-    with pytest.raises(CheckpointError, match="other training data"):
+    with pytest.raises(
+        CheckpointError, match="other training data or another tokenizer: resume with the same, or begin"
+    ):
         run(tmp_path, rows=ROWS[::-1], max_steps=2, resume=True)
     with pytest.raises(CheckpointError, match="begun with adapter_dim=8, not 4: resume with the same value"):
         run(tmp_path, tiny_run.model(adapter_dim=4), max_steps=2, resume=True)
@@ -250,7 +252,7 @@ def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
         pass
 
     config, model = tiny_run.quiet(output_dir=tmp_path, max_steps=2, resume=True), tiny_run.model()
-    with pytest.raises(CheckpointError, match="begun with another task: Task, not Another"):
+    with pytest.raises(CheckpointError, match="begun with another task: Task, not Another: resume with the same, or"):
         train(model, ROWS, config, tokenizer=TOKENIZER, task=Another(model))
     for adapter, message in (
         ({"activation": "gelu"}, "activation='silu', not 'gelu'"),
@@ -259,11 +261,13 @@ def test_another_task_adapter_or_backbone_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             run(tmp_path, tiny_run.model(**adapter), max_steps=2, resume=True)
-    with pytest.raises(CheckpointError, match="begun with other backbone weights"):
+    with pytest.raises(
+        CheckpointError, match=r"begun with other backbone weights \(another model, or dtype of its .*: resume"
+    ):
         run(tmp_path, tiny_run.model(seed=5), max_steps=2, resume=True)
     narrower = tiny_run.model()
     narrower.config.num_key_value_heads = 1
-    with pytest.raises(CheckpointError, match="a backbone of num_key_value_heads=2, not 1"):
+    with pytest.raises(CheckpointError, match=r"a backbone of num_key_value_heads=2, not 1: resume with the same$"):
         run(tmp_path, narrower, max_steps=2, resume=True)
     assert run(tmp_path, tiny_run.model(init="xavier"), max_steps=2, resume=True).steps == 2
 

@@ -63,5 +63,5 @@ def test_only_question_answering_predicts(
     monkeypatch.chdir(GOLDEN)
     arguments = ["--data", "questions.jsonl", "--output", str(tmp_path / "answers.json")]
     assert cli.main(["qa", "predict", "classification", *arguments]) == 1
-    assert "expected a run of question answering, got a Task" in capsys.readouterr().err
+    assert "expected a run of question answering, got one of `adapterkern train`" in capsys.readouterr().err
     assert cli.main(["qa", "predict", "qa", *arguments]) == 0

@@ -52,10 +52,13 @@ def test_modules_to_save(
             ["--dtype", "bf16"],
             "begun with other backbone weights (another model, or dtype of its weights): resume with",
         ),
-        (["--train", str(files[1])], "begun with other training data or another tokenizer: resume with the same, or b"),
     ):
         assert cli.main([*arguments, *modules, "--resume", *more]) == 1
         assert problem in capsys.readouterr().err
+    swapped = [*train_arguments(model_folder, (files[1], files[1]), tmp_path), "--epochs", "1", *modules, "--resume"]
+    assert cli.main(swapped) == 1
+    problem = "begun with other training data or another tokenizer: resume with the same, or b"
+    assert problem in capsys.readouterr().err
     monkeypatch.setattr("adapterkern.model.backbone.load_backbone", None)  # the others are told before it
     for more, problem in (
         (["--adapter-dim", "8"], "begun with --adapter-dim 4, not 8: resume with the same value"),

@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         return f"{option or action.dest}: expected one {expected}, got {value or before[-1]} and {word}"
 
 
-_FILES = ("--train", "--eval", "--data")  # of which one given twice may mean both
+_FILES = ("--train", "--eval", "--data", "--keep", "--eval-keep")  # of which one given twice may mean both
 _VALUE_OF_FLAG = re.compile(r"(--\S+): ignored explicit argument (.*)")
 
 

@@ -168,7 +168,7 @@ def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: b
         names = ("label_column", "pooling") if config.task == "causal-lm" else ("prompt_column", "completion_column")
         found |= dict.fromkeys(names, f"with task={config.task!r}")
     if not evaluates:
-        found |= dict.fromkeys(("eval_every", "eval_batch_size"), "without eval_data")
+        found["eval_every"] = "without eval_data"
     if config.output_dir is None:
         found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
     for name, why in found.items():

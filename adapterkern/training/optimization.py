@@ -39,7 +39,7 @@ def check_lr(config: TrainConfig) -> None:
     if config.lr == 0:
         raise ValueError("lr: expected a number above 0, with which a step changes something, got 0")
     if config.max_norm == 0:
-        raise ValueError("max_norm: expected a number above 0, with which a step changes something, or inf, got 0")
+        raise ValueError("max_norm: expected a number above 0, with which gradients have an effect, or inf, got 0")
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:

@@ -12,6 +12,7 @@ cache, the checkpoints and the evaluation call only these methods:
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from adapterkern.model import liger
 from adapterkern.model.config import MODULES
 from adapterkern.model.files.folder import ADAPTER_FILES
+from adapterkern.model.files.owner import writing
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim import ClippedAdamW
@@ -52,6 +54,17 @@ class Prediction(NamedTuple):
     probability: float
 
 
+def _owning(save: Any) -> Any:
+    """``save``, inside of which an adapter may be saved over the one that an earlier call has saved."""
+
+    @functools.wraps(save)
+    def saving(self: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
+        with writing(directory):
+            return save(self, directory, *args, **kwargs)
+
+    return saving
+
+
 class Task(nn.Module, Generic[E]):
     """Backbone, adapters and head as one module from a batch to its loss; accelerate prepares it, each step calls it.
 
@@ -73,6 +86,11 @@ class Task(nn.Module, Generic[E]):
         super().__init__()
         self.model = model
         self.head = head
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if (save := vars(cls).get("save")) is not None:
+            cls.save = _owning(save)  # type: ignore[method-assign]
 
     @property
     def kind(self) -> str:
@@ -101,7 +119,8 @@ class Task(nn.Module, Generic[E]):
 
         The first call is with the training rows and makes the head if there is none.
         """
-        examples, names = load_examples(rows, config, tokenizer, None if self.head is None else self.head.labels)
+        labels, plain = None if self.head is None else self.head.labels, type(self) is Task
+        examples, names = load_examples(rows, config, tokenizer, labels, named=plain)
         check_vocabulary(examples, self.model.get_input_embeddings().num_embeddings)
         if config.task == "causal-lm":
             if self.head is not None:

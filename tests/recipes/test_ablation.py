@@ -387,6 +387,10 @@ def test_the_command_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "out" / "stability.png").stat().st_size > 1000
     assert cli.main([*arguments, "--vary", "dept=1"]) == 1
     assert "vary: expected one of" in capsys.readouterr().err
+    assert cli.main([*arguments, "--vary", "max_norm=2,0"]) == 1
+    said = capsys.readouterr()
+    assert "max_norm: expected a number above 0" in said.err
+    assert "[1/" not in said.out + said.err  # before the first run
 
 
 # Spikes

@@ -180,6 +180,26 @@ def test_a_column_that_was_asked_for(
     config = tiny_run.quiet(task="causal-lm", **columns)
     tokenizer = tiny_run.tokenizer()
     tokenizer.eos_token = None
-    examples, _ = load_examples(rows, config, tokenizer)
+    examples, _ = load_examples(rows, config, tokenizer, named=True)
     assert said in caplog.messages
     assert [len(example.targets) for example in examples] == [learned] * 2
+    caplog.clear()
+    load_examples(rows, config, tokenizer)
+    assert "there is no column" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([row | {"body": ""} for row in PAIRS], {"text_column": "body"}),
+        ([{"q": "w4", "completion": " w5 w6"}] * 2, {"text_column": "q", "prompt_column": "q"}),
+    ],
+    ids=["no texts", "one name for both"],
+)
+def test_pairs_go_before_a_text_column(
+    rows: list[dict[str, str]], columns: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_run.quiet(task="causal-lm", **columns)
+    examples, _ = load_examples(rows, config, TOKENIZER, named=True)
+    assert [len(example.targets) for example in examples] == [3] * 2
+    assert "there is no column" not in caplog.text

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from adapterkern.training import train
+from adapterkern.training import TrainConfig, train
 from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.saved import save_config
 from adapterkern.training.task import Task
 from tests.support import tiny_run
 
@@ -112,6 +113,12 @@ def test_checkpoints_of_others_stay(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "epoch-1" / "weights.pt").read_bytes() == b"precious"
 
 
+class Own(Task[Any]):
+    def save(self, directory: Path, config: TrainConfig) -> None:
+        save_config(directory, config, self.kind)
+        self.model.save_pretrained(directory)
+
+
 def test_an_adapter_is_not_saved_over_that_of_a_training(tmp_path: Path) -> None:
     adapted = tiny_run.model()
     config = tiny_run.quiet(output_dir=tmp_path / "run", max_steps=1)
@@ -119,14 +126,26 @@ def test_an_adapter_is_not_saved_over_that_of_a_training(tmp_path: Path) -> None
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     other = tiny_run.model(adapter_dim=4)
-    for place, name in ((folder, "task.json"), (folder / "checkpoints" / "step-00000001", "task.json")):
+    for place, held in (
+        (folder, r"a training's adapter \(task\.json\)"),
+        (folder / "checkpoints" / "step-00000001", r"a training's checkpoint \(state\.json\)"),
+    ):
         for arguments in ({}, {"state_dict": None}):  # by hand, and as Trainer does
-            with pytest.raises(ValueError, match=rf"expected a folder without a training, got .*, .* one \({name}\)"):
+            with pytest.raises(ValueError, match=rf"directory: expected a folder .*, got .*, which holds {held}"):
                 other.save_pretrained(place, **arguments)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match="directory: expected the name of a folder, got ''"):
         other.save_pretrained("")
-    other.save_pretrained(folder / "mine")
-    for _ in range(2):  # a task saves itself as often as it is asked
-        Task(adapted).save(tmp_path / "task", config)
     train(adapted, ROWS, dataclasses.replace(config, resume=True), tokenizer=TOKENIZER)
+
+
+def test_an_adapter_is_saved_where_none_is_replaced(tmp_path: Path) -> None:
+    adapted = tiny_run.model()
+    config = tiny_run.quiet(output_dir=tmp_path / "head", train_adapters=False, max_steps=1)
+    train(adapted, ROWS, config, tokenizer=TOKENIZER)
+    (tmp_path / "state.json").write_text('{"epoch": 1}')  # another program's
+    for folder in (tmp_path / "head", tmp_path / "head" / "mine", tmp_path):
+        adapted.save_pretrained(folder)
+    for kind in (Task, Own):
+        for _ in range(2):  # a task saves itself as often as it is asked
+            kind(adapted).save(tmp_path / kind.__name__, config)

@@ -17,7 +17,7 @@ from adapterkern.files import check_owner, read_json
 
 MODEL_CONFIG = "config.json"
 OTHERS_CONFIG = "adapter_config.json"  # PEFT's, AdapterHub's, and ours up to 0.1.0
-RUN_FILES = ("task.json", "state.json")  # of a training or a checkpoint, whose adapter belongs to its other files
+RUN_CONFIG, CHECKPOINT_CONFIG = "task.json", "state.json"  # beside an adapter that belongs to a training
 OURS = "adapters."  # how every key of ours begins in the file that transformers' Trainer resumes from
 _PICKLED = re.compile(rf"{re.escape(Path(WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\w-]+)?\.bin")
 _SAFE = re.compile(rf"{re.escape(Path(SAFE_WEIGHTS_NAME).stem)}(-\d+-of-\d+|\.[\w-]+)?\.safetensors")
@@ -48,12 +48,19 @@ def check_folder(directory: str | Path, argument: str = "directory", owner: str 
 
 
 def check_no_run(directory: Path) -> None:
-    """Raise ``ValueError`` if ``directory`` holds a training or a checkpoint, outside of ``writing`` there."""
-    held = next((name for name in RUN_FILES if (directory / name).exists()), None)
-    if held is not None and not any(directory.resolve().is_relative_to(folder) for folder in _writing):
+    """Raise ``ValueError`` if an adapter in ``directory`` belongs to a training, outside of ``writing`` there."""
+    if any(directory.resolve().is_relative_to(folder) for folder in _writing):
+        return
+    holds = ""
+    if is_ours(_read(directory / CHECKPOINT_CONFIG)):
+        holds = f"a training's checkpoint ({CHECKPOINT_CONFIG})"
+    elif is_ours(_read(directory / RUN_CONFIG)):
+        adapters = (name for name in ("adapterkern.json", OTHERS_CONFIG) if (directory / name).exists())
+        holds = f"a training's adapter ({RUN_CONFIG})" if any(adapters) else ""
+    if holds:
         raise ValueError(
-            f"directory: expected a folder without a training, got {directory}, which holds one ({held}): its adapter "
-            "would be replaced; name another folder"
+            f"directory: expected a folder without one of a training, got {directory}, which holds {holds}: it would "
+            "be replaced; name another folder"
         )
 
 

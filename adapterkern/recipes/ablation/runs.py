@@ -42,6 +42,7 @@ from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 from adapterkern.training.data.batches import fingerprint
 from adapterkern.training.data.examples import Rows, load_examples
 from adapterkern.training.data.prefix import PrefixCache, choose_cache, prefix_fingerprint
+from adapterkern.training.optimization import check_lr
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.lock import locked
 from adapterkern.training.run.report import METRICS_NAME
@@ -123,6 +124,8 @@ class _Runner:
         self.study, self.model, self.output, self.tokenizer, self.say = study, model, output, tokenizer, say
         self.train_data, self.eval_data = train_data, eval_data
         self.variants = study.variants(model.config.hidden_size, len(model.layers))
+        for variant in self.variants:
+            check_lr(variant.training)
         self.shared = shared_digest(model, train_data, eval_data, study.training, tokenizer)
         self.cache = PrefixCache(study.training.prefix_cache_bytes)
         self.path = output / CSV_NAME

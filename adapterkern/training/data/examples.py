@@ -90,7 +90,12 @@ def unpacked(examples: Iterable[E]) -> Iterator[E]:
 
 
 def load_examples(
-    data: Rows, config: TrainConfig, tokenizer: Any = None, labels: Sequence[str] | None = None
+    data: Rows,
+    config: TrainConfig,
+    tokenizer: Any = None,
+    labels: Sequence[str] | None = None,
+    *,
+    named: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """Read and tokenize data for ``config.task``.
 
@@ -100,6 +105,7 @@ def load_examples(
             need no tokenizer. A column that is not read is named in a warning.
         tokenizer: a transformers tokenizer.
         labels: the label names of a classification head; by default those in the data.
+        named: ``config`` names the columns of these rows, and of no others: causal-lm warns if they have none of them.
 
     Returns:
         the examples, and the label names (none for causal-lm).
@@ -110,7 +116,7 @@ def load_examples(
         TypeError: rows of text without a tokenizer.
     """
     bad = BadRows(source_name(data))
-    examples, names = _load(data, config, tokenizer, labels, bad)
+    examples, names = _load(data, config, tokenizer, labels, bad, named)
     bad.settle(config.skip_bad_rows)
     _check_some(examples, names, config, labels, bad)
     return examples, names
@@ -133,12 +139,17 @@ _UNREAD = object()  # stands for a tokenizer: of a text there is a token or two,
 
 
 def _load(
-    data: Rows, config: TrainConfig, tokenizer: Any, labels: Sequence[str] | None, bad: BadRows
+    data: Rows,
+    config: TrainConfig,
+    tokenizer: Any,
+    labels: Sequence[str] | None,
+    bad: BadRows,
+    named: bool = False,
 ) -> tuple[list[Example], list[str]]:
     rows = read_rows(data, bad)
     if config.task == "classification":
         return _classification(rows, config, tokenizer, labels, bad)
-    return _causal_lm(rows, config, tokenizer, bad), [] if labels is None else list(labels)
+    return _causal_lm(rows, config, tokenizer, bad, named), [] if labels is None else list(labels)
 
 
 def _check_some(
@@ -188,8 +199,10 @@ def _classification(
     return examples, names
 
 
-def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example]:
-    prompt, text, needed = _columns_of_causal_lm(rows, config, bad.source, warned=tokenizer is not _UNREAD)
+def _causal_lm(
+    rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, named: bool = False
+) -> list[Example]:
+    prompt, text, needed = _columns_of_causal_lm(rows, config, bad.source, named)
     if prompt:
         rows = _of_one_kind(rows, prompt, text, config.text_column, bad)
     _check_columns(rows, config, set(), needed, bad.source)
@@ -223,28 +236,26 @@ def _causal_lm(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRow
 
 
 def _columns_of_causal_lm(
-    rows: list[Row], config: TrainConfig, source: str, warned: bool
+    rows: list[Row], config: TrainConfig, source: str, named: bool
 ) -> tuple[str, str, dict[str, str]]:
     """The columns of the prompts ("" for none) and of what is learned, and what chooses each.
 
-    A text column that has been named and is there goes before prompts and completions by their default names. A column
-    that has been named, and is not there, is named in a warning if the rows are read without it.
+    Texts in a column that was asked for go before prompts and completions by their default names. With ``named``, a
+    warning if none of the columns that were asked for is there.
     """
-    found = columns(row for row in rows if not _is_given(row))
+    of_text = [row for row in rows if not _is_given(row)]
+    found = columns(of_text)
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    named = {
-        getattr(config, name): name
-        for name in ("text_column", "prompt_column", "completion_column")
-        if getattr(config, name) != defaults[name]
-    }
+    settings = ("text_column", "prompt_column", "completion_column")
+    asked = [name for name in settings if getattr(config, name) != defaults[name]]
     prompt, text = "", config.text_column
     needed = {text: "text_column"}
     pairs = config.prompt_column in found or (config.completion_column in found and text not in found)
-    if pairs and not (text in found and set(named) == {text}):
+    if pairs and not (asked == ["text_column"] and all(_has(row, text) for row in of_text)):
         prompt, text = config.prompt_column, config.completion_column
         needed = {prompt: "prompt_column", text: "completion_column"}
-    lacking = [f"{shown(column)} ({named[column]})" for column in named if column not in needed and column not in found]
-    if found and lacking and warned:
+    lacking = [f"{shown(getattr(config, name))} ({name})" for name in asked if getattr(config, name) not in found]
+    if named and found and lacking and len(lacking) == len(asked) and needed.keys() <= set(found):
         warn("%s: there is no column %s; read are %s", *(source, ", ".join(lacking), listed(needed)))
     return prompt, text, needed
 

@@ -18,7 +18,6 @@ from typing import Any
 from adapterkern.files import read_json, read_versioned, write_json
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, adapter_files
-from adapterkern.model.files.owner import writing
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
@@ -48,8 +47,7 @@ def save_run(
 ) -> None:
     """Write the adapter (``name``, or the active one), the head and ``task.json``, each file atomically."""
     if config.train_adapters:
-        with writing(directory):
-            model.save_pretrained(directory, name)
+        model.save_pretrained(directory, name)
     if head is not None:
         head.save_pretrained(directory)
     save_config(directory, config, kind)
@@ -64,7 +62,7 @@ def save_config(directory: Path, config: TrainConfig, kind: str) -> None:
 def load_config(directory: str | os.PathLike[str]) -> TrainConfig:
     """The configuration of a saved run of any kind. Raises like ``load_run``."""
     path = Path(directory) / TASK_NAME
-    if (found := checkpoints(directory)) and not path.exists():
+    if not path.exists() and (found := checkpoints(directory)):
         raise FileNotFoundError(
             f"{path}: no such file. The newest checkpoint of a run that has not finished is {found[-1]}"
         )

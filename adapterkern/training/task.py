@@ -89,8 +89,7 @@ class Task(nn.Module, Generic[E]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if (save := vars(cls).get("save")) is not None:
-            cls.save = _owning(save)  # type: ignore[method-assign]
+        cls.save = _owning(cls.save)  # type: ignore[method-assign]
 
     @property
     def kind(self) -> str:
@@ -243,6 +242,7 @@ class Task(nn.Module, Generic[E]):
 
     # Files
 
+    @_owning
     def save(self, directory: Path, config: TrainConfig) -> None:
         """Write what was trained to ``directory``, each file atomically."""
         save_run(directory, self.model, self.head, config, kind=self.kind)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import TrainConfig, train
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.saved import save_config
@@ -113,10 +114,17 @@ def test_checkpoints_of_others_stay(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "epoch-1" / "weights.pt").read_bytes() == b"precious"
 
 
-class Own(Task[Any]):
+class Saving:
+    kind: str
+    model: LlamaAdapter
+
     def save(self, directory: Path, config: TrainConfig) -> None:
         save_config(directory, config, self.kind)
         self.model.save_pretrained(directory)
+
+
+class Own(Saving, Task[Any]):
+    pass
 
 
 def test_an_adapter_is_not_saved_over_that_of_a_training(tmp_path: Path) -> None:

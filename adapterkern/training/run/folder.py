@@ -18,7 +18,7 @@ from adapterkern.files import check_owner, check_pair, remove_temporaries
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.files.card import CARD_NAME, MARK, Training, write_card
 from adapterkern.model.files.folder import ADAPTER_FILES, OLD_WEIGHTS_NAME, adapter_files
-from adapterkern.model.files.owner import check_folder, writing
+from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
@@ -46,8 +46,6 @@ def run_folder(config: TrainConfig, files: Sequence[str]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         processes.on_rank_zero(lambda: _enter(stack, config, files))
-        if config.output_dir is not None:
-            stack.enter_context(writing(config.output_dir))
         yield
 
 

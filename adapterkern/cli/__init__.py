@@ -15,6 +15,8 @@ from adapterkern.cli.words import in_options
 
 COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
+logger = logging.getLogger(__name__)
+
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
 # Seconds in which a launcher ends the other processes, once the first has ended with the same error.
 _OTHERS_WAIT = 15.0
@@ -48,6 +50,8 @@ def _run(argv: Sequence[str]) -> int:
         level = logging.WARNING if _rank() == 0 else logging.ERROR
         show.setFormatter(_Formatter(parser))
         logging.basicConfig(handlers=[show], level=level)
+        for option in sorted(arguments.parser.repeated):
+            logger.warning("%s: given more than once; the last one counts", option)
         check_together(arguments)
         return arguments.run(arguments)
     except SystemExit:  # --help and --version, which have been printed

@@ -1,13 +1,10 @@
 """Options that have no effect beside others: refused, since what a user has typed is not silently ignored."""
 
 import argparse
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from adapterkern.cli.options import COLUMNS, adapter_fields
-
-logger = logging.getLogger(__name__)
 
 
 class _Rule(NamedTuple):
@@ -44,9 +41,6 @@ def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
     Args:
         of_run: values that the command has no option for, such as a saved run's.
     """
-    for option in sorted(arguments.parser.repeated):
-        logger.warning("%s: given more than once; the last one counts", option)
-    arguments.parser.repeated.clear()
     typed, values = arguments.parser.typed, vars(arguments) | of_run
     actions = {action.dest: action for action in arguments.parser._actions if action.option_strings}
     for rule in _RULES:

@@ -172,13 +172,13 @@ def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: b
     if config.output_dir is None:
         found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
     for name, why in found.items():
-        if getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+        if getattr(config, name) != getattr(TrainConfig, name):
             warn("config: %s=%r has no effect %s", name, getattr(config, name), why)
 
 
 def _warn_of_pooling(config: TrainConfig, head: ClassificationHead | None) -> None:
     """The same of ``pooling`` beside a head, which has its own."""
-    if head is not None and config.pooling not in (head.pooling, TrainConfig().pooling):
+    if head is not None and config.pooling not in (head.pooling, TrainConfig.pooling):
         warn("config: pooling=%r has no effect with a head that reads %r", config.pooling, head.pooling)
 
 

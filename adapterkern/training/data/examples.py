@@ -245,9 +245,8 @@ def _columns_of_causal_lm(
     """
     of_text = [row for row in rows if not _is_given(row)]
     found = columns(of_text)
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     settings = ("text_column", "prompt_column", "completion_column")
-    asked = [name for name in settings if getattr(config, name) != defaults[name]]
+    asked = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
     prompt, text = "", config.text_column
     needed = {text: "text_column"}
     pairs = config.prompt_column in found or (config.completion_column in found and text not in found)

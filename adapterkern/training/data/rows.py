@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows, or names, in one message
 _WIDTH = 60  # characters of a value in a message
-_named: set[str] = set()  # what `warn_once` and `warn_unused` have said
+_named: set[str] = set()  # what `warn_once` has said
 _TABLES = (".csv", ".tsv", ".tab")
 _MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
 
@@ -124,7 +124,8 @@ def columns(rows: Iterable[Row]) -> list[str]:
 
 def alike(name: str, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that differ from ``name`` only in case, spaces or form."""
-    return [other for other in names if plain(other) == plain(name)]
+    seen = plain(name)
+    return [other for other in names if plain(other) == seen]
 
 
 def plain(name: str) -> str:
@@ -189,9 +190,10 @@ def warn_unused(source: str, names: Iterable[str], why: str = "") -> None:
     if not (names := list(names)):
         return
     line = f"{source}: column{'s' if len(names) > 1 else ''} not used{why}: {listed(names)}"
-    if line not in _named or source == source_name(None):
-        _named.add(line)
+    if source == source_name(None):
         warn("%s", line)
+    else:
+        warn_once(line)
 
 
 def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> list[Row]:

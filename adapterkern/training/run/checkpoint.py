@@ -14,12 +14,13 @@ Older ones are removed only after that, and renamed first, so neither a half-wri
 like a checkpoint. The order of rows is a function of (seed, epoch), so the step determines the position in the data.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,17 +154,24 @@ def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_mode
 def read_state(directory: Path) -> dict[str, Any]:
     """The fields of a checkpoint's ``state.json``. Raises ``CheckpointError`` if it is missing or damaged."""
     path = directory / STATE_NAME
-    try:
+    with _as_checkpoint_error(directory):
         saved = read_versioned(path, FORMAT_VERSION, FIELDS)
         check_fields(path, saved)
         digest = saved.pop("sha256", None)
         if digest != _digest(saved):
             raise CheckpointError(f"{path}: damaged: field 'sha256' does not match the other fields")
+    return saved
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(directory: Path) -> Iterator[None]:
+    """Raise what the readers of files raise as ``CheckpointError``."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory}: damaged: {error}") from error
     except ValueError as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
-    return saved
 
 
 def check_begun_with(directory: Path, config: TrainConfig, adapter: AdapterConfig | None = None) -> None:
@@ -188,7 +196,7 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     """
     path, weights = directory / STATE_NAME, directory / TENSORS_NAME
     saved = read_state(directory)
-    try:
+    with _as_checkpoint_error(directory):
         present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
         for name, digest in saved["files"].items():
             if name not in present:  # as is a name outside of the folder
@@ -200,10 +208,6 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
         tensors = read_tensors(weights, weights=False)
         if "settings" not in saved and (earlier := state.settings_in(directory)) is not None:
             saved["settings"] = earlier
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: damaged: {error}") from error
-    except ValueError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(str(error)) from error
     check_same_run(path, saved, state)
     check_tensors(weights, tensors, saved, state)
     check_restorable(path, saved, state)

@@ -86,12 +86,14 @@ class Step:
         self.update = (optimizer or clip_and_adamw)(trained) if trained else lambda: None
         self.trained = trained
 
-    def loss(self) -> Tensor:
-        hidden = self.hidden_states(self.input_ids)
+    def loss(self, rows: slice = slice(None)) -> Tensor:
+        """The mean over ``rows``; over the batch, it is the mean of its rows' losses."""
+        ids = self.input_ids[rows]
+        hidden = self.hidden_states(ids)
         if self.spec.classify:
-            return F.cross_entropy(self.head(hidden.mean(1).float()), self.labels)
+            return F.cross_entropy(self.head(hidden.mean(1).float()), self.labels[rows])
         logits = self.head(hidden[:, :-1].flatten(0, 1)).float()
-        return F.cross_entropy(logits, self.input_ids[:, 1:].flatten())
+        return F.cross_entropy(logits, ids[:, 1:].flatten())
 
     def __call__(self) -> None:
         self.loss().backward()

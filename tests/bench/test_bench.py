@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapter, engine, measure, report
-from bench.cases import COPY, Case, Variant
+from bench import adapter, engine, measure, report, step
+from bench.cases import COPY, Case, Variant, error_budget
 from bench.measure import interleave, kept_for_backward, peak_bytes
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,25 @@ def test_a_variant_over_its_error_budget_shows_no_speed(tmp_path: Path) -> None:
     assert "error over budget" in line[2e-3]
     assert "ms" not in line[2e-3]
     assert "0.67" not in line[2e-3]
+
+
+def test_a_step_in_16_bits_is_judged_by_one_in_32() -> None:
+    shape = (128, 256, 4, 4, 2, 256)
+    names = [step.EAGER, step.OURS, step.CACHED]
+    built = {}
+    for dtype in ("float32", "bfloat16"):
+        case = step.step_case("tiny", shape, (1, 3), (4, 24), CPU, dtype, classify=False)
+        built[dtype] = {v.name: v for v in step.build(case, CPU, names, None)}
+        assert not any(v.missing for v in built[dtype].values())
+    eager = built["bfloat16"][step.EAGER].error
+    assert eager is not None
+    assert 1e-3 < eager < 5e-2  # its own rounding
+    for name in (step.OURS, step.CACHED):
+        rounded, same = built["bfloat16"][name], built["float32"][name]
+        assert rounded.budget == error_budget(eager, torch.bfloat16)
+        assert rounded.error == pytest.approx(eager, rel=0.5)
+        assert same.budget == step.SAME
+        assert same.error == pytest.approx(0, abs=step.SAME)
 
 
 def test_comparing_two_runs_leaves_out_what_is_wrong_in_either(tmp_path: Path) -> None:

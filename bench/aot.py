@@ -105,17 +105,30 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def adapter_launches(
-    d: int, r: int, dtype: torch.dtype, *, wide: bool, pdl: bool, rows: int = 8192, x_free: bool = False
+    d: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    wide: bool,
+    pdl: bool,
+    rows: int = 8192,
+    x_free: bool = False,
+    compute: torch.dtype | None = None,
 ) -> list[Launch]:
-    """Every launch of one forward and backward with fp32 parameters, including the weight preparation."""
+    """Every launch of one forward and backward with fp32 parameters, including the weight preparation.
+
+    ``dtype`` is that of x, and unless ``compute`` is given that of the products.
+    """
     params = tuple(torch.empty(size, device="meta") for size in ((d,), (d,), (r, d), (r,), (d, r), (d,)))
     x = torch.empty(rows, d, dtype=dtype, device="meta")
     R, vec = padded_adapter_dim(r), 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
     common: dict[str, Any] = {"activation": "silu", "precision": "ieee", "vec": vec, "sms": SMS, "pdl": pdl}
-    forward_with = forward_tiles(dtype.itemsize, R, wide)
-    hidden_with, slice_with = hidden_tiles(dtype.itemsize, R, wide), slice_tiles(dtype.itemsize, R, wide)
+    compute = compute or dtype
+    forward_with, hidden_with, slice_with = (
+        table(compute.itemsize, R, wide) for table in (forward_tiles, hidden_tiles, slice_tiles)
+    )
     with recorded_launches() as launches:
-        prepared = prepare(params, dtype)
+        prepared = prepare(params, compute)
         _, z, mean, rstd = forward(x, None, prepared, r=r, eps=1e-5, save=True, tiles=forward_with, **common)
         assert z is not None
         assert mean is not None
@@ -127,9 +140,9 @@ def adapter_launches(
     return launches
 
 
-def variants(d: int, r: int, dtype: torch.dtype, sm: int) -> list[Launch]:
+def variants(d: int, r: int, dtype: torch.dtype, sm: int, compute: torch.dtype | None = None) -> list[Launch]:
     """One launch per variant that ``sm`` runs for this shape: fused and split forward, backward x-free or not."""
-    how: dict[str, Any] = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90}
+    how: dict[str, Any] = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90, "compute": compute}
     launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, x_free=True, **how)
     launches += adapter_launches(d, r, dtype, rows=16, **how)
     return list({launch.variant: launch for launch in launches}.values())

@@ -31,6 +31,7 @@ SWEPT = (64, 128, 16, 256)
 LOW = ("bfloat16", "float16", "float32")
 TEST_SHAPES = ((1, 4096, 64), (37, 576, 16), (129, 577, 59), (9000, 2048, 32), (300, 5120, 128), (520, 1024, 256),
                (70, 300, 512))  # fmt: skip
+MIXED_SHAPES = ((1, 4096, 64), (129, 577, 59), (1000, 1024, 64), (300, 5120, 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Call:
     needed: tuple[bool, ...] | None = ALL
     sequences: int = 0  # of a call with an index; 0: no index
     tf32: bool = False
+    compute: str = ""  # of the products; "": x's dtype
     tiles: str = ""  # as `tiling.parse` reads them; such a variant may not compile
 
 
@@ -77,6 +79,10 @@ def tests() -> list[Call]:
     """What tests/ops/test_gpu.py launches."""
     calls = [Call(1000, 1024, 64, dtype) for dtype in LOW]
     calls += [Call(*shape, dtype, x_free=x_free) for shape in TEST_SHAPES for dtype in LOW for x_free in (False, True)]
+    calls += [
+        Call(*shape, "float32", x_free=x_free, compute=compute)
+        for shape in MIXED_SHAPES for compute in LOW[:2] for x_free in (False, True)
+    ]  # fmt: skip
     calls += [Call(300, 1024, 64, "float32", tf32=tf32, needed=None) for tf32 in (False, True)]
     calls += [Call(5000, 1024, 64), Call(3000, 1024, 64), Call(300, 512, 32), Call(200, 512, 32, needed=NOT_X)]
     calls += [Call(2**19 + 100, 4096, 16, needed=None), Call(20000, 1280, 48, needed=None)]
@@ -183,7 +189,8 @@ def _launch(generation: Any, call: Call) -> None:
     weights = [torch.empty(*n, *size, device="cuda") for size in ((d,), (d,), (r, d), (r,), (d, r), (d,))]
     x = torch.empty(call.T, d, device="cuda", dtype=dtype)
     index = torch.empty(call.sequences, dtype=torch.int64, device="cuda") if call.sequences else None
-    how = {"eps": 1e-5, "activation": call.activation, "compute": dtype, "save": call.needed is not None}
+    how = {"eps": 1e-5, "activation": call.activation, "save": call.needed is not None}
+    how["compute"] = getattr(torch, call.compute or call.dtype)
     _, *saved = generation.adapter_forward(x, weights, index, **how)
     if call.needed is not None:
         generation.adapter_backward(

@@ -59,6 +59,27 @@ def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dt
                 assert c.wgmma > 0 or (c.kernel.startswith("hidden") and r == 256), c
 
 
+@pytest.mark.parametrize(
+    ("d", "r", "sm", "dtype", "compute"),
+    [
+        (4096, 64, 90, torch.float32, torch.bfloat16),  # an fp32 backbone under autocast
+        (4096, 128, 90, torch.float32, torch.bfloat16),
+        (576, 16, 80, torch.float32, torch.float16),
+        (2048, 64, 90, torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+def test_rows_of_another_dtype_than_the_products_compile_and_fit(
+    d: int, r: int, sm: int, dtype: torch.dtype, compute: torch.dtype
+) -> None:
+    """Triton's interpreter multiplies operands of two dtypes, its compiler does not."""
+    for variant in aot.variants(d, r, dtype, sm, compute):
+        c = aot.compile_launch(variant, sm)
+        assert c.stack == 0, c
+        assert c.shared <= aot.SHARED_LIMIT[sm], c
+        assert not c.refills, (c.kernel, c.refills)
+
+
 # Instructions per element of each loop with a product: d = 4096, r = 64, bf16, sm_90. NOTES.md has their history.
 # Where the slice kernel has two, the first takes x unchanged, the second centers it, 32 rows at a time.
 PER_ELEMENT = {

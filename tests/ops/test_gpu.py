@@ -63,6 +63,20 @@ def test_shapes(T: int, d: int, r: int, dtype: torch.dtype) -> None:
     check(*draw(T, d, r, dtype), x_free=True)
 
 
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("T", "d", "r"), [(1, 4096, 64), (129, 577, 59), (1000, 1024, 64), (300, 5120, 128)])
+def test_fp32_rows_under_autocast(T: int, d: int, r: int, compute: torch.dtype) -> None:
+    x, weights, dy = draw(T, d, r, torch.float32)
+    true = value_and_grads(x.double(), Weights(*(w.double() for w in weights)), dy.double(), fused=False)
+    with torch.autocast("cuda", compute):
+        theirs = value_and_grads(x, weights, dy, fused=False)
+        for x_free in (False, True):
+            ours = value_and_grads(x, weights, dy, x_free=x_free)
+            for name, o, t, e in zip(NAMES, ours, theirs, true, strict=True):
+                bound = 2 * relative_error(t, e) + 4 * torch.finfo(compute).eps
+                assert relative_error(o, e) <= bound, (name, x_free)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str) -> None:
     check(*draw(200, 512, 64, torch.bfloat16), activation=activation)

@@ -177,7 +177,7 @@ def backward(
     r = weights[2].shape[-2]
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
-    row_tiles, tiles = (t.reading(vec * x.element_size()) for t in (row_tiles, tiles))
+    row_tiles, tiles = (t.reading(x, vec, z.dtype) for t in (row_tiles, tiles))
 
     with_g = needed.norm_weight or needed.down_weight
     with_s = needed.norm_bias or needed.down_weight or needed.down_bias

@@ -347,7 +347,7 @@ def forward(
     T, d = x.shape
     sequences = 1 if index is None else index.numel()
     S = T // sequences
-    tiles = tiles.reading(vec * x.element_size())
+    tiles = tiles.reading(x, vec, prepared.A.dtype)
     n_tiles = sequences * ceil_div(S, tiles.BT)
     sms = multiprocessors(x.device) if sms is None else sms
     splits, width = column_split(n_tiles, min(S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)

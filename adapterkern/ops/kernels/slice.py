@@ -177,6 +177,7 @@ def slice_kernel(
     DBIAS: tl.constexpr = p_dbias is not None
     NO_X: tl.constexpr = not (DX or G)
     FOLDED: tl.constexpr = p_worst is not None
+    MAY_GO: tl.constexpr = FOLDED and not X_FREE and not NO_X
     SAFE_BT: tl.constexpr = min(BT, 32)  # what fits in registers if x goes through them
     share = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
@@ -214,14 +215,14 @@ def slice_kernel(
         first, last = begin * tl.cdiv(S, BT), end * tl.cdiv(S, BT)
         safe_first, safe_last = begin * tl.cdiv(S, SAFE_BT), end * tl.cdiv(S, SAFE_BT)
         lo, hi = begin * per_sequence, end * per_sequence
-    direct = NO_X
-    if FOLDED and not X_FREE and not NO_X:
+    direct = NO_X  # a value of the running kernel, so that both branches below are compiled
+    if MAY_GO:
         direct = _may_go_direct(p_worst, p_order, lo, hi, per_sequence)
     if direct:
         g, u, dbias = _walk(
             p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
             b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
-            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, True, BT, BD, STAGES,
+            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, MAY_GO, BT, BD, STAGES,
         )  # fmt: skip
     else:
         g, u, dbias = _walk(

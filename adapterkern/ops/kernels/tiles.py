@@ -29,10 +29,17 @@ class Tiles:
         """The kernel's constants. Stages are among them: only ``tl.range`` pipelines every load of a loop."""
         return {"BT": self.BT, "BD": self.BD, "STAGES": self.num_stages}
 
-    def reading(self, nbytes: int) -> "Tiles":
-        """These tiles for loads of ``nbytes`` each. Below 4 (odd d in 16 bits) no load is asynchronous, and stages
-        would only take registers."""
-        return self if nbytes >= 4 else replace(self, num_stages=1)
+    def reading(self, x: torch.Tensor, vec: int, compute: torch.dtype) -> "Tiles":
+        """These tiles for rows of x that are loaded ``vec`` elements at a time, for products in ``compute``.
+
+        Below 4 bytes per load (odd d in 16 bits) no load is asynchronous, and stages would only take registers. Rows
+        wider than the products' operands (fp32 under autocast) get at most 3 stages: each takes twice the memory.
+        """
+        if vec * x.element_size() < 4:
+            return replace(self, num_stages=1)
+        if x.element_size() > compute.itemsize:
+            return replace(self, num_stages=min(self.num_stages, 3))
+        return self
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import report
+from bench.measure import paired_ratio
 from tests.support import tiny_run
 
 README = Path(__file__).parents[2] / "README.md"
@@ -28,6 +29,11 @@ def test_readme_is_short_and_its_numbers_are_in_the_results() -> None:
     adapter = {e.variant: e for entries in of_both for e in entries}
     for variant in ("ours", "eager autocast", "torch.compile"):
         assert f"{1000 * adapter[variant].median:.2f} ms" in text, variant
+    of_steps = [entries for key, entries in cited[True].groups.items() if key[0] == "step" and "4×1024" in key[1]]
+    gpu = {e.variant: e.times for e in of_steps[0]}
+    for variant in ("ours", "eager adapters", "PEFT LoRA"):
+        tax = 100 * (paired_ratio(gpu[variant], gpu["frozen backbone"]) - 1)
+        assert re.search(rf"\D{tax:.1f}\s%", text), variant
     run = cited[False]
     steps = [entries for key, entries in run.groups.items() if key[0] == "step" and "16×48" in key[1]]
     medians = {e.variant: e.median for e in steps[0]}

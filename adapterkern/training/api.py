@@ -1,5 +1,6 @@
 """The entry points: ``train`` builds a run and runs it, ``evaluate`` scores what was trained."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from adapterkern.training.loop import Data, Run
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
+from adapterkern.training.parallel.frozen import cast_once
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
 from adapterkern.training.run.folder import run_folder
 from adapterkern.training.run.lock import in_one_thread
@@ -122,10 +124,12 @@ def train(
         warn_of_overlap(train_set, eval_set)
         data = Data(train_set, eval_set, *names, summaries)
         set_seed(config.seed)
-        with left_as_found(task), task.running(config):
+        with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
             order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
             backbone = describe_backbone(model)  # before the engine shards it
             zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+            if not (config.shard or zero):  # their weights come and go
+                stack.enter_context(cast_once(task))
             engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
             state = _state(task, engine, accelerator, data, config, backbone)
             feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
@@ -274,7 +278,7 @@ def _evaluated(
     processes.on_rank_zero(lambda: show_data(summaries, config.progress))
     with accelerator.autocast():
         _check_backbones(task, config, examples)
-    with task.running(config), left_as_found(task):
+    with task.running(config), left_as_found(task), cast_once(task):
         feed = Feed(task, config, cache)
         with accelerator.autocast():
             use = cache is not None and choose_cache(model, config, examples, passes=2)[0]

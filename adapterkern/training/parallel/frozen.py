@@ -1,0 +1,54 @@
+"""Frozen weights under autocast, cast once: autocast keeps copies of trained weights alone."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Cast:
+    """The forward of a frozen ``nn.Linear`` that keeps a copy of its parameters in autocast's dtype.
+
+    The copy is made by the first call that needs it, so a layer that never runs has none.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self.copies: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, input: Tensor) -> Tensor:
+        linear = self.linear
+        device_type = linear.weight.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return F.linear(input, linear.weight, linear.bias)
+        dtype = torch.get_autocast_dtype(device_type)
+        if dtype not in self.copies:
+            with torch.inference_mode(False), torch.no_grad():  # a backward may need what an evaluation made
+                bias = None if linear.bias is None else linear.bias.to(dtype)
+                self.copies[dtype] = linear.weight.to(dtype), bias
+        return F.linear(input, *self.copies[dtype])
+
+
+@contextlib.contextmanager
+def cast_once(module: nn.Module) -> Iterator[None]:
+    """Inside the block, each frozen ``nn.Linear`` of ``module`` is cast once for autocast.
+
+    The results keep their bits. The copies take as much memory as those that a backward keeps of autocast's. The frozen
+    parameters must not change inside the block. Modules with a forward of their own, such as those that accelerate
+    offloads, are left alone.
+    """
+    linears = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m) and _is_frozen(m)]
+    for linear in linears:
+        linear.forward = _Cast(linear)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def _is_frozen(linear: nn.Linear) -> bool:
+    parameters = list(linear.parameters(recurse=False))
+    return not any(p.requires_grad or p.is_inference() or not p.is_floating_point() for p in parameters)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adapterkern.files import write_json
 from adapterkern.training import processes
+from adapterkern.training.attention import fast_attention
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_targets, count_tokens
 from adapterkern.training.data.examples import E
@@ -240,9 +241,11 @@ class Run(Generic[E]):
         losses = []
         batches = self._share(examples)
         for number, (batch, counts) in enumerate(batches, start=1):
-            loss, _ = self.engine.run(self.feed(batch))
-            loss = loss if counts else 0 * loss
-            self.engine.backward(loss / targets, number == len(batches))
+            inputs = self.feed(batch)
+            with fast_attention(self.model, inputs["attention_mask"].shape, self.config.precision):
+                loss, _ = self.engine.run(inputs)
+                loss = loss if counts else 0 * loss
+                self.engine.backward(loss / targets, number == len(batches))
             losses.append(loss.detach())
         loss = processes.total(torch.stack(losses).sum()) / targets
         grad_norm = self.engine.step(loss)

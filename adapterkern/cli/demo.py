@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from adapterkern.cli.dtype import chosen_dtype
 from adapterkern.cli.options import add_layers_option, add_output_option, demo_layers
 from adapterkern.cli.run import check_both
 
@@ -31,5 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_source(arguments.model)
     files = arguments.train_file, arguments.eval_file
     check_both(*files, TRAINING)
-    runs = run_demo(arguments.output_dir, arguments.model, *files, num_layers=demo_layers(arguments))
+    runs = run_demo(
+        arguments.output_dir, arguments.model, *files, num_layers=demo_layers(arguments), dtype=chosen_dtype(None)
+    )
     return 0 if len(runs) == 2 else 130

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
-    dtype, cut = arguments.dtype or "fp32", arguments.num_layers
+    cut = arguments.num_layers
     if arguments.eval_keep and not arguments.eval:
         raise ValueError("--eval: expected a file together with --eval-keep, got none")
     if arguments.teacher == "whole" and cut is None:
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         llama = whole if cut is None else first_layers(whole, cut)
         teacher = whole if arguments.teacher == "whole" else None
         if arguments.teacher not in ("itself", "whole"):
-            teacher, other = load_backbone(arguments.teacher, dtype=dtype)
+            teacher, other = load_backbone(arguments.teacher, dtype=arguments.dtype)
             if other.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(
                     f"--teacher: expected the tokens of {arguments.model}, got others in {arguments.teacher}"
@@ -99,4 +99,4 @@ def run(arguments: argparse.Namespace) -> int:
         return Job(model, rows, eval_rows, KeepBehaviour(model, teacher, **settings))
 
     # The whole backbone, and not what --backbone-layers leaves of it.
-    return train_run(arguments, job, lambda _: load_backbone(arguments.model, dtype=dtype), check)
+    return train_run(arguments, job, lambda _: load_backbone(arguments.model, dtype=arguments.dtype), check)

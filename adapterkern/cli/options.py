@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 from adapterkern import checks
+from adapterkern.cli.dtype import CHOICES
 from adapterkern.cli.words import AFTER, BEFORE, setting
 from adapterkern.model import config
 from adapterkern.model.config import AdapterConfig
@@ -241,10 +242,10 @@ def from_options(arguments: argparse.Namespace, record: type[T]) -> T:
 def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) -> None:
     """The backbone, which a command must name; or, ``of_run``, what to use in place of a saved run's."""
     group = parser.add_argument_group("backbone", "default: the run's own" if of_run else None)
-    dtype = "dtype of the backbone's weights" + ("" if of_run else "; default fp32")
+    dtype = "dtype of the backbone's weights" + ("" if of_run else "; default auto: bf16 where that is fast, else fp32")
     group.add_argument("--model", required=not of_run, help="a .gguf file, transformers folder or hub name")
     add_layers_option(group, "keep only the first N decoder layers")
-    group.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help=dtype)
+    group.add_argument("--dtype", choices=CHOICES, help=dtype)
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
     group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
 

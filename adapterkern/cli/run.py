@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapterkern.cli import dtype
 from adapterkern.cli.options import COLUMNS, adapter_config, as_asked, from_options, model_flags
 from adapterkern.cli.together import check_together
 from adapterkern.cli.words import command
@@ -39,14 +40,14 @@ def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The backbone that the arguments name, and its tokenizer."""
     from adapterkern.model.backbone import load_backbone
 
-    return load_backbone(arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype or "fp32")
+    return load_backbone(arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype)
 
 
 def sources_of(arguments: argparse.Namespace, eval_data: str | None, tokenizer: Any) -> "Sources":
     """What ``sources.json`` holds of a run with these arguments."""
     from adapterkern.training.saved import Sources
 
-    return Sources(arguments.model, arguments.num_layers, arguments.dtype or "fp32", eval_data, _tokens(tokenizer))
+    return Sources(arguments.model, arguments.num_layers, arguments.dtype, eval_data, _tokens(tokenizer))
 
 
 def _tokens(tokenizer: Any) -> str:
@@ -89,6 +90,7 @@ def train_run(
         check(config)
     else:
         check_train_and_eval(arguments.train, arguments.eval, config)
+    arguments.dtype = dtype.of_arguments(arguments)
     llama, tokenizer = load(arguments)
     torch.manual_seed(config.seed)
     model, train_data, eval_data, task, sources = job(llama, tokenizer, config)

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from adapterkern import checks
 from adapterkern.model.decoder import decoder_layers, keep_layers
+from adapterkern.model.fast_dtype import fast_dtype
 from adapterkern.model.files.folder import ADAPTER_FILES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +39,7 @@ def load_backbone(
     Args:
         source: a ``.gguf`` file, a folder that transformers saved, or a name on the hub.
         num_layers: the number of decoder layers to keep, counted from the first; default all.
-        dtype: of the weights, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        dtype: of the weights, ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: see ``fast_dtype``.
         device: default the first CUDA device if there is one, else the CPU; in a process started by torchrun or
             accelerate, the CUDA device of its local rank.
 
@@ -47,7 +48,10 @@ def load_backbone(
         ValueError: it has no tokenizer, its files are damaged or lack weights, ``num_layers`` is not from 1 to the
             number of layers, or the dtype is unknown.
     """
-    checks.choice("dtype", dtype, tuple(DTYPES))
+    checks.choice("dtype", dtype, (*DTYPES, "auto"))
+    device = torch.device(default_device() if device is None else device)
+    if dtype == "auto":
+        dtype, _ = fast_dtype(device)
     check_source(source)
     path = Path(source)
     name = os.fspath(source)
@@ -74,9 +78,12 @@ def load_backbone(
     if num_layers is not None:
         checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
         keep_layers(llama.model, 0, num_layers)
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    llama.to(device or (cuda if torch.cuda.is_available() else "cpu"))
-    return llama.eval(), tokenizer
+    return llama.to(device).eval(), tokenizer
+
+
+def default_device() -> str:
+    """Where a backbone goes unless it is said: see ``load_backbone``."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def check_source(source: str | os.PathLike[str], name: str = "model") -> None:

@@ -6,8 +6,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adapterkern.model import fast_dtype
 from tests.support.commands import TOPICS, write_texts
 from tests.support.tiny_llama import tiny
+
+
+@pytest.fixture(autouse=True)
+def fp32_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dtype auto stands for fp32 in this process, on whatever machine the tests run."""
+    monkeypatch.setattr(fast_dtype, "_bf16_speed", lambda threads: 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ ROWS = [
     (TRAIN + "--backbone-layers x", "--backbone-layers: expected an integer, got 'x'"),
     (TRAIN + "--lr nan", "--lr: expected a number, got 'nan'"),
     (TRAIN + "--layers a,b", "--layers: expected layer numbers such as 0,3 or -2,-1, got 'a,b'"),
-    (TRAIN + "--dtype fp3", "--dtype: expected one of fp32, bf16, fp16, got 'fp3'"),
+    (TRAIN + "--dtype fp3", "--dtype: expected one of auto, fp32, bf16, fp16, got 'fp3'"),
     (TRAIN + "--seed", "--seed: expected a value, got none; see"),
     (
         TRAIN + "--skip-bad-rows 3",

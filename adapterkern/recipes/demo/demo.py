@@ -53,6 +53,7 @@ def run_demo(
     eval_file: Path | None = None,
     *,
     num_layers: int | None = NUM_LAYERS,
+    dtype: str = "fp32",
     progress: bool = True,
 ) -> list[Run]:
     """Train head + adapters, then a head alone with the same settings; print their table and save both in ``output``.
@@ -63,6 +64,7 @@ def run_demo(
         model: a ``.gguf`` file, transformers folder or hub name instead of SmolLM2-135M.
         train_file, eval_file: data with the columns text and label instead of Reuters R8; both or neither.
         num_layers: use only the first layers of the backbone; None uses all.
+        dtype: of the backbone; see ``load_backbone``.
         progress: show progress bars.
 
     Returns:
@@ -82,7 +84,7 @@ def run_demo(
     source = model or os.fspath(obtain(MODEL))
     fetched = time.perf_counter()
     with locked(output) if processes.is_rank_zero() else contextlib.nullcontext():
-        llama, tokenizer = load_backbone(source, num_layers=num_layers)
+        llama, tokenizer = load_backbone(source, num_layers=num_layers, dtype=dtype)
         torch.manual_seed(TRAINING.seed)
         adapted = LlamaAdapter(llama, ADAPTERS)
         sites = ", ".join(map(str, adapted.adapter_config().layers or ()))
@@ -94,7 +96,7 @@ def run_demo(
             config = dataclasses.replace(
                 TRAINING, train_adapters=train_adapters, progress=progress, output_dir=output / folder, overwrite=True
             )
-            sources = Sources(source, num_layers, eval_data=os.fspath(eval_file.resolve()))
+            sources = Sources(source, num_layers, dtype, eval_data=os.fspath(eval_file.resolve()))
             result = train(
                 adapted,
                 train_file,

@@ -1,0 +1,58 @@
+"""The dtype of a frozen backbone, by what the machine computes fast."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adapterkern.model import fast_dtype as module
+from adapterkern.model.backbone import load_backbone
+from adapterkern.model.fast_dtype import fast_dtype
+from tests.support import tiny_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(2.1, "bf16"), (1.1, "fp32"), (0.025, "fp32")])
+def test_a_cpu_gets_bf16_where_that_was_clearly_faster(
+    speed: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_bf16_speed", lambda threads: speed)
+    name, why = fast_dtype(CPU)
+    assert name == expected
+    assert f"{speed} times" in why
+
+
+def test_the_measurement_times_both_dtypes_in_turns_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    cost = {torch.float32: 0.006, torch.bfloat16: 0.002}
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == weight.dtype
+        clock[0] += cost[x.dtype]
+        return x
+
+    monkeypatch.setattr(module, "F", SimpleNamespace(linear=linear))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    module._bf16_speed.cache_clear()
+    assert module._bf16_speed(2) == pytest.approx(3.0)
+    spent = clock[0]
+    assert module._bf16_speed(2) == pytest.approx(3.0)
+    assert clock[0] == spent
+    module._bf16_speed.cache_clear()
+
+
+def test_a_gpu_gets_bf16_if_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert fast_dtype(torch.device("cuda", 0))[0] == expected
+
+
+def test_a_backbone_is_loaded_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_run.model().unload().save_pretrained(tmp_path)
+    tiny_run.tokenizer().save_pretrained(tmp_path)
+    for speed, expected in ((3.0, torch.bfloat16), (1.0, torch.float32)):
+        monkeypatch.setattr(module, "_bf16_speed", lambda threads, speed=speed: speed)
+        assert load_backbone(tmp_path, dtype="auto", device="cpu")[0].dtype == expected

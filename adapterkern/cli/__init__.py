@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from adapterkern import __version__, _ctrl_c
 from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
+from adapterkern.cli.memory import keep_pages
 from adapterkern.cli.options import Parser, UsageError
 from adapterkern.cli.together import check_together
 from adapterkern.cli.words import in_options
@@ -53,6 +54,7 @@ def _run(argv: Sequence[str]) -> int:
         for option in sorted(arguments.parser.repeated):
             logger.warning("%s: given more than once; the last one counts", option)
         check_together(arguments)
+        keep_pages()
         return arguments.run(arguments)
     except SystemExit:  # --help and --version, which have been printed
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from adapterkern import ops, optim
+from adapterkern.cli import cores
 from adapterkern.training.parallel import extension
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
@@ -46,6 +47,7 @@ def diagnosis() -> list[str]:
     settings = [f"  {name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     lines += ["environment", *(settings or ["  nothing set"])]
     advice = _advice(versions) + _lock_advice()
+    advice += cores.advice(torch.get_num_threads(), cores.usable_cores(), os.getloadavg()[0])
     return [*lines, "what to do", *(f"  {line}" for line in advice or ["nothing: all is there"])]
 
 

@@ -1,0 +1,133 @@
+"""What commands do about the machine: the dtype, the C library's memory, the cores."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterkern.cli import cores, dtype, main, memory
+from adapterkern.model import fast_dtype
+from adapterkern.training.saved import Sources, load_sources, save_sources
+from tests.support import tiny_run
+from tests.support.commands import write_texts
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How many times as fast as fp32 this machine multiplies bf16."""
+    found = [2.0]
+    monkeypatch.setattr(fast_dtype, "_bf16_speed", lambda threads: found[0])
+    return found
+
+
+def test_what_auto_stands_for(
+    speed: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dtype.chosen_dtype("fp16") == "fp16"
+    assert capsys.readouterr().out == ""  # what was asked for needs no line
+    assert dtype.chosen_dtype(None) == dtype.chosen_dtype("auto") == "bf16"
+    assert capsys.readouterr().out == 2 * "backbone in bf16: this CPU multiplies it 2.0 times as fast as fp32\n"
+    assert dtype.chosen_dtype(None, "fp16") == "fp32"
+    assert "--precision fp16" in capsys.readouterr().out
+    save_sources(tmp_path, {"tasks/a": Sources("m", dtype="fp32"), "tasks/b": Sources("m", dtype="fp32")})
+    assert dtype.chosen_dtype(None, resumed=tmp_path) == "fp32"
+    assert "as in the run that is resumed" in capsys.readouterr().out
+    assert dtype.chosen_dtype("bf16", resumed=tmp_path) == "bf16"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert dtype.chosen_dtype(None) == "fp32"
+    monkeypatch.delenv("WORLD_SIZE")
+    speed[0] = 1.0
+    assert dtype.chosen_dtype(None) == "fp32"
+
+
+def test_a_run_remembers_its_dtype_and_resumes_in_it_on_another_machine(
+    speed: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_run.model().unload().save_pretrained(tmp_path / "llama")
+    tiny_run.tokenizer().save_pretrained(tmp_path / "llama")
+    texts = write_texts(tmp_path / "texts.jsonl", 12, 0)
+    command = f"train --model {tmp_path}/llama --train {texts} --eval {texts} --output {tmp_path}/run --layers 3"
+    command += " --adapter-dim 4 --batch-size 4 --max-length 16 --no-progress --no-plot"
+    assert main([*command.split(), "--max-steps", "2", "--checkpoint-every", "1"]) == 0
+    assert load_sources(tmp_path / "run").dtype == "bf16"
+    speed[0] = 0.02
+    capsys.readouterr()
+    assert main([*command.split(), "--max-steps", "2", "--checkpoint-every", "1", "--resume"]) == 0
+    assert "backbone in bf16: as in the run that is resumed" in capsys.readouterr().out
+    assert main(["eval", f"{tmp_path}/run"]) == 0
+
+
+# How many pages a process touches for the first time while it makes the same 64 MB tensor again.
+FAULTS = """
+import resource, sys, torch
+from adapterkern.cli.memory import keep_pages
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    print(keep_pages(), end=" ")
+for _ in range(4):
+    torch.ones(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(16 << 20)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_large_tensors_keep_their_pages() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in memory._OWN}
+
+    def run(how: str, **more: str) -> str:
+        argv = [sys.executable, "-c", FAULTS, how]
+        return subprocess.run(argv, env=environment | more, text=True, capture_output=True, check=True).stdout
+
+    kept, megabytes = run("keep").split()
+    assert kept == "True"
+    assert int(megabytes) < 8
+    assert run("keep", MALLOC_MMAP_THRESHOLD_="1000000").split()[0] == "False"  # the user's own setting stays
+    assert int(run("leave")) >= int(megabytes)
+
+
+def test_a_command_keeps_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr("adapterkern.cli.keep_pages", lambda: called.append(1))
+    assert main(["doctor"]) == 0
+    assert called
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in memory._OWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert memory.keep_pages() is False
+
+
+def test_a_container_s_quota_counts(tmp_path: Path) -> None:
+    of_affinity = len(os.sched_getaffinity(0))
+    assert cores.usable_cores(tmp_path) == of_affinity
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cores.usable_cores(tmp_path) == of_affinity
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert cores.usable_cores(tmp_path) == 0.5
+
+
+def test_doctor_names_too_many_threads_and_busy_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cores.advice(2, 2.0, 2.5) == []
+    (line,) = cores.advice(8, 1.5, 0.1)
+    assert "8 threads" in line
+    assert line.endswith("OMP_NUM_THREADS=2")
+    (line,) = cores.advice(2, 2.0, 3.1)
+    assert "load 3.1 on 2" in line
+    monkeypatch.setattr(cores, "usable_cores", lambda: 0.5)
+    monkeypatch.setattr(os, "getloadavg", lambda: (40.0, 0.0, 0.0))
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "load 40.0 on 0.5" in printed
+    assert ("OMP_NUM_THREADS=1" in printed) == (torch.get_num_threads() > 1)

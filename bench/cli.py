@@ -6,7 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+from adapterkern.cli.memory import keep_pages
+
 PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
+KEEP = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's variables; set by the user, they hold as they are
 ALONE = ["traffic"], ["aot"]  # parts that are commands of their own as well
 EPILOG = """
   python -m bench report A.json [B.json]   the tables of a saved run, or a comparison of two
@@ -34,6 +37,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--device", help="cpu or cuda; default cuda if available")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default all")
+    parser.add_argument(
+        "--malloc", choices=("keep", "default"), default="keep",
+        help="keep freed memory, as adapterkern's commands do, for every variant; or the C library's default",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where to save; default bench/results for a whole run")
     parser.add_argument(
         "--append", action="store_true", help="add to the file --json, which must be of the same commit"
@@ -62,6 +69,9 @@ def _measure(args: argparse.Namespace) -> int:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(args.threads)
     os.environ["OMP_PROC_BIND"] = "true"
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+    if args.malloc == "keep" and keep_pages():
+        os.environ.update(dict.fromkeys(KEEP, str(1 << 30)))  # for peers, which are processes of their own
 
     import torch
 

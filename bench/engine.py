@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -100,6 +101,7 @@ class Engine:
         self.missing: list[dict[str, str]] = []
         self.failed = False
         self._start = time.monotonic()
+        self._load = os.getloadavg()[0]  # of others: this process has not begun
         self._commit = get_commit_info()  # now: another may be made before the run is over
         self._before = self._earlier_run()
         self._about: dict[str, Any] | None = None
@@ -223,7 +225,7 @@ class Engine:
         info.pop("node", None)
         known = {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
         least = {"device": str(o.device), "threads": torch.get_num_threads(), **known}
-        info |= least | self._or({}, machine, o.device) | {"quick": o.quick}
+        info |= least | self._or({}, machine, o.device) | {"quick": o.quick, "load_before": self._load}
         if o.roofs:
             roofs = {"gemm_flops": gemm_flops, "l2_bytes": l2_bandwidth}
             info["roofs"] = {name: self._or(None, roof, o.device) for name, roof in roofs.items()}

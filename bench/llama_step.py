@@ -5,6 +5,7 @@ the loss is that of a text classifier (mean over tokens, a trained linear head o
 vocabulary of 49,152, the LM head would take most of a small model's time. On a GPU it is the language model's own loss.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LABELS = 8
@@ -35,6 +37,7 @@ class StepSpec:
     classify: bool = True
     device: str = "cpu"
     threads: int = 1
+    written_out: bool = False  # attention, instead of by torch's flash kernel
 
     @property
     def tokens(self) -> int:
@@ -96,7 +99,8 @@ class Step:
         return F.cross_entropy(logits, ids[:, 1:].flatten())
 
     def __call__(self) -> None:
-        self.loss().backward()
+        with sdpa_kernel(SDPBackend.MATH) if self.spec.written_out else contextlib.nullcontext():
+            self.loss().backward()
         self.update()
         for p in self.trained:
             p.grad = None

@@ -286,7 +286,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "malloc": "keeps freed memory" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
         "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "liger_kernel")},
         "cuda": torch.version.cuda,
     }

@@ -20,6 +20,7 @@ variants that take turns in one process. *Error ≤ budget* is the relative erro
 one allowed."""
 NO_GPU = "**No GPU has been measured yet.**"
 # the denominator of a case's ratios, unless --baseline names another: the first of these that it has
+BUSY = 0.5  # load before a run above which its figures are flagged
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
 NO_RIVALS = (COPY, "frozen backbone")  # they do less work than the others
 DASH = "–"
@@ -72,7 +73,9 @@ class Run:
         where = m["device"] if m["cuda"] else f"{m['device']}, {m['threads']} threads"
         commit = str(self.data["commit_info"].get("id", "unknown"))[:7]
         quick = ", quick" if m["quick"] else ""
-        return f"{where}; {shown}; commit {commit}, {self.data['datetime'][:10]}{quick}"
+        malloc = f"; malloc {m['malloc']}" if m.get("malloc", "default") != "default" else ""
+        busy = f"; **the machine was busy: load {m['load_before']:.1f}**" if m.get("load_before", 0) > BUSY else ""
+        return f"{where}{malloc}; {shown}; commit {commit}, {self.data['datetime'][:10]}{quick}{busy}"
 
 
 def load(path: Path) -> Run:

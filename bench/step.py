@@ -22,7 +22,9 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern.model.config import adapter_num_params
+from adapterkern.model.fast_dtype import fast_dtype
 from adapterkern.model.liger import use_liger
+from adapterkern.training.attention import LONGEST, written_out_is_faster
 from bench.cases import Case, Variant, error_budget, relative_error
 from bench.llama_step import Step, StepSpec, make_llama
 from bench.measure import kept_for_backward
@@ -45,11 +47,14 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cpu":
         shape = (*SMOLLM2[:2], 8, *SMOLLM2[3:])
         batch = (4, 48) if quick else (16, 48)
-        late = step_case("SmolLM2-135M, first 8 layers, adapters on the last 3", shape, (5, 6, 7), batch, device)
+        # bf16 as well where the commands choose it
+        dtypes = ("float32",) if quick or fast_dtype(device)[0] == "fp32" else ("float32", "bfloat16")
+        late = "SmolLM2-135M, first 8 layers, adapters on the last 3"
+        made = [step_case(late, shape, (5, 6, 7), batch, device, dtype) for dtype in dtypes]
         if quick:
-            return [late]
-        shape = (*shape[:2], 4, *shape[3:])
-        return [late, step_case("SmolLM2-135M, first 4 layers, every 2nd adapted", shape, (1, 3), (16, 256), device)]
+            return made
+        long, shape = "SmolLM2-135M, first 4 layers, every 2nd adapted", (*shape[:2], 4, *shape[3:])
+        return made + [step_case(long, shape, (1, 3), (16, 256), device, dtype) for dtype in dtypes]
     free = torch.cuda.mem_get_info(device)[0]
     # what is published comes first, so that a stopped run has it
     models = {"LLaMA-7B": LLAMA_7B, "LLaMA-8B": LLAMA_8B, "LLaMA-1B": LLAMA_1B, "SmolLM2-135M": SMOLLM2}
@@ -78,7 +83,7 @@ def step_case(
     hidden, intermediate, num_layers, heads, kv_heads, vocabulary = shape
     spec = StepSpec(
         hidden, intermediate, num_layers, heads, kv_heads, vocabulary, sites, 64, *batch, dtype, classify, str(device),
-        torch.get_num_threads(),
+        torch.get_num_threads(), _written_out(device, batch[1], heads, hidden // heads, dtype),
     )  # fmt: skip
     s = dataclasses.asdict(spec)
     # two FLOPs per weight and token forward, and two more backward above the first adapter
@@ -86,6 +91,12 @@ def step_case(
     above = 1 - (sites[0] + 1) / spec.num_hidden_layers
     flops = 2 * spec.tokens * (layers * (1 + above) + (0 if classify else 2 * head))
     return Case("step", f"{name}, {batch[0]}×{batch[1]} tokens, {dtype}", s, flops=int(flops), wall=True)
+
+
+def _written_out(device: torch.device, length: int, heads: int, size: int, dtype: str) -> bool:
+    """Whether ``train`` would write attention out; every variant then does."""
+    short = device.type == "cpu" and dtype != "float32" and length <= LONGEST
+    return short and written_out_is_faster(heads, size, getattr(torch, dtype), torch.get_num_threads())
 
 
 def _backbone_params(s: Any) -> int:

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapterkern.model.llama import LlamaAdapter
 
-_MEASURED, _LONGEST = 64, 128  # tokens: where the kernels differ most, and about where they are equally fast
+LONGEST = 128  # tokens, at which the kernels are about equally fast
+_MEASURED = 64  # where they differ most
 _WORTH = 1.3  # how many times as fast written out it must be
 _ROUNDS = 4
 _COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +36,7 @@ def fast_attention(model: LlamaAdapter, shape: Sequence[int], precision: str) ->
     length = shape[1]
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if length > _LONGEST or not written_out_is_faster(heads, size, dtype, torch.get_num_threads()):
+    if length > LONGEST or not written_out_is_faster(heads, size, dtype, torch.get_num_threads()):
         return contextlib.nullcontext()
     written_out: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return written_out

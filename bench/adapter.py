@@ -43,7 +43,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         made += [adapter_case(t, d, r, dtype, pass_) for t in (ROWS if gpu else (256, 1024, 8192))]
         made += [adapter_case(T, d, rank, dtype, pass_) for rank in (16, 32, 128, 256)[:: 1 if gpu else 3]]
         made += [adapter_case(T, width, r, dtype, pass_) for width in ((2048, 8192) if gpu else (576,))]
-    made += [adapter_case(T, d, r, "float16" if gpu else "float32", "both")]
+    if gpu:
+        made += [adapter_case(T, d, r, "float16", "both")]
+    else:  # 768×576 is a batch of the demo
+        made += [adapter_case(768, 576, r, kind, "both") for kind in (dtype, "float32")]
+        made += [adapter_case(T, d, r, "float32", pass_) for pass_ in ("forward", "both")]
     return [*made, adapter_case(T, d, r, dtype, "both", grouped=True)]
 
 

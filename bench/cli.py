@@ -10,6 +10,13 @@ from adapterkern.cli.memory import keep_pages
 
 PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
 KEEP = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's variables; set by the user, they hold as they are
+# An instruction set, as ADAPTERKERN_CPU_ISA names it, and how torch's own kernels, oneDNN and MKL are kept to it.
+CAPPED = ("ADAPTERKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+ISAS = {
+    "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "avx512", "AVX512_CORE", "AVX512"),
+    "avx512_bf16": ("avx512_bf16", "avx512", "AVX512_CORE_BF16", "AVX512"),
+}
 ALONE = ["traffic"], ["aot"]  # parts that are commands of their own as well
 EPILOG = """
   python -m bench report A.json [B.json]   the tables of a saved run, or a comparison of two
@@ -37,6 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--device", help="cpu or cuda; default cuda if available")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default all")
+    parser.add_argument("--isa", choices=ISAS, help="keep everything on a CPU to these instructions; default all")
     parser.add_argument(
         "--malloc", choices=("keep", "default"), default="keep",
         help="keep freed memory, as adapterkern's commands do, for every variant; or the C library's default",
@@ -70,6 +78,9 @@ def _measure(args: argparse.Namespace) -> int:
     os.environ["OMP_PROC_BIND"] = "true"
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
+    if args.isa is not None:
+        os.environ["BENCH_ISA"] = args.isa
+        os.environ.update(zip(CAPPED, ISAS[args.isa], strict=True))
     if args.malloc == "keep" and keep_pages():
         os.environ.update(dict.fromkeys(KEEP, str(1 << 30)))  # for peers, which are processes of their own
 

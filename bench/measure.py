@@ -268,11 +268,13 @@ def paired_ratio(times: Sequence[float], to: Sequence[float]) -> float:
 
 
 def device_name(device: torch.device) -> str:
+    """As the device names itself; with the instruction set that a CPU is kept to."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return models[0] if models else platform.processor() or "cpu"
+    name = models[0] if models else platform.processor() or "cpu"
+    return f"{name} with {os.environ['BENCH_ISA']} alone" if "BENCH_ISA" in os.environ else name
 
 
 def results_folder(device: torch.device) -> Path:

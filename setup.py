@@ -1,14 +1,17 @@
-"""Builds adapterkern._C: the CPU twin always, the CUDA kernels if nvcc is found.
+"""Builds adapterkern._C: the CPU twin always, the adapter's CPU kernels for the instruction sets that the compiler
+knows, and the CUDA kernels if nvcc is found.
 
 The sources include no torch header: the build needs a C++17 compiler, pybind11 and ninja, but no torch, and the module
 works with every version of it. ninja compiles the files in parallel, and only those that have changed.
 
     ADAPTERKERN_CUDA_ARCH="90;100"   compile for these architectures; default: all generations >= sm_80
     ADAPTERKERN_REQUIRE_CUDA=1       a missing or failing toolkit is an error instead of a warning
+    ADAPTERKERN_CXXFLAGS             more flags for the C++ sources and the linker, for tests
     CXX, CUDA_HOME                   the compiler and the toolkit to use
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -24,10 +27,20 @@ HERE = Path(__file__).resolve().parent
 # No contraction and no reassociation: see csrc/clipped_adamw.h. Square roots are vectorized only without errno.
 CXX_FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -fvisibility=hidden -Wall"
 NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --threads 0 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
+# The adapter's kernels for a CPU, once per instruction set (csrc/adapter_cpu.h); one that the compiler does not know is
+# left out. Contraction is what the products are made of. gcc 12 warns of its own intrinsics.
+_AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+INSTRUCTION_SETS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": _AVX512,
+    "avx512bf16": f"{_AVX512} -mavx512bf16",
+    "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+KERNEL_FLAGS = "-ffp-contract=fast -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized"
 BUILD_NINJA = """\
 ninja_required_version = 1.5
 rule cxx
-  command = {cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out
+  command = {cxx} {cxx_flags} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvcc
@@ -93,10 +106,29 @@ class BuildWithNinja(build_ext):
             self.warn(f"{'*' * 80}\nadapterkern is built WITHOUT CUDA kernels: {error}\n{'*' * 80}")
             self.ninja(ext, cxx, None)
 
+    def instruction_sets(self, cxx: str, flags: str) -> dict[str, str]:
+        """Those of this architecture that the compiler knows, with their flags."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return {}
+        known = {}
+        for name, own in INSTRUCTION_SETS.items():
+            source = HERE / f"csrc/adapter_cpu_{name}.cpp"
+            asked = subprocess.run(
+                [cxx, *f"{flags} {KERNEL_FLAGS} {own} -O0 -fsyntax-only".split(), source],
+                capture_output=True,
+                text=True,
+            )
+            if asked.returncode == 0:
+                known[name] = own
+            else:
+                self.warn(f"no adapter kernels for {name}: {cxx} does not compile them ({asked.stderr.strip()[:200]})")
+        return known
+
     def ninja(self, ext: Extension, cxx: str, nvcc: Path | None) -> None:
         """Write build.ninja and run it. The flags are part of each command, so changing them rebuilds."""
-        flags = f"{CXX_FLAGS} -I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
-        link = f"{cxx} -shared -pthread"
+        more = os.environ.get("ADAPTERKERN_CXXFLAGS", "")
+        flags = f"{CXX_FLAGS} -I{sysconfig.get_path('include')} -I{pybind11.get_include()} {more}"
+        link = f"{cxx} -shared -pthread {more}"
         nvcc_flags = ""
         if nvcc:
             flags += " -DADAPTERKERN_WITH_CUDA"
@@ -107,10 +139,17 @@ class BuildWithNinja(build_ext):
             # Linked by nvcc, which finds its own libraries. The runtime is static and hidden: the module loads without
             # a driver, and beside a torch with another version of the runtime.
             link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xlinker --exclude-libs,ALL,-s -Xcompiler -pthread"
-        sources = [HERE / source for source in ext.sources if nvcc or not source.endswith(".cu")]
-        edges = [f"build {s.name}.o: {'nvcc' if s.suffix == '.cu' else 'cxx'} {s}" for s in sources]
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        kernels = self.instruction_sets(cxx, flags)
+        flags += "".join(f" -DAK_WITH_{name.upper()}" for name in kernels)
+        sources = [HERE / source for source in ext.sources if nvcc or not source.endswith(".cu")]
+        sources += [HERE / f"csrc/adapter_cpu_{name}.cpp" for name in kernels]
+        edges = []
+        for source in sources:
+            edges.append(f"build {source.name}.o: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
+            if (own := kernels.get(source.stem.removeprefix("adapter_cpu_"))) is not None:
+                edges.append(f"  flags = {KERNEL_FLAGS} {own}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(
@@ -132,8 +171,11 @@ setup(
     ext_modules=[
         Extension(
             "adapterkern._C",
-            ["csrc/bindings.cpp", "csrc/clipped_adamw_cpu.cpp", "csrc/clipped_adamw_cuda.cu"],
-            depends=["csrc/clipped_adamw.h"],
+            [
+                *("csrc/bindings.cpp", "csrc/clipped_adamw_cpu.cpp", "csrc/clipped_adamw_cuda.cu"),
+                *("csrc/adapter_bindings.cpp", "csrc/adapter_cpu.cpp"),
+            ],
+            depends=["csrc/clipped_adamw.h", "csrc/adapter_cpu.h", "csrc/adapter_cpu_kernels.h"],
         )
     ],
     cmdclass={"build_ext": BuildWithNinja},

@@ -73,8 +73,13 @@ const char* cuda_unavailable([[maybe_unused]] int device) {
 
 }  // namespace
 
+void bind_adapter(py::module_& m);
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Clipped AdamW over raw pointers: see csrc/clipped_adamw.h and adapterkern/optim/backends.py.";
+  m.doc() =
+      "Over raw pointers: clipped AdamW, see csrc/clipped_adamw.h and adapterkern/optim/backends.py; the adapter on a "
+      "CPU, see csrc/adapter_cpu.h and adapterkern/ops/native.py.";
+  bind_adapter(m);
   m.attr("TILE") = kTile;
   m.attr("WITH_CUDA") = kWithCuda;
 

@@ -3,7 +3,8 @@
 eager         ``reference.adapter_eager``, around the operator: ``fused=False``, ``ADAPTERKERN_FUSED=0``, inputs on
               a CPU that are too small for the operator to pay, forward-mode AD and torch.func's transforms
 Triton        kernels/: CUDA tensors, and under ``TRITON_INTERPRET=1`` CPU tensors
-closed form   closed_form.py: other CPU tensors, and on any device fp64, which the kernels do not have
+native        native.py: other CPU tensors, where the extension has kernels for the machine
+closed form   closed_form.py: where it has none, and on any device fp64, which no kernels have
 """
 
 import importlib.util
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from adapterkern.ops import native
+
 logger = logging.getLogger(__name__)
 
 # Triton reads the variable when the kernels are imported, once per process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 EAGER = "eager PyTorch"
+NATIVE = "native CPU kernels"
 CLOSED_FORM = "closed form in PyTorch operations"
 TRITON = "Triton kernels"
 TRITON_INTERPRETED = "Triton kernels in the interpreter"
@@ -44,7 +48,12 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> t
         return TRITON, "it is a GPU"
     if INTERPRETED:
         return TRITON_INTERPRETED, "TRITON_INTERPRET=1 is set"
-    return CLOSED_FORM, f"it is not a GPU; small inputs run as {EAGER}"
+    if kind == "cpu":
+        name, reason = native.instruction_set()
+        if name is not None:
+            return NATIVE, f"{name} is {reason}; small inputs run as {EAGER}"
+        return CLOSED_FORM, f"{reason}; small inputs run as {EAGER}"
+    return CLOSED_FORM, "it is not a GPU"
 
 
 @cache
@@ -53,6 +62,12 @@ def runs_triton(device_type: str, dtype: torch.dtype) -> bool:
     name, reason = backend(device_type, dtype)
     logger.info("fused adapters on %s in %s run as %s: %s", device_type, dtype, name, reason)
     return name in (TRITON, TRITON_INTERPRETED)
+
+
+@cache
+def runs_native(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the operator runs in the extension's CPU kernels."""
+    return backend(device_type, dtype)[0] == NATIVE
 
 
 def prefers_eager(x: Tensor, adapter_dim: int) -> bool:

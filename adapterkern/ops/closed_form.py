@@ -1,9 +1,7 @@
 """The operator in the closed form (see reference.py), from PyTorch operations: on a CPU, and for fp64 on any device.
 
 It uses the ATen operations that are fast on a CPU (native LayerNorm, mkldnn's products). The closed form of the
-backward replaces passes over T×d numbers by a few over r×d, which pays where T is many times r. ``weights`` are the six
-parameters, stacked ``(n, ...)`` each if ``index`` (one adapter per sequence, −1 for none) is given; then each adapter
-runs on its own rows, one adapter after another.
+backward replaces passes over T×d numbers by a few over r×d, which pays where T is many times r.
 """
 
 from collections.abc import Sequence
@@ -20,78 +18,10 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def adapter_forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
-    save: bool,
-    index: Tensor | None = None,
+def forward(
+    rows: Tensor, w: Weights, eps: float, activation: str, compute: torch.dtype, save: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (..., d), z (T, r) in ``compute``, mean and rstd (T,); the last three are empty unless ``save``."""
-    rows = x.reshape(-1, x.shape[-1])
-    if index is None:
-        y, *saved = _forward(rows, Weights(*weights), eps, activation, compute)
-    else:
-        y = rows.clone(memory_format=torch.contiguous_format)
-        stats = x.new_zeros(rows.shape[0], dtype=stats_dtype(x.dtype))
-        saved = [x.new_zeros((rows.shape[0], weights[2].shape[-2]), dtype=compute), stats, stats.clone()]
-        for one, chosen in _by_adapter(index, weights, rows.shape[0]):
-            for out, of_one in zip((y, *saved), _forward(rows[chosen], one, eps, activation, compute), strict=True):
-                out[chosen] = of_one
-    z, mean, rstd = saved if save else (x.new_empty(0) for _ in range(3))
-    # Not y.view: autograd forbids in-place writes to a view that a Function returns.
-    return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
-
-
-def adapter_backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weights: Sequence[Tensor],
-    eps: float,
-    activation: str,
-    needed: Sequence[bool],
-    x_free: bool = False,
-    index: Tensor | None = None,
-) -> list[Tensor | None]:
-    """The gradients in ``needed`` (None for the others), each with its tensor's dtype; ``x`` is y if ``x_free``."""
-    rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
-
-    def grads(chosen: Tensor | slice, one: Weights) -> list[Tensor | None]:
-        some = rows[chosen]
-        if x_free:
-            h = ACTIVATIONS[activation].fn(z[chosen])
-            some = (some - F.linear(h, one.up_weight.to(h.dtype), one.up_bias.to(h.dtype))).to(x.dtype)
-        return _backward(dy_rows[chosen], some, z[chosen], rstd[chosen], one, eps, activation, needed)
-
-    if index is None:
-        dx, *rest = grads(slice(None), Weights(*weights))
-    else:
-        dx = dy_rows.clone(memory_format=torch.contiguous_format) if needed[0] else None
-        rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
-        for e, (one, chosen) in enumerate(_by_adapter(index, weights, rows.shape[0])):
-            dx_of_one, *rest_of_one = grads(chosen, one)
-            if dx is not None and dx_of_one is not None:
-                dx[chosen] = dx_of_one
-            for out, of_one in zip(rest, rest_of_one, strict=True):
-                if out is not None and of_one is not None:
-                    out[e] = of_one
-    return [None if dx is None else dx.view(x.shape), *rest]
-
-
-def _by_adapter(index: Tensor, weights: Sequence[Tensor], rows: int) -> list[tuple[Weights, Tensor]]:
-    """Each adapter's parameters and the numbers of its rows."""
-    of_row = index.reshape(-1).repeat_interleave(rows // max(1, index.numel()))
-    return [(Weights(*(w[e] for w in weights)), (of_row == e).nonzero().squeeze(1)) for e in range(len(weights[2]))]
-
-
-def _forward(
-    rows: Tensor, w: Weights, eps: float, activation: str, compute: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d)."""
     stats = stats_dtype(rows.dtype)
     gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
@@ -102,16 +32,18 @@ def _forward(
     return y, z, mean.view(-1), rstd.view(-1)
 
 
-def _backward(
+def backward(
     dy: Tensor,
     rows: Tensor,
     z: Tensor,
+    mean: Tensor,
     rstd: Tensor,
     w: Weights,
     eps: float,
     activation: str,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
+    """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype."""
     need = Weights(*needed[1:])  # type: ignore[arg-type]
     d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
     dy_c = dy.to(compute)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from adapterkern.ops import closed_form
+from adapterkern.ops import closed_form, native, rows
 from adapterkern.ops.checks import LOW, check_inputs
-from adapterkern.ops.choice import INTERPRETED, fused_enabled, in_transform, prefers_eager, runs_triton
+from adapterkern.ops.choice import INTERPRETED, fused_enabled, in_transform, prefers_eager, runs_native, runs_triton
 from adapterkern.ops.reference import Weights, adapter_eager
 
 _lib = torch.library.Library("adapterkern", "DEF")
@@ -158,7 +158,8 @@ def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
     weights, (eps, activation, compute_dtype, save), (_, index, prepared) = args[:6], args[6:10], _optional(args, 10)
     if not runs_triton(x.device.type, x.dtype):
-        return closed_form.adapter_forward(x, weights, eps, activation, _operand_dtype(x, compute_dtype), save, index)
+        compute = _operand_dtype(x, compute_dtype)
+        return rows.adapter_forward(_on_rows(x), x, weights, eps, activation, compute, save, index)
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
 
     return launch.adapter_forward(
@@ -176,8 +177,13 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
             dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free, carried=prepared
         )
     else:
-        grads = closed_form.adapter_backward(dy, x, z, mean, rstd, weights, eps, activation, needed, x_free, index)
+        how = eps, activation, needed, x_free, index
+        grads = rows.adapter_backward(_on_rows(x), dy, x, z, mean, rstd, weights, *how)
     return [_no_grad(t) if g is None else g for t, g in zip((x, *weights), grads, strict=True)]
+
+
+def _on_rows(x: Tensor) -> rows.Rows:
+    return native if runs_native(x.device.type, x.dtype) else closed_form
 
 
 def _optional(args, start):  # type: ignore[no-untyped-def]

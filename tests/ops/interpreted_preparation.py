@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.ops import graphs
+from adapterkern.ops import graphs, kept
 from adapterkern.ops.kernels import cache
 from adapterkern.ops.kernels.weights import Prepared, prepare
 from tests.support.interpreted import Recording, assert_equal, exact, parameters
@@ -101,7 +101,7 @@ def test_an_expired_entry_that_another_thread_removes_first(monkeypatch: pytest.
             entries.pop("old", None)
             return True
 
-    entries["old"] = cache._Entry((Gone(),), (), None)
+    entries["old"] = kept.Entry((Gone(),), (), None)
     ak.adapter(torch.randn(3, 24), *make_weights(24, 8))
     assert "old" not in entries
 
@@ -294,7 +294,7 @@ def test_an_eager_call_renews_what_graphs_of_frozen_weights_read(change: str, re
     else:
         for p in module.parameters():
             p.data.mul_(1.5)
-        cache.clear() if change == "forgotten" else cache._count_step()
+        cache.clear() if change == "forgotten" else kept._count_step()
     assert_equal(read.tensors(), before.tensors())  # a graph does not see it by itself
     assert read_by_graphs(module, recording) is not read  # nor is it handed to another
     module(x)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from adapterkern.ops import choice
+from adapterkern.ops import choice, native
 
-NO_GPU = "it is not a GPU; small inputs run as eager PyTorch"
+HERE = "avx2 is the best that this machine and this build have; small inputs run as eager PyTorch"
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def _undecided() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("device", "dtype", "interpreted", "triton", "expected"),
     [
-        ("cpu", torch.float32, False, True, ("closed form in PyTorch operations", NO_GPU)),
+        ("cpu", torch.float32, False, True, ("native CPU kernels", HERE)),
         ("cpu", torch.float32, True, True, ("Triton kernels in the interpreter", "TRITON_INTERPRET=1 is set")),
         ("cpu", torch.float64, True, True, ("closed form in PyTorch operations", "the kernels have no fp64")),
         ("cuda:0", torch.bfloat16, False, True, ("Triton kernels", "it is a GPU")),
@@ -42,6 +42,7 @@ def test_the_choice_and_its_log_line(
 ) -> None:
     monkeypatch.delenv("ADAPTERKERN_FUSED", raising=False)
     monkeypatch.setattr(choice, "INTERPRETED", interpreted)
+    monkeypatch.setattr(native, "instruction_set", lambda: ("avx2", "the best that this machine and this build have"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     assert choice.backend(device, dtype) == expected
     kind = torch.device(device).type
@@ -55,3 +56,10 @@ def test_the_choice_and_its_log_line(
 def test_the_environment_turns_fused_adapters_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERKERN_FUSED", "0")
     assert choice.backend("cuda", torch.float64) == ("eager PyTorch", "ADAPTERKERN_FUSED=0 is set")
+
+
+def test_without_kernels_the_closed_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "INTERPRETED", False)
+    monkeypatch.setattr(native, "instruction_set", lambda: (None, "the extension is not built"))
+    reason = "the extension is not built; small inputs run as eager PyTorch"
+    assert choice.backend("cpu") == ("closed form in PyTorch operations", reason)

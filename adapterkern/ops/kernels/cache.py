@@ -1,10 +1,6 @@
 """Prepared weights, kept until their parameters change: one small launch per adapter and optimizer step.
 
-An entry is valid while each parameter is the same storage (compared by a weak reference, so that a reused address is no
-hit), read with the same dtype, shape and strides, at the same address and version, and while no optimizer has stepped
-since. The version counter sees in-place updates and ``load_state_dict``. The step hook sees optimizers that write
-through ``.data`` or a flat buffer (DeepSpeed, FSDP), which leave the counter unchanged. Neither sees a hand-written
-``p.data.add_(…)`` outside an optimizer: call ``clear()`` after one.
+An entry is valid as kept.py says.
 
 CUDA graphs. Weights that train are prepared in the graph, so that a replay sees their current values. The backward gets
 the forward's preparation (``must_carry``): one launch for both. Weights that are frozen when the graph is recorded
@@ -15,45 +11,21 @@ the graphs read. Frozen weights without a valid entry are prepared in the graph 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapterkern.ops import graphs
 from adapterkern.ops.index import vouched
+from adapterkern.ops.kept import Entry, drop_expired, state_of
 
 from .weights import Prepared, prepare
 
-_entries: dict[tuple[Any, ...], "_Entry"] = {}
-_pinned: dict[tuple[Any, ...], "_Entry"] = {}  # what graphs read, by _place
+_entries: dict[tuple[Any, ...], Entry[Prepared]] = {}
+_pinned: dict[tuple[Any, ...], Entry[Prepared]] = {}  # what graphs read, by _place
 _in_graphs: dict[int, StorageWeakRef] = {}
-_steps = 0
-
-
-@dataclass(slots=True)
-class _Entry:
-    storages: tuple[StorageWeakRef, ...]
-    state: tuple[Any, ...]
-    prepared: Prepared
-
-    def expired(self) -> bool:
-        return any(s.expired() for s in self.storages)
-
-    def valid(self, state: tuple[Any, ...]) -> bool:
-        # While a weak reference to a storage lives, no other storage gets its identity.
-        return self.state == state and not self.expired()
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 def clear() -> None:
@@ -97,22 +69,14 @@ def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
     if _trained_by_graphs(storages):
         return _renewed(weights, storages, dtype, ())
     key = (dtype, graphs.current_stream(device), *(w.data_ptr() for w in weights))
-    state = _state(weights, storages)
+    state = state_of(weights, storages)
     entry = _entries.get(key)
     if entry is not None and entry.valid(state):
         return entry.prepared
-    for entries in (_entries, _pinned):
-        for old, e in list(entries.items()):  # a copy: another thread may change the table
-            if e.expired():
-                entries.pop(old, None)
-    entry = _Entry(tuple(map(StorageWeakRef, storages)), state, _renewed(weights, storages, dtype, state))
+    drop_expired(_entries, _pinned)
+    entry = Entry(tuple(map(StorageWeakRef, storages)), state, _renewed(weights, storages, dtype, state))
     _entries[key] = entry
     return entry.prepared
-
-
-def _state(weights: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> tuple[Any, ...]:
-    """A value that differs whenever the weights may."""
-    return (_steps, *(s._cdata for s in storages), *((w._version, w.dtype, w.shape, w.stride()) for w in weights))
 
 
 def _place(weights: Sequence[Tensor], storages: Sequence[UntypedStorage], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -135,7 +99,7 @@ def _before_recording(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared
     storages = [w.untyped_storage() for w in weights]
     if not frozen(weights) or any(w.is_inference() for w in weights) or _trained_by_graphs(storages):
         return None
-    state, place = _state(weights, storages), _place(weights, storages, dtype)
+    state, place = state_of(weights, storages), _place(weights, storages, dtype)
     pinned = _pinned.get(place)
     if pinned is not None and not pinned.expired():  # an earlier graph reads it: nothing may replace it
         return pinned.prepared if pinned.valid(state) else None

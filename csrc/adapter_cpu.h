@@ -1,0 +1,110 @@
+// The adapter on a CPU: forward and backward over raw pointers, without torch. The equations and their letters are those
+// of adapterkern/ops/reference.py.
+//
+// One algorithm (adapter_cpu_kernels.h) is compiled once per instruction set; adapter_cpu.cpp chooses one at run time,
+// and shares the rows, or the columns, among threads.
+//
+//   prepare        A = W_down·diag(γ), its rows centered (which takes c1 out of dx), and W_up, both in the two layouts
+//                  that the products read; c = W_down·β + b_down
+//   forward        a block of rows: statistics; z = ρ(x − μ)·Aᵀ + c; h; y = x + h·W_upᵀ + b_up
+//   backward_rows  a block of rows: dh = dy·W_up; dz; κ = ρ²·c2; what the products over T read: ρ·dz and h
+//   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ); G = (ρ·dz)ᵀ·(x − μ); U = hᵀ·dy; the parameters
+//
+// Products have fp32 sums. Their operands are "units" of 4 bytes along the summed dimension: a float, or a pair of bf16.
+// Numbers of rows are padded to kRows, of columns to kColumns, r to kRank, with zeros, in the packed operands alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace adapterkern::cpu {
+
+enum class Isa : int { kNone = -1, kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
+enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum class Activation : int { kSilu = 0, kGelu = 1, kRelu = 2, kTanh = 3, kIdentity = 4 };
+
+constexpr int64_t kRows = 32;      // of a block
+constexpr int64_t kColumns = 32;   // of a panel
+constexpr int64_t kRank = 32;      // r is padded to a multiple of it
+constexpr int64_t kChunk = 128;    // rows between two readings of a slice's G and U
+constexpr int64_t kSlice = 256;    // columns of a slice
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The six parameters, fp32 and contiguous, and what prepare() makes of them for products in one dtype.
+struct Weights {
+  int64_t d, r;
+  const float *norm_weight, *norm_bias, *down_weight, *down_bias, *up_weight, *up_bias;
+  uint32_t* down_k;  // A:    [d units][rp], for z
+  uint32_t* down_n;  // A:    [d / 32][r units][32], for dx
+  uint32_t* up_k;    // W_up: [d units][rp], for dh
+  uint32_t* up_n;    // W_up: [d / 32][r units][32], for y
+  float* c;          // (rp)
+};
+
+struct Forward {
+  Weights w;
+  int64_t rows, x_stride;  // of rows, in elements; y is contiguous
+  const void* x;           // (T, d)
+  void* y;                 // (T, d), may be x
+  void* z;                 // (T, r), null unless it is kept
+  float *mean, *rstd;      // (T), likewise
+  float eps;
+  Activation activation;
+};
+
+struct Backward {
+  Weights w;
+  int64_t rows, x_stride, dy_stride;
+  const void *x, *dy, *z;
+  const float *mean, *rstd;
+  Activation activation;
+  void* dx;                                                            // (T, d) contiguous; null: not wanted
+  float *d_norm_weight, *d_norm_bias, *d_down_weight, *d_down_bias;    // all four or none
+  float *d_up_weight, *d_up_bias;                                      // each may be null
+  // Memory between the two passes, of backward_sizes()
+  uint32_t* dz_rows;  // ρ·dz, [T padded][r units], for dx
+  uint32_t* dz_cols;  // ρ·dz, [chunk][rp][row units of a chunk], for G
+  uint32_t* h_cols;   // h, the same, for U
+  float* kappa;       // (T padded)
+  float* sums;        // Σ dz of each block, [blocks][rp]
+  float* s;           // Σ dz, (rp)
+};
+
+struct Sizes {
+  int64_t packed, rows, cols, blocks;  // units of one packed matrix; of dz_rows; of dz_cols and h_cols; blocks of rows
+};
+
+// What one instruction set offers for a dtype of the stream, a dtype of z, and products of floats or of pairs of bf16.
+struct Kernels {
+  bool pairs;  // whether units are pairs of bf16
+  size_t (*forward_scratch)(const Weights&);
+  size_t (*backward_scratch)(const Weights&, int64_t columns);
+  void (*prepare_rows)(const Weights&, int64_t begin, int64_t end, float* means);
+  void (*prepare_columns)(const Weights&, int64_t begin, int64_t end, const float* means);
+  void (*enter)();
+  void (*leave)();
+  void (*forward)(const Forward&, int64_t begin, int64_t end, char* scratch);        // blocks
+  void (*backward_rows)(const Backward&, int64_t begin, int64_t end, char* scratch); // chunks
+  void (*backward_cols)(const Backward&, int64_t begin, int64_t end, char* scratch); // columns, multiples of kColumns
+};
+
+namespace avx2 { const Kernels* kernels(Dtype stream, Dtype z); }
+namespace avx512 { const Kernels* kernels(Dtype stream, Dtype z); }
+namespace avx512bf16 { const Kernels* kernels(Dtype stream, Dtype z); }
+namespace amx { const Kernels* kernels(Dtype stream, Dtype z); }
+
+// adapter_cpu.cpp
+
+// The best instruction set of this machine.
+Isa best_isa();
+// Whether this build has it: an older compiler may not know it.
+bool is_built(Isa isa);
+// The kernels of an instruction set, or of the next lower one if it has none for these dtypes; null if there are none.
+const Kernels* find_kernels(Isa isa, Dtype stream, Dtype compute);
+Sizes sizes(const Kernels&, int64_t rows, int64_t d, int64_t r);
+void prepare(const Kernels&, const Weights&, int threads);
+void forward(const Kernels&, const Forward&, int threads);
+void backward(const Kernels&, const Backward&, int threads);
+
+}  // namespace adapterkern::cpu

@@ -1,0 +1,194 @@
+"""The CPU kernels of every instruction set that the machine has: against fp64, and to the bit between threads."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapterkern.ops import native, rows
+from adapterkern.ops.reference import Weights, adapter_eager
+from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
+
+HERE = native._C.instruction_sets() if native._C is not None else []
+NAMES = ("y", "x", *Weights._fields)
+# T, d, r, activation: rows, columns and dimensions on both sides of every block
+SHAPES = [
+    (1, 40, 1, "silu"),
+    (33, 576, 16, "gelu"),
+    (130, 100, 70, "relu"),
+    (257, 1000, 256, "tanh"),
+    (5, 33, 5, "identity"),
+    (40, 513, 512, "silu"),
+    (64, 1, 3, "silu"),
+    (129, 7, 32, "silu"),
+    (300, 96, 33, "gelu"),
+]
+TABLE = [(shape, "normal") for shape in SHAPES] + [((150, 300, 64, "silu"), name) for name in DISTRIBUTIONS]
+
+
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16", "amx"], autouse=True)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param not in HERE:
+        pytest.skip(f"this machine or this build has no {request.param}, only {', '.join(HERE) or 'none'}")
+    monkeypatch.setenv("ADAPTERKERN_CPU_ISA", request.param)
+    native.instruction_set.cache_clear()
+    yield request.param
+    native.instruction_set.cache_clear()
+
+
+def run(x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str = "silu") -> list[Tensor]:
+    """y and the gradients, by the kernels."""
+    y, z, mean, rstd = rows.adapter_forward(native, x, w, 1e-5, activation, compute, True)
+    grads = rows.adapter_backward(native, dy, x, z, mean, rstd, w, 1e-5, activation, [True] * 7)
+    return [y, *(g for g in grads if g is not None)]
+
+
+def eager(x: Tensor, w: Weights, dy: Tensor, activation: str, compute: torch.dtype | None = None) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *w)]
+    with torch.autocast("cpu", compute or torch.bfloat16, enabled=compute is not None):
+        y = adapter_eager(leaves[0], Weights(*leaves[1:]), eps=1e-5, activation=activation).to(x.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def check(x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str) -> None:
+    """The error is within twice that of eager PyTorch, in autocast to the lower of the two dtypes."""
+    exact = eager(x.double(), Weights(*(t.double() for t in w)), dy.double(), activation)
+    low = compute if compute != torch.float32 else x.dtype
+    theirs = eager(x, w, dy, activation, None if low == torch.float32 else low)
+    floor = 4 * max(torch.finfo(t).eps for t in (x.dtype, compute))
+    for name, o, t, e in zip(NAMES, run(x, w, dy, compute, activation), theirs, exact, strict=True):
+        assert relative_error(o, e) <= 2 * relative_error(t, e) + floor, name
+
+
+@pytest.mark.usefixtures("nan_in_empty_tensors")
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "distribution"), TABLE, ids=str)
+def test_error_is_within_twice_eager_s(
+    shape: tuple[int, int, int, str], distribution: str, dtype: torch.dtype, compute: torch.dtype
+) -> None:
+    T, d, r, activation = shape
+    x = DISTRIBUTIONS[distribution](torch.randn(T, d, dtype=torch.float64)).to(dtype)
+    check(x, make_weights(d, r), torch.randn(T, d).to(dtype), compute, activation)
+
+
+def test_many_rows_of_outlier_channels() -> None:
+    """A sum over all rows in one chain has 7 times eager's error here."""
+    x = DISTRIBUTIONS["outlier channels"](torch.randn(4096, 64, dtype=torch.float64)).float()
+    check(x, make_weights(64, 16), torch.randn(4096, 64), torch.float32, "silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    x, dy = torch.randn(2, 700, 577).to(dtype)
+    w, before = make_weights(577, 40), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            native.clear()
+            found.append(run(x, w, dy, dtype))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("nan_in_empty_tensors")
+def test_only_what_is_needed() -> None:
+    x, dy = torch.randn(2, 70, 100)
+    w = make_weights(100, 24)
+    whole = run(x, w, dy, torch.float32)[1:]
+    y, z, mean, rstd = rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, True)
+    for needed in itertools.product([False, True], repeat=7):
+        grads = rows.adapter_backward(native, dy, x, z, mean, rstd, w, 1e-5, "silu", needed)
+        for wanted, got, expected in zip(needed, grads, whole, strict=True):
+            assert (got is not None) == wanted
+            assert got is None or torch.equal(got, expected)
+    forward = rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, False)
+    assert torch.equal(forward[0], y)
+    assert [t.numel() for t in forward[1:]] == [0, 0, 0]
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a gap between rows": lambda base: base[:70, :100],
+    "every second row": lambda base: base[::2, :100],
+    "an odd address": lambda base: base[:70, 1:101],
+    "one row many times": lambda base: base[:1, :100].expand(70, -1),
+    "transposed": lambda base: base.t()[:70, :100],
+    "every second column": lambda base: base.view(98, 200)[:70, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(view: str) -> None:
+    x, dy = (VIEWS[view](base) for base in torch.randn(2, 140, 140))
+    w = make_weights(100, 24)
+    for got, expected in zip(run(x, w, dy, torch.float32), run(x.clone(), w, dy.clone(), torch.float32), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_parameters_of_any_kind() -> None:
+    """Not contiguous, of other dtypes, at odd addresses: what the kernels read is copied, gradients keep the dtype."""
+    x, dy = torch.randn(2, 70, 100)
+    plain = make_weights(100, 24)
+    odd = Weights(*(torch.stack([t, t], -1)[..., 0] for t in plain))
+    flat = torch.cat([torch.zeros(1), *(t.flatten() for t in plain)])
+    ends = torch.tensor([1, *(t.numel() for t in plain)]).cumsum(0).tolist()
+    shifted = Weights(*(flat[a:b].view(t.shape) for a, b, t in zip(ends, ends[1:], plain, strict=False)))
+    expected = run(x, plain, dy, torch.float32)
+    for w in (odd, shifted):
+        assert all(torch.equal(a, b) for a, b in zip(run(x, w, dy, torch.float32), expected, strict=True))
+    low = Weights(*(t.bfloat16() for t in plain))
+    got = run(x, low, dy, torch.float32)
+    expected = run(x, Weights(*(t.float() for t in low)), dy, torch.float32)
+    assert [t.dtype for t in got] == [torch.float32] * 2 + [torch.bfloat16] * 6
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=1e-2, atol=1e-3)
+
+
+def test_several_adapters() -> None:
+    w = [make_weights(48, 8) for _ in range(3)]
+    stacked = Weights(*(torch.stack(one) for one in zip(*w, strict=True)))
+    x, dy, index = torch.randn(6, 5, 48), torch.randn(6, 5, 48), torch.tensor([2, -1, 0, 2, 0, 2])
+    y, z, mean, rstd = rows.adapter_forward(native, x, stacked, 1e-5, "silu", torch.float32, True, index)
+    dx, *grads = rows.adapter_backward(native, dy, x, z, mean, rstd, stacked, 1e-5, "silu", [True] * 7, False, index)
+    assert dx is not None
+    assert torch.equal(y[1], x[1])
+    assert torch.equal(dx[1], dy[1])
+    for e in (0, 2):
+        chosen = index == e
+        one = run(x[chosen], w[e], dy[chosen], torch.float32)
+        for got, expected in zip((y[chosen], dx[chosen], *(g[e] for g in grads)), one, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert all((g[1] == 0).all() for g in grads)
+
+
+def test_changed_parameters_are_prepared_again() -> None:
+    x, w = torch.randn(40, 64), make_weights(64, 8)
+    made = native._prepared(w, torch.float32)
+    assert native._prepared(w, torch.float32) is made
+    w.up_weight.mul_(2)
+    assert native._prepared(w, torch.float32) is not made
+    fresh = Weights(*(t.clone() for t in w))
+    both = run(x, w, x, torch.float32), run(x, fresh, x, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_alone(value: float) -> None:
+    x, w = torch.randn(70, 100), make_weights(100, 24)
+    clean = run(x, w, torch.ones_like(x), torch.float32)[0]
+    x[33, 5] = value
+    got = run(x, w, torch.ones_like(x), torch.float32)[0]
+    others = torch.arange(70) != 33
+    assert torch.equal(got[others], clean[others])
+    assert not got[33].isfinite().any()
+
+
+def test_an_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKERN_CPU_ISA", "sse9")
+    native.instruction_set.cache_clear()
+    with pytest.raises(ValueError, match=r"ADAPTERKERN_CPU_ISA: expected one of avx2.*, got 'sse9'"):
+        native.instruction_set()

@@ -5,13 +5,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #ifdef __linux__
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define AK_X86 1
@@ -31,10 +35,15 @@ bool has_tiles() {
 #ifdef AK_EMULATE_TILES
   return true;
 #endif
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
-  return (d & kBf16) && (d & kTiles) && tiles_permitted();
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTiles) && tiles_permitted();
+}
+
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
 }
 #endif
 
@@ -42,13 +51,14 @@ struct Free {
   void operator()(char* p) const { free(p); }
 };
 
-// Memory of this thread, which grows and is kept
+// Memory of this thread, which grows and is kept; null if there is none
 char* scratch(size_t bytes) {
   static thread_local std::unique_ptr<char, Free> memory;
   static thread_local size_t size = 0;
   if (size < bytes) {
+    memory.reset();
     memory.reset(static_cast<char*>(aligned_alloc(4096, size_t(padded(int64_t(bytes), 4096)))));
-    size = bytes;
+    size = memory ? bytes : 0;
   }
   return memory.get();
 }
@@ -59,14 +69,19 @@ using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, uns
 
 Parallel openmp() {
 #ifdef __linux__
-  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+  // The threads of its pool do not live on in a forked process, which would wait for them for ever.
+  static std::atomic<bool> forked{false};
+  static const auto found = [] {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return forked ? nullptr : found;
 #else
   return nullptr;
 #endif
 }
 
-// body() on up to `threads` threads at once
+// body(), which throws nothing, on up to `threads` threads at once
 template <class Body>
 void on_threads(int threads, const Body& body) {
   if (threads <= 1) return body();
@@ -74,7 +89,11 @@ void on_threads(int threads, const Body& body) {
     return parallel([](void* data) { (*static_cast<const Body*>(data))(); }, const_cast<Body*>(&body), unsigned(threads),
                     0);
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(body);
+  try {
+    others.reserve(size_t(threads));
+    while (int(others.size()) < threads - 1) others.emplace_back(body);
+  } catch (const std::system_error&) {  // no more threads are to be had: these do it all
+  }
   body();
   for (auto& thread : others) thread.join();
 }
@@ -83,13 +102,19 @@ void on_threads(int threads, const Body& body) {
 template <class Body>
 void share(int threads, int64_t n, int64_t piece, const Kernels& kernels, size_t bytes, const Body& body) {
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};  // no exception may leave an OpenMP region
   const int64_t pieces = (n + piece - 1) / piece;
   on_threads(pieces < threads ? int(pieces) : threads, [&] {
     char* memory = scratch(bytes);
+    if (!memory) {
+      failed = true;
+      return;
+    }
     kernels.enter();
     for (int64_t i; (i = next.fetch_add(piece)) < n;) body(i, i + piece < n ? i + piece : n, memory);
     kernels.leave();
   });
+  if (failed) throw std::bad_alloc();
 }
 
 int64_t ceiling(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -101,7 +126,7 @@ Isa best_isa() {
   static const Isa found = [] {
     __builtin_cpu_init();
     const auto all = [](auto... has) { return (... && has); };
-    if (!all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c")))
+    if (!all(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), has_f16c()))
       return Isa::kNone;
     if (!all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512vl"),
              __builtin_cpu_supports("avx512dq")))

@@ -29,15 +29,15 @@ constexpr int64_t kRank = 32;      // r is padded to a multiple of it
 constexpr int64_t kChunk = 128;    // rows between two readings of a slice's G and U
 constexpr int64_t kSlice = 256;    // columns of a slice
 
-inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The six parameters, fp32 and contiguous, and what prepare() makes of them for products in one dtype.
 struct Weights {
   int64_t d, r;
   const float *norm_weight, *norm_bias, *down_weight, *down_bias, *up_weight, *up_bias;
-  uint32_t* down_k;  // A:    [d units][rp], for z
+  uint32_t* down_k;  // A:    [rp / 32][d units][32], for z
   uint32_t* down_n;  // A:    [d / 32][r units][32], for dx
-  uint32_t* up_k;    // W_up: [d units][rp], for dh
+  uint32_t* up_k;    // W_up: [rp / 32][d units][32], for dh
   uint32_t* up_n;    // W_up: [d / 32][r units][32], for y
   float* c;          // (rp)
 };

@@ -107,17 +107,18 @@ class BuildWithNinja(build_ext):
             self.ninja(ext, cxx, None)
 
     def instruction_sets(self, cxx: str, flags: str) -> dict[str, str]:
-        """Those of this architecture that the compiler knows, with their flags."""
+        """Those of this architecture that the compiler and the assembler know, with their flags."""
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return {}
         known = {}
         for name, own in INSTRUCTION_SETS.items():
-            source = HERE / f"csrc/adapter_cpu_{name}.cpp"
+            source, probe = HERE / f"csrc/adapter_cpu_{name}.cpp", Path(self.build_temp).resolve() / f"{name}.probe"
             asked = subprocess.run(
-                [cxx, *f"{flags} {KERNEL_FLAGS} {own} -O0 -fsyntax-only".split(), source],
+                [cxx, *f"{flags} {KERNEL_FLAGS} {own} -O0 -c".split(), source, "-o", probe],
                 capture_output=True,
                 text=True,
             )
+            probe.unlink(missing_ok=True)
             if asked.returncode == 0:
                 known[name] = own
             else:
@@ -175,7 +176,7 @@ setup(
                 *("csrc/bindings.cpp", "csrc/clipped_adamw_cpu.cpp", "csrc/clipped_adamw_cuda.cu"),
                 *("csrc/adapter_bindings.cpp", "csrc/adapter_cpu.cpp"),
             ],
-            depends=["csrc/clipped_adamw.h", "csrc/adapter_cpu.h", "csrc/adapter_cpu_kernels.h"],
+            depends=sorted(f"csrc/{p.name}" for p in HERE.glob("csrc/*") if p.suffix == ".h" or "_cpu_" in p.name),
         )
     ],
     cmdclass={"build_ext": BuildWithNinja},

@@ -36,6 +36,22 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
+// Those that this build lacks, and why.
+std::vector<std::string> left_out() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (!is_built(Isa(i))) names.push_back(kNames[i]);
+  return names;
+}
+
+#ifndef __x86_64__
+constexpr const char* kLeftOutBecause = "this build is not for x86-64";
+#elif defined(__clang__)
+constexpr const char* kLeftOutBecause = "the compiler of this build, " __VERSION__ ", or its assembler does not know them";
+#else
+constexpr const char* kLeftOutBecause = "the compiler of this build, GCC " __VERSION__ ", or its assembler does not know them";
+#endif
+
 const Kernels& kernels_of(const std::string& isa, int stream, int compute) {
   const Kernels* found = find_kernels(isa_of(isa), Dtype(stream), Dtype(compute));
   if (!found) throw std::invalid_argument("no kernels of " + isa + " for these dtypes");
@@ -135,6 +151,8 @@ void bind_adapter(py::module_& m) {
                py::arg("relu") = int(Activation::kRelu), py::arg("tanh") = int(Activation::kTanh),
                py::arg("identity") = int(Activation::kIdentity));
   m.def("instruction_sets", &instruction_sets);
+  m.def("left_out", &left_out);
+  m.attr("LEFT_OUT_BECAUSE") = kLeftOutBecause;
   m.def("packed_bytes", [](const std::string& isa, int compute, int64_t d, int64_t r) {
     return packed_bytes(kernels_of(isa, 0, compute), d, r);
   });

@@ -10,12 +10,19 @@ import torch
 
 from adapterkern import ops, optim
 from adapterkern.cli import cores
+from adapterkern.ops import native
 from adapterkern.training.parallel import extension
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
 _TRAIN_EXTRA = _PACKAGES[2:]
 _OPTIONAL = ("liger-kernel", "deepspeed", "bitsandbytes", "torchao", "trl")  # shown where they are installed
-_VARIABLES = ("ADAPTERKERN_FUSED", "TRITON_INTERPRET", "ADAPTERKERN_CACHE", "ADAPTERKERN_CUDA_ARCH")
+_VARIABLES = (
+    "ADAPTERKERN_FUSED",
+    "ADAPTERKERN_CPU_ISA",
+    "TRITON_INTERPRET",
+    "ADAPTERKERN_CACHE",
+    "ADAPTERKERN_CUDA_ARCH",
+)
 
 
 def diagnosis() -> list[str]:
@@ -38,11 +45,14 @@ def diagnosis() -> list[str]:
     if len(devices) == 1:
         lines.append(f"  no CUDA       {_why_no_cuda()}")
 
-    for title, backend in (("fused adapter", ops.backend), ("ClippedAdamW", optim.backend)):
+    left_out, why = native.left_out()
+    not_built = [f"  {'not built':13} {', '.join(left_out)}: {why}"] if left_out else []
+    for title, backend, more in (("fused adapter", ops.backend, not_built), ("ClippedAdamW", optim.backend, [])):
         lines.append(title)
         for device in devices:
             name, reason = backend(torch.device(device))
             lines.append(f"  {device:13} {name}: {reason}")
+        lines += more
 
     settings = [f"  {name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     lines += ["environment", *(settings or ["  nothing set"])]
@@ -81,6 +91,9 @@ def _advice(versions: dict[str, str | None]) -> list[str]:
         advice.append(f"for training: pip install 'adapterkern[train]' (missing: {', '.join(missing)})")
     if versions["triton"] is None and torch.cuda.is_available():
         advice.append("for the GPU kernels: pip install triton, in the version that your torch names")
+    left_out = native.left_out()[0]
+    if left_out and platform.machine().lower() in ("x86_64", "amd64"):
+        advice.append(f"for the adapter's kernels in {', '.join(left_out)}: install adapterkern with a newer compiler")
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
             advice.append("there is an NVIDIA driver: install a CUDA build of torch to use it")

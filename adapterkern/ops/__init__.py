@@ -5,6 +5,9 @@ choice.py        which implementation runs, and why
 checks.py        what an input may be
 reference.py     the equations: definition, oracle, baseline
 closed_form.py   the operator from ATen operations: fp64, and where nothing native fits
+native.py        the CPU kernel's door (csrc/adapter_cpu.h)
+rows.py          from any shape and several adapters to the rows of one, for these two
+kept.py          what is made of parameters, kept until they change
 kernels/         Triton
 index.py         whose index values are known, so that no call checks or sorts them again
 graphs.py        whether a CUDA graph is being recorded

@@ -51,7 +51,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> t
     if kind == "cpu":
         name, reason = native.instruction_set()
         if name is not None:
-            return NATIVE, f"{name} is {reason}; small inputs run as {EAGER}"
+            return NATIVE, f"{name}, {reason}; small inputs run as {EAGER}"
         return CLOSED_FORM, f"{reason}; small inputs run as {EAGER}"
     return CLOSED_FORM, "it is not a GPU"
 

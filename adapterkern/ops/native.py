@@ -3,7 +3,8 @@
 The kernels read x and dy in rows whose elements lie side by side, and fp32 parameters; what is not so is copied. What
 they make of the parameters is kept until these change (kept.py).
 
-``ADAPTERKERN_CPU_ISA`` forces an instruction set, for tests: avx2, avx512, avx512_bf16 or amx.
+``ADAPTERKERN_CPU_ISA`` forces an instruction set, for tests: avx2, avx512, avx512_bf16 or amx; none forces
+closed_form.py.
 """
 
 import importlib
@@ -24,6 +25,9 @@ except ImportError as error:  # no error: closed_form.py runs
     _MISSING = f"the extension adapterkern._C cannot be imported ({error})"
 else:
     _MISSING = ""
+    if not hasattr(_C, "PreparedAdapter"):
+        _C = None
+        _MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -35,27 +39,34 @@ def instruction_set() -> tuple[str | None, str]:
     Raises:
         ValueError: ``ADAPTERKERN_CPU_ISA`` names one that this machine or this build does not have.
     """
+    found = _C.instruction_sets() if _C is not None else []
+    why_none = _MISSING or "no instruction set with kernels is in both this machine and this build"
+    if asked := os.environ.get("ADAPTERKERN_CPU_ISA"):
+        if asked not in (*found, "none"):
+            but = "" if found else f" ({why_none})"
+            raise ValueError(f"ADAPTERKERN_CPU_ISA: expected one of {', '.join((*found, 'none'))}{but}, got {asked!r}")
+        return None if asked == "none" else asked, f"ADAPTERKERN_CPU_ISA={asked} is set"
+    return (found[-1], f"the best of {', '.join(found)}") if found else (None, why_none)
+
+
+def left_out() -> tuple[list[str], str]:
+    """The instruction sets whose kernels this build of the extension lacks, and why; none without an extension."""
     if _C is None:
-        return None, _MISSING
-    found = _C.instruction_sets()
-    if (asked := os.environ.get("ADAPTERKERN_CPU_ISA")) is not None:
-        if asked not in found:
-            raise ValueError(f"ADAPTERKERN_CPU_ISA: expected one of {', '.join(found) or 'none'}, got {asked!r}")
-        return asked, f"ADAPTERKERN_CPU_ISA={asked} is set"
-    if not found:
-        return None, "neither this machine nor this build has an instruction set with kernels: avx2 and up on x86-64"
-    return found[-1], "the best that this machine and this build have"
+        return [], ""
+    return _C.left_out(), _C.LEFT_OUT_BECAUSE
 
 
 class Prepared:
     """One adapter's parameters as the kernels of an instruction set read them, for products in one dtype."""
 
     def __init__(self, weights: Sequence[Tensor], compute: torch.dtype, isa: str) -> None:
-        self.weights = [w.detach().to(torch.float32).contiguous() for w in weights]  # which the kernels read, too
+        read = [w.detach().to(torch.float32).contiguous() for w in weights]
+        # The kernels read these, too. A parameter that they read as it is is not held: it would never expire.
+        self._copies = [r for r, w in zip(read, weights, strict=True) if r.data_ptr() != w.data_ptr()]
         r, d = weights[2].shape
         kind = _C.DTYPES[_DTYPES[compute]]
-        self._memory = torch.empty(_C.packed_bytes(isa, kind, d, r), dtype=torch.uint8)
-        pointers = [w.data_ptr() for w in self.weights]
+        self._memory = torch.empty(_C.packed_bytes(isa, kind, d, r), dtype=torch.uint8, device="cpu")
+        pointers = [w.data_ptr() for w in read]
         threads = torch.get_num_threads()
         self.kernels = _C.PreparedAdapter(isa, kind, d, r, pointers, self._memory.data_ptr(), threads)
 
@@ -77,10 +88,10 @@ def forward(
     rows = _side_by_side(rows)
     count, d = rows.shape
     prepared = _prepared(w, compute)
-    y = torch.empty((count, d), dtype=rows.dtype)
+    y = torch.empty((count, d), dtype=rows.dtype, device="cpu")  # whatever the default device is
     kept = count if save else 0
-    z = torch.empty((kept, len(w[3])), dtype=compute)
-    mean, rstd = (torch.empty(kept, dtype=torch.float32) for _ in range(2))
+    z = torch.empty((kept, len(w[3])), dtype=compute, device="cpu")
+    mean, rstd = (torch.empty(kept, dtype=torch.float32, device="cpu") for _ in range(2))
     prepared.kernels.forward(
         *(_C.DTYPES[_DTYPES[rows.dtype]], count, rows.stride(0), rows.data_ptr(), y.data_ptr()),
         [t.data_ptr() if save else 0 for t in (z, mean, rstd)],
@@ -101,14 +112,17 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype."""
-    inputs = _side_by_side(rows), _side_by_side(dy), z.contiguous(), mean.contiguous(), rstd.contiguous()
+    inputs = _side_by_side(rows), _side_by_side(dy.to(rows.dtype)), z.contiguous(), mean.contiguous(), rstd.contiguous()
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
     prepared = _prepared(w, z.dtype)
     down = any(needed[1:5])  # which the kernels make together
     wanted = [down, down, down, down, *needed[5:7]]
-    dx = torch.empty(rows.shape, dtype=rows.dtype) if needed[0] else None
-    made = [torch.empty(p.shape, dtype=torch.float32) if want else None for p, want in zip(w, wanted, strict=True)]
-    memory = torch.empty(prepared.kernels.backward_bytes(stream, count), dtype=torch.uint8)
+    dx = torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if needed[0] else None
+    made = [
+        torch.empty(p.shape, dtype=torch.float32, device="cpu") if want else None
+        for p, want in zip(w, wanted, strict=True)
+    ]
+    memory = torch.empty(prepared.kernels.backward_bytes(stream, count), dtype=torch.uint8, device="cpu")
     prepared.kernels.backward(
         *(stream, count, inputs[0].stride(0), inputs[1].stride(0)),
         [t.data_ptr() for t in inputs],

@@ -4,7 +4,7 @@
 given; then each adapter runs on its own rows, one adapter after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -54,7 +54,7 @@ def adapter_forward(
         y = rows.clone(memory_format=torch.contiguous_format)
         stats = x.new_zeros(rows.shape[0], dtype=stats_dtype(x.dtype))
         saved = [x.new_zeros((rows.shape[0], weights[2].shape[-2]), dtype=compute), stats, stats.clone()]
-        for one, chosen in _by_adapter(index, weights, rows.shape[0]):
+        for _, one, chosen in _by_adapter(index, weights, rows.shape[0]):
             made = on.forward(rows[chosen], one, eps, activation, compute, True)
             for out, of_one in zip((y, *saved), made, strict=True):
                 out[chosen] = of_one
@@ -92,7 +92,7 @@ def adapter_backward(
     else:
         dx = dy_rows.clone(memory_format=torch.contiguous_format) if needed[0] else None
         rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
-        for e, (one, chosen) in enumerate(_by_adapter(index, weights, rows.shape[0])):
+        for e, one, chosen in _by_adapter(index, weights, rows.shape[0]):
             dx_of_one, *rest_of_one = grads(chosen, one)
             if dx is not None and dx_of_one is not None:
                 dx[chosen] = dx_of_one
@@ -102,7 +102,10 @@ def adapter_backward(
     return [None if dx is None else dx.view(x.shape), *rest]
 
 
-def _by_adapter(index: Tensor, weights: Sequence[Tensor], rows: int) -> list[tuple[Weights, Tensor]]:
-    """Each adapter's parameters and the numbers of its rows."""
+def _by_adapter(index: Tensor, weights: Sequence[Tensor], rows: int) -> Iterator[tuple[int, Weights, Tensor]]:
+    """The number, the parameters and the numbers of the rows of each adapter that has rows."""
     of_row = index.reshape(-1).repeat_interleave(rows // max(1, index.numel()))
-    return [(Weights(*(w[e] for w in weights)), (of_row == e).nonzero().squeeze(1)) for e in range(len(weights[2]))]
+    for e in range(len(weights[2])):
+        chosen = (of_row == e).nonzero().squeeze(1)
+        if chosen.numel():
+            yield e, Weights(*(w[e] for w in weights)), chosen

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from adapterkern import cli
 from adapterkern.cli import options
 from adapterkern.model.config import AdapterConfig
+from adapterkern.ops import native
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.qa.task import SpanSettings
 from adapterkern.recipes.routing.router import RoutingConfig
@@ -158,6 +160,27 @@ def test_doctor_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
     assert f"torch         {torch.__version__}" in out
     for part in ("fused adapter\n  cpu", "ClippedAdamW\n  cpu", "what to do"):
         assert part in out
+
+
+def test_doctor_names_the_path_on_this_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "instruction_set", lambda: ("avx512", "the best of avx2, avx512"))
+    monkeypatch.setattr(native, "left_out", lambda: (["avx512_bf16", "amx"], "the compiler does not know them"))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "  cpu           native CPU kernels: avx512, the best of avx2, avx512; small inputs run as eager PyTorch",
+        "  not built     avx512_bf16, amx: the compiler does not know them",
+        "  for the adapter's kernels in avx512_bf16, amx: install adapterkern with a newer compiler",
+    ):
+        assert line in out.splitlines()
+    monkeypatch.setattr(native, "instruction_set", lambda: (None, "ADAPTERKERN_CPU_ISA=none is set"))
+    monkeypatch.setattr(native, "left_out", lambda: ([], ""))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "  cpu           closed form in PyTorch operations: ADAPTERKERN_CPU_ISA=none is set; small" in out
+    assert "not built" not in out
+    assert "kernels in" not in out
 
 
 @pytest.mark.parametrize("record", [TrainConfig, AdapterConfig, RoutingConfig, SpanSettings])

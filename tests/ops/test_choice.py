@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from adapterkern.ops import choice, native
 
-HERE = "avx2 is the best that this machine and this build have; small inputs run as eager PyTorch"
+HERE = "avx2, the best of avx2; small inputs run as eager PyTorch"
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_the_choice_and_its_log_line(
 ) -> None:
     monkeypatch.delenv("ADAPTERKERN_FUSED", raising=False)
     monkeypatch.setattr(choice, "INTERPRETED", interpreted)
-    monkeypatch.setattr(native, "instruction_set", lambda: ("avx2", "the best that this machine and this build have"))
+    monkeypatch.setattr(native, "instruction_set", lambda: ("avx2", "the best of avx2"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     assert choice.backend(device, dtype) == expected
     kind = torch.device(device).type
@@ -63,3 +65,57 @@ def test_without_kernels_the_closed_form_runs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(native, "instruction_set", lambda: (None, "the extension is not built"))
     reason = "the extension is not built; small inputs run as eager PyTorch"
     assert choice.backend("cpu") == ("closed form in PyTorch operations", reason)
+
+
+class Extension:
+    """In place of the extension: what it says of this machine and its build."""
+
+    LEFT_OUT_BECAUSE = "its compiler does not know them"
+    PreparedAdapter = None
+
+    def __init__(self, *found: str, left_out: tuple[str, ...] = ()) -> None:
+        self.instruction_sets = lambda: list(found)
+        self.left_out = lambda: list(left_out)
+
+
+@pytest.mark.parametrize(
+    ("extension", "asked", "expected"),
+    [
+        (Extension("avx2", "avx512"), None, ("avx512", "the best of avx2, avx512")),
+        (Extension("avx2", "avx512"), "", ("avx512", "the best of avx2, avx512")),
+        (Extension("avx2", "avx512"), "avx2", ("avx2", "ADAPTERKERN_CPU_ISA=avx2 is set")),
+        (Extension("avx2", "avx512"), "none", (None, "ADAPTERKERN_CPU_ISA=none is set")),
+        (Extension(), None, (None, "no instruction set with kernels is in both this machine and this build")),
+        (None, None, (None, "it is missing")),
+        (None, "none", (None, "ADAPTERKERN_CPU_ISA=none is set")),
+        (Extension("avx2"), "amx", "ADAPTERKERN_CPU_ISA: expected one of avx2, none, got 'amx'"),
+        (None, "avx2", r"ADAPTERKERN_CPU_ISA: expected one of none \(it is missing\), got 'avx2'"),
+    ],
+)
+def test_the_instruction_set(
+    extension: Extension | None,
+    asked: str | None,
+    expected: tuple[str | None, str] | str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "_C", extension)
+    monkeypatch.setattr(native, "_MISSING", "" if extension else "it is missing")
+    monkeypatch.delenv("ADAPTERKERN_CPU_ISA", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("ADAPTERKERN_CPU_ISA", asked)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            native.instruction_set.__wrapped__()
+    else:
+        assert native.instruction_set.__wrapped__() == expected
+
+
+def test_an_extension_of_an_older_version() -> None:
+    """It has the optimizer and no adapter: a checkout that was not built again."""
+    code = (
+        "import sys, types; sys.modules['adapterkern._C'] = types.ModuleType('adapterkern._C')\n"
+        "from adapterkern.ops import native; print(native.instruction_set(), native.left_out())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    why = "the extension adapterkern._C is older than this package: install adapterkern again"
+    assert done.stdout == f"{(None, why)} {([], '')}\n"

@@ -1,6 +1,7 @@
 """The extension's build: with and without a CUDA toolkit, incremental, free of torch, and of spilled registers."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -63,6 +64,23 @@ def test_a_missing_compiler_is_named(tree: Path) -> None:
     failed = build(tree, PATH="/nonexistent", CXX="no-such-compiler")
     assert failed.returncode != 0
     assert "found no C++ compiler" in failed.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="has no instruction sets to leave out")
+def test_instruction_sets_that_the_compiler_does_not_know_are_left_out(tree: Path, tmp_path: Path) -> None:
+    old = tmp_path / "c++"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in *-mavx512bf16*) echo "unknown option" >&2; exit 1;; esac\n'
+        f'exec {shutil.which("c++")} "$@"\n'
+    )
+    old.chmod(0o755)
+    built = build(tree, CUDA_HOME="/nonexistent", CXX=str(old), ADAPTERKERN_CXXFLAGS="-O0")
+    assert built.returncode == 0, built.stderr
+    for name in ("avx512bf16", "amx"):
+        assert f"no adapter kernels for {name}: {old} does not compile them (unknown option)" in built.stderr
+    code = "import adapterkern._C as c; print(c.left_out(), {'avx512_bf16', 'amx'} & {*c.instruction_sets()})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=True)
+    assert loaded.stdout == "['avx512_bf16', 'amx'] set()\n"
 
 
 def test_no_source_includes_torch() -> None:

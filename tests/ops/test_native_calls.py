@@ -1,0 +1,207 @@
+"""The CPU kernels as the operator calls them: what tensors, threads and processes they meet, and what is kept."""
+
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapterkern.ops import choice, native, rows
+from adapterkern.ops.reference import Weights
+from tests.support.numerics import make_weights, relative_error
+
+SET, WHY = native.instruction_set()
+pytestmark = pytest.mark.skipif(SET is None, reason=f"no kernels: {WHY}")
+
+
+def op(x: Tensor, *w: Tensor, activation: str = "silu", index: Tensor | None = None) -> Tensor:
+    """The operator itself: ``adapter`` runs inputs as small as these in eager PyTorch."""
+    return torch.ops.adapterkern.adapter_forward(x, *w, 1e-5, activation, None, True, False, index)[0]
+
+
+def value_and_gradients(x: Tensor, w: Weights, dy: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *w)]
+    y = op(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def test_the_operator_runs_them() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert choice.runs_native("cpu", dtype)
+    assert not choice.runs_native("cpu", torch.float64)
+
+
+def test_parameters_that_are_gone_are_forgotten() -> None:
+    """What is kept must not hold them: then they would never go."""
+    x = torch.randn(3, 40)
+    for _ in range(5):
+        op(x, *make_weights(40, 12))
+    assert len(native._kept._entries) <= 2
+
+
+def test_an_optimizer_that_writes_data() -> None:
+    class Flat(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]  # called without a closure
+            w.up_weight.data.mul_(3)
+
+    x, w = torch.randn(3, 40), make_weights(40, 12)
+    before = op(x, *w)
+    Flat([w.up_weight], lr=0.1).step()
+    got, expected = op(x, *w), op(x, *(t.clone() for t in w))
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, before)
+    w.norm_weight.data = torch.randn(40)  # swapped
+    assert torch.equal(op(x, *w), op(x, *(t.clone() for t in w)))
+
+
+def test_inference_tensors_are_never_kept() -> None:
+    with torch.inference_mode():
+        w, x = make_weights(40, 12), torch.randn(3, 40)
+        first = op(x, *w)
+        w.up_bias.add_(1)
+        torch.testing.assert_close(op(x, *w), first + 1)
+
+
+def test_adapters_without_rows_are_not_prepared() -> None:
+    stacked = [torch.stack([t] * 50) for t in make_weights(40, 12)]
+    native.clear()
+    op(torch.randn(4, 3, 40), *stacked, index=torch.tensor([7, -1, 7, 30]))
+    assert len(native._kept._entries) == 2
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_is_not_where_results_lie(device: str) -> None:
+    x, dy, w = torch.randn(8, 40), torch.randn(8, 40), make_weights(40, 12)
+    expected = value_and_gradients(x, w, dy)
+    native.clear()
+    with torch.device(device):
+        got = value_and_gradients(x, w, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_tensors_that_are_not_what_lies_in_memory() -> None:
+    class Named(torch.Tensor):
+        pass
+
+    x, y, w = torch.randn(8, 40), torch.randn(8, 40), make_weights(40, 12)
+    negated = torch.complex(x, y).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(op(negated, *w), op(-y, *w))
+    assert torch.equal(op(torch._efficientzerotensor((8, 40)), *w), op(torch.zeros(8, 40), *w))
+    named = op(x.as_subclass(Named), *w)
+    assert type(named) is Named
+    assert torch.equal(named.as_subclass(torch.Tensor), op(x, *w))
+    odd = torch.frombuffer(bytearray(b"\0" + x.numpy().tobytes()), dtype=torch.float32, offset=1).view(8, 40)
+    assert odd.data_ptr() % 4
+    assert torch.equal(op(odd, *w), op(x, *w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_rows(dtype: torch.dtype) -> None:
+    x, w = torch.randn(0, 40, dtype=dtype), make_weights(40, 12)
+    y, dx, *grads = value_and_gradients(x, w, x)
+    assert y.shape == dx.shape == (0, 40)
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "tanh", "identity"])
+def test_a_z_that_is_not_a_number_stays_none(activation: str) -> None:
+    """A comparison with NaN is false: relu must not make 0 of it."""
+    x, w = torch.randn(3, 40), make_weights(40, 12)
+    w.down_bias[5] = float("nan")
+    assert op(x, *w, activation=activation).isnan().all()
+
+
+def test_a_gradient_of_another_dtype() -> None:
+    x, w = torch.randn(8, 40).bfloat16(), make_weights(40, 12)
+    saved = rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, True)[1:]
+    dy, how = torch.randn(8, 40), (w, 1e-5, "silu", [True] * 7)
+    both = (rows.adapter_backward(native, g, x, *saved, *how) for g in (dy, dy.bfloat16()))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_rows_that_lie_further_apart_than_32_bits_count() -> None:
+    """Row 1 lies 2³¹ numbers and 4 GiB after row 0, in memory that is reserved and not touched."""
+    stride = 2**31 + 8
+    memory = torch.empty(stride + 40, dtype=torch.bfloat16)
+    x = memory.as_strided((2, 40), (stride, 1))
+    x.copy_(torch.randn(2, 40))
+    w = make_weights(40, 12)
+    assert torch.equal(op(x, *w), op(x.clone(), *w))
+
+
+def test_calls_of_several_threads_at_once() -> None:
+    sets = [(torch.randn(70, 100), make_weights(100, 24), torch.randn(70, 100)) for _ in range(4)]
+    expected = [value_and_gradients(*one) for one in sets]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, alone in zip(pool.map(lambda one: value_and_gradients(*one), sets), expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+
+
+def test_compiled_code_and_opcheck() -> None:
+    x, w, dy = torch.randn(8, 40), make_weights(40, 12), torch.randn(8, 40)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    leaves = [t.clone().requires_grad_() for t in (x, *w)]
+    got = torch.autograd.grad(compiled(*leaves), leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, value_and_gradients(x, w, dy)[1:], strict=True))
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.library.opcheck(
+            torch.ops.adapterkern.adapter_forward.default, (x.to(dtype), *w, 1e-5, "silu", torch.bfloat16, True)
+        )
+
+
+def test_autocast_keeps_the_stream_in_fp32() -> None:
+    x, w, dy = torch.randn(64, 96), make_weights(96, 16), torch.randn(64, 96)
+    exact = value_and_gradients(x, w, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = value_and_gradients(x, w, dy)
+    assert [t.dtype for t in got] == [torch.float32] * 8
+    errors = [relative_error(a, b) for a, b in zip(got, exact, strict=True)]
+    assert all(e < 2e-2 for e in errors), errors
+    assert max(errors) > 1e-4  # the products were bf16's
+
+
+def in_a_process(program: str) -> str:
+    setting = """
+        import os, resource, signal, sys, torch
+        from adapterkern.ops import native, rows
+        from tests.support.numerics import make_weights
+        torch.set_num_threads(2)
+        def forward(x, w):
+            return rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, True)
+    """
+    code = textwrap.dedent(setting) + textwrap.dedent(program)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
+    program = """
+        x, w = torch.randn(500, 64), make_weights(64, 8)
+        y = forward(x, w)[0]
+        if (child := os.fork()) == 0:
+            signal.alarm(20)
+            os._exit(0 if torch.equal(forward(x, w)[0], y) else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    assert in_a_process(program) == "0\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
+def test_memory_that_is_not_to_be_had_is_an_error() -> None:
+    program = """
+        x, w = torch.randn(2, 8192), make_weights(8192, 512)
+        saved = forward(x, w)[1:]
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (4 << 20), -1))
+        try:
+            rows.adapter_backward(native, x, x, *saved, w, 1e-5, "silu", [False] * 6 + [True])
+        except MemoryError as error:
+            print("MemoryError")
+    """
+    assert in_a_process(program) == "MemoryError\n"

@@ -60,7 +60,7 @@ class Prepared:
     """One adapter's parameters as the kernels of an instruction set read them, for products in one dtype."""
 
     def __init__(self, weights: Sequence[Tensor], compute: torch.dtype, isa: str) -> None:
-        read = [w.detach().to(torch.float32).contiguous() for w in weights]
+        read = [_aligned(w.detach().to(torch.float32).contiguous()) for w in weights]
         # The kernels read these, too. A parameter that they read as it is is not held: it would never expire.
         self._copies = [r for r, w in zip(read, weights, strict=True) if r.data_ptr() != w.data_ptr()]
         r, d = weights[2].shape
@@ -136,4 +136,9 @@ def backward(
 
 def _side_by_side(rows: Tensor) -> Tensor:
     """``rows`` (T, d), copied if the elements of a row are not beside each other."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return _aligned(rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous())
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """``t``, copied if it does not begin at a multiple of an element's size, as in the middle of a file."""
+    return t if t.data_ptr() % t.element_size() == 0 else t.clone()

@@ -94,9 +94,11 @@ def test_tensors_that_are_not_what_lies_in_memory() -> None:
     named = op(x.as_subclass(Named), *w)
     assert type(named) is Named
     assert torch.equal(named.as_subclass(torch.Tensor), op(x, *w))
-    odd = torch.frombuffer(bytearray(b"\0" + x.numpy().tobytes()), dtype=torch.float32, offset=1).view(8, 40)
-    assert odd.data_ptr() % 4
-    assert torch.equal(op(odd, *w), op(x, *w))
+    odd = [
+        torch.frombuffer(bytearray(b"\0" + t.numpy().tobytes()), dtype=t.dtype, offset=1).view_as(t) for t in (x, *w)
+    ]
+    assert all(t.data_ptr() % 4 for t in odd)
+    assert torch.equal(op(odd[0], *odd[1:]), op(x, *w))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

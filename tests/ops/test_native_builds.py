@@ -66,9 +66,10 @@ def test_sanitizers_find_nothing(extension: Path) -> None:
 
     environment = os.environ | {"OTHER_EXTENSION": str(extension), "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}", "PYTHONPATH": str(ROOT)}
+    # -s: a sanitizer reports when the process ends at once, and what pytest has captured is lost.
     plugin = ["-p", "tests.support.other_extension", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", *plugin, "tests/ops/sanitized_native.py"],
+        [sys.executable, "-m", "pytest", "-q", "-s", "-n", "0", *plugin, "tests/ops/sanitized_native.py"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -38,10 +38,12 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     native.instruction_set.cache_clear()
 
 
-def run(x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str = "silu") -> list[Tensor]:
+def run(
+    x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str = "silu", on: rows.Rows = native
+) -> list[Tensor]:
     """y and the gradients, by the kernels."""
-    y, z, mean, rstd = rows.adapter_forward(native, x, w, 1e-5, activation, compute, True)
-    grads = rows.adapter_backward(native, dy, x, z, mean, rstd, w, 1e-5, activation, [True] * 7)
+    y, z, mean, rstd = rows.adapter_forward(on, x, w, 1e-5, activation, compute, True)
+    grads = rows.adapter_backward(on, dy, x, z, mean, rstd, w, 1e-5, activation, [True] * 7)
     return [y, *(g for g in grads if g is not None)]
 
 
@@ -52,13 +54,13 @@ def eager(x: Tensor, w: Weights, dy: Tensor, activation: str, compute: torch.dty
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def check(x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str) -> None:
+def check(x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str, on: rows.Rows = native) -> None:
     """The error is within twice that of eager PyTorch, in autocast to the lower of the two dtypes."""
     exact = eager(x.double(), Weights(*(t.double() for t in w)), dy.double(), activation)
     low = compute if compute != torch.float32 else x.dtype
     theirs = eager(x, w, dy, activation, None if low == torch.float32 else low)
     floor = 4 * max(torch.finfo(t).eps for t in (x.dtype, compute))
-    for name, o, t, e in zip(NAMES, run(x, w, dy, compute, activation), theirs, exact, strict=True):
+    for name, o, t, e in zip(NAMES, run(x, w, dy, compute, activation, on), theirs, exact, strict=True):
         assert relative_error(o, e) <= 2 * relative_error(t, e) + floor, name
 
 

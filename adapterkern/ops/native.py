@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops.kept import Kept
+from adapterkern.ops.reference import Weights
 
 try:
     _C: Any = importlib.import_module("adapterkern._C")
@@ -60,10 +61,12 @@ class Prepared:
     """One adapter's parameters as the kernels of an instruction set read them, for products in one dtype."""
 
     def __init__(self, weights: Sequence[Tensor], compute: torch.dtype, isa: str) -> None:
+        r, d = weights[2].shape
+        for name, w, shape in zip(Weights._fields, weights, ((d,), (d,), (r, d), (r,), (d, r), (d,)), strict=True):
+            _expect(name, w, shape)
         read = [_aligned(w.detach().to(torch.float32).contiguous()) for w in weights]
         # The kernels read these, too. A parameter that they read as it is is not held: it would never expire.
-        self._copies = [r for r, w in zip(read, weights, strict=True) if r.data_ptr() != w.data_ptr()]
-        r, d = weights[2].shape
+        self._copies = [t for t, w in zip(read, weights, strict=True) if t.data_ptr() != w.data_ptr()]
         kind = _C.DTYPES[_DTYPES[compute]]
         self._memory = torch.empty(_C.packed_bytes(isa, kind, d, r), dtype=torch.uint8, device="cpu")
         pointers = [w.data_ptr() for w in read]
@@ -85,8 +88,9 @@ def forward(
     rows: Tensor, w: Sequence[Tensor], eps: float, activation: str, compute: torch.dtype, save: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``."""
+    d = w[2].shape[1]
+    _expect("x", rows, (count := len(rows), d))
     rows = _side_by_side(rows)
-    count, d = rows.shape
     prepared = _prepared(w, compute)
     y = torch.empty((count, d), dtype=rows.dtype, device="cpu")  # whatever the default device is
     kept = count if save else 0
@@ -112,8 +116,13 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype."""
-    inputs = _side_by_side(rows), _side_by_side(dy.to(rows.dtype)), z.contiguous(), mean.contiguous(), rstd.contiguous()
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
+    r, d = w[2].shape
+    mean, rstd = mean.to(torch.float32), rstd.to(torch.float32)
+    given = {"x": (rows, (count, d)), "dy": (dy, (count, d)), "z": (z, (count, r))}
+    for name, (t, shape) in (given | {"mean": (mean, (count,)), "rstd": (rstd, (count,))}).items():
+        _expect(name, t, shape)
+    inputs = _side_by_side(rows), _side_by_side(dy.to(rows.dtype)), z.contiguous(), mean.contiguous(), rstd.contiguous()
     prepared = _prepared(w, z.dtype)
     down = any(needed[1:5])  # which the kernels make together
     wanted = [down, down, down, down, *needed[5:7]]
@@ -132,6 +141,12 @@ def backward(
     )
     grads = (g.to(p.dtype) if g is not None and want else None for g, p, want in zip(made, w, needed[1:], strict=True))
     return [dx, *grads]
+
+
+def _expect(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what would be read beyond its end; ``adapter`` has checked it, a direct call of the operator has not."""
+    if t.device.type != "cpu" or t.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} on a CPU, got {tuple(t.shape)} on {t.device}")
 
 
 def _side_by_side(rows: Tensor) -> Tensor:

@@ -125,6 +125,26 @@ def test_a_gradient_of_another_dtype() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
+@pytest.mark.parametrize("name", ["x", *Weights._fields])
+def test_a_direct_call_reads_nothing_beyond_its_tensors(name: str) -> None:
+    """``adapter`` checks shapes, the operator itself does not."""
+    given = {"x": torch.randn(8, 40)} | make_weights(40, 12)._asdict()
+    given[name] = given[name].repeat_interleave(2, -1)[..., :41]
+    with pytest.raises((ValueError, RuntimeError), match=r"expected shape \(.*\) on a CPU, got \("):
+        op(*given.values())
+
+
+def test_a_backward_reads_nothing_beyond_its_tensors() -> None:
+    x, w = torch.randn(8, 40), make_weights(40, 12)
+    given = {"dy": x, "rows": x} | dict(
+        zip(("z", "mean", "rstd"), native.forward(x, w, 1e-5, "silu", x.dtype)[1:], strict=True)
+    )
+    for name, t in given.items():
+        short = given | {name: t[:-1]}
+        with pytest.raises(ValueError, match=r"expected shape \(.*\) on a CPU, got \("):
+            native.backward(*short.values(), w, 1e-5, "silu", [True] * 7)
+
+
 def test_rows_that_lie_further_apart_than_32_bits_count() -> None:
     """Row 1 lies 2³¹ numbers and 4 GiB after row 0, in memory that is reserved and not touched."""
     stride = 2**31 + 8

@@ -98,7 +98,7 @@ def _advice(versions: dict[str, str | None]) -> list[str]:
         if shutil.which("nvidia-smi") and torch.version.cuda is None:
             advice.append("there is an NVIDIA driver: install a CUDA build of torch to use it")
         else:
-            advice.append("without a GPU everything runs, on the CPU; the speed is for a CUDA GPU")
+            advice.append("without a GPU everything runs on the CPU")
     return advice
 
 

@@ -107,14 +107,14 @@ def adapter(
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
     check_inputs(x, weights, eps, activation, index)
-    if not (fused and fused_enabled()) or prefers_eager(x, down_weight.shape[-2]) or in_transform():
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    if not (fused and fused_enabled()) or prefers_eager(x, down_weight.shape[-2], save) or in_transform():
         if (dtype := stock_dtype(x, weights)) is not None:
             weights = Weights(*(w.to(dtype) for w in weights))
         with eager_autocast(x):
             if index is not None:
                 return _eager_mixed(x, weights, index, eps, activation)
             return adapter_eager(x, weights, eps=eps, activation=activation).to(x.dtype)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return _forward(x, *weights, eps, activation, None, save, x_free, index)[0]
 
 

@@ -18,7 +18,7 @@ from tests.support.tiny_llama import tiny
 @pytest.fixture
 def _operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs as small as these go through the operator all the same."""
-    monkeypatch.setattr(operator, "prefers_eager", lambda x, adapter_dim: False)
+    monkeypatch.setattr(operator, "prefers_eager", lambda *_: False)
 
 
 def best(matrix: Tensor, r: int) -> Tensor:

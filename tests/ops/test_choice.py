@@ -119,3 +119,34 @@ def test_an_extension_of_an_older_version() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     why = "the extension adapterkern._C is older than this package: install adapterkern again"
     assert done.stdout == f"{(None, why)} {([], '')}\n"
+
+
+@pytest.mark.parametrize(
+    ("shape", "r", "dtype", "with_grad", "expected"),
+    [
+        ((16, 4096), 64, torch.bfloat16, False, False),
+        ((15, 4096), 64, torch.bfloat16, False, True),
+        ((4, 32, 576), 64, torch.bfloat16, True, False),
+        ((127, 576), 64, torch.bfloat16, True, True),
+        ((512, 4096), 256, torch.float16, True, False),
+        ((511, 4096), 256, torch.float16, True, True),
+        ((128, 576), 64, torch.float32, False, False),
+        ((2048, 576), 16, torch.float32, False, True),  # too little work per row
+        ((64, 4096), 64, torch.float32, True, False),
+        ((63, 4096), 64, torch.float32, True, True),
+        ((255, 4096), 256, torch.float32, True, True),
+        ((0, 576), 64, torch.float32, False, True),
+    ],
+)
+def test_where_eager_is_the_faster_one_beside_the_cpu_kernels(
+    shape: tuple[int, ...],
+    r: int,
+    dtype: torch.dtype,
+    with_grad: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "INTERPRETED", False)
+    monkeypatch.setattr(choice, "runs_native", lambda kind, dtype: True)
+    assert choice.prefers_eager(torch.empty(shape, dtype=dtype), r, with_grad) is expected
+    assert not choice.prefers_eager(torch.empty(shape, dtype=dtype, device="meta"), r, with_grad)

@@ -251,14 +251,18 @@ def test_an_empty_mixed_batch(shape: tuple[int, ...], fused: bool) -> None:
     assert ak.adapter(torch.zeros(shape), *weights, index=index, fused=fused).shape == shape
 
 
-def test_large_inputs_take_the_operator_and_small_ones_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("native", "least"), [(True, 64), (False, 512)])
+def test_large_inputs_take_the_operator_and_small_ones_eager(
+    native: bool, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = []
+    monkeypatch.setattr(choice, "runs_native", lambda kind, dtype: native)
     monkeypatch.setattr(operator, "adapter_eager", lambda *a, **k: names.append("eager") or adapter_eager(*a, **k))
     monkeypatch.setattr(
         operator, "_forward", lambda *a: names.append("op") or torch.ops.adapterkern.adapter_forward(*a)
     )
-    weights = make_weights(4096, 2)
-    for rows in (1, 511, 512):
+    weights = make_weights(4096, 16)
+    for rows in (1, least - 1, least):
         ak.adapter(torch.randn(rows, 4096), *weights)
     assert names == ["eager", "eager", "op"]
     monkeypatch.setenv("ADAPTERKERN_FUSED", "0")

@@ -90,7 +90,7 @@ def test_init_is_deterministic_and_biases_are_zero(init: str) -> None:
 
 def test_x_free_keeps_y_alone() -> None:
     """Large enough for the operator on a CPU. y is what the next module keeps; x is then free to go."""
-    adapter = ak.Adapter(4096, 2, init="xavier", x_free=True)
+    adapter = ak.Adapter(4096, 16, init="xavier", x_free=True)
     x = torch.randn(512, 4096, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

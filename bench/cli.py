@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from adapterkern.cli.memory import keep_pages
-
 PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
 KEEP = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's variables; set by the user, they hold as they are
 # An instruction set, as ADAPTERKERN_CPU_ISA names it, and how torch's own kernels, oneDNN and MKL are kept to it.
@@ -81,13 +79,14 @@ def _measure(args: argparse.Namespace) -> int:
     if args.isa is not None:
         os.environ["BENCH_ISA"] = args.isa
         os.environ.update(zip(CAPPED, ISAS[args.isa], strict=True))
-    if args.malloc == "keep" and keep_pages():
-        os.environ.update(dict.fromkeys(KEEP, str(1 << 30)))  # for peers, which are processes of their own
 
     import torch
 
+    from adapterkern.cli.memory import keep_pages
     from bench import engine, plots, report
 
+    if args.malloc == "keep" and keep_pages():
+        os.environ.update(dict.fromkeys(KEEP, str(1 << 30)))  # for peers, which are processes of their own
     torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":

@@ -13,14 +13,15 @@ def chosen_dtype(asked: str | None, precision: str = "fp32", resumed: Path | Non
     fp32 with ``precision`` fp16, whose autocast is for fp32 weights, and in one of several processes, whose
     measurements may differ. A run in the folder ``resumed`` keeps its own.
     """
+    if asked not in (None, "auto"):
+        return asked
+
     import torch
 
     from adapterkern.cli.run import say
     from adapterkern.model.backbone import default_device
     from adapterkern.model.fast_dtype import fast_dtype
 
-    if asked not in (None, "auto"):
-        return asked
     of_run = _of_run(resumed)
     if of_run is not None:
         dtype, why = of_run, "as in the run that is resumed"

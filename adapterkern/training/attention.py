@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapterkern.model.backbone import DTYPES
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.ops.checks import LOW
 
 LONGEST = 128  # tokens, at which the kernels are about equally fast
 _MEASURED = 64  # where they differ most
 _WORTH = 1.3  # how many times as fast written out it must be
 _ROUNDS = 4
-_COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fast_attention(model: LlamaAdapter, shape: Sequence[int], precision: str) -> AbstractContextManager[None]:
@@ -29,9 +30,9 @@ def fast_attention(model: LlamaAdapter, shape: Sequence[int], precision: str) ->
 
     The backward, too, because checkpointed layers run their forward in it.
     """
-    dtype = _COMPUTED.get(precision, model.dtype)
+    dtype = model.dtype if precision == "fp32" else DTYPES[precision]
     config = model.config.get_text_config()
-    if model.device.type != "cpu" or dtype not in _COMPUTED.values() or config._attn_implementation != "sdpa":
+    if model.device.type != "cpu" or dtype not in LOW or config._attn_implementation != "sdpa":
         return contextlib.nullcontext()
     length = shape[1]
     heads = config.num_attention_heads

@@ -69,6 +69,12 @@ def test_peak_memory_is_what_lives_at_once() -> None:
     assert peak_bytes(run, CPU) == pytest.approx(2 << 22, rel=0.01)
 
 
+def test_the_command_line_sets_the_environment_before_torch_reads_it() -> None:
+    code = "import sys, bench.cli; print(sorted({'torch', 'triton', 'adapterkern.ops.choice'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_variant_over_its_error_budget_shows_no_speed(tmp_path: Path) -> None:
     line = {}
     for error in (1e-4, 2e-3):

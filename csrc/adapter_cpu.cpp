@@ -98,26 +98,35 @@ void on_threads(int threads, const Body& body) {
   for (auto& thread : others) thread.join();
 }
 
-// body(begin, end, scratch) for pieces of [0, n), which threads take as they come: which one takes what leaves no trace.
+// body(piece, the one that this thread is likely to take next, scratch) for pieces [0, n), which threads take as they
+// come: which thread takes what leaves no trace.
 template <class Body>
-void share(int threads, int64_t n, int64_t piece, const Kernels& kernels, size_t bytes, const Body& body) {
+void share(int threads, int64_t n, const Kernels& kernels, size_t bytes, const Body& body) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};  // no exception may leave an OpenMP region
-  const int64_t pieces = (n + piece - 1) / piece;
-  on_threads(pieces < threads ? int(pieces) : threads, [&] {
+  if (n < threads) threads = int(n);
+  on_threads(threads, [&] {
     char* memory = scratch(bytes);
     if (!memory) {
       failed = true;
       return;
     }
     kernels.enter();
-    for (int64_t i; (i = next.fetch_add(piece)) < n;) body(i, i + piece < n ? i + piece : n, memory);
+    for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, i + threads, memory);
     kernels.leave();
   });
   if (failed) throw std::bad_alloc();
 }
 
 int64_t ceiling(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// body(begin, end, scratch) for pieces of [0, n)
+template <class Body>
+void share_range(int threads, int64_t n, int64_t piece, const Kernels& kernels, size_t bytes, const Body& body) {
+  share(threads, ceiling(n, piece), kernels, bytes, [&](int64_t i, int64_t, char* memory) {
+    body(i * piece, (i + 1) * piece < n ? (i + 1) * piece : n, memory);
+  });
+}
 
 }  // namespace
 
@@ -185,29 +194,29 @@ void prepare(const Kernels& kernels, const Weights& w, int threads) {
   const int64_t rp = padded(w.r, kRank);
   std::vector<float> means(size_t(rp), 0.0f);
   memset(w.c, 0, size_t(rp) * sizeof(float));
-  share(threads, w.r, 8, kernels, 64, [&](int64_t begin, int64_t end, char*) {
+  share_range(threads, w.r, 8, kernels, 64, [&](int64_t begin, int64_t end, char*) {
     kernels.prepare_rows(w, begin, end, means.data());
   });
-  share(threads, padded(w.d, kColumns), 8 * kColumns, kernels, 64, [&](int64_t begin, int64_t end, char*) {
+  share_range(threads, padded(w.d, kColumns), 8 * kColumns, kernels, 64, [&](int64_t begin, int64_t end, char*) {
     kernels.prepare_columns(w, begin, end, means.data());
   });
 }
 
 void forward(const Kernels& kernels, const Forward& f, int threads) {
-  share(threads, ceiling(f.rows, kRows), 1, kernels, kernels.forward_scratch(f.w),
-        [&](int64_t begin, int64_t end, char* memory) { kernels.forward(f, begin, end, memory); });
+  share(threads, ceiling(f.rows, kRows), kernels, kernels.forward_scratch(f.w),
+        [&](int64_t block, int64_t following, char* memory) { kernels.forward(f, block, following, memory); });
 }
 
 void backward(const Kernels& kernels, const Backward& b, int threads) {
   const int64_t rp = padded(b.w.r, kRank), blocks = ceiling(b.rows, kRows), wide = padded(b.w.d, kColumns);
-  share(threads, ceiling(b.rows, kChunk), 1, kernels, kernels.backward_scratch(b.w, 0),
-        [&](int64_t begin, int64_t end, char* memory) { kernels.backward_rows(b, begin, end, memory); });
+  share(threads, blocks, kernels, kernels.backward_scratch(b.w, 0),
+        [&](int64_t block, int64_t following, char* memory) { kernels.backward_rows(b, block, following, memory); });
   memset(b.s, 0, size_t(rp) * sizeof(float));
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t j = 0; j < rp; ++j) b.s[j] += b.sums[block * rp + j];
   if (b.d_down_bias) memcpy(b.d_down_bias, b.s, size_t(b.w.r) * sizeof(float));
   const int64_t each = padded(ceiling(wide, threads), kColumns);
-  share(threads, wide, each, kernels, kernels.backward_scratch(b.w, each),
+  share_range(threads, wide, each, kernels, kernels.backward_scratch(b.w, each),
         [&](int64_t begin, int64_t end, char* memory) { kernels.backward_cols(b, begin, end, memory); });
 }
 

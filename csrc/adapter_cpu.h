@@ -84,8 +84,9 @@ struct Kernels {
   void (*prepare_columns)(const Weights&, int64_t begin, int64_t end, const float* means);
   void (*enter)();
   void (*leave)();
-  void (*forward)(const Forward&, int64_t begin, int64_t end, char* scratch);        // blocks
-  void (*backward_rows)(const Backward&, int64_t begin, int64_t end, char* scratch); // chunks
+  // A block of rows, and the one that this thread is likely to take next
+  void (*forward)(const Forward&, int64_t block, int64_t following, char* scratch);
+  void (*backward_rows)(const Backward&, int64_t block, int64_t following, char* scratch);
   void (*backward_cols)(const Backward&, int64_t begin, int64_t end, char* scratch); // columns, multiples of kColumns
 };
 

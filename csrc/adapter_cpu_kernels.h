@@ -30,6 +30,7 @@ constexpr int64_t kDepth = 128;  // units of a row that are packed at a time
 
 template <class E, class Z>
 struct Of {
+  static constexpr int64_t kSize = int64_t(sizeof(E));
   static int64_t rank(const Weights& w) { return padded(w.r, kRank); }
   static int64_t rank_units(const Weights& w) { return rank(w) / U; }
   static int64_t width(const Weights& w) { return padded(w.d, kColumns); }
@@ -71,7 +72,7 @@ struct Of {
 
   // sums[kRows][rp] = (x − mean)·B, summed over d; rows from `rows` on are 0
   static void from_rows(const E* x, int64_t stride, int64_t rows, const float* mean, const Weights& w, const uint32_t* B,
-                        const Scratch& s) {
+                        const Scratch& s, Ahead ahead) {
     const int64_t rp = rank(w), units = width(w) / U;
     for (int64_t k = 0; k < units; k += kDepth) {
       const int64_t depth = units - k < kDepth ? units - k : kDepth;
@@ -93,113 +94,125 @@ struct Of {
         }
       }
       for (int64_t j = 0; j < rp; j += kColumns)
-        product(kRows, depth, s.row_units, kDepth, B + j * units + k * kColumns, s.sums + j, rp, k > 0);
+        product(kRows, depth, s.row_units, kDepth, B + j * units + k * kColumns, s.sums + j, rp, k > 0,
+                ahead);
     }
   }
 
-  static void forward(const Forward& f, int64_t begin, int64_t end, char* base) {
+  static int64_t rows_from(int64_t t, int64_t end) { return end - t < kRows ? end - t : kRows; }
+
+  // The rows of a block, if there is such a block, for from_rows() to fetch
+  static Ahead block_ahead(const void* x, int64_t stride, int64_t block, int64_t end, const Weights& w) {
+    const int64_t t = block * kRows;
+    if (t >= end) return {};
+    return Ahead(static_cast<const E*>(x) + t * stride, rows_from(t, end), w.d * kSize, stride * kSize,
+                 rank(w) / kColumns * fetches(kRows, width(w) / U));
+  }
+
+  static void forward(const Forward& f, int64_t block, int64_t following, char* base) {
     const Weights& w = f.w;
     const int64_t d = w.d, r = w.r, rp = rank(w), ru = rank_units(w), wide = width(w);
+    const int64_t t = block * kRows, rows = rows_from(t, f.rows);
+    const E* x = static_cast<const E*>(f.x) + t * f.x_stride;
+    E* y = static_cast<E*>(f.y) + t * d;
     Scratch s;
     lay(s, base, w, -1);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t t = block * kRows, rows = f.rows - t < kRows ? f.rows - t : kRows;
-      const E* x = static_cast<const E*>(f.x) + t * f.x_stride;
-      E* y = static_cast<E*>(f.y) + t * d;
-      float mean[kRows], rstd[kRows];
-      for (int64_t i = 0; i < rows; ++i) statistics(x + i * f.x_stride, d, f.eps, mean[i], rstd[i]);
-      from_rows(x, f.x_stride, rows, mean, w, w.down_k, s);
-      memset(s.h, 0, size_t(kRows * ru) * 4);
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < rp; j += 2 * W) {
-          vf h[2], slope;
+    float mean[kRows], rstd[kRows];
+    for (int64_t i = 0; i < rows; ++i) statistics(x + i * f.x_stride, d, f.eps, mean[i], rstd[i]);
+    from_rows(x, f.x_stride, rows, mean, w, w.down_k, s, block_ahead(f.x, f.x_stride, following, f.rows, w));
+    memset(s.h, 0, size_t(kRows * ru) * 4);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < rp; j += 2 * W) {
+        vf h[2], slope;
 #pragma GCC unroll 2
-          for (int q = 0; q < 2; ++q) {
-            Z kept[W];
-            store(kept, load(s.sums + i * rp + j + q * W) * rstd[i] + load(w.c + j + q * W));
-            if (f.z) store_upto(static_cast<Z*>(f.z) + (t + i) * r + j + q * W, load(kept), r - j - q * W);
-            activate(f.activation, load(kept), h[q], slope);
-          }
-          pack(s.h + i * ru + j / U, h[0], h[1]);
+        for (int q = 0; q < 2; ++q) {
+          Z kept[W];
+          store(kept, load(s.sums + i * rp + j + q * W) * rstd[i] + load(w.c + j + q * W));
+          if (f.z) store_upto(static_cast<Z*>(f.z) + (t + i) * r + j + q * W, load(kept), r - j - q * W);
+          activate(f.activation, load(kept), h[q], slope);
         }
-        if (f.mean) f.mean[t + i] = mean[i], f.rstd[t + i] = rstd[i];
+        pack(s.h + i * ru + j / U, h[0], h[1]);
       }
-      for (int64_t n0 = 0; n0 < wide; n0 += kPanelColumns) {
-        const int64_t n1 = wide - n0 < kPanelColumns ? wide - n0 : kPanelColumns;
-        for (int64_t n = 0; n < n1; n += kColumns)
-          product(kRows, ru, s.h, ru, w.up_n + (n0 + n) * ru, s.out + n, kForwardStride, false);
-        const int64_t last = d - n0 < n1 ? d - n0 : n1;
-        for (int64_t i = 0; i < rows; ++i) {
-          const E* from = x + i * f.x_stride + n0;
-          E* to = y + i * d + n0;
-          const float* branch = s.out + i * kForwardStride;
-          int64_t n = 0;
-          for (; n + W <= last; n += W) store(to + n, load(from + n) + (load(branch + n) + load(w.up_bias + n0 + n)));
-          if (n < last) {
-            const int64_t left = last - n;
-            const vf bias = load_part(w.up_bias + n0 + n, left);
-            store_upto(to + n, load_part(from + n, left) + (load(branch + n) + bias), left);
-          }
+      if (f.mean) f.mean[t + i] = mean[i], f.rstd[t + i] = rstd[i];
+    }
+    for (int64_t n0 = 0; n0 < wide; n0 += kPanelColumns) {
+      const int64_t n1 = wide - n0 < kPanelColumns ? wide - n0 : kPanelColumns;
+      Ahead ahead(y + n0, rows, n1 * kSize, d * kSize, n1 / kColumns * fetches(kRows, ru));
+      for (int64_t n = 0; n < n1; n += kColumns)
+        product(kRows, ru, s.h, ru, w.up_n + (n0 + n) * ru, s.out + n, kForwardStride, false, ahead);
+      const int64_t last = d - n0 < n1 ? d - n0 : n1;
+      for (int64_t i = 0; i < rows; ++i) {
+        const E* from = x + i * f.x_stride + n0;
+        E* to = y + i * d + n0;
+        const float* branch = s.out + i * kForwardStride;
+        int64_t n = 0;
+        for (; n + W <= last; n += W) store(to + n, load(from + n) + (load(branch + n) + load(w.up_bias + n0 + n)));
+        if (n < last) {
+          const int64_t left = last - n;
+          const vf bias = load_part(w.up_bias + n0 + n, left);
+          store_upto(to + n, load_part(from + n, left) + (load(branch + n) + bias), left);
         }
       }
     }
   }
 
-  static void backward_rows(const Backward& b, int64_t begin, int64_t end, char* base) {
+  static void backward_rows(const Backward& b, int64_t block, int64_t following, char* base) {
     const Weights& w = b.w;
-    const int64_t r = w.r, rp = rank(w), ru = rank_units(w), row_units = kChunk / U;
+    const int64_t r = w.r, rp = rank(w), ru = rank_units(w), t = block * kRows, rows = rows_from(t, b.rows);
     Scratch s;
     lay(s, base, w, 0);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      uint32_t *dz_cols = b.dz_cols + chunk * rp * row_units, *h_cols = b.h_cols + chunk * rp * row_units;
-      for (int64_t t = chunk * kChunk; t < (chunk + 1) * kChunk && t < b.rows; t += kRows) {
-        const int64_t rows = b.rows - t < kRows ? b.rows - t : kRows;
-        from_rows(static_cast<const E*>(b.dy) + t * b.dy_stride, b.dy_stride, rows, nullptr, w, w.up_k, s);
-        float* sums = b.sums + t / kRows * rp;
-        memset(sums, 0, size_t(rp) * 4);
-        for (int64_t i = 0; i < kRows; ++i) {
-          uint32_t* dz_row = b.dz_rows + (t + i) * ru;
-          if (i >= rows) {
-            memset(dz_row, 0, size_t(ru) * 4);
-            memset(s.dz + i * rp, 0, size_t(rp) * 4);
-            memset(s.hs + i * rp, 0, size_t(rp) * 4);
-            b.kappa[t + i] = 0;
-            continue;
-          }
-          const float rho = b.rstd[t + i];
-          vf c2 = {};
-          for (int64_t j = 0; j < rp; j += W) {
-            const vf z = load_upto(static_cast<const Z*>(b.z) + (t + i) * r + j, r - j);
-            vf h, slope;
-            activate(b.activation, z, h, slope);
-            const vf dz = load(s.sums + i * rp + j) * slope;
-            c2 += dz * (z - load(w.c + j));
-            store(sums + j, load(sums + j) + dz);
-            store(s.dz + i * rp + j, dz * rho);
-            store(s.hs + i * rp + j, h);
-          }
-          for (int64_t j = r; j < rp; ++j) s.hs[i * rp + j] = 0;
-          for (int64_t j = 0; j < rp; j += 2 * W)
-            pack(dz_row + j / U, load(s.dz + i * rp + j), load(s.dz + i * rp + j + W));
-          b.kappa[t + i] = rho * rho * sum(c2) / float(w.d);
-        }
-        transpose(s.dz, rp, dz_cols + t % kChunk / U);
-        transpose(s.hs, rp, h_cols + t % kChunk / U);
+    from_rows(static_cast<const E*>(b.dy) + t * b.dy_stride, b.dy_stride, rows, nullptr, w, w.up_k, s,
+              block_ahead(b.dy, b.dy_stride, following, b.rows, w));
+    float* sums = b.sums + block * rp;
+    memset(sums, 0, size_t(rp) * 4);
+    for (int64_t i = 0; i < kRows; ++i) {
+      uint32_t* dz_row = b.dz_rows + (t + i) * ru;
+      if (i >= rows) {
+        memset(dz_row, 0, size_t(ru) * 4);
+        memset(s.dz + i * rp, 0, size_t(rp) * 4);
+        memset(s.hs + i * rp, 0, size_t(rp) * 4);
+        b.kappa[t + i] = 0;
+        continue;
       }
+      const float rho = b.rstd[t + i];
+      vf c2 = {};
+      for (int64_t j = 0; j < rp; j += W) {
+        const vf z = load_upto(static_cast<const Z*>(b.z) + (t + i) * r + j, r - j);
+        vf h, slope;
+        activate(b.activation, z, h, slope);
+        const vf dz = load(s.sums + i * rp + j) * slope;
+        c2 += dz * (z - load(w.c + j));
+        store(sums + j, load(sums + j) + dz);
+        store(s.dz + i * rp + j, dz * rho);
+        store(s.hs + i * rp + j, h);
+      }
+      for (int64_t j = r; j < rp; ++j) s.hs[i * rp + j] = 0;
+      for (int64_t j = 0; j < rp; j += 2 * W)
+        pack(dz_row + j / U, load(s.dz + i * rp + j), load(s.dz + i * rp + j + W));
+      b.kappa[t + i] = rho * rho * sum(c2) / float(w.d);
     }
+    const int64_t to = t / kChunk * rp * (kChunk / U) + t % kChunk / U;
+    transpose_block(s.dz, rp, b.dz_cols + to);
+    transpose_block(s.hs, rp, b.h_cols + to);
   }
 
   // The numbers [kRows][rp] of a block as units along the rows: [rp][row units of a chunk]
-  static void transpose(const float* from, int64_t rp, uint32_t* to) {
-    for (int64_t i = 0; i < kRows; i += U)
+  static void transpose_block(const float* from, int64_t rp, uint32_t* to) {
+    for (int64_t i = 0; i < kRows; i += W * U)
       for (int64_t j = 0; j < rp; j += W) {
-        uint32_t units[W];
+        vf rows[W];
+#pragma GCC unroll 16
+        for (int64_t q = 0; q < W; ++q) {
 #if AK_PAIRS
-        pack_pair(units, load(from + i * rp + j), load(from + (i + 1) * rp + j));
+          const float* pair = from + (i + 2 * q) * rp + j;
+          rows[q] = pair_of(load(pair), load(pair + rp));
 #else
-        memcpy(units, from + i * rp + j, sizeof units);
+          rows[q] = load(from + (i + q) * rp + j);
 #endif
-        for (int q = 0; q < W; ++q) to[(j + q) * (kChunk / U) + i / U] = units[q];
+        }
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int q = 0; q < W; ++q) store(reinterpret_cast<float*>(to + (j + q) * (kChunk / U) + i / U), rows[q]);
       }
   }
 
@@ -209,30 +222,43 @@ struct Of {
     const bool down = b.d_down_weight != nullptr, up = b.d_up_weight != nullptr;
     Scratch s;
     lay(s, base, w, columns);
-    if (down) memset(s.G, 0, size_t(rp * columns) * 4);
-    if (up) memset(s.U_, 0, size_t(rp * columns) * 4);
     memset(s.up_bias, 0, size_t(columns) * 4);
+    if (b.rows == 0) {  // otherwise the first chunk sets them
+      memset(s.G, 0, size_t(rp * columns) * 4);
+      memset(s.U_, 0, size_t(rp * columns) * 4);
+    }
     for (int64_t t0 = 0; t0 < b.rows; t0 += kChunk) {
       const int64_t chunk = t0 / kChunk, t1 = b.rows - t0 < kChunk ? b.rows : t0 + kChunk;
       for (int64_t c0 = begin; c0 < end; c0 += kSlice) {
         const int64_t slice = end - c0 < kSlice ? end - c0 : kSlice;
         for (int64_t t = t0; t < t1; t += kRows) {
-          if (b.dx)
+          const int64_t rows = rows_from(t, t1);
+          if (b.dx) {
+            Ahead dx_ahead(static_cast<E*>(b.dx) + t * d + c0, rows, slice * kSize, d * kSize,
+                           slice / kColumns * fetches(kRows, ru));
             for (int64_t n = 0; n < slice; n += kColumns)
-              product(kRows, ru, b.dz_rows + t * ru, ru, w.down_n + (c0 + n) * ru, s.out + n, kBackwardStride, false);
-          const int64_t rows = t1 - t < kRows ? t1 - t : kRows;
+              product(kRows, ru, b.dz_rows + t * ru, ru, w.down_n + (c0 + n) * ru, s.out + n, kBackwardStride, false,
+                      dx_ahead);
+          }
           const bool whole = rows == kRows && c0 + slice <= d;
           (whole ? rows_of_slice<true> : rows_of_slice<false>)(b, t, rows, (t - t0) / U, c0, slice, s, c0 - begin);
         }
-        const int64_t depth = padded(t1 - t0, kRows) / U;
+        const int64_t depth = padded(t1 - t0, kRows) / U, fetched = slice / kColumns * fetches(rp, depth);
+        // The next slice, of these rows or of the next chunk's
+        const bool more = c0 + kSlice < end;
+        const int64_t c1 = more ? c0 + kSlice : begin, t2 = more ? t0 : t1;
+        const int64_t rows = b.rows - t2 < kChunk ? b.rows - t2 : kChunk;
+        const int64_t bytes = (end - c1 < kSlice ? end - c1 : kSlice) * kSize;
+        Ahead x_ahead(static_cast<const E*>(b.x) + t2 * b.x_stride + c1, rows, bytes, b.x_stride * kSize, fetched);
+        Ahead dy_ahead(static_cast<const E*>(b.dy) + t2 * b.dy_stride + c1, rows, bytes, b.dy_stride * kSize, fetched);
         for (int64_t n = 0; n < slice; n += kColumns) {
           const int64_t panel = (c0 - begin + n) * rp;
           if (down)
             product(rp, depth, b.dz_cols + chunk * rp * row_units, row_units, s.x_units + n * row_units, s.G + panel,
-                    kColumns, true);
+                    kColumns, t0 > 0, x_ahead);
           if (up)
             product(rp, depth, b.h_cols + chunk * rp * row_units, row_units, s.dy_units + n * row_units, s.U_ + panel,
-                    kColumns, true);
+                    kColumns, t0 > 0, dy_ahead);
         }
       }
     }
@@ -251,20 +277,14 @@ struct Of {
   template <bool kWhole>
   static void rows_of_slice(const Backward& b, int64_t t, int64_t rows, int64_t unit, int64_t c0, int64_t slice,
                             const Scratch& s, int64_t column) {
-    const int64_t d = b.w.d, x_stride = b.x_stride, dy_stride = b.dy_stride, ahead = t + 2 * kRows <= b.rows ? kRows : 0;
+    const int64_t d = b.w.d, x_stride = b.x_stride, dy_stride = b.dy_stride;
     const E* x = static_cast<const E*>(b.x) + t * x_stride + c0;
     const E* dy = static_cast<const E*>(b.dy) + t * dy_stride + c0;
     E* const dx = b.dx ? static_cast<E*>(b.dx) + t * d + c0 : nullptr;
     const float *mean = b.mean + t, *kappa = b.kappa + t, *out = s.out;
     float bias[kSlice] = {};  // a sum of sums, each over a block
     uint32_t *const x_units = s.x_units + unit * kColumns, *const dy_units = s.dy_units + unit * kColumns;
-    constexpr int64_t kLine = 64 / int64_t(sizeof(E));
     for (int64_t i = 0; i < kRows; i += U) {
-      for (int64_t q = 0; q < U; ++q)
-        for (int64_t n = 0; n < slice && ahead; n += kLine) {
-          __builtin_prefetch(x + (i + q + ahead) * x_stride + n, 0, 2);
-          __builtin_prefetch(dy + (i + q + ahead) * dy_stride + n, 0, 2);
-        }
       for (int64_t n = 0; n < slice; n += W) {
         const int64_t left = kWhole ? W : d - c0 - n;
         vf xs[2] = {}, dys[2] = {}, total = load(bias + n);

@@ -24,8 +24,15 @@ constexpr int64_t kSquare = kColumns;
 using Square = float[kSquare][kSquare];
 
 void transpose_square(const Square& from, Square& to) {
-  for (int64_t i = 0; i < kSquare; ++i)
-    for (int64_t j = 0; j < kSquare; ++j) to[j][i] = from[i][j];
+  for (int64_t i = 0; i < kSquare; i += W)
+    for (int64_t j = 0; j < kSquare; j += W) {
+      vf rows[W];
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) rows[q] = load(from[i + q] + j);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) store(to[j + q] + i, rows[q]);
+    }
 }
 
 // Units of rows i, i + U, … of a square, 32 units each: those of row i begin at to + i / U * stride

@@ -1,6 +1,7 @@
 // Products, and the units that they read: a part of adapter_cpu_kernels.h.
 #pragma once
 
+#include "adapter_cpu_ahead.h"
 #include "adapter_cpu_vectors.h"
 #if AK_PAIRS == 2
 #include "adapter_cpu_tiles.h"
@@ -9,15 +10,21 @@
 namespace adapterkern::cpu::AK_ISA {
 namespace {
 
-// Products: C[M][32] (+)= A[M][K]·B[K][32], K in units, B a panel; M a multiple of kRows
+// Products: C[M][32] (+)= A[M][K]·B[K][32], K in units, B a panel; M a multiple of kRows, K of 16. Between its steps a
+// product fetches lines of `ahead`.
 
 #if AK_PAIRS == 2
+constexpr int64_t fetches(int64_t M, int64_t K) { return M / 32 * (K / 16); }
+
 AK_INLINE void product(int64_t M, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B, float* C, int64_t ldc,
-                       bool add) {
-  tile_product(M, K, A, lda, B, C, ldc, add);
+                       bool add, Ahead& ahead) {
+  tile_product(M, K, A, lda, B, C, ldc, add, ahead);
 }
 #else
-constexpr int kTileRows = W == 16 ? 8 : 4, kTileVectors = 2;
+constexpr int kTileRows = W == 16 ? 8 : 4, kTileVectors = 2, kSteps = 4;
+
+// How often product() fetches lines
+constexpr int64_t fetches(int64_t M, int64_t K) { return M / kTileRows * (K / kSteps) * (kColumns / (kTileVectors * W)); }
 
 AK_INLINE vf multiply_add(vf c, vf a, vf b) {
 #if AK_PAIRS
@@ -39,21 +46,26 @@ AK_INLINE vf broadcast(const float* unit) {
 }
 
 template <int kTall>
-AK_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc, bool add) {
+AK_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc, bool add,
+                    Ahead& ahead) {
   vf c[kTall][kTileVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kTall; ++m)
 #pragma GCC unroll 2
     for (int n = 0; n < kTileVectors; ++n) c[m][n] = vf{};
-  for (int64_t k = 0; k < K; ++k) {
-    vf b[kTileVectors];
+  for (int64_t k0 = 0; k0 < K; k0 += kSteps) {
+    ahead.fetch();
+#pragma GCC unroll 4
+    for (int64_t k = k0; k < k0 + kSteps; ++k) {
+      vf b[kTileVectors];
 #pragma GCC unroll 2
-    for (int n = 0; n < kTileVectors; ++n) b[n] = load(B + k * kColumns + n * W);
+      for (int n = 0; n < kTileVectors; ++n) b[n] = load(B + k * kColumns + n * W);
 #pragma GCC unroll 16
-    for (int m = 0; m < kTall; ++m) {
-      const vf a = broadcast(A + m * lda + k);
+      for (int m = 0; m < kTall; ++m) {
+        const vf a = broadcast(A + m * lda + k);
 #pragma GCC unroll 2
-      for (int n = 0; n < kTileVectors; ++n) c[m][n] = multiply_add(c[m][n], a, b[n]);
+        for (int n = 0; n < kTileVectors; ++n) c[m][n] = multiply_add(c[m][n], a, b[n]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -65,12 +77,13 @@ AK_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, floa
     }
 }
 
-void product(int64_t M, int64_t K, const uint32_t* A_, int64_t lda, const uint32_t* B_, float* C, int64_t ldc, bool add) {
+void product(int64_t M, int64_t K, const uint32_t* A_, int64_t lda, const uint32_t* B_, float* C, int64_t ldc, bool add,
+             Ahead& ahead) {
   const float *A = reinterpret_cast<const float*>(A_), *B = reinterpret_cast<const float*>(B_);
   for (int n = 0; n < kColumns; n += kTileVectors * W) {
     int64_t m = 0;
-    for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows>(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add);
-    for (; m < M; m += 4) tile<4>(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add);
+    for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows>(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add, ahead);
+    for (; m < M; m += 4) tile<4>(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add, ahead);
   }
 }
 #endif
@@ -88,17 +101,18 @@ AK_INLINE void pack(uint32_t* to, vf low, vf high) {  // 2·W elements of a row
 }
 
 // Units of two rows: W columns of both, interleaved
-AK_INLINE void pack_pair(uint32_t* to, vf even, vf odd) {
 #if AK_PAIRS
+AK_INLINE vf pair_of(vf even, vf odd) {
   const __m512i both = reinterpret_cast<__m512i>(
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
-#else
-  (void)to, (void)even, (void)odd;
-#endif
+  return reinterpret_cast<vf>(_mm512_permutexvar_epi16(order, both));
 }
+AK_INLINE void pack_pair(uint32_t* to, vf even, vf odd) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(pair_of(even, odd)));
+}
+#endif
 
 }  // namespace
 }  // namespace adapterkern::cpu::AK_ISA

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "adapter_cpu_ahead.h"
+
 namespace adapterkern::cpu::amx {
 namespace {
 
@@ -65,7 +67,7 @@ inline void release_tiles() { _tile_release(); }
 
 // M a multiple of 32, K of 16
 inline void tile_product(int64_t M, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B, float* C, int64_t ldc,
-                         bool add) {
+                         bool add, Ahead& ahead) {
   for (int64_t m = 0; m < M; m += 32) {
     float *c0 = C + m * ldc, *c1 = c0 + 16 * ldc;
     if (add) {
@@ -81,6 +83,7 @@ inline void tile_product(int64_t M, int64_t K, const uint32_t* A, int64_t lda, c
     }
     for (int64_t k = 0; k < K; k += 16) {
       const uint32_t *a = A + m * lda + k, *b = B + k * 32;
+      ahead.fetch();
       _tile_loadd(4, a, lda * 4);
       _tile_loadd(5, a + 16 * lda, lda * 4);
       _tile_loadd(6, b, 128);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "adapter_cpu.h"
 
@@ -22,6 +23,7 @@ typedef float float_any __attribute__((may_alias));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint32_t vu_any __attribute__((vector_size(W * 4), aligned(2), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(2), may_alias));
 
@@ -56,6 +58,18 @@ AK_INLINE void store(fp16* p, vf v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
 }
 #endif
+
+// 2·W numbers, for sums, where their order does not matter
+template <class E>
+AK_INLINE void load_two(const E* p, vf (&two)[2]) {
+  two[0] = load(p);
+  two[1] = load(p + W);
+}
+AK_INLINE void load_two(const bf16* p, vf (&two)[2]) {
+  const vu pairs = *reinterpret_cast<const vu_any*>(p);
+  two[0] = reinterpret_cast<vf>(pairs << 16);
+  two[1] = reinterpret_cast<vf>(pairs & 0xffff0000u);
+}
 
 // To nearest, ties to even; NaN stays NaN.
 AK_INLINE vh to_bf16(vf v) {
@@ -103,6 +117,31 @@ AK_INLINE void store_upto(E* p, vf v, int64_t n) {
   E part[W];
   store(part, v);
   if (n > 0) memcpy(p, part, size_t(n) * sizeof(E));
+}
+
+// Transposition, in log2(W) steps: step kHalf exchanges the squares of kHalf × kHalf numbers off the diagonal.
+template <int kHalf, size_t... kLane>
+AK_INLINE void exchange(vf& a, vf& b, std::index_sequence<kLane...>) {
+#ifdef __clang__
+  const vf low = __builtin_shufflevector(a, b, (kLane & kHalf ? W + kLane - kHalf : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kHalf ? W + kLane : kLane + kHalf)...);
+#else
+  const vf low = __builtin_shuffle(a, b, vi{(kLane & kHalf ? int(W + kLane - kHalf) : int(kLane))...});
+  b = __builtin_shuffle(a, b, vi{(kLane & kHalf ? int(W + kLane) : int(kLane + kHalf))...});
+#endif
+  a = low;
+}
+template <int kHalf>
+AK_INLINE void exchange(vf (&rows)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & kHalf)) exchange<kHalf>(rows[i], rows[i + kHalf], std::make_index_sequence<W>());
+}
+AK_INLINE void transpose(vf (&rows)[W]) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  if constexpr (W > 8) exchange<8>(rows);
 }
 
 // Activations
@@ -175,20 +214,24 @@ void statistics(const E* x, int64_t d, float eps, float& mean, float& rstd) {
     const E* part = x + begin;
     vf sums[2] = {}, offs[2] = {}, squares[2] = {};
     int64_t i = 0;
+    vf two[2];
     for (; i + 2 * W <= n; i += 2 * W) {
-      sums[0] += load(part + i);
-      sums[1] += load(part + i + W);
+      load_two(part + i, two);
+      sums[0] += two[0];
+      sums[1] += two[1];
     }
     for (; i < n; i += W) sums[0] += load_upto(part + i, n - i);
     const float first = sum(sums[0] + sums[1]) / float(n);
     const vf around = splat(first);
-    for (i = 0; i + 2 * W <= n; i += 2 * W)
+    for (i = 0; i + 2 * W <= n; i += 2 * W) {
+      load_two(part + i, two);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        const vf off = load(part + i + j * W) - around;
+        const vf off = two[j] - around;
         offs[j] += off;
         squares[j] += off * off;
       }
+    }
     for (; i < n; i += W) {
       float lanes[W];
       store(lanes, load_upto(part + i, n - i) - around);

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterkern.ops import choice, native, rows
+from adapterkern.ops import adapter, choice, native, rows
 from adapterkern.ops.reference import Weights
 from tests.support.numerics import make_weights, relative_error
 
@@ -226,3 +227,48 @@ def test_memory_that_is_not_to_be_had_is_an_error() -> None:
             print("MemoryError")
     """
     assert in_a_process(program) == "MemoryError\n"
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_direct_call_is_the_operator_s(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``adapter`` spares torch's dispatcher, unless somebody listens to it."""
+    monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
+    x, w, dy = torch.randn(40, 33, dtype=dtype), make_weights(33, 12), torch.randn(40, 33, dtype=dtype)
+
+    def run() -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *w)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = adapter(*leaves)
+            with torch.no_grad():
+                assert torch.equal(adapter(*leaves), y)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    direct = run()
+    with Operations() as operations:
+        dispatched = run()
+    assert {"adapterkern::adapter_forward", "adapterkern::adapter_backward"} <= set(operations.names)
+    assert all(map(torch.equal, direct, dispatched))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    assert {"adapterkern::adapter_forward", "adapterkern::adapter_backward"} <= {e.key for e in profile.key_averages()}
+
+
+def test_a_direct_call_is_not_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
+    x = torch.randn(40, 33, requires_grad=True)
+    (g,) = torch.autograd.grad(adapter(x, *make_weights(33, 12)).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="fused=False"):
+        g.sum().backward()

@@ -257,6 +257,7 @@ def test_large_inputs_take_the_operator_and_small_ones_eager(
 ) -> None:
     names = []
     monkeypatch.setattr(choice, "runs_native", lambda kind, dtype: native)
+    monkeypatch.setattr(operator, "_needs_no_dispatcher", lambda *_: False)
     monkeypatch.setattr(operator, "adapter_eager", lambda *a, **k: names.append("eager") or adapter_eager(*a, **k))
     monkeypatch.setattr(
         operator, "_forward", lambda *a: names.append("op") or torch.ops.adapterkern.adapter_forward(*a)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
@@ -51,6 +52,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--append", action="store_true", help="add to the file --json, which must be of the same commit"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="repeat everything in so many processes, for an interval"
+    )
     parser.add_argument("--baseline", metavar="VARIANT", help="denominator of the ratios; default eager under autocast")
     parser.add_argument("--peer-python", help="Python of an environment made from bench/peers/adapters.txt")
     args, others = parser.parse_known_args(argv)
@@ -59,13 +63,48 @@ def main(argv: list[str]) -> int:
     unknown = [*others, *(p for p in args.parts if p not in PARTS)]
     if unknown:
         parser.error(f"expected parts of {', '.join(PARTS)}, got {' '.join(unknown)}")
-    return _measure(args)
+    return _repeat(args, argv) if args.processes > 1 else _measure(args)
 
 
 def _alone(argv: list[str]) -> int:
     if argv[0] in ("traffic", "aot"):
         os.environ["TRITON_INTERPRET"] = str(int(argv[0] == "traffic"))  # before Triton is imported
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0
+
+
+def _repeat(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Measure in several processes, and save what they found together."""
+    from bench import engine, processes
+
+    if args.json is None:
+        raise SystemExit("--processes: expected --json FILE with it")
+    status, document = processes.measured(_without(argv, "--processes", "--json", "--append"), args.processes)
+    if document is not None:
+        before = engine.earlier_run(args.json, document["commit_info"].get("id")) if args.append else None
+        engine.write(args.json, document, before)
+        _show(args.json, args.baseline)
+    return status
+
+
+def _without(argv: Sequence[str], *options: str) -> list[str]:
+    """The arguments without these options and their values (``--append`` has none)."""
+    left, skip = [], False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        if skip or name in options:
+            skip = not skip and name != "--append" and not equals
+        else:
+            left.append(argument)
+    return left
+
+
+def _show(path: Path, baseline: str | None) -> None:
+    from bench import plots, report
+
+    run = report.load(path)
+    print(report.render(run, baseline))
+    plots.draw(run, path.parent / "plots")
+    print(f"{path}, plots in {path.parent / 'plots'}", file=sys.stderr)
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -83,7 +122,7 @@ def _measure(args: argparse.Namespace) -> int:
     import torch
 
     from adapterkern.cli.memory import keep_pages
-    from bench import engine, plots, report
+    from bench import engine
 
     if args.malloc == "keep" and keep_pages():
         os.environ.update(dict.fromkeys(KEEP, str(1 << 30)))  # for peers, which are processes of their own
@@ -99,10 +138,7 @@ def _measure(args: argparse.Namespace) -> int:
     status = int(engine.run(options))
     if not path.exists():
         return status or 1
-    run = report.load(path)
-    print(report.render(run, args.baseline))
-    plots.draw(run, path.parent / "plots")
-    print(f"{path}, plots in {path.parent / 'plots'}", file=sys.stderr)
+    _show(path, args.baseline)
     return status
 
 

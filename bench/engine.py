@@ -103,18 +103,8 @@ class Engine:
         self._start = time.monotonic()
         self._load = os.getloadavg()[0]  # of others: this process has not begun
         self._commit = get_commit_info()  # now: another may be made before the run is over
-        self._before = self._earlier_run()
+        self._before = earlier_run(options.json, self._commit.get("id")) if options.append else None
         self._about: dict[str, Any] | None = None
-
-    def _earlier_run(self) -> dict[str, Any] | None:
-        path = self.options.json
-        if not (self.options.append and path.exists()):
-            return None
-        before: dict[str, Any] = json.loads(path.read_text())
-        expected, got = self._commit.get("id"), before["commit_info"].get("id")
-        if expected != got:
-            raise ValueError(f"--append: expected results of commit {expected} in {path}, got {got}")
-        return before
 
     def run(self) -> int:
         """Count the tables, measure the cases; returns the exit status. An error costs its own case or table alone."""
@@ -245,20 +235,40 @@ class Engine:
             return
         if self._about is None:
             self._about = self._machine_info()
-        before: dict[str, Any] = self._before or {"benchmarks": [], "tables": {}, "missing": []}
-        again = {b["extra_info"]["case"]["name"] for b in self.benchmarks}
         document = {
             "machine_info": self._about,
             "commit_info": self._commit,
-            "benchmarks": [b for b in before["benchmarks"] if b["extra_info"]["case"]["name"] not in again]
-            + self.benchmarks,
+            "benchmarks": self.benchmarks,
             "datetime": datetime.datetime.now(datetime.UTC).isoformat(),
             "version": pytest_benchmark.__version__,
-            "tables": before["tables"] | self.tables,
-            "missing": [m for m in before["missing"] if m["case"] not in again] + self.missing,
+            "tables": self.tables,
+            "missing": self.missing,
         }
-        with replacing(self.options.json) as path:
-            path.write_text(safe_dumps(document, indent=4))
+        write(self.options.json, document, self._before)
+
+
+def earlier_run(path: Path, commit: str | None) -> dict[str, Any] | None:
+    """The document at ``path``, None if there is none; ``ValueError`` if it is of another commit."""
+    if not path.exists():
+        return None
+    before: dict[str, Any] = json.loads(path.read_text())
+    if (got := before["commit_info"].get("id")) != commit:
+        raise ValueError(f"--append: expected results of commit {commit} in {path}, got {got}")
+    return before
+
+
+def write(path: Path, document: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """Save ``document``, atomically, with the cases and tables of ``before`` that it does not have."""
+    if before is not None:
+        again = {b["extra_info"]["case"]["name"] for b in document["benchmarks"]}
+        kept = [b for b in before["benchmarks"] if b["extra_info"]["case"]["name"] not in again]
+        document = document | {
+            "benchmarks": kept + document["benchmarks"],
+            "tables": before["tables"] | document["tables"],
+            "missing": [m for m in before["missing"] if m["case"] not in again] + document["missing"],
+        }
+    with replacing(path) as temporary:
+        temporary.write_text(safe_dumps(document, indent=4))
 
 
 def run(options: Options) -> int:

@@ -4,7 +4,9 @@ A ratio is the median over rounds of the ratio within a round. No speed is shown
 """
 
 import dataclasses
+import itertools
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS.parent / "RESULTS.md"
 HEAD = """\
 Written by `python -m bench results` from the newest run on each device; `python -m bench` makes one. Medians of
-variants that take turns in one process. *Error ≤ budget* is the relative error against fp64, and the largest
-one allowed."""
+variants that take turns in one process; of several processes, the median and the range of theirs. *Error ≤ budget* is
+the relative error against fp64, and the largest one allowed."""
 NO_GPU = "**No GPU has been measured yet.**"
 # the denominator of a case's ratios, unless --baseline names another: the first of these that it has
 BUSY = 0.5  # load before a run above which its figures are flagged
@@ -42,6 +44,14 @@ class Entry:
     @property
     def median(self) -> float:
         return quartiles(self.times)[1]
+
+    def ratio(self, to: "Entry") -> tuple[float, ...]:
+        """Of the times to another's, paired; of several processes the median of theirs, the least and the greatest."""
+        counts = self.info.get("processes") or [len(self.times)]
+        ends = list(itertools.accumulate(counts))
+        parts = [slice(end - n, end) for n, end in zip(counts, ends, strict=True)]
+        ratios = [paired_ratio(self.times[part], to.times[part]) for part in parts]
+        return (ratios[0],) if len(ratios) == 1 else (statistics.median(ratios), min(ratios), max(ratios))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +160,8 @@ def kernel_table(entries: Sequence[Entry], baseline: str | None) -> str:
     for e in entries:
         ratio = gbs = of_copy = DASH
         if e.valid:
-            ratio = f"{paired_ratio(e.times, base.times):.2f}"
+            middle, *ends = e.ratio(base)
+            ratio = f"{middle:.2f}" + (f" ({ends[0]:.2f}–{ends[1]:.2f})" if ends else "")
             gbs = f"{e.info['case']['floor_bytes'] / e.median / 1e9:.1f}"
             of_copy = f"{100 * paired_ratio(floor.times, e.times):.0f}" if floor else DASH
         launches = e.info.get("launches")
@@ -167,7 +178,8 @@ def step_table(entries: Sequence[Entry], baseline: str | None) -> str:
     for e in entries:
         tax = rate = DASH
         if e.valid:
-            tax = f"{100 * (paired_ratio(e.times, base.times) - 1):+.1f} %"
+            middle, *ends = (100 * (ratio - 1) for ratio in e.ratio(base))
+            tax = f"{middle:+.1f} %" + (f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else "")
             rate = f"{e.info['tokens'] / e.median:.0f}"
         trainable = f"{e.info['trainable']:,}"
         more = [trainable, _mib(e.info["kept_bytes"]), _mib(e.info.get("peak_bytes")), _error(e)]
@@ -225,7 +237,7 @@ def losses(run: Run) -> list[str]:
         others = [e for e in timed if e not in ours]
         if ours and others:
             best, rival = (min(group, key=lambda e: e.median) for group in (ours, others))
-            ratio = paired_ratio(best.times, rival.times)
+            ratio = best.ratio(rival)[0]
             if ratio > 1.02:
                 found.append(f"{part}, {case}: {best.variant} takes {ratio:.2f} times as long as {rival.variant}")
     return found

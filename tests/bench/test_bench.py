@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapter, engine, measure, report, step
+from bench import adapter, cli, engine, measure, processes, report, step
 from bench.cases import COPY, Case, Variant, error_budget
 from bench.measure import interleave, kept_for_backward, peak_bytes
 
@@ -111,6 +111,32 @@ def test_comparing_two_runs_leaves_out_what_is_wrong_in_either(tmp_path: Path) -
     lines = report.compare(good, bad).splitlines()
     assert next(x for x in lines if ": eager" in x).split("|")[-2].strip() == "1.00"
     assert next(x for x in lines if ": ours" in x).split("|")[-2].strip() == report.DASH
+
+
+def test_a_figure_of_several_processes_has_an_interval(tmp_path: Path) -> None:
+    def of_process(ours: float) -> dict[str, Any]:
+        document = json.loads(make_run(tmp_path / "one.json", 1e-4).path.read_text())
+        for b in document["benchmarks"]:
+            b["name"] = b["extra_info"]["variant"]
+            if b["name"] == "ours":
+                b["stats"]["data"] = [3e-3 * ours] * 5
+        return document
+
+    together = processes.joined([of_process(r) for r in (0.5, 0.9, 0.6)])
+    (tmp_path / "run.json").write_text(json.dumps(together))
+    run = report.load(tmp_path / "run.json")
+    eager, ours, _ = run.groups["adapter", "both, T=8"]
+    assert ours.ratio(eager) == pytest.approx((0.6, 0.5, 0.9))
+    assert ours.info["processes"] == [5, 5, 5]
+    line = next(x for x in report.render(run).splitlines() if x.startswith("| ours"))
+    assert "0.60 (0.50–0.90)" in line
+    del together["benchmarks"][1]
+    assert [b["name"] for b in processes.joined([together, of_process(0.5)])["benchmarks"]] == ["eager", COPY]
+
+
+def test_each_process_gets_the_command_s_other_options() -> None:
+    given = ["step", "--processes", "5", "--only", "16×48", "--append", "--json=a.json"]
+    assert cli._without(given, "--processes", "--json", "--append") == ["step", "--only", "16×48"]
 
 
 # Runs the engine over made-up parts. argv: file, parts, the case that is interrupted, the signal.

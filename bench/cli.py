@@ -119,6 +119,9 @@ def _measure(args: argparse.Namespace) -> int:
         os.environ["BENCH_ISA"] = args.isa
         os.environ.update(zip(CAPPED, ISAS[args.isa], strict=True))
 
+    if args.malloc == "default":
+        os.environ["BENCH_MALLOC"] = args.malloc
+
     import torch
 
     from adapterkern.cli.memory import keep_pages

@@ -18,6 +18,7 @@ import gc
 import itertools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -268,18 +269,19 @@ def paired_ratio(times: Sequence[float], to: Sequence[float]) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """As the device names itself; with the instruction set that a CPU is kept to."""
+    """As the device names itself; with the instruction set that a CPU is kept to, and with C's malloc as it is."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     name = models[0] if models else platform.processor() or "cpu"
-    return f"{name} with {os.environ['BENCH_ISA']} alone" if "BENCH_ISA" in os.environ else name
+    with_isa = f"{name} with {os.environ['BENCH_ISA']} alone" if "BENCH_ISA" in os.environ else name
+    return f"{with_isa}, default malloc" if "BENCH_MALLOC" in os.environ else with_isa
 
 
 def results_folder(device: torch.device) -> Path:
     """``bench/results/<device>``."""
-    return Path(__file__).parent / "results" / "-".join(device_name(device).replace("(R)", "").split())
+    return Path(__file__).parent / "results" / "-".join(re.sub(r"\(R\)|,", "", device_name(device)).split())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

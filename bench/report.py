@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,19 +228,34 @@ def timed_table(part: str, entries: Sequence[Entry], baseline: str | None = None
     return (step_table if part == "step" else kernel_table)(entries, baseline)
 
 
-def losses(run: Run) -> list[str]:
-    """The cases in which something else is faster than the best of ours, by more than 2 %."""
-    found = []
+def contests(run: Run) -> Iterator[tuple[str, str, Entry, Entry]]:
+    """Part, case, the best of ours and the best of the others, for each case that has both."""
     for (part, case), entries in run.groups.items():
         timed = [e for e in entries if e.valid and e.variant not in NO_RIVALS]
         ours = [e for e in timed if e.variant.startswith("ours")]
         others = [e for e in timed if e not in ours]
         if ours and others:
             best, rival = (min(group, key=lambda e: e.median) for group in (ours, others))
-            ratio = best.ratio(rival)[0]
-            if ratio > 1.02:
-                found.append(f"{part}, {case}: {best.variant} takes {ratio:.2f} times as long as {rival.variant}")
-    return found
+            yield part, case, best, rival
+
+
+def losses(run: Run) -> list[str]:
+    """The cases in which something else is faster than the best of ours, by more than 2 %."""
+    return [
+        f"{part}, {case}: {best.variant} takes {ratio:.2f} times as long as {rival.variant}"
+        for part, case, best, rival in contests(run)
+        if (ratio := best.ratio(rival)[0]) > 1.02
+    ]
+
+
+def contest_table(run: Run) -> str:
+    """Every case of the adapter: the best of ours against the best of the others."""
+    rows = [
+        [case, best.variant, seconds(best.median), rival.variant, seconds(rival.median), f"{best.ratio(rival)[0]:.2f}"]
+        for part, case, best, rival in contests(run)
+        if part == "adapter"
+    ]
+    return table(["", "best of ours", "median", "best of the others", "median", "×"], rows)
 
 
 def _lost(run: Run) -> list[str]:
@@ -278,7 +293,8 @@ def compare(old: Run, new: Run) -> str:
 
 def results_page(runs: Sequence[Run]) -> str:
     """``bench/RESULTS.md``: for each device's newest run the training steps and their picture, the main adapter case,
-    the first optimizer case, the cases in which something else is faster, and the counted tables, folded.
+    the first optimizer case, all adapter cases in short, the cases in which something else is faster, and the counted
+    tables, folded.
     """
     parts = ["# Results", HEAD]
     if not any(run.machine["cuda"] for run in runs):
@@ -295,6 +311,8 @@ def results_page(runs: Sequence[Run]) -> str:
         chosen += [key for key in groups if key[0] == "optimizer"][:1]
         for part, case in chosen:
             parts += [f"{TITLES[part]}: {case}", timed_table(part, groups[part, case])]
+        if any(part == "adapter" for part, _ in groups):
+            parts += ["The adapter, all cases:", contest_table(run)]
         parts += _lost(run)
         for part, counted in run.data["tables"].items():
             if part == "aot":

@@ -10,6 +10,9 @@
 //   backward_rows  a block of rows: dh = dy·W_up; dz; κ = ρ²·c2; what the products over T read: ρ·dz and h
 //   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ); G = (ρ·dz)ᵀ·(x − μ); U = hᵀ·dy; the parameters
 //
+// While a product multiplies, it fetches what the next block, or the next slice, reads and this one writes
+// (adapter_cpu_ahead.h): its multiplications are most of the time, and nothing else then waits for memory.
+//
 // Products have fp32 sums. Their operands are "units" of 4 bytes along the summed dimension: a float, or a pair of bf16.
 // Numbers of rows are padded to kRows, of columns to kColumns, r to kRank, with zeros, in the packed operands alone.
 #pragma once

@@ -5,6 +5,7 @@ backward replaces passes over T×d numbers by a few over r×d, which pays where 
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,25 @@ def forward(
     gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
-    branch = F.linear(ACTIVATIONS[activation].fn(z), w.up_weight.to(compute), w.up_bias.to(compute))
-    # The branch comes first: a sum takes its first operand's layout, and y is contiguous whatever x's strides are.
-    y = branch.add_(rows) if compute == rows.dtype else (branch + rows).to(rows.dtype)
+    h, up, bias = ACTIVATIONS[activation].fn(z), w.up_weight.to(compute), w.up_bias.to(compute)
+    # Whatever x's strides are, y is contiguous.
+    if compute != rows.dtype:
+        # The branch comes first: a sum takes its first operand's layout.
+        y = (F.linear(h, up, bias) + rows).to(rows.dtype)
+    elif compute.itemsize > 2:  # in 16 bits x + b_up would be rounded once more
+        y = torch.add(rows, bias, out=torch.empty_like(rows, memory_format=torch.contiguous_format)).addmm_(h, up.T)
+    elif compute == torch.bfloat16 and rows.is_cpu and _adds_in_the_product():
+        y = torch.ops.mkldnn._linear_pointwise.binary(h, rows, up, bias, "add")
+    else:
+        y = F.linear(h, up, bias).add_(rows)
     return y, z, mean.view(-1), rstd.view(-1)
+
+
+@cache
+def _adds_in_the_product() -> bool:
+    """Whether oneDNN has bf16 products here, which add x and the bias before they round."""
+    ops = torch.ops.mkldnn
+    return hasattr(ops, "_linear_pointwise") and ops._is_mkldnn_bf16_supported()
 
 
 def backward(

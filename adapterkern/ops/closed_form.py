@@ -79,6 +79,9 @@ def backward(
     if needed[0] or need.norm_weight or need.down_weight:
         # Normalized again, not saved: the model would hold these T×d numbers until the backward.
         xhat = torch.native_layer_norm(rows, (d,), None, None, eps)[0].to(compute)
+        # Where μ is far beyond 1/ρ, a CPU's ρx − ρμ leaves the rounding of ρμ: constant rows are to give 0.
+        if rows.is_cpu and len(far := ((mean * rstd).abs() > 16).nonzero().squeeze(1)):
+            xhat[far] = rows[far].to(stats).sub_(mean[far, None]).mul_(rstd[far, None]).to(compute)
     if need.norm_weight or need.down_weight:
         G = (dz.T @ xhat).to(stats)
         grads["norm_weight"] = (G * W).sum(0)

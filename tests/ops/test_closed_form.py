@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from adapterkern.ops import closed_form
-from tests.ops.test_native import VIEWS, check, run
-from tests.support.numerics import DISTRIBUTIONS, make_weights
+from adapterkern.ops.reference import Weights
+from tests.ops.test_native import NAMES, VIEWS, check, eager, run
+from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 
 LOW_AND_FP32 = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,6 +25,23 @@ def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_error_is_within_twice_eager_s(distribution: str, dtype: torch.dtype, compute: torch.dtype) -> None:
     x = DISTRIBUTIONS[distribution](torch.randn(150, 300, dtype=torch.float64)).to(dtype)
     check(x, make_weights(300, 64), torch.randn(150, 300).to(dtype), compute, "silu", closed_form)
+
+
+@pytest.mark.parametrize("dtype", LOW_AND_FP32, ids=str)
+@pytest.mark.parametrize("change", [0, 16])
+def test_large_constant_rows(change: float, dtype: torch.dtype) -> None:
+    """Eager with parameters in x's dtype (no autocast) has none of the rounding of rstd·mean in the scale's gradient.
+
+    ``change`` is added to one number of every row.
+    """
+    x = (1000 * torch.randn(150, 1)).to(dtype).repeat(1, 300)
+    x[:, 7] += change
+    w, dy = Weights(*(t.to(dtype) for t in make_weights(300, 64))), torch.randn(150, 300).to(dtype)
+    compute = torch.float32 if dtype == torch.float16 else dtype
+    ours, theirs = run(x, w, dy, compute, on=closed_form), eager(x, w, dy, "silu")
+    exact = eager(x.double(), Weights(*(t.double() for t in w)), dy.double(), "silu")
+    for name, o, t, e in zip(NAMES, ours, theirs, exact, strict=True):
+        assert relative_error(o, e) <= 2 * relative_error(t, e) + 4 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.usefixtures("_products")

@@ -44,7 +44,7 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         site = self._adapter_site
         if not site.has("attention"):
-            hidden_states = super().forward(*args, **kwargs)
+            hidden_states = self._frozen_layer(*args, **kwargs)
             if isinstance(hidden_states, tuple):  # some layers return more than the stream
                 return (site.run("layer", hidden_states[0]), *hidden_states[1:])
             if not isinstance(hidden_states, Tensor):
@@ -55,10 +55,21 @@ class AdaptedLayer(nn.Module):
             return site.run("layer", hidden_states)
         kwargs |= dict(zip(self._argument_names, args, strict=False))
         hidden_states = kwargs.pop("hidden_states")
-        attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = site.run("attention", hidden_states + attended)
+        hidden_states = site.run("attention", self._frozen_attention(hidden_states, **kwargs))
         # In a batch that mixes adapters, some may be at one position and some at the other.
-        return site.run("layer", hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)))
+        return site.run("layer", self._frozen_mlp(hidden_states))
+
+    # What runs between adapters, each a method that a training may replace by its compiled form
+
+    def _frozen_layer(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def _frozen_attention(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + attended
+
+    def _frozen_mlp(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, protocol, _adapted_class, own_class(self, AdaptedLayer))

@@ -13,6 +13,7 @@ from adapterkern import checks
 from adapterkern.model.asking import check_runs
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
+from adapterkern.training.compiled import check_compile, compiled_layers
 from adapterkern.training.config import OTHER_NAMES as SETTINGS
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import fingerprint
@@ -109,6 +110,9 @@ def train(
     if model.is_mixing and config.train_adapters:
         raise ValueError("model: expected one adapter to train, got a call inside mixing, where several run")
     accelerator = make_accelerator(config.precision, model.device)
+    zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+    if config.compile:
+        check_compile(model, zero)
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
@@ -127,9 +131,10 @@ def train(
         with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
             order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
             backbone = describe_backbone(model)  # before the engine shards it
-            zero = accelerator.distributed_type is DistributedType.DEEPSPEED
             if not (config.shard or zero):  # their weights come and go
                 stack.enter_context(cast_once(task))
+            if config.compile:
+                stack.enter_context(compiled_layers(model))
             engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
             state = _state(task, engine, accelerator, data, config, backbone)
             feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)

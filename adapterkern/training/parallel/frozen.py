@@ -2,33 +2,42 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import MethodType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_COPIES = "_cast_copies"  # the attribute of a layer that has them, by dtype
 
-class _Cast:
+
+def _forward(linear: nn.Linear, input: Tensor) -> Tensor:
     """The forward of a frozen ``nn.Linear`` that keeps a copy of its parameters in autocast's dtype.
 
-    The copy is made by the first call that needs it, so a layer that never runs has none.
+    The copy is made by the first call that needs it, so a layer that never runs has none. A function and no object, by
+    whose identity torch.compile would tell the layers apart.
     """
+    device_type = linear.weight.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return F.linear(input, linear.weight, linear.bias)
+    return F.linear(input, *_copies(linear, torch.get_autocast_dtype(device_type)))
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
-        self.copies: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
-    def __call__(self, input: Tensor) -> Tensor:
-        linear = self.linear
-        device_type = linear.weight.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return F.linear(input, linear.weight, linear.bias)
-        dtype = torch.get_autocast_dtype(device_type)
-        if dtype not in self.copies:
-            with torch.inference_mode(False), torch.no_grad():  # a backward may need what an evaluation made
-                bias = None if linear.bias is None else linear.bias.to(dtype)
-                self.copies[dtype] = linear.weight.to(dtype), bias
-        return F.linear(input, *self.copies[dtype])
+def _copies(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    copies: dict[torch.dtype, tuple[Tensor, Tensor | None]] = linear.__dict__[_COPIES]
+    if dtype not in copies:
+        with torch.inference_mode(False), torch.no_grad():  # a backward may need what an evaluation made
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            copies[dtype] = linear.weight.to(dtype), bias
+    return copies[dtype]
+
+
+def cast_now(module: nn.Module, dtype: torch.dtype) -> None:
+    """Make the copies that ``cast_once`` would make in ``module`` later."""
+    for child in module.modules():
+        if _COPIES in vars(child):
+            _copies(cast("nn.Linear", child), dtype)
 
 
 @contextlib.contextmanager
@@ -41,12 +50,14 @@ def cast_once(module: nn.Module) -> Iterator[None]:
     """
     linears = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m) and _is_frozen(m)]
     for linear in linears:
-        linear.forward = _Cast(linear)  # type: ignore[method-assign]
+        vars(linear)[_COPIES] = {}
+        linear.forward = MethodType(_forward, linear)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for linear in linears:
             vars(linear).pop("forward", None)
+            vars(linear).pop(_COPIES, None)
 
 
 def _is_frozen(linear: nn.Linear) -> bool:

@@ -4,6 +4,7 @@ api.py                      the entry points: ``train``, ``evaluate``
 config.py                   ``TrainConfig``
 loop.py                     the order of steps, evaluations and checkpoints
 task.py, heads.py           hidden states → loss; what is trained, scored and saved
+compiled.py                 frozen layers compiled for a run's steps
 optimization.py             the optimizer and its learning-rate schedule
 data/                       rows → examples → batches; the prefix cache
 parallel/, processes.py     one step in one process, under DDP, FSDP2 or DeepSpeed; what ranks share

@@ -110,9 +110,8 @@ def train(
     if model.is_mixing and config.train_adapters:
         raise ValueError("model: expected one adapter to train, got a call inside mixing, where several run")
     accelerator = make_accelerator(config.precision, model.device)
-    zero = accelerator.distributed_type is DistributedType.DEEPSPEED
     if config.compile:
-        check_compile(model, zero)
+        check_compile(model)
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
@@ -131,6 +130,7 @@ def train(
         with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
             order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
             backbone = describe_backbone(model)  # before the engine shards it
+            zero = accelerator.distributed_type is DistributedType.DEEPSPEED
             if not (config.shard or zero):  # their weights come and go
                 stack.enter_context(cast_once(task))
             if config.compile:

@@ -200,13 +200,15 @@ def test_options_give_back_the_configuration() -> None:
         "1e-2",
         "--no-plot",
         "--prefix-cache",
+        "--compile",
         "--max-steps",
         "1e3",
         "--padding",
         "max_length",
     ]
     made = options.from_options(parser.parse_args(given), TrainConfig)
-    changed = {"epochs": 5, "lr": 1e-2, "plot": False, "prefix_cache": True, "max_steps": 1000, "padding": "max_length"}
+    changed = {"epochs": 5, "lr": 1e-2, "plot": False, "prefix_cache": True, "compile": True}
+    changed |= {"max_steps": 1000, "padding": "max_length"}
     assert made == TrainConfig(**changed)
 
 

@@ -62,6 +62,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     zero = {"stage": 3}
     for name, values, settings in (
         ("shard", {"shard": True}, {}),
+        ("compile", {"compile": True}, {}),
         ("fp16", {"precision": "fp16"}, {}),
         ("bf16 backbone", {"dtype": torch.bfloat16}, {}),
         ("task", {"task": MultiTask(multitask, ["default"])}, {}),

@@ -212,7 +212,7 @@ def test_a_machine_without_a_compiler_is_told(inductor: None, monkeypatch: pytes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(ValueError, match=r"^compile: expected a machine on which .*, got Inductor.*C\+\+"):
-        check_compile(tiny_run.model(), False)
+        check_compile(tiny_run.model())
 
 
 @pytest.mark.slow  # it compiles for half a minute

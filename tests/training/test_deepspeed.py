@@ -87,6 +87,7 @@ def test_refuses_what_would_be_done_twice_or_wrongly(folder: Path) -> None:
         got = found(folder, rank)
         for name, message in {
             "shard": "ValueError: shard: expected False under DeepSpeed",
+            "compile": "ValueError: compile: expected False under DeepSpeed",
             "fp16": "ValueError: precision: expected fp32 or bf16 under DeepSpeed, got fp16",
             "bf16 backbone": "ValueError: precision: expected bf16 under DeepSpeed for parameters of",
             "task": "NotImplementedError: task: expected one whose forwards all run the same modules (uniform), got",

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -62,6 +63,17 @@ def stopped_early(**values: Any) -> Callable[[Path], Any]:
     return begin
 
 
+def offloaded(folder: Path) -> None:
+    model = tiny_run.model()
+    accelerate.cpu_offload(model.base, execution_device=torch.device("cpu"))
+    train(model, tiny_run.rows(8), tiny_run.quiet(compile=True), tokenizer=tiny_run.tokenizer())
+
+
+def with_a_trained_mlp(folder: Path) -> None:
+    model = tiny_run.model(modules_to_save=("layers.3.mlp",))
+    train(model, tiny_run.rows(8), tiny_run.quiet(compile=True), tokenizer=tiny_run.tokenizer())
+
+
 ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("in a file", in_a_file, NotADirectoryError, r"output_dir: expected a folder, got .*file/run, which is or is in a"),
     (
@@ -97,6 +109,19 @@ ROWS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("long warmup", lambda f: run(warmup=9), ValueError, "warmup: expected at most the run's 4 steps, got 9"),
     ("warmup of all", lambda f: run(max_steps=1, warmup=1), ValueError, "warmup: expected 0 in a run of one step"),
     ("inside mixing", inside_mixing, ValueError, "model: expected one adapter to train, got a call inside mixing"),
+    ("compiled shards", lambda f: run(compile=True, shard=True), ValueError, "compile: expected False with shard=True"),
+    (
+        "compiled and offloaded",
+        offloaded,
+        ValueError,
+        "^compile: expected layers on one device, got layer 0 with .* hooks",
+    ),
+    (
+        "compiled and trained",
+        with_a_trained_mlp,
+        ValueError,
+        "^compile: expected frozen layers, got layer 3 with a LlamaMLP among the modules_to_save of an adapter",
+    ),
     ("no epochs", lambda f: run(epochs=0), ValueError, "epochs: expected an integer >= 1, got 0"),
     ("deep", lambda f: AdapterConfig(depth=1000), ValueError, "depth: expected at most 32 adapters, which run one"),
     (

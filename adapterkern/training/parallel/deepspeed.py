@@ -47,6 +47,8 @@ class Zero(Engine):
                 raise NotImplementedError(f"zero_optimization.{name}: expected the device 'none', got {device!r}")
         if config.shard:
             raise ValueError("shard: expected False under DeepSpeed, whose stage 3 shards the backbone; got True")
+        if config.compile:
+            raise ValueError("compile: expected False under DeepSpeed, got True")
         if config.precision == "fp16":
             raise ValueError("precision: expected fp32 or bf16 under DeepSpeed, got fp16")
         dtypes = {p.dtype for p in task.parameters()}

@@ -21,6 +21,7 @@ choice.py decides whether Triton kernels, the closed form or eager PyTorch runs.
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def adapter(
             if index is not None:
                 return _eager_mixed(x, weights, index, eps, activation)
             return adapter_eager(x, weights, eps=eps, activation=activation).to(x.dtype)
-    if index is None and not x_free and _needs_no_dispatcher(x, weights):
+    if index is None and not x_free and _needs_no_dispatcher(x, *weights):
         compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         if save:
             return _Differentiable.apply(None, x, *weights, eps, activation, compute, save)[0]
@@ -123,21 +124,35 @@ def adapter(
     return _forward(x, *weights, eps, activation, None, save, x_free, index)[0]
 
 
-def _needs_no_dispatcher(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def _needs_no_dispatcher(x: Tensor, *others: Tensor) -> bool:
     """Whether calling the native kernels at once differs from calling the operator only in the time that it takes.
 
     Torch's dispatcher enters Python three times in a forward, under autocast, and twice in a backward: 70 of 120 µs of
-    a small forward. Subclasses of Tensor, modes, tracers and profilers see the operator as before.
+    a small forward. Subclasses of Tensor, tensors that are not what lies in memory, modes, transforms, tracers and
+    profilers see the operator as before. A backward asks again: it may meet what its forward has not.
     """
     return (
         not torch.compiler.is_compiling()  # first: it cannot trace the rest
         and runs_native(x.device.type, x.dtype)
-        and all(type(t) in (Tensor, nn.Parameter) for t in (x, *weights))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and not torch.jit.is_tracing()
+        and all(type(t) in (Tensor, nn.Parameter) and _keys(t) in _keys_of_plain_tensors() for t in (x, *others))
     )
+
+
+def _keys(t: Tensor) -> int:
+    """What the dispatcher does with ``t`` besides calling a kernel: negate it, batch it, trace it..."""
+    return torch._C._dispatch_keys(t).raw_repr()
+
+
+@cache
+def _keys_of_plain_tensors() -> frozenset[int]:
+    with torch.inference_mode():
+        made_for_inference = torch.empty(0, device="cpu")
+    with torch.inference_mode(False):
+        return frozenset(_keys(t) for t in (made_for_inference, torch.empty(0, device="cpu")))
 
 
 def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
@@ -305,7 +320,8 @@ class _Differentiable(torch.autograd.Function):
         weights, prepared = rest[:6], rest[6:] or None
         needed = list(ctx.needs_input_grad[1:8])
         how = ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index, prepared
-        run = _backward if ctx.by_dispatcher or torch.is_grad_enabled() else _run_backward
+        direct = not (ctx.by_dispatcher or torch.is_grad_enabled())
+        run = _run_backward if direct and _needs_no_dispatcher(x, dy, z, mean, rstd, *weights) else _backward
         grads = run(dy, x, z, mean, rstd, *weights, *how)
         given = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
         return None, *given, *(None,) * (ctx.arguments - 7)

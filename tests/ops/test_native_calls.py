@@ -272,3 +272,15 @@ def test_a_direct_call_is_not_differentiable_twice(monkeypatch: pytest.MonkeyPat
     (g,) = torch.autograd.grad(adapter(x, *make_weights(33, 12)).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="fused=False"):
         g.sum().backward()
+
+
+def test_a_direct_call_is_for_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
+    w = make_weights(33, 12)
+    negated = torch.complex(torch.zeros(40, 33), torch.randn(40, 33)).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(adapter(negated, *w), adapter(negated.clone(), *w))
+    x = torch.randn(40, 33, requires_grad=True)
+    y = adapter(x, *w)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):  # and not a read of no memory
+        torch.autograd.grad(y, x, torch.randn(3, 40, 33), is_grads_batched=True)

@@ -126,7 +126,7 @@ class TrainConfig:
 
     Args: Speed
         compile: run the frozen layers through torch.compile in training steps, not in evaluations. The results are the
-            same but for rounding. It takes a minute before it saves any time: for long runs.
+            same but for rounding. It takes about a minute at the start: for runs of 1,000 steps and more.
 
     Args: The frozen prefix
         prefix_cache: compute the activations below the first adapter once and reuse them; None decides by cost and
@@ -187,7 +187,7 @@ class TrainConfig:
     )
 
     compile: bool = checks.option(
-        False, "compile the frozen layers for the steps (torch.compile): pays in runs of an hour, not of minutes"
+        False, "compile the frozen layers for the steps (torch.compile): a minute at the start; for 1,000 steps or more"
     )
 
     prefix_cache: bool | None = checks.option(

@@ -207,7 +207,7 @@ def test_options_give_back_the_configuration() -> None:
         "max_length",
     ]
     made = options.from_options(parser.parse_args(given), TrainConfig)
-    changed = {"epochs": 5, "lr": 1e-2, "plot": False, "prefix_cache": True, "compile": True}
+    changed: dict[str, Any] = {"epochs": 5, "lr": 1e-2, "plot": False, "prefix_cache": True, "compile": True}
     changed |= {"max_steps": 1000, "padding": "max_length"}
     assert made == TrainConfig(**changed)
 

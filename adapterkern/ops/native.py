@@ -122,6 +122,8 @@ def backward(
     given = {"x": (rows, (count, d)), "dy": (dy, (count, d)), "z": (z, (count, r))}
     for name, (t, shape) in (given | {"mean": (mean, (count,)), "rstd": (rstd, (count,))}).items():
         _expect(name, t, shape)
+    if z.dtype not in (torch.float32, torch.bfloat16):  # a hook on saved tensors may have made it another
+        raise TypeError(f"z: expected dtype float32 or bfloat16, as the forward made it, got {z.dtype}")
     inputs = _side_by_side(rows), _side_by_side(dy.to(rows.dtype)), z.contiguous(), mean.contiguous(), rstd.contiguous()
     prepared = _prepared(w, z.dtype)
     down = any(needed[1:5])  # which the kernels make together

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkern.ops import adapter, choice, native, rows
@@ -266,21 +268,64 @@ def test_a_direct_call_is_the_operator_s(dtype: torch.dtype, autocast: bool, mon
     assert {"adapterkern::adapter_forward", "adapterkern::adapter_backward"} <= {e.key for e in profile.key_averages()}
 
 
+def a_direct_call(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor, Weights]:
+    """y, its x and its parameters, of a forward that nobody listened to."""
+    monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
+    x, w = torch.randn(40, 33, requires_grad=True), make_weights(33, 12)
+    return adapter(x, *w), x, w
+
+
+def test_a_backward_that_somebody_listens_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x, _ = a_direct_call(monkeypatch)
+    with Operations() as operations:
+        torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert "adapterkern::adapter_backward" in operations.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(y.sum(), x)
+    assert "adapterkern::adapter_backward" in {e.key for e in profile.key_averages()}
+
+
+def test_a_backward_that_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x, w = a_direct_call(monkeypatch)
+    traced = make_fx(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(torch.ones(40, 33))
+    dy = torch.randn(40, 33)
+    assert torch.equal(traced(dy), value_and_gradients(x, w, dy)[1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert is_fake(torch.autograd.grad(y, x, torch.ones(40, 33))[0])
+
+
+def test_a_direct_call_of_tensors_that_are_not_what_lies_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x, w = a_direct_call(monkeypatch)
+    dy = torch.randn(40, 33)
+
+    def dx(dy: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    assert torch.equal(dx(torch._neg_view(dy)), dx(-dy))
+    assert torch.equal(dx(torch._efficientzerotensor((40, 33))), torch.zeros(40, 33))
+    assert torch.equal(adapter(torch._neg_view(dy), *w), adapter(-dy, *w))
+    assert torch.equal(adapter(torch._efficientzerotensor((40, 33)), *w), adapter(torch.zeros(40, 33), *w))
+    negated = Weights(*(torch._neg_view(t) for t in w))
+    assert torch.equal(adapter(dy, *negated), adapter(dy, *(-t for t in w)))
+
+
+def test_a_batch_of_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x, _ = a_direct_call(monkeypatch)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for adapterkern::adapter_backward"):
+        torch.autograd.grad(y, x, torch.randn(3, 40, 33), is_grads_batched=True)
+
+
+def test_a_hook_that_leaves_saved_tensors_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its z would be read as bf16."""
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.half, lambda t: t):
+        y, x, _ = a_direct_call(monkeypatch)
+    with pytest.raises(TypeError, match=r"z: expected dtype float32 or bfloat16.*got torch\.float16"):
+        torch.autograd.grad(y.sum(), x)
+
+
 def test_a_direct_call_is_not_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
     x = torch.randn(40, 33, requires_grad=True)
     (g,) = torch.autograd.grad(adapter(x, *make_weights(33, 12)).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="fused=False"):
         g.sum().backward()
-
-
-def test_a_direct_call_is_for_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
-    w = make_weights(33, 12)
-    negated = torch.complex(torch.zeros(40, 33), torch.randn(40, 33)).conj().imag
-    assert negated.is_neg()
-    assert torch.equal(adapter(negated, *w), adapter(negated.clone(), *w))
-    x = torch.randn(40, 33, requires_grad=True)
-    y = adapter(x, *w)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):  # and not a read of no memory
-        torch.autograd.grad(y, x, torch.randn(3, 40, 33), is_grads_batched=True)

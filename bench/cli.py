@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
         return _alone(argv)
     text = "Measure the variants of each case in turns and print the tables."
     plain = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m bench", description=text, epilog=EPILOG, formatter_class=plain)
+    parser = argparse.ArgumentParser(  # no abbreviations: _without() has to know the options
+        prog="python -m bench", description=text, epilog=EPILOG, formatter_class=plain, allow_abbrev=False
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: under two minutes on two cores")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
@@ -63,6 +65,8 @@ def main(argv: list[str]) -> int:
     unknown = [*others, *(p for p in args.parts if p not in PARTS)]
     if unknown:
         parser.error(f"expected parts of {', '.join(PARTS)}, got {' '.join(unknown)}")
+    if args.processes < 1:
+        parser.error(f"--processes: expected at least 1, got {args.processes}")
     return _repeat(args, argv) if args.processes > 1 else _measure(args)
 
 

@@ -139,6 +139,22 @@ def test_each_process_gets_the_command_s_other_options() -> None:
     assert cli._without(given, "--processes", "--json", "--append") == ["step", "--only", "16×48"]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--processes", "0"], "--processes: expected at least 1, got 0"),
+        (["--proc", "3"], "got --proc 3"),  # each process would get it, and repeat itself
+    ],
+)
+def test_numbers_of_processes_that_are_refused(
+    given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_measure", lambda _: 0)
+    with pytest.raises(SystemExit):
+        cli.main(["adapter", *given])
+    assert message in capsys.readouterr().err
+
+
 # Runs the engine over made-up parts. argv: file, parts, the case that is interrupted, the signal.
 ENGINE = """
 import os, signal, sys, types, torch

@@ -1,11 +1,11 @@
 // The CPU twin: the tiles, the element rules and the order of summation of clipped_adamw.h, on threads.
 #include <algorithm>
 #include <atomic>
-#include <thread>
+
+#include <pthread.h>
 
 #ifdef __linux__
 #include <dirent.h>
-#include <pthread.h>
 #include <sched.h>
 
 #include <cstdlib>
@@ -51,13 +51,17 @@ class Cores {
 #endif
   }
 
-  // Called by the caller: the new thread itself would first have to wait for time on the caller's core.
-  void give(std::thread& started) const {
+  // A thread that begins on one of these cores: bound later it would first wait for time on the caller's core, and may be
+  // over by then, which glibc takes for a call to bind the caller. False if there are no more threads.
+  bool start(pthread_t& thread, void* (*run)(void*), void* argument) const {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return false;
 #ifdef __linux__
-    if (bound_) pthread_setaffinity_np(started.native_handle(), sizeof others_, &others_);
-#else
-    (void)started;
+    if (bound_) pthread_attr_setaffinity_np(&attributes, sizeof others_, &others_);
 #endif
+    const bool started = pthread_create(&thread, &attributes, run, argument) == 0;
+    pthread_attr_destroy(&attributes);
+    return started;
   }
 
   int others() const {
@@ -91,10 +95,16 @@ void parallel(int64_t tiles, int threads, bool backwards, F f) {
   };
   const auto started = std::clamp<int64_t>(tiles / kChunk, 1, std::max(threads, 1));
   const Cores cores(started);
-  std::vector<std::thread> pool;
-  for (int64_t w = started; w > 1; --w) cores.give(pool.emplace_back(work));
-  work();
-  for (std::thread& worker : pool) worker.join();
+  std::vector<pthread_t> pool(started - 1);
+  const auto run = [](void* argument) -> void* {
+    (*static_cast<decltype(work)*>(argument))();
+    return nullptr;
+  };
+  size_t running = 0;
+  while (running < pool.size() && cores.start(pool[running], run, const_cast<void*>(static_cast<const void*>(&work))))
+    ++running;
+  work();  // all that the threads leave, if fewer of them are to be had
+  for (size_t w = 0; w < running; ++w) pthread_join(pool[w], nullptr);
 }
 
 // Calls f(tensor, ordinal, tile, begin, n) for the tiles [first, last).

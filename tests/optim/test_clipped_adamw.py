@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -413,3 +414,30 @@ def test_threads_have_cores_of_their_own_where_openmp_binds_the_caller() -> None
         own, others = map(int, found.stdout.split())
         assert (others > 0) == (own < 2)  # a core that runs two threads at a time counts as two
         assert bind == "true" or own >= 2
+
+
+@pytest.mark.slow
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are bound on Linux only")
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs two cores")
+def test_a_step_leaves_its_caller_on_its_core() -> None:
+    """A thread that was over before it was bound took the caller along, and two threads of OpenMP were on one core."""
+    code = textwrap.dedent("""
+        import os, subprocess, sys, torch, adapterkern as ak
+
+        p = torch.nn.Parameter(torch.zeros(64 * 4096))
+        p.grad = torch.ones_like(p)
+        optimizer = ak.ClippedAdamW([p], lr=1e-3, max_norm=1.0)
+        optimizer.step()
+        before = os.sched_getaffinity(0)
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # inherits the caller's core
+        try:
+            for _ in range(200):
+                optimizer.step()
+            print(before == os.sched_getaffinity(0), len(before))
+        finally:
+            busy.kill()
+    """)
+    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True 1\n"

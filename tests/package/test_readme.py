@@ -23,7 +23,11 @@ def test_the_results_page_is_of_the_newest_results() -> None:
 def test_readme_is_short_and_its_numbers_are_in_the_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    cited = {run.machine["cuda"] is not None: run for run in report.newest() if run.path.name in text}
+    cited = {
+        run.machine["cuda"] is not None: run
+        for run in report.newest()
+        if f"/{run.path.parent.name}/{run.path.name}" in text
+    }
     assert set(cited) == {False, True}, "one run on a CPU and one on a GPU"
     of_both = [entries for key, entries in cited[True].groups.items() if key[1].startswith("both")]
     adapter = {e.variant: e for entries in of_both for e in entries}

@@ -210,8 +210,8 @@ def test_a_resumed_run_may_change_it(tmp_path: Path, traced: None) -> None:
 
 def test_a_machine_without_a_compiler_is_told(inductor: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"^compile: expected a machine on which .*, got Inductor.*C\+\+"):
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would leave it unset
+    with without, pytest.raises(ValueError, match=r"^compile: expected a machine on which .*, got Inductor.*C\+\+"):
         check_compile(tiny_run.model())
 
 

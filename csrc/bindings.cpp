@@ -123,5 +123,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("finish", &finish_scalars);
   m.def("update", &update);
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("device"));
-  m.def("other_cores", &cpu::other_cores, py::arg("threads"));
 }

@@ -245,7 +245,6 @@ namespace cpu {
 void sum_squares(const Table&, const Clip&, double* slots, Scalars*, int threads);
 void finish(const Clip&, Scalars*);
 void update(const Table&, const std::vector<Group>&, const Scalars*, bool clear_grads, uint32_t seed, int threads);
-int other_cores(int threads);  // where OpenMP has bound the caller to fewer cores than threads: the number of others
 }  // namespace cpu
 
 // Each returns nullptr, or CUDA's error message.

@@ -2,16 +2,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include <pthread.h>
-
-#ifdef __linux__
-#include <dirent.h>
-#include <sched.h>
-
-#include <cstdlib>
-#endif
-
 #include "clipped_adamw.h"
+#include "threads.h"
 
 // One binary for every x86-64: the loader picks the widest vectors of the machine. The results do not depend on that,
 // because nothing here is contracted or reassociated.
@@ -24,87 +16,20 @@
 namespace adapterkern::cpu {
 namespace {
 
-// With OMP_PROC_BIND, OpenMP binds the calling thread to one core, and threads that it starts inherit that: a step on two
-// threads took 11.2 ms instead of the 5.7 ms on two free cores (8.6 M elements, Xeon); with this class it takes 6.1 ms.
-// Started threads may use the cores of the process's other threads (torch's workers among them), so limits of taskset or
-// a container still hold. The caller's own core is excluded: the scheduler moves a thread at once from a core that it may
-// not use, but only after milliseconds from one that is merely busy.
-class Cores {
- public:
-  explicit Cores(int threads) {
-#ifdef __linux__
-    cpu_set_t own;
-    if (sched_getaffinity(0, sizeof own, &own) != 0 || CPU_COUNT(&own) >= threads) return;
-    DIR* tasks = opendir("/proc/self/task");
-    if (!tasks) return;
-    CPU_ZERO(&others_);
-    while (const dirent* task = readdir(tasks)) {
-      cpu_set_t one;
-      if (const int id = atoi(task->d_name); id > 0 && sched_getaffinity(id, sizeof one, &one) == 0)
-        CPU_OR(&others_, &others_, &one);
-    }
-    closedir(tasks);
-    CPU_XOR(&others_, &others_, &own);  // own is among them
-    bound_ = CPU_COUNT(&others_) > 0;
-#else
-    (void)threads;
-#endif
-  }
-
-  // A thread that begins on one of these cores: bound later it would first wait for time on the caller's core, and may be
-  // over by then, which glibc takes for a call to bind the caller. False if there are no more threads.
-  bool start(pthread_t& thread, void* (*run)(void*), void* argument) const {
-    pthread_attr_t attributes;
-    if (pthread_attr_init(&attributes) != 0) return false;
-#ifdef __linux__
-    if (bound_) pthread_attr_setaffinity_np(&attributes, sizeof others_, &others_);
-#endif
-    const bool started = pthread_create(&thread, &attributes, run, argument) == 0;
-    pthread_attr_destroy(&attributes);
-    return started;
-  }
-
-  int others() const {
-#ifdef __linux__
-    if (bound_) return CPU_COUNT(&others_);
-#endif
-    return 0;
-  }
-
- private:
-#ifdef __linux__
-  cpu_set_t others_;
-  bool bound_ = false;
-#endif
-};
-
 constexpr int64_t kChunk = 32;  // tiles, half a megabyte of gradients; below that a thread costs more than it saves
 
-// Calls f(first, last) on chunks of tiles, the last chunk first if `backwards`. Threads live for one pass (about 20 µs
-// each), so no pool has to survive a fork or competes with torch's own for the cores. They take chunks as they come: a
-// thread that shares its core with torch's spinning workers does less. The result does not depend on who does what.
+// Calls f(first, last) on chunks of tiles, the last chunk first if `backwards`. Threads take chunks as they come: one that
+// shares its core does less. The result does not depend on who does what.
 template <typename F>
 void parallel(int64_t tiles, int threads, bool backwards, F f) {
   const int64_t chunks = (tiles + kChunk - 1) / kChunk;
   std::atomic<int64_t> next{0};
-  const auto work = [&] {
+  on_threads(int(std::clamp<int64_t>(tiles / kChunk, 1, std::max(threads, 1))), [&] {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
       const int64_t first = (backwards ? chunks - 1 - i : i) * kChunk;
       f(first, std::min(first + kChunk, tiles));
     }
-  };
-  const auto started = std::clamp<int64_t>(tiles / kChunk, 1, std::max(threads, 1));
-  const Cores cores(started);
-  std::vector<pthread_t> pool(started - 1);
-  const auto run = [](void* argument) -> void* {
-    (*static_cast<decltype(work)*>(argument))();
-    return nullptr;
-  };
-  size_t running = 0;
-  while (running < pool.size() && cores.start(pool[running], run, const_cast<void*>(static_cast<const void*>(&work))))
-    ++running;
-  work();  // all that the threads leave, if fewer of them are to be had
-  for (size_t w = 0; w < running; ++w) pthread_join(pool[w], nullptr);
+  });
 }
 
 // Calls f(tensor, ordinal, tile, begin, n) for the tiles [first, last).
@@ -192,8 +117,6 @@ void sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* s
 }
 
 void finish(const Clip& clip, Scalars* scalars) { adapterkern::finish(clip, *scalars); }
-
-int other_cores(int threads) { return Cores(threads).others(); }
 
 void update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
             uint32_t seed, int threads) {

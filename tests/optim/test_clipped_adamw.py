@@ -400,26 +400,6 @@ def test_import_needs_no_extension() -> None:
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are bound on Linux only")
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs two cores")
-def test_threads_have_cores_of_their_own_where_openmp_binds_the_caller() -> None:
-    code = (
-        "import os, torch; torch.set_num_threads(2); torch.ones(1 << 22).sum()\n"
-        "from adapterkern import _C\n"
-        "print(len(os.sched_getaffinity(0)), _C.other_cores(2))\n"
-    )
-    for bind in ("true", "false"):
-        environment = {**os.environ, "OMP_PROC_BIND": bind, "OMP_NUM_THREADS": "2"}
-        found = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        own, others = map(int, found.stdout.split())
-        assert (others > 0) == (own < 2)  # a core that runs two threads at a time counts as two
-        assert bind == "true" or own >= 2
-
-
-@pytest.mark.slow
-@needs_extension
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are bound on Linux only")
-@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs two cores")
 def test_a_step_leaves_its_caller_on_its_core() -> None:
     """A thread that was over before it was bound took the caller along, and two threads of OpenMP were on one core."""
     code = textwrap.dedent("""

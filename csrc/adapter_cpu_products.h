@@ -10,7 +10,7 @@
 namespace adapterkern::cpu::AK_ISA {
 namespace {
 
-// Products: C[M][32] (+)= A[M][K]·B[K][32], K in units, B a panel; M a multiple of kRows, K of 16. Between its steps a
+// Products: C[M][32] (+)= A[M][K]·B[K][32], K in units, B a panel; M a multiple of 32, K of 16. Between its steps a
 // product fetches lines of `ahead`.
 
 #if AK_PAIRS == 2
@@ -45,12 +45,11 @@ AK_INLINE vf broadcast(const float* unit) {
 #endif
 }
 
-template <int kTall>
 AK_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc, bool add,
                     Ahead& ahead) {
-  vf c[kTall][kTileVectors];
+  vf c[kTileRows][kTileVectors];
 #pragma GCC unroll 16
-  for (int m = 0; m < kTall; ++m)
+  for (int m = 0; m < kTileRows; ++m)
 #pragma GCC unroll 2
     for (int n = 0; n < kTileVectors; ++n) c[m][n] = vf{};
   for (int64_t k0 = 0; k0 < K; k0 += kSteps) {
@@ -61,7 +60,7 @@ AK_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, floa
 #pragma GCC unroll 2
       for (int n = 0; n < kTileVectors; ++n) b[n] = load(B + k * kColumns + n * W);
 #pragma GCC unroll 16
-      for (int m = 0; m < kTall; ++m) {
+      for (int m = 0; m < kTileRows; ++m) {
         const vf a = broadcast(A + m * lda + k);
 #pragma GCC unroll 2
         for (int n = 0; n < kTileVectors; ++n) c[m][n] = multiply_add(c[m][n], a, b[n]);
@@ -69,7 +68,7 @@ AK_INLINE void tile(int64_t K, const float* A, int64_t lda, const float* B, floa
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kTall; ++m)
+  for (int m = 0; m < kTileRows; ++m)
 #pragma GCC unroll 2
     for (int n = 0; n < kTileVectors; ++n) {
       float* to = C + m * ldc + n * W;
@@ -81,9 +80,7 @@ void product(int64_t M, int64_t K, const uint32_t* A_, int64_t lda, const uint32
              Ahead& ahead) {
   const float *A = reinterpret_cast<const float*>(A_), *B = reinterpret_cast<const float*>(B_);
   for (int n = 0; n < kColumns; n += kTileVectors * W) {
-    int64_t m = 0;
-    for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows>(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add, ahead);
-    for (; m < M; m += 4) tile<4>(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add, ahead);
+    for (int64_t m = 0; m < M; m += kTileRows) tile(K, A + m * lda, lda, B + n, C + m * ldc + n, ldc, add, ahead);
   }
 }
 #endif

@@ -1,4 +1,4 @@
-// The product of pairs of bf16 by AMX: see product() in adapter_cpu_kernels.h.
+// The product of pairs of bf16 by AMX: see product() in adapter_cpu_products.h.
 #pragma once
 
 #include <immintrin.h>

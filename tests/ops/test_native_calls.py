@@ -325,8 +325,7 @@ def test_a_hook_that_leaves_saved_tensors_in_fp16(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_direct_call_is_not_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_prefers_eager_to_native", lambda *_: False)
-    x = torch.randn(40, 33, requires_grad=True)
-    (g,) = torch.autograd.grad(adapter(x, *make_weights(33, 12)).sum(), x, create_graph=True)
+    y, x, _ = a_direct_call(monkeypatch)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="fused=False"):
         g.sum().backward()

@@ -31,6 +31,7 @@ from bench import tables
 from bench.cases import COPY, Case, Variant
 from bench.measure import (
     MIN_ROUNDS,
+    busy_cores,
     copy_variant,
     host_seconds,
     interleave,
@@ -101,9 +102,10 @@ class Engine:
         self.missing: list[dict[str, str]] = []
         self.failed = False
         self._start = time.monotonic()
-        self._load = os.getloadavg()[0]  # of others: this process has not begun
         self._commit = get_commit_info()  # now: another may be made before the run is over
         self._before = earlier_run(options.json, self._commit.get("id")) if options.append else None
+        known = self._before["machine_info"].get("load_before", 0.0) if self._before else 0.0
+        self._load = max(known, self._or(os.getloadavg()[0], busy_cores))
         self._about: dict[str, Any] | None = None
 
     def run(self) -> int:

@@ -302,6 +302,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     return about
 
 
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores others use: asked before our own work. A load average would still hold our last run."""
+    import psutil
+
+    return psutil.cpu_percent(interval=seconds) / 100 * (os.cpu_count() or 1)
+
+
 def _gpu_state(device: torch.device) -> dict[str, str]:
     """What nvidia-smi reports, or why it does not. By UUID: its numbers ignore CUDA_VISIBLE_DEVICES."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -21,8 +21,8 @@ Written by `python -m bench results` from the newest run on each device; `python
 variants that take turns in one process; of several processes, the median and the range of theirs. *Error ≤ budget* is
 the relative error against fp64, and the largest one allowed."""
 NO_GPU = "**No GPU has been measured yet.**"
+BUSY = 0.5  # cores in use before a run above which its figures are flagged
 # the denominator of a case's ratios, unless --baseline names another: the first of these that it has
-BUSY = 0.5  # load before a run above which its figures are flagged
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
 NO_RIVALS = (COPY, "frozen backbone")  # they do less work than the others
 DASH = "–"

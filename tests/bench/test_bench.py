@@ -122,7 +122,10 @@ def test_a_figure_of_several_processes_has_an_interval(tmp_path: Path) -> None:
                 b["stats"]["data"] = [3e-3 * ours] * 5
         return document
 
-    together = processes.joined([of_process(r) for r in (0.5, 0.9, 0.6)])
+    documents = [of_process(r) for r in (0.5, 0.9, 0.6)]
+    for document, load in zip(documents, (0.0, 1.3, 0.2), strict=True):
+        document["machine_info"]["load_before"] = load
+    together = processes.joined(documents)
     (tmp_path / "run.json").write_text(json.dumps(together))
     run = report.load(tmp_path / "run.json")
     eager, ours, _ = run.groups["adapter", "both, T=8"]
@@ -130,8 +133,33 @@ def test_a_figure_of_several_processes_has_an_interval(tmp_path: Path) -> None:
     assert ours.info["processes"] == [5, 5, 5]
     line = next(x for x in report.render(run).splitlines() if x.startswith("| ours"))
     assert "0.60 (0.50–0.90)" in line
+    assert run.title.endswith("**the machine was busy: load 1.3**")
     del together["benchmarks"][1]
     assert [b["name"] for b in processes.joined([together, of_process(0.5)])["benchmarks"]] == ["eager", COPY]
+
+
+def test_a_run_on_busy_cores_stays_flagged_when_more_is_appended(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "run.json"
+    options = engine.Options((), CPU, True, path, None, append=True)
+    seen = iter((1.2, 0.1))
+    monkeypatch.setattr(engine, "busy_cores", lambda: next(seen))
+    monkeypatch.setattr(engine, "get_commit_info", lambda: {"id": "0123456789"})
+    loads = []
+    for _ in range(2):
+        run = engine.Engine(options)
+        run.tables = {"counted": {}}
+        run.save()
+        loads.append(json.loads(path.read_text())["machine_info"]["load_before"])
+    assert loads == [1.2, 1.2]
+
+
+def test_cores_in_use_are_those_of_now() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert measure.busy_cores() > 0.3
+    finally:
+        busy.kill()
+        busy.wait()
 
 
 def test_each_process_gets_the_command_s_other_options() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import errors as hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from safetensors import SafetensorError, safe_open
@@ -73,12 +74,21 @@ def load_backbone(
         dtype=DTYPES[dtype],
         output_loading_info=True,
         **kwargs,
+        **_plain_weights(kwargs),
     )
     _check_whole(source, llama, sorted(found["missing_keys"]))
     if num_layers is not None:
         checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
         keep_layers(llama.model, 0, num_layers)
     return llama.to(device).eval(), tokenizer
+
+
+def _plain_weights(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A GGUF file's weights in the dtype, not in its packed blocks, through which no gradient flows."""
+    config = getattr(transformers, "GgufConfig", None)  # older versions know no packed ones
+    if config is None or "gguf_file" not in kwargs:
+        return {}
+    return {"quantization_config": config(dequantize=True)}
 
 
 def default_device() -> str:

@@ -51,6 +51,8 @@ def _run(argv: Sequence[str]) -> int:
         level = logging.WARNING if _rank() == 0 else logging.ERROR
         show.setFormatter(_Formatter(parser))
         logging.basicConfig(handlers=[show], level=level)
+        if not getattr(arguments, "progress", True) and _rank() == 0:  # a training's lines are in its log
+            logging.getLogger("adapterkern").setLevel(logging.INFO)
         for option in sorted(arguments.parser.repeated):
             logger.warning("%s: given more than once; the last one counts", option)
         check_together(arguments)
@@ -80,6 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         return 1
     finally:
         logging.getLogger().removeHandler(show)
+        logging.getLogger("adapterkern").setLevel(logging.NOTSET)
 
 
 class _Formatter(logging.Formatter):

@@ -1,8 +1,11 @@
 """``--dtype``: what ``auto`` stands for here, said in one line."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "fp32", "bf16", "fp16")
 
@@ -45,4 +48,20 @@ def _of_run(directory: Path | None) -> str | None:
 
 def of_arguments(arguments: argparse.Namespace) -> str:
     """The same for a command of training."""
-    return chosen_dtype(arguments.dtype, arguments.precision, Path(arguments.output_dir) if arguments.resume else None)
+    chosen = chosen_dtype(
+        arguments.dtype, arguments.precision, Path(arguments.output_dir) if arguments.resume else None
+    )
+    _name_slow({"--dtype": chosen, "--precision": arguments.precision})
+    return chosen
+
+
+def _name_slow(asked: dict[str, str]) -> None:
+    """Warn of what this machine only emulates: tens of times slower, where a user expects it to be faster."""
+    import torch
+
+    from adapterkern.model.backbone import DTYPES, default_device
+    from adapterkern.model.fast_dtype import slow_dtype
+
+    for option, name in asked.items():
+        if why := slow_dtype(DTYPES[name], torch.device(default_device())):
+            logger.warning("%s %s: slow here, since %s", option, name, why)

@@ -7,9 +7,10 @@ import time
 import torch
 import torch.nn.functional as F
 
-_SHAPE = 256, 512, 512  # rows, inputs, outputs: 0.1 GFLOP, a few milliseconds, or 40 where bf16 is emulated
+_SHAPE = 256, 512, 512  # rows, inputs, outputs: 0.3 GFLOP, a few milliseconds, or 80 where bf16 is emulated
 _ROUNDS = 7
 _WORTH = 1.3  # how much faster bf16 must be than fp32, whose weights are exact
+_SLOW = 0.8  # below it a dtype that was asked for is named as slow
 
 
 def fast_dtype(device: torch.device) -> tuple[str, str]:
@@ -24,26 +25,34 @@ def fast_dtype(device: torch.device) -> tuple[str, str]:
         return "fp32", f"{name} has no bf16"
     if device.type != "cpu":
         return "fp32", f"nothing was measured on {device.type}"
-    ratio = _bf16_speed(torch.get_num_threads())
+    ratio = _speed(torch.bfloat16, torch.get_num_threads())
     if ratio >= _WORTH:
         return "bf16", f"this CPU multiplies it {ratio:.1f} times as fast as fp32"
     return "fp32", f"this CPU multiplies bf16 {ratio:.2g} times as fast"
 
 
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> str:
+    """In words that ``device`` multiplies ``dtype`` slower than fp32; "" if it does not. Measured on a CPU alone."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return ""
+    ratio = _speed(dtype, torch.get_num_threads())
+    return "" if ratio >= _SLOW else f"this CPU multiplies it {ratio:.2g} times as fast as fp32"
+
+
 @functools.cache
-def _bf16_speed(threads: int) -> float:
-    """The seconds of a product in fp32 over those in bf16; the median of a few, which take turns."""
+def _speed(low: torch.dtype, threads: int) -> float:
+    """The seconds of a product and its gradient in fp32 over those in ``low``; medians of some, which take turns."""
     rows, inputs, outputs = _SHAPE
     operands = {
         dtype: (torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in (torch.float32, low)
     }
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(_ROUNDS):
             for dtype, (x, weight) in operands.items():
                 start = time.perf_counter()
-                F.linear(x, weight)
+                F.linear(x, weight) @ weight  # fp16 may be fast in the first alone
                 seconds[dtype].append(time.perf_counter() - start)
-    exact, rounded = (statistics.median(seconds[dtype][1:]) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (statistics.median(seconds[dtype][1:]) for dtype in (torch.float32, low))
     return exact / rounded

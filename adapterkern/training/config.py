@@ -179,7 +179,7 @@ class TrainConfig:
     keep_checkpoints: int = checks.option(2, "how many checkpoints to keep")
     eval_every: int | None = checks.option(None, "steps between evaluations; default: each epoch's end")
     log_every: int = checks.option(10, "steps between log lines")
-    progress: bool = checks.option(True, "show a progress bar")
+    progress: bool = checks.option(True, "show a progress bar; without it lines go to the log")
     plot: bool = checks.option(True, "draw training.png")
 
     shard: bool = checks.option(

@@ -14,7 +14,7 @@ from tests.support.tiny_llama import tiny
 @pytest.fixture(autouse=True)
 def fp32_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """--dtype auto stands for fp32 in this process, on whatever machine the tests run."""
-    monkeypatch.setattr(fast_dtype, "_bf16_speed", lambda threads: 1.0)
+    monkeypatch.setattr(fast_dtype, "_speed", lambda low, threads: 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.support.commands import write_texts
 def speed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How many times as fast as fp32 this machine multiplies bf16."""
     found = [2.0]
-    monkeypatch.setattr(fast_dtype, "_bf16_speed", lambda threads: found[0])
+    monkeypatch.setattr(fast_dtype, "_speed", lambda low, threads: found[0])
     return found
 
 
@@ -46,7 +46,10 @@ def test_what_auto_stands_for(
 
 
 def test_a_run_remembers_its_dtype_and_resumes_in_it_on_another_machine(
-    speed: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    speed: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tiny_run.model().unload().save_pretrained(tmp_path / "llama")
     tiny_run.tokenizer().save_pretrained(tmp_path / "llama")
@@ -59,6 +62,8 @@ def test_a_run_remembers_its_dtype_and_resumes_in_it_on_another_machine(
     capsys.readouterr()
     assert main([*command.split(), "--max-steps", "2", "--checkpoint-every", "1", "--resume"]) == 0
     assert "backbone in bf16: as in the run that is resumed" in capsys.readouterr().out
+    assert "--dtype bf16: slow here, since this CPU multiplies it 0.02 times as fast as fp32" in caplog.messages
+    assert "prefix cache: " in caplog.text  # without a bar the log has it
     assert main(["eval", f"{tmp_path}/run"]) == 0
 
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def test_a_cpu_gets_bf16_where_that_was_clearly_faster(
     speed: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_bf16_speed", lambda threads: speed)
+    monkeypatch.setattr(module, "_speed", lambda low, threads: speed)
     name, why = fast_dtype(CPU)
     assert name == expected
     assert f"{speed} times" in why
@@ -35,12 +35,20 @@ def test_the_measurement_times_both_dtypes_in_turns_and_is_made_once(monkeypatch
 
     monkeypatch.setattr(module, "F", SimpleNamespace(linear=linear))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    module._bf16_speed.cache_clear()
-    assert module._bf16_speed(2) == pytest.approx(3.0)
+    module._speed.cache_clear()
+    assert module._speed(torch.bfloat16, 2) == pytest.approx(3.0)
     spent = clock[0]
-    assert module._bf16_speed(2) == pytest.approx(3.0)
+    assert module._speed(torch.bfloat16, 2) == pytest.approx(3.0)
     assert clock[0] == spent
-    module._bf16_speed.cache_clear()
+    module._speed.cache_clear()
+
+
+def test_a_slow_dtype_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {torch.float16: 0.06, torch.bfloat16: 1.0}
+    monkeypatch.setattr(module, "_speed", lambda low, threads: found[low])
+    assert module.slow_dtype(torch.float16, CPU) == "this CPU multiplies it 0.06 times as fast as fp32"
+    assert module.slow_dtype(torch.bfloat16, CPU) == module.slow_dtype(torch.float32, CPU) == ""
+    assert module.slow_dtype(torch.float16, torch.device("cuda", 0)) == ""
 
 
 def test_a_gpu_gets_bf16_if_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,5 +62,5 @@ def test_a_backbone_is_loaded_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tiny_run.model().unload().save_pretrained(tmp_path)
     tiny_run.tokenizer().save_pretrained(tmp_path)
     for speed, expected in ((3.0, torch.bfloat16), (1.0, torch.float32)):
-        monkeypatch.setattr(module, "_bf16_speed", lambda threads, speed=speed: speed)
+        monkeypatch.setattr(module, "_speed", lambda low, threads, speed=speed: speed)
         assert load_backbone(tmp_path, dtype="auto", device="cpu")[0].dtype == expected

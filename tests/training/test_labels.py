@@ -152,6 +152,8 @@ def test_without_progress_it_is_logged(caplog: pytest.LogCaptureFixture, capsys:
         ("INFO", "3 labels: 'a' 1, 'a ' 1, 'b' 1"),
         ("WARNING", "train: 3 of 3 texts are cut to the maximum length of 16 tokens, the longest of 20 tokens (row 0)"),
         ("WARNING", "train: labels that differ only in case, spaces or form are different labels: 'a' (1), 'a ' (1)"),
+        ("INFO", "3 training rows are fewer than a step's 4: every step learns from all of them"),
+        ("INFO", "prefix cache: off, since every text is needed only once"),
     ]
     assert capsys.readouterr().err == ""
 

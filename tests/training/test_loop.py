@@ -1,6 +1,7 @@
 """The loop: it learns what can be learned, in every precision, changes nothing else, and reports non-finite numbers."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -429,6 +430,17 @@ def test_progress_is_shown_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().err
     for part in ("prefix cache: ", "step 2/2", "loss ", "lr ", "grad norm ", "tokens/s", "eval loss", "accuracy"):
         assert part in shown
+
+
+def test_without_a_bar_lines_go_to_the_log(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, "adapterkern"):
+        run(eval_rows=tiny_run.rows(4, seed=1), max_steps=2)
+    assert "prefix cache: " in caplog.text
+    assert "eval loss" in caplog.text
+    assert "step 2/2" not in caplog.text  # metrics.jsonl has it
+    assert "prefix cache" not in capsys.readouterr().err
 
 
 def test_settings_without_effect_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

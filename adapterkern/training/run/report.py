@@ -68,7 +68,7 @@ class Reporter:
         directory: the folder of ``metrics.jsonl``; None records in ``history`` only.
         total_steps: length of the progress bar.
         step: the step that a resumed run continues from.
-        show: whether to print at all.
+        show: whether to print; otherwise all but the steps' lines goes to the log.
     """
 
     def __init__(self, directory: Path | None, total_steps: int, step: int = 0, show: bool = True) -> None:
@@ -103,7 +103,9 @@ class Reporter:
         self._progress.stop()
 
     def say(self, message: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar, or log it."""
+        if self.console.quiet:
+            logger.info("%s", message)
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def start_side_task(self, name: str, total: int) -> Any:
@@ -133,7 +135,7 @@ class Reporter:
             status += f"  {record['skipped_steps']} skipped"
         if self._bar is not None:
             self._progress.update(self._bar, status=status)
-        if not self.console.is_terminal:
+        if not (self.console.is_terminal or self.console.quiet):
             self.say(f"step {record['step']}/{self._total_steps}  {status}")
 
     def evaluation(self, record: dict[str, Any]) -> None:

@@ -203,7 +203,11 @@ def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "Ll
     model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
     if show:
         trainable, total = model.get_nb_trainable_parameters()
-        say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        if getattr(arguments, "train_adapters", True):
+            share = 100 * trainable / total
+            say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+        else:
+            say(f"adapters: {trainable:,} of {total:,} params, frozen: --no-train-adapters trains the head alone")
     return model
 
 

@@ -29,6 +29,7 @@ _RULES = (
     _Rule(("max_skipped_steps",), "precision", lambda precision: precision != "fp16", "which skips no step"),
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("eval_every", "eval_batch_size"), "eval", lambda file: file is None),
+    _Rule(("x_free",), "unfused", bool, "which keeps what torch keeps"),
     _Rule(("free_epochs",), "cost", lambda cost: cost == 0),
     _Rule(("train_texts",), "train", why="texts of Reuters R8, or of a file"),
     _Rule(("eval_texts",), "eval", why="texts of Reuters R8, or of a file"),
@@ -49,7 +50,8 @@ def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
             continue
         value = values[rule.other]
         if rule.other in typed if rule.value is None else rule.value(value):
-            option, got = actions[given[0]].option_strings[0], _plain(values[given[0]])
+            option = actions[given[0]].option_strings[0]
+            got = option if values[given[0]] is True else _plain(values[given[0]])
             if rule.value is None:
                 other = actions[rule.other].option_strings[0]
                 raise ValueError(
@@ -65,6 +67,8 @@ def _shown(action: argparse.Action | None, name: str, value: Any) -> str:
         return "without data to evaluate on" if name == "eval" else f"for a run of {value}"
     if value is None:
         return f"without {action.option_strings[0]}"
+    if value is True:
+        return f"with {action.option_strings[0]}"
     if value is False:
         return f"with {action.option_strings[-1]}"
     return f"with {action.option_strings[0]} {_plain(value)}"

@@ -92,7 +92,7 @@ class AdapterConfig:
     activation: str = checks.option("silu", "between the two projections", tuple(ACTIVATIONS))
     init: str = checks.option("identity", "identity: y = x at the start", INITS)
     eps: float = checks.option(1e-5, "added to LayerNorm's variance")
-    x_free: bool = checks.option(False, "keep y instead of x for the backward; where fused")
+    x_free: bool = checks.option(False, "keep y, not x, for the backward: more time, less memory with --liger")
     max_params: int | None = checks.option(
         None, "a budget instead of adapter_dim: the largest that fits, such as 8000000 or 8e6"
     )

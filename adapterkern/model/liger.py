@@ -90,7 +90,8 @@ def _runs(device_type: str, dtype: torch.dtype, enabled: bool) -> bool:
     has_kernels = device_type == "cuda" or (INTERPRETED and device_type == "cpu")
     supported = enabled and has_kernels and dtype in (torch.bfloat16, torch.float16, torch.float32)
     what = "its Triton kernels" if supported else "the backbone's own modules"
-    logger.info("liger on %s in %s runs %s (ADAPTERKERN_FUSED=%d)", device_type, dtype, what, enabled)
+    level = logging.INFO if supported else logging.WARNING  # it was asked for
+    logger.log(level, "liger on %s in %s runs %s (ADAPTERKERN_FUSED=%d)", device_type, dtype, what, enabled)
     return supported
 
 

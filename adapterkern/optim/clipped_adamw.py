@@ -59,7 +59,8 @@ class ClippedAdamW(Optimizer):
             A group may set its own lr, betas, eps, weight_decay and maximize; the other arguments hold for all.
         lr, weight_decay: a float, or a float32 tensor of one element, read on the device: a captured graph follows it.
         betas, eps: floats, as in torch.optim.AdamW.
-        max_norm: largest global gradient norm, over all groups; None or infinity: no clipping. May be a tensor, as lr.
+        max_norm: largest global gradient norm, over all groups; None or infinity: no clipping (0 leaves
+            nothing of any gradient, as in torch). May be a tensor, as lr.
         maximize: ascend instead.
         low_precision: how bfloat16 and float16 parameters keep small updates. "master": fp32 master weights in the
             state, of which the parameter is a rounded copy. "stochastic" (bfloat16 only): no master; each update is

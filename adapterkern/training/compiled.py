@@ -58,8 +58,10 @@ def _probe(x: Tensor) -> Tensor:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error of torch.compile that says something."""
+    """The first line of an error of torch.compile that says something: not the one that names the backend alone."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith("raised:"):
+        return lines[1]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 

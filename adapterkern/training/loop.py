@@ -28,6 +28,7 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_targets, count_tokens
 from adapterkern.training.data.examples import E
 from adapterkern.training.data.prefix import choose_cache
+from adapterkern.training.data.rows import warn
 from adapterkern.training.data.summary import Summary
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
@@ -191,6 +192,8 @@ class Run(Generic[E]):
         reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
         if not use:
             return
+        if self.config.compile and layers == depth:
+            warn("compile: has no effect: all layers' outputs come from the prefix cache")
         started = time.perf_counter()
         bar = reporter.start_side_task("prefix", len(examples))
 

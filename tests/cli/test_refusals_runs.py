@@ -115,6 +115,10 @@ ROWS = [
         MULTITASK + "--data a good.jsonl --eval-every 5",
         "--eval-every: has no effect without data to evaluate on: expected no --eval-every, got 5$",
     ),
+    (
+        TRAIN + "--x-free --unfused",
+        "--x-free: has no effect with --unfused, which .*: expected no --x-free, got --x-free$",
+    ),
     (ROUTE + "--free-epochs 1", "--free-epochs: has no effect with --cost 0.0: expected no --free-epochs, got 1$"),
     (
         "ablate --train-texts 400 --train good.jsonl --eval good.jsonl",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -213,6 +214,21 @@ def test_a_machine_without_a_compiler_is_told(inductor: None, monkeypatch: pytes
     without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would leave it unset
     with without, pytest.raises(ValueError, match=r"^compile: expected a machine on which .*, got Inductor.*C\+\+"):
         check_compile(tiny_run.model())
+
+
+def test_an_error_of_the_compiler_says_what_was_wrong() -> None:
+    inner = RuntimeError("no C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+    error = BackendCompilerFailed(lambda graph, inputs: graph, inner, None)
+    assert compiled._line(error) == "RuntimeError: no C++ compiler found"
+    assert compiled._line(inner) == "RuntimeError: no C++ compiler found"
+
+
+def test_nothing_left_to_compile_is_named(traced: None, caplog: pytest.LogCaptureFixture) -> None:
+    for layers, expected in (((3,), 1), ((0, 3), 0)):
+        caplog.clear()
+        config = tiny_run.quiet(compile=True, prefix_cache=None, max_steps=3)
+        train(tiny_run.model(layers=layers), tiny_run.rows(8), config, tokenizer=tiny_run.tokenizer())
+        assert sum("compile: has no effect" in m for m in caplog.messages) == expected
 
 
 @pytest.mark.slow  # it compiles for half a minute

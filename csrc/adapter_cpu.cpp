@@ -64,15 +64,15 @@ template <class Body>
 void share(int threads, int64_t n, const Kernels& kernels, size_t bytes, const Body& body) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};  // no exception may leave an OpenMP region
-  if (n < threads) threads = int(n);
-  on_threads(threads, [&] {
+  const int useful = n < threads ? int(n) : threads;
+  on_threads(threads, useful, [&] {
     char* memory = scratch(bytes);
     if (!memory) {
       failed = true;
       return;
     }
     kernels.enter();
-    for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, i + threads, memory);
+    for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, i + useful, memory);
     kernels.leave();
   });
   if (failed) throw std::bad_alloc();

@@ -24,7 +24,8 @@ template <typename F>
 void parallel(int64_t tiles, int threads, bool backwards, F f) {
   const int64_t chunks = (tiles + kChunk - 1) / kChunk;
   std::atomic<int64_t> next{0};
-  on_threads(int(std::clamp<int64_t>(tiles / kChunk, 1, std::max(threads, 1))), [&] {
+  const int useful = int(std::clamp<int64_t>(tiles / kChunk, 1, std::max(threads, 1)));
+  on_threads(threads, useful, [&] {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
       const int64_t first = (backwards ? chunks - 1 - i : i) * kChunk;
       f(first, std::min(first + kChunk, tiles));

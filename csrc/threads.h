@@ -2,7 +2,7 @@
 #pragma once
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -32,18 +32,25 @@ inline Parallel openmp() {
 #endif
 }
 
-// body(), which throws nothing, on up to `threads` threads at once
+// body(), which throws nothing, on up to `useful` of `threads` threads, torch's number, at once. OpenMP is asked for all of
+// them, as by torch: it ends those that a call does not ask for, and torch's next operation would start them anew.
 template <class Body>
-void on_threads(int threads, const Body& body) {
-  if (threads <= 1) return body();
-  if (const Parallel parallel = openmp())
-    return parallel([](void* data) { (*static_cast<const Body*>(data))(); }, const_cast<Body*>(&body), unsigned(threads),
-                    0);
+void on_threads(int threads, int useful, const Body& body) {
+  if (threads < useful) useful = threads;
+  if (useful <= 1) return body();
+  if (const Parallel parallel = openmp()) {
+    std::atomic<int> places{useful};
+    auto take_part = [&] {
+      if (places.fetch_sub(1, std::memory_order_relaxed) > 0) body();
+    };
+    using Part = decltype(take_part);
+    return parallel([](void* part) { (*static_cast<Part*>(part))(); }, &take_part, unsigned(threads), 0);
+  }
   std::vector<std::thread> others;
+  others.reserve(size_t(useful));
   try {
-    others.reserve(size_t(threads));
-    while (int(others.size()) < threads - 1) others.emplace_back(body);
-  } catch (const std::system_error&) {  // no more threads are to be had: these do it all
+    while (int(others.size()) < useful - 1) others.emplace_back(body);
+  } catch (const std::exception&) {  // no more threads, or no memory for them, are to be had: these do it all
   }
   body();
   for (auto& thread : others) thread.join();

@@ -217,6 +217,28 @@ def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
     assert in_a_process(program) == "0\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="lists a process's threads as Linux does")
+def test_threads_that_have_no_work_stay() -> None:
+    """OpenMP ends those that a call does not ask for, and torch's next operation would start them anew."""
+    program = """
+        from adapterkern.optim import ClippedAdamW
+        torch.set_num_threads(6)
+        numbers, x, w = torch.ones(1 << 20), torch.randn(64, 64), make_weights(64, 8)  # two blocks of rows
+        p = torch.nn.Parameter(torch.zeros(64 * 4096))  # two chunks of tiles
+        p.grad = torch.ones_like(p)
+        optimizer = ClippedAdamW([p])
+        optimizer.step()
+        def threads():
+            numbers + 1
+            return set(os.listdir("/proc/self/task"))
+        for use in (lambda: forward(x, w), optimizer.step):
+            before = threads()
+            use()
+            print(len(before) >= 6, threads() - before)
+    """
+    assert in_a_process(program) == "True set()\n" * 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
 def test_memory_that_is_not_to_be_had_is_an_error() -> None:
     program = """

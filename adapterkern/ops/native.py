@@ -62,6 +62,8 @@ class Prepared:
 
     def __init__(self, weights: Sequence[Tensor], compute: torch.dtype, isa: str) -> None:
         r, d = weights[2].shape
+        if not r * d:  # the kernels divide by both
+            raise ValueError(f"down_weight: expected shape (r, d) with r >= 1 and d >= 1, got {(r, d)}")
         for name, w, shape in zip(Weights._fields, weights, ((d,), (d,), (r, d), (r,), (d, r), (d,)), strict=True):
             _expect(name, w, shape)
         read = [_aligned(w.detach().to(torch.float32).contiguous()) for w in weights]

@@ -138,6 +138,14 @@ def test_a_direct_call_reads_nothing_beyond_its_tensors(name: str) -> None:
         op(*given.values())
 
 
+@pytest.mark.parametrize(("d", "r"), [(8, 0), (0, 4)])
+def test_a_direct_call_of_an_adapter_without_size(d: int, r: int) -> None:
+    """``adapter`` checks it, too. The kernels divide by both, which would end the process."""
+    w = [torch.ones(shape) for shape in ((d,), (d,), (r, d), (r,), (d, r), (d,))]
+    with pytest.raises(ValueError, match=rf"^down_weight: expected .* r >= 1 and d >= 1, got \({r}, {d}\)"):
+        native.forward(torch.ones(3, d), w, 1e-5, "silu", torch.float32)
+
+
 @pytest.mark.parametrize("place", range(5))
 def test_a_backward_reads_nothing_beyond_its_tensors(place: int) -> None:
     x, w = torch.randn(8, 40), make_weights(40, 12)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adapterkern.model.decoder import AdaptedLayer
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.parallel.frozen import cast_now
+from adapterkern.training.run.interrupt import is_stopping
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,11 @@ class _Run:
         self.single: tuple[bool, ...] | None = None
         self.cast: set[tuple[int, torch.dtype]] = set()
         self.warned = False
+        self.cut_short: set[tuple[Callable[..., Any], int]] = set()
 
     def __call__(self, part: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or not self._is_usual(*args, **kwargs):
+        this = part, id(layer)
+        if not torch.is_grad_enabled() or not self._is_usual(*args, **kwargs) or this in self.cut_short:
             return part(layer, *args, **kwargs)
         self._cast_before(layer)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -110,6 +113,9 @@ class _Run:
                 self.warned = True
             return part(layer, *args, **kwargs)
         except TorchDynamoException as error:
+            if is_stopping():  # a terminal's Ctrl-C ends the C++ compiler, too: the step is finished without it
+                self.cut_short.add(this)  # what gradient checkpointing recomputes must run as it ran
+                return part(layer, *args, **kwargs)
             raise ValueError(
                 f"compile: expected layers that torch.compile takes, got {type(layer).__name__}: {_line(error)}; "
                 "leave compile out"

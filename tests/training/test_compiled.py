@@ -1,6 +1,7 @@
 """Frozen layers compiled: the same numbers and gradients, one graph for all layers, and nothing stays."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapterkern.training import compiled, train
 from adapterkern.training.compiled import check_compile, compiled_layers
 from adapterkern.training.parallel.frozen import cast_once
+from adapterkern.training.run.interrupt import StopRequest, is_stopping
 from tests.support import tiny_run
 
+COMPILED = compiled._compiled
 SHAPES = ((3, 6), (5, 9), (2, 4))
 
 
@@ -48,7 +51,7 @@ def run_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def forget() -> None:
     torch.compiler.reset()
     counters.clear()
-    compiled._compiled.cache_clear()
+    COMPILED.cache_clear()
     compiled._check_compiler.cache_clear()
 
 
@@ -177,6 +180,36 @@ def test_layers_that_cannot_be_compiled_are_refused(traced: None) -> None:
     model.base.model.layers[3].mlp.act_fn.forward = lambda x: (torch._dynamo.graph_break(), x)[1]
     with compiled_layers(model), pytest.raises(ValueError, match=r"^compile: expected .* got LlamaDecoderLayer: Unsup"):
         learn(model)
+
+
+# aot_eager keeps other tensors for the backward than what runs uncompiled: a layer is recomputed as it ran.
+@pytest.mark.parametrize(
+    ("recomputed", "backend"), [(False, "eager"), pytest.param(True, "aot_eager", marks=pytest.mark.slow)]
+)
+def test_a_compiler_that_ctrl_c_ends_is_not_the_layers_fault(
+    recomputed: bool, backend: str, inductor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal sends Ctrl-C to the compiler, too. The step must end with its numbers, and then the run."""
+    run_by(backend, monkeypatch)
+    model = drawn()
+    expected = learn(model)
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    whole, seen = compiled._compiled(), []
+
+    def cut_short(part: Any, written_out: bool, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer is model.layers[3] and layer not in seen:
+            seen.append(layer)
+            signal.raise_signal(signal.SIGINT)
+            raise TorchDynamoException("CppCompileError")
+        return whole(part, written_out, layer, *args, **kwargs)
+
+    monkeypatch.setattr(compiled, "_compiled", lambda: cut_short)
+    with StopRequest() as stop, compiled_layers(model):
+        same(learn(model), expected)
+    assert seen
+    assert stop.signal_name == "SIGINT"
+    assert not is_stopping()
 
 
 def losses(result: Any) -> list[float]:

@@ -9,6 +9,12 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal is gone, as when ssh loses its line
 # Under a launcher one Ctrl-C comes twice: from the terminal, and from the launcher, which passes it on.
 _SAME_REQUEST = 0.5  # seconds
+_open: list["StopRequest"] = []
+
+
+def is_stopping() -> bool:
+    """Whether a run of this process has been asked to stop, and has not yet."""
+    return any(_open)
 
 
 class StopRequest:
@@ -27,6 +33,7 @@ class StopRequest:
         return self.signal_name is not None
 
     def __enter__(self) -> "StopRequest":
+        _open.append(self)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # None: set by a program that Python is embedded in, and not to be set back by Python
@@ -35,6 +42,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        _open.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -49,6 +50,14 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r:.80}")
     return value
+
+
+def switch(name: str) -> bool:
+    """What an environment variable says: 1, and nothing, is on, 0 is off. Raises ``ValueError`` for any other word."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name}: expected 0 or 1, got {value!r:.80}")
+    return value != "0"
 
 
 def fields(made: Callable[..., T], values: Mapping[str, Any]) -> T:

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from adapterkern import __version__, _ctrl_c
+from adapterkern import __version__, _ctrl_c, ops
 from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
+from adapterkern.cli.cores import warn_of_threads
 from adapterkern.cli.memory import keep_pages
 from adapterkern.cli.options import Parser, UsageError
 from adapterkern.cli.together import check_together
 from adapterkern.cli.words import in_options
+from adapterkern.ops import native
 
 COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
@@ -56,6 +58,7 @@ def _run(argv: Sequence[str]) -> int:
         for option in sorted(arguments.parser.repeated):
             logger.warning("%s: given more than once; the last one counts", option)
         check_together(arguments)
+        _check_machine(arguments.command)
         keep_pages()
         return arguments.run(arguments)
     except SystemExit:  # --help and --version, which have been printed
@@ -83,6 +86,14 @@ def _run(argv: Sequence[str]) -> int:
     finally:
         logging.getLogger().removeHandler(show)
         logging.getLogger("adapterkern").setLevel(logging.NOTSET)
+
+
+def _check_machine(command: str) -> None:
+    """Refuse environment variables that no adapter could run under, and warn of too many threads."""
+    ops.fused_enabled()
+    native.instruction_set()
+    if command not in (budget.NAME, doctor.NAME):  # one computes nothing, and the other says more
+        warn_of_threads()
 
 
 class _Formatter(logging.Formatter):

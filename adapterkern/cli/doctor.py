@@ -16,12 +16,11 @@ from adapterkern.training.parallel import extension
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
 _TRAIN_EXTRA = _PACKAGES[2:]
 _OPTIONAL = ("liger-kernel", "deepspeed", "bitsandbytes", "torchao", "trl")  # shown where they are installed
+# Beginnings of the environment variables that say what runs, where, on how many threads, and how memory is kept
 _VARIABLES = (
-    "ADAPTERKERN_FUSED",
-    "ADAPTERKERN_CPU_ISA",
-    "TRITON_INTERPRET",
-    "ADAPTERKERN_CACHE",
-    "ADAPTERKERN_CUDA_ARCH",
+    *("ADAPTERKERN_", "TRITON_", "CUDA_VISIBLE_DEVICES", "CXX"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_"),
+    *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"),
 )
 
 
@@ -32,8 +31,13 @@ def diagnosis() -> list[str]:
     lines += [f"  {name:13} {version or 'not installed'}" for name, version in versions.items()]
     lines += [f"  {name:13} {version}" for name in _OPTIONAL if (version := _version(name))]
 
+    lines.append(f"  {'C++ compiler':13} {_compiler() or 'none found'} (for --compile)")
+
+    threads, usable = torch.get_num_threads(), cores.usable_cores()
+    on = f"{cores.counted(threads, 'thread')} on {cores.counted(usable, 'core')}"
+    name = native.cpuinfo("model name") or platform.processor() or platform.machine()
     lines.append("devices")
-    lines.append(f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    lines.append(f"  cpu           {name}, {on}, {torch.backends.cpu.get_cpu_capability()}")
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         devices.append(f"cuda:{index}")
@@ -45,19 +49,21 @@ def diagnosis() -> list[str]:
     if len(devices) == 1:
         lines.append(f"  no CUDA       {_why_no_cuda()}")
 
-    left_out, why = native.left_out()
-    not_built = [f"  {'not built':13} {', '.join(left_out)}: {why}"] if left_out else []
-    for title, backend, more in (("fused adapter", ops.backend, not_built), ("ClippedAdamW", optim.backend, [])):
+    missing: dict[str, list[str]] = {}
+    for isa, why in native.missing().items():
+        missing.setdefault(why, []).append(isa)
+    left_out = [f"  {'left out':13} {', '.join(isas)}: {why}" for why, isas in missing.items()]
+    for title, backend, more in (("fused adapter", ops.backend, left_out), ("ClippedAdamW", optim.backend, [])):
         lines.append(title)
         for device in devices:
             name, reason = backend(torch.device(device))
             lines.append(f"  {device:13} {name}: {reason}")
         lines += more
 
-    settings = [f"  {name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    settings = [f"  {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
     lines += ["environment", *(settings or ["  nothing set"])]
     advice = _advice(versions) + _lock_advice()
-    advice += cores.advice(torch.get_num_threads(), cores.usable_cores(), os.getloadavg()[0])
+    advice += cores.advice(threads, usable, os.getloadavg()[0])
     return [*lines, "what to do", *(f"  {line}" for line in advice or ["nothing: all is there"])]
 
 
@@ -68,6 +74,16 @@ def _lock_advice() -> list[str]:
         for path, age in extension.locks().items()
         if age > extension.PATIENCE
     ]
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that torch.compile takes on a CPU; None if it finds none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+
+    try:
+        return get_cpp_compiler()
+    except Exception:  # of torch's own, or of the compiler that does not run
+        return None
 
 
 def _version(name: str) -> str | None:
@@ -91,7 +107,13 @@ def _advice(versions: dict[str, str | None]) -> list[str]:
         advice.append(f"for training: pip install 'adapterkern[train]' (missing: {', '.join(missing)})")
     if versions["triton"] is None and torch.cuda.is_available():
         advice.append("for the GPU kernels: pip install triton, in the version that your torch names")
-    left_out = native.left_out()[0]
+    if native.MISSING:
+        advice.append(
+            "for the CPU kernels and ClippedAdamW's: install adapterkern again, from its source and with a C++ "
+            "compiler (for example: apt-get install g++, then pip install --force-reinstall --no-deps .)"
+        )
+    why_not, (not_built, because) = native.missing(), native.left_out()
+    left_out = [isa for isa in not_built if why_not.get(isa) == because]
     if left_out and platform.machine().lower() in ("x86_64", "amd64"):
         advice.append(f"for the adapter's kernels in {', '.join(left_out)}: install adapterkern with a newer compiler")
     if not torch.cuda.is_available():

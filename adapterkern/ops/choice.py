@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from adapterkern.checks import switch
 from adapterkern.ops import native
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,12 @@ TRITON_INTERPRETED = "Triton kernels in the interpreter"
 
 
 def fused_enabled() -> bool:
-    """False when ``ADAPTERKERN_FUSED=0`` in the environment turns every fused path off, for bisecting."""
-    return os.environ.get("ADAPTERKERN_FUSED", "1") != "0"
+    """False when ``ADAPTERKERN_FUSED=0`` in the environment turns every fused path off, for bisecting.
+
+    Raises:
+        ValueError: ``ADAPTERKERN_FUSED`` is neither 0 nor 1.
+    """
+    return switch("ADAPTERKERN_FUSED")
 
 
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,22 @@ try:
     _C: Any = importlib.import_module("adapterkern._C")
 except ImportError as error:  # no error: closed_form.py runs
     _C = None
-    _MISSING = f"the extension adapterkern._C cannot be imported ({error})"
+    MISSING = f"the extension adapterkern._C cannot be imported ({error})"
 else:
-    _MISSING = ""
+    MISSING = ""
     if not hasattr(_C, "PreparedAdapter"):
         _C = None
-        _MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
+        MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
+
+# The instruction sets that have kernels (csrc/adapter_cpu.h), and what /proc/cpuinfo calls what each needs beyond the
+# one before.
+_NEEDS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+_CPUINFO = Path("/proc/cpuinfo")
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -41,11 +52,14 @@ def instruction_set() -> tuple[str | None, str]:
         ValueError: ``ADAPTERKERN_CPU_ISA`` names one that this machine or this build does not have.
     """
     found = _C.instruction_sets() if _C is not None else []
-    why_none = _MISSING or "no instruction set with kernels is in both this machine and this build"
+    why_none = MISSING or "no instruction set with kernels is in both this machine and this build"
     if asked := os.environ.get("ADAPTERKERN_CPU_ISA"):
         if asked not in (*found, "none"):
             but = "" if found else f" ({why_none})"
-            raise ValueError(f"ADAPTERKERN_CPU_ISA: expected one of {', '.join((*found, 'none'))}{but}, got {asked!r}")
+            raise ValueError(
+                f"ADAPTERKERN_CPU_ISA: expected one of {', '.join((*found, 'none'))}{but}, got {asked!r:.80}"
+                + (f": {why}" if (why := missing().get(asked)) else "")
+            )
         return None if asked == "none" else asked, f"ADAPTERKERN_CPU_ISA={asked} is set"
     return (found[-1], f"the best of {', '.join(found)}") if found else (None, why_none)
 
@@ -55,6 +69,37 @@ def left_out() -> tuple[list[str], str]:
     if _C is None:
         return [], ""
     return _C.left_out(), _C.LEFT_OUT_BECAUSE
+
+
+def missing() -> dict[str, str]:
+    """The instruction sets that have kernels and not here, each with why: CPU, build or operating system."""
+    if _C is None:
+        return {}
+    built, because = left_out()
+    flags = set(cpuinfo("flags").split())  # none on a machine of another kind
+    found: dict[str, str] = {}
+    lacking: set[str] = set()
+    for isa, needs in _NEEDS.items():
+        lacking |= needs - flags
+        if isa in _C.instruction_sets():
+            continue
+        if flags and lacking:
+            found[isa] = "this CPU has no such instructions"
+        elif isa in built:
+            found[isa] = because
+        else:
+            found[isa] = "the operating system does not let this process use them"
+    return found
+
+
+def cpuinfo(field: str) -> str:
+    """What /proc/cpuinfo says of the first core; "" without that field or file."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    values = (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == field)
+    return next(values, "")
 
 
 class Prepared:

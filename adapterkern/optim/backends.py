@@ -13,13 +13,14 @@ is set. That is enough to clip without a pass that writes gradients (36 bytes pe
 
 import importlib
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from adapterkern.checks import switch
 
 try:
     _C: Any = importlib.import_module("adapterkern._C")
@@ -37,7 +38,7 @@ def backend(device: torch.device | str | int) -> tuple[str, str]:
     """What runs a step on ``device``, and why: ("cpu twin" | "cuda kernels" | "torch fused AdamW", reason)."""
     device = torch.device(device)
     fallback = "torch fused AdamW"
-    if os.environ.get("ADAPTERKERN_FUSED") == "0":
+    if not switch("ADAPTERKERN_FUSED"):
         return fallback, "ADAPTERKERN_FUSED=0 is set"
     if _C is None:
         return fallback, _MISSING

@@ -164,22 +164,26 @@ def test_doctor_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
 
 def test_doctor_names_the_path_on_this_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "instruction_set", lambda: ("avx512", "the best of avx2, avx512"))
-    monkeypatch.setattr(native, "left_out", lambda: (["avx512_bf16", "amx"], "the compiler does not know them"))
+    monkeypatch.setattr(native, "left_out", lambda: (["avx512", "amx"], "the compiler does not know them"))
+    why = {"avx512": "the compiler does not know them", "avx512_bf16": "no such CPU", "amx": "no such CPU"}
+    monkeypatch.setattr(native, "missing", lambda: why)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     for line in (
         "  cpu           native CPU kernels: avx512, the best of avx2, avx512; small inputs run as eager PyTorch",
-        "  not built     avx512_bf16, amx: the compiler does not know them",
-        "  for the adapter's kernels in avx512_bf16, amx: install adapterkern with a newer compiler",
+        "  left out      avx512: the compiler does not know them",
+        "  left out      avx512_bf16, amx: no such CPU",
+        "  for the adapter's kernels in avx512: install adapterkern with a newer compiler",
     ):
         assert line in out.splitlines()
     monkeypatch.setattr(native, "instruction_set", lambda: (None, "ADAPTERKERN_CPU_ISA=none is set"))
     monkeypatch.setattr(native, "left_out", lambda: ([], ""))
+    monkeypatch.setattr(native, "missing", dict)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "  cpu           closed form in PyTorch operations: ADAPTERKERN_CPU_ISA=none is set; small" in out
-    assert "not built" not in out
+    assert "left out" not in out
     assert "kernels in" not in out
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from adapterkern.cli import cores, dtype, main, memory
+from adapterkern import cli
+from adapterkern.cli import cores, doctor, dtype, main, memory
 from adapterkern.model import fast_dtype
+from adapterkern.ops import native
 from adapterkern.training.saved import Sources, load_sources, save_sources
 from tests.support import tiny_run
 from tests.support.commands import write_texts
@@ -125,8 +128,13 @@ def test_doctor_names_too_many_threads_and_busy_cores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cores.advice(2, 2.0, 2.5) == []
+    (line,) = cores.advice(8, 1.0, 0.1)
+    assert line == (
+        "torch uses 8 threads, but this process may use 1 core, on which they wait for each other: "
+        "set OMP_NUM_THREADS=1"
+    )
     (line,) = cores.advice(8, 1.5, 0.1)
-    assert "8 threads" in line
+    assert "1.5 cores" in line
     assert line.endswith("OMP_NUM_THREADS=2")
     (line,) = cores.advice(2, 2.0, 3.1)
     assert "load 3.1 on 2" in line
@@ -135,4 +143,99 @@ def test_doctor_names_too_many_threads_and_busy_cores(
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "load 40.0 on 0.5" in printed
-    assert ("OMP_NUM_THREADS=1" in printed) == (torch.get_num_threads() > 1)
+    assert ("set OMP_NUM_THREADS=1" in printed) == (torch.get_num_threads() > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="has one core, to which OpenMP binds all threads anyway")
+def test_openmp_binds_each_thread_to_a_core_of_its_own() -> None:
+    code = "import torch; from adapterkern.cli import cores; print(cores.usable_cores(), torch.get_num_threads())"
+    environment = os.environ | {"OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
+    assert float(done.stdout.split()[0]) >= int(done.stdout.split()[1]) == 2
+
+
+def test_commands_that_compute_warn_of_threads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cores, "usable_cores", lambda: 0.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (40.0, 0.0, 0.0))
+    assert main(["train", "--model", "m", "--train", "t", "--output", "o"]) == 1
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        (
+            "WARNING",
+            "torch uses 2 threads, but this process may use 0.5 cores, on which they wait for each other: "
+            "set OMP_NUM_THREADS=1",
+        )
+    ]
+    caplog.clear()
+    assert main(["budget", "--model-config", "llama-7b", "--max-params", "8e6"]) == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ADAPTERKERN_CPU_ISA", "foo", "expected one of .*none.*, got 'foo'"),
+        ("ADAPTERKERN_FUSED", "no", "expected 0 or 1, got 'no'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train --model m --train t --output o", "eval run", "qa evaluate run",
+                                     "demo", "ablate", "doctor"])  # fmt: skip
+def test_the_environment_is_checked_before_anything_else(
+    command: str, name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(cli, "keep_pages", lambda: pytest.fail("goes on"))
+    monkeypatch.setattr(native, "instruction_set", native.instruction_set.__wrapped__)
+    monkeypatch.setenv(name, value)
+    assert main(command.split()) == 1
+    prog = "qa evaluate" if command.startswith("qa") else command.split()[0]
+    assert re.fullmatch(f"adapterkern {prog}: {name}: {message}\n", capsys.readouterr().err)
+
+
+def test_what_doctor_says_of_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(native, "cpuinfo", lambda field: "A Fast CPU" if field == "model name" else "")
+    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(doctor, "_compiler", lambda: None)
+    for name in [name for name in os.environ if name.startswith(doctor._VARIABLES)]:
+        monkeypatch.delenv(name)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "  cpu           A Fast CPU, 1 thread on 1 core, " in out
+    assert "  C++ compiler  none found (for --compile)\n" in out
+    assert "environment\n  nothing set\n" in out
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["doctor"]) == 0
+    assert "environment\n  OMP_NUM_THREADS=1\n  OMP_PROC_BIND=close\nwhat to do" in capsys.readouterr().out
+
+
+def test_doctor_asks_torch_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "my-g++")
+    assert doctor._compiler() == "my-g++"
+
+    def none() -> str:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    assert doctor._compiler() is None
+
+
+def test_doctor_says_how_to_mend_a_missing_extension(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "MISSING", "the extension adapterkern._C cannot be imported (no such file)")
+    monkeypatch.setattr(native, "instruction_set", native.instruction_set.__wrapped__)
+    monkeypatch.delenv("ADAPTERKERN_CPU_ISA", raising=False)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "the extension adapterkern._C cannot be imported (no such file)" in out
+    assert "left out" not in out
+    advice = out.partition("what to do\n")[2].splitlines()
+    assert advice[0].startswith("  for the CPU kernels and ClippedAdamW's: install adapterkern again, from its source ")
+    assert "with a C++ compiler" in advice[0]

@@ -38,6 +38,21 @@ def test_others_are_refused(check: Any, arguments: tuple[Any, ...], error: type[
     assert str(refused.value) == message
 
 
+@pytest.mark.parametrize(("value", "on"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_what_a_switch_in_the_environment_says(value: str | None, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAPTERKERN_FUSED", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ADAPTERKERN_FUSED", value)
+    assert checks.switch("ADAPTERKERN_FUSED") is on
+
+
+@pytest.mark.parametrize("value", ["no", "false", "2", " 0"])
+def test_other_words_for_a_switch_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKERN_FUSED", value)
+    with pytest.raises(ValueError, match=f"^ADAPTERKERN_FUSED: expected 0 or 1, got '{value}'$"):
+        checks.switch("ADAPTERKERN_FUSED")
+
+
 def test_numbers_in_range_come_back() -> None:
     assert checks.number("n", math.inf, "[0, inf]") == math.inf
     assert checks.number("n", 0, "[0, 1)") == 0

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def test_the_environment_turns_fused_adapters_off(monkeypatch: pytest.MonkeyPatc
     assert choice.backend("cuda", torch.float64) == ("eager PyTorch", "ADAPTERKERN_FUSED=0 is set")
 
 
+def test_another_word_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKERN_FUSED", "no")
+    with pytest.raises(ValueError, match=r"^ADAPTERKERN_FUSED: expected 0 or 1, got 'no'$"):
+        choice.backend("cpu")
+
+
 def test_without_kernels_the_closed_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "INTERPRETED", False)
     monkeypatch.setattr(native, "instruction_set", lambda: (None, "the extension is not built"))
@@ -78,6 +85,47 @@ class Extension:
         self.left_out = lambda: list(left_out)
 
 
+NO_SUCH = "this CPU has no such instructions"
+NOT_PERMITTED = "the operating system does not let this process use them"
+AVX512 = "avx2 fma f16c avx512f avx512bw avx512vl avx512dq"
+OLD = Extension("avx2", "avx512", left_out=("avx512_bf16", "amx"))  # an older compiler's
+
+
+@pytest.mark.parametrize(
+    ("extension", "flags", "expected"),
+    [
+        (OLD, f"{AVX512} avx512_bf16 amx_tile amx_bf16", dict.fromkeys(("avx512_bf16", "amx"), OLD.LEFT_OUT_BECAUSE)),
+        (OLD, f"{AVX512} avx512_bf16", {"avx512_bf16": OLD.LEFT_OUT_BECAUSE, "amx": NO_SUCH}),
+        (OLD, AVX512, dict.fromkeys(("avx512_bf16", "amx"), NO_SUCH)),
+        (OLD, f"{AVX512} amx_tile amx_bf16", dict.fromkeys(("avx512_bf16", "amx"), NO_SUCH)),  # amx needs both
+        (Extension("avx2"), "avx2 fma f16c", dict.fromkeys(("avx512", "avx512_bf16", "amx"), NO_SUCH)),
+        (
+            Extension("avx2", "avx512", "avx512_bf16"),
+            f"{AVX512} avx512_bf16 amx_tile amx_bf16",
+            {"amx": NOT_PERMITTED},
+        ),
+        (Extension("avx2", "avx512", "avx512_bf16", "amx"), AVX512, {}),  # as with emulated tiles
+        (Extension(left_out=("avx2", "amx")), "", {"avx2": OLD.LEFT_OUT_BECAUSE, "amx": OLD.LEFT_OUT_BECAUSE}),
+        (None, AVX512, {}),
+    ],
+)
+def test_why_an_instruction_set_is_missing(
+    extension: Extension | None, flags: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_C", extension)
+    monkeypatch.setattr(native, "cpuinfo", {"flags": flags}.get)
+    found = native.missing()
+    assert {isa: why for isa, why in found.items() if flags or isa in expected} == expected
+
+
+def test_what_linux_says_of_the_first_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_CPUINFO", tmp_path / "cpuinfo")
+    assert native.cpuinfo("flags") == ""
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A CPU: 2\n\nprocessor\t: 1\nmodel name\t: other\n")
+    assert native.cpuinfo("model name") == "A CPU: 2"
+    assert native.cpuinfo("flags") == ""
+
+
 @pytest.mark.parametrize(
     ("extension", "asked", "expected"),
     [
@@ -88,7 +136,8 @@ class Extension:
         (Extension(), None, (None, "no instruction set with kernels is in both this machine and this build")),
         (None, None, (None, "it is missing")),
         (None, "none", (None, "ADAPTERKERN_CPU_ISA=none is set")),
-        (Extension("avx2"), "amx", "ADAPTERKERN_CPU_ISA: expected one of avx2, none, got 'amx'"),
+        (Extension("avx2"), "foo", "ADAPTERKERN_CPU_ISA: expected one of avx2, none, got 'foo'$"),
+        (Extension("avx2"), "amx", f"ADAPTERKERN_CPU_ISA: expected one of avx2, none, got 'amx': {NO_SUCH}$"),
         (None, "avx2", r"ADAPTERKERN_CPU_ISA: expected one of none \(it is missing\), got 'avx2'"),
     ],
 )
@@ -99,7 +148,8 @@ def test_the_instruction_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "_C", extension)
-    monkeypatch.setattr(native, "_MISSING", "" if extension else "it is missing")
+    monkeypatch.setattr(native, "cpuinfo", {"flags": "avx2 fma f16c"}.get)
+    monkeypatch.setattr(native, "MISSING", "" if extension else "it is missing")
     monkeypatch.delenv("ADAPTERKERN_CPU_ISA", raising=False)
     if asked is not None:
         monkeypatch.setenv("ADAPTERKERN_CPU_ISA", asked)

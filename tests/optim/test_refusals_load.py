@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapterkern.optim import ClippedAdamW
+from adapterkern.optim import ClippedAdamW, backend
 
 
 def stepped() -> ClippedAdamW:
@@ -97,3 +97,9 @@ def test_a_step_may_be_an_integer() -> None:
     step = optimizer.state_dict()["state"][0]["step"]
     assert step == 7
     assert step.dtype == torch.float32
+
+
+def test_another_word_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKERN_FUSED", "no")
+    with pytest.raises(ValueError, match=r"^ADAPTERKERN_FUSED: expected 0 or 1, got 'no'$"):
+        backend("cpu")

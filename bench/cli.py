@@ -4,8 +4,14 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.report import Run
 
 PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
 KEEP = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's variables; set by the user, they hold as they are
@@ -27,24 +33,33 @@ EPILOG = """
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line; knows no abbreviations, since ``_without`` has to know the options."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog=f"python -m bench {prog}".rstrip(), allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
 def main(argv: list[str]) -> int:
     """Run the command that the arguments name; returns the exit status."""
     if argv[:1] == ["report"]:
         return _report(argv[1:])
     if argv[:1] == ["results"]:
-        return _results()
+        return _results(argv[1:])
     if argv[:1] in (["sweep"], ["profiled"]) or (argv[:1] in ALONE and {"-h", "--help"} & {*argv}):
         return _alone(argv)
     text = "Measure the variants of each case in turns and print the tables."
     plain = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(  # no abbreviations: _without() has to know the options
-        prog="python -m bench", description=text, epilog=EPILOG, formatter_class=plain, allow_abbrev=False
-    )
+    cores = len(os.sched_getaffinity(0))
+    parser = _Parser("", description=text, epilog=EPILOG, formatter_class=plain)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: under two minutes on two cores")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--device", help="cpu or cuda; default cuda if available")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default all")
+    parser.add_argument("--threads", type=int, default=cores, help="CPU threads; default all cores")
     parser.add_argument("--isa", choices=ISAS, help="keep everything on a CPU to these instructions; default all")
     parser.add_argument(
         "--malloc", choices=("keep", "default"), default="keep",
@@ -67,7 +82,11 @@ def main(argv: list[str]) -> int:
         parser.error(f"expected parts of {', '.join(PARTS)}, got {' '.join(unknown)}")
     if args.processes < 1:
         parser.error(f"--processes: expected at least 1, got {args.processes}")
-    return _repeat(args, argv) if args.processes > 1 else _measure(args)
+    if not 1 <= args.threads <= cores:
+        parser.error(f"--threads: expected 1 to {cores}, the cores that this process may use, got {args.threads}")
+    if args.processes > 1 and args.json is None:
+        parser.error("--processes: expected --json FILE with it, got none")
+    return _repeat(args, argv) if args.processes > 1 else _measure(args, parser)
 
 
 def _alone(argv: list[str]) -> int:
@@ -80,8 +99,6 @@ def _repeat(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measure in several processes, and save what they found together."""
     from bench import engine, processes
 
-    if args.json is None:
-        raise SystemExit("--processes: expected --json FILE with it")
     status, document = processes.measured(_without(argv, "--processes", "--json", "--append"), args.processes)
     if document is not None:
         before = engine.earlier_run(args.json, document["commit_info"].get("id")) if args.append else None
@@ -111,7 +128,7 @@ def _show(path: Path, baseline: str | None) -> None:
     print(f"{path}, plots in {path.parent / 'plots'}", file=sys.stderr)
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     # Before torch is imported: a fixed number of threads, each bound to a core. Other processes get the list of cores,
     # since a child inherits the one core that its parent is bound to.
     os.environ["BENCH_CORES"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
@@ -130,43 +147,89 @@ def _measure(args: argparse.Namespace) -> int:
 
     from adapterkern.cli.memory import keep_pages
     from bench import engine
+    from bench.cases import COPY
 
     if args.malloc == "keep" and keep_pages():
         os.environ.update(dict.fromkeys(KEEP, str(1 << 30)))  # for peers, which are processes of their own
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _device(args.device, parser)
     whole = not (args.parts or args.quick or args.only)
     path = args.json or engine.result_path(device, whole)
     options = engine.Options(
         tuple(args.parts or PARTS), device, args.quick, path, args.peer_python, args.only, args.append
     )
-    status = int(engine.run(options))
+    try:
+        run = engine.Engine(options)
+    except ValueError as error:
+        parser.error(str(error))
+    options.plan = run.plan()
+    variants = {*(name for _, names in options.plan for name in names), *[COPY] * bool(options.plan)}
+    if args.only and not options.plan:
+        parser.error(f"--only: expected a part of a case's name, such as T=2048 or float32, got {args.only!r}")
+    _check_baseline(args.baseline, variants, parser)
+    status = run.run()
     if not path.exists():
         return status or 1
     _show(path, args.baseline)
     return status
 
 
+def _device(asked: str | None, parser: argparse.ArgumentParser) -> "torch.device":
+    import torch
+
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    asked = asked or ("cuda" if there else "cpu")
+    if asked not in ("cpu", *there, *["cuda"] * bool(there)):
+        why = "" if there else ", since torch finds no CUDA device"
+        parser.error(f"--device: expected {' or '.join(['cpu', *there])}{why}; got {asked}")
+    return torch.device("cuda", torch.cuda.current_device()) if asked == "cuda" else torch.device(asked)
+
+
+def _check_baseline(asked: str | None, variants: Iterable[str], parser: argparse.ArgumentParser) -> None:
+    if asked is not None and asked not in (known := sorted(variants)):
+        parser.error(f"--baseline: expected one of {', '.join(known) or 'no variants'}, got {asked!r}")
+
+
 def _report(argv: list[str]) -> int:
     from bench import plots, report
 
-    parser = argparse.ArgumentParser(prog="python -m bench report")
+    parser = _Parser("report")
     parser.add_argument("run", type=Path)
     parser.add_argument("other", type=Path, nargs="?")
     parser.add_argument("--baseline", metavar="VARIANT")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the first run's plots there")
     args = parser.parse_args(argv)
-    run = report.load(args.run)
-    print(report.compare(run, report.load(args.other)) if args.other else report.render(run, args.baseline))
+
+    def loaded(argument: str) -> "Run":
+        try:
+            return report.load(getattr(args, argument))
+        except ValueError as error:
+            parser.error(f"{argument}: {error}")
+
+    run = loaded("run")
+    if args.other is not None:
+        if args.baseline is not None:
+            parser.error(f"--baseline: has no effect beside a second run: expected none, got {args.baseline!r}")
+        print(report.compare(run, loaded("other")))
+    else:
+        _check_baseline(args.baseline, {e.variant for entries in run.groups.values() for e in entries}, parser)
+        print(report.render(run, args.baseline))
     if args.plots:
         plots.draw(run, args.plots)
     return 0
 
 
-def _results() -> int:
+def _results(argv: list[str]) -> int:
+    from adapterkern.files import replacing
     from bench import report
 
-    report.PAGE.write_text(report.results_page(report.newest()), encoding="utf-8")
+    parser = _Parser("results")
+    parser.parse_args(argv)
+    try:
+        page = report.results_page(report.newest())
+    except ValueError as error:
+        parser.error(f"{report.RESULTS}: {error}")
+    with replacing(report.PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(report.PAGE)
     return 0

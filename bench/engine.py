@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import gc
 import importlib
-import json
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info, safe_dumps
 
 from adapterkern.files import replacing
-from bench import tables
+from bench import report, tables
 from bench.cases import COPY, Case, Variant
 from bench.measure import (
     MIN_ROUNDS,
@@ -104,8 +103,8 @@ class Engine:
         self._start = time.monotonic()
         self._commit = get_commit_info()  # now: another may be made before the run is over
         self._before = earlier_run(options.json, self._commit.get("id")) if options.append else None
-        known = self._before["machine_info"].get("load_before", 0.0) if self._before else 0.0
-        self._load = max(known, self._or(os.getloadavg()[0], busy_cores))
+        known = self._before["machine_info"].get("busy_cores", 0.0) if self._before else 0.0
+        self._busy = max(known, self._or(os.getloadavg()[0], busy_cores))
         self._about: dict[str, Any] | None = None
 
     def run(self) -> int:
@@ -128,7 +127,8 @@ class Engine:
             status = FAILED if self.failed else 0
         self.save()
         if not (self.benchmarks or self.tables):
-            self.say(f"nothing was measured completely: {self.options.json} is unchanged")
+            left = "is unchanged" if self.options.json.exists() else "is not written"
+            self.say(f"nothing was measured completely: {self.options.json} {left}")
         return status
 
     @contextlib.contextmanager
@@ -217,7 +217,7 @@ class Engine:
         info.pop("node", None)
         known = {"versions": {"torch": torch.__version__}, "cuda": torch.version.cuda}
         least = {"device": str(o.device), "threads": torch.get_num_threads(), **known}
-        info |= least | self._or({}, machine, o.device) | {"quick": o.quick, "load_before": self._load}
+        info |= least | self._or({}, machine, o.device) | {"quick": o.quick, "busy_cores": self._busy}
         if o.roofs:
             roofs = {"gemm_flops": gemm_flops, "l2_bytes": l2_bandwidth}
             info["roofs"] = {name: self._or(None, roof, o.device) for name, roof in roofs.items()}
@@ -250,10 +250,13 @@ class Engine:
 
 
 def earlier_run(path: Path, commit: str | None) -> dict[str, Any] | None:
-    """The document at ``path``, None if there is none; ``ValueError`` if it is of another commit."""
+    """The document at ``path``, None if there is none; ``ValueError`` if it is no saved run, or of another commit."""
     if not path.exists():
         return None
-    before: dict[str, Any] = json.loads(path.read_text())
+    try:
+        before = report.load(path).data
+    except ValueError as error:
+        raise ValueError(f"--append: {error}") from None
     if (got := before["commit_info"].get("id")) != commit:
         raise ValueError(f"--append: expected results of commit {commit} in {path}, got {got}")
     return before

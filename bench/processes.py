@@ -28,6 +28,8 @@ def measured(arguments: Sequence[str], count: int) -> tuple[int, dict[str, Any] 
             worst = max(worst, abs(done.returncode))
             if path.exists():
                 found.append(json.loads(path.read_text()))
+            elif done.returncode == 2:  # refused what it was asked, as the others will
+                break
     return worst, joined(found) if found else None
 
 
@@ -46,5 +48,5 @@ def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         info |= {"error": max(errors)} if errors else {}
         stats_of_all = stats.as_dict() | {"data": stats.data, "iterations": 1}
         benchmarks.append(benchmark | {"extra_info": info, "stats": stats_of_all})
-    busiest = max(documents, key=lambda d: d["machine_info"].get("load_before", 0.0))
+    busiest = max(documents, key=lambda d: d["machine_info"].get("busy_cores", 0.0))
     return documents[0] | {"machine_info": busiest["machine_info"], "benchmarks": benchmarks}

@@ -19,9 +19,13 @@ PAGE = RESULTS.parent / "RESULTS.md"
 HEAD = """\
 Written by `python -m bench results` from the newest run on each device; `python -m bench` makes one. Medians of
 variants that take turns in one process; of several processes, the median and the range of theirs. *Error ≤ budget* is
-the relative error against fp64, and the largest one allowed."""
+the relative error against fp64, and the largest one allowed. *× NAME* is the time divided by NAME's. *GB/s of floor*:
+the bytes that any implementation must read and write, divided by the time. *% of copy*: the time of a plain copy of
+as many bytes, divided by the variant's. *Launches*: kernels, copies and fills that one call starts on a GPU. *Kept,
+units of x*: the memory that waits for the backward, divided by the size of x. *ours x-free* keeps its output in place
+of x. *ours bare* and *ours before* are the kernels alone, of this and of an earlier commit."""
 NO_GPU = "**No GPU has been measured yet.**"
-BUSY = 0.5  # cores in use before a run above which its figures are flagged
+BUSY = 0.5  # cores that others use before a run (or, in older files, load) above which its figures are flagged
 # the denominator of a case's ratios, unless --baseline names another: the first of these that it has
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
 NO_RIVALS = (COPY, "frozen backbone")  # they do less work than the others
@@ -80,16 +84,34 @@ class Run:
     def title(self) -> str:
         m, versions = self.machine, self.machine["versions"]
         shown = ", ".join(f"{name} {v}" for name, v in versions.items() if v)
-        where = m["device"] if m["cuda"] else f"{m['device']}, {m['threads']} threads"
+        where = m["device"] if m["cuda"] else f"{m['device']}, {m['threads']} thread{'s' if m['threads'] != 1 else ''}"
         commit = str(self.data["commit_info"].get("id", "unknown"))[:7]
         quick = ", quick" if m["quick"] else ""
         malloc = f"; malloc {m['malloc']}" if m.get("malloc", "default") != "default" else ""
-        busy = f"; **the machine was busy: load {m['load_before']:.1f}**" if m.get("load_before", 0) > BUSY else ""
+        busy = ""
+        if (cores := m.get("busy_cores", 0)) > BUSY:
+            busy = f"; **the machine was busy: others used {cores:.1f} cores**"
+        elif (load := m.get("load_before", 0)) > BUSY:  # the load average, in older files
+            busy = f"; **the machine was busy: load {load:.1f}**"
         return f"{where}{malloc}; {shown}; commit {commit}, {self.data['datetime'][:10]}{quick}{busy}"
 
 
+_FIELDS = ("commit_info", "benchmarks", "datetime", "tables", "missing", "machine_info")
+_OF_MACHINE = ("device", "threads", "cuda", "quick", "versions")
+
+
 def load(path: Path) -> Run:
-    return Run(path, json.loads(path.read_text()))
+    """The run saved at ``path``. Raises ``ValueError`` if it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for name in _FIELDS:
+            data[name]
+        for name in _OF_MACHINE:
+            data["machine_info"][name]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        why = getattr(error, "strerror", None) or ("no JSON" if isinstance(error, ValueError) else f"no {name}")
+        raise ValueError(f"expected a saved run of the bench, got {path}: {why}") from None
+    return Run(path, data)
 
 
 def newest() -> list[Run]:
@@ -114,6 +136,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def filled_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without the columns that no row fills."""
+    kept = [i for i in range(len(head)) if any(row[i] != DASH for row in rows)]
+    return table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def baseline_of(entries: Sequence[Entry], wanted: str | None) -> Entry:
@@ -168,7 +196,7 @@ def kernel_table(entries: Sequence[Entry], baseline: str | None) -> str:
         more = [_mib(e.info.get("peak_bytes")), DASH if launches is None else str(launches), _error(e)]
         rows.append([e.variant, *_times(e), ratio, gbs, of_copy, *more])
     head = ["", "median", "spread", f"× {base.variant}", "GB/s of floor", "% of copy", "peak MiB", "launches"]
-    return table([*head, "error ≤ budget"], rows)
+    return filled_table([*head, "error ≤ budget"], rows)
 
 
 def step_table(entries: Sequence[Entry], baseline: str | None) -> str:

@@ -36,7 +36,6 @@ inline Parallel openmp() {
 // them, as by torch: it ends those that a call does not ask for, and torch's next operation would start them anew.
 template <class Body>
 void on_threads(int threads, int useful, const Body& body) {
-  if (threads < useful) useful = threads;
   if (useful <= 1) return body();
   if (const Parallel parallel = openmp()) {
     std::atomic<int> places{useful};

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     parser: argparse.ArgumentParser = Parser()
-    show = logging.StreamHandler()
+    show, log = logging.StreamHandler(), logging.getLogger("adapterkern")
+    level_before = log.level
     try:
         arguments = _parser(argv).read(argv)
         parser = arguments.parser
@@ -54,7 +55,7 @@ def _run(argv: Sequence[str]) -> int:
         show.setFormatter(_Formatter(parser))
         logging.basicConfig(handlers=[show], level=level)
         if not getattr(arguments, "progress", True) and _rank() == 0:  # a training's lines are in its log
-            logging.getLogger("adapterkern").setLevel(logging.INFO)
+            log.setLevel(logging.INFO)
         for option in sorted(arguments.parser.repeated):
             logger.warning("%s: given more than once; the last one counts", option)
         check_together(arguments)
@@ -85,7 +86,7 @@ def _run(argv: Sequence[str]) -> int:
         return 1
     finally:
         logging.getLogger().removeHandler(show)
-        logging.getLogger("adapterkern").setLevel(logging.NOTSET)
+        log.setLevel(level_before)
 
 
 def _check_machine(command: str) -> None:

@@ -197,7 +197,12 @@ def warn_unused(source: str, names: Iterable[str], why: str = "") -> None:
 
 
 def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> list[Row]:
-    """Rows of a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or of a list of mappings. Bad rows go to ``bad``.
+    """All rows of ``iter_rows``, which raises the same."""
+    return list(iter_rows(data, bad))
+
+
+def iter_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> Iterator[Row]:
+    """Rows of a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or of mappings, one by one. Bad rows go to ``bad``.
 
     Raises:
         DataError: the file has another suffix, has no header, or is not UTF-8.
@@ -221,13 +226,7 @@ def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: B
         elif hasattr(data, "iterrows"):
             hint = "; pass frame.to_dict('records')"
         raise TypeError(f"data: expected a path or a list of rows, got {type(data).__name__}{hint}")
-    rows = []
-    for index, values in enumerate(data):
-        if isinstance(values, Mapping):
-            rows.append(Row(values, f"row {index}"))
-        else:
-            bad.add(f"row {index}", f"expected a mapping of columns to values, got {type(values).__name__}")
-    return _of_unicode(rows, bad)
+    return _of_unicode(_read_mappings(data, bad), bad)
 
 
 def source_name(data: Any) -> str:
@@ -245,6 +244,14 @@ def _lines(path: Path) -> Iterator[str]:
             if "\0" in text:
                 raise DataError(f"{path}:{number}: not text: it has a NUL byte")
             yield text
+
+
+def _read_mappings(data: Iterable[Any], bad: BadRows) -> Iterator[Row]:
+    for index, values in enumerate(data):
+        if isinstance(values, Mapping):
+            yield Row(values, f"row {index}")
+        else:
+            bad.add(f"row {index}", f"expected a mapping of columns to values, got {type(values).__name__}")
 
 
 class _Object(dict[str, Any]):
@@ -277,16 +284,14 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
             bad.add(place, f"expected a JSON object, got {_JSON[type(values)]}")
 
 
-def _of_unicode(rows: Iterable[Row], bad: BadRows) -> list[Row]:
+def _of_unicode(rows: Iterable[Row], bad: BadRows) -> Iterator[Row]:
     """The rows all of whose strings can be encoded as UTF-8."""
-    good = []
     for row in rows:
         wrong = [name for name, value in row.values.items() if isinstance(value, str) and not is_unicode(value)]
         if wrong:
             bad.add(row.place, f"column {shown(wrong[0])}: {HALF_A_PAIR}")
         else:
-            good.append(row)
-    return good
+            yield row
 
 
 def is_unicode(text: str) -> bool:

@@ -7,7 +7,8 @@ cache, the checkpoints and the evaluation call only these methods:
     data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
                summaries: what the examples are, which a run says before it begins
     a step     begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
-    scores     evaluate: examples → metrics   predict: batch → answers
+    scores     evaluate: examples → metrics
+    answers    to_predict: rows → examples    predict: batch → predictions       joined: those of a row's examples
     files      save, from_pretrained; a resumed run must have the same ``settings``
 """
 
@@ -17,7 +18,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Self, cast
 
@@ -37,8 +38,17 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import batches
 from adapterkern.training.data.batches import Batch
-from adapterkern.training.data.examples import E, Example, check_targets, check_vocabulary, load_examples
+from adapterkern.training.data.examples import (
+    E,
+    Example,
+    Rows,
+    check_targets,
+    check_vocabulary,
+    load_examples,
+    unlabeled,
+)
 from adapterkern.training.data.prefix import PrefixCache, Slot
+from adapterkern.training.data.rows import BadRows, Row, iter_rows
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.optimization import make_optimizer
@@ -48,10 +58,15 @@ logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """The label that a classification head predicts for a row, and its probability (0 to 1)."""
+    """The label that a classification head predicts for a row, its probability (0 to 1), and that of each label."""
 
     label: str
     probability: float
+    probabilities: dict[str, float]
+
+    def columns(self) -> dict[str, Any]:
+        """What a table of predictions has of it."""
+        return {"prediction": self.label, "probability": self.probability, "probabilities": self.probabilities}
 
 
 def _owning(save: Any) -> Any:
@@ -209,15 +224,49 @@ class Task(nn.Module, Generic[E]):
         """The summed loss of the batch's targets, and (k,) other numbers for ``evaluate`` to sum over batches."""
         return self.loss(self.hidden(batch), batch)
 
-    def predict(self, batch: Batch) -> list[Any]:
-        """The prediction for each row of the batch.
+    # Answers
+
+    @staticmethod
+    def rows_to_predict(data: Rows, bad: BadRows) -> Iterator[Row]:
+        """The rows of ``data``, one by one. Raises as ``iter_rows``."""
+        return iter_rows(data, bad)
+
+    @classmethod
+    def to_predict(
+        cls, rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
+    ) -> list[list[E]]:
+        """The examples of each row, whose labels are not read; none of a bad one.
+
+        Args:
+            tokenizer: ``UNREAD`` for a check of the rows alone.
+            of_task: what ``predicts`` returns.
+        """
+        return [[] if e is None else [cast("E", e)] for e in unlabeled(rows, config, tokenizer, bad)]
+
+    @classmethod
+    def saved_predicts(cls, directory: Path) -> dict[str, Any]:
+        """What ``predicts`` of the task that is saved in ``directory`` returns."""
+        return {}
+
+    def predicts(self) -> dict[str, Any]:
+        """What ``to_predict`` needs to know of this task.
 
         Raises:
-            NotImplementedError: a causal-lm task, which predicts by ``generate``.
+            NotImplementedError: a causal-lm task, which answers by ``generate``.
         """
         if self.head is None:
             raise NotImplementedError("predict: expected a task with a head, got causal-lm; use model.generate")
-        return label(self.head, self.head(self.hidden(batch), batch["attention_mask"]))
+        return {}
+
+    def predict(self, batch: Batch) -> list[Any]:
+        """The prediction for each example of the batch. Raises as ``predicts``."""
+        self.predicts()
+        head = cast("ClassificationHead", self.head)
+        return label(head, head(self.hidden(batch), batch["attention_mask"]))
+
+    def joined(self, examples: Sequence[E], found: Sequence[Any]) -> Any:
+        """A row's prediction, from what ``predict`` has ``found`` for each of its examples."""
+        return found[0]
 
     # Scores
 
@@ -270,8 +319,11 @@ def scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor
 
 def label(head: ClassificationHead, scores: Tensor) -> list[Prediction]:
     """The best label of each row of scores (B, labels)."""
-    probability, best = scores.softmax(-1).max(-1)
-    return [Prediction(head.labels[number], p) for number, p in zip(best.tolist(), probability.tolist(), strict=True)]
+    best = scores.argmax(-1).tolist()  # of the scores, as an evaluation counts: two probabilities may both round to 1
+    return [
+        Prediction(head.labels[number], of_row[number], dict(zip(head.labels, of_row, strict=True)))
+        for number, of_row in zip(best, scores.softmax(-1).tolist(), strict=True)
+    ]
 
 
 class Feed:

@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -33,42 +33,25 @@ from adapterkern.model.mixing import check_mixable
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.optim.plan import local
+from adapterkern.recipes.multitask.examples import Prediction, TaskExample, of_task
 from adapterkern.recipes.multitask.sampling import mixed_order
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_tokens
-from adapterkern.training.data.examples import Example, Rows
-from adapterkern.training.data.rows import DataError, listed, shown, warn
+from adapterkern.training.data.examples import Example, Rows, unlabeled
+from adapterkern.training.data.rows import BadRows, DataError, Row, listed, shown
 from adapterkern.training.data.summary import Summary, summarize
-from adapterkern.training.data.tokens import tokenize
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
-from adapterkern.training.parallel.accelerator import left_as_found
+from adapterkern.training.prediction import predictions
 from adapterkern.training.saved import load_run, save_config, save_run
 from adapterkern.training.task import Feed, Task, label, scored
 
 TASKS_FOLDER = "tasks"
 MULTITASK_CONFIG = f"{TASKS_FOLDER}/multitask.json"
 FORMAT_VERSION = 1
+TASK_COLUMN = "task"  # of the rows to predict
 _ROWS = "rows/"  # + a task's name: the batch's rows of that task
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class TaskExample(Example):
-    """One tokenized row of a task."""
-
-    task: int  # its number among the names
-
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return *Example.arrays(self), np.array([self.task])
-
-
-class Prediction(NamedTuple):
-    """The label that a task's head gives a text."""
-
-    task: str
-    label: str
-    probability: float
 
 
 class MultiTask(Task[TaskExample]):
@@ -152,8 +135,7 @@ class MultiTask(Task[TaskExample]):
                     loaded = one.load(rows[name], config, tokenizer)
                 except DataError as error:
                     raise DataError(f"task {name!r}: {error}") from error
-                fields = [field.name for field in dataclasses.fields(Example)]
-                examples += [TaskExample(**{f: getattr(e, f) for f in fields}, task=number) for e in loaded]
+                examples += [of_task(example, number) for example in loaded]
                 if one.head is not None:
                     self.heads[name] = one.head
         return examples
@@ -263,14 +245,36 @@ class MultiTask(Task[TaskExample]):
         )
         return torch.stack(losses).sum(), torch.stack(right).sum(0)
 
-    def predict(self, batch: Batch) -> list[Prediction]:
-        """The label of each row of the batch by its own task.
+    # Answers
 
-        Raises:
-            NotImplementedError: a causal-lm answers by ``generate``.
-        """
+    @classmethod
+    def saved_predicts(cls, directory: Path) -> dict[str, Any]:
+        return {"names": cls.saved_names(directory)}
+
+    @classmethod
+    def to_predict(
+        cls, rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
+    ) -> list[list[TaskExample]]:
+        """As ``Task``'s, of rows whose column ``"task"`` names their task."""
+        names: list[str] = of_task["names"]
+        made: list[list[TaskExample]] = []
+        for row, example in zip(rows, unlabeled(rows, config, tokenizer, bad), strict=True):
+            name = row.values.get(TASK_COLUMN)
+            if name not in names:
+                got = shown(name) if TASK_COLUMN in row.values else "none"
+                bad.add(row.place, f"column {TASK_COLUMN!r}: expected a task among {listed(names)}, got {got}")
+            known = example is not None and name in names
+            made.append([of_task(example, names.index(name))] if known else [])  # type: ignore[arg-type]
+        return made
+
+    def predicts(self) -> dict[str, Any]:
         if not self.heads:
             raise NotImplementedError("predict: expected tasks with heads, got causal-lm; use model.generate")
+        return {"names": self.names}
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """The label of each row of the batch by its own task. Raises as ``predicts``."""
+        self.predicts()
         hidden = self.hidden(batch)
         found: dict[int, Prediction] = {}
         for name, rows in self._rows_of(batch).items():
@@ -310,11 +314,10 @@ class MultiTask(Task[TaskExample]):
         sums["accuracy"] /= sums["targets"]
         return sums | {"tokens_per_second": count_tokens(examples) / sums["seconds"]} | metrics
 
-    @torch.no_grad()
     def classify(
         self, texts: Sequence[str], tasks: Sequence[str], config: TrainConfig, tokenizer: Any
     ) -> list[Prediction]:
-        """The label of each text by its own task, in batches that mix the tasks as they come.
+        """The label of each text by its own task, in batches that mix the tasks.
 
         Args:
             texts: what to label, none empty.
@@ -328,23 +331,10 @@ class MultiTask(Task[TaskExample]):
             raise ValueError(f"tasks: expected one for each of {len(texts)} texts, got {len(tasks)}")
         if unknown := [name for name in tasks if name not in self.heads]:
             raise ValueError(f"tasks: expected some of {', '.join(self.heads)}, got {unknown[0]!r}")
-        found = tokenize(tokenizer, [("", text) for text in texts]) if texts else []
-        if empty := [text for text, tokens in zip(texts, found, strict=True) if tokens.empty]:
+        if empty := [text for text in texts if not text.strip()]:
             raise ValueError(f"texts: expected none empty, got {shown(empty[0])}")
-        if cut := sum(len(tokens.ids) > config.max_length for tokens in found):
-            warn("texts: %d of %d are cut to the maximum length of %d tokens", cut, len(found), config.max_length)
-        none = np.empty(0, dtype=np.int64)
-        examples = [
-            TaskExample(np.array(tokens.ids[: config.max_length]), np.zeros(1, np.int64), none, number)
-            for tokens, number in zip(found, map(self.names.index, tasks), strict=True)
-        ]
-        size, feed = config.eval_batch_size or config.batch_size, Feed(self, config, None)
-        predictions = []
-        with left_as_found(self):
-            self.eval()
-            for start in range(0, len(examples), size):
-                predictions += self.predict(feed(examples[start : start + size]))
-        return predictions
+        rows = [{config.text_column: text, TASK_COLUMN: name} for text, name in zip(texts, tasks, strict=True)]
+        return [found for _, found in predictions(self, rows, config, tokenizer)] if rows else []
 
     # Files
 

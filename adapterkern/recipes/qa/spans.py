@@ -48,8 +48,11 @@ def _digest(question: Question) -> int:
 def cut(questions: Sequence[Question], tokenizer: Any, max_length: int, stride: int, bad: BadRows) -> list[Window]:
     """The windows of the questions, each of at most ``max_length`` tokens. Questions that cannot be cut go to ``bad``.
 
-    ``tokenizer`` is a fast one of transformers. A window's target is the first gold answer that it contains whole.
+    ``tokenizer`` is a fast one of transformers, or ``TypeError`` is raised. A window's target is the first gold answer
+    that it contains whole.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(f"tokenizer: expected a fast one, which gives offsets, got {type(tokenizer).__name__}")
     contexts = list(dict.fromkeys(question.context for question in questions))
     encoded = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids_of = dict(zip(contexts, encoded["input_ids"], strict=True))
@@ -159,6 +162,10 @@ class Prediction(NamedTuple):
 
     text: str
     candidates: list[Candidate]
+
+    def columns(self) -> dict[str, Any]:
+        """What a table of predictions has of it: the answer, and the log-odds of the best span against no answer."""
+        return {"prediction": self.text, "score": self.candidates[0].score if self.candidates else None}
 
 
 def predictions(

@@ -16,7 +16,7 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from adapterkern.training.data.rows import (
     check_columns,
     columns,
     is_unicode,
-    read_rows,
+    iter_rows,
     scalar,
     shown,
     source_name,
@@ -74,12 +74,7 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
         DataError: the file is of another kind, or its structure is not SQuAD's.
     """
     source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
-    if source is not None and source.lower().endswith(".json"):
-        rows = [Row(values, place) for values, place in _flatten(Path(source), bad)]
-    elif source is not None and not source.lower().endswith(".jsonl"):
-        raise DataError(f"{source}: expected a name that ends in .json (SQuAD's form) or .jsonl")
-    else:
-        rows = read_rows(data, bad)
+    rows = list(question_rows(data, bad))
     if rows:
         check_columns(rows, dict.fromkeys(_NEEDED, ""), bad.source)
         warn_unused(bad.source, [name for name in columns(rows) if name not in _READ])
@@ -95,6 +90,29 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
         else:
             questions[question.id] = question
     return list(questions.values())
+
+
+def question_rows(data: Rows, bad: BadRows) -> Iterator[Row]:
+    """One row per question, as ``read_questions`` reads them. Raises as it does."""
+    source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    if source is not None and source.lower().endswith(".json"):
+        return (Row(values, place) for values, place in _flatten(Path(source), bad))
+    if source is not None and not source.lower().endswith(".jsonl"):
+        raise DataError(f"{source}: expected a name that ends in .json (SQuAD's form) or .jsonl")
+    return iter_rows(data, bad)
+
+
+def unlabeled_questions(rows: Sequence[Row], bad: BadRows) -> list[Question | None]:
+    """The question of each row, whose answers are not read and whose id is its number; None for a bad row."""
+    check_columns(list(rows), dict.fromkeys(_NEEDED, ""), bad.source)
+    found: list[Question | None] = []
+    for number, (values, place) in enumerate(rows):
+        try:
+            found.append(_question({name: values.get(name) for name in _NEEDED}, place, None, str(number)))
+        except ValueError as error:
+            bad.add(place, str(error))
+            found.append(None)
+    return found
 
 
 def read_labeled(data: Rows, bad: BadRows) -> list[Question]:

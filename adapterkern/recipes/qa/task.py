@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,11 +24,11 @@ from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.qa.head import SpanHead
 from adapterkern.recipes.qa.settings import SpanSettings
 from adapterkern.recipes.qa.spans import Prediction, Span, Window, best_spans, cut, predictions
-from adapterkern.recipes.qa.squad import read_labeled, read_questions, score
+from adapterkern.recipes.qa.squad import question_rows, read_labeled, read_questions, score, unlabeled_questions
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_targets, count_tokens
-from adapterkern.training.data.examples import Rows, check_vocabulary
-from adapterkern.training.data.rows import BadRows, DataError, source_name, warn
+from adapterkern.training.data.examples import UNREAD, Rows, check_vocabulary
+from adapterkern.training.data.rows import BadRows, DataError, Row, source_name, warn
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.heads import read_head_config, read_head_weights, write_head
 from adapterkern.training.parallel.accelerator import make_accelerator
@@ -78,8 +78,6 @@ class QuestionAnswering(Task[Window]):
         return windows
 
     def _windows(self, rows: Rows, config: TrainConfig, tokenizer: Any, labeled: bool) -> list[Window]:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(f"tokenizer: expected a fast one, which gives offsets, got {type(tokenizer).__name__}")
         source = source_name(rows)
         bad = BadRows(source)
         questions = (read_labeled if labeled else read_questions)(rows, bad)
@@ -161,6 +159,30 @@ class QuestionAnswering(Task[Window]):
         return [list(best_spans(table[:count], n_best, longest)) for table, count in zip(tables, counts, strict=True)]
 
     # Answers
+
+    @staticmethod
+    def rows_to_predict(data: Rows, bad: BadRows) -> Iterator[Row]:
+        return question_rows(data, bad)
+
+    @classmethod
+    def to_predict(
+        cls, rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
+    ) -> list[list[Window]]:
+        """The windows of each row's question. Its answers are not read."""
+        questions = unlabeled_questions(rows, bad)
+        made: list[list[Window]] = [[] for _ in rows]
+        known = [question for question in questions if question is not None]
+        if known and tokenizer is not UNREAD:
+            for window in cut(known, tokenizer, config.max_length, of_task["doc_stride"], bad):
+                made[int(window.question.id)].append(window)
+        return made
+
+    def predicts(self) -> dict[str, Any]:
+        return {"doc_stride": self.span_settings.doc_stride}
+
+    def joined(self, examples: Sequence[Window], found: Sequence[Any]) -> Prediction:
+        """The answer, from the best spans of the question's windows."""
+        return predictions(examples, found, self.span_settings)[examples[0].question.id]
 
     def evaluate(self, run: nn.Module, examples: Sequence[Window], feed: Feed, config: TrainConfig) -> dict[str, float]:
         """``loss`` (nats per start or end), ``exact`` and ``f1`` in percent, ``accuracy``, the share of exact matches.

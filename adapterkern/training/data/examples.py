@@ -128,14 +128,14 @@ def check_data(data: Rows, config: TrainConfig, labels: Sequence[str] | None = N
     Rows that would be skipped are named only if no others are left.
     """
     bad = BadRows(source_name(data))
-    examples, names = _load(data, config, _UNREAD, labels, bad)
+    examples, names = _load(data, config, UNREAD, labels, bad)
     if not (config.skip_bad_rows and examples):
         bad.settle(config.skip_bad_rows)
     _check_some(examples, names, config, labels, bad)
     return names
 
 
-_UNREAD = object()  # stands for a tokenizer: of a text there is a token or two, whatever they are
+UNREAD = object()  # stands for a tokenizer: of a text there is a token or two, whatever they are
 
 
 def _load(
@@ -181,7 +181,7 @@ def _classification(
             good.append((row, texts[0], value))
     names = list(labels) if labels is not None else label_order(filter(None, (label_name(v) for _, _, v in good)))
     numbers = {name: number for number, name in enumerate(names)}
-    if tokenizer is not _UNREAD and (both := written_in_two_ways(value for _, _, value in good)):
+    if tokenizer is not UNREAD and (both := written_in_two_ways(value for _, _, value in good)):
         warn("%s: column %s: the same label as a string and as another value: %s", *(bad.source, shown(column), both))
     none = np.empty(0, dtype=np.int64)
     examples, unknown = [], dict[str, str]()
@@ -227,7 +227,7 @@ def _causal_lm(
             why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
             why = why if len(learned) else "labels and masks leave none"
             bad.add(row.place, f"no token to learn: {why}, max_length is {config.max_length}")
-    if lost and tokenizer is not _UNREAD:
+    if lost and tokenizer is not UNREAD:
         warn(
             "%s: %d packed texts are left out: all that they learn is beyond the maximum length of %d tokens (%s)",
             *(bad.source, len(lost), config.max_length, lost[0]),
@@ -332,7 +332,7 @@ def _texts(
             pairs[number] = values.get(prompt, ""), values[text]
     if pairs and tokenizer is None:
         raise TypeError("tokenizer: expected a transformers tokenizer for rows of text, got None")
-    if tokenizer is _UNREAD:
+    if tokenizer is UNREAD:
         for number in pairs:
             made[number] = [Text(np.zeros(2, np.int64), np.zeros(2, np.int64))]
         return made
@@ -368,6 +368,21 @@ def _problem(row: Row, column: str, expected: str) -> str:
     else:
         got = kind(row, value)
     return f"column {shown(column)}: expected {expected}, got {got}"
+
+
+def unlabeled(rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example | None]:
+    """The example of each row for a prediction: its text is read, its label is not. None for a bad row."""
+    made: list[Example | None] = []
+    none = np.empty(0, dtype=np.int64)
+    for row, texts in zip(rows, _texts(rows, "", config.text_column, config, tokenizer, bad), strict=True):
+        if len(texts) > 1:
+            bad.add(row.place, f"expected one text, got {len(texts)} that are packed into the row")
+        ids = texts[0].ids[: config.max_length] if len(texts) == 1 else none
+        more: Any = (
+            {"cuts": (len(texts[0].ids) - len(ids),), "place": row.place, "given": _is_given(row)} if texts else {}
+        )
+        made.append(Example(ids, np.zeros(1, np.int64), none, **more) if len(ids) else None)
+    return made
 
 
 def check_vocabulary(examples: Sequence[Example], vocabulary: int) -> None:

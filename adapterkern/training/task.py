@@ -233,7 +233,7 @@ class Task(nn.Module, Generic[E]):
 
     @classmethod
     def to_predict(
-        cls, rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
+        cls, rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
     ) -> list[list[E]]:
         """The examples of each row, whose labels are not read; none of a bad one.
 

@@ -31,6 +31,6 @@ class Prediction(NamedTuple):
         return {"prediction": self.label, "probability": self.probability, "probabilities": self.probabilities}
 
 
-def of_task(example: Example, number: int) -> TaskExample:
+def as_example(example: Example, number: int) -> TaskExample:
     """The example as one of the task with this number."""
     return TaskExample(**{f.name: getattr(example, f.name) for f in dataclasses.fields(Example)}, task=number)

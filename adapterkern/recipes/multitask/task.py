@@ -33,7 +33,7 @@ from adapterkern.model.mixing import check_mixable
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.optim.plan import local
-from adapterkern.recipes.multitask.examples import Prediction, TaskExample, of_task
+from adapterkern.recipes.multitask.examples import Prediction, TaskExample, as_example
 from adapterkern.recipes.multitask.sampling import mixed_order
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
@@ -135,7 +135,7 @@ class MultiTask(Task[TaskExample]):
                     loaded = one.load(rows[name], config, tokenizer)
                 except DataError as error:
                     raise DataError(f"task {name!r}: {error}") from error
-                examples += [of_task(example, number) for example in loaded]
+                examples += [as_example(example, number) for example in loaded]
                 if one.head is not None:
                     self.heads[name] = one.head
         return examples
@@ -253,7 +253,7 @@ class MultiTask(Task[TaskExample]):
 
     @classmethod
     def to_predict(
-        cls, rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
+        cls, rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
     ) -> list[list[TaskExample]]:
         """As ``Task``'s, of rows whose column ``"task"`` names their task."""
         names: list[str] = of_task["names"]
@@ -264,7 +264,7 @@ class MultiTask(Task[TaskExample]):
                 got = shown(name) if TASK_COLUMN in row.values else "none"
                 bad.add(row.place, f"column {TASK_COLUMN!r}: expected a task among {listed(names)}, got {got}")
             known = example is not None and name in names
-            made.append([of_task(example, names.index(name))] if known else [])  # type: ignore[arg-type]
+            made.append([as_example(example, names.index(name))] if known else [])  # type: ignore[arg-type]
         return made
 
     def predicts(self) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class QuestionAnswering(Task[Window]):
 
     @classmethod
     def to_predict(
-        cls, rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
+        cls, rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, **of_task: Any
     ) -> list[list[Window]]:
         """The windows of each row's question. Its answers are not read."""
         questions = unlabeled_questions(rows, bad)

@@ -370,7 +370,7 @@ def _problem(row: Row, column: str, expected: str) -> str:
     return f"column {shown(column)}: expected {expected}, got {got}"
 
 
-def unlabeled(rows: Sequence[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example | None]:
+def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example | None]:
     """The example of each row for a prediction: its text is read, its label is not. None for a bad row."""
     made: list[Example | None] = []
     none = np.empty(0, dtype=np.int64)

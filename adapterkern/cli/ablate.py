@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkern import checks
-from adapterkern.cli.options import add_layers_option, add_output_option, demo_layers, integer
+from adapterkern.cli.options import FILES, add_layers_option, add_output_option, demo_layers, integer
 from adapterkern.cli.run import check_both
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=integer, metavar="N", help="seeds 0 to N-1; default the preset's")
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
     add_layers_option(parser)
-    parser.add_argument("--train", type=Path, metavar="FILE", help="JSONL, CSV or TSV instead of Reuters R8")
+    parser.add_argument("--train", type=Path, metavar="FILE", help=f"instead of Reuters R8: {FILES}")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the same, unseen in training")
     parser.add_argument("--train-texts", type=integer, default=400, metavar="N", help="of Reuters R8; default 400")
     parser.add_argument("--eval-texts", type=integer, default=600, metavar="N", help="of Reuters R8; default 600")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.dtype import chosen_dtype
-from adapterkern.cli.options import add_layers_option, add_output_option, demo_layers
+from adapterkern.cli.options import FILES, add_layers_option, add_output_option, demo_layers
 from adapterkern.cli.run import check_both
 
 NAME, SUMMARY = "demo", "adapters on a real LLaMA and real texts, in minutes on a CPU"
@@ -17,7 +17,7 @@ them on texts that training never saw. With --model, --train and --eval: the sam
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
     parser.add_argument(
-        "--train", dest="train_file", type=Path, metavar="FILE", help="JSONL, CSV or TSV with text and label"
+        "--train", dest="train_file", type=Path, metavar="FILE", help=f"with text and label: {FILES}"
     )
     parser.add_argument("--eval", dest="eval_file", type=Path, metavar="FILE", help="the same, unseen in training")
     add_output_option(parser, "adapterkern-demo")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from adapterkern.cli.options import add_saved_options
+from adapterkern.cli.options import FORMATS, add_saved_options
 from adapterkern.cli.run import evaluate_run
 
 NAME, SUMMARY = "eval", "evaluate a saved run"
@@ -15,7 +15,7 @@ Evaluate a run of any kind on a file: by default on the one that it was evaluate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_saved_options(parser, "JSONL, CSV or TSV; SQuAD's .json for question answering")
+    add_saved_options(parser, f"{FORMATS}; for question answering SQuAD's .json")
 
 
 def run(arguments: argparse.Namespace) -> int:

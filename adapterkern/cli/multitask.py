@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterkern import checks
 from adapterkern.cli.options import (
+    FORMATS,
     adapter_config,
     add_adapter_options,
     add_backbone_options,
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar=("NAME", "FILE"),
-        help="a task, the file to learn from, and optionally one to evaluate on; JSONL, CSV or TSV",
+        help=f"a task, what to learn from, and optionally what to evaluate on: {FORMATS}",
     )
     parser.add_argument(
         "--temperature",

@@ -273,8 +273,12 @@ def model_flags(arguments: argparse.Namespace) -> dict[str, bool]:
     return {"fused": not arguments.unfused, "liger": arguments.liger}
 
 
-def add_data_options(parser: argparse.ArgumentParser, format: str = "JSONL, CSV or TSV") -> None:
-    parser.add_argument("--train", required=True, metavar="FILE", help=f"{format} to learn from")
+FILES = "JSONL, JSON, CSV, TSV, Parquet, or a folder of .txt files"
+FORMATS = f"{FILES}; or NAME:SPLIT of a dataset on the hub"
+
+
+def add_data_options(parser: argparse.ArgumentParser, format: str = FORMATS) -> None:
+    parser.add_argument("--train", required=True, metavar="FILE", help=f"what to learn from: {format}")
     parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on")
 
 
@@ -284,7 +288,7 @@ READING = ("skip_bad_rows", "eval_batch_size")
 
 def add_saved_options(
     parser: argparse.ArgumentParser,
-    format: str = "JSONL, CSV or TSV",
+    format: str = FORMATS,
     data_required: bool = False,
     columns: bool = True,
 ) -> None:

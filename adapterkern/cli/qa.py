@@ -29,7 +29,7 @@ answers.json is {id: text}, which SQuAD's official script reads; --n-best FILE a
 """
 # What TrainConfig has for other tasks, and question answering does not read.
 _UNUSED = frozenset({"task", "pooling", "text_column", "label_column", "prompt_column", "completion_column"})
-_FORMAT = ".json in SQuAD's form, or .jsonl"
+_FORMAT = ".json in SQuAD's form, .jsonl or .parquet; or NAME:SPLIT of a dataset on the hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

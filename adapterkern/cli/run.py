@@ -117,13 +117,13 @@ def check_rows(
     config: TrainConfig,
     labels: Sequence[str] | None = None,
 ) -> list[str] | None:
-    """Raise ``DataError`` or ``OSError`` if a training could not use an option's file, whatever the tokenizer.
+    """Raise ``DataError`` or ``OSError`` if a training could not use an option's data, whatever the tokenizer.
 
     Args:
         labels: those that the rows may have; by default any.
 
     Returns:
-        the labels; None without a file.
+        the labels; None without data.
     """
     from adapterkern.training.data.examples import check_data
 
@@ -153,6 +153,10 @@ def _named(option: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise type(error)(f"{option}: {error}") from error
+    except (OSError, ImportError) as error:
+        if not str(error).startswith("data: "):
+            raise
+        raise type(error)(f"{option}: {str(error).removeprefix('data: ')}") from error
 
 
 def check_train_and_eval(
@@ -189,11 +193,14 @@ def check_both(train_file: Path | None, eval_file: Path | None, config: TrainCon
 
 
 def check_file(option: str, path: str | os.PathLike[str]) -> None:
-    """Raise ``OSError`` if there is no such file."""
-    if os.path.isdir(path):
+    """Raise ``OSError`` if there is no such file or folder, and the text cannot name a dataset on the hub."""
+    from adapterkern.training.data.formats.names import format_of, hub_name
+
+    if os.path.isdir(path) and format_of(path):
         raise IsADirectoryError(f"{option}: expected a file, got the folder {path}")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{option}: no file {path}")
+    if not os.path.exists(path) and hub_name(path) is None:
+        what = "file" if os.path.splitext(path)[1] else "file or folder"
+        raise FileNotFoundError(f"{option}: no {what} {path}")
 
 
 def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "LlamaAdapter":

@@ -1,4 +1,4 @@
-"""Questions from SQuAD files, JSONL and lists of rows; and SQuAD's scores, exact match and F1.
+"""Questions from SQuAD files, JSONL and other rows; and SQuAD's scores, exact match and F1.
 
 A row has a question, a context, and answers that are spans of that context. SQuAD's own files (v1.1, v2.0) nest them,
 ``{"data": [{"paragraphs": [{"context": …, "qas": [{"id", "question", "answers": [{"text", "answer_start"}]}]}]}]}``;
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from adapterkern.files import read_json
 from adapterkern.training.data.examples import Rows
+from adapterkern.training.data.formats.names import TABLES, format_of
 from adapterkern.training.data.rows import (
     HALF_A_PAIR,
     BadRows,
@@ -65,7 +66,7 @@ class Question(NamedTuple):
 
 
 def read_questions(data: Rows, bad: BadRows) -> list[Question]:
-    """The questions of a ``.json`` file in SQuAD's form, of a ``.jsonl`` file, or of a list of mappings.
+    """The questions of a ``.json`` file in SQuAD's form, of other rows except tables of text, or of a list of mappings.
 
     Bad rows (a field is missing or of a wrong type, an answer is not at its ``answer_start``, an id is there twice) go
     to ``bad``, by file and id.
@@ -97,8 +98,8 @@ def question_rows(data: Rows, bad: BadRows) -> Iterator[Row]:
     source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
     if source is not None and source.lower().endswith(".json"):
         return (Row(values, place) for values, place in _flatten(Path(source), bad))
-    if source is not None and not source.lower().endswith(".jsonl"):
-        raise DataError(f"{source}: expected a name that ends in .json (SQuAD's form) or .jsonl")
+    if source is not None and format_of(source) in TABLES:  # which hold no lists of answers
+        raise DataError(f"{source}: expected a name that ends in .json (SQuAD's form) or .jsonl or .parquet")
     return iter_rows(data, bad)
 
 

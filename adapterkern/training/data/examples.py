@@ -42,7 +42,7 @@ from adapterkern.training.data.tokens import tokenize
 
 _LOOKED_AT = 10  # unknown labels, for what they may have meant: more are not shown
 
-Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Any]  # the last of columns, see `iter_rows`
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -100,8 +100,11 @@ def load_examples(
     """Read and tokenize data for ``config.task``.
 
     Args:
-        data: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or an iterable of mappings. Rows have the columns that
-            ``config`` names. Rows with ``input_ids`` (a list of token ids) are tokenized already, see given.py, and
+        data: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.tab`` file, also compressed (``.gz``), or a
+            ``.parquet`` file; a folder of ``.txt`` files, where the names of subfolders are labels; ``NAME``,
+            ``NAME:SPLIT`` or ``NAME:CONFIGURATION:SPLIT`` of a dataset on the hub, by default its split ``train``; an
+            iterable of mappings; a mapping of columns to lists or arrays; a pandas ``DataFrame``; or an Arrow table.
+            Rows have the columns that ``config`` names. Rows with ``input_ids`` (a list of token ids) are tokenized already, see given.py, and
             need no tokenizer. A column that is not read is named in a warning.
         tokenizer: a transformers tokenizer.
         labels: the label names of a classification head; by default those in the data.

@@ -1,11 +1,9 @@
-"""Rows from JSONL, CSV and TSV files or from Python, each with its place for error messages.
+"""Rows from files, folders, the hub or Python, each with its place for error messages; see formats/ for the readers.
 
 A file that is not of the format its name says raises at once. Bad rows are collected, so that one message names all of
-them. CSV and TSV files have a header line and use RFC 4180 quoting; every file is UTF-8.
+them.
 """
 
-import csv
-import json
 import logging
 import os
 import re
@@ -14,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapterkern.files import unique_keys
 from adapterkern.training import processes
+from adapterkern.training.data.formats.names import TABLES, format_of, hub_name
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +21,6 @@ HALF_A_PAIR = "half a surrogate pair, which is not a character"
 _SHOWN = 10  # bad rows, or names, in one message
 _WIDTH = 60  # characters of a value in a message
 _named: set[str] = set()  # what `warn_once` has said
-_TABLES = (".csv", ".tsv", ".tab")
-_MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
-
-
 _JSON = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -43,6 +37,14 @@ class Row(NamedTuple):
 
     values: Mapping[str, Any]
     place: str  # "reviews.csv:17", or "row 16" of a list
+
+
+class JsonObject(dict[str, Any]):
+    """A JSON object that knows its pairs."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
 
 
 class BadRows:
@@ -139,10 +141,15 @@ def plain(name: str) -> str:
 
 
 def kind(row: Row, value: Any) -> str:
-    """What a value is, in the words of JSON for a row of JSONL, else of Python."""
-    if isinstance(row.values, _Object):
-        return _JSON.get(type(value), "an object")
+    """What a value is, in the words of JSON for a row of JSON, else of Python."""
+    if isinstance(row.values, JsonObject):
+        return json_kind(value)
     return "None" if value is None else type(value).__name__
+
+
+def json_kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    return _JSON.get(type(value), "an object")
 
 
 def check_columns(rows: list[Row], needed: Mapping[str, str], source: str, pair: str = "") -> None:
@@ -154,7 +161,7 @@ def check_columns(rows: list[Row], needed: Mapping[str, str], source: str, pair:
     """
     found = columns(rows)
     if missing := [name for name in needed if name not in found]:
-        no_header = len(missing) == len(needed) and Path(source).suffix.lower() in _TABLES
+        no_header = len(missing) == len(needed) and format_of(source) in TABLES
         problem = no_columns({name: needed[name] for name in missing}, found, no_header, pair)
         raise ColumnError(f"{source}: {problem}")
 
@@ -196,92 +203,43 @@ def warn_unused(source: str, names: Iterable[str], why: str = "") -> None:
         warn_once(line)
 
 
-def read_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> list[Row]:
+def read_rows(data: Any, bad: BadRows) -> list[Row]:
     """All rows of ``iter_rows``, which raises the same."""
     return list(iter_rows(data, bad))
 
 
-def iter_rows(data: str | os.PathLike[str] | Iterable[Mapping[str, Any]], bad: BadRows) -> Iterator[Row]:
-    """Rows of a ``.jsonl``, ``.csv``, ``.tsv`` or ``.tab`` file, or of mappings, one by one. Bad rows go to ``bad``.
+def iter_rows(data: Any, bad: BadRows) -> Iterator[Row]:
+    """Rows of a file, a folder, a dataset on the hub, or of Python's objects, one by one. Bad rows go to ``bad``.
+
+    Args:
+        data: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.tab`` file, which may be compressed (``.gz``), or a
+            ``.parquet`` file; a folder of ``.txt`` files, see formats/folder.py; ``NAME``, ``NAME:SPLIT`` or
+            ``NAME:CONFIGURATION:SPLIT`` of a dataset on the hub, where the split is ``train`` unless it is named; an
+            iterable of mappings, such as ``datasets.Dataset``; a mapping of columns to lists or arrays of one length; a
+            pandas ``DataFrame``; or a table with Arrow's stream interface.
 
     Raises:
-        DataError: the file has another suffix, has no header, or is not UTF-8.
-        OSError: there is no such file, or it cannot be read.
-        TypeError: ``data`` is neither a path nor an iterable of rows.
+        DataError: the file has another suffix, has no header, is not UTF-8, or is damaged; there is no such split.
+        ImportError: a package that reads it is not installed: pyarrow for Parquet, datasets for the hub.
+        OSError: there is no such file, folder or dataset, or it cannot be read.
+        TypeError: ``data`` is none of these.
     """
+    # They import this module.
+    from adapterkern.training.data.formats import files, hub, objects
+
     if isinstance(data, str | os.PathLike):
-        path = Path(data)
-        readers = {".jsonl": _read_jsonl} | dict.fromkeys(_TABLES, _read_table)
-        if path.suffix.lower() not in readers:
-            hint = "; save a list of rows as .jsonl, one object per line" if path.suffix.lower() == ".json" else ""
-            raise DataError(f"{path}: expected a name that ends in {', '.join(readers)}{hint}")
-        if path.is_dir() or not path.exists():
-            kind, what = (IsADirectoryError, "a folder") if path.is_dir() else (FileNotFoundError, "not there")
-            raise kind(f"data: expected a file of rows, got {path}, which is {what}")
-        return _of_unicode(readers[path.suffix.lower()](path, bad), bad)
-    if isinstance(data, Mapping) or hasattr(data, "iterrows") or not isinstance(data, Iterable):
-        hint = ""
-        if isinstance(data, Mapping):  # a DatasetDict, or lists by column
-            hint = f" with the keys {listed(data)}; pass one of its splits, or a mapping for each row"
-        elif hasattr(data, "iterrows"):
-            hint = "; pass frame.to_dict('records')"
-        raise TypeError(f"data: expected a path or a list of rows, got {type(data).__name__}{hint}")
-    return _of_unicode(_read_mappings(data, bad), bad)
+        named = hub_name(data)
+        rows = files.read_path(Path(data), bad) if named is None else hub.read_hub(named, bad)
+    else:
+        rows = objects.read_object(data, bad)
+    return _of_unicode(rows, bad)
 
 
 def source_name(data: Any) -> str:
-    """The name of the data in messages."""
-    return os.fspath(data) if isinstance(data, str | os.PathLike) else "data"
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
-            if "\0" in text:
-                raise DataError(f"{path}:{number}: not text: it has a NUL byte")
-            yield text
-
-
-def _read_mappings(data: Iterable[Any], bad: BadRows) -> Iterator[Row]:
-    for index, values in enumerate(data):
-        if isinstance(values, Mapping):
-            yield Row(values, f"row {index}")
-        else:
-            bad.add(f"row {index}", f"expected a mapping of columns to values, got {type(values).__name__}")
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that knows its pairs."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.pairs = pairs
-
-
-def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
-        place = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line.rstrip("\r\n"), object_pairs_hook=_Object)
-            if isinstance(values, _Object) and len(values) != len(values.pairs):
-                unique_keys(values.pairs)  # raises; objects inside a column may have a key twice, which nothing reads
-        except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-            if number == 1 and line.lstrip().startswith("["):
-                raise DataError(f"{place}: expected one JSON object per line, got a list over several lines") from error
-            cut = "" if line.endswith("\n") else "; the file ends here and may have been cut off"
-            bad.add(place, f"not JSON: {reason}{cut}")
-            continue
-        if isinstance(values, dict):
-            yield Row(values, place)
-        else:
-            bad.add(place, f"expected a JSON object, got {_JSON[type(values)]}")
+    """The name of the data in messages: the path; of a dataset on the hub also the split; "data" for objects."""
+    if isinstance(data, str | os.PathLike):
+        return str(hub_name(data) or Path(data))
+    return "data"
 
 
 def _of_unicode(rows: Iterable[Row], bad: BadRows) -> Iterator[Row]:
@@ -303,36 +261,3 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_table(path: Path, bad: BadRows) -> Iterator[Row]:
-    previous_limit = csv.field_size_limit(_MAX_FIELD)
-    try:
-        delimiter = "," if path.suffix.lower() == ".csv" else "\t"
-        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        line = 1  # where the record begins: a quoted field may span lines
-        while True:
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                cut = "; a quote is not closed, or the file has been cut off" if "end of data" in str(error) else ""
-                problem = str(error).replace("\t", "\\t")
-                raise DataError(f"{path}:{line}: {problem}{cut}") from error
-            place, line = f"{path}:{line}", reader.line_num + 1
-            if fields is None:
-                break
-            if not fields:
-                continue
-            if header is None:
-                header = fields
-                if len(set(header)) != len(header):
-                    raise DataError(f"{place}: expected a line that names the columns, each once, got {listed(header)}")
-            elif len(fields) != len(header):
-                bad.add(place, f"expected {len(header)} fields as in the header, got {len(fields)}")
-            else:
-                yield Row(dict(zip(header, fields, strict=True)), place)
-        if header is None:
-            raise DataError(f"{path}: expected a header line, got an empty file")
-    finally:
-        csv.field_size_limit(previous_limit)

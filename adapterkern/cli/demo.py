@@ -16,9 +16,7 @@ them on texts that training never saw. With --model, --train and --eval: the sam
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a .gguf file, transformers folder or hub name instead of SmolLM2-135M")
-    parser.add_argument(
-        "--train", dest="train_file", type=Path, metavar="FILE", help=f"with text and label: {FILES}"
-    )
+    parser.add_argument("--train", dest="train_file", type=Path, metavar="FILE", help=f"with text and label: {FILES}")
     parser.add_argument("--eval", dest="eval_file", type=Path, metavar="FILE", help="the same, unseen in training")
     add_output_option(parser, "adapterkern-demo")
     add_layers_option(parser)

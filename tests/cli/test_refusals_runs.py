@@ -177,7 +177,11 @@ ROWS = [
     ("train --model ./no --train good.jsonl --output out", "--model: no folder no"),
     (DISTILL + "--teacher no.gguf", "--teacher: no file no.gguf"),
     ("train --model {model} --train no.jsonl --output out", "--train: no file no.jsonl"),
-    (TRAIN + "--eval .", "--eval: expected a file, got the folder ."),
+    (TRAIN + "--eval folder.csv", "--eval: expected a file, got the folder folder.csv"),
+    (
+        TRAIN + "--eval old",
+        "--eval: old: expected .txt files, or .* label, got a folder with 'checkpoints/step-00000002'",
+    ),
     (TRAIN + "--eval bad.txt", "bad.txt: expected a name that ends in .jsonl, .csv"),
     (TRAIN + "--eval empty.jsonl", "--eval: empty.jsonl: no rows"),
     (
@@ -245,6 +249,7 @@ def test_refused(
     Path("bad.txt").write_text("x")
     Path("empty.jsonl").touch()
     Path("old", "checkpoints", "step-00000002").mkdir(parents=True)
+    Path("folder.csv").mkdir()
     Path("strange").mkdir()
     Path("strange", "x.txt").touch()
     before = sorted(tmp_path.rglob("*"))

@@ -123,6 +123,17 @@ def test_the_three_forms_read_alike(tmp_path: Path) -> None:
     assert all(q.context[a.start : a.end] == a.text for q in nested for a in q.answers or ())
 
 
+def test_parquet_and_the_hub_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    answers = {"text": ["Bo"], "answer_start": [8]}
+    data = datasets.Dataset.from_list([ROW | {"answers": answers}, ROW | {"id": "q2", "answers": answers}])
+    data.to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    of_file, of_hub = read(str(tmp_path / "rows.parquet")), read("user/squad:validation")
+    assert [q[:4] for q in of_file] == [q[:4] for q in of_hub] == [q[:4] for q in read([ROW, ROW | {"id": "q2"}])]
+    assert [q.place for q in of_hub] == [f"user/squad:validation: question '{name}'" for name in ("q1", "q2")]
+
+
 def test_rows_without_id_or_answers() -> None:
     questions = read([{"question": "Who?", "context": "Ann."}, {"question": "Who?", "context": "Bo.", "id": 7}])
     assert [(q.id, q.answers) for q in questions] == [("row-0", None), ("7", None)]

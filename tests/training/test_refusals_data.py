@@ -209,9 +209,9 @@ CASES: dict[str, Case] = {
         "a.jsonl:1: expected one JSON object per line, g",
     ),
     "JSON": (
-        file("a.json", "[]"),
+        file("a.json", '{"data": []}'),
         DataError,
-        r"a\.json: expected a name that ends in .*; save a list of rows as \.jsonl",
+        r"a\.json: expected a list of objects, got an object; name a file of one object per line \.jsonl$",
     ),
     "null": (file("a.jsonl", "null\n"), DataError, "a.jsonl:1: expected a JSON object, got null"),
     "frame": (

@@ -66,7 +66,7 @@ class Question(NamedTuple):
 
 
 def read_questions(data: Rows, bad: BadRows) -> list[Question]:
-    """The questions of a ``.json`` file in SQuAD's form, of other rows except tables of text, or of a list of mappings.
+    """The questions of a ``.json`` file in SQuAD's form, or of rows as ``load_examples`` reads them, except CSV and TSV.
 
     Bad rows (a field is missing or of a wrong type, an answer is not at its ``answer_start``, an id is there twice) go
     to ``bad``, by file and id.
@@ -74,7 +74,7 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
     Raises:
         DataError: the file is of another kind, or its structure is not SQuAD's.
     """
-    source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    source = source_name(data) if isinstance(data, str | os.PathLike) else None
     rows = list(question_rows(data, bad))
     if rows:
         check_columns(rows, dict.fromkeys(_NEEDED, ""), bad.source)
@@ -95,7 +95,7 @@ def read_questions(data: Rows, bad: BadRows) -> list[Question]:
 
 def question_rows(data: Rows, bad: BadRows) -> Iterator[Row]:
     """One row per question, as ``read_questions`` reads them. Raises as it does."""
-    source = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    source = source_name(data) if isinstance(data, str | os.PathLike) else None
     if source is not None and source.lower().endswith(".json"):
         return (Row(values, place) for values, place in _flatten(Path(source), bad))
     if source is not None and format_of(source) in TABLES:  # which hold no lists of answers

@@ -42,7 +42,7 @@ from adapterkern.training.data.tokens import tokenize
 
 _LOOKED_AT = 10  # unknown labels, for what they may have meant: more are not shown
 
-Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Any]  # the last of columns, see `iter_rows`
+Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Any]  # the last by column
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -104,8 +104,8 @@ def load_examples(
             ``.parquet`` file; a folder of ``.txt`` files, where the names of subfolders are labels; ``NAME``,
             ``NAME:SPLIT`` or ``NAME:CONFIGURATION:SPLIT`` of a dataset on the hub, by default its split ``train``; an
             iterable of mappings; a mapping of columns to lists or arrays; a pandas ``DataFrame``; or an Arrow table.
-            Rows have the columns that ``config`` names. Rows with ``input_ids`` (a list of token ids) are tokenized already, see given.py, and
-            need no tokenizer. A column that is not read is named in a warning.
+            Rows have the columns that ``config`` names. Rows with ``input_ids`` (a list of token ids) are tokenized
+            already, see given.py, and need no tokenizer. A column that is not read is named in a warning.
         tokenizer: a transformers tokenizer.
         labels: the label names of a classification head; by default those in the data.
         named: ``config`` names the columns of these rows, and of no others: causal-lm warns if they have none of them.
@@ -116,7 +116,9 @@ def load_examples(
     Raises:
         DataError: a column that all rows lack; bad rows, each named by file and line, unless ``config.skip_bad_rows``;
             no rows left; or only one label.
-        TypeError: rows of text without a tokenizer.
+        ImportError: a package that reads the data is not installed: pyarrow for Parquet, datasets for the hub.
+        OSError: there is no such file, folder or dataset, or it cannot be read.
+        TypeError: rows of text without a tokenizer; or ``data`` holds no rows.
     """
     bad = BadRows(source_name(data))
     examples, names = _load(data, config, tokenizer, labels, bad, named)

@@ -212,11 +212,7 @@ def iter_rows(data: Any, bad: BadRows) -> Iterator[Row]:
     """Rows of a file, a folder, a dataset on the hub, or of Python's objects, one by one. Bad rows go to ``bad``.
 
     Args:
-        data: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.tab`` file, which may be compressed (``.gz``), or a
-            ``.parquet`` file; a folder of ``.txt`` files, see formats/folder.py; ``NAME``, ``NAME:SPLIT`` or
-            ``NAME:CONFIGURATION:SPLIT`` of a dataset on the hub, where the split is ``train`` unless it is named; an
-            iterable of mappings, such as ``datasets.Dataset``; a mapping of columns to lists or arrays of one length; a
-            pandas ``DataFrame``; or a table with Arrow's stream interface.
+        data: what ``load_examples`` reads.
 
     Raises:
         DataError: the file has another suffix, has no header, is not UTF-8, or is damaged; there is no such split.

@@ -53,7 +53,8 @@ def _rows(batches: Iterable[Any], prefix: str) -> Iterator[Row]:
             try:
                 rows = batch.slice(start, _ROWS).to_pylist()
             except UnicodeDecodeError as error:
-                raise DataError(f"{prefix}row {number} or one of the next {_ROWS}: not UTF-8: {error.reason}") from error
+                where = f"{prefix or 'data: '}row {number} or one of the next {_ROWS}"
+                raise DataError(f"{where}: not UTF-8: {error.reason}") from error
             for values in rows:
                 yield Row(values, f"{prefix}row {number}")
                 number += 1

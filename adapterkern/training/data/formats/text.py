@@ -15,6 +15,7 @@ from adapterkern.training.data.rows import BadRows, DataError, JsonObject, Row, 
 
 _MAX_FIELD = 64 << 20  # characters in a CSV field; Python's limit of 131,072 is shorter than a long document
 _BLOCK = 1 << 20  # bytes of a .json file that are read at once
+_SHOWN = 20  # characters of it in a message
 _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what gzip raises for a file that is cut or is none
 _DECODER = json.JSONDecoder(object_pairs_hook=JsonObject)
 
@@ -157,24 +158,31 @@ class _Json:
                 # What a value that goes on beyond the buffer looks like
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
                 if not (cut and self._more):
-                    raise self.error(f"not JSON: {error.msg}", error.pos) from error
+                    self._go(error.pos)
+                    raise self.error(f"not JSON: {error.msg.removesuffix(' at')}, at {self.got()}") from error
             except (ValueError, RecursionError) as error:  # a number of more than 4300 digits, and lists in lists
                 raise self.error(f"not JSON: {error}") from error
             else:
                 if end < len(self._buffer) or not self._more:  # else a number may go on
-                    self.line += self._buffer.count("\n", self.at, end)
-                    self.at = end
+                    self._go(end)
                     return value
             self._read(2 * (len(self._buffer) - self.at) + 1)  # twice as much: the time is linear in the length
 
+    def _go(self, at: int) -> None:
+        self.line += self._buffer.count("\n", self.at, at)
+        self.at = at
+
     def got(self) -> str:
         """What is next, for a message."""
-        return shown(self._buffer[self.at : self.at + 20]) if self.peek() else "the end of the file"
+        if not self.peek():
+            return "the end of the file"
+        self._read(_SHOWN)
+        return shown(self._buffer[:_SHOWN])
 
-    def error(self, problem: str, at: int | None = None) -> DataError:
-        at = self.at if at is None else at
-        cut = "; the file ends here and may have been cut off" if at >= len(self._buffer.rstrip()) else ""
-        return DataError(f"{self.path}:{self.line + self._buffer.count(chr(10), self.at, at)}: {problem}{cut}")
+    def error(self, problem: str) -> DataError:
+        ends = not self.peek() or "Unterminated string" in problem
+        cut = "; the file ends here and may have been cut off" if ends else ""
+        return DataError(f"{self.path}:{self.line}: {problem}{cut}")
 
 
 def read_table(path: Path, bad: BadRows) -> Iterator[Row]:

@@ -132,18 +132,18 @@ def check_hub(source: str | os.PathLike[str], name: str = "model") -> bool:
                 get_hf_file_metadata(hf_hub_url(text, "config.json"))
                 break
             except Exception as error:
-                if last or not _not_connected(error):
+                if last or not not_connected(error):
                     raise
                 time.sleep(_PAUSE)
     except hub.OfflineModeIsEnabled:
         pass  # which the loader reports at once
     except Exception as error:
         if cached:
-            if _not_connected(error):
+            if not_connected(error):
                 logger.warning("%s: the hub cannot be asked, so this is the copy in the cache", source)
-            return _not_connected(error)
+            return not_connected(error)
         known = hub.GatedRepoError | hub.RepositoryNotFoundError | hub.HFValidationError
-        if isinstance(error, known) or _not_connected(error):
+        if isinstance(error, known) or not_connected(error):
             raise OSError(f"{name}: no folder {source} here, and {_why_not_from_hub(text, error)}") from error
     return False
 
@@ -155,7 +155,7 @@ def _in_cache(name: str) -> bool:
         return False
 
 
-def _not_connected(error: BaseException) -> bool:
+def not_connected(error: BaseException) -> bool:
     """Whether no connection was made, by the names that both of the hub's HTTP libraries have for it."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"ConnectError", "ConnectionError"}) and not isinstance(error, hub.OfflineModeIsEnabled)
@@ -196,7 +196,7 @@ def _why_not_from_hub(name: str, error: BaseException | None) -> str:
             return f"the hub has no model {name}, or it is private: `hf auth login`"
         if isinstance(error, hub.HFValidationError):
             return f"{name} cannot be a name on the hub"
-        if isinstance(error, hub.LocalEntryNotFoundError) or _not_connected(error):
+        if isinstance(error, hub.LocalEntryNotFoundError) or not_connected(error):
             return f"the hub could not be asked for {name}, of which there is no copy in the cache"
         error = error.__cause__ or error.__context__
     return f"the hub gave no usable {name}: {text}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adapterkern.training import DataError, load_examples
+from adapterkern.training.data.formats import hub as hub_module
 from adapterkern.training.data.formats.names import HubName, hub_name
 from adapterkern.training.data.rows import BadRows, iter_rows, read_rows, source_name
 from tests.support import tiny_run
@@ -291,6 +292,35 @@ def test_a_dataset_of_the_hub(hub: list[tuple[Any, ...]]) -> None:
 def test_what_the_hub_does_not_have(name: str, kind: type[Exception], message: str, hub: list[tuple[Any, ...]]) -> None:
     with pytest.raises(kind, match=message):
         read_rows(name, BadRows(""))
+
+
+def test_without_a_network_the_cache_alone_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package datasets tries for half a minute, unless it is told to be offline."""
+    datasets, hub = library("datasets"), library("huggingface_hub")
+    asked: list[Any] = []
+
+    class ConnectError(Exception):  # as httpx has it
+        pass
+
+    def unreachable(url: str) -> None:
+        asked.append(url)
+        raise ConnectError
+
+    def load_dataset(path: str, name: str | None, *, split: str) -> Any:
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(hub_module, "_PAUSE", 0.0)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(found("user/reviews")) == 3
+    url = hub.hf_hub_url("user/reviews", "README.md", repo_type="dataset")
+    assert asked == [url, url, True]
+    assert datasets.config.HF_HUB_OFFLINE is False
+    monkeypatch.setattr(hub, "get_hf_file_metadata", asked.append)
+    found("user/reviews")
+    assert asked[3:] == [url, False]
 
 
 def test_the_hub_without_a_network() -> None:

@@ -66,7 +66,7 @@ class Question(NamedTuple):
 
 
 def read_questions(data: Rows, bad: BadRows) -> list[Question]:
-    """The questions of a ``.json`` file in SQuAD's form, or of rows as ``load_examples`` reads them, except CSV and TSV.
+    """The questions of a ``.json`` file in SQuAD's form, or of rows that ``load_examples`` reads, except CSV and TSV.
 
     Bad rows (a field is missing or of a wrong type, an answer is not at its ``answer_start``, an id is there twice) go
     to ``bad``, by file and id.

@@ -199,8 +199,7 @@ def check_file(option: str, path: str | os.PathLike[str]) -> None:
     if os.path.isdir(path) and format_of(path):
         raise IsADirectoryError(f"{option}: expected a file, got the folder {path}")
     if not os.path.exists(path) and hub_name(path) is None:
-        what = "file" if os.path.splitext(path)[1] else "file or folder"
-        raise FileNotFoundError(f"{option}: no {what} {path}")
+        raise FileNotFoundError(f"{option}: no file {'' if os.path.splitext(path)[1] else 'or folder '}{path}")
 
 
 def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "LlamaAdapter":

@@ -270,7 +270,7 @@ def test_parquet_is_read_batch_by_batch(parquet: Path, monkeypatch: pytest.Monke
     lib = pytest.importorskip("pyarrow.parquet")
     batches = []
 
-    class File(lib.ParquetFile):  # type: ignore[misc, name-defined]
+    class File(lib.ParquetFile):  # type: ignore[name-defined]
         def iter_batches(self, **options: Any) -> Any:
             for batch in super().iter_batches(**options):
                 batches.append(batch.num_rows)

@@ -6,8 +6,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from adapterkern.files import unique_keys
 from adapterkern.training.data.formats.names import format_of
@@ -20,7 +21,7 @@ _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what gzip raises for a fi
 _DECODER = json.JSONDecoder(object_pairs_hook=JsonObject)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 

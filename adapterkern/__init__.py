@@ -14,6 +14,7 @@ from adapterkern.ops import adapter
 from adapterkern.optim import ClippedAdamW
 
 if TYPE_CHECKING:
+    from adapterkern.inference.api import load, predict
     from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import TrainConfig, evaluate, train
 
@@ -26,6 +27,8 @@ __all__ = [
     "TrainConfig",
     "adapter",
     "evaluate",
+    "load",
+    "predict",
     "train",
 ]
 
@@ -35,6 +38,8 @@ __getattr__, __dir__ = _lazy.attach(
         "LlamaAdapter": "model.llama",
         "TrainConfig": "training.config",
         "evaluate": "training.api",
+        "load": "inference.api",
+        "predict": "inference.api",
         "train": "training.api",
     },
 )

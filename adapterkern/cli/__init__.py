@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from adapterkern import __version__, _ctrl_c, ops
-from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, qa, route, train
+from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, predict, qa, route, train
 from adapterkern.cli.cores import warn_of_threads
 from adapterkern.cli.memory import keep_pages
 from adapterkern.cli.options import Parser, UsageError
@@ -16,7 +16,7 @@ from adapterkern.cli.together import check_together
 from adapterkern.cli.words import in_options
 from adapterkern.ops import native
 
-COMMANDS = (train, evaluate, multitask, route, qa, distill, demo, ablate, budget, doctor)
+COMMANDS = (train, evaluate, predict, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
 logger = logging.getLogger(__name__)
 

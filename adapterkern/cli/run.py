@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from adapterkern.inference.runs import Opened, SavedRun
     from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import Task
     from adapterkern.training.saved import Sources
@@ -45,14 +44,10 @@ def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def sources_of(arguments: argparse.Namespace, eval_data: str | None, tokenizer: Any) -> "Sources":
     """What ``sources.json`` holds of a run with these arguments."""
+    from adapterkern.inference.runs import tokens_digest
     from adapterkern.training.saved import Sources
 
-    return Sources(arguments.model, arguments.num_layers, arguments.dtype, eval_data, _tokens(tokenizer))
-
-
-def _tokens(tokenizer: Any) -> str:
-    """A digest of the tokens and their ids."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return Sources(arguments.model, arguments.num_layers, arguments.dtype, eval_data, tokens_digest(tokenizer))
 
 
 def train_run(
@@ -130,7 +125,7 @@ def check_rows(
     if path is None:
         return None
     check_file(option, path)
-    with _named(option):
+    with named(option):
         return check_data(path, config, labels)
 
 
@@ -140,12 +135,12 @@ def check_questions(option: str, path: str | None, config: TrainConfig, labeled:
 
     if path is not None:
         check_file(option, path)
-        with _named(option):
+        with named(option):
             check_questions(path, config.skip_bad_rows, labeled)
 
 
 @contextlib.contextmanager
-def _named(option: str) -> Iterator[None]:
+def named(option: str) -> Iterator[None]:
     """Name the option in errors about its data."""
     from adapterkern.training.data.rows import DataError
 
@@ -236,40 +231,58 @@ def load_saved(arguments: argparse.Namespace, answers: bool = False) -> tuple["T
         FileNotFoundError: a file of the run is missing.
         ValueError: one is damaged; or there is no data.
     """
-    from adapterkern.model.backbone import load_backbone
-    from adapterkern.model.liger import check_installed
     from adapterkern.recipes.multitask.task import MultiTask
     from adapterkern.recipes.qa.task import QuestionAnswering
 
+    run = saved_run(arguments)
+    if answers and not issubclass(run.kind, QuestionAnswering):
+        raise ValueError(f"{run.directory}: expected a run of question answering, got {command(run.kind.__name__)}")
+    data: Any
+    if issubclass(run.kind, MultiTask):
+        data = _data_of_tasks(arguments, run.directory)
+        for name, path in data.items():
+            _check_saved_data(arguments, MultiTask.folder(run.directory, name), path)
+    else:
+        data = arguments.data or (run.sources and run.sources.eval_data)
+        if data is None:
+            raise ValueError(f"--data: expected a file, because {run.directory} was trained without --eval; got none")
+        _check_saved_data(arguments, run.directory, data, issubclass(run.kind, QuestionAnswering), not answers)
+    task, config, tokenizer = open_run(arguments, run)
+    return task, as_asked(arguments, config), tokenizer, data
+
+
+def saved_run(arguments: argparse.Namespace) -> "SavedRun":
+    """The run in ``arguments.directory``, on a backbone that can be there. Raises as ``find_run``."""
+    from adapterkern.inference.runs import find_run
+    from adapterkern.model.liger import check_installed
+
     if arguments.liger:
         check_installed()
-    arguments.directory = evaluated_folder(arguments.directory)
-    kind = task_class(arguments.directory)
-    if answers and not issubclass(kind, QuestionAnswering):
-        raise ValueError(f"{arguments.directory}: expected a run of question answering, got {command(kind.__name__)}")
-    data: Any
-    if issubclass(kind, MultiTask):
-        source, data = _sources_of_tasks(arguments)
-        for name, path in data.items():
-            _check_saved_data(arguments, MultiTask.folder(arguments.directory, name), path)
-    else:
-        source = _saved_sources(arguments)
-        data = arguments.data or source.eval_data
-        if data is None:
-            raise ValueError(
-                f"--data: expected a file, because {arguments.directory} was trained without --eval; got none"
-            )
-        _check_saved_data(arguments, arguments.directory, data, issubclass(kind, QuestionAnswering), not answers)
-    llama, tokenizer = load_backbone(
-        arguments.model or _known(source.model, arguments.directory),
-        num_layers=source.num_layers if arguments.num_layers is None else arguments.num_layers,
-        dtype=arguments.dtype or source.dtype,
-    )
-    if source.tokenizer not in (None, _tokens(tokenizer)):
-        model = arguments.model or source.model
-        logger.warning("%s: was trained with other tokens than those of %s", arguments.directory, model)
-    task, config = kind.from_pretrained(llama, arguments.directory, **model_flags(arguments))
-    return task, as_asked(arguments, config), tokenizer, data
+    run = find_run(arguments.directory)
+    run.backbone(arguments.model)
+    return run
+
+
+def open_run(arguments: argparse.Namespace, run: "SavedRun") -> "Opened":
+    """The run on its own backbone, or the one of the arguments."""
+    flags: Any = model_flags(arguments)
+    return run.open(model=arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype, **flags)
+
+
+def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, str]:
+    """Each task's own data, of a run of several."""
+    from adapterkern.recipes.multitask.task import MultiTask
+    from adapterkern.training.saved import load_sources
+
+    names = MultiTask.saved_names(directory)
+    if arguments.data is not None:
+        folder = MultiTask.folder(directory, names[0])
+        raise ValueError(f"--data: expected none for a run of several tasks; evaluate one of them, as {folder}")
+    sources = {name: load_sources(MultiTask.folder(directory, name)) for name in names}
+    data = {name: source.eval_data for name, source in sources.items() if source.eval_data is not None}
+    if not data:
+        raise ValueError(f"{directory}: expected tasks with data to evaluate on, got none")
+    return data
 
 
 def _check_saved_data(
@@ -293,96 +306,6 @@ def _check_saved_data(
     except ColumnError as error:
         columns = reads.get(task, "'question', 'context' and 'answers'")
         raise ColumnError(f"{error}. {directory} is a run of {task}, which reads {columns}") from error
-
-
-def evaluated_folder(directory: Path) -> Path:
-    """``directory``; of a run that has not finished the newest checkpoint, with a warning.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder, or nothing of a run in it.
-    """
-    from adapterkern.recipes.multitask.task import MULTITASK_CONFIG
-    from adapterkern.training.run.checkpoint import STATE_NAME, checkpoints
-    from adapterkern.training.saved import TASK_NAME
-
-    if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such folder; expected the --output of a training, or a checkpoint")
-    if not directory.is_dir():
-        raise NotADirectoryError(f"{directory}: expected the --output of a training, or a checkpoint, got a file")
-    if any((directory / name).exists() for name in (TASK_NAME, MULTITASK_CONFIG, STATE_NAME)):
-        return directory
-    if found := checkpoints(directory):
-        logger.warning("%s: has not finished; this is of its newest checkpoint, %s", directory, found[-1].name)
-        return found[-1]
-    names = sorted(path.name for path in directory.iterdir())
-    there = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    raise FileNotFoundError(
-        f"{directory}: expected a finished training or a checkpoint, with {TASK_NAME}; "
-        f"got a folder with {there or 'no files'}"
-    )
-
-
-def _known(model: str, directory: Path) -> str:
-    """The backbone in a run's sources. Raises ``FileNotFoundError`` if it was a path, and nothing is there now."""
-    if os.path.isabs(model) and not os.path.exists(model):
-        raise FileNotFoundError(
-            f"--model: {directory} was trained on {model}, which is not there; say where it is now, got no --model"
-        )
-    return model
-
-
-def _saved_sources(arguments: argparse.Namespace) -> "Sources":
-    """Where the run's backbone and data came from; not needed where ``--model`` and ``--data`` say both."""
-    from adapterkern.training.saved import Sources, load_sources
-
-    try:
-        return load_sources(arguments.directory)
-    except FileNotFoundError as error:
-        if arguments.model is None or arguments.data is None:
-            options = " and ".join(f"--{name}" for name in ("model", "data") if getattr(arguments, name) is None)
-            raise FileNotFoundError(f"{error.filename}: expected that file, or {options}; got neither") from None
-        return Sources(arguments.model)
-
-
-def _sources_of_tasks(arguments: argparse.Namespace) -> tuple["Sources", dict[str, str]]:
-    """Of a run of several tasks: the sources of one of them, and each task's own data."""
-    from adapterkern.recipes.multitask.task import MultiTask
-    from adapterkern.training.saved import load_sources
-
-    names = MultiTask.saved_names(arguments.directory)
-    if arguments.data is not None:
-        folder = MultiTask.folder(arguments.directory, names[0])
-        raise ValueError(f"--data: expected none for a run of several tasks; evaluate one of them, as {folder}")
-    sources = {name: load_sources(MultiTask.folder(arguments.directory, name)) for name in names}
-    data = {name: source.eval_data for name, source in sources.items() if source.eval_data is not None}
-    if not data:
-        raise ValueError(f"{arguments.directory}: expected tasks with data to evaluate on, got none")
-    return next(iter(sources.values())), data
-
-
-def task_class(directory: str | os.PathLike[str]) -> "type[Task[Any]]":
-    """The class of a saved run's task; ``Task``, with a warning, for a class that is not of this package."""
-    from adapterkern.recipes.multitask.task import MULTITASK_CONFIG, MultiTask
-    from adapterkern.recipes.qa.task import QuestionAnswering
-    from adapterkern.recipes.routing.task import ROUTING_CONFIG, RoutedTask
-    from adapterkern.training.heads import head_kind
-    from adapterkern.training.saved import TASK_NAME, load_kind
-    from adapterkern.training.task import Task
-
-    # A distilled model is evaluated without its teacher.
-    classes: dict[str, type[Task[Any]]] = dict.fromkeys(("Task", "Distillation", "KeepBehaviour"), Task)
-    classes |= {kind.__name__: kind for kind in (MultiTask, QuestionAnswering, RoutedTask)}
-    directory = Path(directory)
-    kind = load_kind(directory) if (directory / TASK_NAME).exists() else None
-    if kind is None:  # saved before task.json named the kind
-        if (directory / MULTITASK_CONFIG).exists():
-            return MultiTask
-        if (directory / ROUTING_CONFIG).exists():
-            return RoutedTask
-        return QuestionAnswering if head_kind(directory) == "span" else Task
-    if kind not in classes:
-        logger.warning("%s: evaluated as a plain Task, since %r is not of this package", directory / TASK_NAME, kind)
-    return classes.get(kind, Task)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:

@@ -113,7 +113,7 @@ def check_source(source: str | os.PathLike[str], name: str = "model") -> None:
         raise FileNotFoundError(f"{name}: no folder {path}")
 
 
-def check_hub(source: str | os.PathLike[str], name: str = "model") -> bool:
+def check_hub(source: str | os.PathLike[str], name: str = "model", file: str = "config.json") -> bool:
     """Whether to load ``source`` from the hub's cache alone, since there is no network.
 
     The hub's own client tries six times for each file, which takes minutes where there is no network. Nothing is asked
@@ -125,11 +125,11 @@ def check_hub(source: str | os.PathLike[str], name: str = "model") -> bool:
     text = os.fspath(source)
     if Path(source).exists():
         return False
-    cached = _in_cache(text)
+    cached = _in_cache(text, file)
     try:
         for last in (cached, True):
             try:
-                get_hf_file_metadata(hf_hub_url(text, "config.json"))
+                get_hf_file_metadata(hf_hub_url(text, file))
                 break
             except Exception as error:
                 if last or not not_connected(error):
@@ -144,13 +144,13 @@ def check_hub(source: str | os.PathLike[str], name: str = "model") -> bool:
             return not_connected(error)
         known = hub.GatedRepoError | hub.RepositoryNotFoundError | hub.HFValidationError
         if isinstance(error, known) or not_connected(error):
-            raise OSError(f"{name}: no folder {source} here, and {_why_not_from_hub(text, error)}") from error
+            raise OSError(f"{name}: no folder {source} here, and {why_not_from_hub(text, error)}") from error
     return False
 
 
-def _in_cache(name: str) -> bool:
+def _in_cache(name: str, file: str) -> bool:
     try:
-        return cached_file(name, "config.json", local_files_only=True) is not None
+        return cached_file(name, file, local_files_only=True) is not None
     except (OSError, ValueError):  # not there, or no name that the hub could have
         return False
 
@@ -169,7 +169,7 @@ def _read(what: str, source: str | os.PathLike[str], read: Any, name: str, **kwa
         raise
     except Exception as error:
         if not Path(source).exists():
-            raise OSError(f"model: no folder {source} here, and {_why_not_from_hub(name, error)}") from error
+            raise OSError(f"model: no folder {source} here, and {why_not_from_hub(name, error)}") from error
         problem = _first_line(error)
         if isinstance(error, SafetensorError):
             problem = next(_damaged(Path(source)), problem)
@@ -187,7 +187,8 @@ def _first_line(error: BaseException) -> str:
     return text if not isinstance(error, KeyError) else f"{text} is missing"
 
 
-def _why_not_from_hub(name: str, error: BaseException | None) -> str:
+def why_not_from_hub(name: str, error: BaseException | None) -> str:
+    """The end of a message that begins with what is not here."""
     text = _first_line(error) if error is not None else ""
     while error is not None:
         if isinstance(error, hub.GatedRepoError):

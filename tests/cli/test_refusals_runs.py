@@ -220,8 +220,11 @@ ROWS = [
         "train --model {model} --train good.jsonl --output old",
         "--output: old .*\\(--resume\\), .*\\(--overwrite\\)",
     ),
-    ("eval no", "eval: no: no such folder; expected the --output of a training, or a checkpoint"),
-    ("eval bad.txt", "eval: bad.txt: expected the --output of a training, or a checkpoint, got a file"),
+    ("eval no", "eval: no: no such folder; expected the output folder of a training, a checkpoint or a saved adapter"),
+    (
+        "eval bad.txt",
+        "eval: bad.txt: expected the output folder of a training, a checkpoint or a saved adapter, got a file",
+    ),
     (
         "eval strange",
         "eval: strange: expected a finished training or .*; got a folder with x.txt",

@@ -376,7 +376,12 @@ def _problem(row: Row, column: str, expected: str) -> str:
 
 
 def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example | None]:
-    """The example of each row for a prediction: its text is read, its label is not. None for a bad row."""
+    """The example of each row for a prediction: its text is read, its label is not. None for a bad row.
+
+    Raises ``ColumnError`` if no row has the column of the texts.
+    """
+    if of_text := [row for row in rows if not _is_given(row)]:
+        check_columns(of_text, {config.text_column: "text_column"}, bad.source)
     made: list[Example | None] = []
     none = np.empty(0, dtype=np.int64)
     for row, texts in zip(rows, _texts(rows, "", config.text_column, config, tokenizer, bad), strict=True):

@@ -1,0 +1,50 @@
+"""``adapterkern predict``."""
+
+import argparse
+from pathlib import Path
+
+from adapterkern.cli.options import add_saved_options, as_asked
+from adapterkern.cli.run import named, open_run, saved_run, say
+
+NAME, SUMMARY = "predict", "labels or answers for new rows, by a saved run"
+HELP = """\
+Predict with a run of any kind: the columns of --data, and beside them prediction and probability.
+
+  adapterkern predict run --data new.csv --output predictions.csv
+  adapterkern predict run --data new.jsonl.gz --output predictions.jsonl --probabilities
+
+Rows are read and written as they are computed: the file may be larger than memory. Rows of a run of several tasks name
+theirs in the column "task"; run/tasks/NAME is one task alone. A causal-lm run answers by `adapterkern generate`.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_saved_options(parser, "what --train takes, labels not needed", data_required=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".csv, .tsv or .jsonl, or with .gz")
+    parser.add_argument("--probabilities", action="store_true", help="write the probability of each label")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    from adapterkern.inference.table import format_of_output, write_predictions
+    from adapterkern.training.prediction import check_to_predict, predictions
+
+    format_of_output(arguments.output)
+    saved = saved_run(arguments)
+    config = as_asked(arguments, saved.config)
+    if config.task == "causal-lm":
+        raise NotImplementedError(f"{saved.directory}: expected a run with a head, got one of causal-lm; use generate")
+    of_task = saved.kind.saved_predicts(saved.directory)
+    with named("--data"):
+        rows = check_to_predict(saved.kind, arguments.data, config, **of_task)
+    opened = open_run(arguments, saved)
+    config = as_asked(arguments, opened.config)
+    found = predictions(opened.task, arguments.data, config, opened.tokenizer)
+    console = Console(stderr=True)
+    shown = track(found, "predict", rows, console=console, disable=not console.is_terminal)
+    pairs = ((row.values, prediction) for row, prediction in shown)
+    count = write_predictions(arguments.output, pairs, probabilities=arguments.probabilities)
+    say(f"{count:,} rows in {arguments.output}")
+    return 0

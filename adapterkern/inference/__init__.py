@@ -1,0 +1,7 @@
+"""What a trained adapter is for: a saved run in one call, predictions, reports, generated text.
+
+runs.py         what kind of run a folder holds, and its backbone, adapters, head and tokenizer
+api.py          load(), predict(): the doors
+classifier.py   a classification run as a model of transformers
+table.py        predictions beside the columns of their rows, in a file
+"""

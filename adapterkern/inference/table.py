@@ -1,0 +1,112 @@
+"""Predictions in a file, beside the columns of the rows that they are for.
+
+``prediction`` and ``probability`` are added to a row's columns, ``probabilities`` if asked for; of an answer to a
+question ``prediction`` and ``score``. In CSV and TSV each label's probability is a column of its own, and a value that
+is no string or number is JSON. A file is written whole or not at all.
+"""
+
+import contextlib
+import csv
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from adapterkern.files import replacing
+from adapterkern.training.data.rows import DataError, listed, scalar
+
+FORMATS = (".csv", ".tsv", ".jsonl")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def format_of_output(path: Path) -> str:
+    """The suffix that names the format. Raises ``ValueError`` for another, ``OSError`` where no file can be written."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix not in FORMATS:
+        expected = f"expected a name that ends in {', '.join(FORMATS)} (each may be followed by .gz)"
+        raise ValueError(f"output: {expected}, got {path}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"output: expected a file in a folder that exists, got {path}")
+    return suffix
+
+
+def write_predictions(
+    path: Path, found: Iterable[tuple[Mapping[str, Any], Any]], *, probabilities: bool = False
+) -> int:
+    """Write each row's columns and its prediction, as they come; the number of rows.
+
+    Args:
+        path: see ``format_of_output``.
+        found: rows and predictions, as ``iter_predictions`` gives them. None, of a bad row, leaves the columns empty.
+        probabilities: that of each label, too.
+
+    Raises:
+        DataError: the rows have a column of a prediction's name; or for CSV and TSV rows of different columns.
+        OSError: the file cannot be written.
+    """
+    suffix, count = format_of_output(path), 0
+    with replacing(path) as temporary, _opened(temporary, path.name.endswith(".gz")) as file:
+        write = _as_json(file) if suffix == ".jsonl" else _as_table(file, _DELIMITERS[suffix], path)
+        for values, prediction in found:
+            write(values, _columns(values, prediction, probabilities))
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _opened(path: Path, compressed: bool) -> Iterator[IO[str]]:
+    opened: Any = gzip.open if compressed else open
+    with opened(path, "wt", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def _columns(values: Mapping[str, Any], prediction: Any, probabilities: bool) -> dict[str, Any]:
+    added = {"prediction": None, "probability": None} if prediction is None else prediction.columns()
+    if not probabilities:
+        added.pop("probabilities", None)
+    if both := [name for name in added if name in values]:
+        raise DataError(
+            f"data: column {listed(both)}: expected rows without the columns that a prediction adds; rename or remove it"
+        )
+    return added
+
+
+def _as_json(file: IO[str]) -> Callable[[Mapping[str, Any], dict[str, Any]], object]:
+    def write(values: Mapping[str, Any], added: dict[str, Any]) -> None:
+        file.write(json.dumps({**values, **added}, ensure_ascii=False, default=_plain) + "\n")
+
+    return write
+
+
+def _as_table(file: IO[str], delimiter: str, path: Path) -> Callable[[Mapping[str, Any], dict[str, Any]], object]:
+    writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+    header: list[str] = []
+
+    def write(values: Mapping[str, Any], added: dict[str, Any]) -> None:
+        spread = {f"probability {label}": p for label, p in (added.pop("probabilities", None) or {}).items()}
+        row = {**values, **added, **spread}
+        if not header:
+            header.extend(row)
+            writer.writerow(header)
+        if other := [name for name in row if name not in header]:
+            raise DataError(
+                f"{path}: expected the columns of the first row, {listed(header)}, in every row, got {listed(other)}; "
+                "write .jsonl"
+            )
+        writer.writerow([_cell(row.get(name)) for name in header])
+
+    return write
+
+
+def _cell(value: Any) -> Any:
+    value = scalar(value)
+    return value if value is None or isinstance(value, str | int | float) else json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for, as the nearest that it has."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -6,6 +6,7 @@ t. Prompt tokens, padding and the first token carry no loss.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from typing_extensions import TypeVar  # torch needs it, too; typing has a default from Python 3.13
 
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.given import IDS, IGNORE, LABELS, Text, given_columns, given_texts
+from adapterkern.training.data.chat import Conversation, tokenize_chats
+from adapterkern.training.data.given import IDS, IGNORE, LABELS, Text, given_columns, given_texts, is_given
 from adapterkern.training.data.labels import (
     EXPECTED,
     label_name,
@@ -29,15 +31,15 @@ from adapterkern.training.data.rows import (
     Row,
     check_columns,
     columns,
-    kind,
     listed,
+    problem,
     read_rows,
-    scalar,
     shown,
     source_name,
     warn,
     warn_unused,
 )
+from adapterkern.training.data.shapes import Shape, choose_shape, of_one_shape, read_row, say_shape
 from adapterkern.training.data.tokens import tokenize
 
 _LOOKED_AT = 10  # unknown labels, for what they may have meant: more are not shown
@@ -176,10 +178,10 @@ def _classification(
     column = config.label_column
     _check_columns(rows, config, {column}, {config.text_column: "text_column", column: "label_column"}, bad.source)
     good = []
-    for row, texts in zip(rows, _texts(rows, "", config.text_column, config, tokenizer, bad), strict=True):
+    for row, texts in zip(rows, _texts_of_column(rows, config, tokenizer, bad), strict=True):
         value = row.values.get(column)
         if label_name(value) is None:
-            bad.add(row.place, _problem(row, column, EXPECTED))
+            bad.add(row.place, problem(row, column, EXPECTED))
         elif len(texts) > 1:
             bad.add(row.place, f"expected one text for one label, got {len(texts)} that are packed into the row")
         elif texts:
@@ -200,19 +202,24 @@ def _classification(
             continue
         ids = text.ids[: config.max_length]
         cuts = (len(text.ids) - len(ids),)
-        examples.append(Example(ids, np.array([number]), none, cuts=cuts, place=row.place, given=_is_given(row)))
+        examples.append(Example(ids, np.array([number]), none, cuts=cuts, place=row.place, given=is_given(row)))
     return examples, names
 
 
 def _causal_lm(
     rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows, named: bool = False
 ) -> list[Example]:
-    prompt, text, needed = _columns_of_causal_lm(rows, config, bad.source, named)
-    if prompt:
-        rows = _of_one_kind(rows, prompt, text, config.text_column, bad)
-    _check_columns(rows, config, set(), needed, bad.source)
+    shape = choose_shape(rows, config, bad.source, named)
+    rows = of_one_shape(rows, shape, config, bad)
+    _check_columns(rows, config, set(), shape.columns, bad.source, shape.more)
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if tokenizer is not UNREAD:
+        say_shape(rows, shape, templated, bad.source)
+    *_, column = shape.columns
+    read = functools.partial(read_row, shape=shape, templated=templated)
+    made = _texts(rows, read, column, config, tokenizer, bad)
     examples, lost = [], []
-    for row, texts in zip(rows, _texts(rows, prompt, text, config, tokenizer, bad), strict=True):
+    for row, texts in zip(rows, made, strict=True):
         learned_from = [part for part in texts if (part.labels[1:] != IGNORE).any()]  # nothing predicts the first token
         parts = [part for part in learned_from if (part.labels[1 : config.max_length] != IGNORE).any()]
         if parts:
@@ -225,7 +232,7 @@ def _causal_lm(
             labels[list(starts)] = IGNORE
             learned = np.flatnonzero(labels != IGNORE)
             ids = np.concatenate([part.ids for part in parts])
-            more: Any = {"place": row.place, "starts": starts, "cuts": cuts, "given": _is_given(row)}
+            more: Any = {"place": row.place, "starts": starts, "cuts": cuts, "given": is_given(row)}
             examples.append(Example(ids, labels[learned], learned - 1, **more))
         elif texts:
             learned = np.flatnonzero(texts[0].labels != IGNORE)
@@ -240,71 +247,29 @@ def _causal_lm(
     return examples
 
 
-def _columns_of_causal_lm(
-    rows: list[Row], config: TrainConfig, source: str, named: bool
-) -> tuple[str, str, dict[str, str]]:
-    """The columns of the prompts ("" for none) and of what is learned, and what chooses each.
-
-    Texts in a column that was asked for go before prompts and completions by their default names. With ``named``, a
-    warning if none of the columns that were asked for is there.
-    """
-    of_text = [row for row in rows if not _is_given(row)]
-    found = columns(of_text)
-    settings = ("text_column", "prompt_column", "completion_column")
-    asked = [name for name in settings if getattr(config, name) != getattr(TrainConfig, name)]
-    prompt, text = "", config.text_column
-    needed = {text: "text_column"}
-    pairs = config.prompt_column in found or (config.completion_column in found and text not in found)
-    if pairs and not (asked == ["text_column"] and all(_has(row, text) for row in of_text)):
-        prompt, text = config.prompt_column, config.completion_column
-        needed = {prompt: "prompt_column", text: "completion_column"}
-    lacking = [f"{shown(getattr(config, name))} ({name})" for name in asked if getattr(config, name) not in found]
-    if named and found and lacking and len(lacking) == len(asked) and needed.keys() <= set(found):
-        warn("%s: there is no column %s; read are %s", *(source, ", ".join(lacking), listed(needed)))
-    return prompt, text, needed
-
-
-def _of_one_kind(rows: list[Row], prompt: str, completion: str, text: str, bad: BadRows) -> list[Row]:
-    """The rows without those that have a text where others have prompt and completion."""
-    pair = next((row for row in rows if _has(row, prompt) and _has(row, completion)), None)
-    good = []
-    for row in rows:
-        if pair is None or _has(row, prompt) or _has(row, completion) or not _has(row, text) or _is_given(row):
-            good.append(row)
-        else:
-            both = f"{shown(prompt)} and {shown(completion)}"
-            bad.add(
-                row.place, f"expected {both}, which {pair.place} has, got {shown(text)}: a file has one kind of row"
-            )
-    return good
-
-
-def _has(row: Row, column: str) -> bool:
-    """Whether the column is not blank."""
-    value = row.values.get(column)
-    return value is not None and (not isinstance(value, str) or bool(value.strip()))
-
-
-def _is_given(row: Row) -> bool:
-    """Whether the row is tokenized already."""
-    return row.values.get(IDS) is not None
-
-
-def _check_columns(rows: list[Row], config: TrainConfig, always: set[str], needed: dict[str, str], source: str) -> None:
+def _check_columns(
+    rows: list[Row],
+    config: TrainConfig,
+    always: set[str],
+    needed: dict[str, str],
+    source: str,
+    more: Sequence[str] = (),
+) -> None:
     """Raise ``DataError`` for a needed column that all rows lack, and name the columns that are read from none.
 
-    ``always`` are the needed columns of rows that are tokenized already.
+    ``always`` are the needed columns of rows that are tokenized already; ``more`` are read from others, if they are
+    there.
     """
     if not rows:
         return
     learned = config.task == "causal-lm"
-    of_text = [row for row in rows if not _is_given(row)]
+    of_text = [row for row in rows if not is_given(row)]
     names = needed if of_text else {name: needed[name] for name in always}
     pair = "prompt_column and completion_column" if learned and len(names) == 1 else ""
     check_columns(of_text or rows, names, source, pair)
-    read = set(needed) if of_text else set(always)
+    read = {*needed, *more} if of_text else set(always)
     for row in rows:
-        if _is_given(row):
+        if is_given(row):
             read |= given_columns(row.values, learned)
     unused = [name for name in columns(rows) if name not in read]
     hint = " by causal-lm, which learns texts and no labels" if learned and config.label_column in unused else ""
@@ -312,33 +277,37 @@ def _check_columns(rows: list[Row], config: TrainConfig, always: set[str], neede
 
 
 def _texts(
-    rows: list[Row], prompt: str, text: str, config: TrainConfig, tokenizer: Any, bad: BadRows
+    rows: list[Row],
+    read: Callable[[Row], tuple[str, str] | Conversation],
+    column: str,
+    config: TrainConfig,
+    tokenizer: Any,
+    bad: BadRows,
 ) -> list[list[Text]]:
     """The tokenized texts of each row, none of a bad one.
 
     Args:
-        prompt, text: columns; "" for no prompt.
+        read: what a row has that is not tokenized already: prompt and text, or a conversation.
+        column: of the texts, for a message.
     """
     made: list[list[Text]] = [[] for _ in rows]
     pairs: dict[int, tuple[str, str]] = {}
+    chats: dict[int, Conversation] = {}
     learned = config.task == "causal-lm"
     for number, row in enumerate(rows):
-        if _is_given(row):
-            try:
+        try:
+            if is_given(row):
                 made[number] = given_texts(row.values, learned)
-            except ValueError as error:
-                bad.add(row.place, str(error))
-            continue
-        values = {name: scalar(row.values.get(name)) for name in (prompt, text) if name}
-        wrong = [name for name, value in values.items() if not isinstance(value, str) or not value.strip()]
-        for name in wrong:
-            bad.add(row.place, _problem(row, name, "a non-empty string"))
-        if not wrong:
-            pairs[number] = values.get(prompt, ""), values[text]
-    if pairs and tokenizer is None:
+            elif isinstance(found := read(row), Conversation):
+                chats[number] = found
+            else:
+                pairs[number] = found
+        except ValueError as error:
+            bad.add(row.place, str(error))
+    if (pairs or chats) and tokenizer is None:
         raise TypeError("tokenizer: expected a transformers tokenizer for rows of text, got None")
     if tokenizer is UNREAD:
-        for number in pairs:
+        for number in (*pairs, *chats):
             made[number] = [Text(np.zeros(2, np.int64), np.zeros(2, np.int64))]
         return made
     if pairs and learned and getattr(tokenizer, "eos_token_id", None) is None:
@@ -347,7 +316,7 @@ def _texts(
     encoded = tokenize(tokenizer, list(pairs.values()), end=learned) if pairs else []
     for number, tokens in zip(pairs, encoded, strict=True):
         if tokens.empty:
-            bad.add(rows[number].place, f"column {shown(text)}: the tokenizer returns no tokens for it")
+            bad.add(rows[number].place, f"column {shown(column)}: the tokenizer returns no tokens for it")
             continue
         ids = np.array(tokens.ids, dtype=np.int64)
         made[number] = [Text(ids, np.where(np.arange(len(ids)) < tokens.prompt, IGNORE, ids))]
@@ -358,21 +327,16 @@ def _texts(
             "have the space between them",
             *(bad.source, len(shared), len(pairs), shared[0]),
         )
+    said = tokenize_chats({rows[number].place: chat for number, chat in chats.items()}, tokenizer, bad)
+    for number in chats:
+        made[number] = [said[rows[number].place]] if rows[number].place in said else []
     return made
 
 
-def _problem(row: Row, column: str, expected: str) -> str:
-    """What is wrong with a value that was expected to be a non-empty string."""
-    if column not in row.values:
-        return f"column {shown(column)} is missing"
-    value = scalar(row.values[column])
-    if isinstance(value, str):
-        got = "an empty one"
-    elif isinstance(value, float):
-        got = f"the number {value}"
-    else:
-        got = kind(row, value)
-    return f"column {shown(column)}: expected {expected}, got {got}"
+def _texts_of_column(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[list[Text]]:
+    """``_texts`` of ``text_column``, which has no messages."""
+    read = functools.partial(read_row, shape=Shape({config.text_column: "text_column"}), templated=False)
+    return _texts(rows, read, config.text_column, config, tokenizer, bad)
 
 
 def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows) -> list[Example | None]:
@@ -384,12 +348,12 @@ def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows
         check_columns(of_text, {config.text_column: "text_column"}, bad.source)
     made: list[Example | None] = []
     none = np.empty(0, dtype=np.int64)
-    for row, texts in zip(rows, _texts(rows, "", config.text_column, config, tokenizer, bad), strict=True):
+    for row, texts in zip(rows, _texts_of_column(rows, config, tokenizer, bad), strict=True):
         if len(texts) > 1:
             bad.add(row.place, f"expected one text, got {len(texts)} that are packed into the row")
         ids = texts[0].ids[: config.max_length] if len(texts) == 1 else none
         more: Any = (
-            {"cuts": (len(texts[0].ids) - len(ids),), "place": row.place, "given": _is_given(row)} if texts else {}
+            {"cuts": (len(texts[0].ids) - len(ids),), "place": row.place, "given": is_given(row)} if texts else {}
         )
         made.append(Example(ids, np.zeros(1, np.int64), none, **more) if len(ids) else None)
     return made

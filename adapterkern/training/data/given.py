@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adapterkern.training.data.rows import scalar, shown
+from adapterkern.training.data.rows import Row, scalar, shown
 
 IDS = "input_ids"
 IGNORE = -100  # a label that is not learned, as in transformers and torch
@@ -31,6 +31,11 @@ class Text(NamedTuple):
 
     ids: np.ndarray  # (n,) int64
     labels: np.ndarray  # (n,) int64: the token to learn at each place, or IGNORE
+
+
+def is_given(row: Row) -> bool:
+    """Whether the row is tokenized already."""
+    return row.values.get(IDS) is not None
 
 
 def given_columns(values: Mapping[str, Any], learned: bool) -> set[str]:

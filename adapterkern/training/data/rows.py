@@ -152,6 +152,20 @@ def json_kind(value: Any) -> str:
     return _JSON.get(type(value), "an object")
 
 
+def problem(row: Row, column: str, expected: str) -> str:
+    """What is wrong with a value that was expected to be something else, and not to be empty."""
+    if column not in row.values:
+        return f"column {shown(column)} is missing"
+    value = scalar(row.values[column])
+    if isinstance(value, str) or (isinstance(value, list | tuple) and not value):
+        got = "an empty one"
+    elif isinstance(value, float):
+        got = f"the number {value}"
+    else:
+        got = kind(row, value)
+    return f"column {shown(column)}: expected {expected}, got {got}"
+
+
 def check_columns(rows: list[Row], needed: Mapping[str, str], source: str, pair: str = "") -> None:
     """Raise ``ColumnError`` for the columns that none of the rows has: once, with the columns that there are.
 

@@ -7,6 +7,7 @@ What the tokenizer puts around a text (``<s> ... </s>``) is put there once: a te
 begin with it already. The end-of-text token, which a language model must learn, stands at the end and nowhere else.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,51 @@ def tokenize(tokenizer: Any, texts: Sequence[tuple[str, str]], *, end: bool = Fa
             whole.append(final)
         made.append(Tokens(whole, len(first) + split if prompt else 0, shared, split == len(ids)))
     return made
+
+
+class Parts(NamedTuple):
+    """A tokenized text, and parts of it."""
+
+    ids: list[int]
+    parts: list[tuple[int, int]]  # from one token to another
+    broken: int | None  # a border of a part, as the number of characters before it, that is within a token
+
+
+def tokenize_parts(tokenizer: Any, texts: Sequence[str], parts: Sequence[Sequence[tuple[int, int]]]) -> list[Parts]:
+    """Tokenize texts as they are, nothing put around them, and find parts of them.
+
+    A border is where the tokens end that the text before it has by itself, as a model reads it that is to go on there.
+
+    Args:
+        parts: of each text, from one character to another.
+    """
+    if not texts:
+        return []
+    fast, added = bool(getattr(tokenizer, "is_fast", False)), set(added_tokens(tokenizer).values())
+    encoded = _encode(tokenizer, list(texts), offsets=fast)
+    made = []
+    for number, (text, borders) in enumerate(zip(texts, parts, strict=True)):
+        ids = list(encoded["input_ids"][number])
+        stops = [stop for _, stop in encoded["offset_mapping"][number]] if fast else []
+        places: dict[int, int] = {}
+        broken = None
+        for border in dict.fromkeys(border for part in borders for border in part):
+            place = bisect_right(stops, border)
+            # Nothing is joined across an added token, nor across the end of white space that is a token's end.
+            apart = place and stops[place - 1] == border and (ids[place - 1] in added or text[border - 1].isspace())
+            if not apart and border < len(text):
+                alone = list(_encode(tokenizer, [text[:border]])["input_ids"][0])
+                place = len(alone)
+                broken = border if ids[:place] != alone and broken is None else broken
+            places[border] = place if border < len(text) else len(ids)
+        made.append(Parts(ids, [(places[start], places[end]) for start, end in borders], broken))
+    return made
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """The tokenizer's special and added tokens, and their ids. No other text is joined with one of them to a token."""
+    special = getattr(tokenizer, "all_special_tokens", [])
+    return dict(zip(special, getattr(tokenizer, "all_special_ids", []), strict=True)) | tokenizer.get_added_vocab()
 
 
 def _encode(tokenizer: Any, texts: list[str], offsets: bool = False) -> Any:

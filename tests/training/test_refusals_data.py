@@ -131,10 +131,10 @@ CASES: dict[str, Case] = {
         DataError,
         r"text_column names another, or .*_column a pair\. If these are values, the file lacks a first line with",
     ),
-    "instructions": (
-        file("a.jsonl", '{"instruction": "w1", "input": "", "output": "w2"}\n', task="causal-lm"),
+    "questions": (
+        file("a.jsonl", '{"question": "w1", "hint": "", "answer": "w2"}\n', task="causal-lm"),
         DataError,
-        r"a\.jsonl: column 'text' is missing; there are 'instruction', 'input', 'output'; text_column names another, "
+        r"a\.jsonl: column 'text' is missing; there are 'question', 'hint', 'answer'; text_column names another, "
         r"or prompt_column and completion_column a pair$",
     ),
     "a column without a name": (data([{0: "w1 w2"}]), DataError, "columns 'text', 'label' are missing; there are 0; "),
@@ -170,7 +170,11 @@ CASES: dict[str, Case] = {
         DataError,
         "'label' is missing; there are 'input_ids', 'l",
     ),
-    "chat": (lm(messages=[]), DataError, r"there are 'messages'; .* tokenizer\.apply_chat_template\(messages, tokeni"),
+    "chat": (
+        data([{"messages": [], "label": "a"}]),
+        DataError,
+        r"there are 'messages', 'label'; .* another\. Make a text of .* tokenizer\.apply_chat_template\(messages, ",
+    ),
     "no file": (data("no.csv"), FileNotFoundError, "^data: expected a file of rows, got no.csv, which is not there$"),
     "folder": (
         lambda folder: data(folder.with_suffix(".csv"))(folder.rename(folder.with_suffix(".csv"))),

@@ -152,8 +152,8 @@ def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRo
             around = text[max(found.broken - 20, 0) : found.broken + 20]
             bad.add(
                 place,
-                f"a token covers the border of an assistant's turn, in {shown(around)}: when the model generates, it "
-                "sees other tokens. Expected a message that does not begin with white space",
+                f"a token covers the border of an assistant's turn, in {shown(around)}, so the model would not learn "
+                "what it sees when it generates. Expected no white space in the message there",
             )
             continue
         labels = np.full(len(found.ids), IGNORE, dtype=np.int64)
@@ -234,15 +234,30 @@ class _Template:
                     f"{where} begins it otherwise than with the generation prompt, or leaves it out, so the model "
                     "would not learn what it is to generate. Expected a template that has both, or {% generation %}"
                 )
-            if not text.startswith(until):
+            end = self._end_within(text, until, len(before))
+            if end is None:
                 raise ValueError(
                     f"{where} renders it, or what is before it, otherwise once other messages follow, so the model "
                     "would learn what it never sees when it generates. Expected a template with {% generation %}, or "
                     "a row for each assistant's message: prompt, the messages before it, and completion, it alone"
                 )
             self._check_prompt(chat, turn, before)
-            parts.append((len(before), len(until)))
+            parts.append((len(before), end))
         return parts
+
+    def _end_within(self, text: str, until: str, start: int) -> int | None:
+        """Where a turn ends in the whole text that begins at ``start`` and, with nothing after it, ends ``until``.
+
+        Special tokens that a template puts at the end of every conversation may be missing; None if more is.
+        """
+        if text.startswith(until):
+            return len(until)
+        if not self.ends:
+            return None
+        same = _same(text, until)
+        special = re.compile("|".join(map(re.escape, self.ends)))
+        end = max((start + found.end() for found in special.finditer(text[start:same])), default=start)
+        return None if end == start or special.sub("", until[end:]).strip() else end
 
     def _check_prompt(self, chat: Conversation, turn: int, before: str) -> None:
         """Raise ``ValueError`` if no generation prompt is there where the template begins a turn with something."""
@@ -251,8 +266,7 @@ class _Template:
             return
         if before == self._text(chat, turn):
             probes = [self._text(chat, turn, {"role": "assistant", "content": content}) for content in "ab"]
-            same = next((n for n, pair in enumerate(zip(*probes, strict=False)) if len(set(pair)) > 1), len(before))
-            if header := probes[0][len(before) : same].strip():
+            if header := probes[0][len(before) : _same(*probes)].strip():
                 raise ValueError(
                     f"messages[{turn}]: expected a chat template with a generation prompt (add_generation_prompt), "
                     f"got one without, which begins the assistant's turn with {shown(header)}"
@@ -273,7 +287,11 @@ class _Template:
                 self._note_unread(f"{shown(key)} of messages", place, chat._replace(messages=bare), text)
         if chat.tools:
             self._note_unread("'tools'", place, chat._replace(tools=None), text)
-        if any(message.get("content", "").strip() not in text for message in chat.messages):
+        contents = [content.strip() for message in chat.messages if (content := message.get("content"))]
+        there = [content in text for content in contents]
+        if contents and not any(there):
+            raise ValueError("the chat template renders no message's content as it is: is it for images and texts?")
+        if not all(there):
             self._changed.append(place)
         if not text[slice(*parts[-1])].endswith(self.ends):
             self._endless.append(place)
@@ -299,6 +317,12 @@ class _Template:
         ):
             if places:
                 warn("%s: %d of %d conversations have %s (%s)", source, len(places), count, what, places[0])
+
+
+def _same(a: str, b: str) -> int:
+    """How many characters two texts begin with in common."""
+    shorter = min(len(a), len(b))
+    return next((n for n in range(shorter) if a[n] != b[n]), shorter)
 
 
 @functools.cache

@@ -157,7 +157,7 @@ def problem(row: Row, column: str, expected: str) -> str:
     if column not in row.values:
         return f"column {shown(column)} is missing"
     value = scalar(row.values[column])
-    if isinstance(value, str) or (isinstance(value, list | tuple) and not value):
+    if (isinstance(value, str) and not value.strip()) or (isinstance(value, list | tuple) and not value):
         got = "an empty one"
     elif isinstance(value, float):
         got = f"the number {value}"
@@ -194,7 +194,7 @@ def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool, pa
     hint = ""
     if len(found) == 1 and isinstance(found[0], str) and (separators := [char for char in ";\t,|" if char in found[0]]):
         hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"
-    elif "messages" in found or "conversations" in found:
+    elif setting == "text_column" and not pair and ("messages" in found or "conversations" in found):
         hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
     elif setting == "text_column" and {"prompt", "completion"} <= set(found):
         hint = ". prompt and completion are for task='causal-lm'"

@@ -72,13 +72,15 @@ def choose_shape(rows: list[Row], config: TrainConfig, source: str, named: bool)
     if pairs and not (asked == ["text_column"] and all(_has(row, config.text_column) for row in of_text)):
         shape = pair
     lacking = [name for name in asked if getattr(config, name) not in found]
-    if len(lacking) == len(asked) and not shape.columns.keys() <= set(found):
-        shape = next((known for known in _KNOWN if known.columns.keys() <= set(found)), shape)
+    first = next((row for row in of_text if _has_all(row, shape)), None)
+    if first is None and len(lacking) == len(asked):
+        there = [other for other in (shape, *_KNOWN) if other.columns.keys() <= set(found)]
+        whole = ((row, other) for other in there for row in of_text if _has_all(row, other))
+        first, shape = next(whole, (None, there[0] if there else shape))
     if named and found and lacking and len(lacking) == len(asked) and shape.columns.keys() <= set(found):
         names = ", ".join(f"{shown(getattr(config, name))} ({name})" for name in lacking)
         warn("%s: there is no column %s; read are %s", source, names, listed(shape.columns))
-    whole = next((row for row in of_text if _has_all(row, shape)), None)
-    if whole is not None and all(listed_messages(whole.values[name]) is not None for name in shape.columns):
+    if first is not None and all(listed_messages(first.values[name]) is not None for name in shape.columns):
         shape = shape._replace(chat=True)
     return shape
 

@@ -14,7 +14,7 @@ Train adapters (and a classification head) on a frozen LLaMA.
   # labels: reviews.csv has the columns text and label
   adapterkern train --model SmolLM2.gguf --train reviews.csv --eval test.csv --output run --every 2
 
-  # language modeling: qa.jsonl has the keys prompt and completion
+  # language modeling: qa.jsonl has the keys prompt and completion, or messages
   adapterkern train --model ./llama --train qa.jsonl --output run --task causal-lm --precision bf16
 
 Ctrl-C stops after the running step and leaves a checkpoint; the same command with --resume continues from there.

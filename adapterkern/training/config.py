@@ -84,9 +84,10 @@ class TrainConfig:
         task: ``"classification"`` (one label per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
         train_adapters: False trains the head alone, on the bare backbone.
         pooling: a classification head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` token's.
-        text_column: the text of classification rows and of causal-lm rows without a prompt.
+        text_column: the text of classification rows and of causal-lm rows without a prompt; for causal-lm it may hold
+            lists of chat messages.
         label_column: the label of classification rows.
-        prompt_column, completion_column: the columns of causal-lm rows with a prompt.
+        prompt_column, completion_column: the columns of causal-lm rows with a prompt, texts or lists of chat messages.
         max_length: tokens per row; longer rows are cut at the end.
         skip_bad_rows: skip bad rows, with a warning, instead of refusing the file.
 

@@ -1,4 +1,4 @@
-"""From rows of text to examples: tokenization, labels, prompt masking.
+"""From rows to examples: tokenization, labels, prompt masking. What rows may be is in shapes.py, chat.py and given.py.
 
 An example is its token ids, its targets, and the positions of the states that predict them. A classification example
 has one target, its label. A causal-lm example has one target per token to learn, and the state at t − 1 predicts token

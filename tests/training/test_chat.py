@@ -103,15 +103,17 @@ def test_the_bytes_of_a_text(slow: bool, template: str) -> None:
     assert fast.decode(example.targets.tolist()) == "The “first” 🦙 of\n\nthem  <|im_end|>é<|im_end|>"
 
 
-@pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML], ids=["no BOS", "BOS"])
-def test_the_tokens_are_the_template_s_own(template: str) -> None:
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}"], ids=["no BOS", "BOS"])
+@pytest.mark.parametrize("template", [CHATML, marked("<|im_end|>", "\n")], ids=["by turns", "marks"])
+def test_the_tokens_are_the_template_s_own(begin: str, template: str) -> None:
     """What the tokenizer puts around other texts is not put there again."""
-    made = tokenizer(template)
+    made = tokenizer(begin + template)
     ids = [(token, tiny_run.VOCABULARY[token]) for token in ("<s>", "</s>")]
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
     assert made("w1")["input_ids"] == [1, 4, 2]
-    (example,), _ = load_examples([{"messages": said("w1", "w2")}], CONFIG, made)
-    assert shown(example) == ("<s> " if "bos" in template else "") + "S ? w1 E S ? [w2] [E]"
+    row = {"messages": said("w1", "w2"), "tools": [{"name": "w3"}]}
+    (example,), _ = load_examples([row], CONFIG, made)
+    assert shown(example) == ("<s> " if begin else "") + "<|tools|> w3 S ? w1 E S ? [w2] [E]"
 
 
 def test_templates_of_known_models() -> None:
@@ -156,11 +158,13 @@ def refuses(row: dict[str, Any], template: str | None, message: str, tmp_path: P
         load_examples(file, CONFIG, tokenizer(template))
 
 
-def test_a_template_that_renders_turns_otherwise_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", ["", "<|tools|>"], ids=["a word", "a special token"])
+def test_a_template_that_renders_turns_otherwise_later(begin: str, tmp_path: Path) -> None:
+    """The special token that a turn begins with is no end of it."""
     messages = said("w1", "w8 w9 w2", "w3", "w4")
     refuses(
         {"messages": messages},
-        FORGETS,
+        FORGETS.replace("'\n' + content", f"'\n{begin}' + content"),
         r"messages\[1\]: the chat template renders it, or what is before it, otherwise once other messages follow, .*"
         r"Expected a template with {% generation %}, or a row for each .*prompt, .* and completion, it alone\n",
         tmp_path,
@@ -169,6 +173,17 @@ def test_a_template_that_renders_turns_otherwise_later(tmp_path: Path) -> None:
     assert shown(load(row, FORGETS)) == "S ? w1 E S ? w2 E S ? w3 E S ? [w4] [E]"
     row = {"prompt": messages[:1], "completion": messages[1:2]}
     assert shown(load(row, FORGETS)) == "S ? w1 E S ? [w8] [w9] [w2] [E]"
+
+
+def test_marks_say_what_is_learned_of_turns_that_are_rendered_otherwise_later(caplog: pytest.LogCaptureFixture) -> None:
+    content = "{% generation %}{{ content + '<|im_end|>\n' }}{% endgeneration %}"
+    template = FORGETS.replace(
+        " + content + '<|im_end|>\n' }}",
+        " }}{% if message.role == 'assistant' %}" + content + "{% else %}{{ content + '<|im_end|>\n' }}{% endif %}",
+    )
+    example = load({"messages": said("w1", "w8 w9 w2", "w3", "w4")}, template)
+    assert shown(example) == "S ? w1 E S ? [w2] [E] S ? w3 E S ? [w4] [E]"
+    assert "1 of 1 conversations have messages that the chat template leaves out or changes (row 0)" in caplog.text
 
 
 def test_a_template_whose_generation_prompt_is_not_how_a_turn_begins(tmp_path: Path) -> None:

@@ -126,6 +126,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty content": (one(role="user", content=" "), "expected content to be a non-empty string, got an empty one"),
     "half a character": (one(role="tool", content="\ud83d"), "content has half a surrogate pair"),
     "a weight": (one(role="assistant", content="w1", weight=0.5), "expected weight to be 0 or 1, got 0.5"),
+    "a weight of a call": (
+        one(role="assistant", tool_calls=[{"name": "w1"}], weight="no"),
+        "expected weight to be 0 or 1, got 'no'",
+    ),
     "no assistant": ({"messages": said("w1")}, "expected a message of the assistant to learn, got 'user'"),
     "weights": (
         {"messages": [*said("w1"), {"role": "assistant", "content": "w2", "weight": 0}]},

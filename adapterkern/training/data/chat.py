@@ -73,6 +73,8 @@ def _message(row: Row, value: Any, where: str) -> Message:
     role, content = (message.pop(name, None) for name in names)
     if not isinstance(role, str) or role not in roles:
         raise ValueError(f"{where}: expected {names[0]} to be one of {listed(roles)}, got {shown(role)}")
+    if message.get(_WEIGHT, 1) not in (0, 1):
+        raise ValueError(f"{where}: expected {_WEIGHT} to be 0 or 1, got {shown(message[_WEIGHT])}")
     if content is None and roles[role] == "assistant" and message.get("tool_calls"):
         return {"role": roles[role], **message}
     if not isinstance(content, str):
@@ -81,8 +83,6 @@ def _message(row: Row, value: Any, where: str) -> Message:
         raise ValueError(f"{where}: expected {names[1]} to be a non-empty string, got an empty one")
     if not is_unicode(content):
         raise ValueError(f"{where}: {names[1]} has {HALF_A_PAIR}")
-    if message.get(_WEIGHT, 1) not in (0, 1):
-        raise ValueError(f"{where}: expected {_WEIGHT} to be 0 or 1, got {shown(message[_WEIGHT])}")
     return {"role": roles[role], "content": content, **message}
 
 

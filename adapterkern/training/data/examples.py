@@ -106,8 +106,9 @@ def load_examples(
             ``.parquet`` file; a folder of ``.txt`` files, where the names of subfolders are labels; ``NAME``,
             ``NAME:SPLIT`` or ``NAME:CONFIGURATION:SPLIT`` of a dataset on the hub, by default its split ``train``; an
             iterable of mappings; a mapping of columns to lists or arrays; a pandas ``DataFrame``; or an Arrow table.
-            Rows have the columns that ``config`` names. Rows with ``input_ids`` (a list of token ids) are tokenized
-            already, see given.py, and need no tokenizer. A column that is not read is named in a warning.
+            Rows have the columns that ``config`` names; of causal-lm also chat messages, ShareGPT's or Alpaca's, see
+            shapes.py. Rows with ``input_ids`` (a list of token ids) are tokenized already, see given.py, and need no
+            tokenizer. A column that is not read is named in a warning.
         tokenizer: a transformers tokenizer.
         labels: the label names of a classification head; by default those in the data.
         named: ``config`` names the columns of these rows, and of no others: causal-lm warns if they have none of them.
@@ -121,6 +122,7 @@ def load_examples(
         ImportError: a package that reads the data is not installed: pyarrow for Parquet, datasets for the hub.
         OSError: there is no such file, folder or dataset, or it cannot be read.
         TypeError: rows of text without a tokenizer; or ``data`` holds no rows.
+        ValueError: rows of chat messages, and the tokenizer has no chat template.
     """
     bad = BadRows(source_name(data))
     examples, names = _load(data, config, tokenizer, labels, bad, named)

@@ -68,7 +68,7 @@ def _columns(values: Mapping[str, Any], prediction: Any, probabilities: bool) ->
         added.pop("probabilities", None)
     if both := [name for name in added if name in values]:
         raise DataError(
-            f"data: column {listed(both)}: expected rows without the columns that a prediction adds; rename or remove it"
+            f"data: column {listed(both)}: expected rows without what a prediction adds; rename or remove the column"
         )
     return added
 

@@ -346,18 +346,19 @@ def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows
 
     Raises ``ColumnError`` if no row has the column of the texts.
     """
-    if of_text := [row for row in rows if not _is_given(row)]:
+    if of_text := [row for row in rows if not is_given(row)]:
         check_columns(of_text, {config.text_column: "text_column"}, bad.source)
     made: list[Example | None] = []
     none = np.empty(0, dtype=np.int64)
     for row, texts in zip(rows, _texts_of_column(rows, config, tokenizer, bad), strict=True):
         if len(texts) > 1:
             bad.add(row.place, f"expected one text, got {len(texts)} that are packed into the row")
-        ids = texts[0].ids[: config.max_length] if len(texts) == 1 else none
-        more: Any = (
-            {"cuts": (len(texts[0].ids) - len(ids),), "place": row.place, "given": is_given(row)} if texts else {}
-        )
-        made.append(Example(ids, np.zeros(1, np.int64), none, **more) if len(ids) else None)
+        if len(texts) != 1:
+            made.append(None)
+            continue
+        ids = texts[0].ids[: config.max_length]
+        cuts = (len(texts[0].ids) - len(ids),)
+        made.append(Example(ids, np.zeros(1, np.int64), none, cuts=cuts, place=row.place, given=is_given(row)))
     return made
 
 

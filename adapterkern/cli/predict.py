@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import add_saved_options, as_asked
-from adapterkern.cli.run import named, open_run, saved_run, say
+from adapterkern.cli.run import check_file, named, open_run, saved_run, say
 
 NAME, SUMMARY = "predict", "labels or answers for new rows, by a saved run"
 HELP = """\
@@ -35,7 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     saved = saved_run(arguments)
     config = as_asked(arguments, saved.config)
     if config.task == "causal-lm":
-        raise NotImplementedError(f"{saved.directory}: expected a run with a head, got one of causal-lm; use generate")
+        raise NotImplementedError(
+            f"{saved.directory}: expected a run with a head, got a language model, which answers by `adapterkern generate`"
+        )
+    check_file("--data", arguments.data)
     of_task = saved.kind.saved_predicts(saved.directory)
     with named("--data"):
         rows = check_to_predict(saved.kind, arguments.data, config, **of_task)

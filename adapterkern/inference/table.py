@@ -49,10 +49,33 @@ def write_predictions(
     suffix, count = format_of_output(path), 0
     with replacing(path) as temporary, _opened(temporary, path.name.endswith(".gz")) as file:
         write = _as_json(file) if suffix == ".jsonl" else _as_table(file, _DELIMITERS[suffix], path)
-        for values, prediction in found:
-            write(values, _columns(values, prediction, probabilities))
+        for values, added in _filled(found, lambda one: _columns(one, probabilities, suffix != ".jsonl")):
+            if both := [name for name in added if name in values]:
+                raise DataError(
+                    f"data: column {listed(both)}: expected rows without what a prediction adds; rename or remove the "
+                    "column"
+                )
+            write({**values, **added})
             count += 1
     return count
+
+
+def _filled(
+    found: Iterable[tuple[Mapping[str, Any], Any]], columns: Callable[[Any], dict[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """Each row with the columns of its prediction; those of a bad row are the others', and empty."""
+    waiting: list[Mapping[str, Any]] = []
+    names: list[str] = []
+    for values, prediction in found:
+        if prediction is None and not names:
+            waiting.append(values)
+            continue
+        added = columns(prediction) if prediction is not None else dict.fromkeys(names)
+        names = names or list(added)
+        yield from ((before, dict.fromkeys(names)) for before in waiting)
+        waiting.clear()
+        yield values, added
+    yield from ((values, {"prediction": None}) for values in waiting)
 
 
 @contextlib.contextmanager
@@ -62,31 +85,23 @@ def _opened(path: Path, compressed: bool) -> Iterator[IO[str]]:
         yield file
 
 
-def _columns(values: Mapping[str, Any], prediction: Any, probabilities: bool) -> dict[str, Any]:
-    added = {"prediction": None, "probability": None} if prediction is None else prediction.columns()
-    if not probabilities:
-        added.pop("probabilities", None)
-    if both := [name for name in added if name in values]:
-        raise DataError(
-            f"data: column {listed(both)}: expected rows without what a prediction adds; rename or remove the column"
-        )
-    return added
+def _columns(prediction: Any, probabilities: bool, flat: bool) -> dict[str, Any]:
+    added: dict[str, Any] = prediction.columns()
+    of_labels = added.pop("probabilities", None) or {}
+    if not probabilities or not of_labels:
+        return added
+    return added | ({f"probability {k}": p for k, p in of_labels.items()} if flat else {"probabilities": of_labels})
 
 
-def _as_json(file: IO[str]) -> Callable[[Mapping[str, Any], dict[str, Any]], object]:
-    def write(values: Mapping[str, Any], added: dict[str, Any]) -> None:
-        file.write(json.dumps({**values, **added}, ensure_ascii=False, default=_plain) + "\n")
-
-    return write
+def _as_json(file: IO[str]) -> Callable[[dict[str, Any]], object]:
+    return lambda row: file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
 
 
-def _as_table(file: IO[str], delimiter: str, path: Path) -> Callable[[Mapping[str, Any], dict[str, Any]], object]:
+def _as_table(file: IO[str], delimiter: str, path: Path) -> Callable[[dict[str, Any]], object]:
     writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
     header: list[str] = []
 
-    def write(values: Mapping[str, Any], added: dict[str, Any]) -> None:
-        spread = {f"probability {label}": p for label, p in (added.pop("probabilities", None) or {}).items()}
-        row = {**values, **added, **spread}
+    def write(row: dict[str, Any]) -> None:
         if not header:
             header.extend(row)
             writer.writerow(header)

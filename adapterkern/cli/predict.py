@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = as_asked(arguments, saved.config)
     if config.task == "causal-lm":
         raise NotImplementedError(
-            f"{saved.directory}: expected a run with a head, got a language model, which answers by `adapterkern generate`"
+            f"{saved.directory}: expected a run with a head, got a language model, which `adapterkern generate` runs"
         )
     check_file("--data", arguments.data)
     of_task = saved.kind.saved_predicts(saved.directory)

@@ -40,8 +40,8 @@ def there(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_every_kind(name: str, kind: type) -> None:
     model, tokenizer = ak.load(name)
-    assert isinstance(model, kind)
     assert not any(module.training for module in model.modules())
+    assert isinstance(model, kind)
     assert tokenizer("red")["input_ids"]
     if isinstance(model, Classifier):
         assert isinstance(model.task, RoutedTask) == (name == "routing")
@@ -147,7 +147,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="got a file"):
         ak.load("colors.jsonl")
     with pytest.raises(TypeError, match=r"base_model.*model"):
-        ak.load("classification", base_model="backbone")
+        ak.load("classification", **{"base_model": "backbone"})
 
 
 def test_the_tokenizer_is_the_backbone_s() -> None:

@@ -144,4 +144,4 @@ def test_refused() -> None:
     with pytest.raises(TypeError, match=r"model: expected a saved run, .* got LlamaForCausalLM"):
         ak.predict(model.unload(), rows, config, head=head)
     with pytest.raises(TypeError, match=r"data.*rows"):
-        ak.predict(model, data=rows)
+        ak.predict(model, **{"data": rows})

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import processors
 
 from adapterkern.training import DataError, load_examples
+from adapterkern.training.data.examples import unpacked
 from adapterkern.training.data.summary import summarize
 from tests.support import tiny_qa, tiny_run
 from tests.support.tiny_chat import (
@@ -159,20 +160,37 @@ def refuses(row: dict[str, Any], template: str | None, message: str, tmp_path: P
 
 
 @pytest.mark.parametrize("begin", ["", "<|tools|>"], ids=["a word", "a special token"])
-def test_a_template_that_renders_turns_otherwise_later(begin: str, tmp_path: Path) -> None:
-    """The special token that a turn begins with is no end of it."""
+def test_a_template_that_renders_turns_otherwise_later(begin: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each turn is learned as it is generated. The special token that a turn begins with is no end of it."""
     messages = said("w1", "w8 w9 w2", "w3", "w4")
+    template = FORGETS.replace("'\n' + content", f"'\n{begin}' + content")
+    (packed,), _ = load_examples([{"messages": messages}], CONFIG, tokenizer(template))
+    texts = [shown(example) for example in unpacked([packed])]
+    first, second = (text.replace("[<|tools|>] ", "").replace("<|tools|> ", "") for text in texts)
+    assert texts[0].count("[<|tools|>]") == bool(begin)
+    assert first == "S ? w1 E S ? [w8] [w9] [w2] [E]"
+    assert second == "S ? w1 E S ? w2 E S ? w3 E S ? [w4] [E]"
+    assert "rendered otherwise once others follow: each is learned from a text of its own (row 0)" in caplog.text
+
+
+def test_turns_that_are_learned_from_texts_of_their_own_have_their_weights() -> None:
+    messages = said("w1", "w8 w9 w2", "w3", "w4", "w5", "w6")
+    messages[3]["weight"] = 0
+    (packed,), _ = load_examples([{"messages": messages}], CONFIG, tokenizer(FORGETS))
+    assert [shown(example) for example in unpacked([packed])] == [
+        "S ? w1 E S ? [w8] [w9] [w2] [E]",
+        "S ? w1 E S ? w2 E S ? w3 E S ? w4 E S ? w5 E S ? [w6] [E]",
+    ]
+
+
+def test_a_turn_that_is_rendered_otherwise_even_alone(tmp_path: Path) -> None:
+    """The question is changed once its answer follows."""
     refuses(
-        {"messages": messages},
-        FORGETS.replace("'\n' + content", f"'\n{begin}' + content"),
-        r"messages\[1\]: the chat template renders it, or what is before it, otherwise once other messages follow, .*"
-        r"Expected a template with {% generation %}, or a row for each .*prompt, .* and completion, it alone\n",
+        {"messages": said("w8 w9 w1", "w2")},
+        FORGETS,
+        r"messages\[1\]: the chat template begins it otherwise than with the generation prompt",
         tmp_path,
     )
-    row = {"prompt": messages[:3], "completion": messages[3:]}
-    assert shown(load(row, FORGETS)) == "S ? w1 E S ? w2 E S ? w3 E S ? [w4] [E]"
-    row = {"prompt": messages[:1], "completion": messages[1:2]}
-    assert shown(load(row, FORGETS)) == "S ? w1 E S ? [w8] [w9] [w2] [E]"
 
 
 def test_marks_say_what_is_learned_of_turns_that_are_rendered_otherwise_later(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,10 @@
 
 The assistant's turns are learned, each with the token that ends it. Where they are, the template's own marks say
 (``{% generation %}``), if it has them. Else a turn begins where the text of the messages before it ends, with the
-generation prompt, and ends where the text of the messages up to it ends. Both must be how the whole text begins: a
-template that renders a turn otherwise once others follow it would have the model learn what it never sees when it
-generates, and the row is refused. White space after the token that ends a turn is not learned: nothing generates it.
+generation prompt, and ends where the text of the messages up to it ends. Both must be how the whole text begins. A
+template that renders a turn otherwise once others follow it, as Qwen 3's, would have the model learn what it never sees
+when it generates: each turn is then learned from a text of its own, which ends with it. White space after the token
+that ends a turn is not learned: nothing generates it.
 
 The text is tokenized as the template has made it, as ``apply_chat_template`` does: nothing is put around it.
 """
@@ -124,8 +125,8 @@ def _roles(messages: Sequence[Message]) -> list[str]:
 # To tokens
 
 
-def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRows) -> dict[str, Text]:
-    """The tokenized conversations, and what is learned of each, by the place of its row. Bad ones go to ``bad``.
+def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRows) -> dict[str, list[Text]]:
+    """The texts of the conversations, and what is learned of each, by the place of their row. Bad ones go to ``bad``.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -138,16 +139,17 @@ def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRo
             "set tokenizer.chat_template, or add a file chat_template.jinja to the tokenizer's folder"
         )
     template = _Template(tokenizer)
-    rendered: dict[str, tuple[str, list[tuple[int, int]]]] = {}
+    rendered: list[tuple[str, str, list[tuple[int, int]]]] = []
     for place, chat in chats.items():
         try:
-            rendered[place] = template.render(place, chat)
+            rendered += [(place, *one) for one in template.render(place, chat)]
         except ValueError as error:
             bad.add(place, str(error))
-    template.warn(bad.source, len(rendered))
-    made = {}
-    tokenized = tokenize_parts(tokenizer, [text for text, _ in rendered.values()], [p for _, p in rendered.values()])
-    for (place, (text, _)), found in zip(rendered.items(), tokenized, strict=True):
+    template.warn(bad.source, len({place for place, *_ in rendered}))
+    made: dict[str, list[Text]] = {}
+    broken = set()
+    tokenized = tokenize_parts(tokenizer, [text for _, text, _ in rendered], [parts for _, _, parts in rendered])
+    for (place, text, _), found in zip(rendered, tokenized, strict=True):
         if found.broken is not None:
             around = text[max(found.broken - 20, 0) : found.broken + 20]
             bad.add(
@@ -155,13 +157,17 @@ def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRo
                 f"a token covers the border of an assistant's turn, in {shown(around)}, so the model would not learn "
                 "what it sees when it generates. Expected no white space in the message there",
             )
-            continue
+            broken.add(place)
         labels = np.full(len(found.ids), IGNORE, dtype=np.int64)
         ids = np.array(found.ids, dtype=np.int64)
         for start, end in found.parts:
             labels[start:end] = ids[start:end]
-        made[place] = Text(ids, labels)
-    return made
+        made.setdefault(place, []).append(Text(ids, labels))
+    return {place: texts for place, texts in made.items() if place not in broken}
+
+
+class _RenderedOtherwiseError(ValueError):
+    """The template renders a turn, or what is before it, otherwise once other messages follow."""
 
 
 class _Template:
@@ -175,13 +181,25 @@ class _Template:
         self._unread: list[str] = []  # those of them that change no text
         self._changed: list[str] = []  # places of rows
         self._endless: list[str] = []
+        self._apart: list[str] = []
 
-    def render(self, place: str, chat: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the characters to learn, from one to another.
+    def render(self, place: str, chat: Conversation) -> list[tuple[str, list[tuple[int, int]]]]:
+        """The text of a conversation, and the characters to learn, from one to another; several where turns need them.
 
         Raises:
             ValueError: the template refuses the messages, or it cannot be known what to learn.
         """
+        try:
+            return [self._render(place, chat)]
+        except _RenderedOtherwiseError:
+            alone = [chat._replace(messages=chat.messages[: turn + 1], turns=[turn]) for turn in chat.turns]
+            if alone == [chat]:
+                raise
+            found = [self._render(place, turn) for turn in alone]
+            self._apart.append(place)
+            return found
+
+    def _render(self, place: str, chat: Conversation) -> tuple[str, list[tuple[int, int]]]:
         text = self._text(chat, len(chat.messages))
         every = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
         parts = self._marked(chat, text) if chat.turns == every else None
@@ -236,10 +254,9 @@ class _Template:
                 )
             end = self._end_within(text, until, len(before))
             if end is None:
-                raise ValueError(
+                raise _RenderedOtherwiseError(
                     f"{where} renders it, or what is before it, otherwise once other messages follow, so the model "
-                    "would learn what it never sees when it generates. Expected a template with {% generation %}, or "
-                    "a row for each assistant's message: prompt, the messages before it, and completion, it alone"
+                    "would learn what it never sees when it generates. Expected a template with {% generation %}"
                 )
             self._check_prompt(chat, turn, before)
             parts.append((len(before), end))
@@ -313,10 +330,14 @@ class _Template:
             warn("%s: not used by the chat template: %s", source, ", ".join(self._unread))
         for places, what in (
             (self._changed, "messages that the chat template leaves out or changes"),
+            (
+                self._apart,
+                "turns that are rendered otherwise once others follow: each is learned from a text of its own",
+            ),
             (self._endless, "no special token at the end of the assistant's turn, so nothing teaches where to stop"),
         ):
             if places:
-                warn("%s: %d of %d conversations have %s (%s)", source, len(places), count, what, places[0])
+                warn("%s: %d of %d conversations have %s (%s)", source, len(set(places)), count, what, places[0])
 
 
 def _same(a: str, b: str) -> int:

@@ -331,7 +331,7 @@ def _texts(
         )
     said = tokenize_chats({rows[number].place: chat for number, chat in chats.items()}, tokenizer, bad)
     for number in chats:
-        made[number] = [said[rows[number].place]] if rows[number].place in said else []
+        made[number] = said.get(rows[number].place, [])
     return made
 
 

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from adapterkern.training.run.plot import INK, STYLE
 from bench.cases import COPY
 from bench.report import Entry, Run, quartiles
 
-INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on GitHub's dark
 # a variant has the same color everywhere: ours is red, unknown ones take OTHERS in order
 KNOWN = {
     "ours": "#e5484d", "ours x-free": "#f2908f", "ours + prefix cache": "#f2908f", "ours grouped": "#e5484d",
@@ -25,19 +25,14 @@ KNOWN = {
     "AdapterHub adapters": "#9a7ae0", "clip + AdamW fused": "#3b82d6",
 }  # fmt: skip
 OTHERS = ("#e0861a", "#9a7ae0", "#d4569a", "#b59a1c", "#27a376", "#5fb3c8")
-STYLE: Any = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10,
-    "svg.fonttype": "none", "svg.hashsalt": "bench",
-}  # fmt: skip
+LARGER: Any = STYLE | {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "bench"}
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
     """Draw every picture that the run has figures for; returns the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(LARGER):
         for name, picture in PICTURES.items():
             figure = picture(run)
             if figure is None:

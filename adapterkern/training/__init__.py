@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adapterkern.training.data.rows import DataError as DataError
     from adapterkern.training.heads import ClassificationHead as ClassificationHead
     from adapterkern.training.run.checkpoint import CheckpointError as CheckpointError
-    from adapterkern.training.run.report import plot_history as plot_history
+    from adapterkern.training.run.plot import plot_history as plot_history
     from adapterkern.training.run.report import read_metrics as read_metrics
     from adapterkern.training.run.results import NonFiniteError as NonFiniteError
     from adapterkern.training.run.results import TrainResult as TrainResult
@@ -45,7 +45,7 @@ _HOMES = {
     "evaluate": "api",
     "load_examples": "data.examples",
     "load_run": "saved",
-    "plot_history": "run.report",
+    "plot_history": "run.plot",
     "push_to_hub": "saved",
     "read_metrics": "run.report",
     "train": "api",

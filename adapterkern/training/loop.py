@@ -34,7 +34,8 @@ from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.folder import newest_checkpoint, remove_earlier_run, write_run_card
 from adapterkern.training.run.interrupt import StopRequest
-from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter, plot_history
+from adapterkern.training.run.plot import plot_history
+from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter
 from adapterkern.training.run.results import NonFiniteError, TrainResult
 from adapterkern.training.saved import Sources, save_sources
 from adapterkern.training.task import Feed, Task, run_evaluation

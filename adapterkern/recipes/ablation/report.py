@@ -23,16 +23,9 @@ from adapterkern import __version__
 from adapterkern.files import replacing, write_json
 from adapterkern.recipes.ablation.runs import STUDY_NAME, Findings
 from adapterkern.recipes.ablation.study import ADAPTER_FIELDS, Setting, Study, Variant, show_setting
+from adapterkern.training.run.plot import OTHER, OURS, STYLE
 
 TABLE_NAME, PLOT_NAME = "ablation.md", "ablation.png"
-
-INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on a dark page
-OURS, OTHER, THIRD = "#e5484d", "#3b82d6", "#27a376"
-STYLE: dict[Any, Any] = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9,
-}  # fmt: skip
 
 _TITLES = {
     "layers": "layers with adapters",

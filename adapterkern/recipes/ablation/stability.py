@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterkern.files import replacing
-from adapterkern.recipes.ablation.report import INK, OTHER, OURS, STYLE, THIRD, Spread
+from adapterkern.recipes.ablation.report import Spread
 from adapterkern.recipes.ablation.runs import Findings
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.run.plot import INK, OTHER, OURS, STYLE, THIRD
 from adapterkern.training.run.report import read_metrics
 
 WINDOW = 20  # steps

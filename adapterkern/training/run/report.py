@@ -1,4 +1,4 @@
-"""What a run reports: its data, a progress bar, ``metrics.jsonl``, and a plot of loss and accuracy.
+"""What a run reports: its data, a progress bar, and ``metrics.jsonl``.
 
 ``metrics.jsonl`` has one JSON object per line, of ``"kind"`` ``"train"`` (means since the previous such line) or
 ``"eval"``. A resumed run first drops the lines after its checkpoint, so the file reads like an uninterrupted run's.
@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -209,25 +207,3 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}:{number}: {name}: expected a number, got {value!r:.80}")
         records.append(record)
     return records
-
-
-def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
-    """Plot loss and accuracy over steps to a PNG file. ``task`` determines the unit: texts or tokens."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axis, accuracy_axis = figure.subplots(1, 2)
-    train = [r for r in history if r["kind"] == "train"]
-    evaluations = [r for r in history if r["kind"] == "eval"]
-    loss_axis.plot([r["step"] for r in train], [r["loss"] for r in train], label="train", linewidth=1.2)
-    steps = [r["step"] for r in evaluations]
-    loss_axis.plot(steps, [r["loss"] for r in evaluations], "o-", label="evaluation", markersize=4)
-    accuracy_axis.plot(steps, [100 * r["accuracy"] for r in evaluations], "o-", color="C1", markersize=4)
-    unit = "text" if task == "classification" else "token"
-    loss_axis.set(xlabel="optimizer step", ylabel=f"cross-entropy (nats per {unit})", title="Loss")
-    accuracy_axis.set(xlabel="optimizer step", ylabel=f"correct {unit}s (%)", title="Evaluation accuracy")
-    loss_axis.legend(frameon=False)
-    for axis in (loss_axis, accuracy_axis):
-        axis.grid(alpha=0.3)
-        axis.set_xlim(left=0)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")

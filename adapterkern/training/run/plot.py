@@ -1,0 +1,74 @@
+"""``training.png``: loss, accuracy, learning rate and gradient norm over a run's steps; and the style of all plots."""
+
+import os
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
+
+from adapterkern.files import replacing
+
+INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on a dark page
+OURS, OTHER, THIRD = "#e5484d", "#3b82d6", "#27a376"
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9,
+}  # fmt: skip
+_FEW = 30  # points, which are shown as such
+
+
+def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
+    """Plot a run to a PNG file; the best evaluations are marked.
+
+    Args:
+        history: the records of ``metrics.jsonl``.
+        task: determines the unit: texts or tokens.
+    """
+    train = [record for record in history if record["kind"] == "train"]
+    evaluations = [record for record in history if record["kind"] == "eval"]
+    unit = "text" if task == "classification" else "token"
+    names = ["loss", "accuracy"] if evaluations else ["loss"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.5 * len(names), 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes: Any = figure.subplot_mosaic([names, ["rate"] * len(names)], height_ratios=[3, 1])
+        _lines(axes["loss"], train, "loss", OURS, "training")
+        axes["loss"].set(ylabel=f"cross-entropy (nats per {unit})", title="Loss")
+        if evaluations:
+            _lines(axes["loss"], evaluations, "loss", OTHER, "evaluation")
+            _mark(axes["loss"], min(evaluations, key=lambda record: record["loss"]), "loss", 1, "{:.4f}")
+            _lines(axes["accuracy"], evaluations, "accuracy", OTHER, "evaluation", 100)
+            best = max(evaluations, key=lambda record: record["accuracy"])
+            _mark(axes["accuracy"], best, "accuracy", 100, "{:.2f} %")
+            axes["accuracy"].set(ylabel=f"correct {unit}s (%)", title="Accuracy")
+            axes["loss"].legend()
+        rate, norm = axes["rate"], axes["rate"].twinx()
+        _lines(rate, train, "lr", INK, "learning rate")
+        _lines(norm, train, "grad_norm", THIRD, "gradient norm")
+        rate.set_ylabel("learning rate")
+        norm.set_ylabel("gradient norm", color=THIRD)
+        norm.spines["right"].set_visible(True)
+        rate.set_xlabel("optimizer step")
+        for axis in axes.values():
+            axis.margins(y=0.12)
+            axis.grid(alpha=0.25)
+            axis.set_xlim(left=0)
+        for axis in (rate, norm):
+            axis.set_ylim(bottom=0)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+
+
+def _lines(axis: Axes, records: list[dict[str, Any]], name: str, color: str, label: str, scale: float = 1) -> None:
+    style = "." if len(records) == 1 else ".-" if len(records) < _FEW else "-"
+    values = [scale * record.get(name, 0) for record in records]
+    axis.plot([record["step"] for record in records], values, style, color=color, linewidth=1.2, label=label)
+
+
+def _mark(axis: Axes, best: dict[str, Any], name: str, scale: float, form: str) -> None:
+    place = best["step"], scale * best[name]
+    axis.plot(*place, "o", mfc="none", color=INK, markersize=9)
+    axis.annotate(form.format(place[1]), place, (0, 8), textcoords="offset points", ha="center", fontsize=8)

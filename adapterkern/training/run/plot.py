@@ -34,7 +34,8 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.5 * len(names), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
-        axes: Any = figure.subplot_mosaic([names, ["rate"] * len(names)], height_ratios=[3, 1])
+        layout: Any = [names, ["rate"] * len(names)]
+        axes = figure.subplot_mosaic(layout, height_ratios=[3, 1])
         _lines(axes["loss"], train, "loss", OURS, "training")
         axes["loss"].set(ylabel=f"cross-entropy (nats per {unit})", title="Loss")
         if evaluations:

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from adapterkern.files import replacing
 from adapterkern.training import processes
@@ -27,6 +28,7 @@ DATA_NAME = "data_summary.json"
 METRICS_NAME = "metrics.jsonl"
 _NUMBERS = {"train": ("loss", "grad_norm", "skipped_steps"), "eval": ("loss", "accuracy")}  # what plots are made of
 PLOT_NAME = "training.png"
+_KEPT = (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)  # however narrow the terminal is
 
 
 class _Stderr:
@@ -81,11 +83,10 @@ class Reporter:
         self.console = Console(file=cast("IO[str]", _Stderr()), quiet=not show)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            BarColumn(bar_width=20, table_column=Column(ratio=1)),
+            *(column(table_column=Column(no_wrap=True)) for column in _KEPT),
+            TextColumn("{task.fields[status]}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
+            expand=True,
             console=self.console,
             disable=not (show and self.console.is_terminal),
         )

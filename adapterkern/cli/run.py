@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adapterkern.inference.runs import Opened, SavedRun
     from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import Task
+    from adapterkern.training.heads import ClassificationHead
     from adapterkern.training.saved import Sources
 
 
@@ -33,6 +34,7 @@ class Job(NamedTuple):
     eval_data: Any
     task: "Task[Any] | None" = None
     sources: "Sources | Mapping[str, Sources] | None" = None  # default: those of the arguments
+    head: "ClassificationHead | None" = None
 
 
 def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -88,15 +90,16 @@ def train_run(
     arguments.dtype = dtype.of_arguments(arguments)
     llama, tokenizer = load(arguments)
     torch.manual_seed(config.seed)
-    model, train_data, eval_data, task, sources = job(llama, tokenizer, config)
+    made = job(llama, tokenizer, config)
     result = train(
-        model,
-        train_data,
+        made.model,
+        made.train_data,
         config,
         tokenizer=tokenizer,
-        eval_data=eval_data,
-        task=task,
-        sources=sources or sources_of(arguments, arguments.eval, tokenizer),
+        eval_data=made.eval_data,
+        head=made.head,
+        task=made.task,
+        sources=made.sources or sources_of(arguments, arguments.eval, tokenizer),
     )
     if result.stopped:
         return 130
@@ -198,10 +201,13 @@ def check_file(option: str, path: str | os.PathLike[str]) -> None:
 
 
 def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "LlamaAdapter":
-    """``llama`` with the adapter of the arguments; prints how many parameters it trains if ``show``."""
+    """``llama`` with the adapter of the arguments, saved or new; prints how many parameters it trains if ``show``."""
     from adapterkern.model.llama import LlamaAdapter
 
-    model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
+    if (start := getattr(arguments, "start", None)) is not None:
+        model = LlamaAdapter.from_pretrained(llama, start, **model_flags(arguments))
+    else:
+        model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
     if show:
         trainable, total = model.get_nb_trainable_parameters()
         if getattr(arguments, "train_adapters", True):

@@ -19,6 +19,7 @@ class _Rule(NamedTuple):
 _RULES = (
     _Rule(("max_params",), "adapter_dim", why="a budget decides the dimension"),
     _Rule(("layers",), "every", why="each says which layers have adapters"),
+    _Rule(adapter_fields(), "start", why="a saved adapter is as it was made"),
     _Rule(("epochs",), "max_steps", why="each says how long to train"),
     _Rule(adapter_fields(), "train_adapters", lambda on: not on, "which trains the head alone"),
     _Rule(("pooling", "label_column"), "task", lambda task: task == "causal-lm", "which has no labels"),

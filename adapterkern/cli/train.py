@@ -1,11 +1,16 @@
 """``adapterkern train``."""
 
 import argparse
+import logging
+from pathlib import Path
 from typing import Any
 
 from adapterkern.cli.options import add_adapter_options, add_backbone_options, add_data_options, add_training_options
 from adapterkern.cli.run import Job, adapted, train_run
+from adapterkern.cli.words import command
 from adapterkern.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 NAME, SUMMARY = "train", "train adapters on your data"
 HELP = """\
@@ -17,6 +22,9 @@ Train adapters (and a classification head) on a frozen LLaMA.
   # language modeling: qa.jsonl has the keys prompt and completion, or messages
   adapterkern train --model ./llama --train qa.jsonl --output run --task causal-lm --precision bf16
 
+  # a saved adapter, and its head where the labels are the same, trained further
+  adapterkern train --model SmolLM2.gguf --train more.csv --output run-2 --from run
+
 Ctrl-C stops after the running step and leaves a checkpoint; the same command with --resume continues from there.
 """
 
@@ -25,11 +33,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backbone_options(parser)
     add_data_options(parser)
     add_adapter_options(parser)
+    start = "go on from a saved adapter: a run, a checkpoint, or what save_pretrained wrote"
+    parser.add_argument("--from", dest="start", type=Path, metavar="DIR", help=start)
     add_training_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
-        return Job(adapted(arguments, llama), arguments.train, arguments.eval)
+    if arguments.start is not None:
+        arguments.start = _start(arguments.start)
 
-    return train_run(arguments, job)
+    def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
+        model = adapted(arguments, llama)
+        head = None if arguments.start is None else _head(arguments.start, arguments.train, config)
+        return Job(model, arguments.train, arguments.eval, head=head)
+
+    return train_run(arguments, job, one_adapter=arguments.start is None)
+
+
+def _start(source: Path) -> Path:
+    """The folder of the adapter to go on from. Raises ``ValueError`` if it has not one."""
+    from adapterkern.inference.runs import find_run
+    from adapterkern.model.files.folder import adapter_files
+
+    run = find_run(source)
+    if adapter_files(run.directory) is None:
+        raise ValueError(f"--from: expected a run of one adapter, got {source}, {command(run.kind.__name__)}")
+    return run.directory
+
+
+def _head(start: Path, data: str, config: TrainConfig) -> Any:
+    """The head saved there; None, with a warning, if the data have labels that it does not have."""
+    from adapterkern.training.data.examples import check_data
+    from adapterkern.training.heads import ClassificationHead, head_kind, saved_labels
+
+    if config.task != "classification" or head_kind(start) != "classification":
+        return None
+    labels = saved_labels(start)
+    if new := [name for name in check_data(data, config) if name not in labels]:
+        logger.warning("--from: the head starts anew, since %s has labels that the saved one has not: %s", data, new[0])
+        return None
+    return ClassificationHead.from_pretrained(start)

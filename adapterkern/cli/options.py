@@ -301,6 +301,15 @@ def add_saved_options(
     add_backbone_options(parser, of_run=True)
 
 
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Where the report on a run with a classification head goes."""
+    group = parser.add_argument_group("report", "what a classification gets wrong; default: tables on the terminal")
+    group.add_argument("--report", type=folder, metavar="DIR", help="also report.json, confusion.png, wrong.jsonl, ...")
+    group.add_argument(
+        "--worst", type=integer, default=20, metavar="N", help="rows most confidently wrong to write [%(default)s]"
+    )
+
+
 def as_asked(arguments: argparse.Namespace, config: TrainConfig) -> TrainConfig:
     """A saved run's configuration with what ``add_saved_options`` was given in place of its own."""
     given = {name: getattr(arguments, name, None) for name in (*COLUMNS, *READING)}

@@ -9,6 +9,7 @@ from adapterkern.cli.options import (
     add_backbone_options,
     add_data_options,
     add_options,
+    add_report_options,
     add_saved_options,
     add_training_options,
     from_options,
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(train.add_argument_group("routing", "defaults in brackets"), RoutingConfig)
     add_adapter_options(train)
     add_training_options(train)
-    add_saved_options(actions.add_parser("evaluate", help="the same as adapterkern eval", allow_abbrev=False))
+    evaluate = actions.add_parser("evaluate", help="the same as adapterkern eval", allow_abbrev=False)
+    add_saved_options(evaluate)
+    add_report_options(evaluate)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapterkern import checks
 from adapterkern.cli import dtype
 from adapterkern.cli.options import COLUMNS, adapter_config, as_asked, from_options, model_flags
 from adapterkern.cli.together import check_together
@@ -219,19 +221,75 @@ def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "Ll
 
 
 def evaluate_run(arguments: argparse.Namespace) -> int:
-    """Print the metrics of the saved run in ``arguments.directory``, of whatever kind it is."""
-    from adapterkern.training import evaluate
+    """Print the metrics of the saved run in ``arguments.directory``, of whatever kind it is.
 
-    task, config, tokenizer, data = load_saved(arguments)
-    print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task))
+    Of a classification also a report, on stderr, and to files if that is asked for.
+    """
+    from adapterkern.training import evaluate
+    from adapterkern.training.prediction import Answer
+
+    answers: list[Answer] = []
+    task, config, tokenizer, data = load_saved(arguments, check=functools.partial(_check_report, arguments))
+    print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task, answers=answers))
+    _report(arguments, answers, task, data, config, tokenizer)
     return 0
 
 
-def load_saved(arguments: argparse.Namespace, answers: bool = False) -> tuple["Task[Any]", TrainConfig, Any, Any]:
+def _check_report(arguments: argparse.Namespace, run: "SavedRun") -> None:
+    """Raise what can be known of ``--report`` before the backbone is loaded."""
+    from adapterkern.inference.report import check_directory, check_installed
+    from adapterkern.recipes.multitask.task import MultiTask
+
+    directory = getattr(arguments, "report", None)
+    if directory is None:
+        return
+    checks.integer("worst", arguments.worst, 0)
+    if not run.classifies:
+        raise ValueError(f"report: expected a run with a classification head, got {run.directory}, which has none")
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise NotImplementedError(f"report: expected one process, got {processes}")
+    check_installed()
+    several = issubclass(run.kind, MultiTask)
+    for name in MultiTask.saved_names(run.directory) if several else [""]:
+        check_directory(directory / name)
+
+
+def _report(
+    arguments: argparse.Namespace, answers: list[Any], task: Any, data: Any, config: TrainConfig, tokenizer: Any
+) -> None:
+    """Print the reports on an evaluation, and write them if that is asked for; none of another task's."""
+    from rich.console import Console
+
+    from adapterkern.inference.report import WORST, check_installed, reports, show, write_report
+    from adapterkern.training import processes
+
+    if not answers or processes.world_size() > 1:
+        return
+    try:
+        check_installed()
+    except ImportError as error:
+        logger.warning("%s", error)
+        return
+    console, directory = Console(stderr=True), getattr(arguments, "report", None)
+    worst = getattr(arguments, "worst", WORST)
+    for name, report in reports(task, answers, data, config, tokenizer, worst).items():
+        if name:
+            console.print(f"\n{name}", markup=False, highlight=False)
+        show(report, console)
+        if directory is not None:
+            write_report(report, directory / name)
+    if directory is not None:
+        console.print(f"\nreport in {directory}", markup=False, highlight=False)
+
+
+def load_saved(
+    arguments: argparse.Namespace, answers: bool = False, check: Callable[["SavedRun"], None] | None = None
+) -> tuple["Task[Any]", TrainConfig, Any, Any]:
     """A saved run's task, configuration and tokenizer, and the data to use it on: ``--data``, or the run's own.
 
     Args:
         answers: the run must answer questions, and those in the data need not have answers.
+        check: raises for a run that the command cannot use.
 
     Raises:
         FileNotFoundError: a file of the run is missing.
@@ -241,6 +299,8 @@ def load_saved(arguments: argparse.Namespace, answers: bool = False) -> tuple["T
     from adapterkern.recipes.qa.task import QuestionAnswering
 
     run = saved_run(arguments)
+    if check is not None:
+        check(run)
     if answers and not issubclass(run.kind, QuestionAnswering):
         raise ValueError(f"{run.directory}: expected a run of question answering, got {command(run.kind.__name__)}")
     data: Any

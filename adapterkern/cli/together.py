@@ -31,6 +31,7 @@ _RULES = (
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("eval_every", "eval_batch_size"), "eval", lambda file: file is None),
     _Rule(("x_free",), "unfused", bool, "which keeps what torch keeps"),
+    _Rule(("worst",), "report", lambda directory: directory is None),
     _Rule(("free_epochs",), "cost", lambda cost: cost == 0),
     _Rule(("train_texts",), "train", why="texts of Reuters R8, or of a file"),
     _Rule(("eval_texts",), "eval", why="texts of Reuters R8, or of a file"),

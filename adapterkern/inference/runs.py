@@ -60,6 +60,11 @@ class SavedRun:
             return TrainConfig(task="causal-lm")
         return load_config(_one_folder(self.directory, self.kind))
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it labels texts, by classification heads. Raises as ``config``."""
+        return not issubclass(self.kind, QuestionAnswering) and self.config.task == "classification"
+
     def open(
         self,
         *,

@@ -28,6 +28,7 @@ from adapterkern.training.parallel.accelerator import left_as_found, make_accele
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.parallel.frozen import cast_once
+from adapterkern.training.prediction import Answer, answers_kept
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
 from adapterkern.training.run.folder import run_folder
 from adapterkern.training.run.lock import in_one_thread
@@ -244,6 +245,7 @@ def evaluate(
     head: ClassificationHead | None = None,
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
+    answers: list[Answer] | None = None,
 ) -> dict[str, float]:
     """Score the active adapter on data: the same numbers as an evaluation during ``train``.
 
@@ -251,6 +253,8 @@ def evaluate(
         config, head: those of the training, as ``load_run`` reads them.
         cache: activations to reuse; without it texts run through the whole model.
         task: the task of the training, if it had one; it has its own head.
+        answers: a list that gets an ``Answer`` per text: the label that a classification head finds, and its
+            probability. In the order of the batches; with several processes those of this one's share.
 
     Returns:
         ``loss`` (nats per text or token), ``accuracy`` (0 to 1), ``targets`` (their number), ``seconds``,
@@ -270,11 +274,16 @@ def evaluate(
         task = Task(model, None if head is None else head.to(model.device))
         _warn_of_pooling(config, head)
     with in_one_thread(model):
-        return _evaluated(task, eval_data, config, tokenizer, cache)
+        return _evaluated(task, eval_data, config, tokenizer, cache, answers)
 
 
 def _evaluated(
-    task: Task[Any], eval_data: Any, config: TrainConfig, tokenizer: Any, cache: PrefixCache | None
+    task: Task[Any],
+    eval_data: Any,
+    config: TrainConfig,
+    tokenizer: Any,
+    cache: PrefixCache | None,
+    answers: list[Answer] | None,
 ) -> dict[str, float]:
     model = task.model
     accelerator = make_accelerator(config.precision, model.device)  # joins the processes, of which one shows the data
@@ -290,4 +299,5 @@ def _evaluated(
         if cache is not None and use:
             feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])
         run = accelerator.prepare_model(task.train(model.training), evaluation_mode=True)
-        return run_evaluation(task, run, examples, feed, config)
+        with contextlib.nullcontext() if answers is None else answers_kept(task, feed, answers):
+            return run_evaluation(task, run, examples, feed, config)

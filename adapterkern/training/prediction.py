@@ -1,22 +1,57 @@
-"""Predictions for rows without labels, in bounded memory: rows are read, and their predictions given, in order."""
+"""Predictions for rows without labels, in bounded memory: rows are read, and their predictions given, in order.
 
+For rows with labels, an evaluation keeps what it finds on the way (``answers_kept``), so that nothing runs twice.
+"""
+
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from adapterkern.model.decoder import modes_kept
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.examples import UNREAD, Rows, check_vocabulary
+from adapterkern.training.data.examples import UNREAD, Example, Rows, check_vocabulary
 from adapterkern.training.data.rows import BadRows, DataError, Row, source_name, warn
+from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.parallel.accelerator import make_accelerator
 from adapterkern.training.parallel.frozen import cast_once
 from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.task import Feed, Task, eval_batches
 
 CHUNK = 1024  # rows, which are sorted by length to save padding
+
+
+class Answer(NamedTuple):
+    """What a classification head finds for an example of an evaluation, whose label is ``example.targets[0]``."""
+
+    example: Example
+    label: int  # the best, by its number in the head's ``labels``
+    probability: float  # of that label, 0 to 1
+
+
+@contextlib.contextmanager
+def answers_kept(task: Task[Any], feed: Feed, answers: list[Answer]) -> Iterator[None]:
+    """Context in which each forward on a batch of ``feed`` adds what the task's classification head finds.
+
+    The label is the one that the accuracy counts. Nothing is added by a task without such a head.
+    """
+
+    def keep(head: Any, arguments: Any, scores: torch.Tensor) -> None:
+        best = scores.argmax(-1)
+        probabilities = scores.softmax(-1).gather(-1, best[:, None])[:, 0]
+        found = zip(feed.examples, best.tolist(), probabilities.tolist(), strict=True)
+        answers.extend(Answer(*one) for one in found)
+
+    heads = [module for module in task.modules() if isinstance(module, ClassificationHead)]
+    hooks = [head.register_forward_hook(keep) for head in heads]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_to_predict(task: type[Task[Any]], data: Rows, config: TrainConfig, **of_task: Any) -> int:

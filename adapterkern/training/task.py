@@ -333,6 +333,7 @@ class Feed:
         self.task = task
         self.config = config
         self.cache = cache
+        self.examples: Sequence[Any] = ()  # of the last batch
         self._slots: dict[int, Slot] = {}  # by the example's row
 
     def add(self, examples: Sequence[Example], slots: Sequence[Slot]) -> None:
@@ -340,6 +341,7 @@ class Feed:
         self._slots |= {example.row: slot for example, slot in zip(examples, slots, strict=True)}
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
+        self.examples = examples
         batch = self.task.collate(examples, self.config)
         if self._slots and self.cache is not None:
             slots = [self._slots[example.row] for example in examples]

@@ -72,7 +72,7 @@ class Report:
         rows: their number.
         accuracy: 0 to 1.
         labels: those in the rows or predicted, in the head's order.
-        averages: (precision, recall, F1) over ``labels``: ``"macro"``, and ``"weighted"`` by support.
+        averages: [precision, recall, F1] over ``labels``: ``"macro"``, and ``"weighted"`` by support.
         confusion: rows by true and predicted label, in the order of ``labels``.
         absent: how many labels of the head are neither in the rows nor predicted.
         errors: the number of wrong rows.
@@ -82,7 +82,7 @@ class Report:
     rows: int
     accuracy: float
     labels: list[LabelScores]
-    averages: dict[str, tuple[float, float, float]]
+    averages: dict[str, list[float]]
     confusion: list[list[int]]
     absent: int
     errors: int
@@ -162,7 +162,7 @@ def make_report(
 
     precision, recall, f1, support = (values.tolist() for values in scores(None))
     columns = zip(precision, recall, f1, support, matrix.sum(0).tolist(), strict=True)
-    averages = {name: tuple(map(float, scores(name)[:3])) for name in ("macro", "weighted")}
+    averages = {name: [float(value) for value in scores(name)[:3]] for name in ("macro", "weighted")}
     wrong = [row for row in range(len(true)) if true[row] != predicted[row]]
     return Report(
         rows=len(true),
@@ -249,17 +249,18 @@ def _parts(report: Report, limit: int | None) -> Iterator[Any]:
         table.add_row(f"{name} average", *map(_score, values))
     yield table
     if len(cut) < len(ordered):
-        yield f"the {len(cut)} of {len(ordered)} labels with the lowest F1; the others are in {REPORT_NAME}"
+        yield f"the {len(cut)} of {len(ordered)} labels with the lowest F1"
     if unpredicted := [one.label for one in ordered if not one.predicted]:
         yield f"never predicted, so that precision counts as 0: {_few(unpredicted, limit)}"
     if rowless := [one.label for one in ordered if not one.support]:
         yield f"in no row, so that recall counts as 0: {_few(rowless, limit)}"
     if report.absent:
-        yield f"{report.absent} labels more are in no row and never predicted; the averages leave them out"
+        all_labels = report.absent + len(ordered)
+        yield f"{report.absent} of {all_labels} labels are in no row and never predicted, and in no average"
     yield from _matrix(report) if len(report.labels) <= _MATRIX else _pairs(report)
     rows = report.wrong if limit is None else report.wrong[:_ROWS]
     if rows:
-        yield f"\n{report.errors} of {report.rows} rows are wrong; the most confidently:"
+        yield f"\n{report.errors:,} of {report.rows:,} rows are wrong; the most confidently:"
     for row in rows:
         text = "" if row.text is None else f"  {shown(row.text)}"
         yield f"  {row.probability:.2f} {shown(row.predicted)}, expected {shown(row.label)}  {row.place}{text}"
@@ -313,7 +314,7 @@ def _pairs(report: Report) -> Iterator[Any]:
     yield table
     if len(pairs) > _MATRIX:
         rest = sum(count for *_, count in pairs[_MATRIX:])
-        yield f"the {_MATRIX} most frequent of {len(pairs)} confusions; the others have {rest} rows, see {REPORT_NAME}"
+        yield f"the {_MATRIX} most frequent of {len(pairs):,} confusions; the others have {rest:,} rows"
 
 
 # Files
@@ -332,7 +333,7 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     errors = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
     kept = np.sort(np.argsort(-errors, kind="stable")[:SHOWN])
-    names = [_cut(report.labels[number].label) for number in kept]
+    names = [_cut(shown(report.labels[number].label)) for number in kept]
     size = 1.8 + 0.34 * len(kept)
     figure = Figure(figsize=(size + 1.6, size + 1.2), layout="constrained")
     FigureCanvasAgg(figure)

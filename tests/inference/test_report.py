@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
+import adapterkern as ak
 from adapterkern.inference.report import (
     SHOWN,
     LabelScores,
@@ -21,6 +22,8 @@ from adapterkern.inference.report import (
     show,
     write_report,
 )
+from adapterkern.training.prediction import Answer
+from tests.support import tiny_run
 
 LABELS = ["a", "b", "c", "d"]
 TRUE, PREDICTED = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]  # c is never predicted, d is nowhere
@@ -186,3 +189,25 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="report: expected a folder, got the file"):
         check_directory(tmp_path / "file")
+
+
+def test_an_evaluation_keeps_what_it_counts() -> None:
+    model, config, tokenizer = tiny_run.model(), tiny_run.quiet(max_steps=2), tiny_run.tokenizer()
+    head = ak.train(model, tiny_run.rows(16), config, tokenizer=tokenizer).head
+    rows = tiny_run.rows(20, seed=1)
+    answers: list[Answer] = []
+    metrics = ak.evaluate(model, rows, config, tokenizer=tokenizer, head=head, answers=answers)
+    assert sorted(one.example.row for one in answers) == list(range(20))
+    for one in answers:
+        assert head.labels[one.example.targets[0]] == rows[one.example.row]["label"]
+    assert sum(one.label == one.example.targets[0] for one in answers) / 20 == metrics["accuracy"]
+    ak.evaluate(model, rows, config, tokenizer=tokenizer, head=head)  # which keeps nothing
+    assert len(answers) == 20
+    assert not head._forward_hooks
+
+
+def test_a_language_model_keeps_nothing() -> None:
+    config, answers = tiny_run.quiet(task="causal-lm"), list[Answer]()
+    rows = [{"text": row["text"]} for row in tiny_run.rows(4)]
+    ak.evaluate(tiny_run.model(), rows, config, tokenizer=tiny_run.tokenizer(), answers=answers)
+    assert answers == []

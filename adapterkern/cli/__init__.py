@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from adapterkern import __version__, _ctrl_c, ops
 from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, predict, qa, route, train
+from adapterkern.cli.config_file import with_file
 from adapterkern.cli.cores import warn_of_threads
 from adapterkern.cli.memory import keep_pages
 from adapterkern.cli.options import Parser, UsageError
@@ -45,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    parser: argparse.ArgumentParser = Parser()
+    parser: Parser = Parser()
     show, log = logging.StreamHandler(), logging.getLogger("adapterkern")
     level_before = log.level
     try:
-        arguments = _parser(argv).read(argv)
+        parser = _parser(argv)
+        arguments = parser.read(with_file(argv, parser))
         parser = arguments.parser
         level = logging.WARNING if _rank() == 0 else logging.ERROR
         show.setFormatter(_Formatter(parser))

@@ -333,6 +333,7 @@ def adapter_config(arguments: argparse.Namespace) -> AdapterConfig:
 
 def add_training_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
     """One option for each field of ``TrainConfig``, except those in ``without``."""
+    parser.add_argument("--config", metavar="FILE", help="options from a .yaml or .json file; those that are typed win")
     group = parser.add_argument_group("training", "defaults in brackets")
     group.add_argument("--output", dest="output_dir", required=True, metavar="DIR", help="where everything is written")
     add_options(group, TrainConfig, without={"output_dir", *without})

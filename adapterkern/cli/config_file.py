@@ -1,0 +1,105 @@
+"""``--config FILE``: options from a file, in front of those that are typed, which win.
+
+A YAML or JSON file of option names and values (``lr: 2e-3``, ``layers: [-2, -1]``, ``prefix-cache: false``), or a run's
+``task.json``, which has the settings of its training.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapterkern import checks
+from adapterkern.files import read_json
+from adapterkern.training.config import TrainConfig
+
+OPTION = "--config"
+_UNSAID = ("output_dir", "resume", "overwrite")  # of a task.json: about its run, and not about the training
+
+
+def with_file(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line with the options of its ``--config``.
+
+    Raises:
+        ValueError: the file is not YAML or JSON, or has an option that the command does not have.
+        OSError: it cannot be read.
+    """
+    before, command, rest = _innermost(argv, parser)
+    places = [n for n, word in enumerate(rest) if word == OPTION or word.startswith(f"{OPTION}=")]
+    if not places or OPTION not in command._option_string_actions:
+        return list(argv)
+    at = places[-1]
+    value = rest[at].partition("=")[2] if "=" in rest[at] else next(iter(rest[at + 1 :]), "")
+    if not value or len(places) > 1:
+        return list(argv)  # which the parser refuses
+    rest = [*rest[:at], *rest[at + (1 if "=" in rest[at] else 2) :]]
+    return [*before, *_options(Path(value), command, {word.split("=")[0] for word in rest}), *rest]
+
+
+def _innermost(
+    argv: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[list[str], argparse.ArgumentParser, list[str]]:
+    """The words that name a command, its parser, and the other words."""
+    count = 0
+    for word in argv:
+        commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not commands or word not in commands[0].choices:
+            break
+        parser, count = commands[0].choices[word], count + 1
+    return list(argv[:count]), parser, list(argv[count:])
+
+
+def _options(path: Path, parser: argparse.ArgumentParser, typed: set[str]) -> list[str]:
+    known = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
+    known |= {action.dest: action for action in parser._actions if action.option_strings}
+    words = []
+    for key, value in _read(path).items():
+        action = known.get(key) or known.get(key.replace("_", "-"))
+        if action is None or OPTION in action.option_strings:
+            near = checks.near(key.replace("_", "-"), [name for name in known if "_" not in name])
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            raise ValueError(f"{OPTION}: {path}: expected options of {parser.prog}, got {key!r}{hint}")
+        if value is not None and not typed & set(action.option_strings):
+            words += _words(path, key, action, value)
+    return words
+
+
+def _words(path: Path, key: str, action: argparse.Action, value: Any) -> list[str]:
+    option = action.option_strings[0]
+    if action.nargs == 0:  # a flag
+        if not isinstance(value, bool):
+            raise ValueError(f"{OPTION}: {path}: {key}: expected true or false, got {value!r}")
+        off = [name for name in action.option_strings if name.startswith("--no-")]
+        return [option] if value else off[:1]
+    if isinstance(value, bool | Mapping):
+        raise ValueError(f"{OPTION}: {path}: {key}: expected a value of {option}, got {value!r}")
+    return [f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"{OPTION}: expected a .yaml or .json file, got {path}")
+    if path.suffix.lower() == ".json":
+        try:
+            found: Any = read_json(path, ours=False)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{OPTION}: no file {path}") from None
+    else:
+        import yaml
+
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{OPTION}: no file {path}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{OPTION}: {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{OPTION}: {path}: expected names of options and their values, got {found!r:.80}")
+    return _of_run(found["config"]) if isinstance(found.get("config"), dict) and "format_version" in found else found
+
+
+def _of_run(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said by the settings in a ``task.json``: those that are not the defaults."""
+    defaults = TrainConfig().to_dict()
+    said = {name: value for name, value in saved.items() if name not in _UNSAID and value != defaults.get(name)}
+    return {name: "inf" if name == "max_norm" and value is None else value for name, value in said.items()}

@@ -1,0 +1,99 @@
+"""``--config``: options from a file, in front of those that are typed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterkern import cli
+from adapterkern.cli.config_file import with_file
+
+BEFORE = ["train", "--model", "m", "--train", "t.csv", "--output", "out"]
+
+
+def words(path: Path, *typed: str, before: list[str] | None = None) -> list[str]:
+    argv = [*(before or BEFORE[:1]), f"--config={path}", *typed]
+    return with_file(argv, cli._parser(argv))
+
+
+def arguments(path: Path, *typed: str) -> Any:
+    argv = [*BEFORE, *typed]
+    return cli._parser(argv).read(words(path, *argv[1:]))
+
+
+def test_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: ./llama\nlr: 2e-3\nlayers: [-2, -1]\nprefix-cache: false\nliger: true\nmax_steps: null\n")
+    assert words(path) == ["train", "--model=./llama", "--lr=2e-3", "--layers=-2,-1", "--no-prefix-cache", "--liger"]
+    found = arguments(path)
+    assert (found.model, found.lr, found.layers, found.prefix_cache, found.liger) == ("m", 2e-3, [-2, -1], False, True)
+    assert not found.parser.repeated
+
+
+def test_what_is_typed_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"lr": 1.0, "progress": True, "unfused": True, "epochs": 7}))
+    found = arguments(path, "--lr", "5e-4", "--no-progress")
+    assert (found.lr, found.progress, found.unfused, found.epochs) == (5e-4, False, True, 7)
+    for typed in (["--config", str(path)], [f"--config={path}"]):
+        argv = [*BEFORE, *typed]
+        assert with_file(argv, cli._parser(argv))[1:5] == ["--lr=1.0", "--progress", "--unfused", "--epochs=7"]
+
+
+def test_a_run_s_task(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "runs" / "classification" / "task.json"
+    found = arguments(golden)
+    saved = json.loads(golden.read_text())["config"]
+    assert (found.lr, found.max_steps, found.batch_size) == (saved["lr"], saved["max_steps"], saved["batch_size"])
+    assert found.output_dir == "out"
+    assert not found.overwrite
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({"format_version": 1, "config": {"max_norm": None}}))
+    assert arguments(path).max_norm == float("inf")
+
+
+def test_a_command_within_a_command(tmp_path: Path) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text("doc-stride: 4\n")
+    assert words(path, before=["qa", "train"]) == ["qa", "train", "--doc-stride=4"]
+
+
+def test_a_training_by_a_file_alone(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": str(model_folder), "train": str(files[0]), "output": str(tmp_path / "run"), "max-steps": 1}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(values | {"adapter_dim": 4, "progress": False, "plot": False}))
+    assert cli.main(["train", "--config", str(path)]) == 0
+    assert json.loads((tmp_path / "run" / "adapterkern.json").read_text())["adapter"]["adapter_dim"] == 4
+    assert "saved in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "lerning-rate: 1", "a.yaml: expected options of adapterkern train, got 'lerning-rate'"),
+        ("a.yaml", "adapter-di: 1", "got 'adapter-di' (did you mean adapter-dim?)"),
+        ("a.yaml", "- lr", "a.yaml: expected names of options and their values, got ['lr']"),
+        ("a.yaml", "lr: [", "a.yaml: not YAML: "),
+        ("a.json", "[]", "a.json: expected a JSON object, got list"),
+        ("a.yaml", "liger: 3", "a.yaml: liger: expected true or false, got 3"),
+        ("a.yaml", "lr: true", "a.yaml: lr: expected a value of --lr, got True"),
+        ("a.yaml", "lr: fast", "--lr: expected a number, got 'fast'"),
+        ("a.yaml", "layers: 0\nevery: 2", "--layers: expected --layers or --every, not both"),
+        ("a.toml", "lr = 1", "--config: expected a .yaml or .json file, got "),
+        (None, "", "--config: no file "),
+    ],
+)
+def test_refused(name: str | None, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / (name or "a.yaml")
+    if name:
+        path.write_text(text)
+    assert cli.main([*BEFORE, "--config", str(path)]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*BEFORE, "--config"]) == 2
+    assert "--config: expected a value, got none" in capsys.readouterr().err

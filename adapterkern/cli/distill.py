@@ -12,7 +12,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, check_rows, check_train_and_eval, train_run
+from adapterkern.cli.run import Job, adapted, check_rows, check_train_and_eval, is_share_of_train, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "distill", "train adapters on a teacher's soft labels, or keep a model close to its original behavior"
@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     cut = arguments.num_layers
     if arguments.eval_keep and not arguments.eval:
         raise ValueError("--eval: expected a file together with --eval-keep, got none")
+    if arguments.eval_keep and is_share_of_train(arguments.eval):
+        raise ValueError(f"--eval: expected a file together with --eval-keep, got a share of --train, {arguments.eval}")
     if arguments.teacher == "whole" and cut is None:
         raise ValueError("--backbone-layers: expected a number of layers together with --teacher whole, got none")
 

@@ -279,7 +279,7 @@ FORMATS = f"{FILES}; or NAME:SPLIT of a dataset on the hub"
 
 def add_data_options(parser: argparse.ArgumentParser, format: str = FORMATS) -> None:
     parser.add_argument("--train", required=True, metavar="FILE", help=f"what to learn from: {format}")
-    parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on")
+    parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on; or a share of --train: 10%%")
 
 
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")

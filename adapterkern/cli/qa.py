@@ -13,7 +13,7 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, check_questions, evaluate_run, load_saved, train_run
+from adapterkern.cli.run import Job, adapted, check_questions, evaluate_run, is_share_of_train, load_saved, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "qa", "question answering: train, evaluate, predict"
@@ -66,7 +66,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     def check(config: TrainConfig) -> None:
         check_questions("--train", arguments.train, config)
-        check_questions("--eval", arguments.eval, config)
+        if not is_share_of_train(arguments.eval):
+            check_questions("--eval", arguments.eval, config)
 
     return train_run(arguments, job, check=check)
 

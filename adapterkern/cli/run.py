@@ -46,11 +46,14 @@ def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return load_backbone(arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype)
 
 
-def sources_of(arguments: argparse.Namespace, eval_data: str | None, tokenizer: Any) -> "Sources":
-    """What ``sources.json`` holds of a run with these arguments."""
+def sources_of(arguments: argparse.Namespace, eval_data: Any, tokenizer: Any) -> "Sources":
+    """What ``sources.json`` holds of a run with these arguments. ``eval_data`` may be a share of the training rows."""
     from adapterkern.inference.runs import tokens_digest
+    from adapterkern.training.data.split import HeldOut
     from adapterkern.training.saved import Sources
 
+    if is_share_of_train(eval_data):
+        eval_data = HeldOut(arguments.train, eval_data, arguments.seed)
     return Sources(arguments.model, arguments.num_layers, arguments.dtype, eval_data, tokens_digest(tokenizer))
 
 
@@ -163,7 +166,16 @@ def check_train_and_eval(
     train_file: str | os.PathLike[str] | None, eval_file: str | os.PathLike[str] | None, config: TrainConfig
 ) -> None:
     """``check_rows`` of ``--train``, and of ``--eval``, which may have the labels of ``--train`` alone."""
-    check_rows("--eval", eval_file, config, check_rows("--train", train_file, config))
+    labels = check_rows("--train", train_file, config)
+    if not is_share_of_train(eval_file):
+        check_rows("--eval", eval_file, config, labels)
+
+
+def is_share_of_train(eval_file: str | os.PathLike[str] | None) -> bool:
+    """Whether ``--eval`` is a share of the training rows. Raises ``ValueError`` for one that cannot be."""
+    from adapterkern.training.data.split import is_share
+
+    return is_share(eval_file)
 
 
 def check_mixed(option: str, adapter: AdapterConfig, config: TrainConfig) -> None:
@@ -196,6 +208,10 @@ def check_file(option: str, path: str | os.PathLike[str]) -> None:
     """Raise ``OSError`` if there is no such file or folder, and the text cannot name a dataset on the hub."""
     from adapterkern.training.data.formats.names import format_of, hub_name
 
+    if str(path).endswith("%") and not os.path.exists(path):
+        raise ValueError(
+            f"{option}: expected a file, got {path}: a share of --train is for --eval of a single training"
+        )
     if os.path.isdir(path) and format_of(path):
         raise IsADirectoryError(f"{option}: expected a file, got the folder {path}")
     if not os.path.exists(path) and hub_name(path) is None:
@@ -335,7 +351,7 @@ def open_run(arguments: argparse.Namespace, run: "SavedRun") -> "Opened":
     return run.open(model=arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype, **flags)
 
 
-def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, str]:
+def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Each task's own data, of a run of several."""
     from adapterkern.recipes.multitask.task import MultiTask
     from adapterkern.training.saved import load_sources
@@ -352,13 +368,15 @@ def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, 
 
 
 def _check_saved_data(
-    arguments: argparse.Namespace, directory: Path, path: str, questions: bool = False, labeled: bool = True
+    arguments: argparse.Namespace, directory: Path, path: Any, questions: bool = False, labeled: bool = True
 ) -> None:
     """Raise what can be known of a saved run's data, and of the options that read it, without its backbone."""
     from adapterkern.training.data.rows import ColumnError
+    from adapterkern.training.data.split import HeldOut
     from adapterkern.training.heads import saved_labels
     from adapterkern.training.saved import load_config
 
+    path = path.train_data if isinstance(path, HeldOut) else path
     config = as_asked(arguments, load_config(directory))
     text, label, prompt, completion = (repr(getattr(config, name)) for name in COLUMNS)
     reads = {"classification": f"{text} and {label}", "causal-lm": f"{prompt} and {completion}, or {text}"}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adapterkern.training.data.examples import load_examples as load_examples
     from adapterkern.training.data.prefix import PrefixCache as PrefixCache
     from adapterkern.training.data.rows import DataError as DataError
+    from adapterkern.training.data.split import HeldOut as HeldOut
     from adapterkern.training.heads import ClassificationHead as ClassificationHead
     from adapterkern.training.run.checkpoint import CheckpointError as CheckpointError
     from adapterkern.training.run.plot import plot_history as plot_history
@@ -37,6 +38,7 @@ _HOMES = {
     "CheckpointError": "run.checkpoint",
     "ClassificationHead": "heads",
     "DataError": "data.rows",
+    "HeldOut": "data.split",
     "NonFiniteError": "run.results",
     "PrefixCache": "data.prefix",
     "Task": "task",

@@ -1,6 +1,8 @@
 """The entry points: ``train`` builds a run and runs it, ``evaluate`` scores what was trained."""
 
 import contextlib
+import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.padding import check_padding, check_positions
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
 from adapterkern.training.data.rows import source_name, warn
+from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
 from adapterkern.training.data.summary import Summary, warn_of_overlap
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import Data, Run
@@ -74,7 +77,8 @@ def train(
 
     Args:
         model: on the device to train on. The backbone stays frozen.
-        train_data, eval_data: see ``load_examples``; or whatever ``task.load`` reads.
+        train_data, eval_data: see ``load_examples``; or whatever ``task.load`` reads. ``eval_data="10%"`` holds out
+            this share of the training rows, the same ones for the same seed: see data/split.py.
         config: see ``TrainConfig``.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; by default a new one for the labels in the training data.
@@ -106,6 +110,7 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_arguments(model, config, tokenizer, head, cache)
+    share = is_share(eval_data)
     _warn_of_no_effect(config, task, eval_data is not None)
     _warn_of_pooling(config, head)
     if model.is_mixing and config.train_adapters:
@@ -118,10 +123,8 @@ def train(
     elif task.model is not model or head is not None:
         raise ValueError("task: expected a task built on model, and head=None")
     with in_one_thread(model), run_folder(config, task.files):
-        train_set = numbered(task.load(train_data, config, tokenizer))
-        eval_set = [] if eval_data is None else numbered(task.load(eval_data, config, tokenizer), len(train_set))
-        names = source_name(train_data), None if eval_data is None else source_name(eval_data)
-        summaries = _summaries(task, config, {"train": train_set, "eval": eval_set})
+        train_set, eval_set, names = _load_both(task, train_data, eval_data, config, tokenizer)
+        summaries = _summaries(task, config, {"train": train_set, "eval": eval_set}, names if share else ())
         processes.on_rank_zero(lambda: show_data(summaries, config.progress))
         with accelerator.autocast():
             processes.on_every_rank(lambda: _check_backbones(task, config, [*train_set, *eval_set]))
@@ -139,14 +142,52 @@ def train(
             engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
             state = _state(task, engine, accelerator, data, config, backbone)
             feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
-            return Run(task, data, config, engine, state, feed, order, sources).go()
+            return Run(task, data, config, engine, state, feed, order, _with_digest(sources, eval_set)).go()
 
 
-def _summaries(task: Task[Any], config: TrainConfig, sets: Mapping[str, list[Any]]) -> dict[str, Summary]:
-    """The summaries of every part of the non-empty sets."""
+def _load_both(
+    task: Task[Any], train_data: Any, eval_data: Any, config: TrainConfig, tokenizer: Any
+) -> tuple[list[Any], list[Any], tuple[str, str | None]]:
+    """The examples to learn and to evaluate on, and the names of the two."""
+    examples = numbered(task.load(train_data, config, tokenizer))
+    if is_share(eval_data):
+        part = HeldOut(train_data, eval_data, config.seed)
+        return *split(examples, part, labeled=task.head is not None), (part.rest, part.name)
+    if eval_data is None:
+        return examples, [], (source_name(train_data), None)
+    eval_set = _load(task, eval_data, config, tokenizer, len(examples))
+    return examples, eval_set, (source_name(train_data), _name(eval_data))
+
+
+def _load(task: Task[Any], data: Any, config: TrainConfig, tokenizer: Any, start: int = 0) -> list[Any]:
+    """The examples of data, or of the part of them that was held out, with numbers from ``start``."""
+    if not isinstance(data, HeldOut):
+        return numbered(task.load(data, config, tokenizer), start)
+    examples = numbered(task.load(data.train_data, config, tokenizer), start)
+    held = split(examples, data, labeled=task.head is not None)[1]
+    check_unchanged(data, fingerprint(held))
+    return held
+
+
+def _name(data: Any) -> str:
+    return data.name if isinstance(data, HeldOut) else source_name(data)
+
+
+def _with_digest(sources: Any, eval_set: list[Any]) -> Any:
+    """The sources with a digest of the part of the training rows that is held out, so that ``evaluate`` knows it."""
+    if isinstance(sources, Sources) and isinstance(sources.eval_data, HeldOut):
+        part = dataclasses.replace(sources.eval_data, sha256=fingerprint(eval_set))
+        return dataclasses.replace(sources, eval_data=part)
+    return sources
+
+
+def _summaries(
+    task: Task[Any], config: TrainConfig, sets: Mapping[str, list[Any]], parts: Sequence[str | None] = ()
+) -> dict[str, Summary]:
+    """The summaries of every part of the non-empty sets, which are these parts of a file."""
     return {
-        f"{name} {part}".strip(): summary
-        for name, examples in sets.items()
+        f"{name} {part}".strip(): dataclasses.replace(summary, part=of_file or "")
+        for (name, examples), of_file in itertools.zip_longest(sets.items(), parts)
         for part, summary in (task.summaries(examples, config) if examples else {}).items()
     }
 
@@ -250,6 +291,7 @@ def evaluate(
     """Score the active adapter on data: the same numbers as an evaluation during ``train``.
 
     Args:
+        eval_data: as for ``train``; ``HeldOut(train_data, "10%", seed)`` for what a run has held out.
         config, head: those of the training, as ``load_run`` reads them.
         cache: activations to reuse; without it texts run through the whole model.
         task: the task of the training, if it had one; it has its own head.
@@ -287,8 +329,8 @@ def _evaluated(
 ) -> dict[str, float]:
     model = task.model
     accelerator = make_accelerator(config.precision, model.device)  # joins the processes, of which one shows the data
-    examples = numbered(task.load(eval_data, config, tokenizer))
-    summaries = _summaries(task, config, {source_name(eval_data): examples})
+    examples = _load(task, eval_data, config, tokenizer)
+    summaries = _summaries(task, config, {_name(eval_data): examples})
     processes.on_rank_zero(lambda: show_data(summaries, config.progress))
     with accelerator.autocast():
         _check_backbones(task, config, examples)

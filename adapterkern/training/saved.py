@@ -20,6 +20,7 @@ from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, adapter_files
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.split import HeldOut
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 
 TASK_NAME = "task.json"
@@ -125,7 +126,7 @@ class Sources:
     model: str
     num_layers: int | None = None
     dtype: str = "fp32"
-    eval_data: str | None = None
+    eval_data: str | HeldOut | None = None  # a path or a hub name, or a part of the training data
     tokenizer: str | None = None  # a digest of its tokens
 
 
@@ -133,9 +134,10 @@ def save_sources(directory: Path, sources: Sources | Mapping[str, Sources]) -> N
     """Write ``sources.json`` into a run's folder, or one into each subfolder of a mapping. Paths are absolute."""
     for folder, of_folder in (sources if isinstance(sources, Mapping) else {"": sources}).items():
         fields = dataclasses.asdict(of_folder)
-        for name in ("model", "eval_data"):
-            if fields[name] is not None and os.path.exists(fields[name]):  # a hub name stays
-                fields[name] = os.path.abspath(fields[name])
+        part = fields["eval_data"]
+        for of, name in ((fields, "model"), (part, "train_data") if isinstance(part, dict) else (fields, "eval_data")):
+            if of[name] is not None and os.path.exists(of[name]):  # a hub name stays
+                of[name] = os.path.abspath(of[name])
         write_json(directory / folder / SOURCES_NAME, fields)
 
 
@@ -155,7 +157,13 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
                 break
     saved = read_json(path)
     saved.setdefault("tokenizer", None)  # since 0.2
-    kinds = {"model": str, "num_layers": int | None, "dtype": str, "eval_data": str | None, "tokenizer": str | None}
+    if isinstance(saved.get("eval_data"), dict):
+        try:
+            saved["eval_data"] = HeldOut.from_dict(saved["eval_data"])
+        except ValueError as error:
+            raise ValueError(f"{path}: eval_data: {error}") from error
+    kinds: dict[str, Any] = {"model": str, "num_layers": int | None, "dtype": str, "tokenizer": str | None}
+    kinds["eval_data"] = str | HeldOut | None
     for name, kind in kinds.items():
         value = saved.setdefault(name, None)
         if not isinstance(value, kind) or isinstance(value, bool):

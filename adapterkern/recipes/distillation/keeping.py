@@ -35,6 +35,9 @@ class WithKept(NamedTuple):
 class KeptText(Example):
     """A text to keep. It counts as one target, IGNORE; its tokens' targets follow in its ``input_ids``."""
 
+    def text(self) -> None:
+        """Not held out: a share to evaluate on is one of the task's rows."""
+
 
 class KeepBehaviour(Taught):
     """A task, and beside it the teacher's soft labels on other texts.

@@ -17,6 +17,11 @@ class TaskExample(Example):
     def arrays(self) -> tuple[np.ndarray, ...]:
         return *Example.arrays(self), np.array([self.task])
 
+    def text(self) -> bytes:
+        raise NotImplementedError(
+            "eval_data: expected a mapping from tasks to rows, got a share of the training rows, for one task alone"
+        )
+
 
 class Prediction(NamedTuple):
     """The label that a task's head gives a text; and as ``training.task.Prediction``."""

@@ -39,6 +39,10 @@ class Window(Example):
         place = np.array([self.positions[0], len(self.positions)])
         return self.input_ids, self.targets, place, np.array([_digest(self.question), self.start])
 
+    def text(self) -> bytes:
+        """The context: what is learned of one question helps to answer another about it."""
+        return self.question.context.encode()
+
 
 def _digest(question: Question) -> int:
     """A number that depends on the question alone."""

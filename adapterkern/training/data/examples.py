@@ -64,6 +64,10 @@ class Example:
         """The arrays that ``fingerprint`` covers."""
         return self.input_ids, self.targets, self.positions
 
+    def text(self) -> bytes | None:
+        """What examples of one text have in common, which no split parts; None for one that is always learned."""
+        return self.input_ids.tobytes()
+
 
 E = TypeVar("E", bound=Example, default=Example)
 

@@ -28,6 +28,7 @@ class Summary:
         max_length: ``TrainConfig.max_length``.
         longest_cut: the longest of these, for a message; "" if none.
         suspicious: what looks wrong about the labels, one line each.
+        part: the name of the part of a file that the examples are; "" where they are all of it.
     """
 
     counts: Mapping[str, int]
@@ -41,18 +42,20 @@ class Summary:
     unit: str = "text"
     longest_cut: str = ""
     suspicious: tuple[str, ...] = ()
+    part: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Messages are left out: they may name a path."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in ("longest_cut", "suspicious")}
+        return {name: value for name, value in values.items() if name not in ("longest_cut", "suspicious", "part")}
 
     def lines(self) -> list[str]:
         """For a reader, without what looks wrong."""
         counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
         learned = f", {self.learned:,} learned" if self.learned else ""
         length = f"a {self.unit} has {self.median:,g} (median), {self.longest:,} (longest)"
-        found = [f"{counts}; {self.tokens:,} tokens{learned}; {length}"]
+        part = f"{self.part}: " if self.part else ""
+        found = [f"{part}{counts}; {self.tokens:,} tokens{learned}; {length}"]
         if self.labels:
             ordered = sorted(self.labels.items(), key=lambda item: -item[1])
             more = f", and {len(ordered) - _LABELS} more" if len(ordered) > _LABELS else ""

@@ -1,0 +1,137 @@
+"""A share of the training rows to evaluate on, such as ``"10%"``: always the same ones for the same seed and rows.
+
+Texts are in the order of a hash of the seed and their tokens, and the first of each label are held out: their place in
+the file, the number of processes and Python's hashes decide nothing. Rows of one text are never on both sides, and no
+label is without a text to learn.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from adapterkern.training.data.examples import E
+from adapterkern.training.data.rows import DataError, shown, source_name
+
+_SHARE = re.compile(r"\d{1,9}(\.\d{1,9})?%")
+_NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The part of ``train_data`` that a run with this seed and ``eval_data=share`` has held out, for ``evaluate``.
+
+    Attributes:
+        train_data: see ``load_examples``.
+        share: such as ``"10%"``.
+        sha256: the ``fingerprint`` of the part, where it is known.
+    """
+
+    train_data: Any
+    share: str
+    seed: int
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``"10% of reviews.csv"``."""
+        return f"{self.share} of {os.path.basename(source_name(self.train_data))}"
+
+    @property
+    def rest(self) -> str:
+        """The name of the other part."""
+        return dataclasses.replace(self, share=f"{100 - Decimal(self.share[:-1])}%").name
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HeldOut":
+        """The inverse of ``dataclasses.asdict``, of a file as data. Raises ``ValueError`` for a damaged one."""
+        kinds = {"train_data": str, "share": str, "seed": int, "sha256": str | None}
+        for name, kind in kinds.items():
+            value = values.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")
+        check_share(values["share"])
+        return cls(**{name: values.get(name) for name in kinds})
+
+
+def is_share(data: Any) -> bool:
+    """Whether ``data`` names a share of the training rows, which has a percent sign, and no data.
+
+    Raises:
+        ValueError: it is not within 0% and 100%, or a number without the sign.
+    """
+    if isinstance(data, str) and _SHARE.fullmatch(data):
+        check_share(data)
+        return True
+    number = isinstance(data, str) and _NUMBER.fullmatch(data) and not os.path.exists(data)
+    if number or isinstance(data, int | float):
+        raise ValueError(f"eval_data: expected data, or a share of the training rows such as '10%', got {data!r}")
+    return False
+
+
+def check_share(share: str) -> None:
+    """Raise ``ValueError`` unless ``share`` is one."""
+    if not _SHARE.fullmatch(share) or not 0 < Decimal(share[:-1]) < 100:
+        raise ValueError(f"eval_data: expected a share above 0% and below 100%, such as 10%, got {shown(share)}")
+
+
+def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[E], list[E]]:
+    """What of the examples is learned, and what is held out, each in the order that it has.
+
+    The share is that of the examples, rounded; each label has its part of it, by the largest remainders. A text with
+    more rows than are left to hold out is learned. Of examples without a ``text`` none is held out.
+
+    Args:
+        part: of the examples of its ``train_data``.
+        labeled: the first target is a label.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    texts: dict[bytes, list[int]] = {}
+    for number, example in enumerate(examples):
+        if (text := example.text()) is not None:
+            texts.setdefault(text, []).append(number)
+    seed = part.seed.to_bytes(-(-part.seed.bit_length() // 8) or 1, "little")
+    hashes = {hashlib.blake2b(text, key=hashlib.sha256(seed).digest()).digest(): rows for text, rows in texts.items()}
+    strata: dict[int, list[list[int]]] = {}
+    for _, rows in sorted(hashes.items()):
+        strata.setdefault(int(examples[rows[0]].targets[0]) if labeled else 0, []).append(rows)
+    counts = {label: sum(map(len, of_label)) for label, of_label in strata.items()}
+    share = Fraction(Decimal(part.share[:-1])) / 100
+    total = math.floor(sum(counts.values()) * share + Fraction(1, 2))
+    wanted = {label: math.floor(count * share) for label, count in counts.items()}
+    # Of equal remainders those first whose first text has the lower hash: strata are in that order.
+    by_remainder = sorted(counts, key=lambda label: wanted[label] - counts[label] * share)
+    for label in [label for label in by_remainder if len(strata[label]) > 1][: total - sum(wanted.values())]:
+        wanted[label] += 1
+    held: set[int] = set()
+    for label, of_label in strata.items():
+        left, learned = wanted[label], len(of_label)
+        for rows in of_label:
+            if len(rows) <= left and learned > 1:
+                held |= set(rows)
+                left, learned = left - len(rows), learned - 1
+    rows_there = sum(counts.values())
+    if not held or total >= rows_there:
+        texts_there = f", of {len(texts):,} texts; rows of one text stay together, and each label keeps a text to learn"
+        raise ValueError(
+            "eval_data: expected a share that leaves rows to learn and rows to evaluate on, got "
+            f"{part.share}, which is {total:,} of {rows_there:,} rows{texts_there if 0 < total < rows_there else ''}"
+        )
+    learned_rows = [example for number, example in enumerate(examples) if number not in held]
+    return learned_rows, [examples[number] for number in sorted(held)]
+
+
+def check_unchanged(part: HeldOut, sha256: str) -> None:
+    """Raise ``DataError`` if the part is not what it was in the training: it may have rows that were learned."""
+    if part.sha256 not in (None, sha256):
+        raise DataError(
+            f"{source_name(part.train_data)}: expected the rows of the training, of which {part.share} were held out, "
+            "got others: what is held out of them may have been learned. Give other data to evaluate on"
+        )

@@ -336,4 +336,7 @@ def add_training_options(parser: argparse.ArgumentParser, without: Collection[st
     parser.add_argument("--config", metavar="FILE", help="options from a .yaml or .json file; those that are typed win")
     group = parser.add_argument_group("training", "defaults in brackets")
     group.add_argument("--output", dest="output_dir", required=True, metavar="DIR", help="where everything is written")
+    group.add_argument(
+        "--dry-run", action="store_true", help="show what is learned and what it will take, and write nothing"
+    )
     add_options(group, TrainConfig, without={"output_dir", *without})

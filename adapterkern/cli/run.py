@@ -105,9 +105,12 @@ def train_run(
         head=made.head,
         task=made.task,
         sources=made.sources or sources_of(arguments, arguments.eval, tokenizer),
+        dry_run=arguments.dry_run,
     )
     if result.stopped:
         return 130
+    if result.dry_run:
+        return 0
     print_metrics(result.metrics or {})
     size = f"{result.trainable_parameters:,} parameters"
     say(f"saved in {config.output_dir}: {size}, {result.steps} steps in {result.seconds:.0f} s")

@@ -2,6 +2,7 @@
 
 api.py                      the entry points: ``train``, ``evaluate``
 config.py                   ``TrainConfig``
+dry_run.py                  a run of a few steps that are undone, and what it will take
 loop.py                     the order of steps, evaluations and checkpoints
 task.py, heads.py           hidden states → loss; what is trained, scored and saved
 compiled.py                 frozen layers compiled for a run's steps
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adapterkern.training.run.checkpoint import CheckpointError as CheckpointError
     from adapterkern.training.run.plot import plot_history as plot_history
     from adapterkern.training.run.report import read_metrics as read_metrics
+    from adapterkern.training.run.results import DryRun as DryRun
     from adapterkern.training.run.results import NonFiniteError as NonFiniteError
     from adapterkern.training.run.results import TrainResult as TrainResult
     from adapterkern.training.saved import load_run as load_run
@@ -38,6 +40,7 @@ _HOMES = {
     "CheckpointError": "run.checkpoint",
     "ClassificationHead": "heads",
     "DataError": "data.rows",
+    "DryRun": "run.results",
     "HeldOut": "data.split",
     "NonFiniteError": "run.results",
     "PrefixCache": "data.prefix",

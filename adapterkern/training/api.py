@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from adapterkern.training.data.prefix import PrefixCache, choose_cache
 from adapterkern.training.data.rows import source_name, warn
 from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
 from adapterkern.training.data.summary import Summary, warn_of_overlap
+from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.loop import Data, Run
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
@@ -72,6 +74,7 @@ def train(
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
     sources: Sources | Mapping[str, Sources] | None = None,
+    dry_run: bool = False,
 ) -> TrainResult:
     """Train the active adapter, with a classification head or as a language model.
 
@@ -88,6 +91,9 @@ def train(
             head, and reads the data.
         sources: where backbone and evaluation data are, written to ``sources.json`` for ``adapterkern eval``; or a
             mapping with one entry per subfolder of ``output_dir``.
+        dry_run: do everything up to the first step, show examples as they are learned, take three steps and undo them,
+            and return with ``dry_run``, what the run is expected to take, in the result. Writes nothing and leaves the
+            model, ``cache`` and ``task``, and the random generators, as they were. In one process.
 
     With several processes all of them call this with the same arguments, and all return. Rank 0 writes the files.
 
@@ -122,7 +128,9 @@ def train(
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
         raise ValueError("task: expected a task built on model, and head=None")
-    with in_one_thread(model), run_folder(config, task.files):
+    if checks.flag("dry_run", dry_run) and accelerator.distributed_type is DistributedType.DEEPSPEED:
+        raise NotImplementedError("dry_run: expected a run without DeepSpeed")
+    with in_one_thread(model), unchanged(task, config) if dry_run else run_folder(config, task.files):
         train_set, eval_set, names = _load_both(task, train_data, eval_data, config, tokenizer)
         summaries = _summaries(task, config, {"train": train_set, "eval": eval_set}, names if share else ())
         processes.on_rank_zero(lambda: show_data(summaries, config.progress))
@@ -141,8 +149,10 @@ def train(
                 stack.enter_context(compiled_layers(model))
             engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
             state = _state(task, engine, accelerator, data, config, backbone)
-            feed = Feed(task, config, PrefixCache(config.prefix_cache_bytes) if cache is None else cache)
-            return Run(task, data, config, engine, state, feed, order, _with_digest(sources, eval_set)).go()
+            cache = PrefixCache(config.prefix_cache_bytes) if cache is None or dry_run else cache
+            feed, sources = Feed(task, config, cache), _with_digest(sources, eval_set)
+            run = functools.partial(Rehearsal, tokenizer=tokenizer) if dry_run else Run
+            return run(task, data, config, engine, state, feed, order, sources).go()
 
 
 def _load_both(

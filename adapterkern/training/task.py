@@ -160,6 +160,12 @@ class Task(nn.Module, Generic[E]):
         """What the examples are, by the names of their parts: "" if they have none."""
         return {"": summarize(examples, config.max_length, None if self.head is None else self.head.labels)}
 
+    def shown(self, example: E) -> tuple[list[int], str]:
+        """For a reader: the places of the tokens that are learned of an example, and its label, "" for none."""
+        if self.head is None:
+            return (example.positions + 1).tolist(), ""
+        return [], self.head.labels[int(example.targets[0])]
+
     # Training
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
@@ -188,10 +194,7 @@ class Task(nn.Module, Generic[E]):
         return make_optimizer(parameters, config)
 
     def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
-        """Called before the forwards of each step, on every rank, with all of the step's rows.
-
-        ``epoch`` and ``index``, the step's number within it, count from 0.
-        """
+        """Called before a step's forwards, on every rank, with all its rows; its epoch, and number in it, from 0."""
 
     # A forward
 

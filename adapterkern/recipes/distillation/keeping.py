@@ -68,6 +68,11 @@ class KeepBehaviour(Taught):
         found = super().summaries([e for e in examples if not isinstance(e, KeptText)], config)
         return found | ({"kept": summarize(kept, config.max_length)} if kept else {})
 
+    def shown(self, example: Example) -> tuple[list[int], str]:
+        if isinstance(example, KeptText):
+            return (example.positions + 1).tolist(), "kept"
+        return super().shown(example)
+
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
         """The batch that ``forward`` takes.
 

@@ -149,6 +149,11 @@ class MultiTask(Task[TaskExample]):
                 found[name] = summarize(mine, config.max_length, None if head is None else head.labels)
         return found
 
+    def shown(self, example: TaskExample) -> tuple[list[int], str]:
+        name = self.names[example.task]
+        places, label = Task(self.model, self._head(name)).shown(example)
+        return places, f"{name}: {label}" if label else name
+
     def _missing(self, name: str) -> str:
         return f"data: expected rows of all tasks, {listed(self.names)}; {name!r} is missing"
 

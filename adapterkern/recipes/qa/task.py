@@ -105,6 +105,14 @@ class QuestionAnswering(Task[Window]):
         found = summarize(examples, config.max_length, counts=counts)
         return {"": dataclasses.replace(found, learned=0, unit="window")}
 
+    def shown(self, example: Window) -> tuple[list[int], str]:
+        """The answer's tokens, and the answer."""
+        first, last = example.targets.tolist()
+        if not first:
+            return [], "no answer"
+        begin, end = int(example.offsets[first - 1, 0]), int(example.offsets[last - 1, 1])
+        return example.positions[first - 1 : last].tolist(), example.question.context[begin:end]
+
     def collate(self, examples: Sequence[Window], config: TrainConfig) -> Batch:
         """The batch that ``forward`` takes.
 

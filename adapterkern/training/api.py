@@ -151,7 +151,7 @@ def train(
             state = _state(task, engine, accelerator, data, config, backbone)
             cache = PrefixCache(config.prefix_cache_bytes) if cache is None or dry_run else cache
             feed, sources = Feed(task, config, cache), _with_digest(sources, eval_set)
-            run = functools.partial(Rehearsal, tokenizer=tokenizer) if dry_run else Run
+            run = functools.partial(Rehearsal[Any], tokenizer=tokenizer) if dry_run else Run
             return run(task, data, config, engine, state, feed, order, sources).go()
 
 

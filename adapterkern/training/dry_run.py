@@ -125,11 +125,18 @@ class Rehearsal(Run[E]):
         steps = range(self.first, self.last)
         needed = [e for step in steps for e in self._examples(step)] + self._to_evaluate()
         needed = list({example.row: example for example in needed}.values())
-        started = time.perf_counter()
-        slots = self.feed.cache.fill(self.model, needed, self.config, self.engine.accelerator.autocast)
+        times = [(time.perf_counter(), 0)]
+
+        def on_batch(count: int) -> bool:
+            times.append((time.perf_counter(), count))
+            return True
+
+        slots = self.feed.cache.fill(self.model, needed, self.config, self.engine.accelerator.autocast, on_batch)
         assert slots is not None
         self.feed.add(needed, slots)
-        self.prefix_rate = (time.perf_counter() - started) / count_tokens(needed)
+        begun = 1 if len(times) > 2 else 0  # the first batch comes after a digest of the weights
+        seconds, texts = times[-1][0] - times[begun][0], sum(count for _, count in times[begun + 1 :])
+        self.prefix_rate = seconds / texts * len(needed) / count_tokens(needed)
 
     def _to_evaluate(self) -> list[E]:
         """A batch of an evaluation: of one kind, and neither of the shortest rows nor of the longest."""
@@ -162,16 +169,15 @@ class Rehearsal(Run[E]):
             reporter.say(f"{signal_name}: stopped; nothing was written")
 
     def _finish(self, reporter: Reporter) -> None:
-        eval_rate = self._eval_rate()
-        remaining = self.total_steps - self.first
-        timed = self.taken[1:] or self.taken
-        rate = sum(seconds for _, seconds in timed) / sum(tokens for tokens, _ in timed)
+        remaining = self.total_steps - self.first  # none of a finished run, which evaluates once more
+        rate, beginning = self._step_rate()
         step_seconds = rate * count_tokens(self.data.train) / self.steps_per_epoch
-        longest_tokens, longest_seconds = self.taken[0]
-        beginning = max(longest_seconds - rate * longest_tokens, 0.0)  # what is compiled, for example
+        eval_seconds = self._eval_rate() * count_tokens(self.data.eval)
         every = self.config.eval_every or self.steps_per_epoch
-        evaluations = (self.total_steps - 1) // every - self.first // every + 1 if self.data.eval else 0
+        between = max((self.total_steps - 1) // every - self.first // every, 0)
+        evaluations = between + 1 if self.data.eval else 0
         everything = count_tokens([*self.data.train, *self.data.eval])
+        prefix_seconds = self.prefix_rate * everything
         cached = everything * self.model.config.hidden_size * 4 if self.prefix_rate else 0
         on_gpu = self.model.device.type == "cuda"
         trained = self.state.parameters.values()
@@ -181,12 +187,9 @@ class Rehearsal(Run[E]):
             steps=remaining,
             step_seconds=step_seconds,
             evaluations=evaluations,
-            eval_seconds=eval_rate * count_tokens(self.data.eval),
-            prefix_seconds=self.prefix_rate * everything,
-            seconds=beginning
-            + remaining * step_seconds
-            + evaluations * eval_rate * count_tokens(self.data.eval)
-            + self.prefix_rate * everything,
+            eval_seconds=eval_seconds,
+            prefix_seconds=prefix_seconds,
+            seconds=beginning + remaining * step_seconds + evaluations * eval_seconds + prefix_seconds,
             peak_bytes=torch.cuda.max_memory_allocated(self.model.device) if on_gpu else peak_resident(),
             weights_bytes=sum(p.numel() * p.element_size() for p in self.task.parameters()),
             trained_bytes=sum(p.numel() * (p.element_size() + 8) for p in trained),
@@ -196,6 +199,15 @@ class Rehearsal(Run[E]):
         for line in self.found.lines(rows, "GPU" if on_gpu else "process"):
             reporter.say(line)
         reporter.say(f"dry run: {len(self.taken)} steps were taken and undone, and nothing was written")
+
+    def _step_rate(self) -> tuple[float, float]:
+        """Seconds per token of a step, and the seconds that the first one needs beyond that, to compile for example."""
+        if not self.taken:
+            return 0.0, 0.0
+        timed = self.taken[1:] or self.taken
+        rate = sum(seconds for _, seconds in timed) / sum(tokens for tokens, _ in timed)
+        tokens, seconds = self.taken[0]
+        return rate, max(seconds - rate * tokens, 0.0)
 
     def _eval_rate(self) -> float:
         """Seconds per token of an evaluation."""
@@ -239,7 +251,7 @@ def described(task: Task[E], example: E, tokenizer: Any) -> Text:
             continue
         text.append(_plain(decoded(tokenizer, ids, start, end)), _LEARNED if start in places else "")
     if example.cuts[0]:
-        text.append(f" [cut here: {example.cuts[0]:,} more tokens]", "yellow")
+        text.append(f" [cut here: {example.cuts[0]:,} more]", "yellow")
     if label:
         text.append("\n  label: ").append(_plain(label), _LEARNED)
     return text

@@ -111,7 +111,7 @@ class QuestionAnswering(Task[Window]):
         if not first:
             return [], "no answer"
         begin, end = int(example.offsets[first - 1, 0]), int(example.offsets[last - 1, 1])
-        return example.positions[first - 1 : last].tolist(), example.question.context[begin:end]
+        return example.positions[first - 1 : last].tolist(), example.question.context[begin:end].strip()
 
     def collate(self, examples: Sequence[Window], config: TrainConfig) -> Batch:
         """The batch that ``forward`` takes.

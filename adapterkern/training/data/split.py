@@ -50,13 +50,13 @@ class HeldOut:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HeldOut":
         """The inverse of ``dataclasses.asdict``, of a file as data. Raises ``ValueError`` for a damaged one."""
-        kinds = {"train_data": str, "share": str, "seed": int, "sha256": str | None}
+        kinds: dict[str, Any] = {"train_data": str, "share": str, "seed": int, "sha256": str | None}
         for name, kind in kinds.items():
             value = values.get(name)
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r:.80}")
         check_share(values["share"])
-        return cls(**{name: values.get(name) for name in kinds})
+        return cls(**{name: values[name] for name in kinds if name in values})
 
 
 def is_share(data: Any) -> bool:

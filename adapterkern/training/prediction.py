@@ -65,7 +65,7 @@ def check_to_predict(task: type[Task[Any]], data: Rows, config: TrainConfig, **o
         DataError: bad rows, each named by file and line, unless ``config.skip_bad_rows``; or no rows.
     """
     bad, count = BadRows(source_name(data)), 0
-    for rows in _chunks(task.rows_to_predict(data, bad)):
+    for rows in chunks(task.rows_to_predict(data, bad)):
         task.to_predict(rows, config, UNREAD, bad, **of_task)
         count += len(rows)
     if not (config.skip_bad_rows and len(bad.found) < count):
@@ -103,7 +103,7 @@ def _predictions(
     task: Task[Any], data: Rows, config: TrainConfig, tokenizer: Any, of_task: dict[str, Any]
 ) -> Iterator[tuple[Row, Any]]:
     bad, seen, cut = BadRows(source_name(data)), 0, 0
-    for rows in _chunks(task.rows_to_predict(data, bad)):
+    for rows in chunks(task.rows_to_predict(data, bad)):
         examples = task.to_predict(rows, config, tokenizer, bad, **of_task)
         if not config.skip_bad_rows:
             bad.settle(False)
@@ -132,6 +132,7 @@ def _of_chunk(task: Task[Any], examples: Sequence[Sequence[Any]], config: TrainC
     return [task.joined(of_row, [found[id(e)] for e in of_row]) if of_row else None for of_row in examples]
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """``CHUNK`` rows at a time."""
     while chunk := list(itertools.islice(rows, CHUNK)):
         yield chunk

@@ -190,7 +190,7 @@ def check_weights(
         f"and loaded on one of other weights, {base_name(llama) or 'without a name'}"
     )
     if strict:
-        raise ValueError(f"{problem}; expected the same weights with strict=True")
+        raise ValueError(f"{problem}; expected the same weights (in Python: strict=True refuses others)")
     hint = "" if strict is None else " (in Python: strict=True refuses this)"
     logger.warning("%s: its results will differ%s", problem, hint)
 

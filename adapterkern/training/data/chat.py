@@ -115,7 +115,23 @@ def conversation(messages: list[Message], first: int = 0, tools: list[Any] | Non
     if not turns:
         where = " in the completion" if first else ""
         raise ValueError(f"expected a message of the assistant to learn{where}, got {listed(_roles(messages[first:]))}")
-    return Conversation([{k: v for k, v in m.items() if k != _WEIGHT} for m in messages], turns, tools)
+    return Conversation(_unweighted(messages), turns, tools)
+
+
+def question(messages: list[Message], tools: list[Any] | None = None) -> Conversation:
+    """The messages as one asks for the next of the assistant: without one that answers the last question already.
+
+    Raises:
+        ValueError: nothing is left to answer.
+    """
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked:
+        raise ValueError(f"expected a message to answer, got {listed(_roles(messages))}")
+    return Conversation(_unweighted(asked), [], tools)
+
+
+def _unweighted(messages: Sequence[Message]) -> list[Message]:
+    return [{k: v for k, v in message.items() if k != _WEIGHT} for message in messages]
 
 
 def _roles(messages: Sequence[Message]) -> list[str]:
@@ -133,11 +149,7 @@ def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRo
     """
     if not chats:
         return {}
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"tokenizer: expected one with a chat template for rows of chat messages ({next(iter(chats))}), got none; "
-            "set tokenizer.chat_template, or add a file chat_template.jinja to the tokenizer's folder"
-        )
+    check_template(tokenizer, f"rows of chat messages ({next(iter(chats))})")
     template = _Template(tokenizer)
     rendered: list[tuple[str, str, list[tuple[int, int]]]] = []
     for place, chat in chats.items():
@@ -168,6 +180,32 @@ def tokenize_chats(chats: Mapping[str, Conversation], tokenizer: Any, bad: BadRo
 
 class _RenderedOtherwiseError(ValueError):
     """The template renders a turn, or what is before it, otherwise once other messages follow."""
+
+
+def check_template(tokenizer: Any, of: str) -> None:
+    """Raise ``ValueError`` if the tokenizer has no chat template for what is named."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"tokenizer: expected one with a chat template for {of}, got none; "
+            "set tokenizer.chat_template, or add a file chat_template.jinja to the tokenizer's folder"
+        )
+
+
+def render(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None = None, *, prompt: bool) -> str:
+    """The text that the chat template makes of messages. ``prompt``: with the generation prompt.
+
+    Raises:
+        ValueError: the template refuses them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # jinja2's errors, and whatever the template's own expressions raise
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
+    if not is_unicode(text):
+        raise ValueError(f"the messages have {HALF_A_PAIR}")
+    return text
 
 
 class _Template:
@@ -210,15 +248,7 @@ class _Template:
 
     def _text(self, chat: Conversation, count: int, *more: Message, prompt: bool = False) -> str:
         """The first ``count`` messages and ``more`` as a text. ``prompt``: with the generation prompt."""
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                [*chat.messages[:count], *more], tools=chat.tools, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # jinja2's errors, and whatever the template's own expressions raise
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
-        if not is_unicode(text):
-            raise ValueError(f"the messages have {HALF_A_PAIR}")
-        return text
+        return render(self.tokenizer, [*chat.messages[:count], *more], chat.tools, prompt=prompt)
 
     def _marked(self, chat: Conversation, text: str) -> list[tuple[int, int]] | None:
         """What the template marks as generated; None if it has no marks."""

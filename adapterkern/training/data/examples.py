@@ -39,7 +39,7 @@ from adapterkern.training.data.rows import (
     warn,
     warn_unused,
 )
-from adapterkern.training.data.shapes import Shape, choose_shape, of_one_shape, read_row, say_shape
+from adapterkern.training.data.shapes import ALPACA, Shape, choose_shape, of_one_shape, read_row, say_shape
 from adapterkern.training.data.tokens import tokenize
 
 _LOOKED_AT = 10  # unknown labels, for what they may have meant: more are not shown
@@ -59,6 +59,7 @@ class Example:
     starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
     cuts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # the tokens of each beyond max_length
     given: bool = dataclasses.field(default=False, kw_only=True)  # whether its row was tokenized already
+    chat: bool = dataclasses.field(default=False, kw_only=True)  # whether the chat template has made its text
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         """The arrays that ``fingerprint`` covers."""
@@ -239,6 +240,7 @@ def _causal_lm(
             learned = np.flatnonzero(labels != IGNORE)
             ids = np.concatenate([part.ids for part in parts])
             more: Any = {"place": row.place, "starts": starts, "cuts": cuts, "given": is_given(row)}
+            more["chat"] = not more["given"] and (shape.chat or (templated and shape.columns == ALPACA.columns))
             examples.append(Example(ids, labels[learned], learned - 1, **more))
         elif texts:
             learned = np.flatnonzero(texts[0].labels != IGNORE)

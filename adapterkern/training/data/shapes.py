@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.chat import (
@@ -19,6 +19,7 @@ from adapterkern.training.data.chat import (
     is_sharegpt,
     listed_messages,
     messages_of,
+    question,
     tools_of,
 )
 from adapterkern.training.data.given import is_given
@@ -160,13 +161,58 @@ def read_row(row: Row, shape: Shape, templated: bool) -> tuple[str, str] | Conve
         raise ValueError("; ".join(problem(row, name, "a non-empty string") for name in wrong))
     if shape.columns != ALPACA.columns:
         return (texts[0], texts[1]) if len(texts) > 1 else ("", texts[0])
-    (instruction, output), given = texts, scalar(row.values.get("input"))
+    asked = _instruction(row, texts[0], templated)
+    return (
+        (asked, texts[1])
+        if isinstance(asked, str)
+        else conversation([asked, {"role": "assistant", "content": texts[1]}])
+    )
+
+
+def read_prompt(row: Row, config: TrainConfig, templated: bool) -> str | Conversation:
+    """What a row asks, of any of the shapes: a prompt, or the messages up to the one to answer; answers are not read.
+
+    Args:
+        templated: as for ``read_row``.
+
+    Raises:
+        ValueError: it asks nothing, or a value is not of its type.
+    """
+    values = row.values
+    for name in _of_messages(config):
+        if listed_messages(values.get(name)) is not None:
+            return question(messages_of(row, name), tools_of(row))
+    name = "instruction" if "instruction" in values and config.prompt_column not in values else config.prompt_column
+    text = scalar(values.get(name))
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(problem(row, name, "a non-empty string"))
+    if name == config.prompt_column:
+        return text
+    asked = _instruction(row, text, templated)
+    return asked if isinstance(asked, str) else question([asked])
+
+
+def asks(rows: list[Row], config: TrainConfig) -> bool:
+    """Whether the rows have any of the columns that ``read_prompt`` reads."""
+    *names, text = _of_messages(config)
+    known = {*names, "instruction"} & set(columns(rows))
+    return bool(known) or any(listed_messages(row.values.get(text)) is not None for row in rows)
+
+
+def _of_messages(config: TrainConfig) -> list[str]:
+    """The columns that may have messages."""
+    known = [name for shape in (_MESSAGES, _CONVERSATIONS) for name in shape.columns]
+    return list(dict.fromkeys((config.prompt_column, *known, config.text_column)))
+
+
+def _instruction(row: Row, instruction: str, templated: bool) -> str | dict[str, Any]:
+    """The prompt of Alpaca's row; ``templated``: the message."""
+    given = scalar(row.values.get("input"))
     if given is not None and not isinstance(given, str):
         raise ValueError(problem(row, "input", "a string"))
     parts_of_prompt = [instruction, given] if given and given.strip() else [instruction]
     if templated:
-        asked = {"role": "user", "content": "\n\n".join(parts_of_prompt)}
-        return conversation([asked, {"role": "assistant", "content": output}])
+        return {"role": "user", "content": "\n\n".join(parts_of_prompt)}
     opening = _OPENING.format(_FURTHER if len(parts_of_prompt) > 1 else "")
     headed = [f"### {name}:\n{part}" for name, part in zip(("Instruction", "Input"), parts_of_prompt, strict=False)]
-    return "\n\n".join([opening, *headed, "### Response:\n"]), output
+    return "\n\n".join([opening, *headed, "### Response:\n"])

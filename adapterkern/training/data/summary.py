@@ -26,6 +26,7 @@ class Summary:
         tokens, learned: in total, and those that carry loss; 0 for a classification.
         cut: texts that were cut at ``max_length``.
         max_length: ``TrainConfig.max_length``.
+        chats: texts that the chat template has made of messages: how a run is to be asked.
         longest_cut: the longest of these, for a message; "" if none.
         suspicious: what looks wrong about the labels, one line each.
         part: the name of the part of a file that the examples are; "" where they are all of it.
@@ -39,6 +40,7 @@ class Summary:
     learned: int
     cut: int
     max_length: int
+    chats: int = 0
     unit: str = "text"
     longest_cut: str = ""
     suspicious: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ def summarize(
         learned=0 if labels is not None else sum(len(example.positions) for example in examples),
         cut=len(cut),
         max_length=max_length,
+        chats=sum(example.chat for example in examples),
         longest_cut=worst,
         suspicious=tuple(suspicious_labels(of_labels)),
     )

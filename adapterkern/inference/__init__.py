@@ -3,6 +3,9 @@
 runs.py         what kind of run a folder holds, and its backbone, adapters, head and tokenizer
 api.py          load(), predict(): the doors
 classifier.py   a classification run as a model of transformers
+generate.py     prompts to completions, in batches or streamed
+settings.py     how: transformers' GenerationConfig
+chat.py         a conversation in a terminal
 report.py       what a classification gets wrong: per label, the confusion matrix, the worst rows
 table.py        predictions beside the columns of their rows, in a file
 """

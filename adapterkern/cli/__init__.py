@@ -8,7 +8,21 @@ import time
 from collections.abc import Sequence
 
 from adapterkern import __version__, _ctrl_c, ops
-from adapterkern.cli import ablate, budget, demo, distill, doctor, evaluate, multitask, predict, qa, route, train
+from adapterkern.cli import (
+    ablate,
+    budget,
+    chat,
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    generate,
+    multitask,
+    predict,
+    qa,
+    route,
+    train,
+)
 from adapterkern.cli.config_file import with_file
 from adapterkern.cli.cores import warn_of_threads
 from adapterkern.cli.memory import keep_pages
@@ -17,7 +31,7 @@ from adapterkern.cli.together import check_together
 from adapterkern.cli.words import in_options
 from adapterkern.ops import native
 
-COMMANDS = (train, evaluate, predict, multitask, route, qa, distill, demo, ablate, budget, doctor)
+COMMANDS = (train, evaluate, predict, generate, chat, multitask, route, qa, distill, demo, ablate, budget, doctor)
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,15 @@
 """A tiny model in a folder and two files of texts, for commands."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adapterkern.model import fast_dtype
 from tests.support.commands import TOPICS, write_texts
+from tests.support.tiny_chat import CHATML, SPECIAL
 from tests.support.tiny_llama import tiny
 
 
@@ -26,6 +28,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
     fast.save_pretrained(folder)
     tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("chat") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -1,28 +1,16 @@
 """``adapterkern train`` on files of chat messages, with a model whose tokenizer has a chat template."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from adapterkern import cli
 from tests.support.commands import TOPICS
-from tests.support.tiny_chat import CHATML, SPECIAL, said
+from tests.support.tiny_chat import said
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def chat_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("chat") / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from tests.support.tiny_llama import tiny
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
 # One per job that a user has; each begins with the shortest thing that works.
-PAGES = ("index", "classify", "instruct-tune", "own-loop", "multitask", "routing", "distillation", "qa")
+PAGES = ("index", "classify", "instruct-tune", "generate", "own-loop", "multitask", "routing", "distillation", "qa")
 ALONE = ("instruct-tune",)  # each block of Python runs without those before it
 RECIPES = ("multitask", "routing", "distillation", "qa")
 PACKAGES = ("", ".ops", ".optim", ".training", *(f".recipes.{recipe}" for recipe in RECIPES))
@@ -94,7 +94,7 @@ def commands(path: Path) -> Iterator[list[str]]:
     for code in blocks(path, "sh"):
         for line in code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["adapterkern"] and ("./llama" in words or words[1] in ("eval", "qa")):
+            if words[:1] == ["adapterkern"] and ("./llama" in words or words[1] in ("eval", "qa", "generate")):
                 yield words[1:]
 
 

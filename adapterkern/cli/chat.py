@@ -4,7 +4,7 @@ import argparse
 import logging
 
 from adapterkern.cli.generation import add_generation_options, generation_settings
-from adapterkern.cli.run import open_run, saved_run
+from adapterkern.cli.saved import open_run, saved_run
 
 NAME, SUMMARY = "chat", "talk with a saved causal-lm run"
 HELP = """\

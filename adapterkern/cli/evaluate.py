@@ -3,7 +3,7 @@
 import argparse
 
 from adapterkern.cli.options import FORMATS, add_report_options, add_saved_options
-from adapterkern.cli.run import evaluate_run
+from adapterkern.cli.saved import evaluate_run
 
 NAME, SUMMARY = "eval", "evaluate a saved run"
 HELP = """\

@@ -7,7 +7,8 @@ from typing import Any
 
 from adapterkern.cli.generation import add_generation_options, as_chat, generation_settings
 from adapterkern.cli.options import FORMATS, add_options, as_asked, integer
-from adapterkern.cli.run import check_file, named, open_run, saved_run, say
+from adapterkern.cli.run import check_file, named, say
+from adapterkern.cli.saved import open_run, saved_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "generate", "complete prompts, by a saved causal-lm run"

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import add_saved_options, as_asked
-from adapterkern.cli.run import check_file, named, open_run, saved_run, say
+from adapterkern.cli.run import check_file, named, say
+from adapterkern.cli.saved import open_run, saved_run
 
 NAME, SUMMARY = "predict", "labels or answers for new rows, by a saved run"
 HELP = """\

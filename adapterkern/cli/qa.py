@@ -13,7 +13,8 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, check_questions, evaluate_run, is_share_of_train, load_saved, train_run
+from adapterkern.cli.run import Job, adapted, check_questions, is_share_of_train, train_run
+from adapterkern.cli.saved import evaluate_run, load_saved
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "qa", "question answering: train, evaluate, predict"

@@ -14,7 +14,8 @@ from adapterkern.cli.options import (
     add_training_options,
     from_options,
 )
-from adapterkern.cli.run import Job, adapted, check_mixed, check_train_and_eval, evaluate_run, train_run
+from adapterkern.cli.run import Job, adapted, check_mixed, check_train_and_eval, train_run
+from adapterkern.cli.saved import evaluate_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "route", "experts that a router chooses among: train, evaluate"

@@ -20,7 +20,7 @@ from adapterkern.recipes.routing.task import ROUTING_CONFIG, RoutedTask
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.heads import head_kind
 from adapterkern.training.run.checkpoint import STATE_NAME, checkpoints
-from adapterkern.training.saved import TASK_NAME, Sources, load_config, load_kind, load_sources
+from adapterkern.training.saved import SOURCES_NAME, TASK_NAME, Sources, load_config, load_kind, load_sources
 from adapterkern.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ class SavedRun:
             return dataclasses.replace(self.sources or Sources("", dtype="auto"), model=os.fspath(model))
         if self.sources is None:
             raise FileNotFoundError(
-                f"model: expected the backbone of {self.directory}, which does not say what it was trained on; got "
-                "model=None"
+                f"model: expected the backbone, since {self.directory / SOURCES_NAME} is not there to say what it was; "
+                "got model=None"
             )
         known = self.sources.model
         if os.path.isabs(known) and not os.path.exists(known):
@@ -184,7 +184,10 @@ def _described(directory: Path) -> Sources | None:
         return None
     base, backbone = ({} if not isinstance(part := saved.get(key), dict) else part for key in ("base", "backbone"))
     name, layers = base.get("name_or_path") or backbone.get("name_or_path"), base.get("num_hidden_layers")
-    return Sources(name, layers, "auto") if isinstance(name, str) and isinstance(layers, int) else None
+    if not isinstance(name, str) or not isinstance(layers, int):
+        return None
+    # Of a folder elsewhere the file has the last part of its path alone
+    return Sources(name, layers, "auto") if "/" in name or os.path.exists(name) else None
 
 
 def task_class(directory: str | os.PathLike[str]) -> type[Task[Any]]:

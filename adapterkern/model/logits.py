@@ -7,6 +7,7 @@ compared with both ways to compute them: by the output embeddings alone, and by 
 
 import copy
 import functools
+import logging
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from adapterkern.model.asking import decoder_name, decoder_of, described, same_numbers, some_tokens
 from adapterkern.model.decoder import eval_mode
 from adapterkern.model.pretrained import Wrapped
+
+logger = logging.getLogger(__name__)
 
 
 class LogitsPath(NamedTuple):
@@ -140,3 +143,22 @@ class WithLogits(Wrapped):
             ValueError: the backbone has no LM head, or does not compute its logits from these states.
         """
         return logits_of(self.base, self.logits_path, states)
+
+
+def check_lm_head(model: Any) -> None:
+    """Ask the backbone anew how it computes its logits; warn if its own loss adds something to their cross-entropy.
+
+    Raises:
+        ValueError: it has no LM head, or its logits do not follow from its last hidden states.
+    """
+    model.__dict__.pop("logits_path", None)
+    path = model.logits_path
+    if path.obstacle:
+        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, but {path.obstacle}")
+    if path.added:
+        logger.warning(
+            "causal-lm learns the cross-entropy of the next token; %s's own loss differs from it by %+.3g on eight "
+            "tokens (the balance of its experts, for example), which is not trained",
+            type(model.base).__name__,
+            path.added,
+        )

@@ -32,6 +32,7 @@ from adapterkern.model.config import MODULES
 from adapterkern.model.files.folder import ADAPTER_FILES
 from adapterkern.model.files.owner import writing
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.logits import check_lm_head
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import processes
@@ -380,22 +381,3 @@ def run_evaluation(
             return task.evaluate(run, examples, feed, config)
     finally:
         run.train(was_training)
-
-
-def check_lm_head(model: LlamaAdapter) -> None:
-    """Ask the backbone anew how it computes its logits; warn if its own loss adds something to their cross-entropy.
-
-    Raises:
-        ValueError: it has no LM head, or its logits do not follow from its last hidden states.
-    """
-    model.__dict__.pop("logits_path", None)
-    path = model.logits_path
-    if path.obstacle:
-        raise ValueError(f"model: expected a backbone with an LM head for causal-lm, but {path.obstacle}")
-    if path.added:
-        logger.warning(
-            "causal-lm learns the cross-entropy of the next token; %s's own loss differs from it by %+.3g on eight "
-            "tokens (the balance of its experts, for example), which is not trained",
-            type(model.base).__name__,
-            path.added,
-        )

@@ -121,7 +121,7 @@ def test_the_backbone_is_named_or_nowhere(tmp_path: Path) -> None:
     (run / "sources.json").unlink()
     assert isinstance(ak.load(run)[0], Classifier)  # adapter_config.json names it
     (run / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"model: expected the backbone of .*; got model=None"):
+    with pytest.raises(FileNotFoundError, match=r"model: expected the backbone, since .*sources\.json is not"):
         runs.find_run(run).backbone()
 
 

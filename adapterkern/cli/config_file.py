@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern import checks
-from adapterkern.files import read_json
 from adapterkern.training.config import TrainConfig
 
 OPTION = "--config"
@@ -80,6 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{OPTION}: expected a .yaml or .json file, got {path}")
     if path.suffix.lower() == ".json":
+        from adapterkern.files import read_json
+
         try:
             found: Any = read_json(path, ours=False)
         except FileNotFoundError:

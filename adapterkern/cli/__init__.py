@@ -21,6 +21,7 @@ from adapterkern.cli import (
     predict,
     qa,
     route,
+    serve,
     train,
 )
 from adapterkern.cli.config_file import with_file
@@ -31,7 +32,22 @@ from adapterkern.cli.together import check_together
 from adapterkern.cli.words import in_options
 from adapterkern.ops import native
 
-COMMANDS = (train, evaluate, predict, generate, chat, multitask, route, qa, distill, demo, ablate, budget, doctor)
+COMMANDS = (
+    train,
+    evaluate,
+    predict,
+    generate,
+    chat,
+    serve,
+    multitask,
+    route,
+    qa,
+    distill,
+    demo,
+    ablate,
+    budget,
+    doctor,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +111,7 @@ def _run(argv: Sequence[str]) -> int:
 
         if not isinstance(error, OtherProcessError):
             text = str(error) if isinstance(error, _PLAIN) and str(error) else f"{type(error).__name__}: {error}"
-            if isinstance(error, ModuleNotFoundError) and "adapterkern[train]" not in text:
+            if isinstance(error, ModuleNotFoundError) and "adapterkern[train" not in text:
                 text += "; pip install 'adapterkern[train]'"
             where = "" if isinstance(error, _EXPECTED) else " (ADAPTERKERN_TRACEBACK=1 shows where)"
             _report(f"{parser.prog}: {in_options(text, parser)}{where}")

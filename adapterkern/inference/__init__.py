@@ -8,4 +8,5 @@ settings.py     how: transformers' GenerationConfig
 chat.py         a conversation in a terminal
 report.py       what a classification gets wrong: per label, the confusion matrix, the worst rows
 table.py        predictions beside the columns of their rows, in a file
+server/         the adapters of several runs behind an HTTP server
 """

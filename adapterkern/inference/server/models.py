@@ -1,0 +1,139 @@
+"""The adapters of several runs on one backbone, each under the name of a model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from adapterkern.files import read_json
+from adapterkern.inference.generate import turn_end
+from adapterkern.inference.runs import SavedRun, find_run, tokens_digest
+from adapterkern.model.files.folder import adapter_files
+from adapterkern.model.llama import LlamaAdapter
+from adapterkern.recipes.multitask.task import MultiTask
+from adapterkern.training.data.padding import positions
+from adapterkern.training.task import Task
+
+BASE = "__base__"  # the backbone without an adapter, as in ``adapter_names``
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is served.
+
+    Attributes:
+        adapters: a model's name → its adapter in ``model``.
+        context: tokens that prompt and answer may have together; infinity if the backbone has no bound.
+        ends: tokens that end any text; ``chat_ends`` also those that end an assistant's turn in the chat template.
+    """
+
+    model: LlamaAdapter
+    tokenizer: Any
+    adapters: Mapping[str, str]
+    context: float
+    ends: frozenset[int]
+    chat_ends: frozenset[int]
+
+
+def find_models(sources: Sequence[str]) -> dict[str, SavedRun]:
+    """The runs of ``sources`` by the names of their models; nothing is loaded.
+
+    Args:
+        sources: folders, names on the hub, or ``NAME=FOLDER``. A run of several tasks gives a model for each,
+            ``NAME/TASK``. A name is by default that of the folder.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, OSError: as ``find_run``.
+        ValueError: a run is not of causal-lm; two have one name; a file is damaged.
+    """
+    found: dict[str, SavedRun] = {}
+    for source in sources:
+        name, folder = _named(source)
+        for model, run in _each(name, find_run(folder)):
+            if model in found or model == BASE:
+                raise ValueError(f"runs: expected models with names of their own, got {model!r} twice: NAME={folder}")
+            found[model] = run
+    for model, run in found.items():
+        _check(model, run)
+    return found
+
+
+def _named(source: str) -> tuple[str, str]:
+    name, equals, folder = source.partition("=")
+    if not equals or os.path.exists(source):
+        name, folder = "", source
+    elif not name or not folder:
+        raise ValueError(f"runs: expected FOLDER or NAME=FOLDER, got {source!r}")
+    return name or Path(os.path.abspath(folder)).name, folder
+
+
+def _each(name: str, run: SavedRun) -> list[tuple[str, SavedRun]]:
+    if run.kind is not MultiTask:
+        return [(name, run)]
+    tasks = MultiTask.saved_names(run.directory)
+    return [(f"{name}/{task}", find_run(MultiTask.folder(run.directory, task))) for task in tasks]
+
+
+def _check(name: str, run: SavedRun) -> None:
+    if run.kind is not Task or run.config.task != "causal-lm":
+        kind = run.config.task if run.kind is Task else run.kind.__name__
+        raise ValueError(f"{name}: expected a run of causal-lm, the only one whose answer is a text, got {kind}")
+    files = adapter_files(run.directory)
+    if files is None:
+        raise ValueError(f"{name}: expected a run with an adapter, got none in {run.directory}")
+    described = read_json(run.directory / files[1]).get("adapter")
+    modules = described.get("modules_to_save") if isinstance(described, dict) else None
+    if modules:  # before the backbone is read; `check_mixable` would say it at the first request
+        raise ValueError(
+            f"{name}: expected an adapter without modules of the backbone (modules_to_save), which all rows of a batch "
+            f"share, got {', '.join(map(str, modules))}"
+        )
+
+
+def load_models(
+    runs: Mapping[str, SavedRun],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    num_layers: int | None = None,
+    dtype: str | None = None,
+    fused: bool = True,
+    liger: bool = False,
+) -> Models:
+    """The adapters of ``runs`` on the backbone of the first. The other arguments are those of ``ak.load``.
+
+    Raises:
+        FileNotFoundError: a file of a run, or the backbone, is missing.
+        ValueError: a file is damaged; or a run was trained on another backbone or with other tokens.
+    """
+    (first, run), *others = runs.items()
+    task, _, tokenizer = run.open(model=model, num_layers=num_layers, dtype=dtype, fused=fused, liger=liger)
+    adapted = task.model
+    adapters = {first: "default"}
+    for number, (name, other) in enumerate(others, start=1):
+        if other.sources is not None and other.sources.tokenizer not in (None, tokens_digest(tokenizer)):
+            raise ValueError(f"{name}: expected a run with the tokens of {first}, got {other.directory}, with others")
+        adapters[name] = f"adapter{number}"  # an adapter's name may not have what a folder's may
+        adapted.load_adapter(other.directory, adapters[name], strict=True)
+    adapted.eval()
+    ends = _ends(adapted, tokenizer)
+    turn = turn_end(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    # Answers depend on the requests alone: the backbone's own defaults may sample, punish repetitions, and so on.
+    adapted.base.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
+    return Models(
+        model=adapted,
+        tokenizer=tokenizer,
+        adapters=adapters | {BASE: BASE},
+        context=positions(adapted.config),
+        ends=ends,
+        chat_ends=ends if turn is None else ends | {turn},
+    )
+
+
+def _ends(model: LlamaAdapter, tokenizer: Any) -> frozenset[int]:
+    """The end-of-text tokens of the backbone's generation config, and the tokenizer's."""
+    ends = model.base.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)

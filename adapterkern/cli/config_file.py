@@ -1,10 +1,14 @@
 """``--config FILE``: options from a file, in front of those that are typed, which win.
 
-A YAML or JSON file of option names and values (``lr: 2e-3``, ``layers: [-2, -1]``, ``prefix-cache: false``), or a run's
-``task.json``, which has the settings of its training.
+A YAML or JSON file of option names and values (``lr: 2e-3``, ``layers: [-2, -1]``, ``prefix-cache: false``), a run's
+``sources.json``, which has the options that were typed, or its ``task.json``, which has the settings of its training.
+``--resume`` reads those of the run in ``--output``.
 """
 
 import argparse
+import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,11 @@ from adapterkern.training.config import TrainConfig
 
 OPTION = "--config"
 _UNSAID = ("output_dir", "resume", "overwrite")  # of a task.json: about its run, and not about the training
+_OF_ONE_CALL = ("output_dir", "resume", "overwrite", "dry_run")
 
 
 def with_file(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """The command line with the options of its ``--config``.
+    """The command line with the options of its ``--config``, or of the run that it resumes.
 
     Raises:
         ValueError: the file is not YAML or JSON, or has an option that the command does not have.
@@ -26,13 +31,41 @@ def with_file(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]
     before, command, rest = _innermost(argv, parser)
     places = [n for n, word in enumerate(rest) if word == OPTION or word.startswith(f"{OPTION}=")]
     if not places or OPTION not in command._option_string_actions:
-        return list(argv)
+        return [*before, *_of_resumed(rest, command), *rest]
     at = places[-1]
     value = rest[at].partition("=")[2] if "=" in rest[at] else next(iter(rest[at + 1 :]), "")
     if not value or len(places) > 1:
         return list(argv)  # which the parser refuses
     rest = [*rest[:at], *rest[at + (1 if "=" in rest[at] else 2) :]]
-    return [*before, *_options(Path(value), command, {word.split("=")[0] for word in rest}), *rest]
+    path = Path(value)
+    return [*before, *_options(path, _read(path), command, {word.split("=")[0] for word in rest}), *rest]
+
+
+def typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command line as JSON, for ``sources.json``. Paths are absolute."""
+    found = {}
+    for action in arguments.parser._actions:
+        if action.option_strings and action.dest in arguments.parser.typed and action.dest not in _OF_ONE_CALL:
+            value = getattr(arguments, action.dest)
+            if (action.metavar in ("FILE", "DIR") or action.dest == "model") and os.path.exists(value):
+                value = os.path.abspath(value)
+            found[action.dest] = str(value) if isinstance(value, Path) or value == math.inf else value
+    return found
+
+
+def _of_resumed(rest: Sequence[str], command: argparse.ArgumentParser) -> list[str]:
+    """The options that a run was begun with, for one that ``--resume`` continues."""
+    output = next((word.partition("=")[2] for word in rest if word.startswith("--output=")), "")
+    if not output and "--output" in rest:
+        output = next(iter(rest[rest.index("--output") + 1 :]), "")
+    path = Path(output, "sources.json")
+    if "--resume" not in rest or OPTION not in command._option_string_actions or not output or not path.exists():
+        return []
+    try:
+        saved = _of_sources(json.loads(path.read_bytes()))
+    except ValueError:
+        saved = None  # damaged: the run's reader says how
+    return [] if saved is None else _options(path, saved, command, {word.split("=")[0] for word in rest})
 
 
 def _innermost(
@@ -48,11 +81,11 @@ def _innermost(
     return list(argv[:count]), parser, list(argv[count:])
 
 
-def _options(path: Path, parser: argparse.ArgumentParser, typed: set[str]) -> list[str]:
+def _options(path: Path, values: Mapping[str, Any], parser: argparse.ArgumentParser, typed: set[str]) -> list[str]:
     known = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
     known |= {action.dest: action for action in parser._actions if action.option_strings}
     words = []
-    for key, value in _read(path).items():
+    for key, value in values.items():
         action = known.get(key) or known.get(key.replace("_", "-"))
         if action is None or OPTION in action.option_strings:
             near = checks.near(key.replace("_", "-"), [name for name in known if "_" not in name])
@@ -96,7 +129,15 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"{OPTION}: {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{OPTION}: {path}: expected names of options and their values, got {found!r:.80}")
-    return _of_run(found["config"]) if isinstance(found.get("config"), dict) and "format_version" in found else found
+    if isinstance(found.get("config"), dict) and "format_version" in found:
+        return _of_run(found["config"])
+    return _of_sources(found) or found
+
+
+def _of_sources(found: Any) -> dict[str, Any] | None:
+    """The options in a ``sources.json``; None if it has none, or is something else."""
+    options = found.get("options") if isinstance(found, dict) and "eval_data" in found else None
+    return options if isinstance(options, dict) else None
 
 
 def _of_run(saved: Mapping[str, Any]) -> dict[str, Any]:

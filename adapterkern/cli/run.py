@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkern.cli import dtype
+from adapterkern.cli.config_file import typed_options
 from adapterkern.cli.options import adapter_config, from_options, model_flags
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training.config import TrainConfig
@@ -49,7 +50,8 @@ def sources_of(arguments: argparse.Namespace, eval_data: Any, tokenizer: Any) ->
 
     if is_share_of_train(eval_data):
         eval_data = HeldOut(arguments.train, eval_data, arguments.seed)
-    return Sources(arguments.model, arguments.num_layers, arguments.dtype, eval_data, tokens_digest(tokenizer))
+    of_backbone = arguments.model, arguments.num_layers, arguments.dtype
+    return Sources(*of_backbone, eval_data, tokens_digest(tokenizer), typed_options(arguments))
 
 
 def train_run(

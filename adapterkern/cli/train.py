@@ -25,7 +25,8 @@ Train adapters (and a classification head) on a frozen LLaMA.
   # a saved adapter, and its head where the labels are the same, trained further
   adapterkern train --model SmolLM2.gguf --train more.csv --output run-2 --from run
 
-Ctrl-C stops after the running step and leaves a checkpoint; the same command with --resume continues from there.
+Ctrl-C stops after the running step and leaves a checkpoint; `adapterkern train --resume --output run` continues from
+there.
 """
 
 

@@ -1,6 +1,7 @@
 """``--config``: options from a file, in front of those that are typed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,47 @@ def test_a_training_by_a_file_alone(
     assert cli.main(["train", "--config", str(path)]) == 0
     assert json.loads((tmp_path / "run" / "adapterkern.json").read_text())["adapter"]["adapter_dim"] == 4
     assert "saved in" in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_without_its_options(
+    model_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(files[0].parent)
+    options = ["--model", str(model_folder), "--train", files[0].name, "--eval", files[1].name, "--adapter-dim", "4"]
+    options += ["--layers=-1", "--max-steps", "2", "--checkpoint-every", "1", "--max-norm", "inf", "--no-progress"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    for run in (whole, halves):
+        assert cli.main(["train", *options, "--no-plot", "--output", str(run)]) == 0
+    shutil.rmtree(halves / "checkpoints" / "step-00000002")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "--output", "halves", "--log-every", "1"]) == 0
+    assert (halves / "adapterkern.safetensors").read_bytes() == (whole / "adapterkern.safetensors").read_bytes()
+    assert not (halves / "training.png").exists()
+    saved = json.loads((halves / "sources.json").read_text())["options"]
+    assert (saved["train"], saved["layers"], saved["max_norm"]) == (str(files[0]), [-1], "inf")
+    assert (saved["progress"], saved["log_every"]) == (False, 1)
+    again = ["train", "--config", str(halves / "sources.json"), "--output", "again"]
+    assert cli.main(again) == 0
+    assert (tmp_path / "again" / "adapterkern.safetensors").read_bytes() == (
+        whole / "adapterkern.safetensors"
+    ).read_bytes()
+
+
+def test_a_resumed_run_has_the_settings_that_it_began_with(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(model_folder), "--train", str(files[0]), "--max-steps", "1", "--no-progress"]
+    assert cli.main(["train", *options, "--output", str(tmp_path)]) == 0
+    assert cli.main(["train", "--resume", "--output", str(tmp_path), "--lr", "1"]) == 1
+    assert "--lr" in capsys.readouterr().err
+    (tmp_path / "sources.json").write_text("{")
+    assert cli.main(["train", "--resume", "--output", str(tmp_path)]) == 2
+    assert "missing --model, --train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """A classification run as transformers knows one: ``model(**inputs).logits``, ``pipeline("text-classification")``."""
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,8 +14,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SUPPORTED
 
+from adapterkern.model.backbone import DTYPES
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.rows import warn_once
 from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.task import Task
 
 
@@ -58,17 +63,45 @@ class Classifier(PreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Scores (B, labels), fp32, of ``input_ids`` (B, L), padded on either side as ``attention_mask`` (B, L) says.
 
-        With ``labels`` (B,) also their mean cross-entropy. ``TypeError`` for arguments but ``return_dict`` and
-        ``use_cache``.
+        They are those of ``predict``: in the precision of the training, and of its ``max_length`` first tokens, with a
+        warning. With ``labels`` (B,) also their mean cross-entropy.
+
+        Raises:
+            TypeError: an argument but these, ``return_dict`` and ``use_cache``.
+            RuntimeError: another thread uses the model, and a forward switches its adapters (routed, head alone).
         """
         if unknown := sorted(kwargs.keys() - {"return_dict", "use_cache"}):
             raise TypeError(f"forward: expected input_ids, attention_mask and labels, got {unknown[0]!r}")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids, mask = self._cut(input_ids, mask)
         head: Any = self.task.head
-        with self.task.running(self._trained_with):
+        with self._as_trained():
             scores = head(self.task.hidden({"input_ids": input_ids, "attention_mask": mask}), mask)
         loss = None if labels is None else F.cross_entropy(scores, labels)
         return SequenceClassifierOutput(loss=loss, logits=scores)
+
+    def _cut(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (B, L) without the tokens that a row of data would lose."""
+        most = self._trained_with.max_length
+        if input_ids.shape[1] <= most:
+            return input_ids, mask
+        kept = mask * (mask.cumsum(-1) <= most)
+        if not torch.equal(kept, mask):
+            warn_once(f"texts are cut to the {most} tokens (max_length) that the model was trained with")
+        end = int(kept.any(0).nonzero().amax()) + 1 if kept.any() else most
+        return input_ids[:, :end], kept[:, :end]
+
+    @contextlib.contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """Context of a forward with the adapters and in the precision of the training."""
+        task, config = self.task, self._trained_with
+        with contextlib.ExitStack() as stack:
+            if type(task) is not Task or not config.train_adapters:
+                stack.enter_context(in_one_thread(task.model))
+            stack.enter_context(task.running(config))
+            if config.precision != "fp32":
+                stack.enter_context(torch.autocast(task.model.device.type, DTYPES[config.precision]))
+            yield
 
     def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Write what the training has written: adapters, head and ``task.json``, never the backbone."""

@@ -1,7 +1,9 @@
 """``ak.load`` on saved runs of every kind, of an earlier version too, and on adapters alone."""
 
+import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from adapterkern.inference.classifier import Classifier
 from adapterkern.recipes.multitask import MultiTask
 from adapterkern.recipes.qa import QuestionAnswering
 from adapterkern.recipes.routing import RoutedTask
+from adapterkern.training.run.lock import in_one_thread
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "runs"
 
@@ -70,6 +73,48 @@ def test_a_classifier_pads_on_either_side_and_gives_a_loss() -> None:
     assert loss.item() == pytest.approx(-alone.log_softmax(-1)[0, 1].item())
     with pytest.raises(TypeError, match="forward: expected input_ids, attention_mask and labels, got 'inputs_embeds'"):
         model(ids, inputs_embeds=None)
+
+
+def test_a_classifier_cuts_a_text_as_predict_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree("classification", tmp_path / "run")
+    settings = json.loads((folder / "task.json").read_text())
+    settings["config"]["max_length"] = 9
+    (folder / "task.json").write_text(json.dumps(settings))
+    model, tokenizer = ak.load(folder, model="backbone")
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = ["red blue green white", "red", "black green white red blue"]
+    expected = ak.predict(model, [{"text": text} for text in texts])
+    uncut = ak.predict(
+        model, [{"text": text} for text in texts], dataclasses.replace(model._trained_with, max_length=99)
+    )
+    assert all(abs(a.probability - b.probability) > 1e-4 for a, b in zip(expected[::2], uncut[::2], strict=True))
+    caplog.clear()
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        logits = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+        found = [dict(zip(model.task.head.labels, row, strict=True)) for row in logits.softmax(-1).tolist()]
+        assert [pytest.approx(one, abs=1e-6) for one in found] == [one.probabilities for one in expected]
+    assert "texts are cut to the 9 tokens (max_length)" in caplog.text
+
+
+def test_a_classifier_computes_in_the_precision_of_the_training() -> None:
+    model, tokenizer = ak.load("classification")
+    task, config = model.task, model._trained_with
+    low = Classifier(task, dataclasses.replace(config, precision="bf16"))
+    (expected,) = ak.predict(model, [{"text": "red blue"}], low._trained_with)
+    inputs = tokenizer("red blue", return_tensors="pt")
+    found, exact = (each(**inputs).logits.softmax(-1).amax().item() for each in (low, model))
+    assert found == expected.probability
+    assert found != exact
+
+
+@pytest.mark.parametrize("name", ["classification", "routing"])
+def test_threads_share_a_classifier_whose_adapters_are_not_switched(name: str) -> None:
+    model, tokenizer = ak.load(name)
+    inputs = tokenizer("red blue", return_tensors="pt")
+    with in_one_thread(model.task.model), ThreadPoolExecutor(1) as other:
+        problem = other.submit(lambda: model(**inputs)).exception()
+    assert isinstance(problem, RuntimeError) == (name == "routing")
 
 
 def test_a_classifier_saves_what_the_training_saved(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def as_chat(arguments: argparse.Namespace, saved: "SavedRun", tokenizer: Any) ->
 
     chat: bool | None = arguments.chat
     if chat is None:
-        chat = learned_chats(saved)
+        chat = learned_chats(saved, getattr(arguments, "adapter", None))
     if chat:
         check_template(tokenizer, "--chat" if arguments.chat else f"{saved.directory}, which learned chat messages")
     if chat is None and getattr(tokenizer, "chat_template", None):

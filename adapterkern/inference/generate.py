@@ -27,6 +27,7 @@ from adapterkern.training.data.rows import BadRows, DataError, Row, check_column
 from adapterkern.training.data.shapes import asks, read_prompt
 from adapterkern.training.data.tokens import added_tokens, tokenize
 from adapterkern.training.prediction import chunks
+from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.run.report import DATA_NAME
 from adapterkern.training.saved import CHECKPOINTS
 from adapterkern.training.task import Task
@@ -75,6 +76,7 @@ def complete(
     Raises:
         ValueError: a prompt has no tokens, or more than the model was made for; there is no such adapter, or several
             among which ``adapter`` is to choose; the chat template refuses the messages.
+        RuntimeError: another thread uses the model, whose adapter and settings would become this one's.
     """
     settings = settings or GenerationSettings()
     checks.integer("batch_size", batch_size, 1)
@@ -250,7 +252,7 @@ def continued(
             *(cut, len(encoded), wanted, most),
         )
     found: dict[int, str] = {}
-    with _configured(adapted, config), answering(model, adapter) as generate, torch.no_grad():
+    with in_one_thread(adapted), _configured(adapted, config), answering(model, adapter) as generate, torch.no_grad():
         for batch in _batches([len(ids) for ids in encoded], batch_size, most - wanted, reads_padding(config)):
             inputs = _padded([encoded[number] for number in batch], config.pad_token_id, adapted.device)
             length = inputs["input_ids"].shape[1]
@@ -348,16 +350,24 @@ def check_generates(saved: SavedRun, adapter: str | None = None) -> None:
             )
 
 
-def learned_chats(saved: SavedRun) -> bool | None:
-    """Whether a run has learned chat messages; None where nothing says it, as of an adapter alone."""
-    folder = saved.directory.absolute()
-    while folder.parent.name in (CHECKPOINTS, "tasks"):
+def learned_chats(saved: SavedRun, adapter: str | None = None) -> bool | None:
+    """Whether a run has learned chat messages; None where nothing says it, as of an adapter alone.
+
+    Args:
+        adapter: of a run of several tasks the one that is asked. Default: all of them.
+    """
+    folder, task = saved.directory.absolute(), adapter if issubclass(saved.kind, MultiTask) else None
+    # A folder of the user's may have such a name, too
+    while not (folder / DATA_NAME).exists() and folder.parent.name in (CHECKPOINTS, "tasks"):
+        task = folder.name if folder.parent.name == "tasks" else task
         folder = folder.parent.parent
     try:
         summaries: Mapping[str, Any] = read_json(folder / DATA_NAME)
     except FileNotFoundError:
         return None
-    counts = [s.get("chats") for name, s in summaries.items() if name.split()[:1] == ["train"] and isinstance(s, dict)]
+    of_train = {name: s for name, s in summaries.items() if name.split()[:1] == ["train"] and isinstance(s, dict)}
+    name = f"train {task}"
+    counts = [s.get("chats") for s in ([of_train[name]] if name in of_train else of_train.values())]
     return None if None in counts or not counts else any(counts)
 
 

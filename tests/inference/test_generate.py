@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,47 @@ def test_a_run_says_whether_it_learned_messages(row: dict[str, Any], chats: bool
         assert generate.learned_chats(find_run(folder)) is chats
     (tmp_path / "data_summary.json").unlink()
     assert generate.learned_chats(find_run(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["tasks", "checkpoints"])
+def test_a_users_folder_may_have_the_name_of_ours(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name / "answers"
+    config = tiny_run.quiet(task="causal-lm", max_steps=1, output_dir=folder)
+    ak.train(model(), [{"messages": said("w5", "w6")}] * 4, config, tokenizer=tiny_chat.tokenizer())
+    assert generate.learned_chats(find_run(folder)) is True
+
+
+def test_a_task_says_whether_it_learned_messages(tmp_path: Path) -> None:
+    adapted = model()
+    adapted.add_adapter("plain", adapted.adapter_config("default"))
+    config = tiny_run.quiet(task="causal-lm", max_steps=1, checkpoint_every=1, output_dir=tmp_path)
+    rows = {"default": [{"messages": said("w5", "w6")}] * 4, "plain": [{"text": "w5 w6"}] * 4}
+    task = MultiTask(adapted, list(rows))
+    ak.train(adapted, rows, config, tokenizer=tiny_chat.tokenizer(), task=task)
+    newest = tmp_path / "checkpoints" / "step-00000001"
+    for folder in (tmp_path, newest):
+        assert [generate.learned_chats(find_run(folder), name) for name in (*rows, None)] == [True, False, True]
+        assert [generate.learned_chats(find_run(folder / "tasks" / name)) for name in rows] == [True, False]
+
+
+def test_two_threads_do_not_answer_with_each_others_adapter() -> None:
+    adapted = model()
+
+    class Waits:  # a streamer, within whose first call the other thread asks
+        found: list[str] = []
+
+        def put(self, _: Any) -> None:
+            if not self.found:
+                with ThreadPoolExecutor(1) as other:
+                    asked = other.submit(complete, adapted, tiny_run.tokenizer(), ["w5"], TEN, adapter="none")
+                    self.found.append(str(asked.exception()))
+
+        def end(self) -> None:
+            pass
+
+    streamer = Waits()
+    assert complete(adapted, tiny_run.tokenizer(), ["w5"], TEN, streamer=streamer) == [alone(adapted, "w5")]
+    assert streamer.found[0].startswith("model: expected one that no other thread trains or evaluates, got one in use")
 
 
 # Settings

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     checks.integer("batch_size", arguments.batch_size, 1)
     settings = generation_settings(arguments)
     if arguments.output is not None:
-        format_of_output(arguments.output)
+        format_of_output(arguments.output, arguments.data)
     elif "output_column" in arguments.parser.typed:
         raise ValueError("--output-column: has no effect without --output: expected both, got one")
     saved = saved_run(arguments)
@@ -116,5 +116,6 @@ def _data(arguments: argparse.Namespace, config: TrainConfig) -> Any:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("PROMPT: expected a prompt, --data FILE, or a text on stdin, got none")
         text = sys.stdin.read()
-        prompts = text.splitlines() if arguments.lines else [text.removesuffix("\n")]
+        text = text.removesuffix("\n")
+        prompts = text.split("\n") if arguments.lines and text else [text]  # splitlines knows other ends, too
     return [{config.prompt_column: prompt} for prompt in prompts]

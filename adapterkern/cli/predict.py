@@ -32,12 +32,13 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.inference.table import format_of_output, write_predictions
     from adapterkern.training.prediction import check_to_predict, predictions
 
-    format_of_output(arguments.output)
+    format_of_output(arguments.output, arguments.data)
     saved = saved_run(arguments)
     config = as_asked(arguments, saved.config)
     if config.task == "causal-lm":
         raise NotImplementedError(
-            f"{saved.directory}: expected a run with a head, got a language model, which `adapterkern generate` runs"
+            f"{saved.directory}: expected a run with a head, got a language model, which answers by "
+            "`adapterkern generate`"
         )
     check_file("--data", arguments.data)
     of_task = saved.kind.saved_predicts(saved.directory)

@@ -21,14 +21,27 @@ FORMATS = (".csv", ".tsv", ".jsonl")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def format_of_output(path: Path) -> str:
-    """The suffix that names the format. Raises ``ValueError`` for another, ``OSError`` where no file can be written."""
+def format_of_output(path: Path, data: object = None) -> str:
+    """The suffix that names the format.
+
+    Args:
+        data: what the rows are read from, which is not to be written over.
+
+    Raises:
+        OSError: no file can be written there.
+        ValueError: another suffix; or it is the file of ``data``, or in that folder.
+    """
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in FORMATS:
         expected = f"expected a name that ends in {', '.join(FORMATS)} (each may be followed by .gz)"
         raise ValueError(f"output: {expected}, got {path}")
     if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"output: expected a file in a folder that exists, got {path}")
+    source = Path(data) if isinstance(data, str | os.PathLike) else None
+    if source is not None and source.exists():
+        inside = source.resolve() in path.resolve().parents  # where it would be read as data the next time
+        if inside or (path.exists() and path.samefile(source)):
+            raise ValueError(f"output: expected a file that is no part of the data, {source}, got {path}")
     return suffix
 
 

@@ -69,6 +69,9 @@ def test_several_prompts(
     typed(monkeypatch, "\n".join(PROMPTS[:3]) + "\n")
     assert cli.main(["generate", "causal-lm", "--lines", "--batch-size", "2", *EIGHT]) == 0
     assert capsys.readouterr().out == "".join(text + "\n" for text in expected[None][:3])
+    typed(monkeypatch, f"{PROMPTS[0]}\u2028\x0c{PROMPTS[1]}\x85\n{PROMPTS[2]}\n")
+    assert cli.main(["generate", "causal-lm", "--lines", "--max-new-tokens", "1"]) == 0
+    assert len(capsys.readouterr().out.split("\n")) == 3  # two lines
     output = tmp_path / "out.csv"
     named = ["--output-column", "answer", "--output", str(output)]
     assert cli.main(["generate", "causal-lm", "--data", "texts.jsonl", *named, *EIGHT]) == 0
@@ -103,6 +106,10 @@ def test_generation_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (["causal-lm", "x", "--output-column", "y"], "--output-column: has no effect without --output"),
         (["causal-lm", "x", "--output", "out.txt"], "--output: expected a name that ends in .csv"),
         (["causal-lm", "--data", "texts.jsonl", "--output", "out.csv"], "--output-column names another"),
+        (
+            ["causal-lm", "--data", "texts.jsonl", "--output", "../runs/texts.jsonl"],
+            "--output: expected a file that is",
+        ),
         (["causal-lm", "--data", "colors.jsonl"], "--data: colors.jsonl: column 'prompt' is missing"),
         (["causal-lm", " "], "column 'prompt': expected a non-empty string"),
         (["classification", "x"], "expected a run of causal-lm, got one of classification, which answers by"),

@@ -81,6 +81,7 @@ def test_rows_name_their_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("classification --data no.csv --output {tmp}/out.csv", "--data: no file no.csv"),
         ("classification --data colors.jsonl --output {tmp}/out.xlsx", "--output: expected a name that ends in .csv"),
         ("classification --data colors.jsonl --output {tmp}/no/out.csv", "--output: expected a file in a folder that"),
+        ("classification --data {tmp}/bad.csv --output {tmp}/bad.csv", "--output: expected a file that is no part of"),
         ("classification --data texts.jsonl --output {tmp}/out.csv", "--data: texts.jsonl: column 'text' is missing"),
         (
             "classification --data {tmp}/bad.csv --output {tmp}/out.csv",

@@ -85,3 +85,16 @@ def test_refused(tmp_path: Path) -> None:
         format_of_output(tmp_path / "out.xlsx")
     with pytest.raises(FileNotFoundError, match=r"output: expected a file in a folder that exists, got .*no/out\.csv"):
         format_of_output(tmp_path / "no" / "out.csv")
+
+
+def test_data_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, link = tmp_path / "in" / "a.jsonl", tmp_path / "link.jsonl"
+    data.parent.mkdir()
+    data.write_text("{}\n")
+    link.symlink_to(data)
+    monkeypatch.chdir(data.parent)
+    for output, source in ((Path("a.jsonl"), data), (link, data), (data, str(link)), (Path("b.jsonl"), data.parent)):
+        with pytest.raises(ValueError, match=r"^output: expected a file that is no part of the data"):
+            format_of_output(output, source)
+    for other in (data, "owner/name", [{"text": "a"}], None):
+        assert format_of_output(tmp_path / "out.jsonl", other) == ".jsonl"

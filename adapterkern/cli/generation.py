@@ -37,7 +37,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def generation_settings(arguments: argparse.Namespace) -> GenerationSettings:
     """What the options ask for. Raises ``ValueError`` for what does not fit, or is given twice."""
-    from adapterkern.inference.generate import read_generation
+    from adapterkern.inference.settings import read_generation
 
     other: dict[str, Any] = {}
     for text in arguments.generation:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from adapterkern.files import replacing
 from adapterkern.inference.generate import NO_ADAPTER, check_generates, continued, encode
 from adapterkern.inference.runs import Opened, SavedRun, tokens_digest
-from adapterkern.inference.settings import NEW_TOKENS, GenerationSettings
+from adapterkern.inference.settings import GenerationSettings
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.recipes.routing.task import RoutedTask
 from adapterkern.training.data.chat import Conversation, Message
 from adapterkern.training.data.padding import positions
-from adapterkern.training.data.rows import warn
+from adapterkern.training.data.rows import HALF_A_PAIR, is_unicode, warn
 
 HELP = """\
 /adapter          the adapters
@@ -163,7 +163,7 @@ class Chat:
         if not self.templated:
             return encode(self.tokenizer, self.messages[-1]["content"], self.bare.model)
         last, start = len(self.messages) - 1, self.start
-        room = self.most - min(self.settings.max_new_tokens or NEW_TOKENS, self.most // 2)
+        room = self.most - min(self.settings.new_tokens, self.most // 2)
         first = [{"role": "system", "content": self.system}] if self.system else []
         while True:
             seen = Conversation([*first, *self.messages[start:]], [], None)
@@ -239,6 +239,9 @@ class Chat:
         if not self.templated:
             self.note("/system: has no effect: each message is a prompt by itself")
             return
+        if not is_unicode(text):
+            self.note(f"/system: the message has {HALF_A_PAIR}")
+            return
         self.system = text
         self.note("the system message is set" if text else "no system message")
 
@@ -246,7 +249,11 @@ class Chat:
         if not name or not self.messages:
             self.note("/save: expected " + ("a conversation, got none yet" if name else "the name of a file"))
             return
-        path = Path(name).expanduser()
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError as error:  # there is no such user
+            self.note(f"/save: {error}")
+            return
         if path.exists():
             self.note(f"/save: {path} exists; name another file")
             return
@@ -261,7 +268,7 @@ class Chat:
         try:
             with replacing(path) as temporary:
                 temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             self.note(f"/save: {error}")
             return
         self.note(f"saved in {path}")

@@ -4,10 +4,8 @@ Prompts of like length run in one batch, padded on the left, and each completion
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,18 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.chat import Conversation, Message, check_template, question, render
 from adapterkern.training.data.examples import Rows
 from adapterkern.training.data.padding import positions
-from adapterkern.training.data.rows import BadRows, DataError, Row, check_columns, columns, iter_rows, source_name, warn
+from adapterkern.training.data.rows import (
+    HALF_A_PAIR,
+    BadRows,
+    DataError,
+    Row,
+    check_columns,
+    columns,
+    is_unicode,
+    iter_rows,
+    source_name,
+    warn,
+)
 from adapterkern.training.data.shapes import asks, read_prompt
 from adapterkern.training.data.tokens import added_tokens, tokenize
 from adapterkern.training.prediction import chunks
@@ -189,11 +198,13 @@ def encode(tokenizer: Any, prompt: Prompt, model: Any = None, *, chat: bool = Fa
     """The tokens of a prompt as in training: what is put before a text is there once. ``chat``: a text is a message.
 
     Raises:
-        ValueError: it has no tokens, or has as many as ``model``, if given, was made for.
+        ValueError: it has no tokens, or has as many as ``model``, if given, was made for; it is not Unicode.
     """
     if isinstance(prompt, str) and chat:
         prompt = question([{"role": "user", "content": prompt}])
     if isinstance(prompt, str):
+        if not is_unicode(prompt):
+            raise ValueError(f"the prompt has {HALF_A_PAIR}")
         (tokens,) = tokenize(tokenizer, [(prompt, "")])
         ids = tokens.ids[: tokens.prompt]
     else:
@@ -369,21 +380,3 @@ def learned_chats(saved: SavedRun, adapter: str | None = None) -> bool | None:
     name = f"train {task}"
     counts = [s.get("chats") for s in ([of_train[name]] if name in of_train else of_train.values())]
     return None if None in counts or not counts else any(counts)
-
-
-def read_generation(text: str) -> dict[str, Any]:
-    """Fields of ``GenerationConfig`` from ``KEY=VALUE``, the value as JSON or a string, or from a file of JSON.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it holds no object.
-    """
-    name, is_field, value = text.partition("=")
-    if is_field and name.isidentifier():
-        try:
-            return {name: json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))}
-        except ValueError:
-            return {name: value}
-    if not Path(text).is_file():
-        raise FileNotFoundError(f"generation: expected KEY=VALUE or a .json file, got {text!r}")
-    return dict(read_json(Path(text)))

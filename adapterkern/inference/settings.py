@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from adapterkern import checks
+from adapterkern.files import read_json
 
 NEW_TOKENS = 256  # at most, by default
 # What has an effect only on tokens that are drawn, and the value that has none
@@ -96,6 +99,11 @@ class GenerationSettings:
         return bool(asked.get("temperature")) if given is None else checks.flag("do_sample", given)
 
     @property
+    def new_tokens(self) -> int:
+        """The most new tokens, whichever way they were asked for."""
+        return int(self._asked.get("max_new_tokens") or NEW_TOKENS)
+
+    @property
     def streams(self) -> bool:
         """Whether the tokens are known one after the other; beams are not."""
         return (self._asked.get("num_beams") or 1) == 1
@@ -148,3 +156,21 @@ def _fields() -> set[str]:
     from transformers import GenerationConfig
 
     return set(GenerationConfig().to_dict()) | set(_NO_SETTINGS)
+
+
+def read_generation(text: str) -> dict[str, Any]:
+    """Fields of ``GenerationConfig`` from ``KEY=VALUE``, the value as JSON or a string, or from a file of JSON.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds no object.
+    """
+    name, is_field, value = text.partition("=")
+    if is_field and name.isidentifier():
+        try:
+            return {name: json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))}
+        except ValueError:
+            return {name: value}
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"generation: expected KEY=VALUE or a .json file, got {text!r}")
+    return dict(read_json(Path(text)))

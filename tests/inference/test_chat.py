@@ -163,6 +163,36 @@ def test_a_template_that_refuses_says_so() -> None:
     assert not talk.chat.messages
 
 
+def test_what_cannot_be_read_or_written_does_not_end_the_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for templated in (True, False):
+        talk = Talk(templated)
+        talk.run("w5", "w6 \udcff", "/save ~nobody-here/no/chat.jsonl", f"/save {tmp_path}/\0")
+        half, first, second = talk.notes
+        assert "have half a surrogate pair" in half or "has half a surrogate pair" in half
+        assert first.startswith("/save: ")
+        assert second.startswith("/save: ")
+        assert [m["content"] for m in talk.chat.messages][::2] == ["w5"]
+    assert not list(tmp_path.iterdir())
+    talk = Talk()
+    talk.run("/system \udcff", "w5")
+    assert talk.notes == ["/system: the message has half a surrogate pair, which is not a character"]
+    assert len(talk.chat.messages) == 2
+
+
+def test_the_room_for_an_answer_is_what_was_asked_for() -> None:
+    """However it was asked for: 64 tokens are enough for three messages and an answer of four."""
+    words = " ".join(f"w{i}" for i in range(13))
+    notes = []
+    for settings in (FOUR, GenerationSettings(other={**FOUR.other, "max_new_tokens": 4})):
+        talk = Talk(settings=settings)
+        talk.run(words, words)
+        notes.append(talk.notes)
+    assert notes == [[], []]
+
+
 def test_beams_are_shown_at_their_end(capsys: pytest.CaptureFixture[str]) -> None:
     settings = GenerationSettings(max_new_tokens=4, num_beams=2)
     talk = Talk(settings=settings)

@@ -14,7 +14,7 @@ import adapterkern as ak
 from adapterkern.inference import generate
 from adapterkern.inference.generate import answering, check_prompts, complete, completions, encode, turn_end
 from adapterkern.inference.runs import find_run
-from adapterkern.inference.settings import GenerationSettings
+from adapterkern.inference.settings import GenerationSettings, read_generation
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.recipes.routing.router import RoutingConfig
@@ -291,7 +291,8 @@ def test_two_threads_do_not_answer_with_each_others_adapter() -> None:
     adapted = model()
 
     class Waits:  # a streamer, within whose first call the other thread asks
-        found: list[str] = []
+        def __init__(self) -> None:
+            self.found: list[str] = []
 
         def put(self, _: Any) -> None:
             if not self.found:
@@ -336,10 +337,10 @@ def test_a_saved_generation_config_is_taken_whole(tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     saved = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5], "transformers_version": "5"}
     path.write_text(json.dumps(saved))
-    config = GenerationSettings(other=generate.read_generation(str(path))).config(model(), tiny_run.tokenizer())
+    config = GenerationSettings(other=read_generation(str(path))).config(model(), tiny_run.tokenizer())
     assert (config.do_sample, config.temperature, config.top_p, config.eos_token_id) == (True, 0.6, 0.9, [2, 5])
     assert config.max_new_tokens == 256
-    read = generate.read_generation
+    read = read_generation
     assert read("stop_strings=END") == {"stop_strings": "END"}
     assert read("bad_words_ids=[[1]]") == {"bad_words_ids": [[1]]}
     assert read("early_stopping=True") == {"early_stopping": True}

@@ -26,6 +26,7 @@ from adapterkern.files import check_owner, replacing, write_json, write_text
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.rows import BadRows, iter_rows, scalar, shown
+from adapterkern.training.data.split import HeldOut
 from adapterkern.training.prediction import Answer
 from adapterkern.training.task import Task
 
@@ -220,6 +221,7 @@ def _texts(data: Any, places: Collection[str], column: str) -> dict[str, Any]:
     """The texts of the rows at these places; None of a row that is tokenized already."""
     if not places:
         return {}
+    data = data.train_data if isinstance(data, HeldOut) else data  # of which a share has the places
     rows = iter_rows(data, BadRows(""))  # the evaluation has named the bad ones
     return {row.place: scalar(row.values.get(column)) for row in rows if row.place in places}
 

@@ -43,6 +43,20 @@ def test_eval_gives_the_numbers_of_the_training(
     assert again == pytest.approx({name: trained[name] for name in again}, abs=2e-4)
 
 
+def test_the_report_has_the_texts_of_the_share(model_folder: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    run, report = tmp_path / "run", tmp_path / "report"
+    data = ["--model", str(model_folder), "--train", str(files[0]), "--eval", "25%", "--output", str(run)]
+    assert cli.main(["train", *data, "--max-steps", "1", "--adapter-dim", "4", "--no-progress", "--no-plot"]) == 0
+    assert cli.main(["eval", str(run), "--report", str(report)]) == 0
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    wrong = [json.loads(line) for line in (report / "wrong.jsonl").read_text().splitlines()]
+    assert wrong
+    for one in wrong:
+        name, _, line = one["place"].rpartition(":")
+        assert name.endswith(files[0].name)
+        assert {"text": one["text"], "label": one["label"]} == rows[int(line) - 1]
+
+
 def test_questions_of_one_context_stay_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_qa.TOKENIZER.save_pretrained(tmp_path / "model")
     tiny_qa.model().unload().save_pretrained(tmp_path / "model")

@@ -108,6 +108,10 @@ def _data(arguments: argparse.Namespace, config: TrainConfig) -> Any:
     ]
     if len(given) > 1:
         raise ValueError(f"{given[1]}: expected one of PROMPT, --data and stdin, got {given[0]} and {given[1]}")
+    of_rows = {"prompt_column", "text_column"} | (set() if arguments.lines else {"skip_bad_rows"})
+    if arguments.data is None and (ignored := sorted(of_rows & arguments.parser.typed)):
+        option = f"--{ignored[0].replace('_', '-')}"
+        raise ValueError(f"{option}: has no effect without --data: expected both, got one")
     if arguments.data is not None:
         check_file("--data", arguments.data)
         return arguments.data

@@ -45,7 +45,10 @@ def generation_settings(arguments: argparse.Namespace) -> GenerationSettings:
         if twice := sorted(other.keys() & fields.keys()):
             raise ValueError(f"generation: expected {twice[0]} once, got it twice")
         other |= fields
-    return dataclasses.replace(from_options(arguments, GenerationSettings), other=other)
+    settings = dataclasses.replace(from_options(arguments, GenerationSettings), other=other)
+    if "seed" in arguments.parser.typed and not settings.draws:
+        raise ValueError("--seed: has no effect on the likeliest token: expected a temperature above 0, got none")
+    return settings
 
 
 def as_chat(arguments: argparse.Namespace, saved: "SavedRun", tokenizer: Any) -> bool:

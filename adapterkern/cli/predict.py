@@ -6,6 +6,7 @@ from pathlib import Path
 from adapterkern.cli.options import add_saved_options, as_asked
 from adapterkern.cli.run import check_file, named, say
 from adapterkern.cli.saved import open_run, saved_run
+from adapterkern.cli.together import check_together
 
 NAME, SUMMARY = "predict", "labels or answers for new rows, by a saved run"
 HELP = """\
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import track
 
     from adapterkern.inference.table import format_of_output, write_predictions
+    from adapterkern.recipes.qa.task import QuestionAnswering
     from adapterkern.training.prediction import check_to_predict, predictions
 
     format_of_output(arguments.output, arguments.data)
@@ -40,6 +42,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"{saved.directory}: expected a run with a head, got a language model, which answers by "
             "`adapterkern generate`"
         )
+    asks = issubclass(saved.kind, QuestionAnswering)
+    check_together(arguments, task="question answering" if asks else config.task)
+    if asks and arguments.probabilities:
+        raise ValueError("--probabilities: has no effect on answers to questions, which have no labels")
+    if "label_column" in arguments.parser.typed:
+        raise ValueError("--label-column: has no effect, since labels are not read: expected none, got one")
     check_file("--data", arguments.data)
     of_task = saved.kind.saved_predicts(saved.directory)
     with named("--data"):

@@ -104,6 +104,10 @@ def test_generation_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (["causal-lm", "x", "--generation", "topk=1"], "--generation: expected fields of transformers' Generation"),
         (["causal-lm", "x", "--batch-size", "0"], "--batch-size: expected an integer >= 1, got 0"),
         (["causal-lm", "x", "--output-column", "y"], "--output-column: has no effect without --output"),
+        (["causal-lm", "x", "--seed", "1"], "--seed: has no effect on the likeliest token"),
+        (["causal-lm", "x", "--prompt-column", "y"], "--prompt-column: has no effect without --data"),
+        (["causal-lm", "x", "--text-column", "y"], "--text-column: has no effect without --data"),
+        (["causal-lm", "x", "--skip-bad-rows"], "--skip-bad-rows: has no effect without --data"),
         (["causal-lm", "x", "--output", "out.txt"], "--output: expected a name that ends in .csv"),
         (["causal-lm", "--data", "texts.jsonl", "--output", "out.csv"], "--output-column names another"),
         (

@@ -54,7 +54,8 @@ def test_from_texts_to_labels(
 def test_every_kind(run: str, data: str, columns: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(GOLDEN)
     output = tmp_path / "out.jsonl"
-    assert cli.main(["predict", run, "--data", data, "--output", str(output), "--probabilities"]) == 0
+    more = [] if run == "qa" else ["--probabilities"]
+    assert cli.main(["predict", run, "--data", data, "--output", str(output), *more]) == 0
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row.items() <= one.items() for row, one in zip(rows, found, strict=True)] == [True] * len(rows)
@@ -78,6 +79,15 @@ def test_rows_name_their_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "causal-lm --data texts.jsonl --output {tmp}/out.csv",
             "got a language model, which answers by `adapterkern generate`",
         ),
+        (
+            "qa --data questions.jsonl --output {tmp}/out.csv --text-column x",
+            "--text-column: has no effect for a run of",
+        ),
+        (
+            "qa --data questions.jsonl --output {tmp}/out.csv --probabilities",
+            "--probabilities: has no effect on answers",
+        ),
+        ("classification --data colors.jsonl --output {tmp}/out.csv --label-column x", "--label-column: has no effect"),
         ("classification --data no.csv --output {tmp}/out.csv", "--data: no file no.csv"),
         ("classification --data colors.jsonl --output {tmp}/out.xlsx", "--output: expected a name that ends in .csv"),
         ("classification --data colors.jsonl --output {tmp}/no/out.csv", "--output: expected a file in a folder that"),

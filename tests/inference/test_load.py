@@ -50,6 +50,13 @@ def test_every_kind(name: str, kind: type) -> None:
         assert isinstance(model.task, RoutedTask) == (name == "routing")
 
 
+@pytest.mark.parametrize("name", ["classification", "routing", "multitask"])
+def test_what_is_drawn_next_does_not_depend_on_it(name: str) -> None:
+    before = torch.get_rng_state()
+    ak.load(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_classifier_is_one_of_transformers() -> None:
     model, tokenizer = ak.load("classification")
     assert type(model).__name__ == "LlamaForSequenceClassification"

@@ -84,13 +84,17 @@ def _innermost(
 def _options(path: Path, values: Mapping[str, Any], parser: argparse.ArgumentParser, typed: set[str]) -> list[str]:
     known = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items()}
     known |= {action.dest: action for action in parser._actions if action.option_strings}
-    words = []
+    known = {name: action for name, action in known.items() if action.dest not in ("help", "config")}
+    words: list[str] = []
+    keys: dict[str, str] = {}  # by option
     for key, value in values.items():
         action = known.get(key) or known.get(key.replace("_", "-"))
-        if action is None or OPTION in action.option_strings:
+        if action is None:
             near = checks.near(key.replace("_", "-"), [name for name in known if "_" not in name])
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise ValueError(f"{OPTION}: {path}: expected options of {parser.prog}, got {key!r}{hint}")
+        if (other := keys.setdefault(action.option_strings[0], key)) != key:
+            raise ValueError(f"{OPTION}: {path}: expected each option once, got {other!r} and {key!r}")
         if value is not None and not typed & set(action.option_strings):
             words += _words(path, key, action, value)
     return words
@@ -102,7 +106,7 @@ def _words(path: Path, key: str, action: argparse.Action, value: Any) -> list[st
         if not isinstance(value, bool):
             raise ValueError(f"{OPTION}: {path}: {key}: expected true or false, got {value!r}")
         off = [name for name in action.option_strings if name.startswith("--no-")]
-        return [option] if value else off[:1]
+        return [option] if value != key.startswith("no-") else off[:1]
     if isinstance(value, bool | Mapping):
         raise ValueError(f"{OPTION}: {path}: {key}: expected a value of {option}, got {value!r}")
     return [f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}"]
@@ -115,17 +119,17 @@ def _read(path: Path) -> dict[str, Any]:
         from adapterkern.files import read_json
 
         try:
-            found: Any = read_json(path, ours=False)
+            found: Any = read_json(path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{OPTION}: no file {path}") from None
     else:
         import yaml
 
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_keys(yaml))
         except FileNotFoundError:
             raise FileNotFoundError(f"{OPTION}: no file {path}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{OPTION}: {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{OPTION}: {path}: expected names of options and their values, got {found!r:.80}")
@@ -138,6 +142,19 @@ def _of_sources(found: Any) -> dict[str, Any] | None:
     """The options in a ``sources.json``; None if it has none, or is something else."""
     options = found.get("options") if isinstance(found, dict) and "eval_data" in found else None
     return options if isinstance(options, dict) else None
+
+
+def _unique_keys(yaml: Any) -> Any:
+    """YAML's safe loader, which refuses a key that is there twice: of the two values one would be dropped."""
+
+    from adapterkern.files import unique_keys
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            unique_keys([(str(key.value), None) for key, _ in node.value if key.value != "<<"])
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _of_run(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,19 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
         assert with_file(argv, cli._parser(argv))[1:5] == ["--lr=1.0", "--progress", "--unfused", "--epochs=7"]
 
 
+@pytest.mark.parametrize(("value", "expected"), [("true", "--no-plot"), ("false", "--plot")])
+def test_the_negative_name_of_a_flag_is_its_negative(value: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"no-plot: {value}\n")
+    assert words(path) == ["train", expected]
+
+
+def test_keys_that_yaml_merges_are_no_doubles(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("<<: {lr: 1.0, seed: 2}\nlr: 2.0\n")
+    assert words(path) == ["train", "--lr=2.0", "--seed=2"]
+
+
 def test_a_run_s_task(tmp_path: Path) -> None:
     golden = Path(__file__).parents[1] / "golden" / "runs" / "classification" / "task.json"
     found = arguments(golden)
@@ -122,6 +135,12 @@ def test_a_resumed_run_has_the_settings_that_it_began_with(
         ("a.json", "[]", "a.json: expected a JSON object, got list"),
         ("a.yaml", "liger: 3", "a.yaml: liger: expected true or false, got 3"),
         ("a.yaml", "lr: true", "a.yaml: lr: expected a value of --lr, got True"),
+        ("a.yaml", "lr: 1\nlr: 2", "a.yaml: not YAML: key 'lr' is there twice"),
+        ("a.yaml", "eval-every: 1\neval_every: 2", "a.yaml: expected each option once, got 'eval-every' and 'eval_every'"),
+        ("a.yaml", "plot: true\nno-plot: true", "a.yaml: expected each option once, got 'plot' and 'no-plot'"),
+        ("a.yaml", "help: true", "a.yaml: expected options of adapterkern train, got 'help'"),
+        ("a.yaml", "[" * 3000, "a.yaml: not YAML: maximum recursion depth"),
+        ("a.json", '{"lr": 1, "lr": 2}', "a.json: not a JSON file: key 'lr' is there twice"),
         ("a.yaml", "lr: fast", "--lr: expected a number, got 'fast'"),
         ("a.yaml", "layers: 0\nevery: 2", "--layers: expected --layers or --every, not both"),
         ("a.toml", "lr = 1", "--config: expected a .yaml or .json file, got "),

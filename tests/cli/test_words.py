@@ -10,6 +10,7 @@ from adapterkern.cli import words
     ("message", "shown"),
     [
         ("seed: expected x", "--seed: expected x"),
+        ("config: pooling='last' has no effect", "config: --pooling last has no effect"),  # and no file of --config
         ("num_layers: got 3", "--backbone-layers: got 3"),
         ("run/step-1: begun with lr=0.001, not 0.01", "run/step-1: begun with --lr 0.001, not 0.01"),
         ("a: begun with task='causal-lm', not 'x'", "a: begun with --task causal-lm, not x"),

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from adapterkern.training import DataError, HeldOut, TrainConfig, evaluate, load_examples, train
-from adapterkern.training.data.examples import Example
+from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.split import is_share, split
 from adapterkern.training.run.checkpoint import CheckpointError
 from adapterkern.training.saved import Sources, checkpoints, load_run, load_sources, save_sources
-from tests.support import tiny_run
+from tests.support import tiny_chat, tiny_run
 
 TOKENIZER = tiny_run.tokenizer()
 CONFIG = tiny_run.quiet()
@@ -95,6 +95,33 @@ def test_rows_of_one_text_are_on_one_side() -> None:
         learned, held = parts(once + twice + long, "30%", seed=seed)
         assert not {e.input_ids.tobytes() for e in learned} & {e.input_ids.tobytes() for e in held}
         assert len(held) == 25  # 24.9
+
+
+def test_a_label_whose_text_has_others_too_is_learned() -> None:
+    """The text of its only row may not be held out with the rows of the same text that have another label."""
+    of = [{"text": "w0 w0", "label": label} for label in "ab"] + [{"text": f"w{n} w0", "label": "a"} for n in range(9)]
+    for seed in range(20):
+        for turned in (of, of[::-1]):
+            learned, held = parts(turned, "30%", seed=seed)
+            assert {int(example.targets[0]) for example in learned} == {0, 1}
+            assert len(held) == 3
+
+
+def test_the_turns_of_a_conversation_are_on_one_side() -> None:
+    """Also where each is learned from a text of its own, which begins with the turns before."""
+    talks = [[f"w{n} w1", f"w8 w9 w{n}", f"w2 w{n}", "w3"] for n in range(1, 7)]
+    talks.append(["w7 w7", "w8 w9 w7", "w4", "w5"])
+    talks.append([*talks[-1][:2], "w4 w4", "w5 w5"])  # whose first text is that of the one before
+    of = [{"messages": tiny_chat.said(*talk)} for talk in talks]
+    config = tiny_run.quiet(task="causal-lm", max_length=64)
+    examples, _ = load_examples(of, config, tiny_chat.tokenizer(tiny_chat.FORGETS))
+    texts = numbered(examples)
+    assert len(texts) == 16
+    for seed in range(10):
+        learned, held = split(texts, HeldOut(of, "25%", seed), labeled=False)
+        assert len(held) in (2, 4)
+        assert not set(places(learned)) & set(places(held))
+        assert len({"row 6", "row 7"} & set(places(held))) in (0, 2)
 
 
 def test_a_text_with_more_rows_than_are_left_is_learned() -> None:

@@ -1,8 +1,8 @@
 """A share of the training rows to evaluate on, such as ``"10%"``: always the same ones for the same seed and rows.
 
 Texts are in the order of a hash of the seed and their tokens, and the first of each label are held out: their place in
-the file, the number of processes and Python's hashes decide nothing. Rows of one text are never on both sides, and no
-label is without a text to learn.
+the file, the number of processes and Python's hashes decide nothing. Rows of one text are never on both sides, nor are
+the texts of one row, such as a conversation's turns; and no label is without a text to learn.
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from adapterkern.training.data.examples import E
+from adapterkern.training.data.examples import E, Example
 from adapterkern.training.data.rows import DataError, shown, source_name
 
 _SHARE = re.compile(r"\d{1,9}(\.\d{1,9})?%")
@@ -93,15 +94,16 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
     Raises:
         ValueError: one of the two would be empty.
     """
-    texts: dict[bytes, list[int]] = {}
-    for number, example in enumerate(examples):
-        if (text := example.text()) is not None:
-            texts.setdefault(text, []).append(number)
     seed = part.seed.to_bytes(-(-part.seed.bit_length() // 8) or 1, "little")
-    hashes = {hashlib.blake2b(text, key=hashlib.sha256(seed).digest()).digest(): rows for text, rows in texts.items()}
+    key = hashlib.sha256(seed).digest()
+    hashes = {
+        min(hashlib.blake2b(text, key=key).digest() for text in texts): sorted(sum(texts.values(), []))
+        for texts in _inseparable(examples)
+    }
     strata: dict[int, list[list[int]]] = {}
+    label_of = [int(example.targets[0]) if labeled else 0 for example in examples]
     for _, rows in sorted(hashes.items()):
-        strata.setdefault(int(examples[rows[0]].targets[0]) if labeled else 0, []).append(rows)
+        strata.setdefault(min(label_of[row] for row in rows), []).append(rows)
     counts = {label: sum(map(len, of_label)) for label, of_label in strata.items()}
     share = Fraction(Decimal(part.share[:-1])) / 100
     total = math.floor(sum(counts.values()) * share + Fraction(1, 2))
@@ -111,21 +113,41 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
     for label in [label for label in by_remainder if len(strata[label]) > 1][: total - sum(wanted.values())]:
         wanted[label] += 1
     held: set[int] = set()
+    learned = Counter(label for rows in hashes.values() for label in {label_of[row] for row in rows})
     for label, of_label in strata.items():
-        left, learned = wanted[label], len(of_label)
+        left = wanted[label]
         for rows in of_label:
-            if len(rows) <= left and learned > 1:
+            labels = {label_of[row] for row in rows}  # several where rows of one text have
+            if len(rows) <= left and all(learned[other] > 1 for other in labels):
                 held |= set(rows)
-                left, learned = left - len(rows), learned - 1
+                left -= len(rows)
+                learned.subtract(labels)
     rows_there = sum(counts.values())
     if not held or total >= rows_there:
-        texts_there = f", of {len(texts):,} texts; rows of one text stay together, and each label keeps a text to learn"
+        texts_there = f", of {len(hashes):,} texts; rows of one text stay together, and each label keeps a text to learn"
         raise ValueError(
             "eval_data: expected a share that leaves rows to learn and rows to evaluate on, got "
             f"{part.share}, which is {total:,} of {rows_there:,} rows{texts_there if 0 < total < rows_there else ''}"
         )
     learned_rows = [example for number, example in enumerate(examples) if number not in held]
     return learned_rows, [examples[number] for number in sorted(held)]
+
+
+def _inseparable(examples: Sequence[Example]) -> list[dict[bytes, list[int]]]:
+    """The numbers of the examples by text, in groups of texts: a row that is learned as several has these together."""
+    groups: dict[bytes, dict[bytes, list[int]]] = {}  # of each text the group that it is in
+    of_row: dict[str, bytes] = {}
+    for number, example in enumerate(examples):
+        if (text := example.text()) is None:
+            continue
+        group = groups.setdefault(text, {text: []})
+        group[text].append(number)
+        other = groups[of_row.setdefault(example.place, text)] if example.place else group
+        if other is not group:
+            small, large = sorted((group, other), key=len)
+            large |= small
+            groups |= dict.fromkeys(small, large)
+    return list({id(group): group for group in groups.values()}.values())
 
 
 def check_unchanged(part: HeldOut, sha256: str) -> None:

@@ -149,7 +149,7 @@ def _unique_keys(yaml: Any) -> Any:
 
     from adapterkern.files import unique_keys
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             unique_keys([(str(key.value), None) for key, _ in node.value if key.value != "<<"])
             return super().construct_mapping(node, deep)

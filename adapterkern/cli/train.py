@@ -2,11 +2,12 @@
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from adapterkern.cli.options import add_adapter_options, add_backbone_options, add_data_options, add_training_options
-from adapterkern.cli.run import Job, adapted, train_run
+from adapterkern.cli.run import Job, adapted, is_share_of_train, train_run
 from adapterkern.cli.words import command
 from adapterkern.training.config import TrainConfig
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.start is not None:
-        arguments.start = _start(arguments.start)
+        arguments.start = _start(arguments)
 
     def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
         model = adapted(arguments, llama)
@@ -51,15 +52,34 @@ def run(arguments: argparse.Namespace) -> int:
     return train_run(arguments, job, one_adapter=arguments.start is None)
 
 
-def _start(source: Path) -> Path:
-    """The folder of the adapter to go on from. Raises ``ValueError`` if it has not one."""
+def _start(arguments: argparse.Namespace) -> Path:
+    """The folder of the adapter to go on from. Raises ``ValueError`` if it has not one, or is to be written over."""
     from adapterkern.inference.runs import find_run
     from adapterkern.model.files.folder import adapter_files
 
+    source, output = arguments.start, Path(arguments.output_dir)
     run = find_run(source)
     if adapter_files(run.directory) is None:
         raise ValueError(f"--from: expected a run of one adapter, got {source}, {command(run.kind.__name__)}")
+    if run.directory.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"--output: expected another folder than that of --from, which is kept, got {output}")
+    if run.sources is not None:
+        _warn_of_other_share(arguments, run.sources.eval_data)
     return run.directory
+
+
+def _warn_of_other_share(arguments: argparse.Namespace, before: Any) -> None:
+    """Warn if the earlier run has held out another part of the same file: it may have learned what is held out now."""
+    from adapterkern.training.data.split import HeldOut
+
+    if isinstance(before, HeldOut) and is_share_of_train(arguments.eval):
+        now = HeldOut(arguments.train, arguments.eval, arguments.seed)
+        same = before.train_data in (now.train_data, os.path.abspath(now.train_data))
+        if same and (before.share, before.seed) != (now.share, now.seed):
+            logger.warning(
+                "--eval: %s has held out %s with --seed %d, and may have learned what is held out now: %s, --seed %d",
+                *(arguments.start, before.name, before.seed, now.name, now.seed),
+            )
 
 
 def _head(start: Path, data: str, config: TrainConfig) -> Any:

@@ -194,9 +194,12 @@ def _with_digest(sources: Any, eval_set: list[Any]) -> Any:
 def _summaries(
     task: Task[Any], config: TrainConfig, sets: Mapping[str, list[Any]], parts: Sequence[str | None] = ()
 ) -> dict[str, Summary]:
-    """The summaries of every part of the non-empty sets, which are these parts of a file."""
+    """The summaries of every part of the non-empty sets, which are these parts of a file.
+
+    What a task names otherwise, as texts to keep, is of no such part.
+    """
     return {
-        f"{name} {part}".strip(): dataclasses.replace(summary, part=of_file or "")
+        f"{name} {part}".strip(): dataclasses.replace(summary, part="" if part else of_file or "")
         for (name, examples), of_file in itertools.zip_longest(sets.items(), parts)
         for part, summary in (task.summaries(examples, config) if examples else {}).items()
     }

@@ -83,8 +83,25 @@ def test_refused(
         (tmp_path / "no", (), "no: no such folder; expected the output folder of a training"),
         (golden / "multitask", (), "--from: expected a run of one adapter, got .*, one of `adapterkern multitask`"),
         (golden / "classification", (), "saved for a backbone of hidden_size=16"),
+        *(
+            (start, ("--output", str(first), "--overwrite"), "--output: expected another folder than that of --from")
+            for start in (first, next((first / "checkpoints").iterdir()))
+        ),
     ):
         assert train(model_folder, files[0], tmp_path / "out", "--from", str(start), *more) == 1
         error = capsys.readouterr().err
         assert re.search(message, error), error
         assert not (tmp_path / "out").exists()
+
+
+def test_a_share_that_the_earlier_run_has_learned_is_named(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(model_folder, files[0], tmp_path / "first", "--adapter-dim", "4", "--eval", "25%", "--seed", "3") == 0
+    more = ["--from", str(tmp_path / "first"), "--dry-run", "--eval"]
+    assert train(model_folder, files[0], tmp_path / "next", *more, "25%", "--seed", "3") == 0
+    assert "held out" not in caplog.text
+    assert train(model_folder, files[0], tmp_path / "next", *more, "25%") == 0
+    assert (
+        "first has held out 25% of train.jsonl with --seed 3, and may have learned what is held out now" in caplog.text
+    )

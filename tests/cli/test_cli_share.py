@@ -29,12 +29,18 @@ def metrics(text: str) -> dict[str, float]:
     ],
 )
 def test_eval_gives_the_numbers_of_the_training(
-    command: list[str], model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    model_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     named = [word.format(train=files[0]) for word in command]
     data = ["--model", str(model_folder), "--train", str(files[0]), "--eval", "25%", "--output", str(tmp_path)]
     assert cli.main([*named, *data, *SMALL, "--seed", "5"]) == 0
     trained = metrics(capsys.readouterr().out)
+    assert ("train kept  64 texts" in caplog.text) == ("--keep" in command)  # which are no part of a file
     saved = json.loads((tmp_path / "sources.json").read_text())["eval_data"]
     assert (saved["train_data"], saved["share"], saved["seed"]) == (str(files[0]), "25%", 5)
     assert cli.main(["eval", str(tmp_path)]) == 0

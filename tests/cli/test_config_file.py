@@ -136,7 +136,11 @@ def test_a_resumed_run_has_the_settings_that_it_began_with(
         ("a.yaml", "liger: 3", "a.yaml: liger: expected true or false, got 3"),
         ("a.yaml", "lr: true", "a.yaml: lr: expected a value of --lr, got True"),
         ("a.yaml", "lr: 1\nlr: 2", "a.yaml: not YAML: key 'lr' is there twice"),
-        ("a.yaml", "eval-every: 1\neval_every: 2", "a.yaml: expected each option once, got 'eval-every' and 'eval_every'"),
+        (
+            "a.yaml",
+            "eval-every: 1\neval_every: 2",
+            "expected each option once, got 'eval-every' and 'eval_every'",
+        ),
         ("a.yaml", "plot: true\nno-plot: true", "a.yaml: expected each option once, got 'plot' and 'no-plot'"),
         ("a.yaml", "help: true", "a.yaml: expected options of adapterkern train, got 'help'"),
         ("a.yaml", "[" * 3000, "a.yaml: not YAML: maximum recursion depth"),

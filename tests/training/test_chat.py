@@ -292,6 +292,36 @@ def test_tools_are_the_template_s(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["data: not used by the chat template: 'tools' (row 0)"]
 
 
+@pytest.mark.parametrize(
+    ("messages", "more", "message"),
+    [
+        (
+            '{"role": "assistant", "content": "w2", "content": "w3"}',
+            "",
+            r"column 'messages'\[1\]: key 'content' is",
+        ),
+        ('{"role": "assistant", "content": "w2", "x": [{"a": 1, "a": 2}]}', "", r"column 'messages'\[1\]: key 'a' is"),
+        (
+            '{"role": "assistant", "content": "w2"}',
+            '[{"name": "w8", "name": "w9"}]',
+            "column 'tools': key 'name' is",
+        ),
+        (
+            '{"role": "assistant", "content": "w2"}',
+            json.dumps('[{"a": 1, "a": 2}]'),
+            "column 'tools': key 'a' is",
+        ),
+    ],
+)
+def test_a_key_that_a_message_has_twice(messages: str, more: str, message: str, tmp_path: Path) -> None:
+    """One of the two values would be learned, and the other lost in silence."""
+    for name, form in (("a.jsonl", "%s"), ("a.json", "[%s]")):
+        row = f'{{"messages": [{{"role": "user", "content": "w1"}}, {messages}], "tools": {more or "null"}}}'
+        (tmp_path / name).write_text(form % row)
+        with pytest.raises(DataError, match=message):
+            load_examples(tmp_path / name, CONFIG, tokenizer())
+
+
 def test_calls_of_tools() -> None:
     messages = said("w1", "w2", "w3", "w4")
     messages[1] = {"role": "assistant", "content": None, "tool_calls": [{"name": "w5"}]}

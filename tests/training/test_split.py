@@ -124,6 +124,15 @@ def test_the_turns_of_a_conversation_are_on_one_side() -> None:
         assert len({"row 6", "row 7"} & set(places(held))) in (0, 2)
 
 
+def test_texts_that_are_packed_into_a_row_are_parted() -> None:
+    """They are separate texts; one that is in every row would hold all rows together."""
+    of = [{"input_ids": [1, 5, 6, 1, 7, n], "position_ids": [0, 1, 2] * 2} for n in range(3, 23)]
+    examples, _ = load_examples(of, tiny_run.quiet(task="causal-lm"), TOKENIZER)
+    learned, held = split(numbered(examples), HeldOut(of, "10%", 0), labeled=False)
+    assert (len(learned), len(held)) == (36, 4)
+    assert [5, 6] not in [example.targets.tolist() for example in held]
+
+
 def test_a_text_with_more_rows_than_are_left_is_learned() -> None:
     of = rows(a=10, b=10) + [{"text": "w7 w7", "label": "a"}] * 20
     for seed in range(5):

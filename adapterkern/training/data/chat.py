@@ -19,7 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adapterkern.training.data.given import IGNORE, Text
-from adapterkern.training.data.rows import HALF_A_PAIR, BadRows, Row, is_unicode, kind, listed, problem, shown, warn
+from adapterkern.training.data.rows import (
+    HALF_A_PAIR,
+    BadRows,
+    JsonObject,
+    Row,
+    check_keys,
+    is_unicode,
+    kind,
+    listed,
+    problem,
+    shown,
+    warn,
+)
 from adapterkern.training.data.tokens import added_tokens, tokenize_parts
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -67,6 +79,7 @@ def messages_of(row: Row, column: str) -> list[Message]:
 def _message(row: Row, value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: expected an object with role and content, got {kind(row, value)}")
+    check_keys(value, where)
     message = {key: found for key, found in value.items() if found is not None}
     names, roles = ("role", "content"), {role: role for role in ROLES}
     if is_sharegpt([message]):
@@ -96,10 +109,11 @@ def tools_of(row: Row) -> list[Any] | None:
     value = row.values.get("tools")
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=JsonObject)
         except ValueError as error:
             raise ValueError(f"column 'tools': expected a list of objects, or one as JSON: {error}") from error
     tools = listed_messages(value) if value else []
+    check_keys(tools, "column 'tools'")
     if tools is None or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"column 'tools': expected a list of objects, or one as JSON, got {shown(value)}")
     return tools or None
@@ -240,8 +254,7 @@ class _Template:
     def _render(self, place: str, chat: Conversation) -> tuple[str, list[tuple[int, int]]]:
         text = self._text(chat, len(chat.messages))
         every = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        parts = self._marked(chat, text) if chat.turns == every else None
-        parts = self._by_turns(chat, text) if parts is None else parts
+        parts = (self._marked(chat, text) if chat.turns == every else None) or self._by_turns(chat, text)
         parts = [(start, self._end(text, start, end)) for start, end in parts]
         self._note(place, chat, text, parts)
         return text, parts

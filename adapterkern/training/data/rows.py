@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adapterkern.files import unique_keys
 from adapterkern.training import processes
 from adapterkern.training.data.formats.names import TABLES, format_of, hub_name
 
@@ -45,6 +46,17 @@ class JsonObject(dict[str, Any]):
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
         self.pairs = pairs
+
+
+def check_keys(value: Any, where: str) -> None:
+    """Raise ``ValueError`` for an object of JSON, inside others too, that has a key twice: one value would be lost."""
+    if isinstance(value, JsonObject) and len(value) != len(value.pairs):
+        try:
+            unique_keys(value.pairs)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    for inside in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        check_keys(inside, where)
 
 
 class BadRows:

@@ -2,11 +2,12 @@
 
 Texts are in the order of a hash of the seed and their tokens, and the first of each label are held out: their place in
 the file, the number of processes and Python's hashes decide nothing. Rows of one text are never on both sides, nor are
-the texts of one row, such as a conversation's turns; and no label is without a text to learn.
+the turns of a conversation; and no label is without a text to learn.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -97,7 +98,7 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
     seed = part.seed.to_bytes(-(-part.seed.bit_length() // 8) or 1, "little")
     key = hashlib.sha256(seed).digest()
     hashes = {
-        min(hashlib.blake2b(text, key=key).digest() for text in texts): sorted(sum(texts.values(), []))
+        min(hashlib.blake2b(text, key=key).digest() for text in texts): sorted(itertools.chain(*texts.values()))
         for texts in _inseparable(examples)
     }
     strata: dict[int, list[list[int]]] = {}
@@ -124,7 +125,8 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
                 learned.subtract(labels)
     rows_there = sum(counts.values())
     if not held or total >= rows_there:
-        texts_there = f", of {len(hashes):,} texts; rows of one text stay together, and each label keeps a text to learn"
+        kept = "rows of one text stay together, and each label keeps a text to learn"
+        texts_there = f", of {len(hashes):,} texts; {kept}"
         raise ValueError(
             "eval_data: expected a share that leaves rows to learn and rows to evaluate on, got "
             f"{part.share}, which is {total:,} of {rows_there:,} rows{texts_there if 0 < total < rows_there else ''}"
@@ -134,7 +136,10 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
 
 
 def _inseparable(examples: Sequence[Example]) -> list[dict[bytes, list[int]]]:
-    """The numbers of the examples by text, in groups of texts: a row that is learned as several has these together."""
+    """The numbers of the examples by text, in groups of texts: those that were made of one row are in one.
+
+    The texts that are packed into a row that is tokenized already have nothing in common.
+    """
     groups: dict[bytes, dict[bytes, list[int]]] = {}  # of each text the group that it is in
     of_row: dict[str, bytes] = {}
     for number, example in enumerate(examples):
@@ -142,7 +147,7 @@ def _inseparable(examples: Sequence[Example]) -> list[dict[bytes, list[int]]]:
             continue
         group = groups.setdefault(text, {text: []})
         group[text].append(number)
-        other = groups[of_row.setdefault(example.place, text)] if example.place else group
+        other = groups[of_row.setdefault(example.place, text)] if example.place and not example.given else group
         if other is not group:
             small, large = sorted((group, other), key=len)
             large |= small

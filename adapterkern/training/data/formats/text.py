@@ -66,7 +66,7 @@ def _row(values: Any, place: str, bad: BadRows) -> Iterator[Row]:
         return
     if len(values) != len(values.pairs):
         try:
-            unique_keys(values.pairs)  # objects inside a column may have a key twice, which nothing reads
+            unique_keys(values.pairs)  # chat.py looks into messages; nothing else reads what is inside a column
         except ValueError as error:
             bad.add(place, str(error))
             return

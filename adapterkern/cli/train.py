@@ -56,12 +56,14 @@ def _start(arguments: argparse.Namespace) -> Path:
     """The folder of the adapter to go on from. Raises ``ValueError`` if it has not one, or is to be written over."""
     from adapterkern.inference.runs import find_run
     from adapterkern.model.files.folder import adapter_files
+    from adapterkern.training.saved import CHECKPOINTS
 
     source, output = arguments.start, Path(arguments.output_dir)
     run = find_run(source)
     if adapter_files(run.directory) is None:
         raise ValueError(f"--from: expected a run of one adapter, got {source}, {command(run.kind.__name__)}")
-    if run.directory.resolve().is_relative_to(output.resolve()):
+    folder = run.directory.resolve()
+    if folder == output.resolve() or (output / CHECKPOINTS).resolve() in folder.parents:
         raise ValueError(f"--output: expected another folder than that of --from, which is kept, got {output}")
     if run.sources is not None:
         _warn_of_other_share(arguments, run.sources.eval_data)

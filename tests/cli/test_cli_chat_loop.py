@@ -114,11 +114,14 @@ def test_runs_that_do_not_go_together(
     assert "expected a run of causal-lm, got one of classification" in err
 
 
-def test_ctrl_c_stops_an_answer_and_then_the_chat() -> None:
-    """In a process of its own. An answer of 2000 tokens is stopped at its first word; the next is whole."""
+def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path: Path) -> None:
+    """In a process of its own. An answer that would take minutes is stopped at its first word."""
+    backbone = shutil.copytree(RUNS / "backbone", tmp_path / "backbone")
+    config = json.loads((backbone / "config.json").read_text()) | {"max_position_embeddings": 1 << 20}
+    (backbone / "config.json").write_text(json.dumps(config))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    options = ["--max-new-tokens", "2000", "--temperature", "5"]
-    command = [sys.executable, "-m", "adapterkern", "chat", "causal-lm", *options]
+    endless = ["--max-new-tokens", "100000", "--generation", "min_new_tokens=100000", "--model", str(backbone)]
+    command = [sys.executable, "-m", "adapterkern", "chat", "causal-lm", *endless]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=RUNS, env=environment, **pipes) as process:
         assert process.stdin is not None

@@ -175,6 +175,16 @@ CASES: dict[str, Case] = {
         DataError,
         r"there are 'messages', 'label'; .* another\. Make a text of .* tokenizer\.apply_chat_template\(messages, ",
     ),
+    "chat without labels": (
+        data([{"messages": []}]),
+        DataError,
+        r"'text', 'label' are missing; there are 'messages'; .* others\. messages are for task='causal-lm'$",
+    ),
+    "Alpaca's rows": (
+        data([{"instruction": "w1", "output": "w2"}]),
+        DataError,
+        r"there are 'instruction', 'output'; .* others\. instruction and output are for task='causal-lm'$",
+    ),
     "no file": (data("no.csv"), FileNotFoundError, "^data: expected a file of rows, got no.csv, which is not there$"),
     "folder": (
         lambda folder: data(folder.with_suffix(".csv"))(folder.rename(folder.with_suffix(".csv"))),

@@ -206,10 +206,14 @@ def no_columns(missing: Mapping[str, str], found: list[str], no_header: bool, pa
     hint = ""
     if len(found) == 1 and isinstance(found[0], str) and (separators := [char for char in ";\t,|" if char in found[0]]):
         hint = f". The header seems to be separated by {separators[0]!r}: .csv files have ',', .tsv files a tab"
-    elif setting == "text_column" and not pair and ("messages" in found or "conversations" in found):
+    elif setting == "text_column" and not pair and (chats := [f for f in ("messages", "conversations") if f in found]):
         hint = ". Make a text of chat messages first: tokenizer.apply_chat_template(messages, tokenize=False)"
+        if len(missing) > 1:  # no labels either: a file to learn to answer from
+            hint = f". {chats[0]} are for task='causal-lm'"
     elif setting == "text_column" and {"prompt", "completion"} <= set(found):
         hint = ". prompt and completion are for task='causal-lm'"
+    elif setting == "text_column" and not pair and {"instruction", "output"} <= set(found):
+        hint = ". instruction and output are for task='causal-lm'"
     elif likely := [near for name in missing for near in alike(name, [f for f in found if isinstance(f, str)])]:
         hint = f". Did you mean {listed(likely)}?"
     elif no_header:

@@ -224,6 +224,7 @@ def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "Ll
 
     if (start := getattr(arguments, "start", None)) is not None:
         model = LlamaAdapter.from_pretrained(llama, start, **model_flags(arguments))
+        say(f"going on from the adapter in {start}")
     else:
         model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
     if show:

@@ -225,7 +225,7 @@ class Chat:
 
     def _off(self, _: str) -> None:
         self.beside = True
-        self.note("each answer is given twice: with the adapter, and by the bare backbone")
+        self.note("each answer is given twice: with the adapter, and by the bare backbone, which reads the same turns")
 
     def _on(self, _: str) -> None:
         self.beside = False

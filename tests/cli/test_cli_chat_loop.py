@@ -45,7 +45,7 @@ def test_a_run_without_a_template(
     status, out, err = chat(["/adapter", "red: ", "/off", "red: "], ["causal-lm"], monkeypatch, capsys)
     assert status == 0
     assert out == f"* causal-lm\n  none\n{ours}\n[causal-lm]\n{ours}\n[backbone]\n{bare}\n"
-    assert "(each answer is given twice: with the adapter, and by the bare backbone)" in err
+    assert "(each answer is given twice: with the adapter, and by the bare backbone, which reads the same turns)" in err
     assert "the tokenizer has no chat template: each message is a prompt by itself" in caplog.text
 
 
@@ -121,6 +121,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tmp_path: Path) -> None:
     (backbone / "config.json").write_text(json.dumps(config))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     endless = ["--max-new-tokens", "100000", "--generation", "min_new_tokens=100000", "--model", str(backbone)]
+    endless += ["--temperature", "5"]  # so that words end, which is when they are shown
     command = [sys.executable, "-m", "adapterkern", "chat", "causal-lm", *endless]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=RUNS, env=environment, **pipes) as process:

@@ -70,13 +70,13 @@ def test_a_classifier_is_one_of_transformers() -> None:
 
 def test_a_classifier_pads_on_either_side_and_gives_a_loss() -> None:
     model, tokenizer = ak.load("classification")
-    ids = tokenizer("red blue green", return_tensors="pt")["input_ids"]
+    ids = tokenizer("red blue green", return_tensors="pt")["input_ids"].to(model.device)
     alone = model(ids).logits
     padding = torch.zeros_like(ids)
     for sides in ([ids, padding], [padding, ids]):
         mask = torch.cat([torch.ones_like(s) if s is ids else s for s in sides], dim=1)
         assert torch.allclose(model(torch.cat(sides, dim=1), mask).logits, alone, atol=1e-5)
-    loss = model(ids, labels=torch.tensor([1])).loss
+    loss = model(ids, labels=torch.tensor([1], device=model.device)).loss
     assert loss.item() == pytest.approx(-alone.log_softmax(-1)[0, 1].item())
     with pytest.raises(TypeError, match="forward: expected input_ids, attention_mask and labels, got 'inputs_embeds'"):
         model(ids, inputs_embeds=None)
@@ -98,7 +98,7 @@ def test_a_classifier_cuts_a_text_as_predict_does(tmp_path: Path, caplog: pytest
     caplog.clear()
     for side in ("left", "right"):
         tokenizer.padding_side = side
-        logits = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+        logits = model(**tokenizer(texts, return_tensors="pt", padding=True).to(model.device)).logits
         found = [dict(zip(model.task.head.labels, row, strict=True)) for row in logits.softmax(-1).tolist()]
         assert [pytest.approx(one, abs=1e-6) for one in found] == [one.probabilities for one in expected]
     assert "texts are cut to the 9 tokens (max_length)" in caplog.text
@@ -109,7 +109,7 @@ def test_a_classifier_computes_in_the_precision_of_the_training() -> None:
     task, config = model.task, model._trained_with
     low = Classifier(task, dataclasses.replace(config, precision="bf16"))
     (expected,) = ak.predict(model, [{"text": "red blue"}], low._trained_with)
-    inputs = tokenizer("red blue", return_tensors="pt")
+    inputs = tokenizer("red blue", return_tensors="pt").to(model.device)
     found, exact = (each(**inputs).logits.softmax(-1).amax().item() for each in (low, model))
     assert found == expected.probability
     assert found != exact
@@ -118,7 +118,7 @@ def test_a_classifier_computes_in_the_precision_of_the_training() -> None:
 @pytest.mark.parametrize("name", ["classification", "routing"])
 def test_threads_share_a_classifier_whose_adapters_are_not_switched(name: str) -> None:
     model, tokenizer = ak.load(name)
-    inputs = tokenizer("red blue", return_tensors="pt")
+    inputs = tokenizer("red blue", return_tensors="pt").to(model.device)
     with in_one_thread(model.task.model), ThreadPoolExecutor(1) as other:
         problem = other.submit(lambda: model(**inputs)).exception()
     assert isinstance(problem, RuntimeError) == (name == "routing")
@@ -140,7 +140,7 @@ def test_a_classifier_saves_what_the_training_saved(tmp_path: Path) -> None:
 def test_a_language_model_generates_in_a_pipeline() -> None:
     model, tokenizer = ak.load("causal-lm")
     (found,) = pipeline("text-generation", model=model, tokenizer=tokenizer)("red: ", max_new_tokens=3, do_sample=False)
-    inputs = tokenizer("red: ", return_tensors="pt")
+    inputs = tokenizer("red: ", return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert found["generated_text"] == tokenizer.decode(tokens[0], skip_special_tokens=True)
 
@@ -150,10 +150,10 @@ def test_an_adapter_saved_by_itself(tmp_path: Path) -> None:
     torch.manual_seed(0)
     adapted = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=2, init="xavier"))
     adapted.save_pretrained(tmp_path / "mine")
-    model, _ = ak.load(tmp_path / "mine", model="backbone")
+    model, _ = ak.load(tmp_path / "mine", model="backbone", device="cpu")
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(model(ids).logits, adapted.eval()(ids).logits)
-    named, _ = ak.load(tmp_path / "mine")  # the file says "backbone", which is a folder here
+    named, _ = ak.load(tmp_path / "mine", device="cpu")  # the file says "backbone", which is a folder here
     assert torch.equal(named(ids).logits, model(ids).logits)
 
 

@@ -42,8 +42,11 @@ def test_modules_to_save(
     said = capsys.readouterr().err
     assert f"{files[1]}  32 texts; 224 tokens; a text has 7 (median), 7 (longest)\n" in said
     assert "  2 labels: 'fruit' 16, 'metal' 16\n" in said
-    assert cli.main([*arguments, "--resume"]) == 1
-    problem = "begun with --modules-to-save model.embed_tokens,model.norm, not none: resume with the same value"
+    assert cli.main([*arguments, "--resume"]) == 0  # with the modules that it was begun with
+    assert {key for key in load_file(tmp_path / WEIGHTS_NAME) if key.startswith("modules_to_save")} == saved
+    capsys.readouterr()
+    assert cli.main([*arguments, "--modules-to-save", "norm", "--resume"]) == 1
+    problem = "begun with --modules-to-save model.embed_tokens,model.norm, not model.norm: resume with the same value"
     assert problem in capsys.readouterr().err
     modules = ["--modules-to-save", "embed_tokens,norm"]
     for more, problem in (

@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
         import yaml
 
         try:
-            found = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_keys(yaml))
+            found = _unique_keys(yaml)(path.read_text(encoding="utf-8")).get_single_data()
         except FileNotFoundError:
             raise FileNotFoundError(f"{OPTION}: no file {path}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -149,7 +149,7 @@ FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "a key twice",
         of_text("rows.jsonl", '{"text": "w1", "label": "a", "label": "b"}\n', lambda p: read(p / "rows.jsonl")),
-        r"rows\.jsonl:1: not JSON: key 'label' is there twice",
+        r"rows\.jsonl:1: key 'label' is there twice",
     ),
 ]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern import checks
-from adapterkern.files import read_json
 
 NEW_TOKENS = 256  # at most, by default
 # What has an effect only on tokens that are drawn, and the value that has none
@@ -165,6 +164,8 @@ def read_generation(text: str) -> dict[str, Any]:
         OSError: there is no such file.
         ValueError: it holds no object.
     """
+    from adapterkern.files import read_json  # which needs an extra
+
     name, is_field, value = text.partition("=")
     if is_field and name.isidentifier():
         try:

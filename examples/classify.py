@@ -9,7 +9,7 @@ import torch
 
 import adapterkern as ak
 from adapterkern.model.backbone import load_backbone
-from adapterkern.training import Task, load_run
+from adapterkern.training import load_run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="a hub name or a folder")
@@ -39,11 +39,7 @@ model = ak.LlamaAdapter.from_pretrained(model.unload(), args.output)
 metrics = ak.evaluate(model, args.eval, config, tokenizer=tokenizer, head=head)
 print(f"loaded: accuracy {metrics['accuracy']:.4f}")
 
-# Label new texts.
-task: Task = Task(model, head.to(model.device)).eval()
-tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-batch = tokenizer(args.texts, padding=True, truncation=True, max_length=config.max_length, return_tensors="pt")
-with torch.no_grad():
-    predictions = task.predict(batch.to(model.device))
-for text, (label, probability) in zip(args.texts, predictions, strict=True):
-    print(f"{label}\t{probability:.4f}\t{text}")
+# Label new texts. In a new process ak.predict(args.output, rows) needs nothing else.
+rows = [{"text": text} for text in args.texts]
+for text, found in zip(args.texts, ak.predict(model, rows, config, tokenizer=tokenizer, head=head), strict=True):
+    print(f"{found.label}\t{found.probability:.4f}\t{text}")

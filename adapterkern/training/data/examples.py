@@ -197,7 +197,6 @@ def _classification(
     numbers = {name: number for number, name in enumerate(names)}
     if tokenizer is not UNREAD and (both := written_in_two_ways(value for _, _, value in good)):
         warn("%s: column %s: the same label as a string and as another value: %s", *(bad.source, shown(column), both))
-    none = np.empty(0, dtype=np.int64)
     examples, unknown = [], dict[str, str]()
     for row, text, value in good:
         number = label_number(value, numbers)
@@ -207,10 +206,15 @@ def _classification(
                 unknown[label] = unknown_label(label, names, look=len(unknown) < _LOOKED_AT)
             bad.add(row.place, f"column {shown(column)}: {unknown[label]}")
             continue
-        ids = text.ids[: config.max_length]
-        cuts = (len(text.ids) - len(ids),)
-        examples.append(Example(ids, np.array([number]), none, cuts=cuts, place=row.place, given=is_given(row)))
+        examples.append(_of_text(row, text, number, config))
     return examples, names
+
+
+def _of_text(row: Row, text: Text, label: int, config: TrainConfig) -> Example:
+    """The example of a row with one text, cut to the maximum length, and the number of its label."""
+    ids = text.ids[: config.max_length]
+    none, cuts = np.empty(0, dtype=np.int64), (len(text.ids) - len(ids),)
+    return Example(ids, np.array([label]), none, cuts=cuts, place=row.place, given=is_given(row))
 
 
 def _causal_lm(
@@ -355,16 +359,10 @@ def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows
     if of_text := [row for row in rows if not is_given(row)]:
         check_columns(of_text, {config.text_column: "text_column"}, bad.source)
     made: list[Example | None] = []
-    none = np.empty(0, dtype=np.int64)
     for row, texts in zip(rows, _texts_of_column(rows, config, tokenizer, bad), strict=True):
         if len(texts) > 1:
             bad.add(row.place, f"expected one text, got {len(texts)} that are packed into the row")
-        if len(texts) != 1:
-            made.append(None)
-            continue
-        ids = texts[0].ids[: config.max_length]
-        cuts = (len(texts[0].ids) - len(ids),)
-        made.append(Example(ids, np.zeros(1, np.int64), none, cuts=cuts, place=row.place, given=is_given(row)))
+        made.append(_of_text(row, texts[0], 0, config) if len(texts) == 1 else None)
     return made
 
 

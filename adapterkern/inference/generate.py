@@ -265,7 +265,7 @@ def continued(
     found: dict[int, str] = {}
     with in_one_thread(adapted), _configured(adapted, config), answering(model, adapter) as generate, torch.no_grad():
         for batch in _batches([len(ids) for ids in encoded], batch_size, most - wanted, reads_padding(config)):
-            inputs = _padded([encoded[number] for number in batch], config.pad_token_id, adapted.device)
+            inputs = padded([encoded[number] for number in batch], config.pad_token_id, adapted.device)
             length = inputs["input_ids"].shape[1]
             config.max_new_tokens = int(min(wanted, most - length))
             output = generate(**inputs, **more, **({} if streamer is None else {"streamer": streamer}))
@@ -293,7 +293,7 @@ def _batches(lengths: Sequence[int], size: int, room: float, alike: bool) -> Ite
         yield batch
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
+def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
     """Token ids and attention mask (B, L), int64, padded on the left."""
     length = max(map(len, prompts))
     ids = torch.tensor([[pad] * (length - len(one)) + list(one) for one in prompts])

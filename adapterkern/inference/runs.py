@@ -81,23 +81,21 @@ class SavedRun:
             FileNotFoundError: a file of the run, or its backbone, is missing.
             ValueError: a file is damaged or does not fit.
         """
+        source, flags = self.backbone(model), {"fused": fused, "liger": liger}
         with torch.random.fork_rng(devices=[]):  # adapters are made before they are filled
-            return self._open(self.backbone(model), num_layers, dtype, device, fused=fused, liger=liger)
-
-    def _open(self, source: Sources, num_layers: int | None, dtype: str | None, device: Any, **flags: bool) -> Opened:
-        llama, tokenizer = load_backbone(
-            source.model,
-            num_layers=source.num_layers if num_layers is None else num_layers,
-            dtype=dtype or source.dtype,
-            device=device,
-        )
-        if source.tokenizer not in (None, tokens_digest(tokenizer)):
-            logger.warning("%s: was trained with other tokens than those of %s", self.directory, source.model)
-        if self.alone:
-            adapted = LlamaAdapter.from_pretrained(llama, self.directory, **flags)
-            return Opened(Task(adapted), self.config, tokenizer)
-        task, config = self.kind.from_pretrained(llama, self.directory, **flags)
-        return Opened(task, config, tokenizer)
+            llama, tokenizer = load_backbone(
+                source.model,
+                num_layers=source.num_layers if num_layers is None else num_layers,
+                dtype=dtype or source.dtype,
+                device=device,
+            )
+            if source.tokenizer not in (None, tokens_digest(tokenizer)):
+                logger.warning("%s: was trained with other tokens than those of %s", self.directory, source.model)
+            if self.alone:
+                adapted = LlamaAdapter.from_pretrained(llama, self.directory, **flags)
+                return Opened(Task(adapted), self.config, tokenizer)
+            task, config = self.kind.from_pretrained(llama, self.directory, **flags)
+            return Opened(task, config, tokenizer)
 
     def backbone(self, model: str | os.PathLike[str] | None = None) -> Sources:
         """Where the backbone is: ``model``, or what the run says. Raises ``FileNotFoundError`` if that is nowhere."""

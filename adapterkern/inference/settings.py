@@ -115,9 +115,7 @@ class GenerationSettings:
         """
         config = copy.deepcopy(model.generation_config)
         config._from_model_config = False
-        known = config.eos_token_id
-        known = known if isinstance(known, list) else [known]
-        found = dict.fromkeys(n for n in (tokenizer.eos_token_id, *known, *ends) if n is not None)
+        found = dict.fromkeys((*end_tokens(config, tokenizer), *ends))
         neutral = {} if self.draws else _OF_DRAWING
         pad = next((n for n in (tokenizer.pad_token_id, *found) if n is not None), 0)
         given = {"max_new_tokens": NEW_TOKENS, "max_length": None, "num_return_sequences": 1, "pad_token_id": pad}
@@ -144,6 +142,12 @@ class GenerationSettings:
 
 
 _OWN = tuple(field.name for field in dataclasses.fields(GenerationSettings) if field.name != "other")
+
+
+def end_tokens(config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those of a ``GenerationConfig``."""
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [token for token in dict.fromkeys((tokenizer.eos_token_id, *known)) if token is not None]
 
 
 def reads_padding(config: Any) -> bool:

@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 
 from adapterkern.inference.server.batching import Piece, Request, Sampling
 from adapterkern.inference.server.generation import generate
-from adapterkern.inference.server.models import BASE, Models, find_models, load_models
+from adapterkern.inference.server.models import Models, find_models, load_models
+from adapterkern.model.running import BASE_NAME
 from tests.support import tiny_served
 
 GREEDY = Sampling(temperature=0)
@@ -54,12 +55,12 @@ def answer(models: Models, *asked: Asked) -> None:
 
 def test_every_adapter_answers_as_it_does_alone(models: Models, folder: Path) -> None:
     names = [*models.adapters] * 2
-    assert names[:5] == ["run0", "run1", "run2", "run3", BASE]
+    assert names[:5] == ["run0", "run1", "run2", "run3", BASE_NAME]
     asked = [Asked(models, name, tiny_served.prompt(n), 6 + n) for n, name in enumerate(names)]
     answer(models, *asked)
     answers = set()
     for number, (name, one) in enumerate(zip(names, asked, strict=True)):
-        run = None if name == BASE else folder / name
+        run = None if name == BASE_NAME else folder / name
         ids = tiny_served.alone(folder, run, tiny_served.prompt(number), 6 + number)
         assert one.text == models.tokenizer.decode(ids, skip_special_tokens=True)
         assert (one.last.tokens, one.last.finish) == (6 + number, "length")

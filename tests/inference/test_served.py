@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import adapterkern as ak
-from adapterkern.inference.server.models import BASE, find_models, load_models
+from adapterkern.inference.server.models import find_models, load_models
+from adapterkern.model.running import BASE_NAME
 from adapterkern.recipes.multitask.task import MultiTask
 from tests.support import tiny_chat, tiny_run, tiny_served
 
@@ -39,8 +40,8 @@ def test_a_run_of_several_tasks_gives_a_model_for_each(tmp_path: Path) -> None:
     found = find_models([str(tmp_path / "run")])
     assert list(found) == ["run/long", "run/short"]
     served = load_models(found, model=tmp_path / "llama", dtype="fp32")
-    assert list(served.adapters) == ["run/long", "run/short", BASE]
-    assert set(served.model.adapters) == set(served.adapters.values()) - {BASE}
+    assert list(served.adapters) == ["run/long", "run/short", BASE_NAME]
+    assert set(served.model.adapters) == set(served.adapters.values()) - {BASE_NAME}
 
 
 @pytest.mark.parametrize(

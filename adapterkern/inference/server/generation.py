@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from adapterkern.inference.generate import padded
 from adapterkern.inference.server.batching import Piece, Request, Sampling
 from adapterkern.inference.server.text import Text
 from adapterkern.model.llama import LlamaAdapter
@@ -18,13 +19,7 @@ def generate(model: LlamaAdapter, tokenizer: Any, requests: Sequence[Request]) -
     Rows are padded on the left. A row ends by its own ``ends``, ``stop`` and ``max_tokens``, or when it is cancelled;
     the call ends with the last of them.
     """
-    longest = max(len(request.prompt) for request in requests)
-    ids = torch.zeros(len(requests), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        start = longest - len(request.prompt)
-        ids[row, start:] = torch.tensor(request.prompt)
-        mask[row, start:] = 1
+    inputs = padded([request.prompt for request in requests], 0, model.device)
     rows = _Rows([_Row(request, tokenizer) for request in requests])
     sampling = requests[0].sampling
     devices = [model.device] if model.device.type == "cuda" else []
@@ -32,8 +27,7 @@ def generate(model: LlamaAdapter, tokenizer: Any, requests: Sequence[Request]) -
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            **inputs,
             adapter_names=[request.adapter for request in requests],
             max_new_tokens=max(request.max_tokens for request in requests),
             stopping_criteria=StoppingCriteriaList([rows]),

@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 from adapterkern.files import read_json
 from adapterkern.inference.generate import turn_end
 from adapterkern.inference.runs import SavedRun, find_run, tokens_digest
+from adapterkern.inference.settings import end_tokens
 from adapterkern.model.files.folder import adapter_files
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.running import BASE_NAME
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training.data.padding import positions
 from adapterkern.training.task import Task
-
-BASE = "__base__"  # the backbone without an adapter, as in ``adapter_names``
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_models(sources: Sequence[str]) -> dict[str, SavedRun]:
     for source in sources:
         name, folder = _named(source)
         for model, run in _each(name, find_run(folder)):
-            if model in found or model == BASE:
+            if model in found or model == BASE_NAME:
                 raise ValueError(f"runs: expected models with names of their own, got {model!r} twice: NAME={folder}")
             found[model] = run
     for model, run in found.items():
@@ -118,22 +118,15 @@ def load_models(
         adapters[name] = f"adapter{number}"  # an adapter's name may not have what a folder's may
         adapted.load_adapter(other.directory, adapters[name], strict=True)
     adapted.eval()
-    ends = _ends(adapted, tokenizer)
+    ends = frozenset(end_tokens(adapted.base.generation_config, tokenizer))
     turn = turn_end(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     # Answers depend on the requests alone: the backbone's own defaults may sample, punish repetitions, and so on.
     adapted.base.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=0)
     return Models(
         model=adapted,
         tokenizer=tokenizer,
-        adapters=adapters | {BASE: BASE},
+        adapters=adapters | {BASE_NAME: BASE_NAME},
         context=positions(adapted.config),
         ends=ends,
         chat_ends=ends if turn is None else ends | {turn},
     )
-
-
-def _ends(model: LlamaAdapter, tokenizer: Any) -> frozenset[int]:
-    """The end-of-text tokens of the backbone's generation config, and the tokenizer's."""
-    ends = model.base.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)

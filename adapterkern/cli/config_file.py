@@ -115,20 +115,17 @@ def _words(path: Path, key: str, action: argparse.Action, value: Any) -> list[st
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{OPTION}: expected a .yaml or .json file, got {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"{OPTION}: no file {path}")
     if path.suffix.lower() == ".json":
         from adapterkern.files import read_json
 
-        try:
-            found: Any = read_json(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{OPTION}: no file {path}") from None
+        found: Any = read_json(path)
     else:
         import yaml
 
         try:
             found = _unique_keys(yaml)(path.read_text(encoding="utf-8")).get_single_data()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{OPTION}: no file {path}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{OPTION}: {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):

@@ -8,7 +8,7 @@ from typing import Any
 from adapterkern.cli.generation import add_generation_options, as_chat, generation_settings
 from adapterkern.cli.options import FORMATS, add_options, as_asked, integer
 from adapterkern.cli.run import check_file, named, say
-from adapterkern.cli.saved import open_run, saved_run
+from adapterkern.cli.saved import open_run, saved_run, write_rows
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "generate", "complete prompts, by a saved causal-lm run"
@@ -44,12 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
-    from rich.progress import track
 
     from adapterkern import checks
     from adapterkern.inference.generate import check_generates, check_prompts, completions
-    from adapterkern.inference.table import format_of_output, write_predictions
+    from adapterkern.inference.table import format_of_output
 
     checks.integer("batch_size", arguments.batch_size, 1)
     settings = generation_settings(arguments)
@@ -86,10 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         streamer=streamer,
     )
     if arguments.output is not None:
-        console = Console(stderr=True)
-        shown = track(found, "generate", count, console=console, disable=not console.is_terminal)
-        rows = write_predictions(arguments.output, ((row.values, completion) for row, completion in shown))
-        say(f"{rows:,} rows in {arguments.output}")
+        write_rows(arguments.output, found, count, "generate")
         return 0
     for _, completion in found:
         if streamer is None:

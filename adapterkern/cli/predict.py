@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from adapterkern.cli.options import add_saved_options, as_asked
-from adapterkern.cli.run import check_file, named, say
-from adapterkern.cli.saved import open_run, saved_run
+from adapterkern.cli.run import check_file, named
+from adapterkern.cli.saved import open_run, saved_run, write_rows
 from adapterkern.cli.together import check_together
 
 NAME, SUMMARY = "predict", "labels or answers for new rows, by a saved run"
@@ -27,10 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import track
-
-    from adapterkern.inference.table import format_of_output, write_predictions
+    from adapterkern.inference.table import format_of_output
     from adapterkern.recipes.qa.task import QuestionAnswering
     from adapterkern.training.prediction import check_to_predict, predictions
 
@@ -55,9 +52,5 @@ def run(arguments: argparse.Namespace) -> int:
     opened = open_run(arguments, saved)
     config = as_asked(arguments, opened.config)
     found = predictions(opened.task, arguments.data, config, opened.tokenizer)
-    console = Console(stderr=True)
-    shown = track(found, "predict", rows, console=console, disable=not console.is_terminal)
-    pairs = ((row.values, prediction) for row, prediction in shown)
-    count = write_predictions(arguments.output, pairs, probabilities=arguments.probabilities)
-    say(f"{count:,} rows in {arguments.output}")
+    write_rows(arguments.output, found, rows, "predict", probabilities=arguments.probabilities)
     return 0

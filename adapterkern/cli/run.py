@@ -164,11 +164,12 @@ def named(option: str) -> Iterator[None]:
 
 def check_train_and_eval(
     train_file: str | os.PathLike[str] | None, eval_file: str | os.PathLike[str] | None, config: TrainConfig
-) -> None:
-    """``check_rows`` of ``--train``, and of ``--eval``, which may have the labels of ``--train`` alone."""
+) -> list[str] | None:
+    """``check_rows`` of ``--train``, whose labels it returns, and of ``--eval``, which may have these alone."""
     labels = check_rows("--train", train_file, config)
     if not is_share_of_train(eval_file):
         check_rows("--eval", eval_file, config, labels)
+    return labels
 
 
 def is_share_of_train(eval_file: str | os.PathLike[str] | None) -> bool:

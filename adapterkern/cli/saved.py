@@ -4,13 +4,13 @@ import argparse
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkern import checks
 from adapterkern.cli.options import COLUMNS, as_asked, model_flags
-from adapterkern.cli.run import check_questions, check_rows, print_metrics
+from adapterkern.cli.run import check_questions, check_rows, print_metrics, say
 from adapterkern.cli.together import check_together
 from adapterkern.cli.words import command
 from adapterkern.training.config import TrainConfig
@@ -18,6 +18,7 @@ from adapterkern.training.config import TrainConfig
 if TYPE_CHECKING:
     from adapterkern.inference.runs import Opened, SavedRun
     from adapterkern.training import Task
+    from adapterkern.training.data.rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,21 @@ def open_run(arguments: argparse.Namespace, run: "SavedRun") -> "Opened":
     """The run on its own backbone, or the one of the arguments."""
     flags: Any = model_flags(arguments)
     return run.open(model=arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype, **flags)
+
+
+def write_rows(
+    output: Path, found: Iterable[tuple["Row", Any]], count: int, doing: str, *, probabilities: bool = False
+) -> None:
+    """Write rows and what is ``found`` for them to a table, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from adapterkern.inference.table import write_predictions
+
+    console = Console(stderr=True)
+    shown = track(found, doing, count, console=console, disable=not console.is_terminal)
+    rows = write_predictions(output, ((row.values, one) for row, one in shown), probabilities=probabilities)
+    say(f"{rows:,} rows in {output}")
 
 
 def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern.cli.options import add_adapter_options, add_backbone_options, add_data_options, add_training_options
-from adapterkern.cli.run import Job, adapted, is_share_of_train, train_run
+from adapterkern.cli.run import Job, adapted, check_train_and_eval, is_share_of_train, train_run
 from adapterkern.cli.words import command
 from adapterkern.training.config import TrainConfig
 
@@ -44,12 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.start is not None:
         arguments.start = _start(arguments)
 
+    labels: list[str] = []
+
+    def check(config: TrainConfig) -> None:
+        labels.extend(check_train_and_eval(arguments.train, arguments.eval, config) or ())
+
     def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
         model = adapted(arguments, llama)
-        head = None if arguments.start is None else _head(arguments.start, arguments.train, config)
+        head = None if arguments.start is None else _head(arguments.start, arguments.train, labels, config)
         return Job(model, arguments.train, arguments.eval, head=head)
 
-    return train_run(arguments, job, one_adapter=arguments.start is None)
+    return train_run(arguments, job, check=check, one_adapter=arguments.start is None)
 
 
 def _start(arguments: argparse.Namespace) -> Path:
@@ -84,15 +89,14 @@ def _warn_of_other_share(arguments: argparse.Namespace, before: Any) -> None:
             )
 
 
-def _head(start: Path, data: str, config: TrainConfig) -> Any:
-    """The head saved there; None, with a warning, if the data have labels that it does not have."""
-    from adapterkern.training.data.examples import check_data
+def _head(start: Path, data: str, labels: list[str], config: TrainConfig) -> Any:
+    """The head saved there; None, with a warning, if the data have ``labels`` that it does not have."""
     from adapterkern.training.heads import ClassificationHead, head_kind, saved_labels
 
     if config.task != "classification" or head_kind(start) != "classification":
         return None
-    labels = saved_labels(start)
-    if new := [name for name in check_data(data, config) if name not in labels]:
+    known = saved_labels(start)
+    if new := [name for name in labels if name not in known]:
         logger.warning("--from: the head starts anew, since %s has labels that the saved one has not: %s", data, new[0])
         return None
     return ClassificationHead.from_pretrained(start)

@@ -140,7 +140,7 @@ def test_a_figure_of_several_processes_has_an_interval(tmp_path: Path) -> None:
 
 def test_a_run_on_busy_cores_stays_flagged_when_more_is_appended(tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "run.json"
-    options = engine.Options((), CPU, True, path, None, append=True)
+    options = engine.Options((), CPU, True, path, None, append=True, roofs=False)
     seen = iter((1.2, 0.1))
     monkeypatch.setattr(engine, "busy_cores", lambda: next(seen))
     monkeypatch.setattr(engine, "get_commit_info", lambda: {"id": "0123456789"})

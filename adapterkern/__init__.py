@@ -16,12 +16,13 @@ from adapterkern.optim import ClippedAdamW
 if TYPE_CHECKING:
     from adapterkern.inference.api import load, predict
     from adapterkern.model.llama import LlamaAdapter
-    from adapterkern.training import TrainConfig, evaluate, train
+    from adapterkern.training import Callback, TrainConfig, evaluate, train
 
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Callback",
     "ClippedAdamW",
     "LlamaAdapter",
     "TrainConfig",
@@ -35,6 +36,7 @@ __all__ = [
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
+        "Callback": "training.run.callbacks",
         "LlamaAdapter": "model.llama",
         "TrainConfig": "training.config",
         "evaluate": "training.api",

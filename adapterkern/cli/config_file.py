@@ -19,6 +19,7 @@ from adapterkern.training.config import TrainConfig
 OPTION = "--config"
 _UNSAID = ("output_dir", "resume", "overwrite")  # of a task.json: about its run, and not about the training
 _OF_ONE_CALL = ("output_dir", "resume", "overwrite", "dry_run")
+_INSTEAD = {"--epochs": "max_steps", "--max-steps": "epochs"}  # of a run that is resumed to be longer
 
 
 def with_file(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -65,7 +66,9 @@ def _of_resumed(rest: Sequence[str], command: argparse.ArgumentParser) -> list[s
         saved = _of_sources(json.loads(path.read_bytes()))
     except ValueError:
         saved = None  # damaged: the run's reader says how
-    return [] if saved is None else _options(path, saved, command, {word.split("=")[0] for word in rest})
+    typed = {word.split("=")[0] for word in rest}
+    other = {name for option, name in _INSTEAD.items() if option in typed}
+    return [] if saved is None else _options(path, {k: v for k, v in saved.items() if k not in other}, command, typed)
 
 
 def _innermost(

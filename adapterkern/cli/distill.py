@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from adapterkern.cli.options import (
+    OF_PLAIN_LOSS,
     add_adapter_options,
     add_backbone_options,
     add_data_options,
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-keep", metavar="FILE", help="the same, to evaluate on")
     add_options(group, SoftLabelSettings)
     add_adapter_options(parser)
-    add_training_options(parser)
+    add_training_options(parser, without=OF_PLAIN_LOSS)
     parser.set_defaults(task="causal-lm")
 
 

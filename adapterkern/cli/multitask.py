@@ -9,6 +9,7 @@ from typing import Any
 from adapterkern import checks
 from adapterkern.cli.options import (
     FORMATS,
+    OF_PLAIN_LOSS,
     adapter_config,
     add_adapter_options,
     add_backbone_options,
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapters", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="one task's own adapter"
     )
     add_adapter_options(parser)
-    add_training_options(parser)
+    add_training_options(parser, without=OF_PLAIN_LOSS)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -282,6 +282,7 @@ def add_data_options(parser: argparse.ArgumentParser, format: str = FORMATS) -> 
     parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on; or a share of --train: 10%%")
 
 
+OF_PLAIN_LOSS = ("label_smoothing", "class_weights")  # which a task with a loss of its own does not have
 COLUMNS = ("text_column", "label_column", "prompt_column", "completion_column")
 READING = ("skip_bad_rows", "eval_batch_size")
 

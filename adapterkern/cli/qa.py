@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern.cli.options import (
+    OF_PLAIN_LOSS,
     add_adapter_options,
     add_backbone_options,
     add_data_options,
@@ -29,7 +30,9 @@ Extractive question answering: the answer is a span of the context, or nothing.
 answers.json is {id: text}, which SQuAD's official script reads; --n-best FILE adds candidates with their scores.
 """
 # What TrainConfig has for other tasks, and question answering does not read.
-_UNUSED = frozenset({"task", "pooling", "text_column", "label_column", "prompt_column", "completion_column"})
+_UNUSED = frozenset(
+    {*OF_PLAIN_LOSS, "task", "pooling", "text_column", "label_column", "prompt_column", "completion_column"}
+)
 _FORMAT = ".json in SQuAD's form, .jsonl or .parquet; or NAME:SPLIT of a dataset on the hub"
 
 

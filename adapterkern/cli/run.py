@@ -77,9 +77,11 @@ def train_run(
     from adapterkern.training import Task, train
     from adapterkern.training.optimization import check_lr
     from adapterkern.training.run.folder import check_output
+    from adapterkern.training.run.trackers import tracker_names
 
     config = from_options(arguments, TrainConfig)
     check_lr(config)
+    tracker_names(config)
     adapter = adapter_config(arguments)
     check_source(arguments.model)
     if arguments.liger:
@@ -110,6 +112,7 @@ def train_run(
         return 0
     print_metrics(result.metrics or {})
     size = f"{result.trainable_parameters:,} parameters"
+    size += f" of step {result.best_step}" if result.best_step else ""
     say(f"saved in {config.output_dir}: {size}, {result.steps} steps in {result.seconds:.0f} s")
     return 0
 

@@ -178,7 +178,12 @@ def has_plain_loss(llama: Any) -> bool:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, reduction: str = "sum", ignore_index: int = IGNORE
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    reduction: str = "sum",
+    ignore_index: int = IGNORE,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the head's logits without holding all of them.
 
@@ -187,6 +192,7 @@ def linear_cross_entropy(
         head: the LM head.
         targets: (N,) int64 token ids; ``ignore_index`` is ignored.
         reduction: ``"sum"`` or ``"mean"`` over the targets.
+        label_smoothing: as in torch's ``cross_entropy``.
 
     Returns:
         The loss in fp32, and (N,) the token with the largest logit per state; −1 where the target is ignored.
@@ -212,6 +218,7 @@ def linear_cross_entropy(
         bias=head.bias,
         ignore_index=ignore_index,
         reduction=reduction,
+        label_smoothing=label_smoothing,
         return_predicted_tokens=True,
     )
     return result.loss, result.predicted_tokens

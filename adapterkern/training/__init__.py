@@ -5,6 +5,7 @@ config.py                   ``TrainConfig``
 dry_run.py                  a run of a few steps that are undone, and what it will take
 loop.py                     the order of steps, evaluations and checkpoints
 task.py, heads.py           hidden states → loss; what is trained, scored and saved
+losses.py                   smoothed labels and weighted classes
 compiled.py                 frozen layers compiled for a run's steps
 optimization.py             the optimizer and its learning-rate schedule
 data/                       rows → examples → batches; the prefix cache
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from adapterkern.training.data.rows import DataError as DataError
     from adapterkern.training.data.split import HeldOut as HeldOut
     from adapterkern.training.heads import ClassificationHead as ClassificationHead
+    from adapterkern.training.run.callbacks import Callback as Callback
+    from adapterkern.training.run.callbacks import RunInfo as RunInfo
     from adapterkern.training.run.checkpoint import CheckpointError as CheckpointError
     from adapterkern.training.run.plot import plot_history as plot_history
     from adapterkern.training.run.report import read_metrics as read_metrics
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from adapterkern.training.task import Task as Task
 
 _HOMES = {
+    "Callback": "run.callbacks",
     "CheckpointError": "run.checkpoint",
     "ClassificationHead": "heads",
     "DataError": "data.rows",
@@ -44,6 +48,7 @@ _HOMES = {
     "HeldOut": "data.split",
     "NonFiniteError": "run.results",
     "PrefixCache": "data.prefix",
+    "RunInfo": "run.callbacks",
     "Task": "task",
     "TrainConfig": "config",
     "TrainResult": "run.results",

@@ -24,21 +24,26 @@ from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.padding import check_padding, check_positions
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
 from adapterkern.training.data.rows import source_name, warn
+from adapterkern.training.data.sets import Data
 from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
 from adapterkern.training.data.summary import Summary, warn_of_overlap
 from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import ClassificationHead
-from adapterkern.training.loop import Data, Run
+from adapterkern.training.loop import Run
+from adapterkern.training.losses import check_loss, trained_with
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.parallel.frozen import cast_once
 from adapterkern.training.prediction import Answer, answers_kept
+from adapterkern.training.run.best import Best
+from adapterkern.training.run.callbacks import Callback, Callbacks, check_callbacks
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
 from adapterkern.training.run.folder import run_folder
 from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
+from adapterkern.training.run.trackers import Trackers, tracker_names
 from adapterkern.training.saved import Sources
 from adapterkern.training.task import Feed, Task, run_evaluation
 
@@ -58,7 +63,7 @@ _OTHER_NAMES = {
     "eval_dataset": "eval_data",
     "processing_class": "tokenizer",
     "peft_config": "no such argument: the model has its adapters already",
-    **dict.fromkeys(("callbacks", "compute_metrics", "data_collator"), "a task, see Task, and no such argument"),
+    **dict.fromkeys(("compute_metrics", "data_collator"), "a task, see Task, and no such argument"),
 }
 
 
@@ -74,6 +79,7 @@ def train(
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
     sources: Sources | Mapping[str, Sources] | None = None,
+    callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> TrainResult:
     """Train the active adapter, with a classification head or as a language model.
@@ -91,6 +97,7 @@ def train(
             head, and reads the data.
         sources: where backbone and evaluation data are, written to ``sources.json`` for ``adapterkern eval``; or a
             mapping with one entry per subfolder of ``output_dir``.
+        callbacks: what to call while the run goes on; see ``Callback``.
         dry_run: do everything up to the first step, show examples as they are learned, take three steps and undo them,
             and return with ``dry_run``, what the run is expected to take, in the result. Writes nothing and leaves the
             model, ``cache`` and ``task``, and the random generators, as they were. In one process.
@@ -108,7 +115,7 @@ def train(
         CheckpointError: with ``resume``, the checkpoint is damaged or belongs to another run.
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is writing to ``output_dir``.
-        RuntimeError: another thread trains or evaluates ``model``.
+        RuntimeError: another thread trains or evaluates ``model``; or one of ``callbacks`` has raised an error.
         FileNotFoundError: with ``resume``, there is no checkpoint.
         TypeError, ValueError: an argument of a wrong type or value, or one that the backbone does not support, such as
             ``padding_side="left"``; the message names it.
@@ -116,7 +123,11 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_arguments(model, config, tokenizer, head, cache)
+    check_callbacks(callbacks)
+    tracker_names(config)
     share = is_share(eval_data)
+    if config.best is not None and eval_data is None:
+        raise ValueError(f"best: expected eval_data, to find the best evaluation of, got {config.best!r:.80} without")
     _warn_of_no_effect(config, task, eval_data is not None)
     _warn_of_pooling(config, head)
     if model.is_mixing and config.train_adapters:
@@ -128,6 +139,7 @@ def train(
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
         raise ValueError("task: expected a task built on model, and head=None")
+    check_loss(config, task.kind, own=type(task).loss is not Task.loss)
     if checks.flag("dry_run", dry_run) and accelerator.distributed_type is DistributedType.DEEPSPEED:
         raise NotImplementedError("dry_run: expected a run without DeepSpeed")
     with in_one_thread(model), unchanged(task, config) if dry_run else run_folder(config, task.files):
@@ -141,6 +153,7 @@ def train(
         set_seed(config.seed)
         with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
             order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
+            stack.enter_context(trained_with(task, config, train_set))
             backbone = describe_backbone(model)  # before the engine shards it
             zero = accelerator.distributed_type is DistributedType.DEEPSPEED
             if not (config.shard or zero):  # their weights come and go
@@ -152,7 +165,10 @@ def train(
             cache = PrefixCache(config.prefix_cache_bytes) if cache is None or dry_run else cache
             feed, sources = Feed(task, config, cache), _with_digest(sources, eval_set)
             run = functools.partial(Rehearsal[Any], tokenizer=tokenizer) if dry_run else Run
-            return run(task, data, config, engine, state, feed, order, sources).go()
+            called = stack.enter_context(
+                Callbacks(() if dry_run else (*callbacks, *([Trackers(config)] if config.log_with else ())))
+            )
+            return run(task, data, config, engine, state, feed, order, sources, called).go()
 
 
 def _load_both(
@@ -286,6 +302,8 @@ def _state(
         fingerprint(data.train),
         origin,
         task.settings_in,
+        data.steps_per_epoch(config),
+        None if config.best is None else Best(config.best),
     )
 
 

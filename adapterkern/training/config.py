@@ -33,8 +33,11 @@ FREE_ON_RESUME = frozenset(
         "max_skipped_steps",
         "shard",
         "compile",
+        "log_with",
     }
 )
+# How long a run goes on: a resumed one may be given other values, and is then the longer or shorter run from there on.
+LENGTHS = frozenset({"epochs", "max_steps", "patience"})
 
 
 # As transformers' and TRL's trainers have them
@@ -72,6 +75,15 @@ OTHER_NAMES = {
     "use_liger_kernel": "LlamaAdapter(..., liger=True) and no argument",
     "fsdp": "shard",
     "torch_compile": "compile",
+    "metric_for_best_model": "best",
+    "load_best_model_at_end": "best",
+    "greater_is_better": "best and no argument: its name says which way",
+    "early_stopping_patience": "patience",
+    "early_stopping": "patience",
+    "label_smoothing_factor": "label_smoothing",
+    "class_weight": "class_weights",
+    "report_to": "log_with",
+    "logging_dir": "output_dir",
 }
 
 
@@ -109,6 +121,17 @@ class TrainConfig:
         warmup: steps of linear warmup; a value below 1 is their share of all steps.
         precision: ``"fp32"`` (no autocast), ``"bf16"`` autocast, or ``"fp16"`` autocast with a gradient scaler.
         max_skipped_steps: raise after more than this many consecutive steps that the fp16 scaler skips.
+        label_smoothing: of the training loss, as in ``torch.nn.functional.cross_entropy``: this share of a target is
+            spread over all classes or tokens. The loss of an evaluation is plain.
+        class_weights: of the training loss of a classification: ``"balanced"`` weighs a row of a class by rows /
+            (classes · rows of the class), as scikit-learn does; or a mapping from each label to a number > 0, which has
+            no option. A step's loss is divided by the sum of its rows' weights.
+
+    Args: The best evaluation
+        best: save and return, at the end, what was trained at the best evaluation by this metric. Lower is better of a
+            name that ends with loss, perplexity, cross_entropy, divergence, rmse, mse or mae, higher of any other; of
+            two equal ones the earlier is the best.
+        patience: end the run once so many evaluations in a row were no better than the best; needs ``best``.
 
     Args: Several processes
         shard: shard the frozen backbone over them (FSDP2) instead of replicating it. Either way a step has
@@ -119,11 +142,13 @@ class TrainConfig:
         overwrite: replace an earlier run there.
         resume: continue from the newest checkpoint in ``output_dir``.
         checkpoint_every: steps between checkpoints; None writes one at the end of each epoch.
-        keep_checkpoints: how many checkpoints to keep.
+        keep_checkpoints: how many checkpoints to keep; that of the best evaluation is kept beside them.
         eval_every: steps between evaluations; None evaluates at the end of each epoch.
         log_every: steps between log lines. Only a log line waits for an asynchronous device.
         progress: show a progress bar.
         plot: draw ``training.png`` at the end.
+        log_with: also log to these trackers of accelerate: ``"tensorboard"``, ``"wandb"``, ...; several are separated
+            by commas. Needs ``output_dir``.
 
     Args: Speed
         compile: run the frozen layers through torch.compile in training steps, not in evaluations. The results are the
@@ -172,6 +197,17 @@ class TrainConfig:
     max_skipped_steps: int = checks.option(
         20, "raise after more than this many consecutive steps that the fp16 scaler skips"
     )
+    label_smoothing: float = checks.option(0.0, "share of each target that is spread over all; of the training loss")
+    class_weights: str | dict[str, float] | None = checks.option(
+        None, "balanced: rows of rare labels weigh more; of the training loss of a classification"
+    )
+
+    best: str | None = checks.option(
+        None,
+        "save the state of the best evaluation by this metric, such as accuracy or loss; lower is better of what ends "
+        "with loss, perplexity, cross_entropy, divergence, rmse, mse or mae, higher of all else",
+    )
+    patience: int | None = checks.option(None, "end the run after so many evaluations in a row without a better best")
 
     output_dir: str | os.PathLike[str] | None = checks.option(None, "the folder for everything that is written")
     overwrite: bool = checks.option(False, "replace an earlier run in output_dir")
@@ -182,6 +218,7 @@ class TrainConfig:
     log_every: int = checks.option(10, "steps between log lines")
     progress: bool = checks.option(True, "show a progress bar; without it lines go to the log")
     plot: bool = checks.option(True, "draw training.png")
+    log_with: str | None = checks.option(None, "also log to trackers: tensorboard, wandb, ...; separated by commas")
 
     shard: bool = checks.option(
         False, "with several processes (torchrun): shard the backbone (FSDP2) instead of replicating it"
@@ -214,7 +251,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected another column than {other}, got {getattr(self, name)!r} for both")
         for name in ("batch_size", "accumulation", "epochs", "max_length", "keep_checkpoints", "log_every"):
             checks.integer(name, getattr(self, name), 1)
-        for name in ("max_steps", "eval_batch_size", "checkpoint_every", "eval_every"):
+        for name in ("max_steps", "eval_batch_size", "checkpoint_every", "eval_every", "patience"):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), 1)
         for name in ("seed", "max_skipped_steps", "prefix_cache_bytes"):
@@ -224,6 +261,12 @@ class TrainConfig:
         checks.number("max_norm", self.max_norm, "[0, inf]")
         for name in ("beta1", "beta2"):
             checks.number(name, getattr(self, name), "[0, 1)")
+        for name in ("best", "log_with"):
+            if (value := getattr(self, name)) is not None and (not isinstance(value, str) or not value):
+                raise TypeError(f"{name}: expected a name or None, got {value!r:.80}")
+        if self.patience is not None and self.best is None:
+            raise ValueError(f"patience: expected best, by which evaluations are compared, got {self.patience} alone")
+        self._check_loss()
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup: expected a share below 1 or an integer number of steps, got {self.warmup!r}")
         if self.task == "causal-lm" and not self.train_adapters:
@@ -242,6 +285,24 @@ class TrainConfig:
                 "overwrite: expected resume=True, which continues the earlier run, or overwrite=True, which replaces "
                 "it; got both"
             )
+
+    def _check_loss(self) -> None:
+        checks.number("label_smoothing", self.label_smoothing, "[0, 1]")
+        if self.label_smoothing and self.task not in ("classification", "causal-lm"):
+            raise ValueError(f"label_smoothing: expected 0 with task={self.task!r}, got {self.label_smoothing}")
+        weights = self.class_weights
+        if weights is None:
+            return
+        if self.task != "classification":
+            raise ValueError(f"class_weights: expected None with task={self.task!r}, got {weights!r:.80}")
+        if isinstance(weights, dict):
+            for label, weight in weights.items():
+                if not isinstance(label, str):
+                    raise TypeError(f"class_weights: expected labels, which are strings, got {label!r:.80}")
+                checks.number(f"class_weights: {label!r:.80}", weight, "(0, inf)")
+        elif weights != "balanced":
+            labels = " (in Python: or a mapping from labels to numbers)"
+            raise ValueError(f"class_weights: expected balanced{labels}, got {weights!r:.80}")
 
     @property
     def rows_per_step(self) -> int:
@@ -275,7 +336,7 @@ def _kind(annotation: Any) -> str:
 
 def _fits(annotation: Any, value: Any) -> bool:
     """Whether a value read from JSON has the type that the field is declared with."""
-    kinds = tuple(getattr(annotation, "__args__", (annotation,)))
+    kinds = tuple(getattr(kind, "__origin__", kind) for kind in getattr(annotation, "__args__", (annotation,)))
     if isinstance(value, bool):
         return bool in kinds
     if isinstance(value, int):

@@ -124,6 +124,7 @@ class Rehearsal(Run[E]):
             return
         steps = range(self.first, self.last)
         needed = [e for step in steps for e in self._examples(step)] + self._to_evaluate()
+        needed += [e for examples in self._samples() for e in examples]
         needed = list({example.row: example for example in needed}.values())
         times = [(time.perf_counter(), 0)]
 
@@ -137,6 +138,9 @@ class Rehearsal(Run[E]):
         begun = 1 if len(times) > 2 else 0  # the first batch comes after a digest of the weights
         seconds, texts = times[-1][0] - times[begun][0], sum(count for _, count in times[begun + 1 :])
         self.prefix_rate = seconds / texts * len(needed) / count_tokens(needed)
+
+    def _samples(self) -> list[list[E]]:
+        return super()._samples()[:1] if self.config.best else []
 
     def _to_evaluate(self) -> list[E]:
         """A batch of an evaluation: of one kind, and neither of the shortest rows nor of the longest."""

@@ -10,85 +10,36 @@ step has changed no parameter: ClippedAdamW changes nothing if the norm is not f
 costs nothing, each step is checked at once.
 """
 
-import dataclasses
 import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import torch
-from torch import Tensor
 
 from adapterkern.files import write_json
 from adapterkern.training import processes
 from adapterkern.training.attention import fast_attention
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.batches import count_targets, count_tokens
+from adapterkern.training.data.batches import count_tokens
 from adapterkern.training.data.examples import E
 from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.data.rows import warn
-from adapterkern.training.data.summary import Summary
+from adapterkern.training.data.sets import Data
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
+from adapterkern.training.run.best import check_metric
+from adapterkern.training.run.callbacks import Callbacks, RunInfo
 from adapterkern.training.run.folder import newest_checkpoint, remove_earlier_run, write_run_card
 from adapterkern.training.run.interrupt import StopRequest
+from adapterkern.training.run.meter import Meter, Step
 from adapterkern.training.run.plot import plot_history
 from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter
 from adapterkern.training.run.results import NonFiniteError, TrainResult
 from adapterkern.training.saved import Sources, save_sources
-from adapterkern.training.task import Feed, Task, run_evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class Data(Generic[E]):
-    """Training and evaluation examples, with the names that the model card gives them."""
-
-    train: list[E]
-    eval: list[E]
-    train_name: str
-    eval_name: str | None
-    summaries: dict[str, Summary]
-
-    def steps_per_epoch(self, config: TrainConfig) -> int:
-        return math.ceil(len(self.train) / config.rows_per_step)
-
-    def total_steps(self, config: TrainConfig) -> int:
-        return config.max_steps or config.epochs * self.steps_per_epoch(config)
-
-
-@dataclasses.dataclass
-class _Step:
-    """A finished step, whose numbers may still be on the device."""
-
-    number: int
-    loss: Tensor  # mean over its targets
-    grad_norm: Tensor | None  # None if the fp16 scaler skipped the step
-
-
-@dataclasses.dataclass
-class _Meter:
-    """Tokens and seconds, in total and since the last log line."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    window_tokens: int = 0
-    window_seconds: float = 0.0
-    prefix_seconds: float = 0.0
-    eval_seconds: float = 0.0
-
-    def step(self, tokens: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.seconds += seconds
-        self.window_tokens += tokens
-        self.window_seconds += seconds
-
-    def window(self) -> float:
-        """Tokens per second since the last call."""
-        rate = self.window_tokens / self.window_seconds
-        self.window_tokens, self.window_seconds = 0, 0.0
-        return rate
+from adapterkern.training.task import Feed, Task, eval_batches, run_evaluation
 
 
 class Run(Generic[E]):
@@ -108,20 +59,22 @@ class Run(Generic[E]):
         feed: Feed,
         order: list[int],  # of the first epoch
         sources: Sources | Mapping[str, Sources] | None,
+        callbacks: Callbacks,
     ) -> None:
         self.task, self.data, self.config = task, data, config
         self.engine, self.state, self.feed = engine, state, feed
-        self.sources = sources
+        self.sources, self.callbacks = sources, callbacks
         self.model = task.model
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch, self.total_steps = data.steps_per_epoch(config), data.total_steps(config)
         self.order = 0, order  # an epoch and its order of rows
-        self.pending: list[_Step] = []
-        self.meter = _Meter()
+        self.pending: list[Step] = []
+        self.meter = Meter()
         self.prefix_layers = 0
         self.metrics: dict[str, float] | None = None
-        self.metrics_step = 0
+        self.metrics_step, self.saved = 0, ""  # which step's state is saved, if that is not the last one's
         self.checkpoint: Path | None = None
+        self.ended: str | None = None  # why, of a run that ends before its last step
 
     def go(self) -> TrainResult:
         """Run to the last step or until a signal; resume first if ``config.resume``."""
@@ -130,6 +83,7 @@ class Run(Generic[E]):
             assert self.output_dir is not None  # TrainConfig has checked it
             self.checkpoint = newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
+            self._lose_patience()
         processes.on_rank_zero(lambda: remove_earlier_run(config, self.task.files))
         try:
             self.engine.start()
@@ -140,22 +94,34 @@ class Run(Generic[E]):
                     rows = f"{len(self.data.train)} training rows are fewer than a step's {config.rows_per_step}"
                     reporter.say(f"{rows}: every step learns from all of them")
                 processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
+                self._check_best()
+                self.callbacks.start(self._info())
                 self.engine.run.train()
-                while state.step < self.total_steps and not self._stopped(stop):
+                while self._goes_on() and not self._stopped(stop):
                     self._timed_step(reporter)
                     self._after_step(reporter)
-                if state.step < self.total_steps:
+                if stopped := self._goes_on():
                     self._stop(reporter, stop.signal_name)
                 else:
                     self._finish(reporter)
         finally:
             self.engine.end()
-        meter, head = self.meter, self.task.head
+        result = self._result(stopped, reporter.history)
+        self.callbacks.end(result)
+        return result
+
+    def _goes_on(self) -> bool:
+        return self.state.step < self.total_steps and self.ended is None
+
+    def _result(self, stopped: bool, history: list[dict[str, Any]]) -> TrainResult:
+        state, meter, head = self.state, self.meter, self.task.head
         return TrainResult(
             steps=state.step,
-            stopped=state.step < self.total_steps,
+            stopped=stopped,
+            ended=self.ended,
+            best_step=state.best.step or None if state.best and not stopped else None,
             metrics=self.metrics,
-            history=reporter.history,
+            history=history,
             head=head,
             labels=[] if head is None else head.labels,
             trainable_parameters=sum(p.numel() for p in state.parameters.values()),
@@ -170,7 +136,7 @@ class Run(Generic[E]):
 
     def _reporter(self) -> Reporter:
         made: list[Reporter] = []  # a Reporter cannot be broadcast: rank 0 keeps this one, the others make a silent one
-        steps = self.total_steps, self.state.step
+        steps = self.total_steps if self._goes_on() else self.state.step, self.state.step
         processes.on_rank_zero(lambda: made.append(Reporter(self.output_dir, *steps, self.config.progress)))
         return made[0] if made else Reporter(None, *steps, show=False)
 
@@ -218,6 +184,24 @@ class Run(Generic[E]):
         batches = (batch for step in steps for batch, _ in self._share(self._examples(step)))
         return list({example.row: example for batch in batches for example in batch}.values())
 
+    def _check_best(self) -> None:
+        """Raise ``ValueError`` if the evaluations will not give the metric of ``config.best``."""
+        if self.config.best in (None, "loss"):  # which all have
+            return
+        for examples in self._samples():
+            found = run_evaluation(self.task, self.engine.run, examples, self.feed, self.config)
+            if self.config.best in found:
+                break
+        check_metric(self.config.best, found)
+
+    def _samples(self) -> list[list[E]]:
+        """Examples to evaluate that may show all metrics: a batch from all over, and if need be all."""
+        return [self.data.eval[:: len(eval_batches(self.data.eval, self.config))], self.data.eval]
+
+    def _info(self) -> RunInfo:
+        trained = sum(p.numel() for p in self.state.parameters.values())
+        return RunInfo(self.config, self.state.step, self.total_steps, self.steps_per_epoch, trained)
+
     # A step
 
     def _share(self, examples: list[E]) -> list[tuple[list[E], bool]]:
@@ -240,7 +224,7 @@ class Run(Generic[E]):
         return [self.data.train[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
     def _step(self, examples: list[E]) -> None:
-        state, targets = self.state, count_targets(examples)
+        state, targets = self.state, self.task.total_weight(examples)
         self.task.begin_step(examples, self.config, *divmod(state.step, self.steps_per_epoch))
         losses = []
         batches = self._share(examples)
@@ -260,7 +244,7 @@ class Run(Generic[E]):
         else:
             state.schedule.step()
             state.skipped_in_a_row = 0
-        self.pending.append(_Step(state.step, loss, grad_norm))
+        self.pending.append(Step(state.step, loss, grad_norm))
 
     def _drain(self) -> None:
         """Read the numbers of finished steps from the device in one transfer; raise if one is not finite."""
@@ -284,7 +268,7 @@ class Run(Generic[E]):
         if log:
             self._log(reporter)
         if evaluation:
-            self._evaluate(reporter)
+            save |= self._evaluate(reporter)
         if save:
             self._save_checkpoint()
 
@@ -302,7 +286,7 @@ class Run(Generic[E]):
     def _log(self, reporter: Reporter) -> None:
         window, self.state.window = self.state.window, []
         norms = [norm for _, norm in window if norm is not None]
-        reporter.train(
+        record = reporter.train(
             {
                 "step": self.state.step,
                 "epoch": self.state.step / self.steps_per_epoch,
@@ -313,17 +297,34 @@ class Run(Generic[E]):
                 "skipped_steps": self.state.skipped_steps,
             }
         )
+        self._ask("on_step", record)
 
-    def _evaluate(self, reporter: Reporter) -> None:
+    def _ask(self, method: str, record: dict[str, Any]) -> None:
+        if (name := self.callbacks.ask(method, record, self.checkpoint)) and self._goes_on():
+            self.ended = f"{name} has asked for it"
+
+    def _evaluate(self, reporter: Reporter) -> bool:
+        """Evaluate, if there is something to evaluate on; whether it was the best evaluation so far."""
         if not self.data.eval:
-            return
+            return False
         metrics = run_evaluation(self.task, self.engine.run, self.data.eval, self.feed, self.config)
         self.meter.eval_seconds += metrics["seconds"]
         if not math.isfinite(metrics["loss"]):
             problem = f"the evaluation's loss is {metrics['loss']}"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
-        self.metrics, self.metrics_step = metrics, self.state.step
-        reporter.evaluation({"step": self.state.step, "epoch": self.state.step / self.steps_per_epoch, **metrics})
+        step, best = self.state.step, self.state.best
+        self.metrics, self.metrics_step = metrics, step
+        improved = best is not None and best.update(step, metrics, lambda: self.engine.gathered().parameters)
+        flag = {"best": True} if best is not None and best.step == step else {}
+        record = reporter.evaluation({"step": step, "epoch": step / self.steps_per_epoch, **metrics, **flag})
+        self._ask("on_evaluation", record)
+        self._lose_patience()
+        return improved
+
+    def _lose_patience(self) -> None:
+        best, patience = self.state.best, self.config.patience
+        if best is not None and patience is not None and best.since >= patience and self._goes_on():
+            self.ended = f"{best.since} evaluations without a better {best.metric} than that of step {best.step}"
 
     def _save_checkpoint(self) -> None:
         if self.output_dir is not None:
@@ -348,6 +349,7 @@ class Run(Generic[E]):
             "eval_examples": len(data.eval),
             "metrics": self.metrics,
             "metrics_step": self.metrics_step,
+            "saved": self.saved,
             "labels": () if self.task.head is None else self.task.head.labels,
         }
         write_run_card(directory, self.model, self.config, described)
@@ -368,12 +370,20 @@ class Run(Generic[E]):
 
     def _finish(self, reporter: Reporter) -> None:
         if skipped := self.state.skipped_steps:
-            problem = f"{skipped} of {self.total_steps} steps had gradients beyond fp16 and changed nothing"
-            if skipped == self.total_steps:
-                raise NonFiniteError(self.total_steps, problem, self.checkpoint)
+            problem = f"{skipped} of {self.state.step} steps had gradients beyond fp16 and changed nothing"
+            if skipped == self.state.step:
+                raise NonFiniteError(self.state.step, problem, self.checkpoint)
             reporter.say(problem)
-        self._evaluate(reporter)
+        if self.ended:
+            reporter.say(f"ended early, after step {self.state.step} of {self.total_steps}: {self.ended}")
+        if self.metrics_step != self.state.step:  # it has not just been done
+            self._evaluate(reporter)
         self._save_checkpoint()
+        best = self.state.best
+        if best is not None and best.step:
+            self.engine.put(best.parameters)
+            self.metrics, self.metrics_step, self.saved = best.metrics, best.step, str(best)
+            reporter.say(f"saved: {self.saved}")
         with self.engine.with_parameters(self.engine.gathered().parameters):
             processes.on_rank_zero(lambda: self._write_output(reporter))
 

@@ -52,6 +52,7 @@ from adapterkern.training.data.prefix import PrefixCache, Slot
 from adapterkern.training.data.rows import BadRows, Row, iter_rows
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
+from adapterkern.training.losses import TrainingLoss
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run
 
@@ -102,6 +103,7 @@ class Task(nn.Module, Generic[E]):
         super().__init__()
         self.model = model
         self.head = head
+        self.training_loss = TrainingLoss()  # of a run; a task whose ``loss`` is its own does not read it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -197,6 +199,10 @@ class Task(nn.Module, Generic[E]):
     def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
         """Called before a step's forwards, on every rank, with all its rows; its epoch, and number in it, from 0."""
 
+    def total_weight(self, examples: Sequence[E]) -> float:
+        """By what a step's summed loss is divided: the number of its targets, or the weights of their classes."""
+        return self.training_loss.divisor(examples)
+
     # A forward
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -214,14 +220,14 @@ class Task(nn.Module, Generic[E]):
 
         The second is counted in eval mode only, and is 0 in training.
         """
-        targets = batch["targets"]
+        targets, options = batch["targets"], self.training_loss.options(self.training)
         if self.head is not None:
-            return scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training)
+            return scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training, **options)
         # Only the states that predict targets: scores of prompts and padding would waste tokens × vocabulary of memory.
         states, head = hidden.flatten(0, 1)[batch["positions"]], self.model.get_output_embeddings()
         if not (self.model.liger and liger.reads(head) and self.model.logits_path.plain):
-            return scored(self.model.logits_of(states), targets, count=not self.training)
-        loss, best = liger.linear_cross_entropy(states, head, targets)
+            return scored(self.model.logits_of(states), targets, count=not self.training, **options)
+        loss, best = liger.linear_cross_entropy(states, head, targets, **options)
         return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -315,9 +321,12 @@ class Task(nn.Module, Generic[E]):
             return cls(model, None if head is None else head.to(model.device)), config
 
 
-def scored(scores: Tensor, targets: Tensor, count: bool) -> tuple[Tensor, Tensor]:
-    """From scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score."""
-    loss = F.cross_entropy(scores.float(), targets, reduction="sum")
+def scored(scores: Tensor, targets: Tensor, count: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    """From scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score.
+
+    ``options`` are further ones of torch's ``cross_entropy``.
+    """
+    loss = F.cross_entropy(scores.float(), targets, reduction="sum", **options)
     return loss, (scores.argmax(-1) == targets).sum()[None] if count else targets.new_zeros(1)
 
 

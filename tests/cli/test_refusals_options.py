@@ -71,7 +71,7 @@ def hint(command: tuple[str, ...], option: str) -> str:
         ("--ov", " (did you mean --overwrite?)"),
         ("--max_len", " (did you mean --max-length?)"),
         ("-epochs", " (did you mean --epochs?)"),
-        ("--log", " (did you mean --log-every?)"),
+        ("--log", " (did you mean --log-every or --log-with?)"),
         ("--no-pl", " (did you mean --no-plot?)"),
         ("--e", ""),  # which may be seven
         ("--decay", " (did you mean --weight-decay?)"),

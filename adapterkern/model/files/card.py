@@ -41,6 +41,7 @@ class Training:
     metrics: Mapping[str, float] | None = None  # of the last evaluation
     metrics_step: int = 0
     labels: Sequence[str] = ()
+    saved: str = ""  # which step is saved, if not the last
 
 
 def write_card(
@@ -174,7 +175,7 @@ def _training_sections(training: Training) -> list[str]:
     sections = [
         f"## Task\n\n{training.task}.{labels}",
         f"## Data\n\nTrained on {_text(training.data)}: {training.examples:,} examples.{evaluated}",
-        f"## Training\n\n{training.steps:,} steps; {settings}.",
+        f"## Training\n\n{training.steps:,} steps; {settings}." + f" Saved is {training.saved}." * bool(training.saved),
     ]
     if training.metrics:
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in _scores(training.metrics).items())

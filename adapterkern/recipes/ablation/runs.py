@@ -236,12 +236,17 @@ def shared_digest(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config
     return " ".join((fingerprint(train_set), fingerprint(eval_set), *labels, backbone))
 
 
+_NEW = ("label_smoothing", "class_weights", "best", "patience")  # fields that 0.1.0 did not have
+
+
 def run_key(variant: Variant, seed: int, shared: str) -> str:
     """16 hexadecimal digits that depend on everything that determines a run's numbers.
 
     The keys stay the same from version to version, so that an ``ablation.csv`` can be continued.
     """
     training = dataclasses.replace(variant.training, seed=seed).to_dict()
+    defaults = TrainConfig().to_dict()
+    training = {name: value for name, value in training.items() if name not in _NEW or value != defaults[name]}
     floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
     adapter = variant.adapter.to_dict()
     if adapter[MODULES] is None:  # 0.1.0 had no such field

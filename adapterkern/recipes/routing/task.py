@@ -37,7 +37,7 @@ from adapterkern.recipes.routing.router import (
 )
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.batches import Batch, count_targets
+from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
 from adapterkern.training.saved import load_config, save_config
@@ -53,7 +53,7 @@ class _Step:
     """What the forwards of one training step share."""
 
     rows: int
-    targets: int
+    targets: float  # or the weights of their classes
     costs: bool  # whether the cost counts already
     drawn: dict[int, Tensor]  # for each example's choice, by its row
     counts: list[bool]  # of each forward to come: False for a padding batch
@@ -128,7 +128,7 @@ class RoutedTask(Task[Example]):
         drawn = self.router.draw(len(examples), torch.Generator().manual_seed(int(seed[0])))
         self._step = _Step(
             rows=len(examples),
-            targets=count_targets(examples),
+            targets=self.total_weight(examples),
             costs=epoch >= self.routing.free_epochs,
             drawn={example.row: numbers for example, numbers in zip(examples, drawn, strict=True)},
             counts=[counts for _, counts in processes.share(examples, config.batch_size)],

@@ -49,6 +49,8 @@ class Zero(Engine):
             raise ValueError("shard: expected False under DeepSpeed, whose stage 3 shards the backbone; got True")
         if config.compile:
             raise ValueError("compile: expected False under DeepSpeed, got True")
+        if config.best is not None:
+            raise NotImplementedError(f"best: expected a run without DeepSpeed, got {config.best!r:.80} under it")
         if config.precision == "fp16":
             raise ValueError("precision: expected fp32 or bf16 under DeepSpeed, got fp16")
         dtypes = {p.dtype for p in task.parameters()}

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -126,6 +127,14 @@ class Engine:
         return None if skipped else self.optimizer.grad_norm
 
     # Saving
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the trained parameters these values, which are gathered ones; a collective."""
+        if isinstance(self.task, FSDPModule):
+            self.task.reshard()  # what was gathered for a forward would be of the values before
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(processes.sharded_like(tensors[name], parameter))
 
     def gathered(self) -> Gathered:
         """Parameters and optimizer state gathered from all ranks, a collective."""

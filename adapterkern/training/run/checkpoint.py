@@ -33,6 +33,8 @@ from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.run.best import Best
+from adapterkern.training.run.lengths import check_length, extend
 from adapterkern.training.run.matching import (
     FIELDS,
     SCHEDULE,
@@ -67,6 +69,8 @@ class TrainingState:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     # the settings in a checkpoint of 0.1.0, whose state.json has none; None where they are not known
     settings_in: Callable[[Path], dict[str, Any] | None] = lambda _: None
+    steps_per_epoch: int = 1
+    best: Best | None = None  # if the run keeps the best evaluation
     step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -110,7 +114,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def save_checkpoint(output_dir: Path, state: TrainingState, gathered: Gathered, save_model: Any) -> Path:
-    """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints``.
+    """Write a checkpoint, then remove all but the newest ``config.keep_checkpoints`` and that of the best evaluation.
 
     Every rank must call it; rank 0 writes.
 
@@ -124,8 +128,11 @@ def save_checkpoint(output_dir: Path, state: TrainingState, gathered: Gathered, 
 
 
 def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_model: Any) -> Path:
-    target = output_dir / CHECKPOINTS / f"step-{state.step:08d}"
+    target = _folder(output_dir, state.step)
     if target.exists():  # the run resumed from it and has made no step since
+        if (saved := read_state(target)).get("best") != (now := _described_best(state)["best"]):  # but an evaluation
+            described = saved | {"best": now}
+            write_json(target / STATE_NAME, described | {"sha256": _digest(described)})
         return target
     folder = target.parent
     temporary = folder / f".{target.name}.{os.getpid()}"
@@ -146,9 +153,15 @@ def _write(output_dir: Path, state: TrainingState, gathered: Gathered, save_mode
         flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    best = None if state.best is None else _folder(output_dir, state.best.step)
     for old in checkpoints(output_dir)[: -state.config.keep_checkpoints]:
-        _remove(old)
+        if old != best:
+            _remove(old)
     return target
+
+
+def _folder(output_dir: Path, step: int) -> Path:
+    return output_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -182,6 +195,7 @@ def check_begun_with(directory: Path, config: TrainConfig, adapter: AdapterConfi
     """
     path, saved = directory / STATE_NAME, read_state(directory)
     check_settings(path, saved["config"], config)
+    check_length(path, saved["step"], config, saved.get("steps_per_epoch"))
     if adapter is not None and adapter.max_params is None and len(saved.get("adapters", ())) == 1:
         check_adapter(path, saved["adapters"][0], saved.get("backbone", {}), adapter)
 
@@ -189,28 +203,24 @@ def check_begun_with(directory: Path, config: TrainConfig, adapter: AdapterConfi
 def load_checkpoint(directory: Path, state: TrainingState) -> None:
     """Load a checkpoint into ``state``: parameters, optimizer, schedule, scaler, generators, step.
 
-    Nothing is changed before everything has been checked.
+    Nothing is changed before everything has been checked. The schedule is that of ``state.config``, which may have
+    more or fewer steps than before.
 
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another configuration, data or model.
     """
     path, weights = directory / STATE_NAME, directory / TENSORS_NAME
     saved = read_state(directory)
+    tensors = _read_tensors(directory, saved)
     with _as_checkpoint_error(directory):
-        present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
-        for name, digest in saved["files"].items():
-            if name not in present:  # as is a name outside of the folder
-                raise CheckpointError(f"{directory}: damaged: {name!r:.200} is missing")
-            if sha256(directory / name) != digest:
-                raise CheckpointError(f"{directory / name}: damaged: its SHA-256 differs from the one in {STATE_NAME}")
-        if TENSORS_NAME not in saved["files"]:
-            raise CheckpointError(f"{path}: field 'files': {TENSORS_NAME} is missing")
-        tensors = read_tensors(weights, weights=False)
         if "settings" not in saved and (earlier := state.settings_in(directory)) is not None:
             saved["settings"] = earlier
+        best = None if saved.get("best") is None else Best.from_dict(saved["best"])
     check_same_run(path, saved, state)
     check_tensors(weights, tensors, saved, state)
     check_restorable(path, saved, state)
+    if best is not None and best.step:
+        best.parameters = _best_parameters(directory, tensors, best.step, state)
 
     with torch.no_grad():
         for name, parameter in state.parameters.items():
@@ -240,6 +250,36 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     state.skipped_in_a_row = saved["skipped_in_a_row"]
     state.prefix_cached = saved["prefix_cached"]
     state.window = [(loss, norm) for loss, norm in saved["window"]]
+    state.best = best or state.best
+    extend(state, saved["config"])
+
+
+def _read_tensors(directory: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of whose files none is missing or damaged. Raises ``CheckpointError``."""
+    weights = directory / TENSORS_NAME
+    with _as_checkpoint_error(directory):
+        present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
+        for name, digest in saved["files"].items():
+            if name not in present:  # as is a name outside of the folder
+                raise CheckpointError(f"{directory}: damaged: {name!r:.200} is missing")
+            if sha256(directory / name) != digest:
+                raise CheckpointError(f"{directory / name}: damaged: its SHA-256 differs from the one in {STATE_NAME}")
+        if TENSORS_NAME not in saved["files"]:
+            raise CheckpointError(f"{directory / STATE_NAME}: field 'files': {TENSORS_NAME} is missing")
+        return read_tensors(weights, weights=False)
+
+
+def _best_parameters(
+    directory: Path, tensors: Mapping[str, Tensor], step: int, state: TrainingState
+) -> dict[str, Tensor]:
+    """What was trained at the best evaluation, from its own checkpoint, which may be ``directory``."""
+    if (folder := directory.with_name(f"step-{step:08d}")) != directory:
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: missing: the checkpoint of the run's best evaluation")
+        saved = read_state(folder)
+        tensors = _read_tensors(folder, saved)
+        check_tensors(folder / TENSORS_NAME, tensors, saved, state)
+    return {name: tensors[f"parameter/{name}"] for name in state.parameters}
 
 
 def _tensors(gathered: Gathered) -> dict[str, Tensor]:
@@ -276,6 +316,7 @@ def _described(state: TrainingState, gathered: Gathered) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": state.step,
+        "steps_per_epoch": state.steps_per_epoch,
         "skipped_steps": state.skipped_steps,
         "skipped_in_a_row": state.skipped_in_a_row,
         "prefix_cached": state.prefix_cached,
@@ -283,11 +324,16 @@ def _described(state: TrainingState, gathered: Gathered) -> dict[str, Any]:
         "config": state.config.to_dict(),
         "data_fingerprint": state.data_fingerprint,
         **state.origin,
+        **_described_best(state),
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": []},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "optimizer_state": {name: sorted(values) for name, values in gathered.optimizer.items()},
         "parameters": {name: list(p.shape) for name, p in gathered.parameters.items()},
     }
+
+
+def _described_best(state: TrainingState) -> dict[str, Any]:
+    return {"best": None if state.best is None else state.best.to_dict()}
 
 
 def saved_names(directory: Path) -> set[str]:

@@ -4,6 +4,7 @@
     checkpoints/                                      see checkpoint.py
     task.json, sources.json, the adapter, ...         see saved.py; ``Task.files`` names what a task saves
     README.md                                         the model card
+    trackers/                                         see trackers.py
 
 A checkpoint's folder holds what the task saves too, and can be loaded in the same way.
 """
@@ -26,6 +27,7 @@ from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS
 from adapterkern.training.run.checkpoint import check_begun_with, checkpoints, remove_leftovers, saved_names
 from adapterkern.training.run.lock import check_writable, locked
 from adapterkern.training.run.report import DATA_NAME, METRICS_NAME, PLOT_NAME, read_metrics
+from adapterkern.training.run.trackers import remove_tracked
 from adapterkern.training.saved import CHECKPOINTS, SOURCES_NAME, TASK_NAME
 
 _FILES = (METRICS_NAME, DATA_NAME, PLOT_NAME, TASK_NAME, HEAD_WEIGHTS, HEAD_CONFIG, *ADAPTER_FILES)
@@ -149,6 +151,7 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
         while folder != directory and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
             folder = folder.parent
+    remove_tracked(directory)
     # The checkpoints last, since they hold the list: an interrupted removal can be repeated.
     remove_leftovers(directory)
     for checkpoint in checkpoints(directory):

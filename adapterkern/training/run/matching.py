@@ -11,14 +11,12 @@ from torch import Tensor
 from adapterkern import checks
 from adapterkern.files import check_values
 from adapterkern.model.config import FREE_IN_ADAPTERS, MODULES, AdapterConfig
-from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
+from adapterkern.training.config import FREE_ON_RESUME, LENGTHS, TrainConfig
+from adapterkern.training.run.lengths import CheckpointError as CheckpointError
+from adapterkern.training.run.lengths import check_length
 
 if TYPE_CHECKING:
     from adapterkern.training.run.checkpoint import TrainingState
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged or belongs to another run; the message names the file or field."""
 
 
 FIELDS: dict[str, Any] = {
@@ -90,6 +88,7 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
         raise CheckpointError(f"{path.parent}: the task's settings: expected an object, got {saved['settings']!r:.80}")
     _check_same_values(path, saved.get("settings", settings), settings)
     check_settings(path, saved["config"], state.config)
+    check_length(path, saved["step"], state.config, state.steps_per_epoch)
     if saved["data_fingerprint"] != state.data_fingerprint:
         raise CheckpointError(
             f"{path}: the run was begun with other training data or another tokenizer: resume with the same, or begin "
@@ -132,7 +131,8 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
 
 def check_settings(path: Path, before: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise ``CheckpointError`` for a setting with another value than the run was begun with."""
-    _check_same_values(path, before, config.to_dict(), FREE_ON_RESUME)
+    # Earlier versions had fewer settings, which were as their defaults are.
+    _check_same_values(path, TrainConfig().to_dict() | dict(before), config.to_dict(), FREE_ON_RESUME | LENGTHS)
 
 
 def check_adapter(path: Path, before: Mapping[str, Any], backbone: Mapping[str, Any], adapter: AdapterConfig) -> None:

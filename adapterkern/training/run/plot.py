@@ -21,7 +21,7 @@ _FEW = 30  # points, which are shown as such
 
 
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
-    """Plot a run to a PNG file; the best evaluations are marked.
+    """Plot a run to a PNG file; the best evaluations are marked, and the step that ``TrainConfig.best`` has saved.
 
     Args:
         history: the records of ``metrics.jsonl``.
@@ -53,6 +53,10 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
         norm.set_ylabel("gradient norm", color=THIRD)
         norm.spines["right"].set_visible(True)
         rate.set_xlabel("optimizer step")
+        if kept := [record["step"] for record in evaluations if record.get("best")]:
+            for name in names:
+                axes[name].axvline(kept[-1], color=INK, linestyle=":", linewidth=1, label=f"saved: step {kept[-1]}")
+            axes["loss"].legend()
         for axis in axes.values():
             axis.margins(y=0.12)
             axis.grid(alpha=0.25)

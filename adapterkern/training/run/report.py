@@ -1,10 +1,12 @@
 """What a run reports: its data, a progress bar, and ``metrics.jsonl``.
 
 ``metrics.jsonl`` has one JSON object per line, of ``"kind"`` ``"train"`` (means since the previous such line) or
-``"eval"``. A resumed run first drops the lines after its checkpoint, so the file reads like an uninterrupted run's.
+``"eval"``; with ``TrainConfig.best`` an evaluation that was the best so far has ``"best": true``. A resumed run first
+drops the lines after its checkpoint, so the file reads like an uninterrupted run's.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -81,6 +83,8 @@ class Reporter:
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
         self.console = Console(file=cast("IO[str]", _Stderr()), quiet=not show)
+        # Without ipywidgets rich shows nothing in a notebook.
+        in_notebook = self.console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20, table_column=Column(ratio=1)),
@@ -88,7 +92,7 @@ class Reporter:
             TextColumn("{task.fields[status]}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
             expand=True,
             console=self.console,
-            disable=not (show and self.console.is_terminal),
+            disable=not (show and (self.console.is_terminal or in_notebook)),
         )
         self._total_steps = total_steps
         self._first_step = step
@@ -99,6 +103,7 @@ class Reporter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._progress.refresh()  # in a notebook `stop` draws no last state
         self._progress.stop()
 
     def say(self, message: str) -> None:
@@ -123,9 +128,9 @@ class Reporter:
             self._bar = self._progress.add_task("train", total=self._total_steps, status="")
         self._progress.update(self._bar, completed=step)
 
-    def train(self, record: dict[str, Any]) -> None:
-        """Record a train line and show it in the bar."""
-        self._record({"kind": "train", **record})
+    def train(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Record a train line and show it in the bar. Returns what was recorded."""
+        recorded = self._record({"kind": "train", **record})
         status = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
@@ -134,21 +139,24 @@ class Reporter:
             status += f"  {record['skipped_steps']} skipped"
         if self._bar is not None:
             self._progress.update(self._bar, status=status)
-        if not (self.console.is_terminal or self.console.quiet):
+        if self._progress.disable and not self.console.quiet:
             self.say(f"step {record['step']}/{self._total_steps}  {status}")
+        return recorded
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Record an eval line and print it."""
-        self._record({"kind": "eval", **record})
+    def evaluation(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Record an eval line and print it. Returns what was recorded."""
+        recorded = self._record({"kind": "eval", **record})
         extra = f"perplexity {record['perplexity']:.2f}  " if "perplexity" in record else ""
         self.say(
             f"step {record['step']}, epoch {record['epoch']:.2f}: eval loss {record['loss']:.4f}  {extra}"
-            f"accuracy {100 * record['accuracy']:.2f} %"
+            f"accuracy {100 * record['accuracy']:.2f} %{'  best so far' * record.get('best', False)}"
         )
+        return recorded
 
-    def _record(self, record: dict[str, Any]) -> None:
+    def _record(self, record: dict[str, Any]) -> dict[str, Any]:
         self.history.append(record)
         processes.on_rank_zero(lambda: self._write(record))
+        return record
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.path is None:

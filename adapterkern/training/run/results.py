@@ -89,7 +89,9 @@ class TrainResult:
     Attributes:
         steps: optimizer steps, including those before a resume.
         stopped: by a signal, before the last step.
-        metrics: of the last evaluation.
+        ended: why, of a run that ended before its last step by ``patience`` or a callback; None of any other.
+        best_step: with ``TrainConfig.best``, the step whose state was saved and is in the model; else None.
+        metrics: of the last evaluation; of a finished run with ``best`` those of ``best_step``.
         history: the records of metrics.jsonl.
         head: the classification head; None for causal-lm.
         labels: the label names; empty for causal-lm.
@@ -119,3 +121,5 @@ class TrainResult:
     prefix_layers: int
     checkpoint: Path | None
     dry_run: DryRun | None = None
+    ended: str | None = None
+    best_step: int | None = None

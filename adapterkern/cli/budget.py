@@ -1,36 +1,46 @@
 """``adapterkern budget``."""
 
 import argparse
+import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 from adapterkern import checks
-from adapterkern.cli.options import integer
-from adapterkern.model.config import MAX_DEPTH, adapter_num_params, largest_adapter_dim
+from adapterkern.cli.options import adapter_fields, add_options, from_options, integer
+from adapterkern.model import attention
+from adapterkern.model.config import MAX_DEPTH, AdapterConfig, adapter_num_params, largest_adapter_dim
+from adapterkern.model.memory import CHOICES, WIDTHS, Shape, Training
+from adapterkern.training.config import TrainConfig
 
-# (hidden size, decoder layers)
+# As their makers have published them
 SHAPES = {
-    "llama-7b": (4096, 32),
-    "llama-13b": (5120, 40),
-    "llama-33b": (6656, 60),
-    "llama-65b": (8192, 80),
-    "llama-2-7b": (4096, 32),
-    "llama-2-13b": (5120, 40),
-    "llama-2-70b": (8192, 80),
-    "llama-3-8b": (4096, 32),
-    "llama-3-70b": (8192, 80),
-    "llama-3.2-1b": (2048, 16),
-    "llama-3.2-3b": (3072, 28),
-    "mistral-7b": (4096, 32),
-    "smollm2-135m": (576, 30),
-    "smollm2-1.7b": (2048, 24),
+    "llama-7b": Shape(4096, 32, 11008, 32, 32, 128, 32000),
+    "llama-13b": Shape(5120, 40, 13824, 40, 40, 128, 32000),
+    "llama-33b": Shape(6656, 60, 17920, 52, 52, 128, 32000),
+    "llama-65b": Shape(8192, 80, 22016, 64, 64, 128, 32000),
+    "llama-2-7b": Shape(4096, 32, 11008, 32, 32, 128, 32000),
+    "llama-2-13b": Shape(5120, 40, 13824, 40, 40, 128, 32000),
+    "llama-2-70b": Shape(8192, 80, 28672, 64, 8, 128, 32000),
+    "llama-3-8b": Shape(4096, 32, 14336, 32, 8, 128, 128256),
+    "llama-3-70b": Shape(8192, 80, 28672, 64, 8, 128, 128256),
+    "llama-3.2-1b": Shape(2048, 16, 8192, 32, 8, 64, 128256, tied=True),
+    "llama-3.2-3b": Shape(3072, 28, 8192, 24, 8, 128, 128256, tied=True),
+    "mistral-7b": Shape(4096, 32, 14336, 32, 8, 128, 32000),
+    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 64, 49152, tied=True),
+    "smollm2-1.7b": Shape(2048, 24, 8192, 32, 32, 64, 49152, tied=True),
 }
+_OF_MEMORY = ("task", "batch_size", "max_length")
+_OF_ADAPTER = ("adapter_dim", "position", "every", "layers")
 
 
-NAME, SUMMARY = "budget", "which adapters fit a number of parameters"
+NAME, SUMMARY = "budget", "which adapters fit a number of parameters, and which settings the memory"
 HELP = """\
-List (every, adapter_dim) that fit a budget of trainable parameters.
+List (every, adapter_dim) that fit a budget of trainable parameters; or what a training step takes of a memory, and
+which options make it fit.
 
   adapterkern budget --model-config llama-7b --max-params 8e6
+  adapterkern budget --model-config llama-2-7b --memory 24GB --task causal-lm --batch-size 4 --max-length 1024
 """
 
 
@@ -41,14 +51,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"a transformers config.json or its folder, or one of: {', '.join(SHAPES)}",
     )
-    parser.add_argument("--max-params", type=integer, required=True, metavar="N", help="such as 8000000 or 8e6")
+    parser.add_argument("--max-params", type=integer, metavar="N", help="such as 8000000 or 8e6")
+    parser.add_argument("--memory", type=size, metavar="SIZE", help="of the device, such as 24GB or 80GiB")
     parser.add_argument(
         "--depth", type=integer, default=1, metavar="N", help="adapters in sequence at a site; default 1"
     )
+    group = parser.add_argument_group("with --memory", "defaults in brackets")
+    group.add_argument("--dtype", choices=tuple(WIDTHS), default="bf16", help="of the backbone's weights [%(default)s]")
+    group.add_argument("--attn", choices=attention.CHOICES, default="sdpa", help="of the backbone [%(default)s]")
+    add_options(group, TrainConfig, without={f.name for f in dataclasses.fields(TrainConfig)} - {*_OF_MEMORY})
+    add_options(group, AdapterConfig, without={*adapter_fields(), "eps"} - {*_OF_ADAPTER})
 
 
-def model_shape(name: str) -> tuple[int, int]:
-    """(hidden size, decoder layers) of a known model or of a transformers ``config.json``."""
+def size(text: str) -> int:
+    """Bytes: ``"24GB"`` is 24·10⁹, ``"24GiB"`` 24·2³⁰."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B", text, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB or 80GiB, got {text!r}")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024**power if found[3] else 1000**power))
+
+
+def model_shape(name: str, whole: bool = False) -> Shape:
+    """The sizes of a known model or of a ``config.json``, of which unless ``whole`` hidden size and layers are read."""
     if name.lower() in SHAPES:
         return SHAPES[name.lower()]
     from adapterkern.files import read_json  # needs the train extra, a name from the table above does not
@@ -60,19 +85,44 @@ def model_shape(name: str) -> tuple[int, int]:
             f"--model-config: expected a config.json, its folder, or one of {', '.join(SHAPES)}; got {name}"
         )
     config = read_json(path, ours=False)
+    first = _integers(path, config, "hidden_size", "num_hidden_layers")
+    if not whole:
+        return Shape(*first, 0, 0, 0, 0, 0)
+    if experts := next((key for key in config if "expert" in key and config[key]), None):
+        raise ValueError(f"--memory: expected a decoder without experts, got {experts}={config[experts]} in {path}")
+    f, heads, vocabulary = _integers(path, config, "intermediate_size", "num_attention_heads", "vocab_size")
+    others = {"num_key_value_heads": heads, "head_dim": first[0] // heads}
+    (kv_heads, head_dim) = _integers(path, others | {k: config[k] for k in others if config.get(k)}, *others)
+    return Shape(*first, f, heads, kv_heads, head_dim, vocabulary, bool(config.get("tie_word_embeddings")))
+
+
+def _integers(path: Path, config: Any, *names: str) -> list[int]:
+    *most, last = names
+    listed = f"{', '.join(most)} and {last}"
     try:
-        shape = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        found = [int(config[name]) for name in names]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: expected integers hidden_size and num_hidden_layers: {error}") from error
-    if min(shape) < 1:
-        raise ValueError(f"{path}: expected hidden_size and num_hidden_layers >= 1, got {shape[0]} and {shape[1]}")
-    return shape
+        raise ValueError(f"{path}: expected integers {listed}: {error}") from error
+    if min(found) < 1:
+        *some, final = map(str, found)
+        raise ValueError(f"{path}: expected {listed} >= 1, got {', '.join(some)} and {final}")
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
     checks.integer("--depth", arguments.depth, 1, MAX_DEPTH)
+    if arguments.max_params is None and arguments.memory is None:
+        raise ValueError("--max-params, --memory: expected at least one of them, got none")
+    if arguments.max_params is not None:
+        _show_sites(arguments)
+    if arguments.memory is not None:
+        _show_memory(arguments)
+    return 0
+
+
+def _show_sites(arguments: argparse.Namespace) -> None:
     checks.integer("--max-params", arguments.max_params, 1)
-    hidden_size, num_layers = model_shape(arguments.model_config)
+    hidden_size, num_layers, *_ = model_shape(arguments.model_config)
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")
     print(f"{'every':>6} {'adapters':>9} {'adapter_dim':>12} {'parameters':>12} {'of budget':>10}")
     fits = False
@@ -89,4 +139,41 @@ def run(arguments: argparse.Namespace) -> int:
     if not fits:
         smallest = arguments.depth * adapter_num_params(hidden_size, 1)
         raise ValueError(f"--max-params: expected at least {smallest:,} for one site, got {arguments.max_params:,}")
-    return 0
+
+
+def _show_memory(arguments: argparse.Namespace) -> None:
+    shape, memory = model_shape(arguments.model_config, whole=True), arguments.memory
+    config = from_options(arguments, TrainConfig)
+    adapter = AdapterConfig(depth=arguments.depth, **{name: getattr(arguments, name) for name in _OF_ADAPTER})
+    learned = config.max_length if config.task == "causal-lm" else 0
+    adapter = adapter.resolve(shape.hidden_size, shape.num_layers)
+    training = Training(shape, adapter, config.max_length, learned, arguments.dtype, arguments.attn)
+    rows = config.batch_size
+    batch = f"--batch-size {rows}"
+    print(
+        f"{arguments.model_config}: {shape.num_params:,} parameters in {arguments.dtype}, {training.trained_params:,} "
+        f"trained\n{config.task}, {batch}, --max-length {config.max_length}; memory {_gb(memory)} GB"
+    )
+    names = " ".join(f"{name:>8}" for name in ("weights", "trained", "kept", "work", "total", "host"))
+    print(f"{'GB':61} {names} {'fits':>5} {'most rows':>10}")
+    found = {choice: (training.memory(rows, choice), training.most_rows(memory, choice)) for choice in CHOICES}
+    for choice, (taken, most) in found.items():
+        terms = " ".join(f"{_gb(term):>8}" for term in (*taken[:4], taken.total, taken.host))
+        print(f"{choice.options or 'as it is':61} {terms} {'yes' if most >= rows else 'no':>5} {most:10,}")
+    fitting = [choice for choice, (_, most) in found.items() if most >= rows]
+    if not fitting:
+        least = min(taken.total for taken, _ in found.values())
+        raise ValueError(f"--memory: expected at least {_gb(least)} GB for {batch}, got {_gb(memory)} GB")
+    options, (taken, _) = fitting[0].options, found[fitting[0]]
+    print(f"fits {'with ' + options if options else 'as it is'}: {_gb(taken.total)} GB of {_gb(memory)}")
+    if options and (fewer := _divisor(rows, found[CHOICES[0]][1])):
+        print(f"or, with the same steps, --batch-size {fewer} --accumulation {rows // fewer}")
+
+
+def _divisor(rows: int, most: int) -> int:
+    """The largest number of rows that divides ``rows`` and is at most ``most``; 0 if that is 0."""
+    return next((fewer for fewer in range(min(rows, most), 0, -1) if rows % fewer == 0), 0)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f}"

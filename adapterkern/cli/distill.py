@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from adapterkern.cli.backbone import backbone_options, device
 from adapterkern.cli.options import (
     OF_PLAIN_LOSS,
     add_adapter_options,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from adapterkern.model.backbone import check_hub, check_source, load_backbone
+    from adapterkern.model.quantized import check_load_in
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
@@ -74,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.teacher not in ("itself", "whole"):
             check_source(arguments.teacher, "--teacher")
             check_hub(arguments.teacher, "--teacher")
+            check_load_in(arguments.load_in, arguments.teacher, device())
         as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
         if config.task == "classification" and not (arguments.keep or arguments.eval_keep):
             raise ValueError(
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         llama = whole if cut is None else first_layers(whole, cut)
         teacher = whole if arguments.teacher == "whole" else None
         if arguments.teacher not in ("itself", "whole"):
-            teacher, other = load_backbone(arguments.teacher, dtype=arguments.dtype)
+            teacher, other = load_backbone(arguments.teacher, **backbone_options(arguments))
             if other.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(
                     f"--teacher: expected the tokens of {arguments.model}, got others in {arguments.teacher}"
@@ -102,4 +105,4 @@ def run(arguments: argparse.Namespace) -> int:
         return Job(model, rows, eval_rows, KeepBehaviour(model, teacher, **settings))
 
     # The whole backbone, and not what --backbone-layers leaves of it.
-    return train_run(arguments, job, lambda _: load_backbone(arguments.model, dtype=arguments.dtype), check)
+    return train_run(arguments, job, lambda _: load_backbone(arguments.model, **backbone_options(arguments)), check)

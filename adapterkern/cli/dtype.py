@@ -10,8 +10,10 @@ logger = logging.getLogger(__name__)
 CHOICES = ("auto", "fp32", "bf16", "fp16")
 
 
-def chosen_dtype(asked: str | None, precision: str = "fp32", resumed: Path | None = None) -> str:
-    """``asked``; where that is auto or nothing, what is fast on this machine.
+def chosen_dtype(
+    asked: str | None, precision: str = "fp32", resumed: Path | None = None, model: str | None = None
+) -> str:
+    """``asked``; where that is auto or nothing, what is fast on this machine for the weights of ``model``.
 
     fp32 with ``precision`` fp16, whose autocast is for fp32 weights, and in one of several processes, whose
     measurements may differ. A run in the folder ``resumed`` keeps its own.
@@ -22,7 +24,7 @@ def chosen_dtype(asked: str | None, precision: str = "fp32", resumed: Path | Non
     import torch
 
     from adapterkern.cli.run import say
-    from adapterkern.model.backbone import default_device
+    from adapterkern.model.backbone import default_device, saved_dtype
     from adapterkern.model.fast_dtype import fast_dtype
 
     of_run = _of_run(resumed)
@@ -33,7 +35,8 @@ def chosen_dtype(asked: str | None, precision: str = "fp32", resumed: Path | Non
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dtype, why = "fp32", "one of several processes does not choose; --dtype does"
     else:
-        dtype, why = fast_dtype(torch.device(default_device()))
+        saved = None if model is None else saved_dtype(model)
+        dtype, why = fast_dtype(torch.device(default_device()), saved)
     say(f"backbone in {dtype}: {why}")
     return dtype
 
@@ -48,9 +51,8 @@ def _of_run(directory: Path | None) -> str | None:
 
 def of_arguments(arguments: argparse.Namespace) -> str:
     """The same for a command of training."""
-    chosen = chosen_dtype(
-        arguments.dtype, arguments.precision, Path(arguments.output_dir) if arguments.resume else None
-    )
+    resumed = Path(arguments.output_dir) if arguments.resume else None
+    chosen = chosen_dtype(arguments.dtype, arguments.precision, resumed, arguments.model)
     _name_slow({"--dtype": chosen, "--precision": arguments.precision})
     return chosen
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 from adapterkern import checks
 from adapterkern.cli.dtype import CHOICES
 from adapterkern.cli.words import AFTER, BEFORE, setting
-from adapterkern.model import config
+from adapterkern.model import attention, config, quantized
 from adapterkern.model.config import AdapterConfig
 from adapterkern.training import config as training
 from adapterkern.training.config import TrainConfig
@@ -121,7 +121,15 @@ def _no_value(flag: str, value: str) -> str:
 
 
 # What other libraries call an option, where it is another than the argument that ``OTHER_NAMES`` has for Python
-_OTHER_NAMES = {"use_liger_kernel": "liger", "task_type": "task", "no_fused": "unfused"}
+_OTHER_NAMES = {
+    "use_liger_kernel": "liger",
+    "task_type": "task",
+    "no_fused": "unfused",
+    "attn_implementation": "attn",
+    "load_in_4bit": 'load_in="4bit"',
+    "load_in_8bit": 'load_in="8bit"',
+    "quantization": "load_in",
+}
 
 
 def _hint(option: str, parser: argparse.ArgumentParser) -> str:
@@ -243,9 +251,14 @@ def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) 
     """The backbone, which a command must name; or, ``of_run``, what to use in place of a saved run's."""
     group = parser.add_argument_group("backbone", "default: the run's own" if of_run else None)
     dtype = "dtype of the backbone's weights" + ("" if of_run else "; default auto: bf16 where that is fast, else fp32")
+    load_in = "quantize the backbone's matrices by bitsandbytes" + ("" if of_run else "; default none")
     group.add_argument("--model", required=not of_run, help="a .gguf file, transformers folder or hub name")
     add_layers_option(group, "keep only the first N decoder layers")
     group.add_argument("--dtype", choices=CHOICES, help=dtype)
+    group.add_argument("--load-in", choices=quantized.CHOICES, help=load_in)
+    group.add_argument(
+        "--attn", choices=attention.CHOICES, help="implementation of attention; default: what transformers takes"
+    )
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
     group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkern.cli import dtype
+from adapterkern.cli.backbone import backbone_options, check_attention, check_weights
 from adapterkern.cli.config_file import typed_options
 from adapterkern.cli.options import adapter_config, from_options, model_flags
 from adapterkern.model.config import AdapterConfig
@@ -39,7 +40,7 @@ def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The backbone that the arguments name, and its tokenizer."""
     from adapterkern.model.backbone import load_backbone
 
-    return load_backbone(arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype)
+    return load_backbone(arguments.model, num_layers=arguments.num_layers, **backbone_options(arguments))
 
 
 def sources_of(arguments: argparse.Namespace, eval_data: Any, tokenizer: Any) -> "Sources":
@@ -51,7 +52,13 @@ def sources_of(arguments: argparse.Namespace, eval_data: Any, tokenizer: Any) ->
     if is_share_of_train(eval_data):
         eval_data = HeldOut(arguments.train, eval_data, arguments.seed)
     of_backbone = arguments.model, arguments.num_layers, arguments.dtype
-    return Sources(*of_backbone, eval_data, tokens_digest(tokenizer), typed_options(arguments))
+    return Sources(
+        *of_backbone,
+        eval_data,
+        tokens_digest(tokenizer),
+        typed_options(arguments),
+        None if arguments.load_in == "none" else arguments.load_in,
+    )
 
 
 def train_run(
@@ -86,12 +93,14 @@ def train_run(
     check_source(arguments.model)
     if arguments.liger:
         check_installed()
+    check_weights(arguments, config)
     check_output(config, Task.files, adapter if one_adapter else None)
     if check is not None:
         check(config)
     else:
         check_train_and_eval(arguments.train, arguments.eval, config)
     arguments.dtype = dtype.of_arguments(arguments)
+    check_attention(arguments, config)
     llama, tokenizer = load(arguments)
     torch.manual_seed(config.seed)
     made = job(llama, tokenizer, config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkern import checks
+from adapterkern.cli.backbone import backbone_options, check_saved_backbone
 from adapterkern.cli.options import COLUMNS, as_asked, model_flags
 from adapterkern.cli.run import check_questions, check_rows, print_metrics, say
 from adapterkern.cli.together import check_together
@@ -128,14 +129,14 @@ def saved_run(arguments: argparse.Namespace) -> "SavedRun":
     if arguments.liger:
         check_installed()
     run = find_run(arguments.directory)
-    run.backbone(arguments.model)
+    check_saved_backbone(arguments, run)
     return run
 
 
 def open_run(arguments: argparse.Namespace, run: "SavedRun") -> "Opened":
     """The run on its own backbone, or the one of the arguments."""
-    flags: Any = model_flags(arguments)
-    return run.open(model=arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype, **flags)
+    flags: Any = model_flags(arguments) | backbone_options(arguments)
+    return run.open(model=arguments.model, num_layers=arguments.num_layers, **flags)
 
 
 def write_rows(

@@ -3,8 +3,10 @@
 import argparse
 import logging
 import os
+from typing import Any
 
 from adapterkern import checks
+from adapterkern.cli.backbone import backbone_options, check_saved_backbone
 from adapterkern.cli.options import add_backbone_options, integer, model_flags, number
 from adapterkern.cli.run import say
 
@@ -61,14 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.liger:
         check_installed()
     found = find_models(arguments.runs)
-    next(iter(found.values())).backbone(arguments.model)
+    check_saved_backbone(arguments, next(iter(found.values())))
     with bind(arguments.host, arguments.port) as bound:
         if api_key is None and not is_local(arguments.host):
             logger.warning("--host %s: anybody who reaches it may use the server; set %s", arguments.host, KEY)
-        flags = model_flags(arguments)
-        models = load_models(
-            found, model=arguments.model, num_layers=arguments.num_layers, dtype=arguments.dtype, **flags
-        )
+        flags: Any = model_flags(arguments) | backbone_options(arguments)
+        models = load_models(found, model=arguments.model, num_layers=arguments.num_layers, **flags)
         host, port = bound.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         serve(

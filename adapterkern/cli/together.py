@@ -16,6 +16,7 @@ class _Rule(NamedTuple):
     why: str = ""
 
 
+_OF_STEPS = ("checkpoint_activations", "offload_activations")
 _RULES = (
     _Rule(("max_params",), "adapter_dim", why="a budget decides the dimension"),
     _Rule(("layers",), "every", why="each says which layers have adapters"),
@@ -31,6 +32,13 @@ _RULES = (
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("class_weights",), "task", lambda task: task != "classification", "which has no classes"),
     _Rule(("eval_every", "eval_batch_size", "best", "patience"), "eval", lambda file: file is None),
+    _Rule(("eval_every", "eval_batch_size"), "eval", lambda file: file is None),
+    _Rule(_OF_STEPS, "train_adapters", lambda on: not on, "which trains the head alone"),
+    _Rule(
+        ("dtype", "attn", "task", "batch_size", "max_length", "adapter_dim", "position", "every", "layers"),
+        "memory",
+        lambda size: size is None,
+    ),
     _Rule(("x_free",), "unfused", bool, "which keeps what torch keeps"),
     _Rule(("worst",), "report", lambda directory: directory is None),
     _Rule(("free_epochs",), "cost", lambda cost: cost == 0),

@@ -20,7 +20,14 @@ _OPENED = "_adapterkern_opened"  # of a model: the run that it was loaded from
 
 
 @checks.other_names(
-    base_model="model", pretrained_model_name_or_path="source", torch_dtype="dtype", device_map="device, one of them"
+    base_model="model",
+    pretrained_model_name_or_path="source",
+    torch_dtype="dtype",
+    device_map="device, one of them",
+    attn_implementation="attn",
+    load_in_4bit='load_in="4bit"',
+    load_in_8bit='load_in="8bit"',
+    quantization_config="load_in",
 )
 def load(
     source: str | os.PathLike[str],
@@ -31,6 +38,8 @@ def load(
     device: torch.device | str | None = None,
     fused: bool = True,
     liger: bool = False,
+    load_in: str | None = None,
+    attn: str | None = None,
 ) -> tuple[Any, Any]:
     """What was trained, on its backbone, with its tokenizer: ``model, tokenizer = ak.load("run")``.
 
@@ -43,6 +52,9 @@ def load(
         dtype: of the backbone, ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"auto"``. Default: as trained.
         device: default the first CUDA device if there is one, else the CPU.
         fused, liger: as in ``LlamaAdapter``.
+        load_in: ``"8bit"`` or ``"4bit"`` quantizes the backbone as ``load_backbone`` does, ``"none"`` does not.
+            Default: as trained.
+        attn: the implementation of attention; see ``load_backbone``.
 
     Returns:
         the model, in eval mode, and the tokenizer. The model is a ``LlamaAdapter`` for causal-lm; a ``Classifier``,
@@ -54,9 +66,8 @@ def load(
         OSError: the hub does not have it, or cannot be asked.
         ValueError: a file is damaged or does not fit.
     """
-    opened = find_run(source).open(
-        model=model, num_layers=num_layers, dtype=dtype, device=device, fused=fused, liger=liger
-    )
+    backbone: Any = {"model": model, "num_layers": num_layers, "dtype": dtype, "load_in": load_in, "attn": attn}
+    opened = find_run(source).open(**backbone, device=device, fused=fused, liger=liger)
     task = opened.task
     found: Any = task
     if isinstance(task.head, ClassificationHead):

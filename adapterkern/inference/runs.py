@@ -74,6 +74,8 @@ class SavedRun:
         device: torch.device | str | None = None,
         fused: bool = True,
         liger: bool = False,
+        load_in: str | None = None,
+        attn: str | None = None,
     ) -> Opened:
         """The run on its backbone, or on ``model``; the arguments are those of ``api.load``.
 
@@ -88,6 +90,8 @@ class SavedRun:
                 num_layers=source.num_layers if num_layers is None else num_layers,
                 dtype=dtype or source.dtype,
                 device=device,
+                load_in=load_in or source.load_in,
+                attn=attn,
             )
             if source.tokenizer not in (None, tokens_digest(tokenizer)):
                 logger.warning("%s: was trained with other tokens than those of %s", self.directory, source.model)

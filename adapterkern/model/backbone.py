@@ -16,9 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from adapterkern import checks
+from adapterkern.files import read_json
+from adapterkern.model.attention import check_attn
 from adapterkern.model.decoder import decoder_layers, keep_layers
 from adapterkern.model.fast_dtype import fast_dtype
 from adapterkern.model.files.folder import ADAPTER_FILES
+from adapterkern.model.quantized import check_load_in, quantization
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXPECTED = "expected a .gguf file, a transformers folder or a name on the hub"
@@ -28,12 +31,22 @@ _PAUSE = 1.0  # seconds, after which the hub is asked once more
 logger = logging.getLogger(__name__)
 
 
+@checks.other_names(
+    torch_dtype="dtype",
+    attn_implementation="attn",
+    load_in_4bit='load_in="4bit"',
+    load_in_8bit='load_in="8bit"',
+    quantization_config="load_in",
+    device_map="device",
+)
 def load_backbone(
     source: str | os.PathLike[str],
     *,
     num_layers: int | None = None,
     dtype: str = "fp32",
     device: torch.device | str | None = None,
+    load_in: str | None = None,
+    attn: str | None = None,
 ) -> tuple[Any, Any]:
     """A causal language model in eval mode, and its tokenizer.
 
@@ -43,20 +56,25 @@ def load_backbone(
         dtype: of the weights, ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: see ``fast_dtype``.
         device: default the first CUDA device if there is one, else the CPU; in a process started by torchrun or
             accelerate, the CUDA device of its local rank.
+        load_in: ``"8bit"`` or ``"4bit"`` quantizes the layers' matrices (quantized.py); default, or ``"none"``, not.
+        attn: the implementation of attention, as transformers' ``attn_implementation``; default its own choice.
 
     Raises:
+        ImportError: ``load_in`` without bitsandbytes, or ``attn`` without its package.
         OSError: there is no such file, folder or model, or the hub cannot be asked.
         ValueError: it has no tokenizer, its files are damaged or lack weights, ``num_layers`` is not from 1 to the
-            number of layers, or the dtype is unknown.
+            number of layers; the dtype, ``load_in`` or ``attn`` is unknown, or not possible here.
     """
     checks.choice("dtype", dtype, (*DTYPES, "auto"))
     device = torch.device(default_device() if device is None else device)
-    if dtype == "auto":
-        dtype, _ = fast_dtype(device)
     check_source(source)
+    check_load_in(load_in, source, device)
+    check_attn(attn, device)
     path = Path(source)
     name = os.fspath(source)
     kwargs: dict[str, Any] = {"local_files_only": True} if check_hub(source) else {}
+    if dtype == "auto":
+        dtype, _ = fast_dtype(device, saved_dtype(source))
     if path.suffix == ".gguf":
         name, kwargs = os.fspath(path.parent), {"gguf_file": path.name}
     tokenizer = _read("tokenizer", source, AutoTokenizer.from_pretrained, name, **kwargs)
@@ -75,12 +93,33 @@ def load_backbone(
         output_loading_info=True,
         **kwargs,
         **_plain_weights(kwargs),
+        **({} if attn is None else {"attn_implementation": attn}),
+        **quantization(load_in, DTYPES[dtype], device),
     )
     _check_whole(source, llama, sorted(found["missing_keys"]))
     if num_layers is not None:
         checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
         keep_layers(llama.model, 0, num_layers)
-    return llama.to(device).eval(), tokenizer
+    if not getattr(llama, "is_quantized", False):  # which is where it belongs, and may not be moved
+        llama = llama.to(device)
+    return llama.eval(), tokenizer
+
+
+def saved_dtype(source: str | os.PathLike[str]) -> str | None:
+    """The dtype that a backbone's ``config.json`` says its weights have; None where none is said, as for a .gguf file.
+
+    Raises:
+        OSError: it is a name that the hub does not know, or cannot be asked for.
+    """
+    try:
+        found: Any = Path(source, "config.json")
+        if not Path(source).exists():
+            found = cached_file(os.fspath(source), "config.json", local_files_only=check_hub(source))
+        config = read_json(found, ours=False) if found is not None and Path(found).is_file() else {}
+    except ValueError:  # damaged: the loader says how
+        return None
+    name = config.get("dtype", config.get("torch_dtype"))
+    return next((ours for ours, dtype in DTYPES.items() if str(dtype) == f"torch.{name}"), None)
 
 
 def _plain_weights(kwargs: dict[str, Any]) -> dict[str, Any]:

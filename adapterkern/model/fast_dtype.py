@@ -10,14 +10,24 @@ import torch.nn.functional as F
 _SHAPE = 256, 512, 512  # rows, inputs, outputs: 0.3 GFLOP, a few milliseconds, or 80 where bf16 is emulated
 _ROUNDS = 7
 _WORTH = 1.3  # how much faster bf16 must be than fp32, whose weights are exact
-_SLOW = 0.8  # below it a dtype that was asked for is named as slow
+_SLOW = 0.8  # below it a dtype that was asked for is named as slow, and weights that were saved in bf16 get fp32
 
 
-def fast_dtype(device: torch.device) -> tuple[str, str]:
+def fast_dtype(device: torch.device, saved: str | None = None) -> tuple[str, str]:
     """The name of the dtype, as ``load_backbone`` takes it, for frozen weights on ``device``; and why, in words.
 
-    A CUDA device that has bf16 gets it. A CPU is measured, once per process and in under a second.
+    A CUDA device that has bf16 gets it. A CPU is measured, once per process and in under a second; weights that were
+    saved in bf16 get it unless it is slower, since fp32 makes them twice as large and no more exact. fp16 is never
+    chosen: without a gradient scaler small gradients of the residual stream vanish in it.
+
+    Args:
+        saved: the dtype of the weights in their files, if it is known.
     """
+    name, why = _fast(device, saved)
+    return name, why if saved is None else f"its own dtype, and {why}" if saved == name else f"saved in {saved}; {why}"
+
+
+def _fast(device: torch.device, saved: str | None) -> tuple[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -26,7 +36,7 @@ def fast_dtype(device: torch.device) -> tuple[str, str]:
     if device.type != "cpu":
         return "fp32", f"nothing was measured on {device.type}"
     ratio = _speed(torch.bfloat16, torch.get_num_threads())
-    if ratio >= _WORTH:
+    if ratio >= (_SLOW if saved == "bf16" else _WORTH):
         return "bf16", f"this CPU multiplies it {ratio:.1f} times as fast as fp32"
     return "fp32", f"this CPU multiplies bf16 {ratio:.2g} times as fast"
 

@@ -16,6 +16,7 @@ from adapterkern import checks
 from adapterkern.model.asking import check_runs
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
+from adapterkern.training.activations import check_checkpointing, check_offload, checkpointed, offloaded
 from adapterkern.training.compiled import check_compile, compiled_layers
 from adapterkern.training.config import OTHER_NAMES as SETTINGS
 from adapterkern.training.config import TrainConfig
@@ -135,6 +136,10 @@ def train(
     accelerator = make_accelerator(config.precision, model.device)
     if config.compile:
         check_compile(model)
+    if config.checkpoint_activations:
+        check_checkpointing(model)
+    if config.offload_activations:
+        check_offload(model.device)
     if task is None:
         task = Task(model, None if head is None else head.to(model.device))
     elif task.model is not model or head is not None:
@@ -160,6 +165,10 @@ def train(
                 stack.enter_context(cast_once(task))
             if config.compile:
                 stack.enter_context(compiled_layers(model))
+            if config.checkpoint_activations:
+                stack.enter_context(checkpointed(model))
+            if config.offload_activations:
+                stack.enter_context(offloaded(task, model))
             engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
             state = _state(task, engine, accelerator, data, config, backbone)
             cache = PrefixCache(config.prefix_cache_bytes) if cache is None or dry_run else cache
@@ -249,6 +258,8 @@ def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: b
         found |= dict.fromkeys(names, f"with task={config.task!r}")
     if not evaluates:
         found["eval_every"] = "without eval_data"
+    if not config.train_adapters:  # the backbone runs without gradients
+        found |= dict.fromkeys(("checkpoint_activations", "offload_activations"), "without adapters to train")
     if config.output_dir is None:
         found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
     for name, why in found.items():

@@ -14,8 +14,9 @@ PADDINGS = ("longest", "max_length")
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-# These change where a run writes, what it shows and how fast it is, but none of its numbers (prefix_cache and compile
-# only their rounding): a resumed run may change them. With any other field changed it would be a different run.
+# These change where a run writes, what it shows, how fast it is and the memory it takes, but none of its numbers
+# (prefix_cache and compile only their rounding): a resumed run may change them. With any other field changed it would
+# be a different run.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir",
@@ -34,6 +35,8 @@ FREE_ON_RESUME = frozenset(
         "shard",
         "compile",
         "log_with",
+        "checkpoint_activations",
+        "offload_activations",
     }
 )
 # How long a run goes on: a resumed one may be given other values, and is then the longer or shorter run from there on.
@@ -71,7 +74,10 @@ OTHER_NAMES = {
     "adam_epsilon": "eps",
     "dataset_text_field": "text_column",
     "disable_tqdm": "progress=False",
-    "gradient_checkpointing": "model.gradient_checkpointing_enable() and no argument",
+    "gradient_checkpointing": "checkpoint_activations",
+    "activation_checkpointing": "checkpoint_activations",
+    "activation_offloading": "offload_activations",
+    "enable_activation_offloading": "offload_activations",
     "use_liger_kernel": "LlamaAdapter(..., liger=True) and no argument",
     "fsdp": "shard",
     "torch_compile": "compile",
@@ -154,6 +160,12 @@ class TrainConfig:
         compile: run the frozen layers through torch.compile in training steps, not in evaluations. The results are the
             same but for rounding. It takes about a minute at the start: for runs of 1,000 steps and more.
 
+    Args: Memory
+        checkpoint_activations: keep each layer's input alone for the backward, and run the layer again in it. The
+            results keep their bits. A step takes one more forward of the layers from the first adapter on.
+        offload_activations: on a GPU, keep in the host's memory what the layers keep for the backward. The results keep
+            their bits.
+
     Args: The frozen prefix
         prefix_cache: compute the activations below the first adapter once and reuse them; None decides by cost and
             benefit, and a resumed run keeps the decision.
@@ -226,6 +238,13 @@ class TrainConfig:
 
     compile: bool = checks.option(
         False, "compile the frozen layers for the steps (torch.compile): a minute at the start; for 1,000 steps or more"
+    )
+
+    checkpoint_activations: bool = checks.option(
+        False, "keep each layer's input alone for the backward and run the layer again in it: less memory, more time"
+    )
+    offload_activations: bool = checks.option(
+        False, "on a GPU: keep what the layers keep for the backward in the host's memory"
     )
 
     prefix_cache: bool | None = checks.option(

@@ -159,8 +159,9 @@ class Run(Generic[E]):
         reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
         if not use:
             return
-        if self.config.compile and layers == depth:
-            warn("compile: has no effect: all layers' outputs come from the prefix cache")
+        for name in ("compile", "checkpoint_activations", "offload_activations"):
+            if getattr(self.config, name) and layers == depth:
+                warn("%s: has no effect: all layers' outputs come from the prefix cache", name)
         started = time.perf_counter()
         bar = reporter.start_side_task("prefix", len(examples))
 

@@ -129,6 +129,7 @@ class Sources:
     eval_data: str | HeldOut | None = None  # a path or a hub name, or a part of the training data
     tokenizer: str | None = None  # a digest of its tokens
     options: Mapping[str, Any] | None = None  # of the command that began the run
+    load_in: str | None = None  # 8bit or 4bit, of a backbone that was quantized as it was loaded
 
 
 def save_sources(directory: Path, sources: Sources | Mapping[str, Sources]) -> None:
@@ -164,7 +165,7 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
         except ValueError as error:
             raise ValueError(f"{path}: eval_data: {error}") from error
     kinds: dict[str, Any] = {"model": str, "num_layers": int | None, "dtype": str, "tokenizer": str | None}
-    kinds |= {"eval_data": str | HeldOut | None, "options": dict | None}
+    kinds |= {"eval_data": str | HeldOut | None, "options": dict | None, "load_in": str | None}
     for name, kind in kinds.items():
         value = saved.setdefault(name, None)
         if not isinstance(value, kind) or isinstance(value, bool):

@@ -51,10 +51,10 @@ def hint(command: tuple[str, ...], option: str) -> str:
         ("--task-type", " (did you mean --task?)"),
         ("--lora-alpha", ": adapters have no scaling"),
         ("--bias", ""),
-        (
-            "--gradient-checkpointing",
-            ": there is no such option; in Python it is model.gradient_checkpointing_enable()",
-        ),
+        ("--gradient-checkpointing", " (did you mean --checkpoint-activations?)"),
+        ("--activation-offloading", " (did you mean --offload-activations?)"),
+        ("--attn-implementation", " (did you mean --attn?)"),
+        ("--load-in-4bit", " (did you mean --load-in 4bit?)"),
         # the field's name, where the option has another
         ("--num-layers", " (did you mean --backbone-layers?)"),
         ("--output-dir", " (did you mean --output?)"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterkern.model import fast_dtype as module
-from adapterkern.model.backbone import load_backbone
+from adapterkern.model.backbone import load_backbone, saved_dtype
 from adapterkern.model.fast_dtype import fast_dtype
 from tests.support import tiny_run
 
@@ -22,6 +22,42 @@ def test_a_cpu_gets_bf16_where_that_was_clearly_faster(
     name, why = fast_dtype(CPU)
     assert name == expected
     assert f"{speed} times" in why
+
+
+@pytest.mark.parametrize(
+    ("speed", "saved", "expected", "said"),
+    [
+        (1.0, "bf16", "bf16", "its own dtype, and this CPU multiplies it 1.0 times"),
+        (0.7, "bf16", "fp32", "saved in bf16; this CPU multiplies bf16 0.7 times"),
+        (1.2, "fp32", "fp32", "its own dtype, and this CPU multiplies bf16 1.2 times"),
+        (1.4, "fp32", "bf16", "saved in fp32; this CPU multiplies it 1.4 times"),
+        (1.4, "fp16", "bf16", "saved in fp16; this CPU multiplies it 1.4 times"),
+    ],
+)
+def test_weights_that_were_saved_in_bf16_keep_it_unless_that_is_slower(
+    speed: float, saved: str, expected: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_speed", lambda low, threads: speed)
+    name, why = fast_dtype(CPU, saved)
+    assert name == expected
+    assert why.startswith(said)
+
+
+def test_the_dtype_that_a_checkpoint_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert saved_dtype(tmp_path / "m.gguf") is None
+    path = tmp_path / "config.json"
+    for content, expected in (
+        ('{"dtype": "bfloat16"}', "bf16"),
+        ('{"torch_dtype": "float16"}', "fp16"),  # as transformers 4 has written it
+        ('{"torch_dtype": null}', None),
+        ("{", None),
+    ):
+        path.write_text(content)
+        assert saved_dtype(tmp_path) == expected
+    tiny_run.model().unload().bfloat16().save_pretrained(tmp_path)
+    tiny_run.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(module, "_speed", lambda low, threads: 1.0)
+    assert load_backbone(tmp_path, dtype="auto", device="cpu")[0].dtype == torch.bfloat16
 
 
 def test_the_measurement_times_both_dtypes_in_turns_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,8 @@ def load_models(
     dtype: str | None = None,
     fused: bool = True,
     liger: bool = False,
+    load_in: str | None = None,
+    attn: str | None = None,
 ) -> Models:
     """The adapters of ``runs`` on the backbone of the first. The other arguments are those of ``ak.load``.
 
@@ -109,7 +111,8 @@ def load_models(
         ValueError: a file is damaged; or a run was trained on another backbone or with other tokens.
     """
     (first, run), *others = runs.items()
-    task, _, tokenizer = run.open(model=model, num_layers=num_layers, dtype=dtype, fused=fused, liger=liger)
+    backbone: Any = {"model": model, "num_layers": num_layers, "dtype": dtype, "load_in": load_in, "attn": attn}
+    task, _, tokenizer = run.open(**backbone, fused=fused, liger=liger)
     adapted = task.model
     adapters = {first: "default"}
     for number, (name, other) in enumerate(others, start=1):

@@ -55,6 +55,8 @@ class Engine:
         """Raise ``ValueError`` for settings that this engine does not support."""
         if processes.world_size() == 1 and config.shard:
             raise ValueError("shard: expected several processes (torchrun, accelerate launch), got one")
+        if config.shard and task.model.quantization_method is not None:
+            raise ValueError("shard: expected a backbone that is not quantized, whose parameters are plain tensors")
         if config.shard and config.precision == "fp16":
             raise ValueError(
                 "precision: expected fp32 or bf16 with shard=True, got fp16, whose scaler does not support shards"

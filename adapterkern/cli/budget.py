@@ -85,15 +85,15 @@ def model_shape(name: str, whole: bool = False) -> Shape:
             f"--model-config: expected a config.json, its folder, or one of {', '.join(SHAPES)}; got {name}"
         )
     config = read_json(path, ours=False)
-    first = _integers(path, config, "hidden_size", "num_hidden_layers")
+    d, layers = _integers(path, config, "hidden_size", "num_hidden_layers")
     if not whole:
-        return Shape(*first, 0, 0, 0, 0, 0)
+        return Shape(d, layers, 0, 0, 0, 0, 0)
     if experts := next((key for key in config if "expert" in key and config[key]), None):
         raise ValueError(f"--memory: expected a decoder without experts, got {experts}={config[experts]} in {path}")
     f, heads, vocabulary = _integers(path, config, "intermediate_size", "num_attention_heads", "vocab_size")
-    others = {"num_key_value_heads": heads, "head_dim": first[0] // heads}
-    (kv_heads, head_dim) = _integers(path, others | {k: config[k] for k in others if config.get(k)}, *others)
-    return Shape(*first, f, heads, kv_heads, head_dim, vocabulary, bool(config.get("tie_word_embeddings")))
+    others = {"num_key_value_heads": heads, "head_dim": d // heads}
+    kv_heads, head_dim = _integers(path, others | {k: config[k] for k in others if config.get(k)}, *others)
+    return Shape(d, layers, f, heads, kv_heads, head_dim, vocabulary, bool(config.get("tie_word_embeddings")))
 
 
 def _integers(path: Path, config: Any, *names: str) -> list[int]:

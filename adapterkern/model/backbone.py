@@ -21,7 +21,7 @@ from adapterkern.model.attention import check_attn
 from adapterkern.model.decoder import decoder_layers, keep_layers
 from adapterkern.model.fast_dtype import fast_dtype
 from adapterkern.model.files.folder import ADAPTER_FILES
-from adapterkern.model.quantized import check_load_in, quantization
+from adapterkern.model.quantized import PACKED, check_load_in, check_plain, quantization
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXPECTED = "expected a .gguf file, a transformers folder or a name on the hub"
@@ -78,11 +78,13 @@ def load_backbone(
     if path.suffix == ".gguf":
         name, kwargs = os.fspath(path.parent), {"gguf_file": path.name}
     tokenizer = _read("tokenizer", source, AutoTokenizer.from_pretrained, name, **kwargs)
-    if num_layers is not None:
+    if num_layers is not None or load_in in PACKED:
         # Before the weights are read; a GGUF file says it with them.
         gguf = "gguf_file" in kwargs
         config = None if gguf else _read("config.json", source, AutoConfig.from_pretrained, name, **kwargs)
-        checks.integer("num_layers", num_layers, 1, getattr(config, "num_hidden_layers", None))
+        if num_layers is not None:
+            checks.integer("num_layers", num_layers, 1, getattr(config, "num_hidden_layers", None))
+        check_plain(source, load_in, getattr(config, "quantization_config", None))
     llama: Any
     llama, found = _read(
         "weights",
@@ -100,7 +102,7 @@ def load_backbone(
     if num_layers is not None:
         checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
         keep_layers(llama.model, 0, num_layers)
-    if not getattr(llama, "is_quantized", False):  # which is where it belongs, and may not be moved
+    if load_in not in PACKED:  # which are where they belong
         llama = llama.to(device)
     return llama.eval(), tokenizer
 

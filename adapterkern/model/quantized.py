@@ -31,14 +31,16 @@ def check_load_in(load_in: str | None, source: str | os.PathLike[str], device: t
     checks.choice("load_in", load_in, CHOICES)
     if load_in == "none":
         return
-    expected = f"load_in: expected none for {source}, whose weights are quantized already"
     if Path(source).suffix == ".gguf":
-        raise ValueError(f"{expected} and are unpacked into the dtype; got {load_in}")
+        raise ValueError(
+            f"load_in: expected none for {source}, whose weights are packed already, and unpacked into the dtype; got "
+            f"{load_in}"
+        )
     from adapterkern.files import read_json
 
     file = Path(source, "config.json")
-    if file.is_file() and read_json(file, ours=False).get("quantization_config"):
-        raise ValueError(f"{expected} and are loaded as they are; got {load_in}")
+    if file.is_file():
+        check_plain(source, load_in, read_json(file, ours=False).get("quantization_config"))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("load_in: expected bitsandbytes, which is not installed: pip install bitsandbytes")
     import bitsandbytes  # takes a second
@@ -46,6 +48,15 @@ def check_load_in(load_in: str | None, source: str | os.PathLike[str], device: t
     known = sorted(bitsandbytes.supported_torch_devices)
     if device.type not in known:
         raise ValueError(f"load_in: expected a device of bitsandbytes ({', '.join(known)}), got {device.type}")
+
+
+def check_plain(source: str | os.PathLike[str], load_in: str | None, quantized: Any) -> None:
+    """Raise ``ValueError`` if weights are to be quantized whose ``config.json`` says how they are ``quantized``."""
+    if load_in in PACKED and quantized:
+        raise ValueError(
+            f"load_in: expected none for {source}, whose weights are quantized already, and loaded as they are; got "
+            f"{load_in}"
+        )
 
 
 def quantization(load_in: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

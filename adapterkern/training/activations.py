@@ -112,11 +112,12 @@ class Offload:
 
     def pack(self, tensor: Tensor) -> Tensor | _Moved:
         """What autograd keeps of ``tensor``."""
+        # Of what stays the same memory without its graph: a node that held its own output so would never be freed.
         if not self._within or tensor.device.type != self.device_type or not _is_activation(tensor):
-            return tensor
+            return tensor.detach()
         storage = tensor.untyped_storage()
         if not SMALLEST <= tensor.nbytes <= storage.nbytes():  # larger is an expanded one
-            return tensor
+            return tensor.detach()
         key = storage._cdata, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version
         moved = self._moved.get(key)
         if moved is None:

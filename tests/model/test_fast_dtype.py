@@ -44,6 +44,7 @@ def test_weights_that_were_saved_in_bf16_keep_it_unless_that_is_slower(
 
 
 def test_the_dtype_that_a_checkpoint_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").touch()
     assert saved_dtype(tmp_path / "m.gguf") is None
     path = tmp_path / "config.json"
     for content, expected in (

@@ -21,9 +21,20 @@ from tests.support.tiny_llama import tiny
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
 # One per job that a user has; each begins with the shortest thing that works.
-PAGES = ("index", "classify", "instruct-tune", "generate", "own-loop", "multitask", "routing", "distillation", "qa")
+PAGES = (
+    "index",
+    "classify",
+    "instruct-tune",
+    "generate",
+    "own-loop",
+    "multitask",
+    "routing",
+    "distillation",
+    "qa",
+    "memory",
+)
 ALONE = ("instruct-tune",)  # each block of Python runs without those before it
-RECIPES = ("multitask", "routing", "distillation", "qa")
+RECIPES = ("multitask", "routing", "distillation", "qa", "memory")
 PACKAGES = ("", ".ops", ".optim", ".training", *(f".recipes.{recipe}" for recipe in RECIPES))
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)

@@ -51,7 +51,7 @@ def kept(task: Task[Any], batch: dict[str, Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in frozen:
             found.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        return tensor
+        return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = task(batch)
@@ -132,7 +132,7 @@ def test_offloaded_steps_keep_their_bits_and_move_activations_alone(
 
     def recorded(self: Offload, tensor: Tensor) -> Any:
         found = pack(self, tensor)
-        if found is not tensor:
+        if not isinstance(found, Tensor):
             moved.append(found.host)
         return found
 
@@ -167,11 +167,23 @@ def test_what_is_offloaded_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     task.model.layers[3].mlp.act_fn.register_forward_hook(
         lambda module, inputs, output: states.append(StorageWeakRef(output.untyped_storage()))
     )
+    saved: list[StorageWeakRef] = []
+    pack = Offload.pack
+
+    def recorded(self: Offload, tensor: Tensor) -> Any:
+        if tensor.requires_grad and not tensor.is_leaf and not tensor._is_view():
+            saved.append(StorageWeakRef(tensor.untyped_storage()))
+        return pack(self, tensor)
+
+    monkeypatch.setattr(Offload, "pack", recorded)
     with offloaded(task, task.model):
         loss, _ = task(batch)
     assert plain > 0
     assert states[0].expired()
     loss.backward()
+    del loss
+    assert saved
+    assert all(storage.expired() for storage in saved)  # no node holds itself
 
 
 @pytest.mark.parametrize("changes", [{}, {"prefix_cache": False}, {"precision": "bf16", "task": "causal-lm"}])

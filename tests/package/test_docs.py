@@ -34,7 +34,7 @@ PAGES = (
     "memory",
 )
 ALONE = ("instruct-tune",)  # each block of Python runs without those before it
-RECIPES = ("multitask", "routing", "distillation", "qa", "memory")
+RECIPES = ("multitask", "routing", "distillation", "qa")
 PACKAGES = ("", ".ops", ".optim", ".training", *(f".recipes.{recipe}" for recipe in RECIPES))
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)

@@ -25,7 +25,7 @@ def train(model: Path, files: tuple[Path, Path], output: Path, more: str) -> lis
 
 
 def metric(text: str, name: str) -> float:
-    return float(re.search(rf"^{name} +([\d.]+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+    return float(re.search(rf"^{name} +([\d.]+)$", text, re.MULTILINE)[1])
 
 
 def test_a_quantized_run_is_evaluated_loaded_and_resumed_on_quantized_weights(
@@ -44,15 +44,15 @@ def test_a_quantized_run_is_evaluated_loaded_and_resumed_on_quantized_weights(
         assert (metric(capsys.readouterr().out, "loss") == pytest.approx(loss, abs=2e-4)) == same
     model, _ = ak.load(run)
     assert {p.dtype for p in model.task.model.layers.parameters()} == {torch.float32, torch.uint8}
-    more = find_run(run).open(load_in="none").task.model
-    assert {p.dtype for p in more.layers.parameters()} == {torch.float32}
+    whole = find_run(run).open(load_in="none").task.model
+    assert {p.dtype for p in whole.layers.parameters()} == {torch.float32}
     for path in (run / "checkpoints").glob("step-*4"):
         path.rename(tmp_path / "last")
     assert cli.main(["train", "--resume", "--output", str(run)]) == 0  # with the options that the run has
     assert metric(capsys.readouterr().out, "loss") == pytest.approx(loss, abs=1e-4)
     del saved["load_in"]  # as 0.1.0 has written it
     (run / "sources.json").write_text(json.dumps(saved))
-    assert find_run(run).sources.load_in is None  # type: ignore[union-attr]
+    assert find_run(run).sources.load_in is None
 
 
 def test_a_checkpoint_that_is_quantized_already(model_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ api.py                      the entry points: ``train``, ``evaluate``
 config.py                   ``TrainConfig``
 dry_run.py                  a run of a few steps that are undone, and what it will take
 loop.py                     the order of steps, evaluations and checkpoints
-task.py, heads.py           hidden states → loss; what is trained, scored and saved
+task.py                     hidden states → loss; what is trained, scored and saved
+heads.py, head_kinds.py     what a head learns of labeled texts: one label, several, a number
 losses.py                   smoothed labels and weighted classes
 compiled.py                 frozen layers compiled for a run's steps
 optimization.py             the optimizer and its learning-rate schedule
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from adapterkern.training.data.prefix import PrefixCache as PrefixCache
     from adapterkern.training.data.rows import DataError as DataError
     from adapterkern.training.data.split import HeldOut as HeldOut
+    from adapterkern.training.head_kinds import MultiLabelHead as MultiLabelHead
+    from adapterkern.training.head_kinds import RegressionHead as RegressionHead
     from adapterkern.training.heads import ClassificationHead as ClassificationHead
     from adapterkern.training.run.callbacks import Callback as Callback
     from adapterkern.training.run.callbacks import RunInfo as RunInfo
@@ -46,8 +49,10 @@ _HOMES = {
     "DataError": "data.rows",
     "DryRun": "run.results",
     "HeldOut": "data.split",
+    "MultiLabelHead": "head_kinds",
     "NonFiniteError": "run.results",
     "PrefixCache": "data.prefix",
+    "RegressionHead": "head_kinds",
     "RunInfo": "run.callbacks",
     "Task": "task",
     "TrainConfig": "config",

@@ -28,15 +28,16 @@ from adapterkern.training.data.rows import source_name, warn
 from adapterkern.training.data.sets import Data
 from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
 from adapterkern.training.data.summary import Summary, warn_of_overlap
+from adapterkern.training.data.targets import TARGETS, OneLabel
 from adapterkern.training.dry_run import Rehearsal, unchanged
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
 from adapterkern.training.losses import check_loss, trained_with
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.parallel.frozen import cast_once
-from adapterkern.training.prediction import Answer, answers_kept
+from adapterkern.training.prediction import answers_kept
 from adapterkern.training.run.best import Best
 from adapterkern.training.run.callbacks import Callback, Callbacks, check_callbacks
 from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
@@ -76,14 +77,14 @@ def train(
     *,
     tokenizer: Any = None,
     eval_data: Any = None,
-    head: ClassificationHead | None = None,
+    head: Head | None = None,
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
     sources: Sources | Mapping[str, Sources] | None = None,
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> TrainResult:
-    """Train the active adapter, with a classification head or as a language model.
+    """Train the active adapter, with a head for labeled texts or as a language model.
 
     Args:
         model: on the device to train on. The backbone stays frozen.
@@ -187,7 +188,7 @@ def _load_both(
     examples = numbered(task.load(train_data, config, tokenizer))
     if is_share(eval_data):
         part = HeldOut(train_data, eval_data, config.seed)
-        return *split(examples, part, labeled=task.head is not None), (part.rest, part.name)
+        return *split(examples, part, targets=_targets(task)), (part.rest, part.name)
     if eval_data is None:
         return examples, [], (source_name(train_data), None)
     eval_set = _load(task, eval_data, config, tokenizer, len(examples))
@@ -199,9 +200,13 @@ def _load(task: Task[Any], data: Any, config: TrainConfig, tokenizer: Any, start
     if not isinstance(data, HeldOut):
         return numbered(task.load(data, config, tokenizer), start)
     examples = numbered(task.load(data.train_data, config, tokenizer), start)
-    held = split(examples, data, labeled=task.head is not None)[1]
+    held = split(examples, data, targets=_targets(task))[1]
     check_unchanged(data, fingerprint(held))
     return held
+
+
+def _targets(task: Task[Any]) -> OneLabel | None:
+    return None if task.head is None else TARGETS[task.head.task]
 
 
 def _name(data: Any) -> str:
@@ -245,7 +250,7 @@ def _check_arguments(model: object, config: object, tokenizer: object, head: obj
         path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else ""
         hint = f": load it, AutoTokenizer.from_pretrained({path!r})" if path else ""
         raise TypeError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}{hint}")
-    for name, value, kind in (("head", head, ClassificationHead), ("cache", cache, PrefixCache)):
+    for name, value, kind in (("head", head, Head), ("cache", cache, PrefixCache)):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(value).__name__}")
 
@@ -254,7 +259,7 @@ def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: b
     """Name the settings of a training that were made and change nothing."""
     found: dict[str, str] = {}
     if type(task) in (Task, type(None)):  # others may read other rows, too
-        names = ("label_column", "pooling") if config.task == "causal-lm" else ("prompt_column", "completion_column")
+        names = ("prompt_column", "completion_column") if config.labeled else ("label_column", "pooling")
         found |= dict.fromkeys(names, f"with task={config.task!r}")
     if not evaluates:
         found["eval_every"] = "without eval_data"
@@ -267,7 +272,7 @@ def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: b
             warn("config: %s=%r has no effect %s", name, getattr(config, name), why)
 
 
-def _warn_of_pooling(config: TrainConfig, head: ClassificationHead | None) -> None:
+def _warn_of_pooling(config: TrainConfig, head: Head | None) -> None:
     """The same of ``pooling`` beside a head, which has its own."""
     if head is not None and config.pooling not in (head.pooling, TrainConfig.pooling):
         warn("config: pooling=%r has no effect with a head that reads %r", config.pooling, head.pooling)
@@ -325,10 +330,10 @@ def evaluate(
     config: TrainConfig,
     *,
     tokenizer: Any = None,
-    head: ClassificationHead | None = None,
+    head: Head | None = None,
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
-    answers: list[Answer] | None = None,
+    answers: list[Any] | None = None,
 ) -> dict[str, float]:
     """Score the active adapter on data: the same numbers as an evaluation during ``train``.
 
@@ -337,12 +342,16 @@ def evaluate(
         config, head: those of the training, as ``load_run`` reads them.
         cache: activations to reuse; without it texts run through the whole model.
         task: the task of the training, if it had one; it has its own head.
-        answers: a list that gets an ``Answer`` per text: the label that a classification head finds, and its
-            probability. In the order of the batches; with several processes those of this one's share.
+        answers: a list that gets an ``Answer`` per text, the label that a classification head finds, and its
+            probability; or its ``Scores`` of another head. In the order of the batches; with several processes those of
+            this one's share.
 
     Returns:
-        ``loss`` (nats per text or token), ``accuracy`` (0 to 1), ``targets`` (their number), ``seconds``,
-        ``tokens_per_second``, and for causal-lm ``perplexity``; or the metrics of ``task``.
+        ``loss`` (nats per text, token or label), ``accuracy`` (0 to 1), ``targets`` (their number), ``seconds`` and
+        ``tokens_per_second``; for causal-lm also ``perplexity``. For multi-label ``accuracy`` counts the texts with all
+        labels right; also ``f1_micro`` and ``f1_macro``. For regression there is no accuracy, and ``loss`` is the mean
+        squared error over the variance of the training's numbers; ``rmse`` and ``mae`` in their unit, and ``r2``,
+        ``pearson`` and ``spearman`` where defined. Or the metrics of ``task``.
 
     Raises:
         DataError: unusable rows; the message names file and line.
@@ -351,9 +360,9 @@ def evaluate(
     """
     _check_arguments(model, config, tokenizer, head, cache)
     if task is None:
-        if (head is None) == (config.task == "classification"):
+        if (head is None) == config.labeled:
             hint = ", got None: give the head of the training, which is result.head, or load_run(...)[1]"
-            expected = f"a head for task 'classification'{hint}" if head is None else "no head for task 'causal-lm'"
+            expected = f"a head for task {config.task!r}{hint}" if head is None else "no head for task 'causal-lm'"
             raise ValueError(f"head: expected {expected}")
         task = Task(model, None if head is None else head.to(model.device))
         _warn_of_pooling(config, head)
@@ -367,7 +376,7 @@ def _evaluated(
     config: TrainConfig,
     tokenizer: Any,
     cache: PrefixCache | None,
-    answers: list[Answer] | None,
+    answers: list[Any] | None,
 ) -> dict[str, float]:
     model = task.model
     accelerator = make_accelerator(config.precision, model.device)  # joins the processes, of which one shows the data

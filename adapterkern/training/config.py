@@ -7,7 +7,8 @@ from typing import Any
 
 from adapterkern import checks
 
-TASKS = ("classification", "causal-lm")
+LABELED = ("classification", "multi-label", "regression")  # each text has a label, and a head learns it
+TASKS = (*LABELED, "causal-lm")
 POOLINGS = ("mean", "last")
 PADDING_SIDES = ("right", "left")
 PADDINGS = ("longest", "max_length")
@@ -99,12 +100,13 @@ class TrainConfig:
     """How to train. Every field has a default; a ``TypeError`` or ``ValueError`` names one of a wrong type or value.
 
     Args: What is learned
-        task: ``"classification"`` (one label per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
+        task: ``"classification"`` (one label per text), ``"multi-label"`` (a list of labels per text, possibly empty),
+            ``"regression"`` (a number per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
         train_adapters: False trains the head alone, on the bare backbone.
-        pooling: a classification head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` token's.
-        text_column: the text of classification rows and of causal-lm rows without a prompt; for causal-lm it may hold
+        pooling: a head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` token's.
+        text_column: the text of rows with a label, and of causal-lm rows without a prompt; for causal-lm it may hold
             lists of chat messages.
-        label_column: the label of classification rows.
+        label_column: the label: a string or an integer, a list of them, or a number, as ``task`` says.
         prompt_column, completion_column: the columns of causal-lm rows with a prompt, texts or lists of chat messages.
         max_length: tokens per row; longer rows are cut at the end.
         skip_bad_rows: skip bad rows, with a warning, instead of refusing the file.
@@ -173,7 +175,10 @@ class TrainConfig:
     """
 
     task: str = checks.option(
-        "classification", "classification learns one label per text, causal-lm the next token", TASKS
+        "classification",
+        "learn one label per text (classification), a list of labels (multi-label), a number (regression), or the "
+        "next token (causal-lm)",
+        TASKS,
     )
     train_adapters: bool = checks.option(True, "--no-train-adapters trains the head alone")
     pooling: str = checks.option(
@@ -264,7 +269,7 @@ class TrainConfig:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: expected a column's name, got {getattr(self, name)!r}")
         for name, other in (("label_column", "text_column"), ("completion_column", "prompt_column")):
-            if name == "label_column" and self.task == "causal-lm":  # which reads no labels
+            if name == "label_column" and not self.labeled:
                 continue
             if getattr(self, name) == getattr(self, other):
                 raise ValueError(f"{name}: expected another column than {other}, got {getattr(self, name)!r} for both")
@@ -288,7 +293,7 @@ class TrainConfig:
         self._check_loss()
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup: expected a share below 1 or an integer number of steps, got {self.warmup!r}")
-        if self.task == "causal-lm" and not self.train_adapters:
+        if not (self.labeled or self.train_adapters):
             raise ValueError(
                 "train_adapters: expected adapters to train with task='causal-lm': without them there is only a head "
                 "to train, and causal-lm has none; got train_adapters=False"
@@ -322,6 +327,11 @@ class TrainConfig:
         elif weights != "balanced":
             labels = " (in Python: or a mapping from labels to numbers)"
             raise ValueError(f"class_weights: expected balanced{labels}, got {weights!r:.80}")
+
+    @property
+    def labeled(self) -> bool:
+        """Whether each text has a label, which a head learns."""
+        return self.task in LABELED
 
     @property
     def rows_per_step(self) -> int:

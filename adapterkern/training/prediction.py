@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from adapterkern.model.decoder import modes_kept
@@ -15,7 +16,7 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.examples import UNREAD, Example, Rows, check_vocabulary
 from adapterkern.training.data.rows import BadRows, DataError, Row, source_name, warn
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import Head
 from adapterkern.training.parallel.accelerator import make_accelerator
 from adapterkern.training.parallel.frozen import cast_once
 from adapterkern.training.run.lock import in_one_thread
@@ -32,20 +33,30 @@ class Answer(NamedTuple):
     probability: float  # of that label, 0 to 1
 
 
-@contextlib.contextmanager
-def answers_kept(task: Task[Any], feed: Feed, answers: list[Answer]) -> Iterator[None]:
-    """Context in which each forward on a batch of ``feed`` adds what the task's classification head finds.
+class Scores(NamedTuple):
+    """What another head finds for an example of an evaluation: its scores (outputs,) beside ``example.targets``."""
 
-    The label is the one that the accuracy counts. Nothing is added by a task without such a head.
+    example: Example
+    scores: np.ndarray
+
+
+@contextlib.contextmanager
+def answers_kept(task: Task[Any], feed: Feed, answers: list[Any]) -> Iterator[None]:
+    """Context in which each forward on a batch of ``feed`` adds what the task's head finds: ``Answer`` or ``Scores``.
+
+    The label is the one that the accuracy counts. Nothing is added by a task without a head.
     """
 
     def keep(head: Any, arguments: Any, scores: torch.Tensor) -> None:
+        if head.whole:
+            answers.extend(Scores(*one) for one in zip(feed.examples, scores.cpu().numpy(), strict=True))
+            return
         best = scores.argmax(-1)
         probabilities = scores.softmax(-1).gather(-1, best[:, None])[:, 0]
         found = zip(feed.examples, best.tolist(), probabilities.tolist(), strict=True)
         answers.extend(Answer(*one) for one in found)
 
-    heads = [module for module in task.modules() if isinstance(module, ClassificationHead)]
+    heads = [module for module in task.modules() if isinstance(module, Head)]
     hooks = [head.register_forward_hook(keep) for head in heads]
     try:
         yield

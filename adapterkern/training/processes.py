@@ -115,6 +115,15 @@ def on_every_rank(work: Callable[[], T]) -> T:
     return results[0]
 
 
+def merged(own: dict[int, T]) -> dict[int, T]:
+    """The entries of all ranks, on every rank."""
+    if world_size() == 1:
+        return own
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return {key: value for of_rank in found for key, value in of_rank.items()}
+
+
 def sum_over_batches(batches: Sequence[T], of: Callable[[T], Tensor], device: torch.device) -> Tensor:
     """Σ of(batch) over all batches, each computed by one rank: fp64, on the CPU."""
     results = []

@@ -1,7 +1,7 @@
 """What a finished run or checkpoint leaves in its folder: writing and reading it.
 
     adapterkern.safetensors, adapterkern.json    the adapter (not for a head trained alone)
-    head.safetensors, head_config.json           the classification head with its label names (not for causal-lm)
+    head.safetensors, head_config.json           the head with its kind and label names (not for causal-lm)
     task.json       the kind of task, and the TrainConfig: how to tokenize, pad and score
     sources.json    where backbone and evaluation data are, if the run was started by a command
 
@@ -21,7 +21,8 @@ from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, adapter_fi
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.split import HeldOut
-from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
+from adapterkern.training.head_kinds import HEADS
+from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Head
 
 TASK_NAME = "task.json"
 SOURCES_NAME = "sources.json"
@@ -40,7 +41,7 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 def save_run(
     directory: Path,
     model: LlamaAdapter,
-    head: ClassificationHead | None,
+    head: Head | None,
     config: TrainConfig,
     *,
     kind: str,
@@ -79,7 +80,7 @@ def load_kind(directory: str | os.PathLike[str]) -> str | None:
     return read_versioned(Path(directory) / TASK_NAME, FORMAT_VERSION, {}).get("kind")
 
 
-def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, ClassificationHead | None]:
+def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, Head | None]:
     """The configuration and the head (None for causal-lm) that ``train`` saved, for ``evaluate``.
 
     ``LlamaAdapter.from_pretrained(llama, directory)`` reads the adapter; there is none if the configuration says
@@ -90,7 +91,12 @@ def load_run(directory: str | os.PathLike[str]) -> tuple[TrainConfig, Classifica
         ValueError: a file is damaged; the message names file and field.
     """
     config = load_config(directory)
-    return config, ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
+    return config, load_head(directory, config)
+
+
+def load_head(directory: str | os.PathLike[str], config: TrainConfig) -> Head | None:
+    """The head of a saved run with this configuration; None for causal-lm. Raises like ``load_run``."""
+    return HEADS[config.task].from_pretrained(directory) if config.labeled else None
 
 
 def load_model(

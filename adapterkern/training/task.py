@@ -1,6 +1,7 @@
 """What is learned: how rows become examples, how a batch becomes a loss, what is trained, scored and saved.
 
-``Task`` is classification with a ``ClassificationHead``, or next-token prediction with the backbone's own LM head.
+``Task`` is what a head learns of labeled texts, which ``TrainConfig.task`` chooses and which knows its own loss, scores
+and predictions; or next-token prediction with the backbone's own LM head.
 Another kind of training is a subclass, generic in its example, passed as ``train(..., task=...)``. The loop, the prefix
 cache, the checkpoints and the evaluation call only these methods:
 
@@ -20,10 +21,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Self, cast
+from typing import Any, ClassVar, Generic, Self, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -51,24 +52,15 @@ from adapterkern.training.data.examples import (
 from adapterkern.training.data.prefix import PrefixCache, Slot
 from adapterkern.training.data.rows import BadRows, Row, iter_rows
 from adapterkern.training.data.summary import Summary, summarize
-from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
+from adapterkern.training.data.targets import TARGETS
+from adapterkern.training.head_kinds import HEADS
+from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Head, gathered, scored, scores_kept
+from adapterkern.training.heads import Prediction as Prediction
 from adapterkern.training.losses import TrainingLoss
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run
 
 logger = logging.getLogger(__name__)
-
-
-class Prediction(NamedTuple):
-    """The label that a classification head predicts for a row, its probability (0 to 1), and that of each label."""
-
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-    def columns(self) -> dict[str, Any]:
-        """What a table of predictions has of it."""
-        return {"prediction": self.label, "probability": self.probability, "probabilities": self.probabilities}
 
 
 def _owning(save: Any) -> Any:
@@ -87,7 +79,7 @@ class Task(nn.Module, Generic[E]):
 
     Args:
         model: the backbone with its adapters.
-        head: a classification head; None for causal-lm, and until ``load`` knows the labels.
+        head: of the kind that the task needs; None for causal-lm, and until ``load`` knows the labels.
 
     Attributes:
         files: the files and folders that ``save`` may write.
@@ -99,7 +91,7 @@ class Task(nn.Module, Generic[E]):
     files: ClassVar[tuple[str, ...]] = (*ADAPTER_FILES, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = trains_all = True
 
-    def __init__(self, model: LlamaAdapter, head: ClassificationHead | None = None) -> None:
+    def __init__(self, model: LlamaAdapter, head: Head | None = None) -> None:
         super().__init__()
         self.model = model
         self.head = head
@@ -136,10 +128,11 @@ class Task(nn.Module, Generic[E]):
 
         The first call is with the training rows and makes the head if there is none.
         """
+        self.check_head(config)
         labels, plain = None if self.head is None else self.head.labels, type(self) is Task
         examples, names = load_examples(rows, config, tokenizer, labels, named=plain)
         check_vocabulary(examples, self.model.get_input_embeddings().num_embeddings)
-        if config.task == "causal-lm":
+        if not config.labeled:
             if self.head is not None:
                 raise ValueError("head: expected None for causal-lm, which uses the backbone's LM head, got one")
             check_targets(examples, self.model.get_input_embeddings().num_embeddings)
@@ -147,9 +140,15 @@ class Task(nn.Module, Generic[E]):
         elif self.head is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                self.head = ClassificationHead(self.model.config.hidden_size, names, config.pooling)
+                targets = [example.targets for example in examples]
+                self.head = HEADS[config.task].of_data(self.model.config.hidden_size, names, targets, config.pooling)
             self.head.to(self.model.device)
         return cast("list[E]", examples)  # a subclass with another E overrides `load`
+
+    def check_head(self, config: TrainConfig) -> None:
+        """Raise ``ValueError`` for a head of another kind than the task's."""
+        if config.labeled and self.head is not None and self.head.task != config.task:
+            raise ValueError(f"head: expected one for task {config.task!r}, got one for {self.head.task!r}")
 
     def collate(self, examples: Sequence[E], config: TrainConfig) -> Batch:
         """The batch for ``forward``, on the CPU."""
@@ -161,13 +160,15 @@ class Task(nn.Module, Generic[E]):
 
     def summaries(self, examples: Sequence[E], config: TrainConfig) -> dict[str, Summary]:
         """What the examples are, by the names of their parts: "" if they have none."""
-        return {"": summarize(examples, config.max_length, None if self.head is None else self.head.labels)}
+        if self.head is None:
+            return {"": summarize(examples, config.max_length)}
+        return {"": summarize(examples, config.max_length, self.head.labels, targets=TARGETS[self.head.task])}
 
     def shown(self, example: E) -> tuple[list[int], str]:
         """For a reader: the places of the tokens that are learned of an example, and its label, "" for none."""
         if self.head is None:
             return (example.positions + 1).tolist(), ""
-        return [], self.head.labels[int(example.targets[0])]
+        return [], self.head.shown(example.targets)
 
     # Training
 
@@ -178,7 +179,7 @@ class Task(nn.Module, Generic[E]):
             name = self.model.active_adapter
             if name is None:
                 raise ValueError("model: expected an active adapter, got none; see set_adapter and train_adapters")
-            unused = self.model.unused_copies(name, lm_head=self.head is None and config.task == "causal-lm")
+            unused = self.model.unused_copies(name, lm_head=self.head is None and not config.labeled)
             if unused:
                 logger.warning("modules_to_save: %s: not used by this training, and not trained", ", ".join(unused))
             left_out = tuple(f"{MODULES}.{path}." for path in unused)
@@ -216,13 +217,14 @@ class Task(nn.Module, Generic[E]):
         return self.model.decoder(**inputs, use_cache=False).last_hidden_state
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed cross-entropy of the batch's targets (nats), and (1,) how many are predicted correctly.
+        """The summed loss of the batch's targets (nats, or the head's unit), and (1,) how many are predicted correctly.
 
         The second is counted in eval mode only, and is 0 in training.
         """
         targets, options = batch["targets"], self.training_loss.options(self.training)
         if self.head is not None:
-            return scored(self.head(hidden, batch["attention_mask"]), targets, count=not self.training, **options)
+            scores = self.head(hidden, batch["attention_mask"])
+            return self.head.loss(scores, targets, count=not self.training, **options)
         # Only the states that predict targets: scores of prompts and padding would waste tokens × vocabulary of memory.
         states, head = hidden.flatten(0, 1)[batch["positions"]], self.model.get_output_embeddings()
         if not (self.model.liger and liger.reads(head) and self.model.logits_path.plain):
@@ -271,8 +273,8 @@ class Task(nn.Module, Generic[E]):
     def predict(self, batch: Batch) -> list[Any]:
         """The prediction for each example of the batch. Raises as ``predicts``."""
         self.predicts()
-        head = cast("ClassificationHead", self.head)
-        return label(head, head(self.hidden(batch), batch["attention_mask"]))
+        head = cast("Head", self.head)
+        return head.predictions(head(self.hidden(batch), batch["attention_mask"]))
 
     def joined(self, examples: Sequence[E], found: Sequence[Any]) -> Any:
         """A row's prediction, from what ``predict`` has ``found`` for each of its examples."""
@@ -286,7 +288,12 @@ class Task(nn.Module, Generic[E]):
         Each rank runs its share of the batches, and all ranks return the same metrics.
         """
         started = time.perf_counter()
-        metrics = self.metrics(sums_over(run, examples, feed, config), examples, config)
+        with scores_kept(self.head, feed) as kept:
+            metrics = self.metrics(sums_over(run, examples, feed, config), examples, config)
+        if self.head is not None and self.head.whole:
+            of_rows = gathered(kept)
+            scores, wanted = np.stack([of_rows[e.row] for e in examples]), np.stack([e.targets for e in examples])
+            metrics |= self.head.metrics(scores, wanted)
         seconds = time.perf_counter() - started
         return metrics | {"seconds": seconds, "tokens_per_second": batches.count_tokens(examples) / seconds}
 
@@ -294,8 +301,11 @@ class Task(nn.Module, Generic[E]):
         """Metrics from the sums over ``examples`` of what ``forward`` returns, the loss first."""
         targets = batches.count_targets(examples)
         loss = sums[0] / targets
-        metrics = {"loss": loss, "accuracy": sums[1] / targets, "targets": targets}
-        if config.task == "causal-lm":
+        metrics = {"loss": loss}
+        if self.head is None or self.head.right:
+            metrics["accuracy"] = sums[1] / (targets if self.head is None else len(examples))
+        metrics["targets"] = targets
+        if not config.labeled:
             metrics["perplexity"] = math.exp(min(loss, 700.0))
         return metrics
 
@@ -319,24 +329,6 @@ class Task(nn.Module, Generic[E]):
         config, head = load_run(directory)
         with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
             return cls(model, None if head is None else head.to(model.device)), config
-
-
-def scored(scores: Tensor, targets: Tensor, count: bool, **options: Any) -> tuple[Tensor, Tensor]:
-    """From scores (K, classes): the summed cross-entropy, and (1,) how many targets have the highest score.
-
-    ``options`` are further ones of torch's ``cross_entropy``.
-    """
-    loss = F.cross_entropy(scores.float(), targets, reduction="sum", **options)
-    return loss, (scores.argmax(-1) == targets).sum()[None] if count else targets.new_zeros(1)
-
-
-def label(head: ClassificationHead, scores: Tensor) -> list[Prediction]:
-    """The best label of each row of scores (B, labels)."""
-    best = scores.argmax(-1).tolist()  # of the scores, as an evaluation counts: two probabilities may both round to 1
-    return [
-        Prediction(head.labels[number], of_row[number], dict(zip(head.labels, of_row, strict=True)))
-        for number, of_row in zip(best, scores.softmax(-1).tolist(), strict=True)
-    ]
 
 
 class Feed:

@@ -11,7 +11,7 @@ from adapterkern.training import TrainConfig
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("task", "regression"),
+        ("task", "ranking"),
         ("pooling", "max"),
         ("padding_side", "middle"),
         ("padding", None),

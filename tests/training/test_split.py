@@ -13,6 +13,7 @@ import pytest
 from adapterkern.training import DataError, HeldOut, TrainConfig, evaluate, load_examples, train
 from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.split import is_share, split
+from adapterkern.training.data.targets import TARGETS
 from adapterkern.training.run.checkpoint import CheckpointError
 from adapterkern.training.saved import Sources, checkpoints, load_run, load_sources, save_sources
 from tests.support import tiny_chat, tiny_run
@@ -34,7 +35,7 @@ def rows(**labels: int) -> list[dict[str, Any]]:
 def parts(of: list[dict[str, Any]], share: str, seed: int = 0, **values: Any) -> tuple[list[Example], list[Example]]:
     config = tiny_run.quiet(**values)
     examples, _ = load_examples(of, config, TOKENIZER)
-    return split(examples, HeldOut(of, share, seed), labeled=config.task == "classification")
+    return split(examples, HeldOut(of, share, seed), targets=TARGETS.get(config.task))
 
 
 def places(examples: list[Example]) -> list[str]:
@@ -118,7 +119,7 @@ def test_the_turns_of_a_conversation_are_on_one_side() -> None:
     texts = numbered(examples)
     assert len(texts) == 16
     for seed in range(10):
-        learned, held = split(texts, HeldOut(of, "25%", seed), labeled=False)
+        learned, held = split(texts, HeldOut(of, "25%", seed), targets=None)
         assert len(held) in (2, 4)
         assert not set(places(learned)) & set(places(held))
         assert len({"row 6", "row 7"} & set(places(held))) in (0, 2)
@@ -128,7 +129,7 @@ def test_texts_that_are_packed_into_a_row_are_parted() -> None:
     """They are separate texts; one that is in every row would hold all rows together."""
     of = [{"input_ids": [1, 5, 6, 1, 7, n], "position_ids": [0, 1, 2] * 2} for n in range(3, 23)]
     examples, _ = load_examples(of, tiny_run.quiet(task="causal-lm"), TOKENIZER)
-    learned, held = split(numbered(examples), HeldOut(of, "10%", 0), labeled=False)
+    learned, held = split(numbered(examples), HeldOut(of, "10%", 0), targets=None)
     assert (len(learned), len(held)) == (36, 4)
     assert [5, 6] not in [example.targets.tolist() for example in held]
 

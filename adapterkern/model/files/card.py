@@ -22,7 +22,12 @@ from adapterkern.model.config import AdapterConfig, adapter_num_params
 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by adapterkern, and written anew when it saves here again: remove this line to keep changes. -->"
-_PIPELINES = {"classification": "text-classification", "causal-lm": "text-generation"}
+_PIPELINES = {  # what the hub calls the task
+    "classification": "text-classification",
+    "multi-label": "text-classification",
+    "regression": "text-classification",
+    "causal-lm": "text-generation",
+}
 _NOT_SCORES = ("seconds", "tokens_per_second", "targets")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -31,7 +36,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class Training:
     """What a card says about a training run."""
 
-    task: str  # "classification", "causal-lm", or another kind of training
+    task: str  # of ``TrainConfig``, or another kind of training
     data: str  # the source of the rows
     examples: int
     steps: int

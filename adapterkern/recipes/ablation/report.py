@@ -135,7 +135,7 @@ def write_report(study: Study, findings: Findings, output: Path, title: str = ""
     print_table(lines, f"{title}\n{base}" if title else base)
     with replacing(output / TABLE_NAME) as temporary:
         temporary.write_text(markdown(lines), encoding="utf-8")
-    unit = "text" if study.training.task == "classification" else "token"
+    unit = "text" if study.training.labeled else "token"
     plot_axes(study, lines, findings.num_layers, output / PLOT_NAME, unit)
     row = next(iter(findings.rows.values()))
     described = {

@@ -39,7 +39,7 @@ class Study:
             changes a run's numbers; ``layers`` and ``every`` together are one axis, ``layers`` first.
         seeds: integers >= 0; one run per variant and seed.
         product: run all combinations; False varies one axis at a time around the base point.
-        head_alone: also train the head without adapters (classification only).
+        head_alone: also train the head without adapters (where there are labels).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, an unknown field, no value or a duplicate one; the message
@@ -62,6 +62,8 @@ class Study:
             checks.integer("seeds", seed, 0)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: expected at least one and no duplicates, got {list(self.seeds)}")
+        if self.training.task == "regression":
+            raise ValueError("task: expected one with an accuracy, which a study compares, got 'regression'")
         checks.flag("product", self.product)
         checks.flag("head_alone", self.head_alone)
 
@@ -92,7 +94,7 @@ class Study:
             changed = frozenset(i for i, (setting, b) in enumerate(zip(point, base, strict=True)) if setting != b)
             label = ", ".join(show_setting(point[i], num_layers) for i in sorted(changed)) or "base"
             found.append(Variant(label, tuple(point), changed, adapter, training))
-        if self.head_alone and self.training.task == "classification":
+        if self.head_alone and self.training.labeled:
             alone = dataclasses.replace(found[0].training, train_adapters=False)
             found.append(found[0]._replace(label="head alone", training=alone))
         return found

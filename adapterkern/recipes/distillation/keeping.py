@@ -24,6 +24,12 @@ from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.task import Feed, sums_over
 
 
+def check_task(config: TrainConfig) -> None:
+    """Raise ``ValueError`` for a task whose loss does not leave the rows of kept texts out."""
+    if config.task not in ("classification", "causal-lm"):  # whose cross-entropy ignores IGNORE
+        raise ValueError(f"task: expected classification or causal-lm beside texts to keep, got {config.task}")
+
+
 class WithKept(NamedTuple):
     """Data for ``KeepBehaviour``: rows of the task, and causal-lm rows to keep, which need a text only."""
 
@@ -51,6 +57,7 @@ class KeepBehaviour(Taught):
 
     def load(self, rows: Rows | WithKept, config: TrainConfig, tokenizer: Any) -> list[Example]:
         """Examples of the task's rows, and after them the texts to keep. Raises as ``Task.load``."""
+        check_task(config)
         if not isinstance(rows, WithKept):
             return super().load(rows, config, tokenizer)
         examples = super().load(rows.rows, config, tokenizer)
@@ -86,7 +93,7 @@ class KeepBehaviour(Taught):
             return batch | _nothing_kept(batch) if self.training and processes.is_sharded(self) else batch
         none = np.empty(0, dtype=np.int64)
         # A kept text has IGNORE as its row's target in a classification, and no target in a causal-lm.
-        bare: dict[str, Any] = {} if config.task == "classification" else {"targets": none, "positions": none}
+        bare: dict[str, Any] = {} if config.labeled else {"targets": none, "positions": none}
         batch = super().collate(
             [dataclasses.replace(e, **bare) if isinstance(e, KeptText) else e for e in examples], config
         )

@@ -26,7 +26,7 @@ from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher,
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import Head
 from adapterkern.training.saved import load_model, load_run
 from adapterkern.training.task import Task
 
@@ -59,7 +59,7 @@ class Taught(Task[Example]):
         model: LlamaAdapter,
         teacher: Any = None,
         *,
-        head: ClassificationHead | None = None,
+        head: Head | None = None,
         temperature: float = DEFAULTS.temperature,
         weight: float = DEFAULTS.weight,
         divergence: str = DEFAULTS.divergence,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.examples import Example
 
 
@@ -34,6 +35,14 @@ class Prediction(NamedTuple):
     def columns(self) -> dict[str, Any]:
         """What a table of predictions has of it; the task is a column of its rows."""
         return {"prediction": self.label, "probability": self.probability, "probabilities": self.probabilities}
+
+
+def check_task(config: TrainConfig) -> None:
+    """Raise ``ValueError`` for a task that several adapters cannot learn in mixed batches."""
+    if config.task not in ("classification", "causal-lm"):  # whose targets are one per row, or those of tokens
+        raise ValueError(
+            f"task: expected classification or causal-lm for several tasks at once, got {config.task}; train each alone"
+        )
 
 
 def as_example(example: Example, number: int) -> TaskExample:

@@ -33,7 +33,7 @@ from adapterkern.model.mixing import check_mixable
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.optim.plan import local
-from adapterkern.recipes.multitask.examples import Prediction, TaskExample, as_example
+from adapterkern.recipes.multitask.examples import Prediction, TaskExample, as_example, check_task
 from adapterkern.recipes.multitask.sampling import mixed_order
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
@@ -45,7 +45,7 @@ from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.prediction import predictions
 from adapterkern.training.saved import load_run, save_config, save_run
-from adapterkern.training.task import Feed, Task, label, scored
+from adapterkern.training.task import Feed, Task
 
 TASKS_FOLDER = "tasks"
 MULTITASK_CONFIG = f"{TASKS_FOLDER}/multitask.json"
@@ -116,6 +116,7 @@ class MultiTask(Task[TaskExample]):
 
     def load(self, rows: Mapping[str, Rows], config: TrainConfig, tokenizer: Any) -> list[TaskExample]:
         """Examples of every task in ``rows``; the first call, with the training rows, makes the heads."""
+        check_task(config)
         if not isinstance(rows, Mapping):
             raise TypeError(f"data: expected a mapping from task names to rows, got {type(rows).__name__}")
         if not config.train_adapters:
@@ -125,7 +126,7 @@ class MultiTask(Task[TaskExample]):
         if not rows:
             raise ValueError(f"data: expected rows of tasks among {listed(self.names)}, got none")
         headless = [name for name in self.names if name not in rows and name not in self.heads]
-        if headless and config.task == "classification":
+        if headless and config.labeled:
             raise ValueError(self._missing(headless[0]))
         examples = []
         for number, name in enumerate(self.names):
@@ -243,7 +244,9 @@ class MultiTask(Task[TaskExample]):
             return super().loss(hidden, batch)
         losses, right = zip(
             *(
-                scored(self._scores(name, hidden, batch, rows), batch["targets"][rows], count=not self.training)
+                self.heads[name].loss(  # type: ignore[operator]
+                    self._scores(name, hidden, batch, rows), batch["targets"][rows], count=not self.training
+                )
                 for name, rows in self._rows_of(batch).items()
             ),
             strict=True,
@@ -285,7 +288,7 @@ class MultiTask(Task[TaskExample]):
         for name, rows in self._rows_of(batch).items():
             head = self._head(name)
             assert head is not None  # all tasks have one, or none
-            labels = label(head, self._scores(name, hidden, batch, rows))
+            labels = head.predictions(self._scores(name, hidden, batch, rows))
             found |= {row: Prediction(name, *one) for row, one in zip(rows.tolist(), labels, strict=True)}
         return [found[row] for row in range(len(hidden))]
 
@@ -373,7 +376,7 @@ class MultiTask(Task[TaskExample]):
             for name in names:
                 config, head = load_run(folder := cls.folder(directory, name))
                 model.load_adapter(folder, name)
-                heads |= {} if head is None else {name: head}
+                heads |= {name: head} if isinstance(head, ClassificationHead) else {}
             try:
                 return cls(model, names, temperature=temperature, heads=heads), config
             except (TypeError, ValueError) as error:

@@ -39,8 +39,8 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example
-from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, ClassificationHead
-from adapterkern.training.saved import load_config, save_config
+from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Head
+from adapterkern.training.saved import load_config, load_head, save_config
 from adapterkern.training.task import Task
 
 ROUTING_WEIGHTS, ROUTING_CONFIG = "routing.safetensors", "routing_config.json"
@@ -81,9 +81,7 @@ class RoutedTask(Task[Example]):
     files: ClassVar[tuple[str, ...]] = (ROUTING_WEIGHTS, ROUTING_CONFIG, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = False  # a forward runs the experts that are chosen
 
-    def __init__(
-        self, model: LlamaAdapter, routing: RoutingConfig | None = None, head: ClassificationHead | None = None
-    ) -> None:
+    def __init__(self, model: LlamaAdapter, routing: RoutingConfig | None = None, head: Head | None = None) -> None:
         super().__init__(model, head)
         self.routing = routing or RoutingConfig()
         first = model.active_adapter
@@ -282,7 +280,7 @@ class RoutedTask(Task[Example]):
             check_weights(path, backbone, llama, weights_digest(llama), strict=False)
         found = find_weights(weights, path, saved["weights_sha256"])
         config = load_config(directory)
-        head = ClassificationHead.from_pretrained(directory) if config.task == "classification" else None
+        head = load_head(directory, config)
         model = LlamaAdapter(llama, adapter, fused=fused, liger=liger)
         with unloaded_on_error(model):
             task = cls(model, routing, None if head is None else head.to(model.device))

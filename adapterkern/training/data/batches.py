@@ -1,9 +1,9 @@
 """Padding examples to batches; counting, ordering and fingerprinting them.
 
 A batch is a dict of tensors: ``input_ids`` (B, L) int64, ``attention_mask`` (B, L) int64 with 1 on real tokens,
-``targets`` (K,) int64, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L). These are computed on the
-host, so that no step waits for the device to learn which states it needs. For classification K = B. A task may add
-entries of its own.
+``targets`` (K,), those of all rows in a row, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L). These
+are computed on the host, so that no step waits for the device to learn which states it needs. For classification and
+regression K = B, for multi-label K = B · labels. A task may add entries of its own.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def collate(examples: Sequence[Example], config: TrainConfig, length: int | None
         "attention_mask": torch.from_numpy(mask),
         "targets": torch.from_numpy(np.concatenate([example.targets for example in examples])),
     }
-    return batch | ({"positions": torch.from_numpy(np.concatenate(positions))} if config.task == "causal-lm" else {})
+    return batch | ({"positions": torch.from_numpy(np.concatenate(positions))} if not config.labeled else {})
 
 
 def count_tokens(examples: Iterable[Example]) -> int:
@@ -59,16 +59,19 @@ def count_tokens(examples: Iterable[Example]) -> int:
 
 
 def count_targets(examples: Iterable[Example]) -> int:
-    """The number of terms a mean loss has: examples for classification, target tokens for causal-lm."""
+    """The number of terms a mean loss has: target tokens for causal-lm, labels times examples for multi-label, else
+    examples.
+    """
     return sum(len(example.targets) for example in examples)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """SHA-256 of the tokenized data: token ids, targets and the order of the examples."""
+    """SHA-256 of the tokenized data: token ids, targets, exactly, and the order of the examples."""
     digest = hashlib.sha256()
     for example in examples:
         for array in example.arrays():
-            digest.update(len(array).to_bytes(8, "little") + array.astype("<i8").tobytes())
+            exact = array.astype("<f8" if array.dtype.kind == "f" else "<i8")
+            digest.update(len(array).to_bytes(8, "little") + exact.tobytes())
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """From rows to examples: tokenization, labels, prompt masking. What rows may be is in shapes.py, chat.py and given.py.
 
-An example is its token ids, its targets, and the positions of the states that predict them. A classification example
-has one target, its label. A causal-lm example has one target per token to learn, and the state at t − 1 predicts token
-t. Prompt tokens, padding and the first token carry no loss.
+An example is its token ids, its targets, and the positions of the states that predict them. The targets of a labeled
+example are those of its label, see targets.py. A causal-lm example has one target per token to learn, and the state at
+t − 1 predicts token t. Prompt tokens, padding and the first token carry no loss.
 """
 
 import dataclasses
@@ -17,22 +17,13 @@ from typing_extensions import TypeVar  # torch needs it, too; typing has a defau
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.chat import Conversation, tokenize_chats
 from adapterkern.training.data.given import IDS, IGNORE, LABELS, Text, given_columns, given_texts, is_given
-from adapterkern.training.data.labels import (
-    EXPECTED,
-    label_name,
-    label_number,
-    label_order,
-    unknown_label,
-    written_in_two_ways,
-)
+from adapterkern.training.data.labels import label_name, label_number, unknown_label, written_in_two_ways
 from adapterkern.training.data.rows import (
     BadRows,
     DataError,
     Row,
     check_columns,
     columns,
-    listed,
-    problem,
     read_rows,
     shown,
     source_name,
@@ -40,6 +31,7 @@ from adapterkern.training.data.rows import (
     warn_unused,
 )
 from adapterkern.training.data.shapes import ALPACA, Shape, choose_shape, of_one_shape, read_row, say_shape
+from adapterkern.training.data.targets import TARGETS
 from adapterkern.training.data.tokens import tokenize
 
 _LOOKED_AT = 10  # unknown labels, for what they may have meant: more are not shown
@@ -52,8 +44,8 @@ class Example:
     """One tokenized row. Subclasses may add fields."""
 
     input_ids: np.ndarray  # (n,) int64
-    targets: np.ndarray  # (1,) the label's index, or (k,) token ids
-    positions: np.ndarray  # (k,) positions of the states that predict the targets; empty for classification
+    targets: np.ndarray  # what targets.py makes of a label, or (k,) token ids
+    positions: np.ndarray  # (k,) positions of the states that predict token ids; empty beside a label
     row: int = dataclasses.field(default=-1, kw_only=True)  # its number within a run, see `numbered`
     place: str = dataclasses.field(default="", kw_only=True)  # of its row: file and line
     starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
@@ -115,15 +107,15 @@ def load_examples(
             shapes.py. Rows with ``input_ids`` (a list of token ids) are tokenized already, see given.py, and need no
             tokenizer. A column that is not read is named in a warning.
         tokenizer: a transformers tokenizer.
-        labels: the label names of a classification head; by default those in the data.
+        labels: the label names of a head; by default those in the data.
         named: ``config`` names the columns of these rows, and of no others: causal-lm warns if they have none of them.
 
     Returns:
-        the examples, and the label names (none for causal-lm).
+        the examples, and the label names (none for regression and causal-lm).
 
     Raises:
         DataError: a column that all rows lack; bad rows, each named by file and line, unless ``config.skip_bad_rows``;
-            no rows left; or only one label.
+            no rows left; or labels that leave nothing to learn, as only one.
         ImportError: a package that reads the data is not installed: pyarrow for Parquet, datasets for the hub.
         OSError: there is no such file, folder or dataset, or it cannot be read.
         TypeError: rows of text without a tokenizer; or ``data`` holds no rows.
@@ -161,8 +153,8 @@ def _load(
     named: bool = False,
 ) -> tuple[list[Example], list[str]]:
     rows = read_rows(data, bad)
-    if config.task == "classification":
-        return _classification(rows, config, tokenizer, labels, bad)
+    if config.labeled:
+        return _labeled(rows, config, tokenizer, labels, bad)
     return _causal_lm(rows, config, tokenizer, bad, named), [] if labels is None else list(labels)
 
 
@@ -172,49 +164,47 @@ def _check_some(
     """Raise ``DataError`` if no example is left, or nothing to tell apart."""
     if not examples:
         raise DataError(f"{bad.source}: no rows" + (f" are left of {len(bad.found)}" if bad.found else ""))
-    if config.task == "classification" and labels is None and len(names) < 2:
-        column = shown(config.label_column)
-        raise DataError(
-            f"{bad.source}: column {column}: expected at least two different labels, got {listed(names) or 'none'}"
-        )
+    targets = [example.targets for example in examples]
+    if config.labeled and labels is None and (wrong := TARGETS[config.task].too_few(names, targets)):
+        raise DataError(f"{bad.source}: column {shown(config.label_column)}: {wrong}")
 
 
-def _classification(
+def _labeled(
     rows: list[Row], config: TrainConfig, tokenizer: Any, labels: Sequence[str] | None, bad: BadRows
 ) -> tuple[list[Example], list[str]]:
-    column = config.label_column
+    column, kind = config.label_column, TARGETS[config.task]
     _check_columns(rows, config, {column}, {config.text_column: "text_column", column: "label_column"}, bad.source)
     good = []
     for row, texts in zip(rows, _texts_of_column(rows, config, tokenizer, bad), strict=True):
-        value = row.values.get(column)
-        if label_name(value) is None:
-            bad.add(row.place, problem(row, column, EXPECTED))
+        value, wrong = kind.read(row, column)
+        if wrong:
+            bad.add(row.place, wrong)
         elif len(texts) > 1:
             bad.add(row.place, f"expected one text for one label, got {len(texts)} that are packed into the row")
         elif texts:
             good.append((row, texts[0], value))
-    names = list(labels) if labels is not None else label_order(filter(None, (label_name(v) for _, _, v in good)))
+    names = list(labels) if labels is not None else kind.names(value for _, _, value in good)
     numbers = {name: number for number, name in enumerate(names)}
-    if tokenizer is not UNREAD and (both := written_in_two_ways(value for _, _, value in good)):
+    found = (one for _, _, value in good for one in kind.labels(value))
+    if tokenizer is not UNREAD and (both := written_in_two_ways(found)):
         warn("%s: column %s: the same label as a string and as another value: %s", *(bad.source, shown(column), both))
     examples, unknown = [], dict[str, str]()
     for row, text, value in good:
-        number = label_number(value, numbers)
-        if number is None:
-            label = label_name(value) or ""
+        others = [label_name(one) or "" for one in kind.labels(value) if label_number(one, numbers) is None]
+        for label in others:
             if label not in unknown:
                 unknown[label] = unknown_label(label, names, look=len(unknown) < _LOOKED_AT)
             bad.add(row.place, f"column {shown(column)}: {unknown[label]}")
-            continue
-        examples.append(_of_text(row, text, number, config))
+        if not others:
+            examples.append(_of_text(row, text, kind.targets(value, numbers), config))
     return examples, names
 
 
-def _of_text(row: Row, text: Text, label: int, config: TrainConfig) -> Example:
-    """The example of a row with one text, cut to the maximum length, and the number of its label."""
+def _of_text(row: Row, text: Text, targets: np.ndarray, config: TrainConfig) -> Example:
+    """The example of a row with one text, cut to the maximum length, and its targets."""
     ids = text.ids[: config.max_length]
     none, cuts = np.empty(0, dtype=np.int64), (len(text.ids) - len(ids),)
-    return Example(ids, np.array([label]), none, cuts=cuts, place=row.place, given=is_given(row))
+    return Example(ids, targets, none, cuts=cuts, place=row.place, given=is_given(row))
 
 
 def _causal_lm(
@@ -274,7 +264,7 @@ def _check_columns(
     """
     if not rows:
         return
-    learned = config.task == "causal-lm"
+    learned = not config.labeled
     of_text = [row for row in rows if not is_given(row)]
     names = needed if of_text else {name: needed[name] for name in always}
     pair = "prompt_column and completion_column" if learned and len(names) == 1 else ""
@@ -305,7 +295,7 @@ def _texts(
     made: list[list[Text]] = [[] for _ in rows]
     pairs: dict[int, tuple[str, str]] = {}
     chats: dict[int, Conversation] = {}
-    learned = config.task == "causal-lm"
+    learned = not config.labeled
     for number, row in enumerate(rows):
         try:
             if is_given(row):
@@ -362,7 +352,7 @@ def unlabeled(rows: list[Row], config: TrainConfig, tokenizer: Any, bad: BadRows
     for row, texts in zip(rows, _texts_of_column(rows, config, tokenizer, bad), strict=True):
         if len(texts) > 1:
             bad.add(row.place, f"expected one text, got {len(texts)} that are packed into the row")
-        made.append(_of_text(row, texts[0], 0, config) if len(texts) == 1 else None)
+        made.append(_of_text(row, texts[0], np.array([0]), config) if len(texts) == 1 else None)
     return made
 
 

@@ -1,8 +1,9 @@
 """A share of the training rows to evaluate on, such as ``"10%"``: always the same ones for the same seed and rows.
 
 Texts are in the order of a hash of the seed and their tokens, and the first of each label are held out: their place in
-the file, the number of processes and Python's hashes decide nothing. Rows of one text are never on both sides, nor are
-the turns of a conversation; and no label is without a text to learn.
+the file, the number of processes and Python's hashes decide nothing. Of a list of labels its rarest counts, and of a
+number which tenth of all numbers it is in. Rows of one text are never on both sides, nor are the turns of a
+conversation; and no label is without a text to learn.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any
 
 from adapterkern.training.data.examples import E, Example
 from adapterkern.training.data.rows import DataError, shown, source_name
+from adapterkern.training.data.targets import OneLabel
 
 _SHARE = re.compile(r"\d{1,9}(\.\d{1,9})?%")
 _NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
@@ -82,15 +84,16 @@ def check_share(share: str) -> None:
         raise ValueError(f"eval_data: expected a share above 0% and below 100%, such as 10%, got {shown(share)}")
 
 
-def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[E], list[E]]:
+def split(examples: Sequence[E], part: HeldOut, *, targets: OneLabel | None) -> tuple[list[E], list[E]]:
     """What of the examples is learned, and what is held out, each in the order that it has.
 
-    The share is that of the examples, rounded; each label has its part of it, by the largest remainders. A text with
+    The share is that of the examples, rounded; each group of them (a label's, see ``OneLabel.strata``) has its part of
+    it, by the largest remainders. A text with
     more rows than are left to hold out is learned. Of examples without a ``text`` none is held out.
 
     Args:
         part: of the examples of its ``train_data``.
-        labeled: the first target is a label.
+        targets: what those of the examples are; None for what has no label.
 
     Raises:
         ValueError: one of the two would be empty.
@@ -102,9 +105,12 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
         for texts in _inseparable(examples)
     }
     strata: dict[int, list[list[int]]] = {}
-    label_of = [int(example.targets[0]) if labeled else 0 for example in examples]
+    strata_of: Sequence[tuple[tuple[int, ...], int]] = [((0,), 0)] * len(examples)
+    if targets is not None:
+        strata_of = targets.strata([example.targets for example in examples])
+    labels_of, group_of = [labels for labels, _ in strata_of], [group for _, group in strata_of]
     for _, rows in sorted(hashes.items()):
-        strata.setdefault(min(label_of[row] for row in rows), []).append(rows)
+        strata.setdefault(min(group_of[row] for row in rows), []).append(rows)
     counts = {label: sum(map(len, of_label)) for label, of_label in strata.items()}
     share = Fraction(Decimal(part.share[:-1])) / 100
     total = math.floor(sum(counts.values()) * share + Fraction(1, 2))
@@ -114,11 +120,13 @@ def split(examples: Sequence[E], part: HeldOut, *, labeled: bool) -> tuple[list[
     for label in [label for label in by_remainder if len(strata[label]) > 1][: total - sum(wanted.values())]:
         wanted[label] += 1
     held: set[int] = set()
-    learned = Counter(label for rows in hashes.values() for label in {label_of[row] for row in rows})
+    learned = Counter(
+        label for rows in hashes.values() for label in {label for row in rows for label in labels_of[row]}
+    )
     for label, of_label in strata.items():
         left = wanted[label]
         for rows in of_label:
-            labels = {label_of[row] for row in rows}  # several where rows of one text have
+            labels = {label for row in rows for label in labels_of[row]}  # several where rows of one text have
             if len(rows) <= left and all(learned[other] > 1 for other in labels):
                 held |= set(rows)
                 left -= len(rows)

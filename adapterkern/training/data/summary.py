@@ -1,15 +1,14 @@
 """What a run learns from, before it begins: how many texts, which labels, how long they are, what is cut."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from adapterkern.training.data.examples import Example
-from adapterkern.training.data.labels import suspicious_labels
 from adapterkern.training.data.rows import shown, warn_once
+from adapterkern.training.data.targets import TARGETS, OneLabel
 
 _LABELS = 12  # that are shown
 
@@ -20,10 +19,11 @@ class Summary:
 
     Attributes:
         counts: what there is how often: texts, and what else a task counts.
-        labels: the rows of each label; empty without a classification head.
+        labels: the rows of each label; empty without a head for labels.
+        numbers: ``min``, ``mean`` and ``max`` of what a regression learns; else empty.
         unit: what the lengths are of.
         median, longest: length in tokens, after the cut.
-        tokens, learned: in total, and those that carry loss; 0 for a classification.
+        tokens, learned: in total, and those that carry loss; 0 beside labels.
         cut: texts that were cut at ``max_length``.
         max_length: ``TrainConfig.max_length``.
         chats: texts that the chat template has made of messages: how a run is to be asked.
@@ -45,11 +45,13 @@ class Summary:
     longest_cut: str = ""
     suspicious: tuple[str, ...] = ()
     part: str = ""
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Messages are left out: they may name a path."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in ("longest_cut", "suspicious", "part")}
+        left_out = ("longest_cut", "suspicious", "part", *(() if self.numbers else ("numbers",)))
+        return {name: value for name, value in values.items() if name not in left_out}
 
     def lines(self) -> list[str]:
         """For a reader, without what looks wrong."""
@@ -63,6 +65,9 @@ class Summary:
             more = f", and {len(ordered) - _LABELS} more" if len(ordered) > _LABELS else ""
             each = ", ".join(f"{shown(name)} {count:,}" for name, count in ordered[:_LABELS])
             found.append(f"{len(ordered)} labels: {each}{more}")
+        if self.numbers:
+            least, mean, most = (self.numbers[name] for name in ("min", "mean", "max"))
+            found.append(f"numbers from {least:g} to {most:g}, mean {mean:g}")
         return found
 
     def cut_warning(self) -> list[str]:
@@ -81,23 +86,25 @@ def summarize(
     max_length: int,
     labels: Sequence[str] | None = None,
     counts: Mapping[str, int] | None = None,
+    targets: OneLabel = TARGETS["classification"],
 ) -> Summary:
     """The summary of ``examples``, of which there is at least one, and each is one text.
 
     Args:
-        labels: those of the classification head.
+        labels: those of the head; None without a head.
         counts: by default the number of texts.
+        targets: what those of the examples are, beside a head.
     """
     lengths = [len(example.input_ids) for example in examples]
-    rows = Counter(int(example.targets[0]) for example in examples if labels is not None and len(example.targets))
-    of_labels = {name: rows[number] for number, name in enumerate(labels or ()) if rows[number]}
+    learned = [example.targets for example in examples if labels is not None]
+    of_labels = targets.rows(learned, labels or ())
     cut = [(len(e.input_ids) + e.cuts[0], e.place) for e in examples if e.cuts[0]]
     worst = ""
     if cut:
         length, place = max(cut, key=lambda found: found[0])
         worst = f"of {length:,} tokens" + (f" ({place})" if place else "")
     return Summary(
-        counts=counts or {"texts": len(examples)},
+        counts=counts or {"texts": len(examples)} | (targets.counts(learned) if learned else {}),
         labels=of_labels,
         median=float(np.median(lengths)),
         longest=max(lengths),
@@ -107,7 +114,8 @@ def summarize(
         max_length=max_length,
         chats=sum(example.chat for example in examples),
         longest_cut=worst,
-        suspicious=tuple(suspicious_labels(of_labels)),
+        suspicious=tuple(targets.suspicious(of_labels)),
+        numbers=targets.numbers(learned) if learned else {},
     )
 
 

@@ -1,4 +1,4 @@
-"""``training.png``: loss, accuracy, learning rate and gradient norm over a run's steps; and the style of all plots."""
+"""``training.png``: a run's loss, accuracy or RMSE, learning rate and gradient norm; and the style of all plots."""
 
 import os
 from typing import Any
@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
 
 from adapterkern.files import replacing
+from adapterkern.training.head_kinds import HEADS
 
 INK = "#7d838c"  # contrast of at least 3.8 : 1 on white and on a dark page
 OURS, OTHER, THIRD = "#e5484d", "#3b82d6", "#27a376"
@@ -25,27 +26,31 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
 
     Args:
         history: the records of ``metrics.jsonl``.
-        task: determines the unit: texts or tokens.
+        task: of ``TrainConfig``: determines the unit of the loss, and whether texts or tokens are correct.
     """
     train = [record for record in history if record["kind"] == "train"]
     evaluations = [record for record in history if record["kind"] == "eval"]
-    unit = "text" if task == "classification" else "token"
-    names = ["loss", "accuracy"] if evaluations else ["loss"]
+    unit, of_loss = ("text", HEADS[task].loss_unit) if task in HEADS else ("token", "cross-entropy (nats per token)")
+    scores = {"accuracy": ("Accuracy", f"correct {unit}s (%)", max), "rmse": ("RMSE", "in the unit of the label", min)}
+    score = next((name for name in scores if any(name in record for record in evaluations)), None)
+    names = ["loss"] if score is None else ["loss", score]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.5 * len(names), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         layout: Any = [names, ["rate"] * len(names)]
         axes = figure.subplot_mosaic(layout, height_ratios=[3, 1])
         _lines(axes["loss"], train, "loss", OURS, "training")
-        axes["loss"].set(ylabel=f"cross-entropy (nats per {unit})", title="Loss")
+        axes["loss"].set(ylabel=of_loss, title="Loss")
         if evaluations:
             _lines(axes["loss"], evaluations, "loss", OTHER, "evaluation")
             _mark(axes["loss"], min(evaluations, key=lambda record: record["loss"]), "loss", 1, "{:.4f}")
-            _lines(axes["accuracy"], evaluations, "accuracy", OTHER, "evaluation", 100)
-            best = max(evaluations, key=lambda record: record["accuracy"])
-            _mark(axes["accuracy"], best, "accuracy", 100, "{:.2f} %")
-            axes["accuracy"].set(ylabel=f"correct {unit}s (%)", title="Accuracy")
             axes["loss"].legend()
+        if score is not None:
+            title, of_score, best_of = scores[score]
+            scale, form = (100, "{:.2f} %") if score == "accuracy" else (1, "{:.4g}")
+            _lines(axes[score], evaluations, score, OTHER, "evaluation", scale)
+            _mark(axes[score], best_of(evaluations, key=lambda record: record[score]), score, scale, form)
+            axes[score].set(ylabel=of_score, title=title)
         rate, norm = axes["rate"], axes["rate"].twinx()
         _lines(rate, train, "lr", INK, "learning rate")
         _lines(norm, train, "grad_norm", THIRD, "gradient norm")

@@ -30,6 +30,13 @@ DATA_NAME = "data_summary.json"
 METRICS_NAME = "metrics.jsonl"
 _NUMBERS = {"train": ("loss", "grad_norm", "skipped_steps"), "eval": ("loss", "accuracy")}  # what plots are made of
 PLOT_NAME = "training.png"
+_SCORES = {  # in the line of an evaluation, where there are such
+    "perplexity": ("perplexity {:.2f}", 1),
+    "accuracy": ("accuracy {:.2f} %", 100),
+    "f1_micro": ("F1 {:.4f}", 1),
+    "rmse": ("RMSE {:.4g}", 1),
+    "r2": ("R² {:.4f}", 1),
+}
 _KEPT = (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)  # however narrow the terminal is
 
 
@@ -146,10 +153,11 @@ class Reporter:
     def evaluation(self, record: dict[str, Any]) -> dict[str, Any]:
         """Record an eval line and print it. Returns what was recorded."""
         recorded = self._record({"kind": "eval", **record})
-        extra = f"perplexity {record['perplexity']:.2f}  " if "perplexity" in record else ""
+        scores = [form.format(record[name] * scale) for name, (form, scale) in _SCORES.items() if name in record]
+        scores += ["best so far"] * record.get("best", False)
         self.say(
-            f"step {record['step']}, epoch {record['epoch']:.2f}: eval loss {record['loss']:.4f}  {extra}"
-            f"accuracy {100 * record['accuracy']:.2f} %{'  best so far' * record.get('best', False)}"
+            f"step {record['step']}, epoch {record['epoch']:.2f}: "
+            + "  ".join([f"eval loss {record['loss']:.4f}", *scores])
         )
         return recorded
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import Head
 
 
 class NonFiniteError(FloatingPointError):
@@ -93,8 +93,8 @@ class TrainResult:
         best_step: with ``TrainConfig.best``, the step whose state was saved and is in the model; else None.
         metrics: of the last evaluation; of a finished run with ``best`` those of ``best_step``.
         history: the records of metrics.jsonl.
-        head: the classification head; None for causal-lm.
-        labels: the label names; empty for causal-lm.
+        head: the one that was trained; None for causal-lm.
+        labels: the label names; empty for regression and causal-lm.
         trainable_parameters: how many.
         skipped_steps: by the fp16 scaler.
         seconds: spent in training steps.
@@ -110,7 +110,7 @@ class TrainResult:
     stopped: bool
     metrics: dict[str, float] | None
     history: list[dict[str, Any]]
-    head: ClassificationHead | None
+    head: Head | None
     labels: list[str]
     trainable_parameters: int
     skipped_steps: int

@@ -12,7 +12,7 @@ from adapterkern.inference.runs import Opened, find_run
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.examples import Rows
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import Head
 from adapterkern.training.prediction import predictions
 from adapterkern.training.task import Task
 
@@ -58,7 +58,8 @@ def load(
 
     Returns:
         the model, in eval mode, and the tokenizer. The model is a ``LlamaAdapter`` for causal-lm; a ``Classifier``,
-        which ``pipeline("text-classification", model=...)`` takes, for classification, routed ones too; else the task:
+        which ``pipeline("text-classification", model=...)`` takes, for one with a head for labeled texts, routed ones
+        too; else the task:
         ``MultiTask``, ``QuestionAnswering``, or ``RoutedTask``, which has ``generate``.
 
     Raises:
@@ -70,7 +71,7 @@ def load(
     opened = find_run(source).open(**backbone, device=device, fused=fused, liger=liger)
     task = opened.task
     found: Any = task
-    if isinstance(task.head, ClassificationHead):
+    if isinstance(task.head, Head):
         found = Classifier(task, opened.config)
     elif type(task) is Task:
         found = task.model
@@ -86,7 +87,7 @@ def predict(
     config: TrainConfig | None = None,
     *,
     tokenizer: Any = None,
-    head: ClassificationHead | None = None,
+    head: Head | None = None,
     task: Task[Any] | None = None,
 ) -> list[Any]:
     """The prediction for each row, in their order: ``ak.predict("run", rows)``.
@@ -101,7 +102,8 @@ def predict(
 
     Returns:
         per row a ``Prediction``: ``label``, ``probability`` and ``probabilities`` (each label's, 0 to 1), for several
-        tasks ``task`` besides, and for question answering ``text`` and ``candidates``. None for a bad row with
+        tasks ``task`` besides; for multi-label ``labels``, those of a probability above 0.5, and ``probabilities``; for
+        regression ``value``; for question answering ``text`` and ``candidates``. None for a bad row with
         ``config.skip_bad_rows``.
 
     Raises:
@@ -118,7 +120,7 @@ def iter_predictions(
     config: TrainConfig | None = None,
     *,
     tokenizer: Any = None,
-    head: ClassificationHead | None = None,
+    head: Head | None = None,
     task: Task[Any] | None = None,
 ) -> Iterator[tuple[Mapping[str, Any], Any]]:
     """Each row's columns and its prediction, one by one: for data larger than memory. Arguments as for ``predict``."""

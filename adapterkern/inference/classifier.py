@@ -1,9 +1,9 @@
-"""A classification run as transformers knows one: ``model(**inputs).logits``, ``pipeline("text-classification")``."""
+"""A run with a head as transformers knows one: ``model(**inputs).logits``, ``pipeline("text-classification")``."""
 
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,20 +17,27 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from adapterkern.model.backbone import DTYPES
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.rows import warn_once
-from adapterkern.training.heads import ClassificationHead
+from adapterkern.training.heads import Head
 from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.task import Task
 
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "single_label_classification": F.cross_entropy,
+    "multi_label_classification": lambda scores, labels: F.binary_cross_entropy_with_logits(scores, labels.float()),
+    "regression": lambda scores, labels: F.mse_loss(scores[:, 0], labels.view(-1).float()),
+}
+
 
 class Classifier(PreTrainedModel):
-    """Label scores from a task with a classification head, as one of transformers' ``...ForSequenceClassification``.
+    """Scores from a task with a head, as one of transformers' ``...ForSequenceClassification``.
 
     Args:
         task: with a head; ``RoutedTask``, too.
         config: that of the training.
 
     Attributes:
-        config: the backbone's, with ``id2label``, ``label2id`` and ``problem_type``.
+        config: the backbone's, with ``id2label``, ``label2id`` and ``problem_type``, by which a pipeline knows what
+            to do with the scores. The one label of a regression is ``"value"``.
         task: what computes; ``task.model`` is the ``LlamaAdapter``.
     """
 
@@ -40,12 +47,12 @@ class Classifier(PreTrainedModel):
 
     def __init__(self, task: Task[Any], config: TrainConfig) -> None:
         head = task.head
-        if not isinstance(head, ClassificationHead):
-            raise TypeError(f"task: expected one with a classification head, got {type(head).__name__}")
+        if not isinstance(head, Head):
+            raise TypeError(f"task: expected one with a head for labeled texts, got {type(head).__name__}")
         described = copy.deepcopy(task.model.config)
-        described.id2label = dict(enumerate(head.labels))
+        described.id2label = dict(enumerate(head.labels or ["value"]))
         described.label2id = {label: number for number, label in described.id2label.items()}
-        described.problem_type = "single_label_classification"
+        described.problem_type = head.problem_type
         super().__init__(described)
         # pipeline looks for the name of the class among those that it supports
         name = SUPPORTED.get(described.model_type, type(self).__name__)
@@ -64,7 +71,9 @@ class Classifier(PreTrainedModel):
         """Scores (B, labels), fp32, of ``input_ids`` (B, L), padded on either side as ``attention_mask`` (B, L) says.
 
         They are those of ``predict``: in the precision of the training, and of its ``max_length`` first tokens, with a
-        warning. With ``labels`` (B,) also their mean cross-entropy.
+        warning. Of a regression (B, 1), the numbers. With ``labels`` also their mean loss as transformers has it:
+        cross-entropy of (B,) numbers of labels, binary cross-entropy of (B, labels) 0 or 1, mean squared error of (B,)
+        numbers.
 
         Raises:
             TypeError: an argument but these, ``return_dict`` and ``use_cache``.
@@ -76,8 +85,8 @@ class Classifier(PreTrainedModel):
         input_ids, mask = self._cut(input_ids, mask)
         head: Any = self.task.head
         with self._as_trained():
-            scores = head(self.task.hidden({"input_ids": input_ids, "attention_mask": mask}), mask)
-        loss = None if labels is None else F.cross_entropy(scores, labels)
+            scores = head.logits(head(self.task.hidden({"input_ids": input_ids, "attention_mask": mask}), mask))
+        loss = None if labels is None else _LOSSES[head.problem_type](scores, labels)
         return SequenceClassifierOutput(loss=loss, logits=scores)
 
     def _cut(self, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 ``make_report`` computes it from what an evaluation has kept, by scikit-learn's metrics. A precision or recall of 0 / 0,
 of a label that is never predicted or that no row has, counts as 0, and is named. Labels that are neither in the rows
-nor predicted count nowhere.
+nor predicted count nowhere. Reports on other heads, see reports.py, are shown and written by what is here.
 
     report.json      all of it; the confusion matrix by label, without its zeros
     report.txt       tables to read
@@ -18,28 +18,37 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from adapterkern.files import check_owner, replacing, write_json, write_text
-from adapterkern.recipes.multitask.task import MultiTask
-from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.rows import BadRows, iter_rows, scalar, shown
-from adapterkern.training.data.split import HeldOut
-from adapterkern.training.prediction import Answer
-from adapterkern.training.task import Task
+from adapterkern.training.data.rows import shown
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME, TEXT_NAME, PICTURE_NAME, WRONG_NAME = "report.json", "report.txt", "confusion.png", "wrong.jsonl"
+SCATTER_NAME = "predicted.png"  # of a regression
+PICTURES = (PICTURE_NAME, SCATTER_NAME)
 FORMAT_VERSION = 1
 WORST = 20  # rows in wrong.jsonl
 SHOWN = 20  # labels in a table on the terminal, and in the picture
 _MATRIX = 10  # labels in a matrix of text, which fits 80 columns; pairs of confused labels where there are more
-_ROWS = 5  # wrong rows on the terminal
+ROWS = 5  # wrong rows on the terminal
 _WIDTH = 100  # columns of report.txt
 _LABEL = 24  # characters of a label in the picture
+
+
+class AnyReport(Protocol):
+    """What a report on any head has: lines and tables, the rows to name, and its picture's file name, or ""."""
+
+    picture: ClassVar[str]
+
+    @property
+    def wrong(self) -> Sequence[Any]: ...
+    def to_dict(self) -> dict[str, Any]: ...
+    def parts(self, limit: int | None) -> Iterator[Any]: ...
+    def draw(self, path: str | os.PathLike[str]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Report:
     absent: int
     errors: int
     wrong: list[WrongRow]
+    picture: ClassVar[str] = PICTURE_NAME
 
     @property
     def pairs(self) -> list[tuple[str, str, int]]:
@@ -114,13 +124,24 @@ class Report:
             "errors": self.errors,
         }
 
+    def parts(self, limit: int | None) -> Iterator[Any]:
+        return _parts(self, limit)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        draw(self, path)
+
     def lines(self) -> list[str]:
         """What ``report.txt`` holds."""
-        from rich.console import Console
+        return text_of(self)
 
-        text = io.StringIO()
-        show(self, Console(file=text, width=_WIDTH), labels=None)
-        return [line.rstrip() for line in text.getvalue().splitlines()]
+
+def text_of(report: AnyReport) -> list[str]:
+    """What ``report.txt`` holds."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    show(report, Console(file=text, width=_WIDTH), labels=None)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def check_installed() -> None:
@@ -184,54 +205,12 @@ def _doubt(probability: float) -> tuple[bool, float]:
     return math.isnan(probability), -probability
 
 
-def reports(
-    task: Task[Any], answers: Sequence[Answer], data: Any, config: TrainConfig, tokenizer: Any, worst: int = WORST
-) -> dict[str, Report]:
-    """The report on an evaluation, or one per task of several, by name; ``""`` if there is one alone.
-
-    Args:
-        task: that was evaluated, with classification heads.
-        answers: what ``evaluate`` has kept.
-        data, config, tokenizer: those of the evaluation; of data its wrong rows are read again, for their texts.
-    """
-    heads: dict[str, Any] = dict(task.heads.items()) if isinstance(task, MultiTask) else {"": task.head}
-    found = {}
-    for name, head in heads.items():
-        number = task.names.index(name) if isinstance(task, MultiTask) else None
-        mine = [one for one in answers if number is None or getattr(one.example, "task", None) == number]
-        if not mine:
-            continue
-        mine.sort(key=lambda one: one.example.row)
-        columns = (
-            [int(one.example.targets[0]) for one in mine],
-            [one.label for one in mine],
-            [one.probability for one in mine],
-            [one.example.place for one in mine],
-        )
-        report = make_report(head.labels, *columns, [None] * len(mine), worst)
-        texts = _texts(data[name] if name else data, {row.place for row in report.wrong}, config.text_column)
-        given = [one.example for one in mine if one.example.given and one.example.place in texts]
-        texts |= {example.place: tokenizer.decode(example.input_ids) for example in given}
-        wrong = [dataclasses.replace(row, text=texts.get(row.place)) for row in report.wrong]
-        found[name] = dataclasses.replace(report, wrong=wrong)
-    return found
-
-
-def _texts(data: Any, places: Collection[str], column: str) -> dict[str, Any]:
-    """The texts of the rows at these places; None of a row that is tokenized already."""
-    if not places:
-        return {}
-    data = data.train_data if isinstance(data, HeldOut) else data  # of which a share has the places
-    rows = iter_rows(data, BadRows(""))  # the evaluation has named the bad ones
-    return {row.place: scalar(row.values.get(column)) for row in rows if row.place in places}
-
-
 # Text
 
 
-def show(report: Report, console: Any, *, labels: int | None = SHOWN) -> None:
+def show(report: AnyReport, console: Any, *, labels: int | None = SHOWN) -> None:
     """Print the report. ``labels``: how many there are room for, those of the lowest F1; None for all, and all rows."""
-    for part in _parts(report, labels):
+    for part in report.parts(labels):
         if isinstance(part, str):
             console.print(part, markup=False, highlight=False, soft_wrap=labels is not None)
         else:
@@ -241,13 +220,32 @@ def show(report: Report, console: Any, *, labels: int | None = SHOWN) -> None:
 def _parts(report: Report, limit: int | None) -> Iterator[Any]:
     """Lines and tables."""
     yield f"{report.rows:,} rows, {100 * report.accuracy:.2f} % right"
-    ordered = sorted(report.labels, key=lambda one: (one.f1, -one.support))
+    yield from scores_of(report.labels, report.averages, report.absent, limit)
+    yield from _matrix(report) if len(report.labels) <= _MATRIX else _pairs(report)
+    rows = report.wrong if limit is None else report.wrong[:ROWS]
+    if rows:
+        yield f"\n{report.errors:,} of {report.rows:,} rows are wrong; the most confidently:"
+    for row in rows:
+        what = f"{row.probability:.2f} {shown(row.predicted)}, expected {shown(row.label)}"
+        yield of_row(what, row)
+
+
+def of_row(what: str, row: Any) -> str:
+    """The line of a row, with its place and text."""
+    return f"  {what}  {row.place}{'' if row.text is None else f'  {shown(row.text)}'}"
+
+
+def scores_of(
+    labels: Sequence[LabelScores], averages: Mapping[str, Sequence[float]], absent: int, limit: int | None
+) -> Iterator[Any]:
+    """The table of labels and averages, the labels of the lowest F1 first; and what counts as 0 in it."""
+    ordered = sorted(labels, key=lambda one: (one.f1, -one.support))
     cut = ordered[:limit]
-    table = _table("label", "precision", "recall", "F1", "rows", "predicted")
+    table = make_table("label", "precision", "recall", "F1", "rows", "predicted")
     for one in cut:
         table.add_row(_name(one.label), *map(_score, (one.precision, one.recall, one.f1)), *_counts(one))
     table.add_section()
-    for name, values in report.averages.items():
+    for name, values in averages.items():
         table.add_row(f"{name} average", *map(_score, values))
     yield table
     if len(cut) < len(ordered):
@@ -256,19 +254,11 @@ def _parts(report: Report, limit: int | None) -> Iterator[Any]:
         yield f"never predicted, so that precision counts as 0: {_few(unpredicted, limit)}"
     if rowless := [one.label for one in ordered if not one.support]:
         yield f"in no row, so that recall counts as 0: {_few(rowless, limit)}"
-    if report.absent:
-        all_labels = report.absent + len(ordered)
-        yield f"{report.absent} of {all_labels} labels are in no row and never predicted, and in no average"
-    yield from _matrix(report) if len(report.labels) <= _MATRIX else _pairs(report)
-    rows = report.wrong if limit is None else report.wrong[:_ROWS]
-    if rows:
-        yield f"\n{report.errors:,} of {report.rows:,} rows are wrong; the most confidently:"
-    for row in rows:
-        text = "" if row.text is None else f"  {shown(row.text)}"
-        yield f"  {row.probability:.2f} {shown(row.predicted)}, expected {shown(row.label)}  {row.place}{text}"
+    if absent:
+        yield f"{absent} of {absent + len(ordered)} labels are in no row and never predicted, and in no average"
 
 
-def _table(first: str, *others: str) -> Any:
+def make_table(first: str, *others: str) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -299,7 +289,7 @@ def _few(names: Sequence[str], limit: int | None) -> str:
 
 
 def _matrix(report: Report) -> Iterator[Any]:
-    table = _table("label \\ predicted", *(str(number) for number, _ in enumerate(report.labels, 1)))
+    table = make_table("label \\ predicted", *(str(number) for number, _ in enumerate(report.labels, 1)))
     for number, (one, row) in enumerate(zip(report.labels, report.confusion, strict=True), 1):
         table.add_row(_name(one.label, f"{number} "), *(f"{count:,}" if count else "·" for count in row))
     yield table
@@ -308,7 +298,7 @@ def _matrix(report: Report) -> Iterator[Any]:
 def _pairs(report: Report) -> Iterator[Any]:
     if not (pairs := report.pairs):
         return
-    table = _table("label", "rows", "of")
+    table = make_table("label", "rows", "of")
     table.add_column("predicted", overflow="fold")
     support = {one.label: one.support for one in report.labels}
     for label, predicted, count in pairs[:_MATRIX]:
@@ -371,23 +361,26 @@ def check_directory(directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"report: expected a folder, got the file {directory}")
-    check_owner(directory / REPORT_NAME, "adapterkern", lambda saved: "labels_absent" in saved)
+    check_owner(directory / REPORT_NAME, "adapterkern", lambda saved: bool(saved.keys() & {"labels_absent", "numbers"}))
     if (directory / REPORT_NAME).exists():
         return
-    if there := [name for name in (TEXT_NAME, PICTURE_NAME, WRONG_NAME) if (directory / name).exists()]:
+    if there := [name for name in (TEXT_NAME, *PICTURES, WRONG_NAME) if (directory / name).exists()]:
         raise ValueError(f"report: expected no {there[0]} in {directory}, or that of an earlier report; got another")
 
 
-def write_report(report: Report, directory: str | os.PathLike[str]) -> None:
-    """Write the four files to a folder, each atomically. Raises as ``check_directory``."""
+def write_report(report: AnyReport, directory: str | os.PathLike[str]) -> None:
+    """Write the files to a folder, each atomically. Raises as ``check_directory``."""
     check_directory(directory)
     directory = Path(directory)
     write_json(directory / REPORT_NAME, report.to_dict())  # first: it says whose the others are
     rows = [dataclasses.asdict(row) for row in report.wrong]
-    for row in rows:
-        row["probability"] = None if math.isnan(row["probability"]) else row["probability"]
+    rows = [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    for name, of_file in ((TEXT_NAME, report.lines()), (WRONG_NAME, lines)):
+    for name, of_file in ((TEXT_NAME, text_of(report)), (WRONG_NAME, lines)):
         with replacing(directory / name) as temporary:
             write_text(temporary, "".join(f"{line}\n" for line in of_file))
-    draw(report, directory / PICTURE_NAME)
+    for name in PICTURES:
+        if name == report.picture:
+            report.draw(directory / name)
+        else:  # that of an earlier report on another head
+            (directory / name).unlink(missing_ok=True)

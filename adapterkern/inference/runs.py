@@ -62,8 +62,8 @@ class SavedRun:
 
     @property
     def classifies(self) -> bool:
-        """Whether it labels texts, by classification heads. Raises as ``config``."""
-        return not issubclass(self.kind, QuestionAnswering) and self.config.task == "classification"
+        """Whether it labels texts, by heads. Raises as ``config``."""
+        return not issubclass(self.kind, QuestionAnswering) and self.config.labeled
 
     def open(
         self,

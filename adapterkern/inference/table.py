@@ -1,8 +1,9 @@
 """Predictions in a file, beside the columns of the rows that they are for.
 
 ``prediction`` and ``probability`` are added to a row's columns, ``probabilities`` if asked for; of an answer to a
-question ``prediction`` and ``score``. In CSV and TSV each label's probability is a column of its own, and a value that
-is no string or number is JSON. A file is written whole or not at all.
+question ``prediction`` and ``score``; of a list of labels, or a number, ``prediction`` alone. In CSV and TSV each
+label's probability is a column of its own, and a value that is no string or number is JSON. A file is written whole or
+not at all.
 """
 
 import contextlib

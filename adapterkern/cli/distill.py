@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.model.backbone import check_hub, check_source, load_backbone
     from adapterkern.model.quantized import check_load_in
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
+    from adapterkern.recipes.distillation.keeping import check_task
     from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
     cut = arguments.num_layers
@@ -78,10 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
             check_hub(arguments.teacher, "--teacher")
             check_load_in(arguments.load_in, arguments.teacher, device())
         as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
-        if config.task == "classification" and not (arguments.keep or arguments.eval_keep):
+        if config.labeled and not (arguments.keep or arguments.eval_keep):
             raise ValueError(
-                "--task: expected causal-lm without --keep, since soft labels are those of tokens, got classification"
+                f"--task: expected causal-lm without --keep, since soft labels are those of tokens, got {config.task}"
             )
+        check_task(config)
         check_train_and_eval(arguments.train, arguments.eval, config)
         check_rows("--keep", arguments.keep, as_text)
         check_rows("--eval-keep", arguments.eval_keep, as_text)

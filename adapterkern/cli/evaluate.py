@@ -15,6 +15,7 @@ Evaluate a run of any kind on a file: by default on the one that it was evaluate
 
 The scores go to stdout. What a classification gets wrong goes to stderr, and with --report to files: the scores of each
 label, the confusion matrix, the rows that are most confidently wrong; of a run of several tasks in a folder per task.
+Of lists of labels there is no matrix; of numbers there are the rows of the largest error, and a picture.
 """
 
 

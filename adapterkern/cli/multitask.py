@@ -88,6 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         return Job(model, train_files, eval_files or None, task, sources)
 
     def check(config: TrainConfig) -> None:
+        from adapterkern.recipes.multitask.examples import check_task
+
+        check_task(config)
         for name, of_task in files.items():
             option = "--modules-to-save" if arguments.modules_to_save else f"--adapters {name}"
             check_mixed(option, adapters[name], config)

@@ -8,9 +8,10 @@ from adapterkern.cli.run import check_file, named
 from adapterkern.cli.saved import open_run, saved_run, write_rows
 from adapterkern.cli.together import check_together
 
-NAME, SUMMARY = "predict", "labels or answers for new rows, by a saved run"
+NAME, SUMMARY = "predict", "labels, numbers or answers for new rows, by a saved run"
 HELP = """\
-Predict with a run of any kind: the columns of --data, and beside them prediction and probability.
+Predict with a run of any kind: the columns of --data, and beside them prediction and probability. Of --task multi-label
+prediction is a list (JSON in .csv), of --task regression a number, without a probability.
 
   adapterkern predict run --data new.csv --output predictions.csv
   adapterkern predict run --data new.jsonl.gz --output predictions.jsonl --probabilities
@@ -34,15 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
     format_of_output(arguments.output, arguments.data)
     saved = saved_run(arguments)
     config = as_asked(arguments, saved.config)
-    if config.task == "causal-lm":
+    if not config.labeled:
         raise NotImplementedError(
             f"{saved.directory}: expected a run with a head, got a language model, which answers by "
             "`adapterkern generate`"
         )
     asks = issubclass(saved.kind, QuestionAnswering)
     check_together(arguments, task="question answering" if asks else config.task)
-    if asks and arguments.probabilities:
-        raise ValueError("--probabilities: has no effect on answers to questions, which have no labels")
+    if arguments.probabilities and (asks or config.task == "regression"):
+        of = "answers to questions" if asks else "numbers"
+        raise ValueError(f"--probabilities: has no effect on {of}, which have no labels")
     if "label_column" in arguments.parser.typed:
         raise ValueError("--label-column: has no effect, since labels are not read: expected none, got one")
     check_file("--data", arguments.data)

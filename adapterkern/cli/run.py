@@ -18,7 +18,7 @@ from adapterkern.training.config import TrainConfig
 if TYPE_CHECKING:
     from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import Task
-    from adapterkern.training.heads import ClassificationHead
+    from adapterkern.training.heads import Head
     from adapterkern.training.saved import Sources
 
 
@@ -33,7 +33,7 @@ class Job(NamedTuple):
     eval_data: Any
     task: "Task[Any] | None" = None
     sources: "Sources | Mapping[str, Sources] | None" = None  # default: those of the arguments
-    head: "ClassificationHead | None" = None
+    head: "Head | None" = None
 
 
 def load_arguments_backbone(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -254,7 +254,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     """One line per metric."""
     width = max(18, *map(len, metrics)) if metrics else 0
     for name, value in metrics.items():
-        say(f"{name:{width}} {value:.4f}")
+        say(f"{name:{width}} {value:.4g}" if 0 < abs(value) < 1e-3 else f"{name:{width}} {value:.4f}")
 
 
 def say(message: str) -> None:

@@ -14,7 +14,7 @@ from adapterkern.cli.options import COLUMNS, as_asked, model_flags
 from adapterkern.cli.run import check_questions, check_rows, print_metrics, say
 from adapterkern.cli.together import check_together
 from adapterkern.cli.words import command
-from adapterkern.training.config import TrainConfig
+from adapterkern.training.config import LABELED, TrainConfig
 
 if TYPE_CHECKING:
     from adapterkern.inference.runs import Opened, SavedRun
@@ -27,12 +27,11 @@ logger = logging.getLogger(__name__)
 def evaluate_run(arguments: argparse.Namespace) -> int:
     """Print the metrics of the saved run in ``arguments.directory``, of whatever kind it is.
 
-    Of a classification also a report, on stderr, and to files if that is asked for.
+    Of a run with a head also a report, on stderr, and to files if that is asked for.
     """
     from adapterkern.training import evaluate
-    from adapterkern.training.prediction import Answer
 
-    answers: list[Answer] = []
+    answers: list[Any] = []
     task, config, tokenizer, data = load_saved(arguments, check=functools.partial(_check_report, arguments))
     print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task, answers=answers))
     _report(arguments, answers, task, data, config, tokenizer)
@@ -64,7 +63,8 @@ def _report(
     """Print the reports on an evaluation, and write them if that is asked for; none of another task's."""
     from rich.console import Console
 
-    from adapterkern.inference.report import WORST, check_installed, reports, show, write_report
+    from adapterkern.inference.report import WORST, check_installed, show, write_report
+    from adapterkern.inference.reports import reports
     from adapterkern.training import processes
 
     if not answers or processes.world_size() > 1:
@@ -182,14 +182,14 @@ def _check_saved_data(
     path = path.train_data if isinstance(path, HeldOut) else path
     config = as_asked(arguments, load_config(directory))
     text, label, prompt, completion = (repr(getattr(config, name)) for name in COLUMNS)
-    reads = {"classification": f"{text} and {label}", "causal-lm": f"{prompt} and {completion}, or {text}"}
+    reads = dict.fromkeys(LABELED, f"{text} and {label}") | {"causal-lm": f"{prompt} and {completion}, or {text}"}
     task = "question answering" if questions else config.task
     check_together(arguments, task=task)
     try:
         if questions:
             check_questions("--data", path, config, labeled)
         else:
-            check_rows("--data", path, config, saved_labels(directory) if config.task == "classification" else None)
+            check_rows("--data", path, config, saved_labels(directory, config.task) if config.labeled else None)
     except ColumnError as error:
         columns = reads.get(task, "'question', 'context' and 'answers'")
         raise ColumnError(f"{error}. {directory} is a run of {task}, which reads {columns}") from error

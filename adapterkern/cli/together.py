@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from adapterkern.cli.options import COLUMNS, adapter_fields
+from adapterkern.training.config import LABELED
 
 
 class _Rule(NamedTuple):
@@ -24,9 +25,7 @@ _RULES = (
     _Rule(("epochs",), "max_steps", why="each says how long to train"),
     _Rule(adapter_fields(), "train_adapters", lambda on: not on, "which trains the head alone"),
     _Rule(("pooling", "label_column"), "task", lambda task: task == "causal-lm", "which has no labels"),
-    _Rule(
-        ("prompt_column", "completion_column"), "task", lambda task: task == "classification", "which has no prompts"
-    ),
+    _Rule(("prompt_column", "completion_column"), "task", lambda task: task in LABELED, "which has no prompts"),
     _Rule(COLUMNS, "task", lambda task: task == "question answering", "whose columns have fixed names"),
     _Rule(("max_skipped_steps",), "precision", lambda precision: precision != "fp16", "which skips no step"),
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),

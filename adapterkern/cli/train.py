@@ -15,10 +15,14 @@ logger = logging.getLogger(__name__)
 
 NAME, SUMMARY = "train", "train adapters on your data"
 HELP = """\
-Train adapters (and a classification head) on a frozen LLaMA.
+Train adapters (and a head for labels or numbers) on a frozen LLaMA.
 
   # labels: reviews.csv has the columns text and label
   adapterkern train --model SmolLM2.gguf --train reviews.csv --eval test.csv --output run --every 2
+
+  # a list of labels per text, or a number: the column label holds it
+  adapterkern train --model SmolLM2.gguf --train topics.jsonl --output run --task multi-label
+  adapterkern train --model SmolLM2.gguf --train ratings.csv --output run --task regression
 
   # language modeling: qa.jsonl has the keys prompt and completion, or messages
   adapterkern train --model ./llama --train qa.jsonl --output run --task causal-lm --precision bf16
@@ -90,13 +94,17 @@ def _warn_of_other_share(arguments: argparse.Namespace, before: Any) -> None:
 
 
 def _head(start: Path, data: str, labels: list[str], config: TrainConfig) -> Any:
-    """The head saved there; None, with a warning, if the data have ``labels`` that it does not have."""
-    from adapterkern.training.heads import ClassificationHead, head_kind, saved_labels
+    """The head saved there; None, with a warning, if it is for another task or lacks some of the ``labels``."""
+    from adapterkern.training.heads import head_kind, saved_labels
+    from adapterkern.training.saved import load_head
 
-    if config.task != "classification" or head_kind(start) != "classification":
+    kind = head_kind(start)
+    if kind != config.task:
+        if kind is not None and config.labeled:
+            logger.warning("--from: the head starts anew, since the saved one is for %s, not %s", kind, config.task)
         return None
-    known = saved_labels(start)
+    known = saved_labels(start, config.task)
     if new := [name for name in labels if name not in known]:
         logger.warning("--from: the head starts anew, since %s has labels that the saved one has not: %s", data, new[0])
         return None
-    return ClassificationHead.from_pretrained(start)
+    return load_head(start, config)

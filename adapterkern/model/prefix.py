@@ -119,13 +119,19 @@ class Split(Wrapped):
         self._run_below(some_tokens(self, 2))
 
     def run_prefix(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        below: Tensor | None = None,
+        start: int = 0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The residual stream (B, L, d) after the first ``prefix_length`` layers, below any adapter; no gradient.
 
         Args:
             input_ids, attention_mask: int64, (B, L).
             below: the stream (B, L, d) after the first ``start`` layers, if it is known; then only the others run.
+            position_ids: int64, (B, L); with ``attention_mask=None`` rows may hold several texts, each from 0.
 
         Raises:
             ValueError: the decoder cannot be run in two calls, see ``split_obstacle``; or the running adapter has
@@ -134,24 +140,37 @@ class Split(Wrapped):
         self._check_split(start, self.prefix_length)
         if self.trains_below():
             raise ValueError("modules_to_save: expected frozen embeddings below a frozen prefix, got trained ones")
-        return self._run_below(input_ids, attention_mask, below, start)
+        return self._run_below(input_ids, attention_mask, below, start, position_ids)
 
     def _run_below(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, below: Tensor | None = None, start: int = 0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        below: Tensor | None = None,
+        start: int = 0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         prefix = decoder_slice(self.decoder, start, self.prefix_length)
         prefix.norm = nn.Identity()
         source = {"input_ids": input_ids} if below is None else {"inputs_embeds": below}
+        source |= {} if position_ids is None else {"position_ids": position_ids}
         with torch.no_grad(), self.disable_adapter():
             return prefix(**source, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
-    def run_suffix(self, hidden: Tensor, attention_mask: Tensor | None = None, start: int | None = None) -> Tensor:
+    def run_suffix(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        start: int | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """The decoder's last hidden state (B, L, d) from the output of ``run_prefix``, as one forward computes it.
 
         Args:
             hidden: the residual stream (B, L, d) after ``start`` layers.
             attention_mask: int64, (B, L).
             start: default, and at most, ``prefix_length``.
+            position_ids: as for ``run_prefix``.
 
         Raises:
             ValueError: the decoder cannot be run in two calls, see ``split_obstacle``.
@@ -161,7 +180,8 @@ class Split(Wrapped):
         if start > 0:
             hidden = self._site(start - 1).run("layer", hidden)
         suffix = decoder_slice(self.decoder, start, len(self.layers))
-        return suffix(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        return suffix(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False, **places).last_hidden_state
 
 
 @contextmanager

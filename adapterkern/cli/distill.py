@@ -107,4 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         return Job(model, rows, eval_rows, KeepBehaviour(model, teacher, **settings))
 
     # The whole backbone, and not what --backbone-layers leaves of it.
-    return train_run(arguments, job, lambda _: load_backbone(arguments.model, **backbone_options(arguments)), check)
+    def load(_: argparse.Namespace) -> tuple[Any, Any]:
+        return load_backbone(arguments.model, **backbone_options(arguments))
+
+    kind = KeepBehaviour if arguments.keep or arguments.eval_keep else Distillation
+    return train_run(arguments, job, load, check, kind=kind)

@@ -31,7 +31,7 @@ answers.json is {id: text}, which SQuAD's official script reads; --n-best FILE a
 """
 # What TrainConfig has for other tasks, and question answering does not read.
 _UNUSED = frozenset(
-    {*OF_PLAIN_LOSS, "task", "pooling", "text_column", "label_column", "prompt_column", "completion_column"}
+    {*OF_PLAIN_LOSS, "task", "pooling", "packing", "text_column", "label_column", "prompt_column", "completion_column"}
 )
 _FORMAT = ".json in SQuAD's form, .jsonl or .parquet; or NAME:SPLIT of a dataset on the hub"
 
@@ -73,7 +73,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         if not is_share_of_train(arguments.eval):
             check_questions("--eval", arguments.eval, config)
 
-    return train_run(arguments, job, check=check)
+    return train_run(arguments, job, check=check, kind=QuestionAnswering)
 
 
 def run_predict(arguments: argparse.Namespace) -> int:

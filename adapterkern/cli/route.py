@@ -61,4 +61,4 @@ def run(arguments: argparse.Namespace) -> int:
         check_mixed("--modules-to-save", adapter_config(arguments), config)
         check_train_and_eval(arguments.train, arguments.eval, config)
 
-    return train_run(arguments, job, check=check, one_adapter=False)
+    return train_run(arguments, job, check=check, kind=RoutedTask, one_adapter=False)

@@ -67,12 +67,14 @@ def train_run(
     load: Callable[[argparse.Namespace], tuple[Any, Any]] = load_arguments_backbone,
     check: Callable[[TrainConfig], None] | None = None,
     *,
+    kind: "type[Task[Any]] | None" = None,
     one_adapter: bool = True,
 ) -> int:
     """Train what ``job`` makes of (backbone, tokenizer, configuration); the status of the command.
 
     Args:
         check: raises for data that the command cannot use; by default ``check_train_and_eval``.
+        kind: the class of the job's task, if it has one.
         one_adapter: the run trains one, which the options describe.
 
     Raises what ``adapterkern.train`` raises; all that can be known without the backbone before it is loaded.
@@ -89,6 +91,7 @@ def train_run(
     config = from_options(arguments, TrainConfig)
     check_lr(config)
     tracker_names(config)
+    (kind or Task).check_config(config)
     adapter = adapter_config(arguments)
     check_source(arguments.model)
     if arguments.liger:

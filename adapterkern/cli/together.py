@@ -27,6 +27,7 @@ _RULES = (
     _Rule(("pooling", "label_column"), "task", lambda task: task == "causal-lm", "which has no labels"),
     _Rule(("prompt_column", "completion_column"), "task", lambda task: task in LABELED, "which has no prompts"),
     _Rule(COLUMNS, "task", lambda task: task == "question answering", "whose columns have fixed names"),
+    _Rule(("group_by_length",), "padding", lambda padding: padding == "max_length", "to which all rows are padded"),
     _Rule(("max_skipped_steps",), "precision", lambda precision: precision != "fp16", "which skips no step"),
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("class_weights",), "task", lambda task: task != "classification", "which has no classes"),

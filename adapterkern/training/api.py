@@ -33,6 +33,7 @@ from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
 from adapterkern.training.losses import check_loss, trained_with
+from adapterkern.training.padding import check_packing, padding_line
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
@@ -130,6 +131,7 @@ def train(
     share = is_share(eval_data)
     if config.best is not None and eval_data is None:
         raise ValueError(f"best: expected eval_data, to find the best evaluation of, got {config.best!r:.80} without")
+    (task or Task).check_config(config)
     _warn_of_no_effect(config, task, eval_data is not None)
     _warn_of_pooling(config, head)
     if model.is_mixing and config.train_adapters:
@@ -158,14 +160,16 @@ def train(
         data = Data(train_set, eval_set, *names, summaries)
         set_seed(config.seed)
         with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
-            order = task.order(train_set, config, 0)  # may raise: before an earlier run is removed
+            order = data.order(task, config, 0)  # may raise: before an earlier run is removed
             stack.enter_context(trained_with(task, config, train_set))
+            with accelerator.autocast():
+                data = dataclasses.replace(data, padding=padding_line(task, data, config))
             backbone = describe_backbone(model)  # before the engine shards it
             zero = accelerator.distributed_type is DistributedType.DEEPSPEED
             if not (config.shard or zero):  # their weights come and go
                 stack.enter_context(cast_once(task))
             if config.compile:
-                stack.enter_context(compiled_layers(model))
+                stack.enter_context(compiled_layers(model, rows_vary=config.packing))
             if config.checkpoint_activations:
                 stack.enter_context(checkpointed(model))
             if config.offload_activations:
@@ -267,6 +271,12 @@ def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: b
         found |= dict.fromkeys(("checkpoint_activations", "offload_activations"), "without adapters to train")
     if config.output_dir is None:
         found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
+    if config.rows_per_step == 1:
+        found["group_by_length"] = "with steps of one row"
+    elif config.padding == "max_length":
+        found["group_by_length"] = "with padding='max_length'"
+    if max(config.batch_size, (config.eval_batch_size or 1) if evaluates else 1) == 1:
+        found["packing"] = "with one row per forward"
     for name, why in found.items():
         if getattr(config, name) != getattr(TrainConfig, name):
             warn("config: %s=%r has no effect %s", name, getattr(config, name), why)
@@ -286,6 +296,7 @@ def _check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Ex
         for llama in task.backbones:
             check_positions(llama, examples)
             check_padding(llama, config, examples)
+        check_packing(task, config, examples)
 
 
 def _state(
@@ -366,6 +377,7 @@ def evaluate(
             raise ValueError(f"head: expected {expected}")
         task = Task(model, None if head is None else head.to(model.device))
         _warn_of_pooling(config, head)
+    task.check_config(config)
     with in_one_thread(model):
         return _evaluated(task, eval_data, config, tokenizer, cache, answers)
 

@@ -67,15 +67,18 @@ def _line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def compiled_layers(model: LlamaAdapter) -> Iterator[None]:
+def compiled_layers(model: LlamaAdapter, rows_vary: bool = False) -> Iterator[None]:
     """Inside the block, forwards with gradients run the frozen parts of each layer compiled.
+
+    Args:
+        rows_vary: batches of one row are as usual as others, and get graphs of their own.
 
     Without gradients (an evaluation, the frozen prefix) layers run as they are: they would take graphs of their own.
     The results are the same but for rounding.
     """
     from torch._dynamo import config  # takes seconds to import
 
-    run = _Run()
+    run = _Run(rows_vary)
     for layer in model.layers:
         for name in _PARTS:
             part = functools.partial(run, getattr(AdaptedLayer, name), layer)
@@ -92,7 +95,8 @@ def compiled_layers(model: LlamaAdapter) -> Iterator[None]:
 class _Run:
     """Runs a part of a layer, compiled or not, for one training."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows_vary: bool = False) -> None:
+        self.rows_vary = rows_vary
         self.single: tuple[bool, ...] | None = None
         self.cast: set[tuple[int, torch.dtype]] = set()
         self.warned = False
@@ -126,7 +130,7 @@ class _Run:
         if kwargs.get("past_key_values") is not None:  # which grows with each call
             return False
         hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        single = tuple(size == 1 for size in hidden.shape)
+        single = tuple(size == 1 for size in hidden.shape[self.rows_vary :])
         self.single = self.single or single
         return self.single == single
 

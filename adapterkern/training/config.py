@@ -16,8 +16,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 # These change where a run writes, what it shows, how fast it is and the memory it takes, but none of its numbers
-# (prefix_cache and compile only their rounding): a resumed run may change them. With any other field changed it would
-# be a different run.
+# (prefix_cache, packing and compile only their rounding): a resumed run may change them. With any other field changed
+# it would be a different run.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir",
@@ -34,6 +34,7 @@ FREE_ON_RESUME = frozenset(
         "prefix_cache_bytes",
         "max_skipped_steps",
         "shard",
+        "packing",
         "compile",
         "log_with",
         "checkpoint_activations",
@@ -91,6 +92,11 @@ OTHER_NAMES = {
     "class_weight": "class_weights",
     "report_to": "log_with",
     "logging_dir": "output_dir",
+    "padding_free": "packing",
+    "eval_packing": "packing, of evaluations too",
+    "packing_strategy": "packing",
+    "train_sampling_strategy": "group_by_length",
+    "length_grouping": "group_by_length",
 }
 
 
@@ -118,6 +124,11 @@ class TrainConfig:
         eval_batch_size: default ``batch_size``.
         padding: to the ``"longest"`` row of a batch, or always to ``"max_length"``.
         padding_side: ``"right"`` or ``"left"``.
+        packing: put the texts of a batch into as few rows as possible, each as long as the longest of them, where they
+            do not attend to each other (causal-lm). The results are the same but for rounding: a step still learns
+            from ``batch_size · accumulation`` of the data's rows.
+        group_by_length: let the rows of a step be of alike length: an epoch's order is sorted within each 50 steps, and
+            the steps are shuffled. It changes which rows a step learns from.
         seed: of the head's weights and of the order of rows, which is a function of (seed, epoch) alone. The generators
             of Python, NumPy and torch are seeded with it too.
 
@@ -196,6 +207,10 @@ class TrainConfig:
     eval_batch_size: int | None = checks.option(None, "rows per forward of an evaluation; default: batch_size")
     padding: str = checks.option("longest", "pad to the longest row of a batch, or always to max_length", PADDINGS)
     padding_side: str = checks.option("right", "side of the padding", PADDING_SIDES)
+    packing: bool = checks.option(
+        False, "causal-lm: several texts in a row of a batch, apart from each other: less padding, the same results"
+    )
+    group_by_length: bool = checks.option(False, "steps of texts of alike length: less padding, another order")
     seed: int = checks.option(0, "seeds the new weights and the order of rows")
 
     epochs: int = checks.option(3, "passes over the data")
@@ -298,6 +313,8 @@ class TrainConfig:
                 "train_adapters: expected adapters to train with task='causal-lm': without them there is only a head "
                 "to train, and causal-lm has none; got train_adapters=False"
             )
+        if self.packing and self.task != "causal-lm":
+            raise ValueError(f"packing: expected False with task={self.task!r}, whose head reads whole rows, got True")
         if self.output_dir is not None and not os.fspath(self.output_dir):
             raise ValueError("output_dir: expected the name of a folder, got ''")
         if self.compile and self.shard:

@@ -93,6 +93,8 @@ class Run(Generic[E]):
                 elif len(self.data.train) < config.rows_per_step:
                     rows = f"{len(self.data.train)} training rows are fewer than a step's {config.rows_per_step}"
                     reporter.say(f"{rows}: every step learns from all of them")
+                if self.data.padding:
+                    reporter.say(self.data.padding)
                 processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
                 self._check_best()
                 self.callbacks.start(self._info())
@@ -220,7 +222,7 @@ class Run(Generic[E]):
     def _examples(self, step: int) -> list[E]:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.order[0] != epoch:
-            self.order = epoch, self.task.order(self.data.train, self.config, epoch)
+            self.order = epoch, self.data.order(self.task, self.config, epoch)
         rows = self.config.rows_per_step
         return [self.data.train[i] for i in self.order[1][index * rows : (index + 1) * rows]]
 
@@ -231,7 +233,7 @@ class Run(Generic[E]):
         batches = self._share(examples)
         for number, (batch, counts) in enumerate(batches, start=1):
             inputs = self.feed(batch)
-            with fast_attention(self.model, inputs["attention_mask"].shape, self.config.precision):
+            with fast_attention(self.model, inputs["input_ids"].shape, self.config.precision):
                 loss, _ = self.engine.run(inputs)
                 loss = loss if counts else 0 * loss
                 self.engine.backward(loss / targets, number == len(batches))

@@ -38,7 +38,7 @@ from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim import ClippedAdamW
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data import batches
+from adapterkern.training.data import batches, packing
 from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import (
     E,
@@ -86,10 +86,11 @@ class Task(nn.Module, Generic[E]):
         uniform: every training forward runs the same modules equally often; DeepSpeed requires it.
         trains_all: every training forward gives every trained parameter a gradient, possibly 0. If False, DDP searches
             for unused parameters.
+        packs: a row of a batch may hold several texts (``TrainConfig.packing``): nothing is read of a row as a whole.
     """
 
     files: ClassVar[tuple[str, ...]] = (*ADAPTER_FILES, HEAD_WEIGHTS, HEAD_CONFIG)
-    uniform = trains_all = True
+    uniform = trains_all = packs = True
 
     def __init__(self, model: LlamaAdapter, head: Head | None = None) -> None:
         super().__init__()
@@ -121,6 +122,12 @@ class Task(nn.Module, Generic[E]):
         """The ``settings`` in the task's own files of a checkpoint of 0.1.0, which holds them there alone."""
         return None
 
+    @classmethod
+    def check_config(cls, config: TrainConfig) -> None:
+        """Raise ``ValueError`` for a setting that this kind of training does not have."""
+        if config.packing and not cls.packs:
+            raise ValueError(f"packing: expected False for {cls.__name__}, which reads a row as one text, got True")
+
     # Data
 
     def load(self, rows: Any, config: TrainConfig, tokenizer: Any) -> list[E]:
@@ -151,8 +158,8 @@ class Task(nn.Module, Generic[E]):
             raise ValueError(f"head: expected one for task {config.task!r}, got one for {self.head.task!r}")
 
     def collate(self, examples: Sequence[E], config: TrainConfig) -> Batch:
-        """The batch for ``forward``, on the CPU."""
-        return batches.collate(examples, config)
+        """The batch for ``forward``, on the CPU; with ``config.packing`` that of packing.py."""
+        return packing.pack(examples, config) if config.packing else batches.collate(examples, config)
 
     def order(self, examples: Sequence[E], config: TrainConfig, epoch: int) -> list[int]:
         """An epoch's order of the examples, one index per row; a function of (seed, epoch) alone."""
@@ -212,9 +219,8 @@ class Task(nn.Module, Generic[E]):
         ``batch["prefix"]``, (B, L, d), if present, is the residual stream after the frozen prefix, from the cache.
         """
         if "prefix" in batch:
-            return self.model.run_suffix(batch["prefix"], batch["attention_mask"])
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return self.model.decoder(**inputs, use_cache=False).last_hidden_state
+            return self.model.run_suffix(batch["prefix"], batch.get("attention_mask"), None, batch.get("position_ids"))
+        return self.model.decoder(**batches.inputs(batch), use_cache=False).last_hidden_state
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of the batch's targets (nats, or the head's unit), and (1,) how many are predicted correctly.
@@ -348,9 +354,10 @@ class Feed:
     def __call__(self, examples: Sequence[Any]) -> Batch:
         self.examples = examples
         batch = self.task.collate(examples, self.config)
+        starts = batch.pop("starts").tolist() if "starts" in batch else None
         if self._slots and self.cache is not None:
             slots = [self._slots[example.row] for example in examples]
-            batch["prefix"] = self.cache.gather(slots, batch["input_ids"].shape[1], self.config)
+            batch["prefix"] = self.cache.gather(slots, batch["input_ids"].shape[1], self.config, starts)
         return batches.to_device(batch, self.task.model.device)
 
 

@@ -110,6 +110,25 @@ ROWS = [
         TRAIN + "--no-prefix-cache --prefix-cache-bytes 1e9",
         "--prefix-cache-bytes: has no .* with --no-prefix-cache: .*, got 10+$",
     ),
+    (
+        TRAIN + "--packing",
+        "--packing: expected --no-packing with --task classification, whose head reads whole rows, got --packing$",
+    ),
+    (
+        ROUTE + "--task causal-lm --packing",
+        "--packing: expected --no-packing for RoutedTask, which reads a row as one text, got --packing$",
+    ),
+    (
+        DISTILL + "--keep good.jsonl --packing",
+        "--packing: expected --no-packing for KeepBehaviour, which reads a row as one text, got --packing$",
+    ),
+    ("qa train --packing", "qa train: unknown --packing"),
+    (TRAIN + "--padding-free", "train: unknown --padding-free \\(did you mean --packing\\?\\); see"),
+    (TRAIN + "--length-grouping", "train: unknown --length-grouping \\(did you mean --group-by-length\\?\\); see"),
+    (
+        TRAIN + "--group-by-length --padding max_length",
+        "--group-by-length: has no effect with --padding max_length, .*: expected no --group-by-length, got --group-.*",
+    ),
     (TRAIN + "--eval-every 5", "--eval-every: has no effect without --eval: expected no --eval-every, got 5$"),
     (
         MULTITASK + "--data a good.jsonl --eval-every 5",

@@ -49,6 +49,8 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     for name, values in {
         "ddp": {},
         "shard": {"shard": True},
+        "ddp packed": {"task": "causal-lm", "packing": True},
+        "shard packed": {"task": "causal-lm", "packing": True, "shard": True},
         "ddp bf16": {"precision": "bf16", "dtype": torch.bfloat16},
         "shard bf16": {"precision": "bf16", "shard": True, "dtype": torch.bfloat16},
         "ddp modules": {"modules": ("embed_tokens",)},

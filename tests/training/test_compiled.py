@@ -234,6 +234,16 @@ def test_a_training_learns_the_same(cached: bool, traced: None) -> None:
     assert got.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-4)
 
 
+def test_packed_batches_of_one_row_are_compiled_too(traced: None) -> None:
+    """Of 2 texts in a row or two: a graph for each."""
+    packed = {"task": "causal-lm", "packing": True, "batch_size": 2, "max_length": 24, "prefix_cache": False}
+    expected = run(**packed)
+    assert graphs() == 0
+    got = run(**packed, compile=True)
+    assert graphs() == 5  # as above, twice
+    assert losses(got) == pytest.approx(losses(expected), rel=1e-4)
+
+
 def test_a_resumed_run_may_change_it(tmp_path: Path, traced: None) -> None:
     expected = run(max_steps=6)
     run(max_steps=6, output_dir=tmp_path, compile=True, checkpoint_every=3)

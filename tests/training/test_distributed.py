@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 # Two processes sum a step's rows, and FSDP2 the squares of its shards, in another order: fp32 rounding, amplified by
 # Adam over 7 steps of 1e-2.
 TOLERANCE = {"ddp": 2e-6, "shard": 2e-6, "ddp bf16": 2e-2, "shard bf16": 2e-2}
+TOLERANCE |= {"ddp packed": 2e-6, "shard packed": 2e-6}
 TOLERANCE |= {"ddp modules": 2e-5, "shard modules": 2e-5}
 
 
@@ -26,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process and of two; those that resume do so from step 3 of 7."""
     folder = tmp_path_factory.mktemp("runs")
     two_processes.run(folder / "one")
+    two_processes.run(folder / "one padded", task="causal-lm")
     two_processes.run(folder / "one bf16", precision="bf16", dtype=torch.bfloat16)
     two_processes.run(folder / "one modules", modules=("embed_tokens",))
     for name in ("one to ddp", "one to shard"):
@@ -48,6 +50,8 @@ def test_clipping_has_something_to_do(folder: Path) -> None:
     [
         ("ddp", "one"),
         ("shard", "one"),
+        ("ddp packed", "one padded"),
+        ("shard packed", "one padded"),
         ("ddp bf16", "one bf16"),
         ("shard bf16", "one bf16"),
         ("ddp modules", "one modules"),

@@ -53,6 +53,8 @@ class KeepBehaviour(Taught):
     teacher runs on the kept ones only. ``head`` is the task's, for a classification.
     """
 
+    packs = False  # rows are of the task, or kept
+
     # Data
 
     def load(self, rows: Rows | WithKept, config: TrainConfig, tokenizer: Any) -> list[Example]:

@@ -24,7 +24,7 @@ from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
 from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher, soft_label_loss
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.batches import Batch
+from adapterkern.training.data.batches import Batch, inputs
 from adapterkern.training.data.examples import Example
 from adapterkern.training.heads import Head
 from adapterkern.training.saved import load_model, load_run
@@ -109,19 +109,20 @@ class Taught(Task[Example]):
         """
         if "prefix" in batch or self.teacher is not None or self.model.split_obstacle:
             return batch
-        return batch | {"prefix": self.model.run_prefix(batch["input_ids"], batch["attention_mask"])}
+        where: dict[str, Any] = inputs(batch)
+        return batch | {"prefix": self.model.run_prefix(**where)}
 
     def taught(self, batch: Batch) -> Tensor:
         """The teacher's last hidden states (B, L, its width), without gradient; ``batch`` from ``with_prefix``."""
         with torch.no_grad():
             if self.teacher is not None:
-                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                return self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
+                return self.teacher.base_model(**inputs(batch), use_cache=False).last_hidden_state
             start = self.model.prefix_length  # which is all layers once the adapters are off
             with self.model.disable_adapter(), eval_mode(self.model.base):
                 if "prefix" not in batch:
                     return super().hidden(batch)
-                return self.model.run_suffix(batch["prefix"], batch["attention_mask"], start)
+                where = batch.get("attention_mask"), start, batch.get("position_ids")
+                return self.model.run_suffix(batch["prefix"], *where)
 
     def soft_label_loss(self, hidden: Tensor, taught: Tensor | None, **values: Any) -> SoftLabelLoss:
         """The loss of tokens' states (N, d), against the teacher's of the same tokens (N, its width), or None.

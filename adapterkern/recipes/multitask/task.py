@@ -39,6 +39,7 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_tokens
 from adapterkern.training.data.examples import Example, Rows, unlabeled
+from adapterkern.training.data.packing import pack
 from adapterkern.training.data.rows import BadRows, DataError, Row, listed, shown
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.heads import ClassificationHead
@@ -161,6 +162,8 @@ class MultiTask(Task[TaskExample]):
     def collate(self, examples: Sequence[TaskExample], config: TrainConfig) -> Batch:
         """A batch with ``choice`` (B,), each row's task among those present, and ``rows/NAME`` of each of these.
 
+        A packed row holds texts of one task.
+
         Over several processes each rank has some of a step's rows, and all ranks exchange the gradients of the same
         parameters: all of the step's tasks are present on each, those without a row there with zeros.
         """
@@ -168,9 +171,15 @@ class MultiTask(Task[TaskExample]):
         present = np.unique(numbers)
         if self.training and processes.world_size() > 1:
             present = np.union1d(present, [self.names.index(name) for name in self._step_targets])
+        if config.packing:
+            batch = pack(examples, config, kinds=numbers.tolist())
+            of_texts, numbers = numbers, np.zeros(len(batch["input_ids"]), dtype=np.int64)
+            numbers[batch["starts"].numpy() // batch["input_ids"].shape[1]] = of_texts
+        else:
+            batch = super().collate(examples, config)
         choice = np.searchsorted(present, numbers)
         rows = {_ROWS + self.names[n]: torch.from_numpy(np.flatnonzero(numbers == n)) for n in present}
-        return super().collate(examples, config) | {"choice": torch.from_numpy(choice.astype(np.int64))} | rows
+        return batch | {"choice": torch.from_numpy(choice.astype(np.int64))} | rows
 
     def order(self, examples: Sequence[TaskExample], config: TrainConfig, epoch: int) -> list[int]:
         """Raises ``ValueError`` for a task without a row: it would be saved without having learned anything."""
@@ -236,7 +245,8 @@ class MultiTask(Task[TaskExample]):
                 return super().hidden(batch)
             # Cached up to the first adapter of all tasks; those that are present may begin later.
             start = min(prefix_length(self.model.adapter_config(name)) for name in self.names)
-            return self.model.run_suffix(batch["prefix"], batch["attention_mask"], start)
+            where = batch.get("attention_mask"), start, batch.get("position_ids")
+            return self.model.run_suffix(batch["prefix"], *where)
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy over all tasks, and (1,) how many targets are right, counted in eval mode alone."""

@@ -48,6 +48,8 @@ class QuestionAnswering(Task[Window]):
         span: a head to use or train further; by default ``load`` makes one.
     """
 
+    packs = False
+
     def __init__(self, model: LlamaAdapter, settings: SpanSettings | None = None, span: SpanHead | None = None) -> None:
         super().__init__(model)
         self.span_settings = settings or SpanSettings()

@@ -80,6 +80,7 @@ class RoutedTask(Task[Example]):
 
     files: ClassVar[tuple[str, ...]] = (ROUTING_WEIGHTS, ROUTING_CONFIG, HEAD_WEIGHTS, HEAD_CONFIG)
     uniform = False  # a forward runs the experts that are chosen
+    packs = False  # a row has one route
 
     def __init__(self, model: LlamaAdapter, routing: RoutingConfig | None = None, head: Head | None = None) -> None:
         super().__init__(model, head)

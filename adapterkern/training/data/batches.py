@@ -3,7 +3,8 @@
 A batch is a dict of tensors: ``input_ids`` (B, L) int64, ``attention_mask`` (B, L) int64 with 1 on real tokens,
 ``targets`` (K,), those of all rows in a row, and for causal-lm ``positions`` (K,) int64, flat indices into (B·L). These
 are computed on the host, so that no step waits for the device to learn which states it needs. For classification and
-regression K = B, for multi-label K = B · labels. A task may add entries of its own.
+regression K = B, for multi-label K = B · labels. A task may add entries of its own. packing.py makes batches whose rows
+hold several texts.
 """
 
 import hashlib
@@ -24,6 +25,30 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).tolist()
 
 
+def by_length(order: Sequence[int], lengths: Sequence[int], step: int, seed: int, epoch: int) -> list[int]:
+    """An epoch's ``order`` of rows, rearranged so that the ``step`` rows of a step are of alike length.
+
+    Each run of ``_MEGABATCH`` steps is sorted by length and cut into steps, and then all steps are shuffled. With few
+    steps the runs are shorter, so that an epoch has several, and its steps are not those of every other epoch. Rows
+    left over for a last, smaller step keep their place. A function of the arguments alone.
+
+    Args:
+        lengths: of all rows, by their numbers in ``order``.
+    """
+    whole = len(order) // step
+    together = max(min(_MEGABATCH, whole // _MEGABATCHES), 2) * step
+    full = order[: whole * step]
+    runs = (sorted(full[at : at + together], key=lambda row: lengths[row]) for at in range(0, len(full), together))
+    steps = np.array([row for run in runs for row in run], dtype=np.int64).reshape(whole, step)
+    draw = np.random.Generator(np.random.PCG64([seed, epoch, _STEPS]))
+    return [*draw.permutation(steps).flatten().tolist(), *order[whole * step :]]
+
+
+_MEGABATCH = 50  # steps that are sorted together
+_MEGABATCHES = 4  # at least, if there are steps enough
+_STEPS = 1  # separates the order of steps from that of rows, of the same seed
+
+
 def collate(examples: Sequence[Example], config: TrainConfig, length: int | None = None) -> Batch:
     """Pad to ``length``, by default by ``config.padding``. Padding has token id 0, mask 0 and no target.
 
@@ -33,9 +58,7 @@ def collate(examples: Sequence[Example], config: TrainConfig, length: int | None
     if packed := [example for example in examples if len(example.starts) > 1]:
         got = f"{len(packed[0].starts)} that are packed ({packed[0].place})"
         raise ValueError(f"examples: expected one text in each, see unpacked, got {got}")
-    if length is None:
-        longest = max(len(example.input_ids) for example in examples)
-        length = config.max_length if config.padding == "max_length" else longest
+    length = padded_length(examples, config) if length is None else length
     ids = np.zeros((len(examples), length), dtype=np.int64)
     mask = np.zeros_like(ids)
     positions = []
@@ -51,6 +74,12 @@ def collate(examples: Sequence[Example], config: TrainConfig, length: int | None
         "targets": torch.from_numpy(np.concatenate([example.targets for example in examples])),
     }
     return batch | ({"positions": torch.from_numpy(np.concatenate(positions))} if not config.labeled else {})
+
+
+def padded_length(examples: Sequence[Example], config: TrainConfig) -> int:
+    """The length of a batch's rows."""
+    longest = max(len(example.input_ids) for example in examples)
+    return config.max_length if config.padding == "max_length" else longest
 
 
 def count_tokens(examples: Iterable[Example]) -> int:
@@ -73,6 +102,11 @@ def fingerprint(examples: Iterable[Example]) -> str:
             exact = array.astype("<f8" if array.dtype.kind == "f" else "<i8")
             digest.update(len(array).to_bytes(8, "little") + exact.tobytes())
     return digest.hexdigest()
+
+
+def inputs(batch: Batch) -> Batch:
+    """What a decoder takes of a batch, padded or packed."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -135,14 +135,22 @@ class PrefixCache:
                 return length, {key: self._slots[k] for (key, _), k in zip(new, keys, strict=True)}
         return 0, {}
 
-    def gather(self, slots: Sequence[Slot], length: int, config: TrainConfig) -> Tensor:
-        """Activations (B, length, d) of a batch, on the CPU, zero-padded on ``config.padding_side``."""
+    def gather(
+        self, slots: Sequence[Slot], length: int, config: TrainConfig, starts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Activations (B, length, d) of a batch, on the CPU, zero-padded on ``config.padding_side``.
+
+        Args:
+            starts: where the texts begin, flat indices into (B·length), if rows hold several; by default one row each.
+        """
+        if starts is None:
+            right = config.padding_side == "right"
+            starts = [row * length + (0 if right else length - slot.length) for row, slot in enumerate(slots)]
         first = self._slabs[slots[0].slab]
-        hidden = first.new_zeros(len(slots), length, first.shape[1])
-        for row, slot in zip(hidden, slots, strict=True):
-            start = 0 if config.padding_side == "right" else length - slot.length
-            row[start : start + slot.length] = self._view(slot)
-        return hidden
+        hidden = first.new_zeros((1 + max(starts) // length) * length, first.shape[1])
+        for start, slot in zip(starts, slots, strict=True):
+            hidden[start : start + slot.length] = self._view(slot)
+        return hidden.unflatten(0, (-1, length))
 
     def _view(self, slot: Slot) -> Tensor:
         return self._slabs[slot.slab][slot.start : slot.start + slot.length]

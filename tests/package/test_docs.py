@@ -24,6 +24,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("
 PAGES = (
     "index",
     "classify",
+    "labels-and-numbers",
     "instruct-tune",
     "generate",
     "own-loop",
@@ -86,6 +87,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = "text,label\n" + "".join(f'"{("Great", "Bad")[i % 2]}, said {i}",{"pn"[i % 2]}\n' for i in range(8))
     for name in ("train", "test", "mixed", "reviews", "reviews-test", "topics", "topics-test"):
         (folder / f"{name}.csv").write_text(table)
+    for name, labels in (("tags", ("[]", '"[""a"", ""b""]"')), ("ratings", ("1", "2.5"))):
+        (folder / f"{name}.csv").write_text("text,label\n" + "".join(f"Said {i},{labels[i % 2]}\n" for i in range(8)))
     rows: dict[str, dict[str, Any]] = {
         "train": {"prompt": "Who came?", "completion": " Ann."},
         "test": {"prompt": "Who came late?", "completion": " Bo."},

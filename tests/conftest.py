@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
+from pathlib import Path
 
 # A folder for extensions that torch compiles, of this session and all of its workers: a killed process of anybody's
 # leaves a lock in the usual one, for which every later one waits. It starts with what is compiled there, except locks.
@@ -39,3 +41,12 @@ hypothesis.settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first: begun last, they would leave one worker alone with them for minutes."""
+    slow, count = Counter[Path](), Counter[Path]()
+    for item in items:
+        count[item.path] += 1
+        slow[item.path] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: -slow[item.path] / count[item.path])

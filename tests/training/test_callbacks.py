@@ -92,6 +92,17 @@ def test_an_error_in_a_callback_names_it_and_the_checkpoint(tmp_path: Path) -> N
     assert run(tmp_path, resume=True).steps == 8
 
 
+def test_an_error_in_a_callback_s_close_names_it_after_all_are_closed() -> None:
+    class Broken(Told):
+        def close(self) -> None:
+            raise KeyError("handle")
+
+    first, last = Told(), Told()
+    with pytest.raises(RuntimeError, match=r"^callbacks: Broken.close: KeyError: 'handle'$"):
+        run(None, [first, Broken(), last])
+    assert first.calls[-1] == last.calls[-1] == "closed"
+
+
 def test_what_is_no_callback_is_refused() -> None:
     for callbacks, message in (
         ([Told], "callbacks: expected Callback objects .*, got Told, a class: call it"),

@@ -84,7 +84,7 @@ class Callbacks:
         if processes.rank() == 0:  # no collective: other ranks may have failed
             with contextlib.ExitStack() as stack:
                 for callback in self._callbacks:
-                    stack.callback(callback.close)
+                    stack.callback(_close, callback)
 
     def start(self, run: RunInfo) -> None:
         self._call("on_start", run.step, None, lambda: run)
@@ -116,6 +116,13 @@ class Callbacks:
             return ends
 
         return processes.on_rank_zero(call) if self._callbacks else None
+
+
+def _close(callback: Callback) -> None:
+    try:
+        callback.close()
+    except Exception as error:
+        raise RuntimeError(f"callbacks: {type(callback).__name__}.close: {type(error).__name__}: {error}") from error
 
 
 def check_callbacks(callbacks: object) -> None:

@@ -316,6 +316,7 @@ def _state(
     origin = {
         "task": task.kind,
         "settings": task.settings,
+        "head": {} if task.head is None else task.head.settings,
         "adapters": [model.adapter_config(name).to_dict() for name in names],  # without their names
         "backbone": backbone,
         "eval_fingerprint": fingerprint(data.eval) if data.eval else "",

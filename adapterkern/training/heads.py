@@ -111,10 +111,19 @@ class Head(nn.Module):
         """An example's targets, for a reader."""
         raise NotImplementedError
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values that its scores depend on besides its weights."""
+        return {"pooling": self.pooling} | {name: getattr(self, name) for name in self.fields}
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the two files: both or, if interrupted, neither."""
-        fields = {"hidden_size": self.linear.in_features, "pooling": self.pooling, "labels": self.labels}
-        write_head(Path(directory), self.task, self, fields | {name: getattr(self, name) for name in self.fields})
+        write_head(
+            Path(directory),
+            self.task,
+            self,
+            {"hidden_size": self.linear.in_features, "labels": self.labels, **self.settings},
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:

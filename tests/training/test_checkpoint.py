@@ -280,7 +280,7 @@ def test_a_checkpoint_without_its_origin_resumes(tmp_path: Path) -> None:
     older = {
         name: value
         for name, value in json.loads(path.read_text()).items()
-        if name not in ("task", "adapters", "backbone", "eval_fingerprint", "sha256")
+        if name not in ("task", "head", "adapters", "backbone", "eval_fingerprint", "sha256")
     }
     path.write_text(json.dumps(older | {"sha256": checkpoint_module._digest(older)}))
     assert run(tmp_path, max_steps=2, resume=True).steps == 2

@@ -18,7 +18,15 @@ import adapterkern as ak
 from adapterkern.inference.label_report import make_label_report
 from adapterkern.inference.number_report import make_number_report
 from adapterkern.inference.report import check_directory, write_report
-from adapterkern.training import DataError, HeldOut, MultiLabelHead, RegressionHead, load_examples, train
+from adapterkern.training import (
+    CheckpointError,
+    DataError,
+    HeldOut,
+    MultiLabelHead,
+    RegressionHead,
+    load_examples,
+    train,
+)
 from adapterkern.training.config import LABELED
 from adapterkern.training.data.batches import collate, count_targets, fingerprint
 from adapterkern.training.data.examples import check_data, numbered
@@ -150,6 +158,22 @@ def test_heads_are_saved_with_their_kind(tmp_path: Path) -> None:
         RegressionHead.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="head: expected one for task 'multi-label', got one for 'regression'"):
         train(tiny_run.model(), rows(SETS), tiny_run.quiet(task="multi-label"), tokenizer=TOKENIZER, head=read)
+
+
+def test_a_resumed_run_goes_on_with_a_head_like_its_own(tmp_path: Path) -> None:
+    """Its parameters fit any head of its size, and its scores would have another scale, or read other states."""
+    config = tiny_run.quiet(task="regression", max_steps=2, output_dir=tmp_path)
+    given = {"tokenizer": TOKENIZER}
+    train(tiny_run.model(), rows(NUMBERS), config, **given, head=RegressionHead(32, 0.0, 50.0))
+    resumed = dataclasses.replace(config, resume=True, max_steps=3)
+    for other, message in (
+        (None, r"state.json: the run was begun with mean=0.0 in its head, not \d.*: resume with the same"),
+        (RegressionHead(32, 0.0, 51.0), "begun with std=50.0 in its head, not 51.0"),
+        (RegressionHead(32, 0.0, 50.0, pooling="last"), "begun with pooling='mean' in its head, not 'last'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(tiny_run.model(), rows(NUMBERS), resumed, **given, head=other)
+    assert train(tiny_run.model(), rows(NUMBERS), resumed, **given, head=RegressionHead(32, 0.0, 50.0)).steps == 3
 
 
 def test_numbers_are_fingerprinted_exactly() -> None:

@@ -33,10 +33,10 @@ FIELDS: dict[str, Any] = {
     "parameters": dict,
     "files": dict,
 }
-# Checkpoints of 0.1.0 lack some of these; they are accepted without that check.
+# Checkpoints of earlier versions lack some of these; they are accepted without that check.
 _ORIGIN: dict[str, type] = {
     **{"task": str, "settings": dict, "adapters": list, "backbone": dict},
-    "eval_fingerprint": str,
+    **{"eval_fingerprint": str, "head": dict},
 }
 
 SCHEDULE = ("base_lrs", "_last_lr", "last_epoch", "_step_count")  # what a schedule's state is made of
@@ -94,6 +94,8 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
             f"{path}: the run was begun with other training data or another tokenizer: resume with the same, or begin "
             "another run"
         )
+    head = origin.get("head", {})
+    _check_same_values(path, saved.get("head", head), head, which=" in its head")
     evaluated = origin.get("eval_fingerprint")
     if (before := saved.get("eval_fingerprint", evaluated)) != evaluated:
         data = "other evaluation data" if before and evaluated else f"{'' if before else 'no '}evaluation data"

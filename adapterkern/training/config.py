@@ -304,7 +304,9 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and (not isinstance(value, str) or not value):
                 raise TypeError(f"{name}: expected a name or None, got {value!r:.80}")
         if self.patience is not None and self.best is None:
-            raise ValueError(f"patience: expected best, by which evaluations are compared, got {self.patience} alone")
+            raise ValueError(
+                f"patience: expected a metric to compare evaluations by, such as best='loss', got {self.patience} alone"
+            )
         self._check_loss()
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup: expected a share below 1 or an integer number of steps, got {self.warmup!r}")

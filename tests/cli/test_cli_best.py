@@ -52,7 +52,7 @@ def test_the_best_is_saved_and_a_resumed_run_is_longer(
     ("command", "options", "message"),
     [
         ("train", "--best loss", "--best: has no effect without --eval: expected no --best, got loss"),
-        ("train", "--patience 2 --eval E", "--patience: expected best, by which evaluations are compared, got 2 alone"),
+        ("train", "--patience 2 --eval E", "such as --best loss, got 2 alone"),
         ("train", "--class-weights even", "--class-weights: expected balanced, got 'even'"),
         ("train", "--task causal-lm --class-weights balanced", "--class-weights: has no effect with --task causal-lm"),
         ("train", "--log-with tensorbord", "--log-with: expected trackers among aim, "),

@@ -188,9 +188,9 @@ def test_numbers_are_fingerprinted_exactly() -> None:
 
 
 CELLS = {  # what is wrong with the third line, by task
-    ("multi-label", "a|b"): """[] for none; as text JSON, ["a", "b"], got 'a|b'""",
-    ("multi-label", "['a']"): "as text JSON",
-    ("multi-label", ""): "or [] for none, got an empty one",
+    ("multi-label", "a|b"): """[] for none; in CSV as JSON, ["a", "b"]; got 'a|b'""",
+    ("multi-label", "['a']"): "in CSV as JSON",
+    ("multi-label", ""): """or [] for none; in CSV as JSON, ["a", "b"]; got ''""",
     ("multi-label", '["a", 0.5]'): "got 0.5 in the list",
     ("multi-label", '["a", ["b"]]'): "got ['b'] in the list",
     ("multi-label", '["a", "a"]'): "expected each label once, got 'a' again",

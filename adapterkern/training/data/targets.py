@@ -100,11 +100,11 @@ class LabelList(OneLabel):
         value = scalar(row.values.get(column))
         items = _items(_parsed(value))
         if items is None:
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str):
                 return None, problem(row, column, self.expected)
             return (
                 None,
-                f'column {shown(column)}: expected {self.expected}; as text JSON, ["a", "b"], got {shown(value)}',
+                f'column {shown(column)}: expected {self.expected}; in CSV as JSON, ["a", "b"]; got {shown(value)}',
             )
         names = [label_name(one) for one in items]
         if None in names:

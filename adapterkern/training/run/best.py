@@ -86,4 +86,4 @@ def check_metric(metric: str, found: Iterable[str]) -> None:
     """Raise ``ValueError`` if an evaluation with the metrics ``found`` has none of this name."""
     scores = [name for name in found if name.rpartition("/")[2] not in _NOT_SCORES]
     if metric not in scores:
-        raise ValueError(f"best: expected a metric of the evaluations, {', '.join(scores)}, got {metric!r:.80}")
+        raise ValueError(f"best: expected a metric of the evaluations: {' or '.join(scores)}; got {metric!r:.80}")

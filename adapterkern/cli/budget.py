@@ -10,7 +10,7 @@ from adapterkern import checks
 from adapterkern.cli.options import adapter_fields, add_options, from_options, integer
 from adapterkern.model import attention
 from adapterkern.model.config import MAX_DEPTH, AdapterConfig, adapter_num_params, largest_adapter_dim
-from adapterkern.model.memory import CHOICES, WIDTHS, Shape, Training
+from adapterkern.model.memory import CHOICES, WIDTHS, Choice, Shape, Training
 from adapterkern.training.config import TrainConfig
 
 # As their makers have published them
@@ -154,12 +154,12 @@ def _show_memory(arguments: argparse.Namespace) -> None:
         f"{arguments.model_config}: {shape.num_params:,} parameters in {arguments.dtype}, {training.trained_params:,} "
         f"trained\n{config.task}, {batch}, --max-length {config.max_length}; memory {_gb(memory)} GB"
     )
-    names = " ".join(f"{name:>8}" for name in ("weights", "trained", "kept", "work", "total", "host"))
-    print(f"{'GB':61} {names} {'fits':>5} {'most rows':>10}")
+    names = " ".join(f"{name:>7}" for name in ("weights", "trained", "kept", "work", "total", "host"))
+    print(f"checkpoint, offload: --checkpoint-activations, --offload-activations\n{'GB':23}{names} fits {'rows':>4}")
     found = {choice: (training.memory(rows, choice), training.most_rows(memory, choice)) for choice in CHOICES}
     for choice, (taken, most) in found.items():
-        terms = " ".join(f"{_gb(term):>8}" for term in (*taken[:4], taken.total, taken.host))
-        print(f"{choice.options or 'as it is':61} {terms} {'yes' if most >= rows else 'no':>5} {most:10,}")
+        terms = " ".join(f"{_gb(term):>7}" for term in (*taken[:4], taken.total, taken.host))
+        print(f"{_short(choice):23}{terms} {'yes' if most >= rows else 'no':>4} {most:4}")
     fitting = [choice for choice, (_, most) in found.items() if most >= rows]
     if not fitting:
         least = min(taken.total for taken, _ in found.values())
@@ -168,6 +168,12 @@ def _show_memory(arguments: argparse.Namespace) -> None:
     print(f"fits {'with ' + options if options else 'as it is'}: {_gb(taken.total)} GB of {_gb(memory)}")
     if options and (fewer := _divisor(rows, found[CHOICES[0]][1])):
         print(f"or, with the same steps, --batch-size {fewer} --accumulation {rows // fewer}")
+
+
+def _short(choice: Choice) -> str:
+    """The options of a choice, so that the table is 80 columns wide."""
+    short = choice.options.replace("--load-in ", "").replace("-activations", "").replace("--", "")
+    return short or "as it is"
 
 
 def _divisor(rows: int, most: int) -> int:

@@ -135,14 +135,13 @@ def test_a_machine_without_the_package_or_a_device_that_it_does_not_know(
 def test_the_budget_of_a_7b_model_in_24_gb() -> None:
     done = subprocess.run([sys.executable, "-m", "adapterkern", *BUDGET.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = dict(re.findall(r"^(as it is|--\S.*?) {2,}(\d.*)$", done.stdout, re.MULTILINE))
+    rows = dict(re.findall(r"^(as it is|8bit|4bit|checkpoint|.*offload) {2,}(\d.*)$", done.stdout, re.MULTILINE))
+    assert max(map(len, done.stdout.splitlines())) <= 80
     # By hand: 6,738,415,616 weights of 2 bytes, 32 adapters of 64·(2·4096 + 1) + 3·4096 parameters with 16 bytes
     assert rows["as it is"].split()[:2] == ["13.48", "0.27"]
-    assert rows["as it is"].endswith("no          2")
+    assert rows["as it is"].endswith("  no    2")
     # 32 inputs of 4·1024 × 4096 in bf16, the final norm's in fp32, 4096 × 32,000 logarithms in fp32
-    assert (
-        rows["--checkpoint-activations"].split()[2] == f"{(32 * 2**25 + 2**26 + 4 * 4096 + 2**14 * 32_000) / 1e9:.2f}"
-    )
+    assert rows["checkpoint"].split()[2] == f"{(32 * 2**25 + 2**26 + 4 * 4096 + 2**14 * 32_000) / 1e9:.2f}"
     assert "\nfits with --checkpoint-activations: 16.47 GB of 24.00\n" in done.stdout
     assert done.stdout.endswith("or, with the same steps, --batch-size 2 --accumulation 2\n")
 

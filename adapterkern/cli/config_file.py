@@ -60,7 +60,11 @@ def _of_resumed(rest: Sequence[str], command: argparse.ArgumentParser) -> list[s
     if not output and "--output" in rest:
         output = next(iter(rest[rest.index("--output") + 1 :]), "")
     path = Path(output, "sources.json")
-    if "--resume" not in rest or OPTION not in command._option_string_actions or not output or not path.exists():
+    if "--resume" not in rest or OPTION not in command._option_string_actions or not output:
+        return []
+    if not os.path.isdir(output):
+        command.error(f"argument --output: expected the folder of a run to resume, got {output}, which is not there")
+    if not path.exists():
         return []
     try:
         saved = _of_sources(json.loads(path.read_bytes()))

@@ -178,12 +178,19 @@ def named(option: str) -> Iterator[None]:
 
 
 def check_train_and_eval(
-    train_file: str | os.PathLike[str] | None, eval_file: str | os.PathLike[str] | None, config: TrainConfig
+    train_file: str | os.PathLike[str] | None,
+    eval_file: str | os.PathLike[str] | None,
+    config: TrainConfig,
+    known: Sequence[str] = (),
 ) -> list[str] | None:
-    """``check_rows`` of ``--train``, whose labels it returns, and of ``--eval``, which may have these alone."""
+    """``check_rows`` of ``--train``, whose labels it returns, and of ``--eval``, which may have these alone.
+
+    Args:
+        known: the labels of a saved head, which is kept, and may be evaluated on all of them, if it has the training's.
+    """
     labels = check_rows("--train", train_file, config)
     if not is_share_of_train(eval_file):
-        check_rows("--eval", eval_file, config, labels)
+        check_rows("--eval", eval_file, config, known if labels and set(labels) <= set(known) else labels)
     return labels
 
 

@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     labels: list[str] = []
 
     def check(config: TrainConfig) -> None:
-        labels.extend(check_train_and_eval(arguments.train, arguments.eval, config) or ())
+        known = () if arguments.start is None else _saved_labels(arguments.start, config)
+        labels.extend(check_train_and_eval(arguments.train, arguments.eval, config, known) or ())
 
     def job(llama: Any, tokenizer: Any, config: TrainConfig) -> Job:
         model = adapted(arguments, llama)
@@ -93,9 +94,16 @@ def _warn_of_other_share(arguments: argparse.Namespace, before: Any) -> None:
             )
 
 
+def _saved_labels(start: Path, config: TrainConfig) -> list[str]:
+    """The labels of the head saved there; none if there is none for this task."""
+    from adapterkern.training.heads import head_kind, saved_labels
+
+    return saved_labels(start, config.task) if head_kind(start) == config.task else []
+
+
 def _head(start: Path, data: str, labels: list[str], config: TrainConfig) -> Any:
     """The head saved there; None, with a warning, if it is for another task or lacks some of the ``labels``."""
-    from adapterkern.training.heads import head_kind, saved_labels
+    from adapterkern.training.heads import head_kind
     from adapterkern.training.saved import load_head
 
     kind = head_kind(start)
@@ -103,7 +111,7 @@ def _head(start: Path, data: str, labels: list[str], config: TrainConfig) -> Any
         if kind is not None and config.labeled:
             logger.warning("--from: the head starts anew, since the saved one is for %s, not %s", kind, config.task)
         return None
-    known = saved_labels(start, config.task)
+    known = _saved_labels(start, config)
     if new := [name for name in labels if name not in known]:
         logger.warning("--from: the head starts anew, since %s has labels that the saved one has not: %s", data, new[0])
         return None

@@ -327,7 +327,8 @@ class Run(Generic[E]):
     def _lose_patience(self) -> None:
         best, patience = self.state.best, self.config.patience
         if best is not None and patience is not None and best.since >= patience and self._goes_on():
-            self.ended = f"{best.since} evaluations without a better {best.metric} than that of step {best.step}"
+            few = f"{best.since} evaluation{'' if best.since == 1 else 's'}"
+            self.ended = f"{few} without a better {best.metric} than that of step {best.step}"
 
     def _save_checkpoint(self) -> None:
         if self.output_dir is not None:

@@ -70,6 +70,16 @@ def test_other_labels_have_a_head_of_their_own(
     torch.testing.assert_close(*adapters, rtol=0, atol=1e-9)
 
 
+def test_all_labels_of_a_kept_head_may_be_evaluated_on(first: Path, model_folder: Path, tmp_path: Path) -> None:
+    three, two = (tmp_path / f"{name}.jsonl" for name in ("three", "two"))
+    for path, labels in ((three, "abc"), (two, "ab")):
+        rows = [{"text": f"said {n}", "label": labels[n % len(labels)]} for n in range(6)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(model_folder, three, tmp_path / "known", "--from", str(first)) == 0
+    assert train(model_folder, two, tmp_path / "kept", "--from", str(tmp_path / "known"), "--eval", str(three)) == 0
+    assert train(model_folder, two, tmp_path / "new", "--eval", str(three), "--layers=-1") == 1
+
+
 def test_refused(
     first: Path, model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,8 @@ def test_a_resumed_run_has_the_settings_that_it_began_with(
     (tmp_path / "sources.json").write_text("{")
     assert cli.main(["train", "--resume", "--output", str(tmp_path)]) == 2
     assert "missing --model, --train" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--output", str(tmp_path / "none")]) == 2
+    assert "--output: expected the folder of a run to resume, got " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ class DryRun:
         """For a reader. ``rows``: those of a step; ``where``: whose memory it is."""
         share = self.trainable_parameters / self.all_parameters
         cache = f"; and {_size(self.cache_bytes)} in the prefix cache" if self.cache_bytes else ""
-        parts = [f"{self.steps:,} steps of {_time(self.step_seconds)}"]
-        parts += [f"{self.evaluations:,} evaluations of {_time(self.eval_seconds)}"] if self.evaluations else []
+        parts = [f"{_counted(self.steps, 'step')} of {_time(self.step_seconds)}"]
+        parts += [f"{_counted(self.evaluations, 'evaluation')} of {_time(self.eval_seconds)}"] * bool(self.evaluations)
         parts += [f"the prefix cache {_time(self.prefix_seconds)}"] if self.prefix_seconds else []
         return [
             f"parameters  {self.trainable_parameters:,} trained of {self.all_parameters:,} ({share:.4%})",
@@ -71,6 +71,10 @@ def _size(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
     return f"{count / 1024:.3g} KiB"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _time(seconds: float) -> str:

@@ -62,7 +62,7 @@ def _of_resumed(rest: Sequence[str], command: argparse.ArgumentParser) -> list[s
     path = Path(output, "sources.json")
     if "--resume" not in rest or OPTION not in command._option_string_actions or not output:
         return []
-    if not os.path.isdir(output):
+    if not os.path.isdir(output) and not any(word.split("=")[0] == "--model" for word in rest):
         command.error(f"argument --output: expected the folder of a run to resume, got {output}, which is not there")
     if not path.exists():
         return []

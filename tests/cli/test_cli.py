@@ -304,7 +304,7 @@ def test_help_shows_the_default_that_holds(capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
-        assert f"causal-lm the next token [{default}]" in shown
+        assert f"the next token (causal-lm) [{default}]" in shown
 
 
 def test_eval_finds_the_backbone_from_another_folder(

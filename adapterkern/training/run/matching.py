@@ -88,12 +88,12 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
         raise CheckpointError(f"{path.parent}: the task's settings: expected an object, got {saved['settings']!r:.80}")
     _check_same_values(path, saved.get("settings", settings), settings)
     check_settings(path, saved["config"], state.config)
-    check_length(path, saved["step"], state.config, state.steps_per_epoch)
     if saved["data_fingerprint"] != state.data_fingerprint:
         raise CheckpointError(
             f"{path}: the run was begun with other training data or another tokenizer: resume with the same, or begin "
             "another run"
         )
+    check_length(path, saved["step"], state.config, state.steps_per_epoch)
     head = origin.get("head", {})
     _check_same_values(path, saved.get("head", head), head, which=" in its head")
     evaluated = origin.get("eval_fingerprint")

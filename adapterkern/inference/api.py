@@ -9,6 +9,7 @@ import torch
 from adapterkern import checks
 from adapterkern.inference.classifier import Classifier
 from adapterkern.inference.runs import Opened, find_run
+from adapterkern.model.backbone import OTHER_NAMES
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.examples import Rows
@@ -20,14 +21,8 @@ _OPENED = "_adapterkern_opened"  # of a model: the run that it was loaded from
 
 
 @checks.other_names(
-    base_model="model",
-    pretrained_model_name_or_path="source",
-    torch_dtype="dtype",
-    device_map="device, one of them",
-    attn_implementation="attn",
-    load_in_4bit='load_in="4bit"',
-    load_in_8bit='load_in="8bit"',
-    quantization_config="load_in",
+    **OTHER_NAMES
+    | {"base_model": "model", "pretrained_model_name_or_path": "source", "device_map": "device, one of them"}
 )
 def load(
     source: str | os.PathLike[str],

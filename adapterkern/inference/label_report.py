@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from adapterkern.inference.report import FORMAT_VERSION, ROWS, WORST, LabelScores, of_row, scores_of
+from adapterkern.inference.report import FORMAT_VERSION, ROWS, WORST, LabelScores, averages_by_name, of_row, scores_of
 from adapterkern.training.data.rows import shown
 from adapterkern.training.head_kinds import MultiLabelHead
 
@@ -55,10 +55,7 @@ class LabelReport:
             "format_version": FORMAT_VERSION,
             "rows": self.rows,
             "accuracy": self.accuracy,
-            "averages": {
-                name: dict(zip(("precision", "recall", "f1"), values, strict=True))
-                for name, values in self.averages.items()
-            },
+            "averages": averages_by_name(self.averages),
             "labels": [dataclasses.asdict(one) for one in self.labels],
             "labels_absent": self.absent,
             "errors": self.errors,

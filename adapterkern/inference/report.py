@@ -114,10 +114,7 @@ class Report:
             "format_version": FORMAT_VERSION,
             "rows": self.rows,
             "accuracy": self.accuracy,
-            "averages": {
-                name: dict(zip(("precision", "recall", "f1"), values, strict=True))
-                for name, values in self.averages.items()
-            },
+            "averages": averages_by_name(self.averages),
             "labels": [dataclasses.asdict(one) for one in self.labels],
             "labels_absent": self.absent,
             "confusion": {label: {names[j]: n for j, n in enumerate(row) if n} for label, row in matrix},
@@ -133,6 +130,11 @@ class Report:
     def lines(self) -> list[str]:
         """What ``report.txt`` holds."""
         return text_of(self)
+
+
+def averages_by_name(averages: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """``LabelScores``' averages as ``report.json`` has them."""
+    return {name: dict(zip(("precision", "recall", "f1"), values, strict=True)) for name, values in averages.items()}
 
 
 def text_of(report: AnyReport) -> list[str]:

@@ -31,14 +31,18 @@ _PAUSE = 1.0  # seconds, after which the hub is asked once more
 logger = logging.getLogger(__name__)
 
 
-@checks.other_names(
-    torch_dtype="dtype",
-    attn_implementation="attn",
-    load_in_4bit='load_in="4bit"',
-    load_in_8bit='load_in="8bit"',
-    quantization_config="load_in",
-    device_map="device",
-)
+# As transformers' from_pretrained has them
+OTHER_NAMES = {
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn",
+    "load_in_4bit": 'load_in="4bit"',
+    "load_in_8bit": 'load_in="8bit"',
+    "quantization_config": "load_in",
+    "device_map": "device",
+}
+
+
+@checks.other_names(**OTHER_NAMES)
 def load_backbone(
     source: str | os.PathLike[str],
     *,

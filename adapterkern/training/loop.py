@@ -37,7 +37,7 @@ from adapterkern.training.run.interrupt import StopRequest
 from adapterkern.training.run.meter import Meter, Step
 from adapterkern.training.run.plot import plot_history
 from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter
-from adapterkern.training.run.results import NonFiniteError, TrainResult
+from adapterkern.training.run.results import NonFiniteError, TrainResult, counted
 from adapterkern.training.saved import Sources, save_sources
 from adapterkern.training.task import Feed, Task, eval_batches, run_evaluation
 
@@ -327,7 +327,7 @@ class Run(Generic[E]):
     def _lose_patience(self) -> None:
         best, patience = self.state.best, self.config.patience
         if best is not None and patience is not None and best.since >= patience and self._goes_on():
-            few = f"{best.since} evaluation{'' if best.since == 1 else 's'}"
+            few = counted(best.since, "evaluation")
             self.ended = f"{few} without a better {best.metric} than that of step {best.step}"
 
     def _save_checkpoint(self) -> None:

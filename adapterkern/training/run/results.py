@@ -54,8 +54,8 @@ class DryRun:
         """For a reader. ``rows``: those of a step; ``where``: whose memory it is."""
         share = self.trainable_parameters / self.all_parameters
         cache = f"; and {_size(self.cache_bytes)} in the prefix cache" if self.cache_bytes else ""
-        parts = [f"{_counted(self.steps, 'step')} of {_time(self.step_seconds)}"]
-        parts += [f"{_counted(self.evaluations, 'evaluation')} of {_time(self.eval_seconds)}"] * bool(self.evaluations)
+        parts = [f"{counted(self.steps, 'step')} of {_time(self.step_seconds)}"]
+        parts += [f"{counted(self.evaluations, 'evaluation')} of {_time(self.eval_seconds)}"] * bool(self.evaluations)
         parts += [f"the prefix cache {_time(self.prefix_seconds)}"] if self.prefix_seconds else []
         return [
             f"parameters  {self.trainable_parameters:,} trained of {self.all_parameters:,} ({share:.4%})",
@@ -73,7 +73,8 @@ def _size(count: int) -> str:
     return f"{count / 1024:.3g} KiB"
 
 
-def _counted(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """``2 steps``, ``1 step``."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

@@ -240,7 +240,7 @@ def test_a_training_run(task: str) -> None:
         model = tiny_run.model()
         model.liger = kernels
         config = tiny_run.quiet(task=task, max_steps=2, log_every=1)
-        rows = tiny_run.rows(6)
+        rows = tiny_run.rows(6, low=1, high=3)
         result = ak.train(model, rows, config, tokenizer=tiny_run.tokenizer(), eval_data=rows)
         assert result.metrics is not None
         losses = [record["loss"] for record in result.history if record["kind"] == "train"]
@@ -254,10 +254,10 @@ def test_in_trainer(tmp_path: Path, smoothing: float) -> None:
     """Smoothed labels need logits, which a forward without labels gives."""
     model = trainers.adapted()
     model.liger = True
-    trainers.check_trainer(tmp_path, model, smoothing)
+    trainers.check_trainer(tmp_path, model, smoothing, steps=2)
 
 
 def test_in_sft_trainer(tmp_path: Path) -> None:
     model = trainers.adapted()
     model.liger = True
-    trainers.check_sft_trainer(tmp_path, model)
+    trainers.check_sft_trainer(tmp_path, model, steps=2)

@@ -83,29 +83,32 @@ def by_hand(model: ak.LlamaAdapter, batches: list[list[dict[str, Tensor]]], smoo
     return losses
 
 
-def check_trainer(folder: Path, model: ak.LlamaAdapter, smoothing: float, checkpointing: bool = False) -> None:
+def check_trainer(
+    folder: Path, model: ak.LlamaAdapter, smoothing: float, checkpointing: bool = False, steps: int = 6
+) -> None:
     """The losses and the weights of a loop by hand."""
     run = trainer(
         folder,
         model,
         ROWS[:4],  # every step has these four, in whatever order
+        max_steps=steps,
         label_smoothing_factor=smoothing,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     run.train()
     other = adapted()
-    expected = by_hand(other, [ROWS[:4]] * 6, smoothing)
+    expected = by_hand(other, [ROWS[:4]] * steps, smoothing)
     assert logged(run, "loss") == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-4)
 
 
-def sft_trainer(folder: Path, model: ak.LlamaAdapter, **more: Any) -> Any:
-    """6 steps on the first four rows."""
+def sft_trainer(folder: Path, model: ak.LlamaAdapter, steps: int = 6, **more: Any) -> Any:
+    """``steps`` on the first four rows, with a checkpoint at half of them."""
     trl = pytest.importorskip("trl", reason="trl is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in ROWS[:4]])
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "max_grad_norm": 0.0, "logging_steps": 1}
+    defaults = {"max_steps": steps, "per_device_train_batch_size": 4, "max_grad_norm": 0.0, "logging_steps": 1}
     arguments = trl.SFTConfig(
         output_dir=str(folder),
         **defaults,
@@ -116,7 +119,7 @@ def sft_trainer(folder: Path, model: ak.LlamaAdapter, **more: Any) -> Any:
         eos_token="</s>",
         pad_token="</s>",
         save_strategy="steps",
-        save_steps=3,
+        save_steps=steps // 2,
     )
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 64)}
     tokenizer = PreTrainedTokenizerFast(
@@ -128,11 +131,12 @@ def sft_trainer(folder: Path, model: ak.LlamaAdapter, **more: Any) -> Any:
     )
 
 
-def check_sft_trainer(folder: Path, model: ak.LlamaAdapter) -> None:
+def check_sft_trainer(folder: Path, model: ak.LlamaAdapter, steps: int = 6) -> None:
     """Its fused LM head computes the loss from base_model's states: that must be the adapted backbone's."""
-    run = sft_trainer(folder, model)
+    run = sft_trainer(folder, model, steps)
     run.train()
     other = adapted()
-    expected = by_hand(other, [[{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS[:4]]] * 6)
+    batch = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS[:4]]
+    expected = by_hand(other, [batch] * steps)
     assert logged(run, "loss") == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(weights(model), weights(other), atol=1e-5, rtol=1e-4)

@@ -1,24 +1,9 @@
 """For all tests: few threads, no network, seeded draws."""
 
-import atexit
-import glob
 import os
-import shutil
 import signal
-import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
-
-# A folder for extensions that torch compiles, of this session and all of its workers: a killed process of anybody's
-# leaves a lock in the usual one, for which every later one waits. It starts with what is compiled there, except locks.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["TORCH_EXTENSIONS_DIR"] = _own = tempfile.mkdtemp(prefix="adapterkern-extensions-")
-    atexit.register(shutil.rmtree, _own, ignore_errors=True)
-    _python = f"~/.cache/torch_extensions/py{sys.version_info.major}{sys.version_info.minor}_*/deepspeed_shm_comm"
-    _built = glob.glob(os.path.expanduser(_python))
-    if len(_built) == 1:  # of one build of torch
-        shutil.copytree(_built[0], os.path.join(_own, "deepspeed_shm_comm"), ignore=shutil.ignore_patterns("lock"))
 
 # A shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -4,27 +4,24 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
 
 from adapterkern import checks
-from adapterkern.model.asking import check_runs
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training import processes
 from adapterkern.training.activations import check_checkpointing, check_offload, checkpointed, offloaded
+from adapterkern.training.arguments import check_arguments, check_backbones, warn_of_no_effect, warn_of_pooling
 from adapterkern.training.compiled import check_compile, compiled_layers
 from adapterkern.training.config import OTHER_NAMES as SETTINGS
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import fingerprint
-from adapterkern.training.data.examples import Example, numbered
-from adapterkern.training.data.padding import check_padding, check_positions
+from adapterkern.training.data.examples import numbered
 from adapterkern.training.data.prefix import PrefixCache, choose_cache
-from adapterkern.training.data.rows import source_name, warn
+from adapterkern.training.data.rows import source_name
 from adapterkern.training.data.sets import Data
 from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
 from adapterkern.training.data.summary import Summary, warn_of_overlap
@@ -33,7 +30,7 @@ from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
 from adapterkern.training.losses import check_loss, trained_with
-from adapterkern.training.padding import check_packing, padding_line
+from adapterkern.training.padding import padding_line
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.parallel.engine import Engine
@@ -125,15 +122,15 @@ def train(
         NotImplementedError: several processes, with an engine or a task that does not support them.
     """
     config = TrainConfig() if config is None else config
-    _check_arguments(model, config, tokenizer, head, cache)
+    check_arguments(model, config, tokenizer, head, cache)
     check_callbacks(callbacks)
     tracker_names(config)
     share = is_share(eval_data)
     if config.best is not None and eval_data is None:
         raise ValueError(f"best: expected eval_data, to find the best evaluation of, got {config.best!r:.80} without")
     (task or Task).check_config(config)
-    _warn_of_no_effect(config, task, eval_data is not None)
-    _warn_of_pooling(config, head)
+    warn_of_no_effect(config, task, eval_data is not None)
+    warn_of_pooling(config, head)
     if model.is_mixing and config.train_adapters:
         raise ValueError("model: expected one adapter to train, got a call inside mixing, where several run")
     accelerator = make_accelerator(config.precision, model.device)
@@ -155,7 +152,7 @@ def train(
         summaries = _summaries(task, config, {"train": train_set, "eval": eval_set}, names if share else ())
         processes.on_rank_zero(lambda: show_data(summaries, config.progress))
         with accelerator.autocast():
-            processes.on_every_rank(lambda: _check_backbones(task, config, [*train_set, *eval_set]))
+            processes.on_every_rank(lambda: check_backbones(task, config, [*train_set, *eval_set]))
         warn_of_overlap(train_set, eval_set)
         data = Data(train_set, eval_set, *names, summaries)
         set_seed(config.seed)
@@ -239,66 +236,6 @@ def _summaries(
     }
 
 
-def _check_arguments(model: object, config: object, tokenizer: object, head: object, cache: object) -> None:
-    """Refuse what a user gives in their places, before it fails somewhere inside."""
-    if not isinstance(model, LlamaAdapter):
-        hint = ": wrap it, LlamaAdapter(llama, AdapterConfig())" if isinstance(model, PreTrainedModel) else ""
-        if hasattr(model, "_orig_mod"):
-            hint = ": give the model itself; its compile() compiles it in place"
-        raise TypeError(f"model: expected a LlamaAdapter, got {type(model).__name__}{hint}")
-    model.check_attached()
-    if not isinstance(config, TrainConfig):
-        hint = ": write TrainConfig(**fields)" if isinstance(config, dict) else ""
-        raise TypeError(f"config: expected a TrainConfig, got {type(config).__name__}{hint}")
-    if tokenizer is not None and not callable(tokenizer):
-        path = os.fspath(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else ""
-        hint = f": load it, AutoTokenizer.from_pretrained({path!r})" if path else ""
-        raise TypeError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}{hint}")
-    for name, value, kind in (("head", head, Head), ("cache", cache, PrefixCache)):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__} or None, got {type(value).__name__}")
-
-
-def _warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: bool) -> None:
-    """Name the settings of a training that were made and change nothing."""
-    found: dict[str, str] = {}
-    if type(task) in (Task, type(None)):  # others may read other rows, too
-        names = ("prompt_column", "completion_column") if config.labeled else ("label_column", "pooling")
-        found |= dict.fromkeys(names, f"with task={config.task!r}")
-    if not evaluates:
-        found["eval_every"] = "without eval_data"
-    if not config.train_adapters:  # the backbone runs without gradients
-        found |= dict.fromkeys(("checkpoint_activations", "offload_activations"), "without adapters to train")
-    if config.output_dir is None:
-        found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
-    if config.rows_per_step == 1:
-        found["group_by_length"] = "with steps of one row"
-    elif config.padding == "max_length":
-        found["group_by_length"] = "with padding='max_length'"
-    if max(config.batch_size, (config.eval_batch_size or 1) if evaluates else 1) == 1:
-        found["packing"] = "with one row per forward"
-    for name, why in found.items():
-        if getattr(config, name) != getattr(TrainConfig, name):
-            warn("config: %s=%r has no effect %s", name, getattr(config, name), why)
-
-
-def _warn_of_pooling(config: TrainConfig, head: Head | None) -> None:
-    """The same of ``pooling`` beside a head, which has its own."""
-    if head is not None and config.pooling not in (head.pooling, TrainConfig.pooling):
-        warn("config: pooling=%r has no effect with a head that reads %r", config.pooling, head.pooling)
-
-
-def _check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Raise ``ValueError`` if a backbone of the task does not run on the examples, or not as they are padded."""
-    if not task.model.is_mixing:  # which holds for batches of its own size
-        check_runs(task.model)
-    with task.model.disable_adapter():
-        for llama in task.backbones:
-            check_positions(llama, examples)
-            check_padding(llama, config, examples)
-        check_packing(task, config, examples)
-
-
 def _state(
     task: Task[Any],
     engine: Engine,
@@ -370,14 +307,14 @@ def evaluate(
         ValueError: a head is missing, or given for causal-lm.
         RuntimeError: another thread trains or evaluates ``model``.
     """
-    _check_arguments(model, config, tokenizer, head, cache)
+    check_arguments(model, config, tokenizer, head, cache)
     if task is None:
         if (head is None) == config.labeled:
             hint = ", got None: give the head of the training, which is result.head, or load_run(...)[1]"
             expected = f"a head for task {config.task!r}{hint}" if head is None else "no head for task 'causal-lm'"
             raise ValueError(f"head: expected {expected}")
         task = Task(model, None if head is None else head.to(model.device))
-        _warn_of_pooling(config, head)
+        warn_of_pooling(config, head)
     task.check_config(config)
     with in_one_thread(model):
         return _evaluated(task, eval_data, config, tokenizer, cache, answers)
@@ -397,7 +334,7 @@ def _evaluated(
     summaries = _summaries(task, config, {_name(eval_data): examples})
     processes.on_rank_zero(lambda: show_data(summaries, config.progress))
     with accelerator.autocast():
-        _check_backbones(task, config, examples)
+        check_backbones(task, config, examples)
     with task.running(config), left_as_found(task), cast_once(task):
         feed = Feed(task, config, cache)
         with accelerator.autocast():

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
-from adapterkern.cli.options import add_backbone_options, add_options, from_options
+from adapterkern.cli.options import add_backbone_options, add_options, add_skip_option, from_options
 from adapterkern.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         help="a prompt is a user's message, for the tokenizer's chat template; default: as the run was trained",
     )
     add_backbone_options(parser, of_run=True)
+    add_skip_option(parser)
 
 
 def generation_settings(arguments: argparse.Namespace) -> GenerationSettings:

@@ -286,6 +286,11 @@ def model_flags(arguments: argparse.Namespace) -> dict[str, bool]:
     return {"fused": not arguments.unfused, "liger": arguments.liger}
 
 
+def add_skip_option(parser: argparse.ArgumentParser) -> None:
+    help = "skip the adapter's first N sites: less time, at little cost after a training with --adapter-drop"
+    parser.add_argument("--skip-sites", type=integer, default=0, metavar="N", help=help)
+
+
 FILES = "JSONL, JSON, CSV, TSV, Parquet, or a folder of .txt files"
 FORMATS = f"{FILES}; or NAME:SPLIT of a dataset on the hub"
 
@@ -313,6 +318,7 @@ def add_saved_options(
     group = parser.add_argument_group("data", "default: the run's own")
     add_options(group, TrainConfig, only=(*(COLUMNS if columns else ()), *READING))
     add_backbone_options(parser, of_run=True)
+    add_skip_option(parser)
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:

@@ -136,7 +136,14 @@ def saved_run(arguments: argparse.Namespace) -> "SavedRun":
 def open_run(arguments: argparse.Namespace, run: "SavedRun") -> "Opened":
     """The run on its own backbone, or the one of the arguments."""
     flags: Any = model_flags(arguments) | backbone_options(arguments)
-    return run.open(model=arguments.model, num_layers=arguments.num_layers, **flags)
+    checks.integer("skip_sites", skip := arguments.skip_sites, 0)
+    opened = run.open(model=arguments.model, num_layers=arguments.num_layers, **flags)
+    model = opened.task.model
+    sites = max((len(model.adapter_config(name).layers or ()) for name in model.adapters), default=0)
+    if skip and skip >= sites:
+        raise ValueError(f"--skip-sites: expected fewer than the adapter's {sites} sites, got {skip}")
+    model.skip_sites(skip)
+    return opened
 
 
 def write_rows(

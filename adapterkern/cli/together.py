@@ -17,7 +17,7 @@ class _Rule(NamedTuple):
     why: str = ""
 
 
-_OF_STEPS = ("checkpoint_activations", "offload_activations")
+_OF_STEPS = ("adapter_drop", "checkpoint_activations", "offload_activations")
 _RULES = (
     _Rule(("max_params",), "adapter_dim", why="a budget decides the dimension"),
     _Rule(("layers",), "every", why="each says which layers have adapters"),

@@ -155,6 +155,10 @@ class AdapterConfig:
             raise ValueError(f"layers: expected at least one layer and none twice, got {list(self.layers)}")
         return sites
 
+    def skips(self, layer: str, sites: int) -> bool:
+        """Whether ``layer`` is among the first ``sites`` of this resolved configuration."""
+        return int(layer) in (self.layers or ())[:sites]
+
     def num_params(self, hidden_size: int, num_layers: int) -> int:
         """Number of trainable parameters in a decoder of this shape."""
         return len(self.site_layers(num_layers)) * self.depth * adapter_num_params(hidden_size, self.adapter_dim)

@@ -68,7 +68,7 @@ class Mixture:
         # (K, B): each choice is contiguous, as the kernels expect
         self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
         self._weight = weight if weight is None or weight.dim() == 2 else weight[:, None]
-        self._sites: dict[tuple[str, str], list[_Group]] = {}
+        self._sites: dict[tuple[str, str, int], list[_Group]] = {}
         self._choices: dict[tuple[object, ...], Tensor] = {}
         self._generating = False
         self._stacks: dict[int, list[Weights]] = {}  # by the group's id; only while generating
@@ -90,17 +90,21 @@ class Mixture:
         """Number of leading layers whose output none of the adapters changes."""
         return min(map(prefix_length, self._configs), default=num_layers)
 
-    def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
-        """The function of the residual stream (B, L, d) that runs at a site; None if no adapter is there."""
-        if (layer, position) not in self._sites:
-            self._sites[layer, position] = self._groups(layer, position)
-        groups = self._sites[layer, position]
+    def at(self, layer: str, position: str, skip: int = 0) -> Callable[[Tensor], Tensor] | None:
+        """The function of the residual stream (B, L, d) that runs at a site; None if no adapter is there.
+
+        ``skip`` of each adapter's first sites have none.
+        """
+        site = layer, position, skip
+        if site not in self._sites:
+            self._sites[site] = self._groups(*site)
+        groups = self._sites[site]
         return partial(self._run, groups) if groups else None
 
-    def _groups(self, layer: str, position: str) -> list[_Group]:
+    def _groups(self, layer: str, position: str, skip: int) -> list[_Group]:
         members: dict[tuple[object, ...], list[int]] = {}
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
-            if c.position == position and layer in adapters:
+            if c.position == position and layer in adapters and not c.skips(layer, skip):
                 members.setdefault((c.adapter_dim, c.activation, c.eps, c.depth, c.x_free), []).append(number)
         return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
 
@@ -190,14 +194,14 @@ class DeferredMixture:
         """Number of leading layers whose output none of the adapters changes."""
         return min(map(prefix_length, self._configs.values()), default=num_layers)
 
-    def at(self, layer: str, position: str) -> Callable[[Tensor], Tensor] | None:
-        """As ``Mixture.at``."""
+    def at(self, layer: str, position: str, skip: int = 0) -> Callable[[Tensor], Tensor] | None:
+        """As ``Mixture.at``. The choices are made at the first of the sites, skipped or not."""
         if self._mixture is not None:
-            return self._mixture.at(layer, position)
+            return self._mixture.at(layer, position, skip)
         is_site = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())
-        return partial(self._begin, layer, position) if is_site else None
+        return partial(self._begin, layer, position, skip) if is_site else None
 
-    def _begin(self, layer: str, position: str, x: Tensor) -> Tensor:
+    def _begin(self, layer: str, position: str, skip: int, x: Tensor) -> Tensor:
         # Gradient checkpointing runs the layer twice and the decision once, so the decision must not be recomputed: the
         # hooks, inside those of the checkpoint, keep what it saves for the backward. Detached, since a saved output
         # would hold its own graph.
@@ -205,9 +209,8 @@ class DeferredMixture:
             index, weight = self._decide(x)
         mixture = Mixture(self._adapters, self._configs, index, weight)
         self._mixture = mixture.generating(None) if self._generating else mixture
-        run = self._mixture.at(layer, position)
-        assert run is not None  # `at` has found an adapter at this site
-        return run(x)
+        run = self._mixture.at(layer, position, skip)
+        return x if run is None else run(x)
 
 
 def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:

@@ -29,6 +29,7 @@ class State(NamedTuple):
     active: str | None
     enabled: bool
     mixture: Mixture | DeferredMixture | None
+    skip: int | None = None  # of each adapter's first sites; None as the model is set
     fixed: bool = False  # as a forward was; otherwise the model's settings hold for ``active``, and besides ``enabled``
 
 
@@ -84,6 +85,7 @@ class Running(Wrapped):
         """No adapter is active, and none is disabled."""
         self._active: str | None = None
         self._on = True
+        self._skip = 0
         self._blocks = _Blocks()
 
     def __getattr__(self, name: str) -> Any:
@@ -106,7 +108,10 @@ class Running(Wrapped):
     @property
     def _state(self) -> State:
         state = self._blocks.state or _UNCHANGED
-        return state if state.fixed else State(self._active, state.enabled and self._on, state.mixture)
+        if state.fixed:
+            return state
+        skip = self._skip if state.skip is None else state.skip
+        return State(self._active, state.enabled and self._on, state.mixture, skip)
 
     @property
     def _enabled(self) -> bool:
@@ -163,6 +168,24 @@ class Running(Wrapped):
         """
         self.check_attached()
         return self._blocks.within(enabled=False)
+
+    def skip_sites(self, sites: int) -> None:
+        """Let the first ``sites`` sites of each adapter do nothing, as in ``skipping``, in all threads; 0 undoes it."""
+        self.check_attached()
+        self._skip = checks.integer("sites", sites, 0)
+
+    def skipping(self, sites: int) -> AbstractContextManager[None]:
+        """Inside the block the first ``sites`` sites of each adapter do nothing: y = x there.
+
+        AdapterDrop (Rücklé et al. 2021, arXiv:2010.11918): the lowest adapters cost time and add least, if a training
+        with ``TrainConfig(adapter_drop=...)`` has prepared the others to do without them. A site is a layer that has
+        an adapter, with all of its ``depth``. Only in the thread that enters the block.
+
+        Raises:
+            TypeError, ValueError: ``sites`` is not an integer >= 0.
+        """
+        self.check_attached()
+        return self._blocks.within(skip=checks.integer("sites", sites, 0))
 
     def mixing(
         self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
@@ -297,12 +320,14 @@ class RunningSite:
         return adapters(hidden)
 
     def _at(self, position: str) -> Callable[[Tensor], Tensor] | None:
-        active, enabled, mixture, _ = self.model._state
+        active, enabled, mixture, skip, _ = self.model._state
         if not enabled:
             return None
         if mixture is not None:
-            return mixture.at(self.index, position)
-        if active is None or self.model._configs[active].position != position:
+            return mixture.at(self.index, position, skip or 0)
+        if active is None or (config := self.model._configs[active]).position != position:
+            return None
+        if skip and config.skips(self.index, skip):
             return None
         sites: Any = self.model.adapters[active]
         return sites[self.index] if self.index in sites else None  # noqa: SIM401 ModuleDict has no get

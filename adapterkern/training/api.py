@@ -30,6 +30,7 @@ from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
 from adapterkern.training.losses import check_loss, trained_with
+from adapterkern.training.optimization import check_drop
 from adapterkern.training.padding import padding_line
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
@@ -250,6 +251,8 @@ def _state(
     names = dict.fromkeys(owners[id(p)] for p in engine.parameters.values() if id(p) in owners)
     for name in names:
         model.check_saved(name)
+    if config.adapter_drop:
+        check_drop(config, map(model.adapter_config, names))
     origin = {
         "task": task.kind,
         "settings": task.settings,

@@ -47,7 +47,9 @@ def warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: bo
     if not evaluates:
         found["eval_every"] = "without eval_data"
     if not config.train_adapters:  # the backbone runs without gradients
-        found |= dict.fromkeys(("checkpoint_activations", "offload_activations"), "without adapters to train")
+        found |= dict.fromkeys(
+            ("adapter_drop", "checkpoint_activations", "offload_activations"), "without adapters to train"
+        )
     if config.output_dir is None:
         found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")
     if config.rows_per_step == 1:

@@ -139,6 +139,8 @@ class TrainConfig:
         schedule: after the warmup ``"linear"`` or ``"cosine"`` decay to 0 at the last step, or ``"constant"``.
         warmup: steps of linear warmup; a value below 1 is their share of all steps.
         precision: ``"fp32"`` (no autocast), ``"bf16"`` autocast, or ``"fp16"`` autocast with a gradient scaler.
+        adapter_drop: in each step the first n sites of an adapter do nothing, n drawn evenly from 0 to this number
+            (Rücklé et al. 2021): later ``model.skipping(n)`` costs little. Fewer than an adapter has.
         max_skipped_steps: raise after more than this many consecutive steps that the fp16 scaler skips.
         label_smoothing: of the training loss, as in ``torch.nn.functional.cross_entropy``: this share of a target is
             spread over all classes or tokens. The loss of an evaluation is plain.
@@ -226,6 +228,9 @@ class TrainConfig:
     )
     warmup: float = checks.option(0.06, "steps of linear warmup; below 1, their share of all steps")
     precision: str = checks.option("fp32", "bf16 and fp16 run under autocast, fp16 with a gradient scaler", PRECISIONS)
+    adapter_drop: int = checks.option(
+        0, "in each step an adapter's first n sites are skipped, n drawn evenly from 0 to this (AdapterDrop)"
+    )
     max_skipped_steps: int = checks.option(
         20, "raise after more than this many consecutive steps that the fp16 scaler skips"
     )
@@ -293,7 +298,7 @@ class TrainConfig:
         for name in ("max_steps", "eval_batch_size", "checkpoint_every", "eval_every", "patience"):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), 1)
-        for name in ("seed", "max_skipped_steps", "prefix_cache_bytes"):
+        for name in ("seed", "adapter_drop", "max_skipped_steps", "prefix_cache_bytes"):
             checks.integer(name, getattr(self, name), 0)
         for name in ("lr", "weight_decay", "eps", "warmup"):
             checks.number(name, getattr(self, name), "[0, inf)")

@@ -28,6 +28,7 @@ from adapterkern.training.data.examples import E
 from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.data.rows import warn
 from adapterkern.training.data.sets import Data
+from adapterkern.training.optimization import sites_to_skip
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
 from adapterkern.training.run.best import check_metric
@@ -213,7 +214,8 @@ class Run(Generic[E]):
     def _timed_step(self, reporter: Reporter) -> None:
         started = time.perf_counter()
         examples = self._examples(self.state.step)
-        self._step(examples)
+        with self.model.skipping(sites_to_skip(self.config, self.state.step)):
+            self._step(examples)
         reporter.step(self.state.step)
         if self.model.device.type == "cpu" or any(self._due()):
             self._drain()

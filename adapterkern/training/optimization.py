@@ -1,12 +1,15 @@
 """The optimizer of a run, and its learning-rate schedule: linear warmup, then linear decay, cosine decay or none."""
 
 import math
+import random
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from adapterkern.model.config import AdapterConfig
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.training.config import TrainConfig
 
@@ -40,6 +43,21 @@ def check_lr(config: TrainConfig) -> None:
         raise ValueError("lr: expected a number above 0, with which a step changes something, got 0")
     if config.max_norm == 0:
         raise ValueError("max_norm: expected a number above 0, with which gradients have an effect, or inf, got 0")
+
+
+def check_drop(config: TrainConfig, adapters: Iterable[AdapterConfig]) -> None:
+    """Raise ``ValueError`` if a step might skip all sites of one of the trained adapters."""
+    fewest = min((len(adapter.layers or ()) for adapter in adapters), default=config.adapter_drop + 1)
+    if config.adapter_drop >= fewest:
+        raise ValueError(
+            f"adapter_drop: expected fewer than the {fewest} sites of the adapter, of which a step trains at least "
+            f"one, got {config.adapter_drop}"
+        )
+
+
+def sites_to_skip(config: TrainConfig, step: int) -> int:
+    """How many of the first sites a step skips: a function of (seed, step) alone."""
+    return random.Random(f"{config.seed} {step}").randint(0, config.adapter_drop)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:

@@ -65,3 +65,17 @@ def test_only_question_answering_predicts(
     assert cli.main(["qa", "predict", "classification", *arguments]) == 1
     assert "expected a run of question answering, got one of `adapterkern train`" in capsys.readouterr().err
     assert cli.main(["qa", "predict", "qa", *arguments]) == 0
+
+
+def test_without_an_adapter_s_first_sites(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(GOLDEN)
+    sites = len(json.loads(Path("classification/adapterkern.json").read_text())["config"]["layers"])
+    shown = []
+    for skip in map(str, range(sites)):
+        assert cli.main(["eval", "classification", "--skip-sites", skip]) == 0
+        shown.append(dict(line.split() for line in capsys.readouterr().out.splitlines())["loss"])
+    assert float(shown[0]) == pytest.approx(EXPECTED["classification"]["loss"], rel=1e-4, abs=6e-5)
+    assert len(set(shown)) == sites > 1
+    assert cli.main(["eval", "classification", "--skip-sites", str(sites)]) == 1
+    expected = f"--skip-sites: expected fewer than the adapter's {sites} sites, got {sites}"
+    assert expected in capsys.readouterr().err

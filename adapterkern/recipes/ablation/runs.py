@@ -236,7 +236,8 @@ def shared_digest(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config
     return " ".join((fingerprint(train_set), fingerprint(eval_set), *labels, backbone))
 
 
-_NEW = ("label_smoothing", "class_weights", "best", "patience", "group_by_length")  # fields that 0.1.0 did not have
+# fields that 0.1.0 did not have
+_NEW = ("label_smoothing", "class_weights", "best", "patience", "group_by_length", "adapter_drop")
 
 
 def run_key(variant: Variant, seed: int, shared: str) -> str:

@@ -61,6 +61,11 @@ class Zero(Engine):
                 "modules_to_save: expected no tied embeddings under ZeRO-3, which gathers a parameter for the module "
                 "that has it; use stage 2, or shard=True without DeepSpeed"
             )
+        if config.adapter_drop:
+            raise NotImplementedError(
+                f"adapter_drop: expected 0 under DeepSpeed, whose forwards all run the same modules, got "
+                f"{config.adapter_drop}"
+            )
         if not task.uniform:
             name = type(task).__name__
             raise NotImplementedError(

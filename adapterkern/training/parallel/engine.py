@@ -78,7 +78,7 @@ class Engine:
         self.run = DistributedDataParallel(
             self.run,
             device_ids=None if device.type == "cpu" else [device],
-            find_unused_parameters=not self.task.trains_all,
+            find_unused_parameters=not self.task.trains_all or self.config.adapter_drop > 0,
         )
 
     def _require_trained_only(self) -> None:

@@ -101,7 +101,7 @@ class Mixture:
         groups = self._sites[site]
         return partial(self._run, groups) if groups else None
 
-    def _groups(self, layer: str, position: str, skip: int) -> list[_Group]:
+    def _groups(self, layer: str, position: str, skip: int = 0) -> list[_Group]:
         members: dict[tuple[object, ...], list[int]] = {}
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
             if c.position == position and layer in adapters and not c.skips(layer, skip):

@@ -20,7 +20,7 @@ def without(model: ak.LlamaAdapter, sites: list[int]) -> torch.Tensor:
     """The logits with the branches of these sites set to 0."""
     zeroed = []
     for site in sites:
-        for p in model.adapters["default"][str(site)][0].up.parameters():  # type: ignore[index]
+        for p in model.adapters["default"][str(site)][0].up.parameters():
             zeroed.append((p, p.detach().clone()))
             p.data.zero_()
     logits = model(IDS).logits

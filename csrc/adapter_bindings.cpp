@@ -92,10 +92,12 @@ Prepared prepared(const std::string& isa, int compute, int64_t d, int64_t r, con
   return {isa, compute, w};
 }
 
-void run_forward(const Prepared& p, int stream, int64_t rows, int64_t x_stride, uintptr_t x, uintptr_t y,
-                 const std::array<uintptr_t, 3>& saved, double eps, int activation, int threads) {
-  const Forward f{p.w, rows, x_stride, pointer<const void>(x), pointer<void>(y), pointer<void>(saved[0]),
-                  pointer<float>(saved[1]), pointer<float>(saved[2]), float(eps), Activation(activation)};
+void run_forward(const Prepared& p, int stream, int64_t rows, int64_t x_stride, int64_t residual_stride, uintptr_t x,
+                 uintptr_t residual, uintptr_t y, const std::array<uintptr_t, 3>& saved, double eps, int activation,
+                 int threads) {
+  const Forward f{p.w, rows, x_stride, residual_stride, pointer<const void>(x), pointer<const void>(residual),
+                  pointer<void>(y), pointer<void>(saved[0]), pointer<float>(saved[1]), pointer<float>(saved[2]),
+                  float(eps), Activation(activation)};
   const Kernels& kernels = kernels_of(p.isa, stream, p.compute);
   py::gil_scoped_release release;
   forward(kernels, f, threads);
@@ -110,8 +112,8 @@ int64_t backward_bytes(const Prepared& p, int stream, int64_t rows) {
 }
 
 void run_backward(const Prepared& p, int stream, int64_t rows, int64_t x_stride, int64_t dy_stride,
-                  const std::array<uintptr_t, 5>& inputs, int activation, const std::array<uintptr_t, 7>& grads,
-                  uintptr_t memory, int threads) {
+                  const std::array<uintptr_t, 5>& inputs, int activation, bool residual,
+                  const std::array<uintptr_t, 7>& grads, uintptr_t memory, int threads) {
   const Kernels& kernels = kernels_of(p.isa, stream, p.compute);
   const Sizes n = sizes(kernels, rows, p.w.d, p.w.r);
   const int64_t rp = padded(p.w.r, kRank);
@@ -127,6 +129,7 @@ void run_backward(const Prepared& p, int stream, int64_t rows, int64_t x_stride,
   b.x = pointer<const void>(inputs[0]), b.dy = pointer<const void>(inputs[1]), b.z = pointer<const void>(inputs[2]);
   b.mean = pointer<const float>(inputs[3]), b.rstd = pointer<const float>(inputs[4]);
   b.activation = Activation(activation);
+  b.residual = residual;
   b.dx = pointer<void>(grads[0]);
   float** const to[] = {&b.d_norm_weight, &b.d_norm_bias, &b.d_down_weight,
                         &b.d_down_bias,   &b.d_up_weight, &b.d_up_bias};
@@ -150,6 +153,7 @@ void bind_adapter(py::module_& m) {
       py::dict(py::arg("silu") = int(Activation::kSilu), py::arg("gelu") = int(Activation::kGelu),
                py::arg("relu") = int(Activation::kRelu), py::arg("tanh") = int(Activation::kTanh),
                py::arg("identity") = int(Activation::kIdentity));
+  m.attr("ADAPTER_VERSION") = 2;  // adapterkern/ops/native.py asks for it
   m.def("instruction_sets", &instruction_sets);
   m.def("left_out", &left_out);
   m.attr("LEFT_OUT_BECAUSE") = kLeftOutBecause;

@@ -5,10 +5,12 @@
 // and shares the rows, or the columns, among threads.
 //
 //   prepare        A = W_down·diag(γ), its rows centered (which takes c1 out of dx), and W_up, both in the two layouts
-//                  that the products read; c = W_down·β + b_down
-//   forward        a block of rows: statistics; z = ρ(x − μ)·Aᵀ + c; h; y = x + h·W_upᵀ + b_up
+//                  that the products read; c = W_down·β + b_down. Without LayerNorm A = W_down as it is, c = b_down, and
+//                  below μ = 0, ρ = 1, κ = 0
+//   forward        a block of rows: statistics; z = ρ(x − μ)·Aᵀ + c; h; y = x + h·W_upᵀ + b_up, or the residual + …
 //   backward_rows  a block of rows: dh = dy·W_up; dz; κ = ρ²·c2; what the products over T read: ρ·dz and h
-//   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ); G = (ρ·dz)ᵀ·(x − μ); U = hᵀ·dy; the parameters
+//   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ), without dy if there was a residual;
+//                  G = (ρ·dz)ᵀ·(x − μ); U = hᵀ·dy; the parameters
 //
 // While a product multiplies, it fetches what the next block, or the next slice, reads and this one writes
 // (adapter_cpu_ahead.h): its multiplications are most of the time, and nothing else then waits for memory.
@@ -37,7 +39,8 @@ static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to *
 // The six parameters, fp32 and contiguous, and what prepare() makes of them for products in one dtype.
 struct Weights {
   int64_t d, r;
-  const float *norm_weight, *norm_bias, *down_weight, *down_bias, *up_weight, *up_bias;
+  const float *norm_weight, *norm_bias;  // both null: no LayerNorm
+  const float *down_weight, *down_bias, *up_weight, *up_bias;
   uint32_t* down_k;  // A:    [rp / 32][d units][32], for z
   uint32_t* down_n;  // A:    [d / 32][r units][32], for dx
   uint32_t* up_k;    // W_up: [rp / 32][d units][32], for dh
@@ -47,8 +50,9 @@ struct Weights {
 
 struct Forward {
   Weights w;
-  int64_t rows, x_stride;  // of rows, in elements; y is contiguous
+  int64_t rows, x_stride, residual_stride;  // of rows, in elements; y is contiguous
   const void* x;           // (T, d)
+  const void* residual;    // (T, d); x itself in a plain call
   void* y;                 // (T, d), may be x
   void* z;                 // (T, r), null unless it is kept
   float *mean, *rstd;      // (T), likewise
@@ -62,8 +66,9 @@ struct Backward {
   const void *x, *dy, *z;
   const float *mean, *rstd;
   Activation activation;
+  bool residual;                                                       // there was one: dx lacks dy
   void* dx;                                                            // (T, d) contiguous; null: not wanted
-  float *d_norm_weight, *d_norm_bias, *d_down_weight, *d_down_bias;    // all four or none
+  float *d_norm_weight, *d_norm_bias, *d_down_weight, *d_down_bias;    // all four or none; without LayerNorm two
   float *d_up_weight, *d_up_bias;                                      // each may be null
   // Memory between the two passes, of backward_sizes()
   uint32_t* dz_rows;  // ρ·dz, [T padded][r units], for dx

@@ -114,12 +114,18 @@ struct Of {
     const int64_t d = w.d, r = w.r, rp = rank(w), ru = rank_units(w), wide = width(w);
     const int64_t t = block * kRows, rows = rows_from(t, f.rows);
     const E* x = static_cast<const E*>(f.x) + t * f.x_stride;
+    const E* residual = static_cast<const E*>(f.residual) + t * f.residual_stride;
     E* y = static_cast<E*>(f.y) + t * d;
     Scratch s;
     lay(s, base, w, -1);
     float mean[kRows], rstd[kRows];
-    for (int64_t i = 0; i < rows; ++i) statistics(x + i * f.x_stride, d, f.eps, mean[i], rstd[i]);
-    from_rows(x, f.x_stride, rows, mean, w, w.down_k, s, block_ahead(f.x, f.x_stride, following, f.rows, w));
+    const bool norm = w.norm_weight != nullptr;
+    for (int64_t i = 0; i < rows; ++i)
+      if (norm)
+        statistics(x + i * f.x_stride, d, f.eps, mean[i], rstd[i]);
+      else
+        rstd[i] = 1;
+    from_rows(x, f.x_stride, rows, norm ? mean : nullptr, w, w.down_k, s, block_ahead(f.x, f.x_stride, following, f.rows, w));
     memset(s.h, 0, size_t(kRows * ru) * 4);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < rp; j += 2 * W) {
@@ -142,7 +148,7 @@ struct Of {
         product(kRows, ru, s.h, ru, w.up_n + (n0 + n) * ru, s.out + n, kForwardStride, false, ahead);
       const int64_t last = d - n0 < n1 ? d - n0 : n1;
       for (int64_t i = 0; i < rows; ++i) {
-        const E* from = x + i * f.x_stride + n0;
+        const E* from = residual + i * f.residual_stride + n0;
         E* to = y + i * d + n0;
         const float* branch = s.out + i * kForwardStride;
         int64_t n = 0;
@@ -189,7 +195,7 @@ struct Of {
       for (int64_t j = r; j < rp; ++j) s.hs[i * rp + j] = 0;
       for (int64_t j = 0; j < rp; j += 2 * W)
         pack(dz_row + j / U, load(s.dz + i * rp + j), load(s.dz + i * rp + j + W));
-      b.kappa[t + i] = rho * rho * sum(c2) / float(w.d);
+      b.kappa[t + i] = w.norm_weight ? rho * rho * sum(c2) / float(w.d) : 0;
     }
     const int64_t to = t / kChunk * rp * (kChunk / U) + t % kChunk / U;
     transpose_block(s.dz, rp, b.dz_cols + to);
@@ -241,7 +247,9 @@ struct Of {
                       dx_ahead);
           }
           const bool whole = rows == kRows && c0 + slice <= d;
-          (whole ? rows_of_slice<true> : rows_of_slice<false>)(b, t, rows, (t - t0) / U, c0, slice, s, c0 - begin);
+          const auto run = b.residual ? (whole ? rows_of_slice<true, true> : rows_of_slice<false, true>)
+                                      : (whole ? rows_of_slice<true, false> : rows_of_slice<false, false>);
+          run(b, t, rows, (t - t0) / U, c0, slice, s, c0 - begin);
         }
         const int64_t depth = padded(t1 - t0, kRows) / U, fetched = slice / kColumns * fetches(rp, depth);
         // The next slice, of these rows or of the next chunk's
@@ -274,7 +282,7 @@ struct Of {
   static int64_t at(int64_t n, int64_t rp) { return n / kColumns * kColumns * rp + n % kColumns; }
 
   // dx of a block of rows in a slice, and x − μ and dy as units along the rows. kWhole: all rows and columns are there.
-  template <bool kWhole>
+  template <bool kWhole, bool kResidual>
   static void rows_of_slice(const Backward& b, int64_t t, int64_t rows, int64_t unit, int64_t c0, int64_t slice,
                             const Scratch& s, int64_t column) {
     const int64_t d = b.w.d, x_stride = b.x_stride, dy_stride = b.dy_stride;
@@ -296,7 +304,8 @@ struct Of {
           dys[q] = kWhole ? load(dy + (i + q) * dy_stride + n) : load_upto(dy + (i + q) * dy_stride + n, left);
           total += dys[q];
           if (!dx) continue;
-          const vf grad = dys[q] + (load(out + (i + q) * kBackwardStride + n) - splat(kappa[i + q]) * xs[q]);
+          const vf branch = load(out + (i + q) * kBackwardStride + n) - splat(kappa[i + q]) * xs[q];
+          const vf grad = kResidual ? branch : dys[q] + branch;
           if (kWhole)
             store(dx + (i + q) * d + n, grad);
           else
@@ -320,7 +329,13 @@ struct Of {
     const Weights& w = b.w;
     for (int64_t n0 = begin; n0 < end; n0 += kColumns) {
       const int64_t many = end - n0 < kColumns ? end - n0 : kColumns;
-      const float *G = s.G + (n0 - begin) * rp, *gamma = w.norm_weight + n0, *beta = w.norm_bias + n0;
+      const float* G = s.G + (n0 - begin) * rp;
+      if (!w.norm_weight) {
+        for (int64_t j = 0; j < w.r; ++j)
+          memcpy(b.d_down_weight + j * w.d + n0, G + j * kColumns, size_t(many) * sizeof(float));
+        continue;
+      }
+      const float *gamma = w.norm_weight + n0, *beta = w.norm_bias + n0;
       float d_gamma[kColumns] = {}, d_beta[kColumns] = {};
       for (int64_t j = 0; j < w.r; ++j, G += kColumns) {
         const float *down = w.down_weight + j * w.d + n0, sj = b.s[j];

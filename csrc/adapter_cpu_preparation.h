@@ -10,6 +10,7 @@ void prepare_rows(const Weights& w, int64_t begin, int64_t end, float* means) {
   for (int64_t j = begin; j < end; ++j) {
     vf a = {}, b = {};
     for (int64_t n = 0; n < w.d; n += W) {
+      if (!w.norm_weight) break;
       const vf row = load_upto(w.down_weight + j * w.d + n, w.d - n);
       a += row * load_upto(w.norm_weight + n, w.d - n);
       b += row * load_upto(w.norm_bias + n, w.d - n);
@@ -60,7 +61,12 @@ void prepare_columns(const Weights& w, int64_t begin, int64_t end, const float* 
       const int64_t to_k = (j0 / kColumns * units + n0 / U) * kColumns;
       memset(rows, 0, sizeof rows);
       for (int64_t j = 0; j < many; ++j) {
-        const float *down = w.down_weight + (j0 + j) * w.d + n0, *gamma = w.norm_weight + n0, mean = means[j0 + j];
+        const float *down = w.down_weight + (j0 + j) * w.d + n0, mean = means[j0 + j];
+        if (!w.norm_weight) {
+          memcpy(rows[j], down, size_t(left) * sizeof(float));
+          continue;
+        }
+        const float* gamma = w.norm_weight + n0;
         for (int64_t n = 0; n < left; ++n) rows[j][n] = down[n] * gamma[n] - mean;
       }
       transpose_square(rows, columns);

@@ -9,7 +9,7 @@ from adapterkern import checks
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.choice import fused_enabled
 from adapterkern.ops.operator import adapter, eager_autocast, stock_dtype
-from adapterkern.ops.reference import ACTIVATIONS
+from adapterkern.ops.reference import ACTIVATIONS, add_branch
 
 INITS = ("identity", "xavier", "svd")
 
@@ -17,7 +17,8 @@ INITS = ("identity", "xavier", "svd")
 class Adapter(nn.Module):
     """``y = x + up(act(down(norm(x))))``: a bottleneck adapter on the residual stream (Houlsby et al. 2019).
 
-    ``norm`` is an ``nn.LayerNorm``, ``down`` and ``up`` are ``nn.Linear``. With ``fused=True`` they only hold the
+    With all arguments ``y = residual + scale · up(act(down(norm(x))))``: given a residual that is not x, the parallel
+    adapter of He et al. (2022, arXiv:2110.04366). ``norm`` is an ``nn.LayerNorm``, ``down`` and ``up`` are ``nn.Linear``. With ``fused=True`` they only hold the
     parameters, and one fused operator computes y. With ``fused=False`` they are called one by one, except where they do
     not accept x's dtype together with their parameters' (such as fp32 x and bf16 parameters): then they are cast.
 
@@ -29,9 +30,12 @@ class Adapter(nn.Module):
         init: see ``reset_parameters``.
         fused: whether to use the fused operator; can be changed at any time.
         x_free: keep y instead of x for the backward, see ``adapterkern.adapter``; only if ``fused``.
+        layer_norm: without it ``norm`` is an ``nn.Identity``, and ``down`` reads x itself.
+        scale: the factor of the branch; can be changed at any time by assigning ``adapter.scale``.
+        learned_scale: ``adapter.scale`` is an fp32 parameter of shape (1,), which starts with this value.
         device, dtype: of the parameters; the default dtype is fp32 even if x is bf16 or fp16.
 
-    Shapes: x and y ``(..., hidden_size)``; y has x's dtype.
+    Shapes: x, residual and y ``(..., hidden_size)``; y has x's dtype, and the residual must. No residual is x.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range; the message names it.
@@ -47,6 +51,9 @@ class Adapter(nn.Module):
         init: str = "identity",
         fused: bool = True,
         x_free: bool = False,
+        layer_norm: bool = True,
+        scale: float = 1.0,
+        learned_scale: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -57,14 +64,19 @@ class Adapter(nn.Module):
         self.activation = activation
         self.fused = fused
         self.x_free = x_free
-        self.norm = nn.LayerNorm(hidden_size, eps=eps, device=device, dtype=dtype)
+        checks.number("scale", scale, "(-inf, inf)")
+        self.scale: float | nn.Parameter = float(scale)
+        if checks.flag("learned_scale", learned_scale):  # not without dimensions, which FSDP does not shard
+            self.scale = nn.Parameter(torch.full((1,), scale, device=device, dtype=torch.float32))
+        self.layer_norm = checks.flag("layer_norm", layer_norm)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps, device=device, dtype=dtype) if layer_norm else nn.Identity()
         self.down = nn.Linear(hidden_size, adapter_dim, device=device, dtype=dtype)
         self.up = nn.Linear(adapter_dim, hidden_size, device=device, dtype=dtype)
         self.reset_parameters(init)
 
     @torch.no_grad()
     def reset_parameters(self, init: str = "identity", matrix: Tensor | None = None) -> None:
-        """Draw new weights; LayerNorm's weight becomes 1 and its bias 0, the other biases 0.
+        """Draw new weights; LayerNorm's weight becomes 1 and its bias 0, the other biases 0. The scale stays.
 
         ``"identity"``: Xavier-uniform ``down``, zero ``up``: y = x until training changes ``up``. ``"xavier"``: both
         Xavier-uniform. ``"svd"``: both from the truncated SVD of ``matrix`` (d, d), U·√S and √S·Vᵀ, so that ``up·down``
@@ -77,13 +89,14 @@ class Adapter(nn.Module):
                 ``adapter_dim`` is larger than d with ``"svd"``.
         """
         checks.choice("init", init, INITS)
-        d, r = self.norm.normalized_shape[0], self.down.out_features
+        r, d = self.down.weight.shape
         if matrix is not None and (init != "svd" or matrix.shape != (d, d)):
             raise ValueError(
                 f"matrix: expected shape ({d}, {d}) with init='svd', got {tuple(matrix.shape)} and {init!r}"
             )
         factors = _svd_factors(matrix, d, r, self.down.weight.device) if init == "svd" else None
-        self.norm.reset_parameters()
+        if self.layer_norm:
+            self.norm.reset_parameters()  # type: ignore[operator]
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
         if factors is not None:
@@ -96,27 +109,31 @@ class Adapter(nn.Module):
         else:
             nn.init.xavier_uniform_(self.up.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         norm, down, up = self.norm, self.down, self.up
         self.check_modules()
         fused = self.fused and fused_enabled()
+        gamma, beta, eps = (norm.weight, norm.bias, norm.eps) if self.layer_norm else (None, None, 0.0)
         # The modules themselves only accept x in their parameters' dtype, or in a lower one with fp32 parameters.
-        if fused or stock_dtype(x, (norm.weight, down.weight, up.weight)) is not None:
+        if fused or stock_dtype(x, (gamma, down.weight, up.weight)) is not None:
             return adapter(
                 x,
-                norm.weight,
-                norm.bias,
+                gamma,
+                beta,
                 down.weight,
                 down.bias,
                 up.weight,
                 up.bias,
-                eps=norm.eps,
+                eps=eps,
                 activation=self.activation,
                 fused=fused,
                 x_free=self.x_free,
+                residual=residual,
+                scale=self.scale,
             )
         with eager_autocast(x):
-            return (x + up(ACTIVATIONS[self.activation].fn(down(norm(x))))).to(x.dtype)
+            branch = up(ACTIVATIONS[self.activation].fn(down(norm(x))))
+            return add_branch(x if residual is None else residual, branch, self.scale).to(x.dtype)
 
     def check_modules(self) -> None:
         """Raise ``TypeError`` if something has replaced ``down`` or ``up`` by another kind of module."""
@@ -130,7 +147,8 @@ class Adapter(nn.Module):
                 )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, fused={self.fused}"
+        scale = ", learned scale" if isinstance(self.scale, Tensor) else f", scale={self.scale}" * (self.scale != 1)
+        return f"activation={self.activation!r}, fused={self.fused}{scale}"
 
 
 def plain(tensor: Tensor) -> Tensor:

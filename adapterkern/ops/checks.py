@@ -1,5 +1,7 @@
 """What an input of the operator may be."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,22 @@ LOW = (torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float32, torch.float64)
 
 
-def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index: Tensor | None = None) -> None:
+def check_inputs(
+    x: Tensor,
+    weights: Weights,
+    eps: float,
+    activation: str,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+) -> None:
     """Raise a ``TypeError`` or ``ValueError`` that names the first argument that does not fit.
 
     With ``index`` (one adapter per sequence, −1 for none), ``weights`` are stacked, ``(n, ...)`` each.
     """
-    for name, t in (("x", x), *weights._asdict().items()):
+    no_norm = weights.norm_weight is None and weights.norm_bias is None
+    given = (("x", x), *weights._asdict().items())
+    for name, t in (given[0], *given[3:]) if no_norm else given:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
         if t.layout != torch.strided:
@@ -37,11 +49,15 @@ def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index
         raise ValueError(f"down_weight: expected 1 <= r <= {MAX_ADAPTER_DIM} rows, got {r}")
     for name, t, size in zip(Weights._fields, weights, ((d,), (d,), (r, d), (r,), (d, r), (d,)), strict=True):
         shape = (*n, *size)
-        if t.shape != shape:
+        if t is not None and t.shape != shape:
             raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
     choice("activation", activation, tuple(ACTIVATIONS))
     if not (isinstance(eps, float) and eps >= 0):  # `number` costs 0.8 µs, and this runs in every call
         number("eps", eps, "[0, inf]")
+    if residual is not None:
+        _check_residual(residual, x)
+    if type(scale) is not float or not -math.inf < scale < math.inf:
+        _check_scale(scale, x, None if index is None else n[0])
     if index is None:
         return
     check_index_dtype(index)
@@ -50,6 +66,33 @@ def check_inputs(x: Tensor, weights: Weights, eps: float, activation: str, index
     if index.dim() >= x.dim() or index.shape != x.shape[: index.dim()]:
         raise ValueError(f"index: expected leading dimensions of x, {tuple(x.shape[:-1])}, got {tuple(index.shape)}")
     check_index_values(index, n[0])
+
+
+def _check_residual(residual: object, x: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a torch.Tensor, got {type(residual).__name__}")
+    if residual.layout != torch.strided or residual.dtype != x.dtype:
+        raise TypeError(
+            f"residual: expected a dense tensor of x's dtype {x.dtype}, got {residual.dtype}, {residual.layout}"
+        )
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(
+            f"residual: expected shape {tuple(x.shape)} on {x.device} like x, "
+            f"got {tuple(residual.shape)} on {residual.device}"
+        )
+
+
+def _check_scale(scale: object, x: Tensor, n: int | None) -> None:
+    if not isinstance(scale, Tensor):
+        number("scale", scale, "(-inf, inf)")
+        return
+    if scale.layout != torch.strided or scale.dtype not in DTYPES:
+        raise TypeError(f"scale: expected dtype bfloat16, float16, float32 or float64, got {scale.dtype}")
+    if scale.device != x.device:
+        raise ValueError(f"scale: expected device {x.device} like x, got {scale.device}")
+    if scale.numel() != 1 if n is None else scale.shape != (n,):
+        expected = "one element" if n is None else f"shape ({n},)"
+        raise ValueError(f"scale: expected a number or a tensor of {expected}, got shape {tuple(scale.shape)}")
 
 
 def check_index_dtype(index: object) -> None:

@@ -19,25 +19,46 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def scaled(parameter: Tensor, scale: Tensor | float) -> Tensor:
+    """``parameter`` times the scale, with a scale of 1 as it is; not rounded below fp32."""
+    if not isinstance(scale, Tensor) and scale == 1:
+        return parameter
+    return parameter.to(stats_dtype(parameter.dtype)) * scale
+
+
 def forward(
-    rows: Tensor, w: Weights, eps: float, activation: str, compute: torch.dtype, save: bool = True
+    rows: Tensor,
+    w: Weights,
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool = True,
+    residual: Tensor | None = None,
+    scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d)."""
+    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); without LayerNorm those two are empty.
+
+    ``residual`` is (T, d); a Tensor ``scale`` has no dimensions.
+    """
     stats = stats_dtype(rows.dtype)
-    gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
-    normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
+    if w.norm_weight is None:
+        normed, mean, rstd = rows, *(rows.new_empty(0, dtype=stats) for _ in range(2))
+    else:
+        gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
+        normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
-    h, up, bias = ACTIVATIONS[activation].fn(z), w.up_weight.to(compute), w.up_bias.to(compute)
-    # Whatever x's strides are, y is contiguous.
+    h, base = ACTIVATIONS[activation].fn(z), rows if residual is None else residual
+    up, bias = scaled(w.up_weight, scale).to(compute), scaled(w.up_bias, scale).to(compute)
+    # Whatever the strides of x and of the residual are, y is contiguous.
     if compute != rows.dtype:
         # The branch comes first: a sum takes its first operand's layout.
-        y = (F.linear(h, up, bias) + rows).to(rows.dtype)
+        y = (F.linear(h, up, bias) + base).to(rows.dtype)
     elif compute.itemsize > 2:  # in 16 bits x + b_up would be rounded once more
-        y = torch.add(rows, bias, out=torch.empty_like(rows, memory_format=torch.contiguous_format)).addmm_(h, up.T)
+        y = torch.add(base, bias, out=torch.empty_like(rows, memory_format=torch.contiguous_format)).addmm_(h, up.T)
     elif compute == torch.bfloat16 and rows.is_cpu and _adds_in_the_product():
-        y = torch.ops.mkldnn._linear_pointwise.binary(h, rows, up, bias, "add")
+        y = torch.ops.mkldnn._linear_pointwise.binary(h, base, up, bias, "add")
     else:
-        y = F.linear(h, up, bias).add_(rows)
+        y = F.linear(h, up, bias).add_(base)
     return y, z, mean.view(-1), rstd.view(-1)
 
 
@@ -58,44 +79,65 @@ def backward(
     eps: float,
     activation: str,
     needed: Sequence[bool],
+    residual: bool = False,
+    scale: Tensor | float = 1.0,
 ) -> list[Tensor | None]:
-    """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype."""
-    need = Weights(*needed[1:])  # type: ignore[arg-type]
+    """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
+
+    ``residual``: whether the forward had one; dx then lacks dy. An eighth ``needed`` is of a Tensor ``scale``.
+    """
+    need, need_scale = Weights(*needed[1:7]), any(needed[7:])
     d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
     dy_c = dy.to(compute)
     grads: dict[str, Tensor] = {}
-    if need.up_weight:
+    if need.up_weight or need_scale:
         grads["up_weight"] = dy_c.T @ ACTIVATIONS[activation].fn(z)
-    if need.up_bias:
+    if need.up_bias or need_scale:
         grads["up_bias"] = dy.sum(0)  # accumulates in fp32; sum(dtype=fp32) would first copy all of dy
+    made = dict(grads)
+    for name, grad in made.items():
+        grads[name] = scaled(grad, scale)
+    if need_scale:
+        products = [(grad.to(stats) * getattr(w, name)).sum() for name, grad in made.items()]
+        grads["scale"] = products[0] + products[1]
 
     if needed[0] or any(need[:4]):
-        dh = dy_c @ w.up_weight.to(compute)
+        dh = dy_c @ scaled(w.up_weight, scale).to(compute)
         dz = torch.ops.aten.silu_backward(dh, z) if activation == "silu" else dh * ACTIVATIONS[activation].derivative(z)
-        gamma, beta, W = w.norm_weight.to(stats), w.norm_bias.to(stats), w.down_weight.to(stats)
+        A = W = w.down_weight.to(stats)
     if any(need[:4]):
-        s = dz.sum(0).to(stats)
-        grads["down_bias"], grads["norm_bias"] = s, s @ W
-    if needed[0] or need.norm_weight or need.down_weight:
-        # Normalized again, not saved: the model would hold these T×d numbers until the backward.
-        xhat = torch.native_layer_norm(rows, (d,), None, None, eps)[0].to(compute)
-        # Where μ is far beyond 1/ρ, a CPU's ρx − ρμ leaves the rounding of ρμ: constant rows are to give 0.
-        if rows.is_cpu and len(far := ((mean * rstd).abs() > 16).nonzero().squeeze(1)):
-            xhat[far] = rows[far].to(stats).sub_(mean[far, None]).mul_(rstd[far, None]).to(compute)
-    if need.norm_weight or need.down_weight:
-        G = (dz.T @ xhat).to(stats)
-        grads["norm_weight"] = (G * W).sum(0)
-        grads["down_weight"] = (G * gamma).addr_(s, beta)
+        s = grads["down_bias"] = dz.sum(0).to(stats)
+    if w.norm_weight is None:
+        if need.down_weight:
+            grads["down_weight"] = dz.T @ rows.to(compute)
+    elif needed[0] or any(need[:4]):
+        gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
+        if need.norm_bias:
+            grads["norm_bias"] = s @ W
+        if needed[0] or need.norm_weight or need.down_weight:
+            # Normalized again, not saved: the model would hold these T×d numbers until the backward.
+            xhat = torch.native_layer_norm(rows, (d,), None, None, eps)[0].to(compute)
+            # Where μ is far beyond 1/ρ, a CPU's ρx − ρμ leaves the rounding of ρμ: constant rows are to give 0.
+            if rows.is_cpu and len(far := ((mean * rstd).abs() > 16).nonzero().squeeze(1)):
+                xhat[far] = rows[far].to(stats).sub_(mean[far, None]).mul_(rstd[far, None]).to(compute)
+        if need.norm_weight or need.down_weight:
+            G = (dz.T @ xhat).to(stats)
+            grads["norm_weight"] = (G * W).sum(0)
+            grads["down_weight"] = (G * gamma).addr_(s, beta)
+        if needed[0]:
+            # dz·A − c1 is dz times A with its rows centered. ρ multiplies dz, the smaller operand.
+            A = W * gamma
+            A = A.sub_(A.mean(1, keepdim=True))
+            rho = rstd[:, None]
+            u = z - torch.mv(W, beta).add_(w.down_bias).to(compute)
+            c2 = u.mul_(dz).sum(1, keepdim=True).mul_(rho / -d)
+            dz = dz.mul_(rho)
     dx = None
     if needed[0]:
-        # dz·A − c1 is dz times A with its rows centered. ρ multiplies dz, the smaller operand.
-        A = W * gamma
-        A = A.sub_(A.mean(1, keepdim=True)).to(compute)
-        rho = rstd[:, None]
-        u = z - torch.mv(W, beta).add_(w.down_bias).to(compute)
-        c2 = u.mul_(dz).sum(1, keepdim=True).mul_(rho / -d)
-        dz = dz.mul_(rho)
-        dx = torch.addmm(dy, dz, A) if compute == rows.dtype else dz @ A
-        dx.addcmul_(xhat, c2)
-        dx = (dx if compute == rows.dtype else dx + dy).to(rows.dtype)
-    return [dx, *(grads[name].to(t.dtype) if need[i] else None for i, (name, t) in enumerate(w._asdict().items()))]
+        own = compute == rows.dtype and not residual  # dy goes into the product
+        dx = torch.addmm(dy, dz, A.to(compute)) if own else dz @ A.to(compute)
+        if w.norm_weight is not None:
+            dx.addcmul_(xhat, c2)
+        dx = (dx if own or residual else dx + dy).to(rows.dtype)
+    named = zip((*w._fields, "scale"), (*w, scale), needed[1:], strict=False)  # a number has no gradient
+    return [dx, *(grads[name].to(t.dtype) if wanted else None for name, t, wanted in named)]

@@ -57,19 +57,20 @@ def drop_expired(*tables: dict[Any, Entry[Any]]) -> None:
 
 
 class Kept(Generic[T]):
-    """The results of ``make(weights, *how)``."""
+    """The results of ``make(weights, *how)``; some of the weights may be None."""
 
     def __init__(self, make: Callable[..., T]) -> None:
         self._make = make
         self._entries: dict[tuple[Any, ...], Entry[T]] = {}
 
-    def get(self, weights: Sequence[Tensor], *how: Any) -> T:
+    def get(self, weights: Sequence[Tensor | None], *how: Any) -> T:
         """``make(weights, *how)``, or its last result if the parameters have not changed since."""
-        if any(w.is_inference() for w in weights):  # they have no version
+        given = [w for w in weights if w is not None]
+        if any(w.is_inference() for w in given):  # they have no version
             return self._make(weights, *how)
-        storages = [w.untyped_storage() for w in weights]
-        key = (*how, *(w.data_ptr() for w in weights))
-        state = state_of(weights, storages)
+        storages = [w.untyped_storage() for w in given]
+        key = (*how, len(weights), *(w.data_ptr() for w in given))
+        state = state_of(given, storages)
         entry = self._entries.get(key)
         if entry is not None and entry.valid(state):
             return entry.prepared

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern.ops.closed_form import scaled
 from adapterkern.ops.kept import Kept
 from adapterkern.ops.reference import Weights
 
@@ -27,7 +28,7 @@ except ImportError as error:  # no error: closed_form.py runs
     MISSING = f"the extension adapterkern._C cannot be imported ({error})"
 else:
     MISSING = ""
-    if not hasattr(_C, "PreparedAdapter"):
+    if getattr(_C, "ADAPTER_VERSION", 0) < 2:
         _C = None
         MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
 
@@ -103,20 +104,31 @@ def cpuinfo(field: str) -> str:
 
 
 class Prepared:
-    """One adapter's parameters as the kernels of an instruction set read them, for products in one dtype."""
+    """One adapter's parameters as the kernels of an instruction set read them, for products in one dtype.
 
-    def __init__(self, weights: Sequence[Tensor], compute: torch.dtype, isa: str) -> None:
+    ``weights`` are six, those of LayerNorm None where there is none, and the scale if that is a tensor; ``factor`` if
+    it is a number. What the kernels have for W_up and b_up is their product with the scale.
+    """
+
+    def __init__(self, weights: Sequence[Any], compute: torch.dtype, isa: str, factor: float = 1.0) -> None:
         r, d = weights[2].shape
         if not r * d:  # the kernels divide by both
             raise ValueError(f"down_weight: expected shape (r, d) with r >= 1 and d >= 1, got {(r, d)}")
-        for name, w, shape in zip(Weights._fields, weights, ((d,), (d,), (r, d), (r,), (d, r), (d,)), strict=True):
-            _expect(name, w, shape)
-        read = [_aligned(w.detach().to(torch.float32).contiguous()) for w in weights]
+        scale: Tensor | float = factor if len(weights) == 6 else weights[6].detach()
+        shapes = (d,), (d,), (r, d), (r,), (d, r), (d,)
+        read: list[Tensor | None] = []
+        for name, w, shape in zip(Weights._fields, weights[:6], shapes, strict=True):
+            if w is not None:
+                _expect(name, w, shape)
+                w = scaled(w.detach(), scale) if name.startswith("up") else w.detach()  # noqa: PLW2901
+                w = _aligned(w.to(torch.float32).contiguous())  # noqa: PLW2901
+            read.append(w)
         # The kernels read these, too. A parameter that they read as it is is not held: it would never expire.
-        self._copies = [t for t, w in zip(read, weights, strict=True) if t.data_ptr() != w.data_ptr()]
+        given = {w.data_ptr() for w in weights[:6] if w is not None}
+        self._copies = [t for t in read if t is not None and t.data_ptr() not in given]
         kind = _C.DTYPES[_DTYPES[compute]]
         self._memory = torch.empty(_C.packed_bytes(isa, kind, d, r), dtype=torch.uint8, device="cpu")
-        pointers = [w.data_ptr() for w in read]
+        pointers = [0 if w is None else w.data_ptr() for w in read]
         threads = torch.get_num_threads()
         self.kernels = _C.PreparedAdapter(isa, kind, d, r, pointers, self._memory.data_ptr(), threads)
 
@@ -125,27 +137,44 @@ _kept: Kept[Prepared] = Kept(Prepared)
 clear = _kept.clear
 
 
-def _prepared(weights: Sequence[Tensor], compute: torch.dtype) -> Prepared:
+def _prepared(weights: Sequence[Any], compute: torch.dtype, scale: Tensor | float = 1.0) -> Prepared:
     isa = instruction_set()[0]
     assert isa is not None
-    return _kept.get(weights, compute, isa)
+    if isinstance(scale, Tensor):
+        return _kept.get((*weights, scale), compute, isa)
+    return _kept.get(weights, compute, isa, scale)
 
 
 def forward(
-    rows: Tensor, w: Sequence[Tensor], eps: float, activation: str, compute: torch.dtype, save: bool = True
+    rows: Tensor,
+    w: Sequence[Any],
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool = True,
+    residual: Tensor | None = None,
+    scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``."""
+    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``.
+
+    Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions.
+    """
     d = w[2].shape[1]
     _expect("x", rows, (count := len(rows), d))
-    rows = _side_by_side(rows)
-    prepared = _prepared(w, compute)
+    rows = base = _side_by_side(rows)
+    if residual is not None:
+        _expect("residual", residual, (count, d))
+        base = _side_by_side(residual.to(rows.dtype))
+    prepared = _prepared(w, compute, scale)
     y = torch.empty((count, d), dtype=rows.dtype, device="cpu")  # whatever the default device is
     kept = count if save else 0
     z = torch.empty((kept, len(w[3])), dtype=compute, device="cpu")
-    mean, rstd = (torch.empty(kept, dtype=torch.float32, device="cpu") for _ in range(2))
+    of_norm = 0 if w[0] is None else kept
+    mean, rstd = (torch.empty(of_norm, dtype=torch.float32, device="cpu") for _ in range(2))
     prepared.kernels.forward(
-        *(_C.DTYPES[_DTYPES[rows.dtype]], count, rows.stride(0), rows.data_ptr(), y.data_ptr()),
-        [t.data_ptr() if save else 0 for t in (z, mean, rstd)],
+        *(_C.DTYPES[_DTYPES[rows.dtype]], count, rows.stride(0), base.stride(0)),
+        *(rows.data_ptr(), base.data_ptr(), y.data_ptr()),
+        [t.data_ptr() if len(t) else 0 for t in (z, mean, rstd)],
         *(eps, _C.ACTIVATIONS[activation], torch.get_num_threads()),
     )
     return y, z, mean, rstd
@@ -157,14 +186,21 @@ def backward(
     z: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    w: Sequence[Tensor],
+    w: Sequence[Any],
     eps: float,
     activation: str,
     needed: Sequence[bool],
+    residual: bool = False,
+    scale: Tensor | float = 1.0,
 ) -> list[Tensor | None]:
-    """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype."""
+    """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
+
+    ``residual``: whether the forward had one; dx then lacks dy. An eighth ``needed`` is of a Tensor ``scale``.
+    """
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
     r, d = w[2].shape
+    if w[0] is None:
+        mean, rstd = (torch.full((count,), value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
     mean, rstd = mean.to(torch.float32), rstd.to(torch.float32)
     given = {"x": (rows, (count, d)), "dy": (dy, (count, d)), "z": (z, (count, r))}
     for name, (t, shape) in (given | {"mean": (mean, (count,)), "rstd": (rstd, (count,))}).items():
@@ -172,9 +208,10 @@ def backward(
     if z.dtype not in (torch.float32, torch.bfloat16):  # a hook on saved tensors may have made it another
         raise TypeError(f"z: expected dtype float32 or bfloat16, as the forward made it, got {z.dtype}")
     inputs = _side_by_side(rows), _side_by_side(dy.to(rows.dtype)), z.contiguous(), mean.contiguous(), rstd.contiguous()
-    prepared = _prepared(w, z.dtype)
-    down = any(needed[1:5])  # which the kernels make together
-    wanted = [down, down, down, down, *needed[5:7]]
+    prepared = _prepared(w, z.dtype, scale)
+    down, of_scale = any(needed[1:5]), any(needed[7:])  # which the kernels make together
+    norm = down and w[0] is not None
+    wanted = [norm, norm, down, down, needed[5] or of_scale, needed[6] or of_scale]
     dx = torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if needed[0] else None
     made = [
         torch.empty(p.shape, dtype=torch.float32, device="cpu") if want else None
@@ -184,11 +221,17 @@ def backward(
     prepared.kernels.backward(
         *(stream, count, inputs[0].stride(0), inputs[1].stride(0)),
         [t.data_ptr() for t in inputs],
-        _C.ACTIVATIONS[activation],
+        *(_C.ACTIVATIONS[activation], residual),
         [0 if t is None else t.data_ptr() for t in (dx, *made)],
         *(memory.data_ptr(), torch.get_num_threads()),
     )
-    grads = (g.to(p.dtype) if g is not None and want else None for g, p, want in zip(made, w, needed[1:], strict=True))
+    grads: list[Tensor | None] = [
+        scaled(g, scale if i > 3 else 1.0).to(p.dtype) if g is not None and want else None
+        for i, (g, p, want) in enumerate(zip(made, w, needed[1:7], strict=True))
+    ]
+    if isinstance(scale, Tensor):
+        products = [(g.double() * p).sum() for g, p in zip(made[4:], w[4:6], strict=True) if g is not None]
+        grads.append((products[0] + products[1]).to(scale.dtype) if of_scale else None)
     return [dx, *grads]
 
 

@@ -11,6 +11,10 @@ prepares them for one forward and its backward:
 
     adapterkern::prepare_weights   parameters → the fields of kernels.weights.Prepared
 
+The arguments that a plain call has not come last, so that the dispatcher omits them: residual, and the scale, which is
+a tensor, ``scale``, or a number, ``factor``. Below the operator a tensor is the seventh of the parameters. What a
+residual's gradient is, dy, needs no operator.
+
 Precision. Parameters keep their own dtype (usually fp32), and so do their gradients. ``compute_dtype`` is
 the dtype of the matrix products' operands: x's own dtype, or autocast's while autocast is on. y keeps x's dtype.
 Statistics and sums are at least fp32 everywhere.
@@ -22,6 +26,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +39,22 @@ from adapterkern.ops.reference import Weights, adapter_eager
 
 _lib = torch.library.Library("adapterkern", "DEF")
 _WEIGHTS = (
-    "Tensor norm_weight, Tensor norm_bias, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor down_bias, Tensor up_weight, Tensor up_bias"
 )
 _lib.define(
     f"adapter_forward(Tensor x, {_WEIGHTS}, float eps, str activation, ScalarType? compute_dtype, bool save,"
-    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None)"
-    " -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
+    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None, Tensor? residual=None, Tensor? scale=None,"
+    " float factor=1.0) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
 )
 _lib.define(
     f"adapter_backward(Tensor dy, Tensor x, Tensor z, Tensor mean, Tensor rstd, {_WEIGHTS},"
     " float eps, str activation, ScalarType compute_dtype, bool[] needed,"
-    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None) -> Tensor[]"
+    " bool x_free=False, Tensor? index=None, Tensor[]? prepared=None, bool residual=False, Tensor? scale=None,"
+    " float factor=1.0) -> Tensor[]"
 )
 _lib.define(
-    f"prepare_weights({_WEIGHTS}, ScalarType dtype) -> (Tensor A, Tensor a_sum, Tensor c, Tensor w_up, Tensor b_up)"
+    f"prepare_weights({_WEIGHTS}, ScalarType dtype, Tensor? scale=None, float factor=1.0)"
+    " -> (Tensor A, Tensor a_sum, Tensor c, Tensor w_up, Tensor b_up)"
 )
 _forward = torch.ops.adapterkern.adapter_forward.default
 _backward = torch.ops.adapterkern.adapter_backward.default
@@ -56,8 +63,8 @@ _prepare = torch.ops.adapterkern.prepare_weights.default
 
 def adapter(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     down_weight: Tensor,
     down_bias: Tensor,
     up_weight: Tensor,
@@ -68,17 +75,20 @@ def adapter(
     fused: bool = True,
     x_free: bool = False,
     index: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | float = 1.0,
 ) -> Tensor:
     """``y = x + W_up · act(W_down · LayerNorm(x) + b_down) + b_up`` (Houlsby et al. 2019, arXiv:1902.00751).
 
-    Equivalent to:
+    With all arguments ``y = residual + scale · (W_up · act(W_down · LayerNorm(x) + b_down) + b_up)``: with a residual
+    that is not x, the parallel adapter of He et al. (2022, arXiv:2110.04366). Equivalent to:
 
         h = act(F.linear(F.layer_norm(x, (d,), norm_weight, norm_bias, eps), down_weight, down_bias))
-        y = x + F.linear(h, up_weight, up_bias)
+        y = residual + scale * F.linear(h, up_weight, up_bias)
 
     Args:
         x: the residual stream, ``(..., d)``; bf16, fp16, fp32 or fp64, any strides.
-        norm_weight, norm_bias: LayerNorm's scale and shift, ``(d,)``.
+        norm_weight, norm_bias: LayerNorm's scale and shift, ``(d,)``. None, both: no LayerNorm, h is made of x itself.
         down_weight, down_bias: ``(r, d)`` and ``(r,)``, ``1 <= r <= 512``.
         up_weight, up_bias: ``(d, r)`` and ``(d,)``.
         eps: added to the variance.
@@ -91,7 +101,11 @@ def adapter(
             error stays within eager's own bf16 error while the branch is at most about as large as x, and reaches three
             times that where the branch is 10× x. Rows with (almost) no variance lose all accuracy.
         index: mixes n adapters in one call. The parameters are stacked, ``(n, ...)`` each, and ``index`` holds the
-            adapter of each sequence: int64 or int32, of shape ``x.shape[:k]`` for some k < x.dim(); −1 is none, y = x.
+            adapter of each sequence: int64 or int32, of shape ``x.shape[:k]`` for some k < x.dim(); −1 is none, y = x,
+            or y = residual.
+        residual: what the branch is added to, of x's shape, dtype and device, any strides; None is x.
+        scale: a number, or a tensor of one element, which may require a gradient; with ``index`` a number or ``(n,)``.
+            It is a factor of the prepared W_up and b_up, so that it costs nothing per row.
 
     Returns:
         y, ``(..., d)`` in x's dtype. Parameters of another dtype than x are cast to x's dtype (to autocast's while
@@ -107,24 +121,29 @@ def adapter(
         ValueError: a shape, device or value does not fit; the message names the argument.
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    check_inputs(x, weights, eps, activation, index)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+    check_inputs(x, weights, eps, activation, index, residual, scale)
+    if x_free and residual is not None:
+        raise ValueError("x_free: expected False with a residual, from whose sum x cannot be recovered, got True")
+    learned, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    more = () if residual is None and learned is None and factor == 1 else (None, residual, learned, factor)
+    tensors = (x, *weights, residual, learned)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not (fused and fused_enabled()) or prefers_eager(x, down_weight.shape[-2], save) or in_transform():
         if (dtype := stock_dtype(x, weights)) is not None:
-            weights = Weights(*(w.to(dtype) for w in weights))
+            weights = Weights(*(w if w is None else w.to(dtype) for w in weights))
+        how: dict[str, Any] = {"eps": eps, "activation": activation}
         with eager_autocast(x):
             if index is not None:
-                return _eager_mixed(x, weights, index, eps, activation)
-            return adapter_eager(x, weights, eps=eps, activation=activation).to(x.dtype)
-    if index is None and not x_free and _needs_no_dispatcher(x, *weights):
+                return _eager_mixed(x, weights, index, residual, scale, how)
+            return adapter_eager(x, weights, residual=residual, scale=scale, **how).to(x.dtype)
+    if index is None and not x_free and _needs_no_dispatcher(*tensors):
         compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        if save:
-            return _Differentiable.apply(None, x, *weights, eps, activation, compute, save)[0]
-        return _run_forward(x, *weights, eps, activation, compute, save)[0]
-    return _forward(x, *weights, eps, activation, None, save, x_free, index)[0]
+        args = (x, *weights, eps, activation, compute, save, *((False, None, *more) if more else ()))
+        return (_Differentiable.apply(None, *args) if save else _run_forward(*args))[0]
+    return _forward(x, *weights, eps, activation, None, save, x_free, index, *more)[0]
 
 
-def _needs_no_dispatcher(x: Tensor, *others: Tensor) -> bool:
+def _needs_no_dispatcher(x: Tensor, *others: Tensor | None) -> bool:
     """Whether calling the native kernels at once differs from calling the operator only in the time that it takes.
 
     Torch's dispatcher enters Python three times in a forward, under autocast, and twice in a backward: 68 of 350 µs of
@@ -138,7 +157,10 @@ def _needs_no_dispatcher(x: Tensor, *others: Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and not torch.jit.is_tracing()
-        and all(type(t) in (Tensor, nn.Parameter) and _keys(t) in _keys_of_plain_tensors() for t in (x, *others))
+        and all(
+            t is None or (type(t) in (Tensor, nn.Parameter) and _keys(t) in _keys_of_plain_tensors())
+            for t in (x, *others)
+        )
     )
 
 
@@ -155,22 +177,26 @@ def _keys_of_plain_tensors() -> frozenset[int]:
         return frozenset(_keys(t) for t in (made_for_inference, torch.empty(0, device="cpu")))
 
 
-def stock_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
+def stock_dtype(x: Tensor, weights: Sequence[Tensor | None]) -> torch.dtype | None:
     """The dtype that eager PyTorch needs ``weights`` cast to for ``x``; None if it takes them as they are."""
-    dtypes = {w.dtype for w in weights}
+    dtypes = {w.dtype for w in weights if w is not None}
     # With a low-precision x autocast is on. It casts fp32, but not fp64.
     wanted = torch.float32 if x.dtype in LOW else x.dtype
     return None if dtypes in ({x.dtype}, {wanted}) else wanted
 
 
-def _eager_mixed(x: Tensor, weights: Weights, index: Tensor, eps: float, activation: str) -> Tensor:
+def _eager_mixed(
+    x: Tensor, weights: Weights, index: Tensor, residual: Tensor | None, scale: Tensor | float, how: dict[str, Any]
+) -> Tensor:
     """A call with ``index`` in stock PyTorch operations, one adapter at a time."""
     rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 is ambiguous for 0 elements
-    y = rows.clone()
+    base = rows if residual is None else residual.reshape(rows.shape)
+    y = base.clone()
     for e in range(weights.down_weight.shape[0]):
         chosen = index == e
-        one = Weights(*(w[e] for w in weights))
-        y[chosen] = adapter_eager(rows[chosen], one, eps=eps, activation=activation).to(x.dtype)
+        one = Weights(*(w if w is None else w[e] for w in weights))
+        by = scale[e] if isinstance(scale, Tensor) else scale
+        y[chosen] = adapter_eager(rows[chosen], one, residual=base[chosen], scale=by, **how).to(x.dtype)
     return y.view(x.shape)
 
 
@@ -193,30 +219,37 @@ def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
 
 def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
-    weights, (eps, activation, compute_dtype, save), (_, index, prepared) = args[:6], args[6:10], _optional(args, 10)
+    eps, activation, compute_dtype, save = args[6:10]
+    _, index, prepared, residual, scale, factor = _optional(args, 10)
+    weights = _with_scale(args[:6], scale)
     if not runs_triton(x.device.type, x.dtype):
         compute = _operand_dtype(x, compute_dtype)
-        return rows.adapter_forward(_on_rows(x), x, weights, eps, activation, compute, save, index)
+        how = eps, activation, compute, save, index, residual, factor
+        return rows.adapter_forward(_on_rows(x), x, weights, *how)
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
 
     return launch.adapter_forward(
-        x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save, carried=prepared
-    )
+        x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save,
+        carried=prepared, residual=residual, factor=factor,
+    )  # fmt: skip
 
 
 def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
-    weights, (eps, activation, _, needed), (x_free, index, prepared) = args[:6], args[6:10], _optional(args, 10)
+    eps, activation, _, needed = args[6:10]
+    x_free, index, prepared, residual, scale, factor = _optional(args, 10)
+    weights = _with_scale(args[:6], scale)
     if runs_triton(x.device.type, x.dtype):
         from adapterkern.ops.kernels import launch
 
         grads = launch.adapter_backward(
-            dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free, carried=prepared
-        )
+            dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free,
+            carried=prepared, residual=bool(residual), factor=factor,
+        )  # fmt: skip
     else:
-        how = eps, activation, needed, x_free, index
+        how = eps, activation, needed, x_free, index, bool(residual), factor
         grads = rows.adapter_backward(_on_rows(x), dy, x, z, mean, rstd, weights, *how)
-    return [_no_grad(t) if g is None else g for t, g in zip((x, *weights), grads, strict=True)]
+    return [_no_grad(x if t is None else t) if g is None else g for t, g in zip((x, *weights), grads, strict=True)]
 
 
 def _on_rows(x: Tensor) -> rows.Rows:
@@ -224,16 +257,21 @@ def _on_rows(x: Tensor) -> rows.Rows:
 
 
 def _optional(args, start):  # type: ignore[no-untyped-def]
-    """(x_free, index, prepared): the dispatcher omits trailing arguments that equal their default."""
+    """(x_free, index, prepared, residual, scale, factor): the dispatcher omits trailing ones that equal their default."""
     given = args[start:]
-    return (*given, *(False, None, None)[len(given) :])
+    return (*given, *(False, None, None, None, None, 1.0)[len(given) :])
+
+
+def _with_scale(weights: Sequence[Tensor | None], scale: Tensor | None) -> Sequence[Tensor | None]:
+    return weights if scale is None else (*weights, scale)
 
 
 def _run_prepare(*args):  # type: ignore[no-untyped-def]
     """The preparation, on a device that runs the kernels; ``args`` follow the schema."""
     from adapterkern.ops.kernels import launch
 
-    return launch.prepare_weights(args[:6], args[6]).tensors()
+    scale, factor = (*args[7:], *(None, 1.0)[len(args) - 7 :])
+    return launch.prepare_weights(_with_scale(args[:6], scale), args[6], factor).tensors()
 
 
 for _device_type in ("CPU", "CUDA"):
@@ -252,19 +290,21 @@ def _no_grad(like: Tensor) -> Tensor:
 
 @torch.library.register_fake("adapterkern::adapter_forward", lib=_lib)
 def _fake_forward(x, *args):  # type: ignore[no-untyped-def]
-    down_weight, compute_dtype, save = args[2], args[8], args[9]
+    norm_weight, down_weight, compute_dtype, save = args[0], args[2], args[8], args[9]
     y = x.new_empty(x.shape)
     stats = closed_form.stats_dtype(x.dtype)
     if not save:
         return y, *(x.new_empty(0) for _ in range(3))
     rows = x.numel() // x.shape[-1]
     z = x.new_empty((rows, down_weight.shape[-2]), dtype=_operand_dtype(x, compute_dtype))
-    return y, z, x.new_empty(rows, dtype=stats), x.new_empty(rows, dtype=stats)
+    kept = 0 if norm_weight is None else rows
+    return y, z, x.new_empty(kept, dtype=stats), x.new_empty(kept, dtype=stats)
 
 
 @torch.library.register_fake("adapterkern::adapter_backward", lib=_lib)
 def _fake_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
-    tensors, needed = (x, *args[:6]), args[9]
+    tensors, needed = (x, *_with_scale(args[:6], _optional(args, 10)[4])), args[9]
+    tensors = [x if t is None else t for t in tensors]
     return [t.new_empty(t.shape) if wanted else _no_grad(t) for t, wanted in zip(tensors, needed, strict=True)]
 
 
@@ -272,17 +312,20 @@ def _fake_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
 def _fake_prepare(*args):  # type: ignore[no-untyped-def]
     from adapterkern.ops.kernels.weights import empty_prepared
 
-    return empty_prepared(args[2], args[6]).tensors()
+    return empty_prepared(args[2], args[6], args[0] is not None).tensors()
 
 
-def _carried(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+def _carried(
+    x: Tensor, weights: Sequence[Tensor | None], dtype: torch.dtype, scale: Tensor | None, factor: float
+) -> tuple[Tensor, ...] | None:
     """The prepared weights to hand on, if the backward would not find the forward's in the cache."""
     if not runs_triton(x.device.type, x.dtype):
         return None
     from adapterkern.ops.kernels import cache
 
-    traced = type(x) is not Tensor and is_fake(x) and not cache.frozen(weights)
-    return _prepare(*weights, dtype) if traced or cache.must_carry(weights, dtype) else None
+    own = _with_scale(weights, scale)
+    traced = type(x) is not Tensor and is_fake(x) and not cache.frozen(own)
+    return _prepare(*weights, dtype, scale, factor) if traced or cache.must_carry(own, dtype, factor) else None
 
 
 class _Differentiable(torch.autograd.Function):
@@ -298,16 +341,18 @@ class _Differentiable(torch.autograd.Function):
         x, *weights = args[:7]
         ctx.eps, ctx.activation, compute_dtype = args[7:10]
         ctx.compute_dtype = compute_dtype or x.dtype
-        ctx.x_free, index, prepared = _optional(args, 11)
+        ctx.x_free, index, prepared, residual, scale, ctx.factor = _optional(args, 11)
+        ctx.residual = residual is not None
         ctx.by_dispatcher = keyset is not None
         if ctx.by_dispatcher:
             with torch._C._AutoDispatchBelowAutograd():
-                if prepared is None and (prepared := _carried(x, weights, ctx.compute_dtype)) is not None:
-                    args = (*args[:11], ctx.x_free, index, prepared)
+                carry = x, weights, ctx.compute_dtype, scale, ctx.factor
+                if prepared is None and (prepared := _carried(*carry)) is not None:
+                    args = (*args[:11], ctx.x_free, index, prepared, *args[14:])
                 y, z, mean, rstd = _forward.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         else:
             y, z, mean, rstd = _run_forward(*args)
-        ctx.save_for_backward(y if ctx.x_free else x, z, mean, rstd, index, *weights, *(prepared or ()))
+        ctx.save_for_backward(y if ctx.x_free else x, z, mean, rstd, index, scale, *weights, *(prepared or ()))
         ctx.mark_non_differentiable(z, mean, rstd)
         ctx.set_materialize_grads(False)
         return y, z, mean, rstd
@@ -316,15 +361,26 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
         if dy is None:
             return (None,) * (1 + ctx.arguments)
-        x, z, mean, rstd, index, *rest = ctx.saved_tensors
+        x, z, mean, rstd, index, scale, *rest = ctx.saved_tensors
         weights, prepared = rest[:6], rest[6:] or None
         needed = list(ctx.needs_input_grad[1:8])
+        if scale is not None:
+            needed.append(ctx.needs_input_grad[16])
+        results = [None] * (1 + ctx.arguments)
+        if ctx.residual and ctx.needs_input_grad[15]:
+            results[15] = dy
+        if not any(needed):
+            return tuple(results)
         how = ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index, prepared
+        if ctx.arguments > 14:
+            how += (ctx.residual, scale, ctx.factor)
         direct = not (ctx.by_dispatcher or torch.is_grad_enabled())
-        run = _run_backward if direct and _needs_no_dispatcher(x, dy, z, mean, rstd, *weights) else _backward
+        run = _run_backward if direct and _needs_no_dispatcher(x, dy, z, mean, rstd, *weights, scale) else _backward
         grads = run(dy, x, z, mean, rstd, *weights, *how)
-        given = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
-        return None, *given, *(None,) * (ctx.arguments - 7)
+        for place, grad, wanted in zip((*range(1, 8), 16), grads, needed, strict=False):
+            if wanted:
+                results[place] = grad
+        return tuple(results)
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -343,11 +399,13 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def _register_autograd(name: str, function: type[torch.autograd.Function], tensors: int) -> None:
+def _register_autograd(name: str, function: type[torch.autograd.Function], tensors: int, last: slice) -> None:
+    """``tensors``: the number of leading arguments that are tensors, or None; ``last``: the trailing ones."""
     op = getattr(torch.ops.adapterkern, name).default
 
     def kernel(keyset, *args):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in args[:tensors]):
+        given = args[:tensors] + args[last]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
             return function.apply(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -355,8 +413,8 @@ def _register_autograd(name: str, function: type[torch.autograd.Function], tenso
     _lib.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-_register_autograd("adapter_forward", _Differentiable, 7)
-_register_autograd("adapter_backward", _DifferentiableOnce, 11)
+_register_autograd("adapter_forward", _Differentiable, 7, slice(14, 16))
+_register_autograd("adapter_backward", _DifferentiableOnce, 11, slice(19, 20))
 
 
 def _register_autocast(device_type: str) -> None:

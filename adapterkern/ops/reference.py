@@ -5,6 +5,11 @@ One row of the residual stream is x ∈ ℝᵈ; γ and β are LayerNorm's scale 
     μ = mean(x)    ρ = 1/√(var(x) + eps)    x̂ = ρ(x − μ)
     z = W_down·(γ ⊙ x̂ + β) + b_down         h = act(z)            y = x + W_up·h + b_up
 
+That is a plain call. Three things may differ: a scale α, which is 1 unless it is given; a residual in place of x in the
+sum, so that an adapter runs parallel to a module (He et al. 2022, arXiv:2110.04366); and no LayerNorm,
+
+    z = W_down·x + b_down                                         y = residual + α·(W_up·h + b_up)
+
 The backward below is the closed form that the kernels use. With A = W_down·diag(γ),
 u = x̂·Aᵀ = z − (W_down·β + b_down),
 
@@ -14,13 +19,20 @@ u = x̂·Aᵀ = z − (W_down·β + b_down),
     dW_down = G·diag(γ) + s·βᵀ              db_down = s           dγ = Σᵣ G ⊙ W_down   dβ = s·W_down
     dW_up   = dyᵀ·h                         db_up   = Σₜ dy
 
+With a scale, W_up in dh is α·W_up, and with U = dyᵀ·h and v = Σₜ dy,
+
+    dW_up   = α·U                           db_up   = α·v         dα = ⟨U, W_up⟩ + ⟨v, b_up⟩
+
+dα is made of parameters alone, without a division by α, which may be 0. With a residual, dx lacks its first term, dy,
+which is the residual's gradient. Without LayerNorm dx = dy + dz·W_down and dW_down = dzᵀ·x.
+
 LayerNorm's two row means (c1, c2) come from T×r numbers, dγ and dβ from r×d, so none of them reads x again. Checked in
 fp64 against autograd. Every function computes in the dtype of its inputs: pass float64 for an oracle.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +66,13 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class Weights(NamedTuple):
-    """The six parameters of one adapter, in ``nn.LayerNorm`` and ``nn.Linear`` layout, in the order of arguments."""
+    """The six parameters of one adapter, in ``nn.LayerNorm`` and ``nn.Linear`` layout, in the order of arguments.
 
-    norm_weight: Tensor  # (d,)   γ
-    norm_bias: Tensor  # (d,)   β
+    The first two are None, both, where there is no LayerNorm.
+    """
+
+    norm_weight: Any  # (d,)   γ, or None
+    norm_bias: Any  # (d,)   β, or None
     down_weight: Tensor  # (r, d) W_down
     down_bias: Tensor  # (r,)   b_down
     up_weight: Tensor  # (d, r) W_up
@@ -69,55 +84,98 @@ class Forward(NamedTuple):
 
     y: Tensor  # (T, d)
     z: Tensor  # (T, r) pre-activation
-    mean: Tensor  # (T,)
-    rstd: Tensor  # (T,)
+    mean: Tensor  # (T,); 0 without LayerNorm
+    rstd: Tensor  # (T,); 1 without LayerNorm
 
 
 class Gradients(NamedTuple):
-    """The gradient of x and of each parameter, in the order of the forward's arguments."""
+    """The gradient of x and of each parameter, in the order of the forward's arguments; None without LayerNorm."""
 
     x: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
+    norm_weight: Any
+    norm_bias: Any
     down_weight: Tensor
     down_bias: Tensor
     up_weight: Tensor
     up_bias: Tensor
 
 
-def adapter_eager(x: Tensor, weights: Weights, *, eps: float = 1e-5, activation: str = "silu") -> Tensor:
+def adapter_eager(
+    x: Tensor,
+    weights: Weights,
+    *,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    residual: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+) -> Tensor:
     """The stock PyTorch operations, which every other implementation must equal. ``x`` is (..., d)."""
     w = weights
-    normed = F.layer_norm(x, (x.shape[-1],), w.norm_weight, w.norm_bias, eps)
+    normed = x if w.norm_weight is None else F.layer_norm(x, (x.shape[-1],), w.norm_weight, w.norm_bias, eps)
     h = ACTIVATIONS[activation].fn(F.linear(normed, w.down_weight, w.down_bias))
-    return x + F.linear(h, w.up_weight, w.up_bias)
+    return add_branch(x if residual is None else residual, F.linear(h, w.up_weight, w.up_bias), scale)
 
 
-def adapter_forward(x: Tensor, weights: Weights, *, eps: float = 1e-5, activation: str = "silu") -> Forward:
-    """The forward from its equations. ``x`` is (T, d)."""
+def add_branch(residual: Tensor, branch: Tensor, scale: Tensor | float) -> Tensor:
+    """``residual + scale·branch``, with no operation for a scale of 1."""
+    if isinstance(scale, Tensor):
+        return residual + scale.reshape(()) * branch  # without dimensions it keeps the branch's dtype
+    return residual + branch if scale == 1 else torch.add(residual, branch, alpha=scale)
+
+
+def adapter_forward(
+    x: Tensor,
+    weights: Weights,
+    *,
+    eps: float = 1e-5,
+    activation: str = "silu",
+    residual: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+) -> Forward:
+    """The forward from its equations. ``x`` and ``residual`` are (T, d); a Tensor ``scale`` has one element."""
     w = weights
-    mean = x.mean(dim=1)
-    centered = x - mean[:, None]
-    rstd = (centered.square().mean(dim=1) + eps).rsqrt()
-    xhat = centered * rstd[:, None]
-    z = (xhat * w.norm_weight + w.norm_bias) @ w.down_weight.T + w.down_bias
-    y = x + ACTIVATIONS[activation].fn(z) @ w.up_weight.T + w.up_bias
-    return Forward(y, z, mean, rstd)
+    if w.norm_weight is None:
+        mean, rstd = x.new_zeros(len(x)), x.new_ones(len(x))
+        z = x @ w.down_weight.T + w.down_bias
+    else:
+        mean = x.mean(dim=1)
+        centered = x - mean[:, None]
+        rstd = (centered.square().mean(dim=1) + eps).rsqrt()
+        xhat = centered * rstd[:, None]
+        z = (xhat * w.norm_weight + w.norm_bias) @ w.down_weight.T + w.down_bias
+    branch = ACTIVATIONS[activation].fn(z) @ w.up_weight.T + w.up_bias
+    return Forward((x if residual is None else residual) + scale * branch, z, mean, rstd)
 
 
-def adapter_backward(dy: Tensor, x: Tensor, fwd: Forward, weights: Weights, *, activation: str = "silu") -> Gradients:
-    """The backward from its closed form (see the module). ``dy`` and ``x`` are (T, d); returns all seven gradients."""
+def adapter_backward(
+    dy: Tensor,
+    x: Tensor,
+    fwd: Forward,
+    weights: Weights,
+    *,
+    activation: str = "silu",
+    residual: bool = False,
+    scale: Tensor | float = 1.0,
+) -> Gradients:
+    """The backward from its closed form (see the module). ``dy`` and ``x`` are (T, d); returns all seven gradients.
+
+    ``residual``: whether the forward had one; its gradient is dy. The scale's is ``scale_gradient``.
+    """
     w = weights
     d = x.shape[1]
     act = ACTIVATIONS[activation]
+    own = 0 if residual else dy
+    dz = (dy @ (scale * w.up_weight)) * act.derivative(fwd.z)
+    dW_up, db_up = scale * (dy.T @ act.fn(fwd.z)), scale * dy.sum(dim=0)
+    if w.norm_weight is None:
+        return Gradients(own + dz @ w.down_weight, None, None, dz.T @ x, dz.sum(dim=0), dW_up, db_up)
+
     A = w.down_weight * w.norm_weight
     xhat = (x - fwd.mean[:, None]) * fwd.rstd[:, None]
     u = fwd.z - (w.down_weight @ w.norm_bias + w.down_bias)
-
-    dz = (dy @ w.up_weight) * act.derivative(fwd.z)
     c1 = dz @ A.sum(dim=1) / d
     c2 = (dz * u).sum(dim=1) / d
-    dx = dy + fwd.rstd[:, None] * (dz @ A - c1[:, None] - xhat * c2[:, None])
+    dx = own + fwd.rstd[:, None] * (dz @ A - c1[:, None] - xhat * c2[:, None])
 
     G = dz.T @ xhat
     s = dz.sum(dim=0)
@@ -127,6 +185,12 @@ def adapter_backward(dy: Tensor, x: Tensor, fwd: Forward, weights: Weights, *, a
         norm_bias=s @ w.down_weight,
         down_weight=G * w.norm_weight + torch.outer(s, w.norm_bias),
         down_bias=s,
-        up_weight=dy.T @ act.fn(fwd.z),
-        up_bias=dy.sum(dim=0),
+        up_weight=dW_up,
+        up_bias=db_up,
     )
+
+
+def scale_gradient(dy: Tensor, fwd: Forward, weights: Weights, *, activation: str = "silu") -> Tensor:
+    """dα = ⟨U, W_up⟩ + ⟨v, b_up⟩, of shape ()."""
+    U = dy.T @ ACTIVATIONS[activation].fn(fwd.z)
+    return (U * weights.up_weight).sum() + (dy.sum(dim=0) * weights.up_bias).sum()

@@ -32,6 +32,7 @@ SHAPES = {
 }
 _OF_MEMORY = ("task", "batch_size", "max_length")
 _OF_ADAPTER = ("adapter_dim", "position", "every", "layers")
+_OF_BOTH = ("layer_norm", "learned_scale")  # what an adapter has, with --max-params and with --memory
 
 
 NAME, SUMMARY = "budget", "which adapters fit a number of parameters, and which settings the memory"
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth", type=integer, default=1, metavar="N", help="adapters in sequence at a site; default 1"
     )
+    add_options(parser, AdapterConfig, without={*adapter_fields(), "eps"} - {*_OF_BOTH})
     group = parser.add_argument_group("with --memory", "defaults in brackets")
     group.add_argument("--dtype", choices=tuple(WIDTHS), default="bf16", help="of the backbone's weights [%(default)s]")
     group.add_argument("--attn", choices=attention.CHOICES, default="sdpa", help="of the backbone [%(default)s]")
@@ -125,26 +127,27 @@ def _show_sites(arguments: argparse.Namespace) -> None:
     hidden_size, num_layers, *_ = model_shape(arguments.model_config)
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")
     print(f"{'every':>6} {'adapters':>9} {'adapter_dim':>12} {'parameters':>12} {'of budget':>10}")
-    fits = False
+    fits, parts = False, [getattr(arguments, name) for name in _OF_BOTH]
     for every in range(1, num_layers + 1):
         sites = (num_layers // every) * arguments.depth
         if every > 1 and num_layers // every == num_layers // (every - 1):
             continue  # the same sites a layer or so lower
-        dim = largest_adapter_dim(hidden_size, sites, arguments.max_params)
+        dim = largest_adapter_dim(hidden_size, sites, arguments.max_params, *parts)
         if dim == 0:
             continue
         fits = True
-        total = sites * adapter_num_params(hidden_size, dim)
+        total = sites * adapter_num_params(hidden_size, dim, *parts)
         print(f"{every:6} {sites:9} {dim:12} {total:12,} {total / arguments.max_params:10.1%}")
     if not fits:
-        smallest = arguments.depth * adapter_num_params(hidden_size, 1)
+        smallest = arguments.depth * adapter_num_params(hidden_size, 1, *parts)
         raise ValueError(f"--max-params: expected at least {smallest:,} for one site, got {arguments.max_params:,}")
 
 
 def _show_memory(arguments: argparse.Namespace) -> None:
     shape, memory = model_shape(arguments.model_config, whole=True), arguments.memory
     config = from_options(arguments, TrainConfig)
-    adapter = AdapterConfig(depth=arguments.depth, **{name: getattr(arguments, name) for name in _OF_ADAPTER})
+    of_adapter = {name: getattr(arguments, name) for name in (*_OF_ADAPTER, *_OF_BOTH)}
+    adapter = AdapterConfig(depth=arguments.depth, **of_adapter)
     learned = config.max_length if config.task == "causal-lm" else 0
     adapter = adapter.resolve(shape.hidden_size, shape.num_layers)
     training = Training(shape, adapter, config.max_length, learned, arguments.dtype, arguments.attn)

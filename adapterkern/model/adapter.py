@@ -31,7 +31,7 @@ class Adapter(nn.Module):
         fused: whether to use the fused operator; can be changed at any time.
         x_free: keep y instead of x for the backward, see ``adapterkern.adapter``; only if ``fused``.
         layer_norm: without it ``norm`` is an ``nn.Identity``, and ``down`` reads x itself.
-        scale: the factor of the branch; can be changed at any time by assigning ``adapter.scale``.
+        scale: the factor of the branch; can be changed at any time: ``adapter.scale = 0.5``, or ``set_scale``.
         learned_scale: ``adapter.scale`` is an fp32 parameter of shape (1,), which starts with this value.
         device, dtype: of the parameters; the default dtype is fp32 even if x is bf16 or fp16.
 
@@ -134,6 +134,14 @@ class Adapter(nn.Module):
         with eager_autocast(x):
             branch = up(ACTIVATIONS[self.activation].fn(down(norm(x))))
             return add_branch(x if residual is None else residual, branch, self.scale).to(x.dtype)
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Set the scale, learned or not."""
+        if isinstance(self.scale, Tensor):
+            self.scale.fill_(scale)
+        else:
+            self.scale = scale
 
     def check_modules(self) -> None:
         """Raise ``TypeError`` if something has replaced ``down`` or ``up`` by another kind of module."""

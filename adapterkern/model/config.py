@@ -15,6 +15,8 @@ from adapterkern.ops.reference import ACTIVATIONS
 POSITIONS = ("layer", "attention")
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
+# Fields that earlier versions did not have, with what their adapters were: as ever, to runs and studies of those
+ADDED = {"layer_norm": True, "scale": 1.0, "learned_scale": False}
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
 _DEFAULT_DIM = 64
@@ -22,15 +24,19 @@ _DEFAULT_DIM = 64
 logger = logging.getLogger(__name__)
 
 
-def adapter_num_params(hidden_size: int, adapter_dim: int) -> int:
-    """Number of parameters of one adapter: two (r, d) weights, r + d biases, LayerNorm's 2d."""
-    return adapter_dim * (2 * hidden_size + 1) + 3 * hidden_size
+def adapter_num_params(
+    hidden_size: int, adapter_dim: int, layer_norm: bool = True, learned_scale: bool = False
+) -> int:
+    """Number of parameters of one adapter: two (r, d) weights, r + d biases, LayerNorm's 2d, a learned scale's 1."""
+    return adapter_dim * (2 * hidden_size + 1) + (3 if layer_norm else 1) * hidden_size + learned_scale
 
 
-def largest_adapter_dim(hidden_size: int, adapters: int, max_params: int) -> int:
+def largest_adapter_dim(
+    hidden_size: int, adapters: int, max_params: int, layer_norm: bool = True, learned_scale: bool = False
+) -> int:
     """The largest ``adapter_dim`` for which ``adapters`` adapters have at most ``max_params`` parameters; 0 if none."""
-    fit = (max_params // adapters - adapter_num_params(hidden_size, 0)) // (2 * hidden_size + 1)
-    return max(0, min(fit, MAX_ADAPTER_DIM))
+    others = adapter_num_params(hidden_size, 0, layer_norm, learned_scale)
+    return max(0, min((max_params // adapters - others) // (2 * hidden_size + 1), MAX_ADAPTER_DIM))
 
 
 def check_name(name: object, argument: str = "name") -> str:
@@ -51,7 +57,9 @@ OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), 
     "non_linearity": "activation",
     "init_lora_weights": "init",
     "init_weights": "init",
-    **dict.fromkeys(("lora_alpha", "alpha", "scaling"), "no scaling: there is none"),
+    "scaling": "scale",
+    **dict.fromkeys(("lora_alpha", "alpha"), "scale, which is lora_alpha / r,"),
+    "ln_before": "layer_norm",
     **dict.fromkeys(("lora_dropout", "dropout"), "no dropout: there is none"),
     **dict.fromkeys(("bias", "task_type", "inference_mode"), "no such argument"),
 }
@@ -70,7 +78,7 @@ class AdapterConfig:
         layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
         depth: number of adapters in sequence at each site, 1 to 32. They run one after the other, so that time and
             memory grow with it.
-        activation, init, eps, x_free: as in ``Adapter``.
+        activation, init, eps, x_free, layer_norm, scale, learned_scale: as in ``Adapter``.
         max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
         modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
@@ -93,6 +101,9 @@ class AdapterConfig:
     init: str = checks.option("identity", "identity: y = x at the start", INITS)
     eps: float = checks.option(1e-5, "added to LayerNorm's variance")
     x_free: bool = checks.option(False, "keep y, not x, for the backward: more time, less memory with --liger")
+    layer_norm: bool = checks.option(True, "LayerNorm before the bottleneck; without: y = x + up(act(down(x)))")
+    scale: float = checks.option(1.0, "factor of what an adapter adds")
+    learned_scale: bool = checks.option(False, "train the scale too, one number per adapter, from --scale on")
     max_params: int | None = checks.option(
         None, "a budget instead of adapter_dim: the largest that fits, such as 8000000 or 8e6"
     )
@@ -112,6 +123,9 @@ class AdapterConfig:
         checks.choice("init", self.init, INITS)
         checks.number("eps", self.eps, "[0, inf)")
         checks.flag("x_free", self.x_free)
+        checks.flag("layer_norm", self.layer_norm)
+        object.__setattr__(self, "scale", float(checks.number("scale", self.scale, "(-inf, inf)")))
+        checks.flag("learned_scale", self.learned_scale)
         if self.max_params is not None:
             checks.integer("max_params", self.max_params, 1)
             if self.adapter_dim != _DEFAULT_DIM:
@@ -161,7 +175,8 @@ class AdapterConfig:
 
     def num_params(self, hidden_size: int, num_layers: int) -> int:
         """Number of trainable parameters in a decoder of this shape."""
-        return len(self.site_layers(num_layers)) * self.depth * adapter_num_params(hidden_size, self.adapter_dim)
+        one = adapter_num_params(hidden_size, self.adapter_dim, self.layer_norm, self.learned_scale)
+        return len(self.site_layers(num_layers)) * self.depth * one
 
     def resolve(self, hidden_size: int, num_layers: int) -> "AdapterConfig":
         """This configuration with explicit ``layers``, and with ``max_params`` replaced by an ``adapter_dim``.
@@ -179,10 +194,12 @@ class AdapterConfig:
                 )
             return resolved
         count = len(sites) * self.depth
-        dim = min(most, largest_adapter_dim(hidden_size, count, self.max_params))
+        parts = self.layer_norm, self.learned_scale
+        dim = min(most, largest_adapter_dim(hidden_size, count, self.max_params, *parts))
         if dim == 0:
+            least = count * adapter_num_params(hidden_size, 1, *parts)
             raise ValueError(
-                f"max_params: expected at least {count * adapter_num_params(hidden_size, 1):,}, the size of {count} "
+                f"max_params: expected at least {least:,}, the size of {count} "
                 f"adapters of adapter_dim=1 at hidden_size={hidden_size}, got {self.max_params:,}"
             )
         resolved = dataclasses.replace(resolved, adapter_dim=dim)

@@ -5,6 +5,7 @@ the active adapter. The adapters are in ``model.adapters``, not in the layers: t
 """
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -220,6 +221,9 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
                         init=config.init,
                         fused=self._fused,
                         x_free=config.x_free,
+                        layer_norm=config.layer_norm,
+                        scale=config.scale,
+                        learned_scale=config.learned_scale,
                         device=layer_device(self.layers[index]),
                     )
                     for _ in range(config.depth)
@@ -240,6 +244,22 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             )
         if self._active == name:
             self._active = None
+
+    @checks.other_names(adapter_name="name")
+    def set_scale(self, scale: float, name: str | None = None) -> None:
+        """Set the scale of all adapters of ``name`` (default: the active one), a learned one's value too.
+
+        It is saved with the adapter. A single site's is ``model.adapters[name]["3"][0].scale``, which is not.
+
+        Raises:
+            TypeError, ValueError: ``scale`` is not a finite number, or there is no such adapter.
+        """
+        name = self._check_name(name)
+        config = dataclasses.replace(self._configs[name], scale=scale)
+        for module in self.adapters[name].modules():
+            if isinstance(module, Adapter):
+                module.set_scale(config.scale)
+        self._configs[name] = config
 
     @property
     def fused(self) -> bool:

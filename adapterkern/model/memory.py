@@ -20,7 +20,7 @@ kept        for the backward, from the first adapter on: a frozen matrix keeps n
                 checkpointed    dw: its input alone
                 offloaded       nothing, it is in the host's memory; but what bitsandbytes keeps is not moved, with the
                                 output of attention, another aw
-    adapter     dw + rw + 8     its input, z (d → r), mean and 1/σ; checkpointed: nothing
+    adapter     dw + rw + 8     its input, z (d → r), mean and 1/σ (8, if it has LayerNorm); checkpointed: nothing
     loss        4d + 4 of the final norm, and 4KV: the logarithms of the probabilities
 workspace   the most that comes on top at a time, of two: 8KV in the loss's backward (two gradients of logits), or in a
             layer's 3fw + 4d per token, what it keeps if that was recomputed or comes back, and, quantized, its largest
@@ -196,7 +196,8 @@ class Training(NamedTuple):
         """Bytes per token that all layers and adapters keep."""
         above = (self.shape.num_layers - 1 - self._first) * self._layer()
         above += self._mlp() if self.adapter.position == "attention" else 0
-        adapter = (self.shape.hidden_size + self.adapter.adapter_dim) * WIDTHS[self.dtype] + 8
+        adapter = (self.shape.hidden_size + self.adapter.adapter_dim) * WIDTHS[self.dtype]
+        adapter += 8 if self.adapter.layer_norm else 0
         return above + len(self.adapter.layers or ()) * self.adapter.depth * adapter
 
     def _inputs(self) -> int:

@@ -4,8 +4,8 @@ Every sequence b has K choices index[b, k] among the named adapters (−1: none)
 
     y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
 
-The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free) form a group: their parameters are
-stacked, and one grouped ``ak.adapter(..., index=)`` call runs them all. For the other groups of the site, a sequence of
+The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm) form a group: their
+parameters are stacked, their scales too, and one grouped ``ak.adapter(..., index=)`` call runs them all. For the other groups of the site, a sequence of
 this group has index −1. The stack is built in every forward, so that gradients reach the adapters' own parameters; it
 costs a copy of the parameters of the mixed adapters, compared with an activation of B·L rows. During ``generate`` it is
 built once. The index of a group is computed once for all sites that have the same group.
@@ -37,6 +37,13 @@ class _Group(NamedTuple):
 
     adapters: list[nn.Sequential]  # one per name, each of `depth` adapters
     numbers: tuple[int, ...]  # their values in ``index``
+
+
+class _Stack(NamedTuple):
+    """The parameters of a group, (n, ...) each, at one of the ``depth`` places."""
+
+    weights: Weights
+    scale: Tensor | float  # (n,), or what all have
 
 
 class Mixture:
@@ -71,7 +78,7 @@ class Mixture:
         self._sites: dict[tuple[str, str, int], list[_Group]] = {}
         self._choices: dict[tuple[object, ...], Tensor] = {}
         self._generating = False
-        self._stacks: dict[int, list[Weights]] = {}  # by the group's id; only while generating
+        self._stacks: dict[int, list[_Stack]] = {}  # by the group's id; only while generating
 
     def generating(self, batch: int | None) -> "Mixture":
         """This mixture for ``generate`` over ``batch`` prompts: beams use their prompt's index, and stacks are kept.
@@ -105,7 +112,8 @@ class Mixture:
         members: dict[tuple[object, ...], list[int]] = {}
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
             if c.position == position and layer in adapters and not c.skips(layer, skip):
-                members.setdefault((c.adapter_dim, c.activation, c.eps, c.depth, c.x_free), []).append(number)
+                alike = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm
+                members.setdefault(alike, []).append(number)
         return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
 
     def _choices_among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
@@ -134,8 +142,8 @@ class Mixture:
             # Each choice is in at most one group; the other groups leave the sequence unchanged.
             y = x
             for group, stack, index in zip(groups, stacks, indices, strict=True):
-                for module, weights in zip(group.adapters[0], stack, strict=True):
-                    y = _run_stacked(module, weights, y, index[k])  # type: ignore[arg-type]
+                for module, one in zip(group.adapters[0], stack, strict=True):
+                    y = _run_stacked(module, one, y, index[k])  # type: ignore[arg-type]
             return y
 
         if self._weight is None and len(self._index) == 1:
@@ -159,8 +167,8 @@ class Mixture:
             return batch // given
         raise ValueError(f"{self._argument}: expected one entry for each of the batch's {batch} sequences, got {given}")
 
-    def _stack(self, group: _Group) -> list[Weights]:
-        """The group's parameters, stacked to (n, ...), one ``Weights`` for each of the ``depth`` adapters."""
+    def _stack(self, group: _Group) -> list[_Stack]:
+        """The group's parameters, one ``_Stack`` for each of the ``depth`` adapters."""
         if not self._generating:
             return _stacked(group.adapters)
         if id(group) not in self._stacks:  # `_sites` keeps the group alive
@@ -224,29 +232,45 @@ def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
             )
 
 
-def _stacked(adapters: list[nn.Sequential]) -> list[Weights]:
+def _stacked(adapters: list[nn.Sequential]) -> list[_Stack]:
     return [
-        Weights(*(torch.stack(same) if len(same) > 1 else same[0][None] for same in zip(*members, strict=True)))
-        for members in zip(*(map(_weights, sequence) for sequence in adapters), strict=True)  # type: ignore[arg-type]
+        _Stack(Weights(*map(_together, zip(*map(_weights, members), strict=True))), _scales(members))  # type: ignore[arg-type]
+        for members in zip(*adapters, strict=True)
     ]
+
+
+def _together(same: tuple[Tensor | None, ...]) -> Tensor | None:
+    if same[0] is None:  # of LayerNorm, which all of the group have or none
+        return None
+    return torch.stack(same) if len(same) > 1 else same[0][None]  # type: ignore[arg-type]
 
 
 def _weights(a: Adapter) -> Weights:
     a.check_modules()
-    weights = (a.norm.weight, a.norm.bias, a.down.weight, a.down.bias, a.up.weight, a.up.bias)
-    return Weights(*map(plain, weights))
+    of_norm = (a.norm.weight, a.norm.bias) if a.layer_norm else (None, None)
+    return Weights(*of_norm, *map(plain, (a.down.weight, a.down.bias, a.up.weight, a.up.bias)))
 
 
-def _run_stacked(member: Adapter, weights: Weights, x: Tensor, index: Tensor) -> Tensor:
-    """The operator on a group's stacked ``weights``, with the settings that all of its members share."""
+def _scales(members: tuple[Adapter, ...]) -> Tensor | float:
+    scales = [a.scale for a in members]
+    if not any(isinstance(s, Tensor) or s != scales[0] for s in scales):
+        return scales[0]
+    device = members[0].down.weight.device
+    # Filled on the device: a copy from the host would not be in a CUDA graph.
+    return torch.cat([s if isinstance(s, Tensor) else torch.full((1,), s, device=device) for s in scales])
+
+
+def _run_stacked(member: Adapter, stack: _Stack, x: Tensor, index: Tensor) -> Tensor:
+    """The operator on a group's stacked parameters, with the settings that all of its members share."""
     return adapter(
         x,
-        *weights,
-        eps=member.norm.eps,
+        *stack.weights,
+        eps=member.norm.eps if member.layer_norm else 0.0,
         activation=member.activation,
         fused=member.fused,
         x_free=member.x_free,
         index=index,
+        scale=stack.scale,
     )
 
 

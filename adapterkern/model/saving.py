@@ -112,9 +112,15 @@ class Saved(Extra):
         if not is_main_process:
             return
         name = self._check_name(name)
-        for module in self.adapters[name].modules():
+        config = self.adapter_config(name)
+        for path, module in self.adapters[name].named_modules():
             if isinstance(module, Adapter):
                 module.check_modules()
+                if not isinstance(module.scale, Tensor) and module.scale != config.scale:
+                    raise ValueError(
+                        f"scale: expected {config.scale} in all adapters of {name!r}, as it is saved, got "
+                        f"{module.scale} at {path}; set_scale sets it in all and in the configuration"
+                    )
         self.check_saved(name)
         if not os.fspath(directory):
             raise ValueError("directory: expected the name of a folder, got ''")
@@ -127,7 +133,7 @@ class Saved(Extra):
             for key, t in state.items()
             if key.startswith(prefix)
         }
-        write_adapter(directory, self.base, self.adapter_config(name), tensors, self.backbone_digest(name))
+        write_adapter(directory, self.base, config, tensors, self.backbone_digest(name))
         if "state_dict" in from_trainer:
             write_trainer(directory, name, tensors)
 

@@ -49,7 +49,7 @@ def hint(command: tuple[str, ...], option: str) -> str:
         ("--disable-tqdm", " (did you mean --no-progress?)"),
         ("--use-liger-kernel", " (did you mean --liger?)"),
         ("--task-type", " (did you mean --task?)"),
-        ("--lora-alpha", ": adapters have no scaling"),
+        ("--lora-alpha", " (did you mean --scale, which is lora_alpha / r?)"),
         ("--bias", ""),
         ("--gradient-checkpointing", " (did you mean --checkpoint-activations?)"),
         ("--activation-offloading", " (did you mean --offload-activations?)"),

@@ -195,7 +195,7 @@ TRAIN = "model, train_data, config, tokenizer, eval_data, head, cache, task, sou
 OTHER_NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (ak.AdapterConfig, "r", "adapter_dim"),
     (ak.AdapterConfig, "target_modules", "position and layers"),
-    (ak.AdapterConfig, "lora_alpha", "no scaling: there is none"),
+    (ak.AdapterConfig, "lora_alpha", "scale, which is lora_alpha / r,"),
     (ak.AdapterConfig, "reduction_factor", "adapter_dim, which is hidden_size / reduction_factor,"),
     (ak.AdapterConfig, "non_linearity", "activation"),
     (ak.TrainConfig, "learning_rate", "lr"),

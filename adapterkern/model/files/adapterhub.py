@@ -29,7 +29,7 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import check_values, read_json, read_tensors, replacing, write_json
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import ADDED, AdapterConfig
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
 
@@ -281,7 +281,7 @@ def write_adapterhub(
     directory = Path(directory)
     check_folder(directory, owner="AdapterHub")
     _check_name(name)
-    for field, expected in (("depth", 1), ("eps", 1e-5)):
+    for field, expected in (("depth", 1), ("eps", 1e-5), *ADDED.items()):
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
     if config.modules_to_save:

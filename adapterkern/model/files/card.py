@@ -157,12 +157,18 @@ def _base_section(shown: str, llama: Any) -> str:
 def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
     layers = config.layers or ()
     where = "after layers" if config.position == "layer" else "between attention and feed-forward network of layers"
-    count = len(layers) * config.depth * adapter_num_params(hidden_size, config.adapter_dim)
+    one = adapter_num_params(hidden_size, config.adapter_dim, config.layer_norm, config.learned_scale)
+    inner = "LayerNorm(x)" if config.layer_norm else "x"
+    branch = f"W_up · {config.activation}(W_down · {inner} + b_down) + b_up"
+    if config.learned_scale:
+        branch = f"s · ({branch})"
+    elif config.scale != 1:
+        branch = f"{config.scale:g} · ({branch})"
     deep = f", {config.depth} in sequence at each" if config.depth > 1 else ""
     return (
         "## Adapter\n\n"
-        f"y = x + W_up · {config.activation}(W_down · LayerNorm(x) + b_down) + b_up on the residual stream {where} "
-        f"{', '.join(map(str, layers))} (from 0){deep}; dimension {config.adapter_dim}, {count:,} parameters in fp32."
+        f"y = x + {branch} on the residual stream {where} {', '.join(map(str, layers))} (from 0){deep}; dimension "
+        f"{config.adapter_dim}, {len(layers) * config.depth * one:,} parameters in fp32."
         + (
             f"\n\nTrained with it, and saved here too: {', '.join(config.modules_to_save)}."
             if config.modules_to_save

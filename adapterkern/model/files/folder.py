@@ -230,14 +230,16 @@ def check_tensors(
     extra: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise ``ValueError`` unless ``tensors`` are those of ``config`` and, beside them, those of ``extra``."""
+    parameters = {key: of for key, of in _SHAPES.items() if config.layer_norm or not key.startswith("norm.")}
+    parameters |= {"scale": ("1",)} if config.learned_scale else {}
     depth = min(config.depth, len(tensors) + 1)  # in a damaged file it may be any number
     adapters = [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
-    names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in _SHAPES}
+    names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in parameters}
     if odd := sorted((names.keys() | extra.keys()) ^ tensors.keys()):
         expected = "not expected" if odd[0] in tensors else "expected"
         raise ValueError(f"{path}: tensor {odd[0]}: {expected} by its configuration")
-    sizes = {"d": hidden_size, "r": config.adapter_dim}
-    shapes = {name: tuple(sizes[letter] for letter in _SHAPES[parameter]) for name, parameter in names.items()}
+    sizes = {"d": hidden_size, "r": config.adapter_dim, "1": 1}
+    shapes = {name: tuple(sizes[letter] for letter in parameters[parameter]) for name, parameter in names.items()}
     for name, shape in (shapes | dict(extra)).items():
         if tensors[name].shape != shape or not tensors[name].is_floating_point():
             got = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from adapterkern import __version__
 from adapterkern.files import check_owner, replacing
-from adapterkern.model.config import MODULES, AdapterConfig
+from adapterkern.model.config import ADDED, MODULES, AdapterConfig
 from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
@@ -249,9 +249,9 @@ def run_key(variant: Variant, seed: int, shared: str) -> str:
     defaults = TrainConfig().to_dict()
     training = {name: value for name, value in training.items() if name not in _NEW or value != defaults[name]}
     floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    added = {MODULES: None, **ADDED}
     adapter = variant.adapter.to_dict()
-    if adapter[MODULES] is None:  # 0.1.0 had no such field
-        del adapter[MODULES]
+    adapter = {name: value for name, value in adapter.items() if name not in added or value != added[name]}
     described = {
         "adapter": adapter if variant.training.train_adapters else None,
         "training": {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import check_values
-from adapterkern.model.config import FREE_IN_ADAPTERS, MODULES, AdapterConfig
+from adapterkern.model.config import ADDED, FREE_IN_ADAPTERS, MODULES, AdapterConfig
 from adapterkern.training.config import FREE_ON_RESUME, LENGTHS, TrainConfig
 from adapterkern.training.run.lengths import CheckpointError as CheckpointError
 from adapterkern.training.run.lengths import check_length
@@ -114,7 +114,7 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
     both = zip(saved.get("adapters", []), origin.get("adapters", []), strict=False)
     for number, (before, adapter) in enumerate(both):
         which = f" in trained adapter {number}" if len(saved["adapters"]) > 1 else ""
-        _check_same_values(path, adapter | before, adapter, FREE_IN_ADAPTERS, which)
+        _check_same_values(path, adapter | ADDED | before, adapter, FREE_IN_ADAPTERS, which)
     shapes = {name: list(p.shape) for name, p in state.parameters.items()}
     if saved["parameters"] != shapes:
         differing = sorted(n for n in shapes | saved["parameters"] if shapes.get(n) != saved["parameters"].get(n))
@@ -145,7 +145,7 @@ def check_adapter(path: Path, before: Mapping[str, Any], backbone: Mapping[str, 
     size, layers = backbone.get("hidden_size"), backbone.get("num_hidden_layers")
     if isinstance(size, int) and isinstance(layers, int):
         now = adapter.resolve(size, layers).to_dict()
-        _check_same_values(path, now | dict(before), now, (*FREE_IN_ADAPTERS, MODULES))
+        _check_same_values(path, now | ADDED | dict(before), now, (*FREE_IN_ADAPTERS, MODULES))
 
 
 def _check_same_values(

@@ -5,8 +5,9 @@ import torch
 
 from adapterkern.ops import closed_form
 from adapterkern.ops.reference import Weights
-from tests.ops.test_native import NAMES, VIEWS, check, eager, run
+from tests.ops.test_native import NAMES, VIEWS, check, check_variant, eager, run
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
+from tests.support.variants import TABLE
 
 LOW_AND_FP32 = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,6 +26,12 @@ def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_error_is_within_twice_eager_s(distribution: str, dtype: torch.dtype, compute: torch.dtype) -> None:
     x = DISTRIBUTIONS[distribution](torch.randn(150, 300, dtype=torch.float64)).to(dtype)
     check(x, make_weights(300, 64), torch.randn(150, 300).to(dtype), compute, "silu", closed_form)
+
+
+@pytest.mark.usefixtures("_products")
+@pytest.mark.parametrize(("variant", "distribution", "dtype"), TABLE, ids=str)
+def test_a_residual_a_scale_and_no_norm(variant: str, distribution: str, dtype: torch.dtype) -> None:
+    check_variant(variant, distribution, dtype, closed_form)
 
 
 @pytest.mark.parametrize("dtype", LOW_AND_FP32, ids=str)

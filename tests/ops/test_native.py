@@ -10,6 +10,10 @@ from torch import Tensor
 from adapterkern.ops import native, rows
 from adapterkern.ops.reference import Weights, adapter_eager
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
+from tests.support.variants import TABLE as VARIANT_TABLE
+from tests.support.variants import evaluate, make_case
+from tests.support.variants import check as check_case
+from tests.support.variants import eager as eager_of_any
 
 HERE = native._C.instruction_sets() if native._C is not None else []
 NAMES = ("y", "x", *Weights._fields)
@@ -74,6 +78,35 @@ def test_error_is_within_twice_eager_s(
     T, d, r, activation = shape
     x = DISTRIBUTIONS[distribution](torch.randn(T, d, dtype=torch.float64)).to(dtype)
     check(x, make_weights(d, r), torch.randn(T, d).to(dtype), compute, activation)
+
+
+def check_variant(variant: str, distribution: str, dtype: torch.dtype, on: rows.Rows) -> None:
+    """As ``check``, of a call that is not plain, in the dtype of products that it has on a CPU."""
+    compute = torch.float32 if dtype == torch.float16 else dtype
+    case = make_case(variant, 70, 100, 24, dtype, distribution)
+    low = compute if compute != torch.float32 else dtype
+    given = case.named()
+    # Where the scale is a number it is a factor, where it is a tensor the seventh parameter.
+    learned = "scale" in given
+    w = (*case.weights, case.scale) if learned else case.weights
+    factor = 1.0 if learned else case.scale
+    how = None, case.residual, factor
+    y, z, mean, rstd = rows.adapter_forward(on, case.x, w, 1e-5, "silu", compute, True, *how)
+    needed = [name in given for name in ("x", *Weights._fields)] + [True] * learned
+    how = False, None, case.residual is not None, factor
+    grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, 1e-5, "silu", needed, *how)
+    names = ("x", *Weights._fields, "scale")
+    ours = {"y": y} | {name: g for name, g in zip(names, grads, strict=False) if g is not None}
+    theirs, exact = evaluate(eager_of_any, case, low=None if low == torch.float32 else low), evaluate(eager_of_any, case.to(torch.float64))
+    for values in (theirs, exact):
+        values.pop("residual", None)  # dy, which the operator returns without these
+    check_case(case, ours, theirs, exact, max(torch.finfo(t).eps for t in (dtype, compute)))
+
+
+@pytest.mark.usefixtures("nan_in_empty_tensors")
+@pytest.mark.parametrize(("variant", "distribution", "dtype"), VARIANT_TABLE, ids=str)
+def test_a_residual_a_scale_and_no_norm(variant: str, distribution: str, dtype: torch.dtype) -> None:
+    check_variant(variant, distribution, dtype, native)
 
 
 def test_many_rows_of_outlier_channels() -> None:
@@ -165,6 +198,21 @@ def test_several_adapters() -> None:
         for got, expected in zip((y[chosen], dx[chosen], *(g[e] for g in grads)), one, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert all((g[1] == 0).all() for g in grads)
+
+
+def test_a_changed_scale_is_prepared_again() -> None:
+    x, w, scale = torch.randn(40, 64), make_weights(64, 8), torch.tensor(2.0)
+    made = native._prepared(w, torch.float32, scale)
+    assert native._prepared(w, torch.float32, scale) is made
+    assert native._prepared(w, torch.float32, 2.0) is not made
+    scale.mul_(2)
+    assert native._prepared(w, torch.float32, scale) is not made
+
+    def branch(scale: Tensor | float) -> Tensor:
+        return native.forward(x, w, 1e-5, "silu", torch.float32, scale=scale)[0] - x
+
+    torch.testing.assert_close(branch(scale), 4 * branch(1.0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(branch(4.0), branch(scale))
 
 
 def test_changed_parameters_are_prepared_again() -> None:

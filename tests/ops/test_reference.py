@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from adapterkern.ops.reference import ACTIVATIONS, Weights, adapter_backward, adapter_eager, adapter_forward
+from adapterkern.ops.reference import (
+    ACTIVATIONS,
+    Weights,
+    adapter_backward,
+    adapter_eager,
+    adapter_forward,
+    scale_gradient,
+)
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
+from tests.support.variants import VARIANTS, eager, evaluate, make_case
 
 T, D, R = 6, 10, 4
 
@@ -42,6 +50,32 @@ def test_forward_passes_gradcheck() -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     weights = [w.requires_grad_() for w in make_weights(5, 2, torch.float64)]
     assert torch.autograd.gradcheck(lambda x, *w: adapter_forward(x, Weights(*w)).y, (x, *weights))
+
+
+@pytest.mark.parametrize("distribution", ["normal", "mean 100 sigma", "constant rows"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_residual_a_scale_and_no_norm(variant: str, distribution: str) -> None:
+    case = make_case(variant, T, D, R, torch.float64, distribution).to(torch.float64)
+    norm, with_residual, _, learned = VARIANTS[variant]
+    expected = evaluate(eager, case)
+    x, w, residual, scale, dy = case
+    forward = adapter_forward(x, w, residual=residual, scale=scale)
+    got = {"y": forward.y, **adapter_backward(dy, x, forward, w, residual=with_residual, scale=scale)._asdict()}
+    got |= {"residual": dy} if with_residual else {}
+    got |= {"scale": scale_gradient(dy, forward, w)[None]} if learned else {}
+    assert {name for name, g in got.items() if g is not None} == expected.keys()
+    for name, e in expected.items():
+        assert relative_error(got[name], e) < 1e-11, name
+
+
+def test_all_of_them_pass_gradcheck() -> None:
+    leaves = make_case("no LayerNorm, a residual and a learned scale", 3, 5, 2, torch.float64).to(torch.float64).leaves()
+
+    def forward(x: Tensor, *rest: Tensor) -> Tensor:
+        *weights, residual, scale = rest
+        return adapter_forward(x, Weights(None, None, *weights), residual=residual, scale=scale).y
+
+    assert torch.autograd.gradcheck(forward, tuple(leaves.named().values()))
 
 
 def test_equals_the_stock_modules() -> None:

@@ -25,6 +25,10 @@ dy's second read should hit L2. So (1) and (2) alternate over equal chunks of ro
 and (2) walks its rows backwards, the last written first. A share's sums carry over from chunk to chunk through its own
 partial buffer, so the order of every addition is fixed and two runs agree to the bit.
 
+A residual's gradient is dy, so that dx lacks it. A scale α is in W_up and b_up of (1), and in (3) dW_up = α·U,
+db_up = α·Σₜ dy and dα = ⟨U, W_up⟩ + ⟨Σₜ dy, b_up⟩. Without LayerNorm, dz and x are what (2) and (3) have for ζ, A's
+fold and x̂: no c1, no c2, no q.
+
 x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up. This takes one more product and no
 more traffic.
 
@@ -36,7 +40,7 @@ compile-time switch.
 # The types of a Triton function's arguments are its callers'.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -66,11 +70,12 @@ class Needed(NamedTuple):
     down_bias: bool
     up_weight: bool
     up_bias: bool
+    scale: bool = False
 
 
 @triton.jit(
     do_not_specialize=["shares"],
-    do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd"],
+    do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_wu", "p_bu", "p_scale"],
 )
 def reduce_kernel(
     p_g,  # (shares, n, R, D) fp32, or None
@@ -78,15 +83,19 @@ def reduce_kernel(
     p_q,  # (shares, n, R) fp32, or None
     p_u,  # (shares, n, R, D) fp32, or None
     p_dbias,  # (shares, n, D) fp32, or None
-    p_gamma,  # (n, d)
+    p_gamma,  # (n, d), or None with the next: no LayerNorm
     p_beta,  # (n, d)
     p_wd,  # (n, r, d)
+    p_wu,  # (n, d, r), or None with the next: no gradient of the scale
+    p_bu,  # (n, d)
+    p_scale,  # (n,), or None: 1
     p_dgamma,  # (n, d), or None, like each below
     p_dbeta,  # (n, d)
     p_dwd,  # (n, r, d)
     p_dbd,  # (n, r)
     p_dwu,  # (n, d, r)
     p_dbu,  # (n, d)
+    p_dscale,  # (programs, n) fp32
     shares,
     d: tl.constexpr,
     r: tl.constexpr,
@@ -102,8 +111,12 @@ def reduce_kernel(
     e = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     m_d = o_d < d
-    gamma = tl.load(p_gamma + e * d + o_d, mask=m_d, other=0).to(tl.float32)
-    beta = tl.load(p_beta + e * d + o_d, mask=m_d, other=0).to(tl.float32)
+    if p_gamma is not None:
+        gamma = tl.load(p_gamma + e * d + o_d, mask=m_d, other=0).to(tl.float32)
+        beta = tl.load(p_beta + e * d + o_d, mask=m_d, other=0).to(tl.float32)
+    if p_scale is not None:
+        scale = tl.load(p_scale + e).to(tl.float32)
+    dscale = tl.zeros((BD,), tl.float32)
     dgamma = tl.zeros((BD,), tl.float32)
     dbeta = tl.zeros((BD,), tl.float32)
     for o in range(0, BR, RB):
@@ -132,23 +145,36 @@ def reduce_kernel(
             dgamma += tl.sum(g * wd, 0)
             dbeta += tl.sum(s[:, None] * wd, 0)
         if p_dwd is not None:
-            dwd = g * gamma[None, :] + s[:, None] * beta[None, :]
+            dwd = g
+            if p_gamma is not None:
+                dwd = g * gamma[None, :] + s[:, None] * beta[None, :]
             tl.store(p_dwd + o_wd, narrow(dwd, p_dwd.dtype.element_ty), mask=m)
         if p_dbd is not None:  # noqa: SIM102
             if tl.program_id(0) == 0:
                 tl.store(p_dbd + e * r + o_r, narrow(s, p_dbd.dtype.element_ty), mask=m_r)
+        o_wu = (e * d + o_d[:, None]) * r + o_r[None, :]
+        m_wu = m_d[:, None] & m_r[None, :]
+        if p_dscale is not None:
+            dscale += tl.sum(tl.trans(u) * tl.load(p_wu + o_wu, mask=m_wu, other=0).to(tl.float32), 1)
+        if p_scale is not None:
+            u *= scale
         if p_dwu is not None:
-            p_u_out = p_dwu + (e * d + o_d[:, None]) * r + o_r[None, :]
-            tl.store(p_u_out, narrow(tl.trans(u), p_dwu.dtype.element_ty), mask=m_d[:, None] & m_r[None, :])
+            tl.store(p_dwu + o_wu, narrow(tl.trans(u), p_dwu.dtype.element_ty), mask=m_wu)
     if p_dgamma is not None:
         tl.store(p_dgamma + e * d + o_d, narrow(dgamma, p_dgamma.dtype.element_ty), mask=m_d)
     if p_dbeta is not None:
         tl.store(p_dbeta + e * d + o_d, narrow(dbeta, p_dbeta.dtype.element_ty), mask=m_d)
-    if p_dbu is not None:
+    if p_dbias is not None:
         dbu = tl.zeros((BD,), tl.float32)
         for k in range(0, shares):
             dbu += tl.load(p_dbias + (k * n + e) * D + o_d)
-        tl.store(p_dbu + e * d + o_d, narrow(dbu, p_dbu.dtype.element_ty), mask=m_d)
+        if p_dscale is not None:
+            dscale += dbu * tl.load(p_bu + e * d + o_d, mask=m_d, other=0).to(tl.float32)
+            tl.store(p_dscale + tl.program_id(0) * n + e, tl.sum(dscale, 0))
+        if p_scale is not None:
+            dbu *= scale
+        if p_dbu is not None:
+            tl.store(p_dbu + e * d + o_d, narrow(dbu, p_dbu.dtype.element_ty), mask=m_d)
 
 
 def backward(
@@ -159,7 +185,7 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     prepared: Prepared,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     *,
     activation: str,
     precision: str,
@@ -170,8 +196,13 @@ def backward(
     vec: int,
     pdl: bool,
     sms: int | None = None,
+    residual: bool = False,
+    scale: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Launch the backward for the gradients in ``needed``. ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``."""
+    """Launch the backward for the gradients in ``needed``, of x and of each of ``weights``.
+
+    ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``; ``residual``: the forward had one; ``scale`` is (n,).
+    """
     T, d = dy.shape
     n, R, D = prepared.A.shape
     r = weights[2].shape[-2]
@@ -179,13 +210,17 @@ def backward(
     p = prepared
     row_tiles, tiles = (t.reading(x, vec, z.dtype) for t in (row_tiles, tiles))
 
+    norm = p.row_sums is not None
+    moments = (mean, rstd) if norm else (None, None)
     with_g = needed.norm_weight or needed.down_weight
-    with_s = needed.norm_bias or needed.down_weight or needed.down_bias
+    with_s = needed.norm_bias or (needed.down_weight and norm) or needed.down_bias
     with_dz = needed.x or with_g or with_s
-    with_h = needed.up_weight or (x_free and (needed.x or with_g))
-    folded = with_dz and x.dtype == z.dtype == torch.bfloat16
+    with_u, with_v = needed.up_weight or needed.scale, needed.up_bias or needed.scale
+    with_h = with_u or (x_free and (needed.x or with_g))
+    folded = with_dz and norm and x.dtype == z.dtype == torch.bfloat16
     direct = folded and not x_free
-    if not direct and (needed.x or with_g):  # x goes through registers
+    unchanged = direct or (not norm and not x_free and x.dtype == z.dtype)  # x goes into the products
+    if not unchanged and (needed.x or with_g):  # x goes through registers
         tiles = replace(tiles, BT=min(tiles.BT, 32), BD=16 if x_free and R == 512 else tiles.BD)
 
     sequences = 1 if index is None else index.numel()
@@ -200,18 +235,18 @@ def backward(
     dx = torch.empty_like(dy) if needed.x else None
     # One allocation each: a slice of a shared one would be aligned only for some T, which compiles another variant.
     rows = Hidden(
-        dz=empty(with_dz, T, R, dtype=z.dtype), c1=empty(with_dz, T), c2=empty(with_dz, T),
+        dz=empty(with_dz, T, R, dtype=z.dtype), c1=empty(with_dz and norm, T), c2=empty(with_dz and norm, T),
         h=empty(with_h, T, R, dtype=z.dtype), s=empty(with_s, n_row_tiles, R),
         q=empty(direct and with_g, n_row_tiles, R), worst=empty(folded, n_row_tiles),
     )  # fmt: skip
-    g, u = empty(with_g, shares, n, R, D), empty(needed.up_weight, shares, n, R, D)
+    g, u = empty(with_g, shares, n, R, D), empty(with_u, shares, n, R, D)
     s, q = empty(with_s, shares, n, R), empty(direct and with_g, shares, n, R)
-    dbias = empty(needed.up_bias, shares, n, D)
+    dbias = empty(with_v, shares, n, D)
     order, bounds = sorted_by_adapter(index, n) if index is not None else (None, None)
     shape = {"d": d, "D": D, "BR": R, "PRECISION": precision, "PDL": pdl}
 
     passes = [(dx, g, s, q, u, dbias)]
-    if R >= SEPARATE_UP and (needed.x or with_g) and needed.up_weight:
+    if R >= SEPARATE_UP and (needed.x or with_g) and with_u:
         passes = [(dx, g, s, q, None, None), (None, None, None, None, u, dbias)]
 
     for row0, chunk in _chunks(T, max(row_tiles.BT, tiles.BT), row_tiles.BT, sms) if index is None else [(0, T)]:
@@ -219,29 +254,33 @@ def backward(
         of_chunk = ceil_div(chunk, row_tiles.BT) if index is None else n_row_tiles
         if with_dz or with_h:
             hidden(
-                dy, index, z, mean, rstd, p, rows, dx, tile0=hidden0, n_tiles=of_chunk,
+                dy, index, z, *moments, p, rows, dx, tile0=hidden0, n_tiles=of_chunk, residual=residual,
                 activation=activation, precision=precision, tiles=row_tiles, sms=sms, pdl=pdl,
             )  # fmt: skip
         for i, outputs in enumerate(passes):
             after_ours = i > 0 or with_dz or with_h
             slice_kernel[(slices, shares, n)](
-                dy, x, order, bounds, rows.dz, rows.h, mean, rstd, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
+                dy, x, order, bounds, rows.dz, rows.h, *moments, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
                 p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, S,
-                x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, num_warps=tiles.num_warps,
-                **shape, **tiles.blocks, **early_launch(pdl and after_ours),
+                x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, RESIDUAL=residual,
+                num_warps=tiles.num_warps, **shape, **tiles.blocks, **early_launch(pdl and after_ours),
             )  # fmt: skip
 
     grads = [
         torch.empty(w.shape, dtype=w.dtype, device=w.device) if k else None
-        for w, k in zip(weights, needed[1:], strict=True)
+        for w, k in zip(weights[:6], needed[1:7], strict=True)
     ]
+    block = 32
+    dscale = empty(needed.scale, ceil_div(d, block), n)
     if any(needed[1:]):
-        block = 32
+        read = (*weights[:3], *(weights[4:6] if needed.scale else (None, None)))
         reduce_kernel[(ceil_div(d, block), n)](
-            g, s, q, u, dbias, *(w.contiguous() for w in weights[:3]), *grads, shares,
+            g, s, q, u, dbias, *(w if w is None else w.contiguous() for w in read), scale, *grads, dscale, shares,
             d=d, r=r, D=D, BR=R, PDL=pdl, RB=min(R, 128), BD=block,
             num_warps=min(8, R // 8), **early_launch(pdl),
         )  # fmt: skip
+    if len(weights) > 6:
+        grads.append(None if dscale is None else dscale.sum(0).to(weights[6].dtype).view(weights[6].shape))
     return [dx, *grads]
 
 

@@ -1,6 +1,6 @@
 """Prepared weights, kept until their parameters change: one small launch per adapter and optimizer step.
 
-An entry is valid as kept.py says.
+An entry is valid as kept.py says. ``weights`` and ``factor`` are those of ``weights.prepare``.
 
 CUDA graphs. Weights that train are prepared in the graph, so that a replay sees their current values. The backward gets
 the forward's preparation (``must_carry``): one launch for both. Weights that are frozen when the graph is recorded
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adapterkern.ops import graphs
@@ -22,6 +22,8 @@ from adapterkern.ops.index import vouched
 from adapterkern.ops.kept import Entry, drop_expired, state_of
 
 from .weights import Prepared, prepare
+
+Weights = Sequence[Tensor | None]
 
 _entries: dict[tuple[Any, ...], Entry[Prepared]] = {}
 _pinned: dict[tuple[Any, ...], Entry[Prepared]] = {}  # what graphs read, by _place
@@ -39,84 +41,89 @@ def clear() -> None:
         entry.state = ()
 
 
-def frozen(weights: Iterable[Tensor]) -> bool:
+def frozen(weights: Iterable[Tensor | None]) -> bool:
     """Whether all weights are declared frozen. Views of a parameter that trains are not, even if made under no_grad."""
-    return not any(w.requires_grad for w in weights)
+    return not any(w is not None and w.requires_grad for w in weights)
 
 
-def must_carry(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+def must_carry(weights: Weights, dtype: torch.dtype, factor: float = 1.0) -> bool:
     """Whether the backward gets the forward's preparation only if it is handed over: in a recording."""
-    return graphs.recording(weights[0].device) and _before_recording(weights, dtype) is None
+    return graphs.recording(_down(weights).device) and _before_recording(weights, dtype, factor) is None
 
 
-def prepare_to_carry(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """``prepare(weights, dtype)`` for one call and its backward, not cached."""
-    if graphs.recording(weights[0].device) and not frozen(weights):
-        storage = weights[2].untyped_storage()
+def prepare_to_carry(weights: Weights, dtype: torch.dtype, factor: float = 1.0) -> Prepared:
+    """``prepare(weights, dtype, factor)`` for one call and its backward, not cached."""
+    if graphs.recording(_down(weights).device) and not frozen(weights):
+        storage = _down(weights).untyped_storage()
         _in_graphs[storage._cdata] = StorageWeakRef(storage)
-    return prepare(weights, dtype)
+    return prepare(weights, dtype, factor)
 
 
-def prepared_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """``prepare(weights, dtype)``, or its last result if the parameters have not changed since."""
-    device = weights[0].device
+def prepared_weights(weights: Weights, dtype: torch.dtype, factor: float = 1.0) -> Prepared:
+    """``prepare(weights, dtype, factor)``, or its last result if the parameters have not changed since."""
+    device = _down(weights).device
     if graphs.recording(device):
-        kept = _before_recording(weights, dtype)
-        return prepare_to_carry(weights, dtype) if kept is None else kept
-    if any(w.is_inference() for w in weights):  # they have no version
-        return prepare(weights, dtype)
-    storages = [w.untyped_storage() for w in weights]
-    if _trained_by_graphs(storages):
-        return _renewed(weights, storages, dtype, ())
-    key = (dtype, graphs.current_stream(device), *(w.data_ptr() for w in weights))
-    state = state_of(weights, storages)
+        kept = _before_recording(weights, dtype, factor)
+        return prepare_to_carry(weights, dtype, factor) if kept is None else kept
+    given = [w for w in weights if w is not None]
+    if any(w.is_inference() for w in given):  # they have no version
+        return prepare(weights, dtype, factor)
+    storages = [w.untyped_storage() for w in given]
+    if _in_graphs and _trained_by_graphs(weights):
+        return _renewed(weights, dtype, factor, ())
+    key = (graphs.current_stream(device), dtype, factor, len(weights), *(w.data_ptr() for w in given))
+    state = state_of(given, storages)
     entry = _entries.get(key)
     if entry is not None and entry.valid(state):
         return entry.prepared
     drop_expired(_entries, _pinned)
-    entry = Entry(tuple(map(StorageWeakRef, storages)), state, _renewed(weights, storages, dtype, state))
+    entry = Entry(tuple(map(StorageWeakRef, storages)), state, _renewed(weights, dtype, factor, state))
     _entries[key] = entry
     return entry.prepared
 
 
-def _place(weights: Sequence[Tensor], storages: Sequence[UntypedStorage], dtype: torch.dtype) -> tuple[Any, ...]:
+def _down(weights: Weights) -> Tensor:
+    return weights[2]  # type: ignore[return-value]  # never None
+
+
+def _place(weights: Weights, dtype: torch.dtype, factor: float) -> tuple[Any, ...]:
     """What identifies the weights of a preparation, whatever their values."""
-    lie = ((s._cdata, w.data_ptr(), w.dtype, w.shape, w.stride()) for w, s in zip(weights, storages, strict=True))
-    return (dtype, *lie)
+    given = (w for w in weights if w is not None)
+    lie = ((w.untyped_storage()._cdata, w.data_ptr(), w.dtype, w.shape, w.stride()) for w in given)
+    return (dtype, factor, len(weights), *lie)
 
 
-def _trained_by_graphs(storages: Sequence[UntypedStorage]) -> bool:
+def _trained_by_graphs(weights: Weights) -> bool:
     """Whether a replay may have changed the weights, which changes no version."""
-    down = storages[2]._cdata
+    down = _down(weights).untyped_storage()._cdata
     used = _in_graphs.get(down)
     if used is not None and used.expired():
         _in_graphs.pop(down, None)
     return down in _in_graphs
 
 
-def _before_recording(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared | None:
+def _before_recording(weights: Weights, dtype: torch.dtype, factor: float) -> Prepared | None:
     """A valid preparation of frozen weights from before the recording. From now on it keeps its memory."""
-    storages = [w.untyped_storage() for w in weights]
-    if not frozen(weights) or any(w.is_inference() for w in weights) or _trained_by_graphs(storages):
+    given = [w for w in weights if w is not None]
+    if not frozen(weights) or any(w.is_inference() for w in given) or _trained_by_graphs(weights):
         return None
-    state, place = state_of(weights, storages), _place(weights, storages, dtype)
+    state = state_of(given, [w.untyped_storage() for w in given])
+    place = _place(weights, dtype, factor)
     pinned = _pinned.get(place)
     if pinned is not None and not pinned.expired():  # an earlier graph reads it: nothing may replace it
         return pinned.prepared if pinned.valid(state) else None
-    pointers = tuple(w.data_ptr() for w in weights)
-    for (of, _, *there), entry in list(_entries.items()):  # any stream: a recording begins after all have finished
-        if of == dtype and tuple(there) == pointers and entry.valid(state):
+    wanted = dtype, factor, len(weights), *(w.data_ptr() for w in given)
+    for (_, *of), entry in list(_entries.items()):  # any stream: a recording begins after all have finished
+        if tuple(of) == wanted and entry.valid(state):
             _pinned[place] = entry
             return entry.prepared
     return None
 
 
-def _renewed(
-    weights: Sequence[Tensor], storages: Sequence[UntypedStorage], dtype: torch.dtype, state: tuple[Any, ...]
-) -> Prepared:
-    """``prepare(weights, dtype)``, also written to what graphs read of these weights."""
-    made = prepare(weights, dtype)
-    pinned = _pinned.get(_place(weights, storages, dtype)) if _pinned else None
+def _renewed(weights: Weights, dtype: torch.dtype, factor: float, state: tuple[Any, ...]) -> Prepared:
+    """``prepare(weights, dtype, factor)``, also written to what graphs read of these weights."""
+    made = prepare(weights, dtype, factor)
+    pinned = _pinned.get(_place(weights, dtype, factor)) if _pinned else None
     if pinned is not None and not pinned.expired():
         with torch.inference_mode():  # `read` may be an inference tensor, writable only here
             for read, new in zip(pinned.prepared.tensors(), made.tensors(), strict=True):

@@ -3,7 +3,8 @@
     μ, σ² = mean, variance of a row       ρ = 1/√(σ² + eps)
     z = ρ((x − s)·Aᵀ − (μ − s)·rowsum(A)) + c        h = act(z)        y = x + h·W_upᵀ + b_up
 
-A, rowsum(A) and c fold LayerNorm into the projection (see weights.py). 16-bit rows go into the product unchanged, with
+A, rowsum(A) and c fold LayerNorm into the projection (see weights.py); a scale is in W_up and b_up. With a residual, y is
+the sum with its rows in place of x's, which are then read once. Without LayerNorm z = x·Aᵀ + c. 16-bit rows go into the product unchanged, with
 Σx and Σx² summed beside it, in each thread separately until the end. The variance is then right to 256·2⁻²⁴ as long as
 no row's mean exceeds 16 deviations. A tile with a row beyond that is computed the shifted way, and so is every row of
 another dtype than the product's: block by block with Chan's update, where neither a large mean nor a large channel
@@ -104,9 +105,23 @@ def _project_plain(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, B
 
 
 @triton.jit
+def _project_raw(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                 BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """x·Aᵀ over columns lo … hi, without moments."""
+    o_r = tl.arange(0, BR)
+    acc = tl.zeros((BT, BR), tl.float32)
+    for o in tl.range(lo, hi, BD, num_stages=STAGES):
+        o_d = o + tl.arange(0, BD)
+        b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
+        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
+        acc = dot(narrow(b_x.to(tl.float32), b_a.dtype), b_a, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _emit(p_rows, p_out, p_w, p_bias, h, m_t, lo, blocks, d: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
           PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """y = x + h·W_upᵀ + b_up over BD·blocks columns from lo, last column first."""
+    """y = x + h·W_upᵀ + b_up over BD·blocks columns from lo, last column first; x or the residual is at p_rows."""
     o_r = tl.arange(0, BR)
     for i in tl.range(0, blocks, num_stages=STAGES):
         o_d = lo + (blocks - 1 - i) * BD + tl.arange(0, BD)
@@ -121,8 +136,13 @@ def _emit(p_rows, p_out, p_w, p_bias, h, m_t, lo, blocks, d: tl.constexpr, BR: t
 @triton.jit
 def _hidden(acc, shift, mean, m2, p_asum, p_c, eps, d: tl.constexpr, BR: tl.constexpr, COMPUTE: tl.constexpr):
     o_r = tl.arange(0, BR)
-    rstd = 1 / tl.sqrt(m2 / d + eps)
-    z = rstd[:, None] * (acc - (mean - shift)[:, None] * tl.load(p_asum + o_r)[None, :]) + tl.load(p_c + o_r)[None, :]
+    if p_asum is None:
+        rstd = mean  # neither is kept
+        z = acc + tl.load(p_c + o_r)[None, :]
+    else:
+        rstd = 1 / tl.sqrt(m2 / d + eps)
+        acc = rstd[:, None] * (acc - (mean - shift)[:, None] * tl.load(p_asum + o_r)[None, :])
+        z = acc + tl.load(p_c + o_r)[None, :]
     return narrow(z, COMPUTE), rstd
 
 
@@ -130,8 +150,9 @@ def _hidden(acc, shift, mean, m2, p_asum, p_c, eps, d: tl.constexpr, BR: tl.cons
 def _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r: tl.constexpr, BR: tl.constexpr):
     o_r = tl.arange(0, BR)
     tl.store(p_z + i_t[:, None] * r + o_r[None, :], z, mask=m_t[:, None] & (o_r < r)[None, :])
-    tl.store(p_mean + i_t, mean, mask=m_t)
-    tl.store(p_rstd + i_t, rstd, mask=m_t)
+    if p_mean is not None:
+        tl.store(p_mean + i_t, mean, mask=m_t)
+        tl.store(p_rstd + i_t, rstd, mask=m_t)
 
 
 @triton.jit
@@ -142,12 +163,13 @@ def _copy(p_from, p_to, m_t, lo, blocks, d: tl.constexpr, BD: tl.constexpr):
         tl.store(p_to + o_d[None, :], tl.load(p_from + o_d[None, :], mask=m), mask=m)
 
 
-@triton.jit(do_not_specialize=["S", "stride", "eps"], do_not_specialize_on_alignment=["p_index"])
+@triton.jit(do_not_specialize=["S", "stride", "residual_stride", "eps"], do_not_specialize_on_alignment=["p_index"])
 def forward_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart
+    p_residual,  # (T, d), rows `residual_stride`·VEC apart, or None with that stride: x
     p_index,  # (T/S,) adapter of each sequence, or None
     p_a,  # (n, R, D)
-    p_asum,  # (n, R)
+    p_asum,  # (n, R), or None, as p_mean and p_rstd are then: no LayerNorm
     p_c,  # (n, R)
     p_w,  # (n, D, R)
     p_bias,  # (n, D)
@@ -157,6 +179,7 @@ def forward_kernel(
     p_rstd,  # (T,)
     S,
     stride,
+    residual_stride,
     eps,
     d: tl.constexpr,
     r: tl.constexpr,
@@ -175,30 +198,38 @@ def forward_kernel(
     sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
     p_rows = p_x + i_t[:, None] * stride * VEC
     p_out = p_y + i_t[:, None] * d
+    p_base = p_rows
+    if p_residual is not None:
+        p_base = p_residual + i_t[:, None] * residual_stride * VEC
     blocks: tl.constexpr = (d + BD - 1) // BD
     zero = tl.zeros((BT,), tl.float32)
     e = tl.full((), 0, tl.int64)
     if p_index is not None:
         e = tl.load(p_index + sequence).to(tl.int64)
     if e < 0:
-        _copy(p_rows, p_out, m_t, 0, blocks, d, BD)
+        _copy(p_base, p_out, m_t, 0, blocks, d, BD)
         if p_z is not None:
             _save(p_z, p_mean, p_rstd, tl.zeros((BT, BR), p_z.dtype.element_ty), zero, zero, i_t, m_t, r, BR)
     else:
         p_a += e * BR * D
         p_w += e * BR * D
         shift = zero
-        if PLAIN:
+        if p_asum is None:
+            mean, m2 = zero, zero
+            acc = _project_raw(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+        elif PLAIN:
             acc, mean, m2 = _project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
             if tl.max(tl.where(mean * mean <= 256 * (m2 / d), 0, 1), 0) > 0:  # a NaN counts
                 acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         else:
             acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
-        z, rstd = _hidden(acc, shift, mean, m2, p_asum + e * BR, p_c + e * BR, eps, d, BR, p_a.dtype.element_ty)
+        if p_asum is not None:
+            p_asum += e * BR
+        z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_a.dtype.element_ty)
         if p_z is not None:
             _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
         h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_rows, p_out, p_w, p_bias + e * D, h, m_t, 0, blocks, d, BR, BD, PRECISION, STAGES)
+        _emit(p_base, p_out, p_w, p_bias + e * D, h, m_t, 0, blocks, d, BR, BD, PRECISION, STAGES)
 
 
 @triton.jit(do_not_specialize=["T", "S", "stride", "width"], do_not_specialize_on_alignment=["p_index"])
@@ -207,7 +238,7 @@ def forward_partial_kernel(
     p_index,  # (T/S,) or None
     p_a,  # (n, R, D)
     p_acc,  # (splits, T, R) fp32
-    p_moments,  # (splits, 3, T) fp32: s, mean, squared deviations
+    p_moments,  # (splits, 3, T) fp32: s, mean, squared deviations; or None: no LayerNorm
     T,
     S,
     stride,
@@ -232,16 +263,19 @@ def forward_partial_kernel(
     if p_index is not None:
         e = tl.load(p_index + sequence).to(tl.int64)
     if e >= 0:
-        o_d = tl.arange(0, BD)
-        m_d = o_d < d
-        b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0)
-        n: tl.constexpr = min(BD, d) * 1.0
-        mean, m2 = _block_moments(b_x.to(tl.float32), m_d, n)
-        shift = _shift(mean, m2, n, b_x.dtype)
         lo = tl.program_id(1) * width * BD
         hi = tl.minimum(lo + width * BD, d)
         p_a += e * BR * D
-        if PLAIN:
+        if p_moments is not None:
+            o_d = tl.arange(0, BD)
+            m_d = o_d < d
+            b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0)
+            n: tl.constexpr = min(BD, d) * 1.0
+            mean, m2 = _block_moments(b_x.to(tl.float32), m_d, n)
+            shift = _shift(mean, m2, n, b_x.dtype)
+        if p_moments is None:
+            acc = _project_raw(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+        elif PLAIN:
             # Every split of a tile chooses the same, because they share s. The bound keeps Σx² finite.
             if tl.max(tl.where((shift == 0) & (m2 + mean * mean * n < 1e30), 0, 1), 0) == 0:
                 acc, mean, m2 = _project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
@@ -251,20 +285,21 @@ def forward_partial_kernel(
             acc, shift, mean, m2 = _project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
         o_r = tl.arange(0, BR)
         tl.store(p_acc + ((split * T + i_t) * BR)[:, None] + o_r[None, :], acc, mask=m_t[:, None])
-        p_m = p_moments + split * 3 * T + i_t
-        tl.store(p_m, shift, mask=m_t)
-        tl.store(p_m + T, mean, mask=m_t)
-        tl.store(p_m + 2 * T, m2, mask=m_t)
+        if p_moments is not None:
+            p_m = p_moments + split * 3 * T + i_t
+            tl.store(p_m, shift, mask=m_t)
+            tl.store(p_m + T, mean, mask=m_t)
+            tl.store(p_m + 2 * T, m2, mask=m_t)
 
 
 @triton.jit(
     do_not_specialize=["T", "S", "stride", "eps", "splits", "width"], do_not_specialize_on_alignment=["p_index"]
 )
 def forward_finish_kernel(
-    p_x,  # (T, d), rows `stride`·VEC apart
+    p_x,  # (T, d), rows `stride`·VEC apart: x, or the residual
     p_index,  # (T/S,) or None
     p_acc,  # (splits, T, R) fp32
-    p_moments,  # (splits, 3, T) fp32
+    p_moments,  # (splits, 3, T) fp32, or None, as p_asum is then
     p_asum,  # (n, R)
     p_c,  # (n, R)
     p_w,  # (n, D, R)
@@ -312,15 +347,20 @@ def forward_finish_kernel(
         acc = tl.zeros((BT, BR), tl.float32)
         mean, m2 = zero, zero
         count = 0.0
-        shift = tl.load(p_moments + i_t, mask=m_t, other=0)  # the same in every split
+        shift = zero
+        if p_moments is not None:
+            shift = tl.load(p_moments + i_t, mask=m_t, other=0)  # the same in every split
         for k in tl.range(0, splits, num_stages=partial_stages(STAGES, BT, BR)):
             row = tl.cast(k, tl.int64) * T + i_t
             acc += tl.load(p_acc + (row * BR)[:, None] + o_r[None, :], mask=m_t[:, None], other=0)
-            p_m = p_moments + tl.cast(k, tl.int64) * 3 * T + i_t
-            n = tl.minimum(d - k * width * BD, width * BD).to(tl.float32)
-            mean_n, m2_n = tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
-            count, mean, m2 = _merge(count, mean, m2, n, mean_n, m2_n)
-        z, rstd = _hidden(acc, shift, mean, m2, p_asum + e * BR, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)
+            if p_moments is not None:
+                p_m = p_moments + tl.cast(k, tl.int64) * 3 * T + i_t
+                n = tl.minimum(d - k * width * BD, width * BD).to(tl.float32)
+                mean_n, m2_n = tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
+                count, mean, m2 = _merge(count, mean, m2, n, mean_n, m2_n)
+        if p_asum is not None:
+            p_asum += e * BR
+        z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)
         if p_z is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
@@ -342,8 +382,12 @@ def forward(
     vec: int,
     pdl: bool,
     sms: int | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``."""
+    """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``.
+
+    Without LayerNorm mean and rstd are always None.
+    """
     T, d = x.shape
     sequences = 1 if index is None else index.numel()
     S = T // sequences
@@ -355,25 +399,28 @@ def forward(
     y = x.new_empty((T, d))
     compute = prepared.A.dtype
     z = x.new_empty((T, r), dtype=compute) if save else None
-    mean = x.new_empty(T, dtype=torch.float32) if save else None
+    norm = prepared.row_sums is not None
+    mean = x.new_empty(T, dtype=torch.float32) if save and norm else None
     rstd = torch.empty_like(mean) if mean is not None else None
     p = prepared
     D, R = p.A.shape[2], p.A.shape[1]
     shape = {"d": d, "D": D, "BR": R, "VEC": vec, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
     how = {"num_warps": tiles.num_warps}
     stride = x.stride(0) // vec
+    base, base_stride = (x, stride) if residual is None else (residual, residual.stride(0) // vec)
     if splits == 1:
+        own_stride = None if residual is None else base_stride
         forward_kernel[(n_tiles,)](
-            x, index, p.A, p.a_sum, p.c, p.w_up, p.b_up, y, z, mean, rstd, S, stride, eps,
+            x, residual, index, p.A, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd, S, stride, own_stride, eps,
             r=r, ACT=activation, **shape, **how,
         )  # fmt: skip
         return y, z, mean, rstd
     acc = x.new_empty((splits, T, R), dtype=torch.float32)
-    moments = x.new_empty((splits, 3, T), dtype=torch.float32)
+    moments = x.new_empty((splits, 3, T), dtype=torch.float32) if norm else None
     grid = (n_tiles, splits)
     forward_partial_kernel[grid](x, index, p.A, acc, moments, T, S, stride, width, **shape, **how)
     forward_finish_kernel[grid](
-        x, index, acc, moments, p.a_sum, p.c, p.w_up, p.b_up, y, z, mean, rstd, T, S, stride, eps, splits, width,
-        r=r, ACT=activation, **shape, **how, **early_launch(pdl),
+        base, index, acc, moments, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd, T, S, base_stride, eps,
+        splits, width, r=r, ACT=activation, **shape, **how, **early_launch(pdl),
     )  # fmt: skip
     return y, z, mean, rstd

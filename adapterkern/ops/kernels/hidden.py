@@ -3,7 +3,7 @@
     dh = dy·W_up      dz = dh ⊙ act'(z)      c1 = dz·rowsum(A)/d      c2 = Σᵣ(dz ⊙ (z − c))/d      h = act(z)
     s = Σₜ dz         folded: ρ·dz in place of dz, −ρ·c2 in place of c2, q = Σₜ ρ·μ·dz, and the largest (ρ·μ)²
 
-A program owns a row tile and stores the sums over its rows for the next kernel. Where row tiles are too few to fill
+Without LayerNorm there is no c1 and no c2. A program owns a row tile and stores the sums over its rows for the next kernel. Where row tiles are too few to fill
 the device, an extra launch before it shares each tile's columns among programs, as the forward's does, and stores
 partial products in fp32. backward.py explains ``folded``.
 """
@@ -74,7 +74,7 @@ def hidden_kernel(
     p_dy,  # (T, d) contiguous
     p_index,  # (T/S,) adapter of each sequence, or None
     p_z,  # (T, r)
-    p_mean,  # (T,)
+    p_mean,  # (T,), or None with the next two, p_c1 and p_c2: no LayerNorm
     p_rstd,  # (T,)
     p_asum,  # (n, R)
     p_c,  # (n, R)
@@ -87,7 +87,7 @@ def hidden_kernel(
     p_s,  # (tiles, R) fp32, or None
     p_q,  # (tiles, R) fp32, or None
     p_worst,  # (tiles,) fp32, or None: not folded
-    p_dx,  # (T, d), or None; rows without an adapter copy dy to it
+    p_dx,  # (T, d), or None; rows without an adapter copy dy to it, or with a residual 0
     tile0,
     rows,
     S,
@@ -97,6 +97,7 @@ def hidden_kernel(
     D: tl.constexpr,
     BR: tl.constexpr,
     ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     BT: tl.constexpr,
@@ -116,7 +117,11 @@ def hidden_kernel(
             for o in tl.range(0, d, BD, num_stages=STAGES):
                 o_d = o + tl.arange(0, BD)
                 m = m_t[:, None] & (o_d < d)[None, :]
-                tl.store(p_dx + i_t[:, None] * d + o_d[None, :], tl.load(p_rows + o_d[None, :], mask=m), mask=m)
+                p_out = p_dx + i_t[:, None] * d + o_d[None, :]
+                if RESIDUAL:
+                    tl.store(p_out, tl.zeros((BT, BD), p_dx.dtype.element_ty), mask=m)
+                else:
+                    tl.store(p_out, tl.load(p_rows + o_d[None, :], mask=m), mask=m)
     else:
         m = m_t[:, None] & (o_r < r)[None, :]
         o_tr = i_t[:, None] * BR + o_r[None, :]
@@ -135,14 +140,16 @@ def hidden_kernel(
             dz = tl.where(m, dh * activate_grad(z, ACT), 0.0)
             if p_s is not None:
                 tl.store(p_s + tile * BR + o_r, tl.sum(dz, 0))
-            mean = tl.load(p_mean + i_t, mask=m_t, other=0)
-            rstd = tl.load(p_rstd + i_t, mask=m_t, other=0)
+            if p_mean is not None:
+                mean = tl.load(p_mean + i_t, mask=m_t, other=0)
+                rstd = tl.load(p_rstd + i_t, mask=m_t, other=0)
             if p_worst is not None:
                 dz *= rstd[:, None]
             b_dz = narrow(dz, p_dz.dtype.element_ty)
             dz = b_dz.to(tl.float32)
-            c1 = tl.sum(dz * tl.load(p_asum + e * BR + o_r)[None, :], 1) / d
-            c2 = tl.sum(dz * (z - tl.load(p_c + e * BR + o_r)[None, :]), 1) / d
+            if p_mean is not None:
+                c1 = tl.sum(dz * tl.load(p_asum + e * BR + o_r)[None, :], 1) / d
+                c2 = tl.sum(dz * (z - tl.load(p_c + e * BR + o_r)[None, :]), 1) / d
             if p_worst is not None:
                 c2 = -rstd * c2
                 in_deviations = mean * rstd
@@ -150,15 +157,16 @@ def hidden_kernel(
             if p_q is not None:
                 tl.store(p_q + tile * BR + o_r, tl.sum(dz * mean[:, None], 0))
             tl.store(p_dz + o_tr, b_dz, mask=m_t[:, None])
-            tl.store(p_c1 + i_t, c1, mask=m_t)
-            tl.store(p_c2 + i_t, c2, mask=m_t)
+            if p_mean is not None:
+                tl.store(p_c1 + i_t, c1, mask=m_t)
+                tl.store(p_c2 + i_t, c2, mask=m_t)
 
 
 class Hidden(NamedTuple):
     """What kernel (1) of backward.py stores for (2); None for what is not needed."""
 
     dz: Tensor | None  # (T, R), times ρ if folded
-    c1: Tensor | None  # (T,) fp32
+    c1: Tensor | None  # (T,) fp32; None, as c2, without LayerNorm
     c2: Tensor | None  # (T,) fp32, times −ρ if folded
     h: Tensor | None  # (T, R)
     s: Tensor | None  # (tiles, R) fp32
@@ -170,8 +178,8 @@ def hidden(
     dy: Tensor,
     index: Tensor | None,
     z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     prepared: Prepared,
     out: Hidden,
     dx: Tensor | None,
@@ -183,6 +191,7 @@ def hidden(
     tiles: Tiles,
     sms: int,
     pdl: bool,
+    residual: bool,
 ) -> None:
     """Fill ``out`` for ``n_tiles`` row tiles of ``dy`` (T, d), starting with tile ``tile0``."""
     T, d = dy.shape
@@ -198,6 +207,6 @@ def hidden(
         dh = dy.new_empty((splits, rows, R), dtype=torch.float32)
         hidden_partial_kernel[(n_tiles, splits)](dy, index, p.w_up, dh, tile0, rows, S, width, **shape, **how)
     hidden_kernel[(n_tiles,)](
-        dy, index, z, mean, rstd, p.a_sum, p.c, p.w_up, dh, *out, dx, tile0, rows, S, splits,
-        r=z.shape[1], ACT=activation, **shape, **how, **early_launch(pdl and dh is not None),
+        dy, index, z, mean, rstd, p.row_sums, p.c, p.w_up, dh, *out, dx, tile0, rows, S, splits,
+        r=z.shape[1], ACT=activation, RESIDUAL=residual, **shape, **how, **early_launch(pdl and dh is not None),
     )  # fmt: skip

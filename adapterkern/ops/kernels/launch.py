@@ -9,6 +9,7 @@ strides are.
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from . import backward as _backward
 from . import forward as _forward
 from .cache import prepare_to_carry, prepared_weights
 from .tiles import forward_tiles, has_early_launches, has_wide_products, hidden_tiles, slice_tiles
-from .weights import Prepared
+from .weights import Prepared, scale_of
 
 
 def _vector(x: Tensor) -> int:
@@ -48,15 +49,15 @@ def _precision(compute: torch.dtype) -> str:
     return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def prepare_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """What the other two functions take as ``carried``."""
-    with _on(weights[0].device):
-        return prepare_to_carry(weights, dtype)
+def prepare_weights(weights: Sequence[Any], dtype: torch.dtype, factor: float = 1.0) -> Prepared:
+    """What the other two functions take as ``carried``. ``weights`` and ``factor`` as everywhere here: see prepare."""
+    with _on(weights[2].device):
+        return prepare_to_carry(weights, dtype, factor)
 
 
 def adapter_forward(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     index: Tensor | None,
     *,
     eps: float,
@@ -64,19 +65,21 @@ def adapter_forward(
     compute: torch.dtype,
     save: bool,
     carried: Sequence[Tensor] | None = None,
+    residual: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
 
-    ``carried``: the fields of a ``Prepared``; without it the weights are prepared, or found in the cache.
+    Without LayerNorm mean and rstd are always empty. ``carried``: the fields of a ``Prepared``; without it the weights are prepared, or found in the cache.
     """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d
     kept = (rows, r) if save else (0,)
     if rows == 0:
-        stats = x.new_empty(kept[0], dtype=torch.float32)
+        stats = x.new_empty(0, dtype=torch.float32)
         return x.new_empty(x.shape), x.new_empty(kept, dtype=compute), stats, torch.empty_like(stats)
     with _on(x.device):
-        prepared = Prepared(*carried) if carried else prepared_weights(weights, compute)
+        prepared = Prepared(*carried) if carried else prepared_weights(weights, compute, factor)
         y, *saved = _forward.forward(
             _rows(x, dense=False),
             None if index is None else index.contiguous().view(-1),
@@ -89,8 +92,10 @@ def adapter_forward(
             tiles=forward_tiles(compute.itemsize, prepared.A.shape[1], has_wide_products(x.device)),
             vec=_vector(x),
             pdl=has_early_launches(x.device),
+            residual=None if residual is None else _rows(residual, dense=False),
         )
-    z, mean, rstd = (x.new_empty(0) if t is None else t for t in saved)
+    none = torch.float32 if save else x.dtype
+    z, mean, rstd = (x.new_empty(0, dtype=none) if t is None else t for t in saved)
     # Not y.view: autograd forbids in-place writes to a view that a Function returns.
     return torch.ops.aten._unsafe_view(y, x.shape), z, mean, rstd
 
@@ -101,19 +106,24 @@ def adapter_backward(
     z: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     index: Tensor | None,
     *,
     activation: str,
     needed: Sequence[bool],
     x_free: bool,
     carried: Sequence[Tensor] | None = None,
+    residual: bool = False,
+    factor: float = 1.0,
 ) -> list[Tensor | None]:
-    """The gradients in ``needed`` (None for the others); ``x`` is y if ``x_free``; ``carried`` as in the forward."""
+    """The gradients of x and ``weights`` in ``needed`` (None for the others); ``x`` is y if ``x_free``.
+
+    ``residual``: the forward had one, and dx lacks dy; ``carried`` as in the forward.
+    """
     if x.numel() == 0:
         return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
     with _on(x.device):
-        prepared = Prepared(*carried) if carried else prepared_weights(weights, z.dtype)
+        prepared = Prepared(*carried) if carried else prepared_weights(weights, z.dtype, factor)
         wide = has_wide_products(x.device)
         R = prepared.A.shape[1]
         dx, *grads = _backward.backward(
@@ -129,6 +139,8 @@ def adapter_backward(
             precision=_precision(z.dtype),
             needed=_backward.Needed(*needed),
             x_free=x_free,
+            residual=residual,
+            scale=scale_of(weights, factor),
             row_tiles=hidden_tiles(z.element_size(), R, wide),
             tiles=slice_tiles(z.element_size(), R, wide),
             vec=_vector(x),

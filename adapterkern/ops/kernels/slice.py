@@ -2,7 +2,8 @@
 
 A program owns BD columns and every shares-th row tile. There are three walks over its rows: folded and direct, where x
 and dy go from shared memory into the products; folded but centered, where a row's mean exceeds 16 deviations or x is
-recovered from y; and the plain equations, for fp16, fp32 and mixed dtypes.
+recovered from y; and the plain equations, for fp16, fp32 and mixed dtypes. Without LayerNorm, dx = dy + dz·A and
+G = dzᵀ·x, and a walk is direct where x has the products' dtype. With a residual dx lacks dy.
 """
 
 # mypy: allow-untyped-defs
@@ -28,10 +29,12 @@ def _walk(
     b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
     d: tl.constexpr, BR: tl.constexpr, VEC: tl.constexpr, X_FREE: tl.constexpr, PRECISION: tl.constexpr,
     G: tl.constexpr, U: tl.constexpr, DBIAS: tl.constexpr, FOLDED: tl.constexpr, DIRECT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk a share of the row tiles first … last, backwards: store dx, and add to g (G), u (Uᵀ) and dbias (Σₜ dy)."""
     DX: tl.constexpr = p_dx is not None
+    RAW: tl.constexpr = p_mean is None
     o_r = tl.arange(0, BR)
     m_d = o_d < d
     share, shares = tl.program_id(1), tl.num_programs(1)
@@ -43,38 +46,46 @@ def _walk(
             i_t += (tl.load(p_order + position).to(tl.int64) - position) * S
         m = m_t[:, None] & m_d[None, :]
         o_tr = i_t[:, None] * BR + o_r[None, :]
-        if DX or U or DBIAS:
+        if U or DBIAS or (DX and not RESIDUAL):
             b_dy = tl.load(p_dy + i_t[:, None] * d + o_d[None, :], mask=m, other=0)
             dy = b_dy.to(tl.float32)
         if DX or G:
             b_dz = tl.load(p_dz + o_tr, mask=m_t[:, None], other=0)
+        if G or (DX and not RAW):
             b_x = tl.load(p_x + i_t[:, None] * stride * VEC + o_d[None, :], mask=m, other=0)
+        if (DX or G) and not RAW:
             mean = tl.load(p_mean + i_t, mask=m_t, other=0)
         if U or (X_FREE and (DX or G)):
             b_h = tl.load(p_h + o_tr, mask=m_t[:, None], other=0)
-        if DX:
+        if DX and not RAW:
             c1 = tl.load(p_c1 + i_t, mask=m_t, other=0)
             c2 = tl.load(p_c2 + i_t, mask=m_t, other=0)
-        if DX or (G and not DIRECT):
+        if (DX and not RAW) or (G and not DIRECT):
             x = b_x.to(tl.float32)
             if X_FREE:
                 x -= bias[None, :]
                 x -= dot(b_h, b_w, tl.zeros((BT, BD), tl.float32), PRECISION)
                 x = narrow(x, b_x.dtype).to(tl.float32)
-            if not DIRECT:
+            if not (DIRECT or RAW):
                 x -= mean[:, None]
-            if not FOLDED:
+            if not (FOLDED or RAW):
                 rstd = tl.load(p_rstd + i_t, mask=m_t, other=0)
                 x *= rstd[:, None]
         if DX:
-            if DIRECT:
-                dx = dot(b_dz, b_a, dy + (-c1 - mean * c2)[:, None] + x * c2[:, None], PRECISION)
+            if RESIDUAL:
+                own = tl.zeros((BT, BD), tl.float32)
+            else:
+                own = dy
+            if RAW:
+                dx = dot(b_dz, b_a, own, PRECISION)
+            elif DIRECT:
+                dx = dot(b_dz, b_a, own + (-c1 - mean * c2)[:, None] + x * c2[:, None], PRECISION)
             elif FOLDED:
-                dx = dot(b_dz, b_a, dy - c1[:, None] + x * c2[:, None], PRECISION)
+                dx = dot(b_dz, b_a, own - c1[:, None] + x * c2[:, None], PRECISION)
             else:
                 t = dot(b_dz, b_a, tl.zeros((BT, BD), tl.float32), PRECISION)
-                dx = dy + rstd[:, None] * (t - c1[:, None] - x * c2[:, None])
-            tl.store(p_dx + i_t[:, None] * d + o_d[None, :], narrow(dx, b_dy.dtype), mask=m)
+                dx = own + rstd[:, None] * (t - c1[:, None] - x * c2[:, None])
+            tl.store(p_dx + i_t[:, None] * d + o_d[None, :], narrow(dx, p_dx.dtype.element_ty), mask=m)
         if G:
             g = _outer(b_dz, b_x if DIRECT else narrow(x, b_dz.dtype), g, PRECISION)
             if not U:
@@ -136,7 +147,7 @@ def slice_kernel(
     p_bounds,  # (n + 1,) where each adapter's sequences begin in p_order
     p_dz,  # (T, R)
     p_h,  # (T, R)
-    p_mean,  # (T,)
+    p_mean,  # (T,), or None with the next three: no LayerNorm
     p_rstd,  # (T,)
     p_c1,  # (T,)
     p_c2,  # (T,)
@@ -164,6 +175,7 @@ def slice_kernel(
     HIDDEN_BT: tl.constexpr,
     VEC: tl.constexpr,
     X_FREE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     BT: tl.constexpr,
@@ -178,6 +190,7 @@ def slice_kernel(
     NO_X: tl.constexpr = not (DX or G)
     FOLDED: tl.constexpr = p_worst is not None
     MAY_GO: tl.constexpr = FOLDED and not X_FREE and not NO_X
+    RAW: tl.constexpr = p_mean is None and not X_FREE and p_x.dtype.element_ty == p_a.dtype.element_ty
     SAFE_BT: tl.constexpr = min(BT, 32)  # what fits in registers if x goes through them
     share = tl.program_id(1)
     e = tl.program_id(2).to(tl.int64)
@@ -215,20 +228,20 @@ def slice_kernel(
         first, last = begin * tl.cdiv(S, BT), end * tl.cdiv(S, BT)
         safe_first, safe_last = begin * tl.cdiv(S, SAFE_BT), end * tl.cdiv(S, SAFE_BT)
         lo, hi = begin * per_sequence, end * per_sequence
-    direct = NO_X  # a value of the running kernel, so that both branches below are compiled
+    direct = NO_X or RAW  # a value of the running kernel, so that both branches below are compiled
     if MAY_GO:
         direct = _may_go_direct(p_worst, p_order, lo, hi, per_sequence)
     if direct:
         g, u, dbias = _walk(
             p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
             b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
-            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, MAY_GO, BT, BD, STAGES,
+            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, MAY_GO or RAW, RESIDUAL, BT, BD, STAGES,
         )  # fmt: skip
     else:
         g, u, dbias = _walk(
             p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
             b_a, b_w, bias, g, u, dbias, o_d, safe_first, safe_last, S, stride,
-            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, False, SAFE_BT, BD, STAGES,
+            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, False, RESIDUAL, SAFE_BT, BD, STAGES,
         )  # fmt: skip
 
     if G:

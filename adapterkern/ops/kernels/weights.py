@@ -7,6 +7,9 @@ u = ρ(x·Aᵀ − μ·rowsum(A)). The row sums are those of the *rounded* A: th
 Sums of the unrounded weights would leave μ times a bf16 rounding error (relative error of z at a mean of 100σ: 1.6e-3
 with the rounded weights' sums, 1.6e-1 without).
 
+A scale α multiplies W_up and b_up before they are rounded. Without LayerNorm A = round(W_down), c = b_down, and there are
+no row sums.
+
 All outputs are padded with zeros: A to (R, D), W_up to (D, R) and b_up to D, where R is r rounded up to a power of two
 >= 16 (a tensor-core tile's minimum) and D is d rounded up to a multiple of 128 (any column tile). So no kernel masks a
 weight. One launch; it reads 2·r·d parameters and writes as many in the compute dtype.
@@ -43,10 +46,15 @@ class Prepared:
     """The kernels' view of n stacked adapters (n = 1 for a plain call)."""
 
     A: Tensor  # (n, R, D) compute dtype
-    a_sum: Tensor  # (n, R) fp32, row sums of the rounded A
+    a_sum: Tensor  # (n, R) fp32, row sums of the rounded A; (n, 0) without LayerNorm
     c: Tensor  # (n, R) fp32, W_down·β + b_down
-    w_up: Tensor  # (n, D, R) compute dtype
-    b_up: Tensor  # (n, D) fp32
+    w_up: Tensor  # (n, D, R) compute dtype, times the scale
+    b_up: Tensor  # (n, D) fp32, times the scale
+
+    @property
+    def row_sums(self) -> Tensor | None:
+        """``a_sum`` as the kernels take it: None without LayerNorm."""
+        return self.a_sum if self.a_sum.shape[1] else None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields, in order."""
@@ -54,14 +62,15 @@ class Prepared:
 
 
 # Parameters may start anywhere (e.g. in a flat buffer): their alignment must not compile another variant.
-@triton.jit(do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_bd", "p_wu", "p_bu"])
+@triton.jit(do_not_specialize_on_alignment=["p_gamma", "p_beta", "p_wd", "p_bd", "p_wu", "p_bu", "p_scale"])
 def _prepare_kernel(
-    p_gamma,  # (n, d)
+    p_gamma,  # (n, d), or None with the next and p_asum: no LayerNorm
     p_beta,  # (n, d)
     p_wd,  # (n, r, d)
     p_bd,  # (n, r)
     p_wu,  # (n, d, r)
     p_bu,  # (n, d)
+    p_scale,  # (n,), or None: 1
     p_a,  # (n, R, D)
     p_asum,  # (n, R)
     p_c,  # (n, R)
@@ -83,27 +92,33 @@ def _prepare_kernel(
             o_d = o + tl.arange(0, BLOCK)
             m_d = (o_d < d) & (i < r)
             w = tl.load(p_wd + (n * r + i) * d + o_d, mask=m_d, other=0).to(tl.float32)
-            gamma = tl.load(p_gamma + n * d + o_d, mask=m_d, other=0).to(tl.float32)
-            beta = tl.load(p_beta + n * d + o_d, mask=m_d, other=0).to(tl.float32)
-            a = narrow(w * gamma, p_a.dtype.element_ty)
+            a = w
+            if p_gamma is not None:
+                a *= tl.load(p_gamma + n * d + o_d, mask=m_d, other=0).to(tl.float32)
+                offset += w * tl.load(p_beta + n * d + o_d, mask=m_d, other=0).to(tl.float32)
+            a = narrow(a, p_a.dtype.element_ty)
             tl.store(p_a + (n * R + i) * D + o_d, a, mask=o_d < D)
             total += a.to(tl.float32)
-            offset += w * beta
         bias = tl.load(p_bd + n * r + i, mask=i < r, other=0).to(tl.float32)
-        tl.store(p_asum + n * R + i, tl.sum(total, 0))
+        if p_asum is not None:
+            tl.store(p_asum + n * R + i, tl.sum(total, 0))
         tl.store(p_c + n * R + i, tl.sum(offset, 0) + bias)
     else:
         o_w = (i - R) * BLOCK + tl.arange(0, BLOCK)
         i_d = o_w // R
         i_r = o_w % R
-        up = tl.load(p_wu + (n * d + i_d) * r + i_r, mask=(i_d < d) & (i_r < r), other=0)
-        tl.store(p_wup + n * D * R + o_w, narrow(up.to(tl.float32), p_wup.dtype.element_ty), mask=i_d < D)
+        up = tl.load(p_wu + (n * d + i_d) * r + i_r, mask=(i_d < d) & (i_r < r), other=0).to(tl.float32)
         first = (i_r == 0) & (i_d < D)
-        up_bias = tl.load(p_bu + n * d + i_d, mask=first & (i_d < d), other=0)
-        tl.store(p_bup + n * D + i_d, up_bias.to(tl.float32), mask=first)
+        up_bias = tl.load(p_bu + n * d + i_d, mask=first & (i_d < d), other=0).to(tl.float32)
+        if p_scale is not None:
+            scale = tl.load(p_scale + n).to(tl.float32)
+            up *= scale
+            up_bias *= scale
+        tl.store(p_wup + n * D * R + o_w, narrow(up, p_wup.dtype.element_ty), mask=i_d < D)
+        tl.store(p_bup + n * D + i_d, up_bias, mask=first)
 
 
-def empty_prepared(down_weight: Tensor, dtype: torch.dtype) -> Prepared:
+def empty_prepared(down_weight: Tensor, dtype: torch.dtype, norm: bool = True) -> Prepared:
     """Uninitialized tensors for a down projection (n, r, d), or (r, d) for n = 1."""
     r, d = down_weight.shape[-2:]
     n = down_weight.shape[0] if down_weight.dim() == 3 else 1
@@ -114,20 +129,34 @@ def empty_prepared(down_weight: Tensor, dtype: torch.dtype) -> Prepared:
 
     return Prepared(
         A=empty(dtype, n, R, D),
-        a_sum=empty(torch.float32, n, R),
+        a_sum=empty(torch.float32, n, R if norm else 0),
         c=empty(torch.float32, n, R),
         w_up=empty(dtype, n, D, R),
         b_up=empty(torch.float32, n, D),
     )
 
 
-def prepare(weights: Sequence[Tensor], dtype: torch.dtype) -> Prepared:
-    """Launch the preparation of the six parameters, stacked (n, …), or of one adapter's without the leading n."""
-    out = empty_prepared(weights[2], dtype)
-    r, d = weights[2].shape[-2:]
+def scale_of(weights: Sequence[Tensor | None], factor: float) -> Tensor | None:
+    """The scale (n,) as the kernels take it, None for 1: the seventh of the parameters, or made of a number."""
+    if len(weights) > 6:
+        return weights[6].contiguous()  # type: ignore[union-attr]
+    down: Tensor = weights[2]  # type: ignore[assignment]
+    n = down.shape[0] if down.dim() == 3 else 1
+    return None if factor == 1 else torch.full((n,), factor, dtype=torch.float32, device=down.device)
+
+
+def prepare(weights: Sequence[Tensor | None], dtype: torch.dtype, factor: float = 1.0) -> Prepared:
+    """Launch the preparation of the parameters, stacked (n, …), or of one adapter's without the leading n.
+
+    The first two are None without LayerNorm. The scale is the seventh, if that is a tensor, and otherwise ``factor``.
+    """
+    down: Tensor = weights[2]  # type: ignore[assignment]
+    out = empty_prepared(down, dtype, weights[0] is not None)
+    r, d = down.shape[-2:]
     n, R, D = out.A.shape
     block = 1024
     _prepare_kernel[(R + ceil_div(D * R, block), n)](
-        *(w.contiguous() for w in weights), *out.tensors(), d=d, r=r, D=D, R=R, BLOCK=block, num_warps=4
-    )
+        *(w if w is None else w.contiguous() for w in weights[:6]), scale_of(weights, factor),
+        out.A, out.row_sums, out.c, out.w_up, out.b_up, d=d, r=r, D=D, R=R, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return out

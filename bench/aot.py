@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from adapterkern.ops.kernels.backward import Needed, backward
 from adapterkern.ops.kernels.forward import forward
 from adapterkern.ops.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
-from adapterkern.ops.kernels.weights import padded_adapter_dim, prepare
+from adapterkern.ops.kernels.weights import padded_adapter_dim, prepare, scale_of
 from bench import sass, ttgir
 
 ADAPTER_DIMS = (16, 32, 64, 128, 256)
@@ -114,12 +114,18 @@ def adapter_launches(
     rows: int = 8192,
     x_free: bool = False,
     compute: torch.dtype | None = None,
+    norm: bool = True,
+    residual: bool = False,
+    scaled: bool = False,
 ) -> list[Launch]:
     """Every launch of one forward and backward with fp32 parameters, including the weight preparation.
 
-    ``dtype`` is that of x, and unless ``compute`` is given that of the products.
+    ``dtype`` is that of x, and unless ``compute`` is given that of the products. ``scaled``: by a learned scale.
     """
-    params = tuple(torch.empty(size, device="meta") for size in ((d,), (d,), (r, d), (r,), (d, r), (d,)))
+    sizes = ((d,), (d,), (r, d), (r,), (d, r), (d,), *([(1,)] if scaled else []))
+    params: list[Any] = [torch.empty(size, device="meta") for size in sizes]
+    if not norm:
+        params[:2] = None, None
     x = torch.empty(rows, d, dtype=dtype, device="meta")
     R, vec = padded_adapter_dim(r), 16 // dtype.itemsize if d % (16 // dtype.itemsize) == 0 else 1
     common: dict[str, Any] = {"activation": "silu", "precision": "ieee", "vec": vec, "sms": SMS, "pdl": pdl}
@@ -129,22 +135,29 @@ def adapter_launches(
     )
     with recorded_launches() as launches:
         prepared = prepare(params, compute)
-        _, z, mean, rstd = forward(x, None, prepared, r=r, eps=1e-5, save=True, tiles=forward_with, **common)
+        base = torch.empty_like(x) if residual else None
+        how = {"r": r, "eps": 1e-5, "save": True, "tiles": forward_with, "residual": base}
+        _, z, mean, rstd = forward(x, None, prepared, **how, **common)
         assert z is not None
-        assert mean is not None
-        assert rstd is not None
+        none = x.new_empty(0)
         backward(
-            x, x, None, z, mean, rstd, prepared, params,
-            needed=Needed(*[True] * 7), x_free=x_free, row_tiles=hidden_with, tiles=slice_with, **common,
+            x, x, None, z, none if mean is None else mean, none if rstd is None else rstd, prepared, params,
+            needed=Needed(True, norm, norm, *[True] * 4, scaled), x_free=x_free, residual=residual,
+            scale=scale_of(params, 1.0), row_tiles=hidden_with, tiles=slice_with, **common,
         )  # fmt: skip
     return launches
 
 
-def variants(d: int, r: int, dtype: torch.dtype, sm: int, compute: torch.dtype | None = None) -> list[Launch]:
-    """One launch per variant that ``sm`` runs for this shape: fused and split forward, backward x-free or not."""
-    how: dict[str, Any] = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90, "compute": compute}
-    launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, x_free=True, **how)
-    launches += adapter_launches(d, r, dtype, rows=16, **how)
+def variants(
+    d: int, r: int, dtype: torch.dtype, sm: int, compute: torch.dtype | None = None, **parts: bool
+) -> list[Launch]:
+    """One launch per variant that ``sm`` runs for this shape: fused and split forward, backward x-free or not.
+
+    ``parts`` are ``norm``, ``residual`` (which has no x-free backward) and ``scaled`` of ``adapter_launches``.
+    """
+    how: dict[str, Any] = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90, "compute": compute, **parts}
+    launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, rows=16, **how)
+    launches += [] if parts.get("residual") else adapter_launches(d, r, dtype, x_free=True, **how)
     return list({launch.variant: launch for launch in launches}.values())
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern.ops import choice
-from adapterkern.ops.kernels import backward, forward, hidden, launch, slice, tiles
+from adapterkern.ops.kernels import backward, hidden, launch, slice
 from adapterkern.ops.reference import ACTIVATIONS, Weights
-from tests.support.interpreted import exact, value_and_grads
+from tests.support.interpreted import exact, set_sms, value_and_grads
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 
 pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
@@ -21,15 +21,6 @@ pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 assert choice.INTERPRETED
 NAMES = ["y", "x", *Weights._fields]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def set_sms(monkeypatch: pytest.MonkeyPatch, sms: int) -> None:
-    """The device has ``sms`` multiprocessors, and a second launch costs nothing: small shapes split their columns."""
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: sms)
-    monkeypatch.setattr(tiles, "LAUNCH_BYTES", 0)
-    for module in (forward, hidden):
-        monkeypatch.setattr(module, "column_split", tiles.column_split.__wrapped__)
 
 
 def check_within_twice_eager(x: Tensor, weights: list[Tensor] | Weights, dy: Tensor, **kwargs) -> None:  # type: ignore[no-untyped-def]

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 @pytest.fixture
 def preparations(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     made: list[torch.dtype] = []
-    monkeypatch.setattr(cache, "prepare", lambda w, dtype: made.append(dtype) or prepare(w, dtype))
+    monkeypatch.setattr(cache, "prepare", lambda w, dtype, *by: made.append(dtype) or prepare(w, dtype, *by))
     cache.clear()
     return made
 

@@ -80,6 +80,34 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
         assert not c.refills, (c.kernel, c.refills)
 
 
+@pytest.mark.parametrize(
+    ("d", "r", "sm", "dtype", "parts"),
+    [
+        (4096, 64, 90, torch.bfloat16, {"residual": True, "scaled": True}),
+        (4096, 64, 90, torch.bfloat16, {"norm": False}),
+        (4096, 64, 80, torch.bfloat16, {"norm": False, "residual": True, "scaled": True}),
+        (2048, 128, 100, torch.float16, {"norm": False, "residual": True}),
+        (4096, 512, 86, torch.bfloat16, {"norm": False}),
+        (4096, 256, 90, torch.bfloat16, {"residual": True, "scaled": True}),
+        (577, 20, 90, torch.float32, {"norm": False, "residual": True, "scaled": True}),
+    ],
+    ids=str,
+)
+def test_a_residual_a_scale_and_no_norm_fit(
+    d: int, r: int, sm: int, dtype: torch.dtype, parts: dict[str, bool]
+) -> None:
+    plain = {launch.variant for launch in aot.variants(d, r, dtype, sm)}
+    for variant in aot.variants(d, r, dtype, sm, **parts):
+        if variant.variant in plain:  # such as the products of a split's columns
+            continue
+        c = aot.compile_launch(variant, sm)
+        assert c.stack == 0, c
+        assert c.shared <= aot.SHARED_LIMIT[sm], c
+        assert not c.refills, (c.kernel, c.refills)
+        if dtype != torch.float32 and c.kernel not in NO_PRODUCTS:
+            assert c.wgmma + c.mma > 0, c
+
+
 # Instructions per element of each loop with a product: d = 4096, r = 64, bf16, sm_90. NOTES.md has their history.
 # Where the slice kernel has two, the first takes x unchanged, the second centers it, 32 rows at a time.
 PER_ELEMENT = {

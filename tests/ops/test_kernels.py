@@ -21,11 +21,13 @@ NOT_INTERPRETED = ["test_large_inputs_take_the_operator_and_small_ones_eager"]
     "file",
     [
         "ops/interpreted_kernels.py",
+        "ops/interpreted_variants.py",
         "ops/interpreted_preparation.py",
         "ops/interpreted_index.py",
         "ops/interpreted_traffic.py",
         "model/interpreted_liger.py",
         "ops/test_operator.py",
+        "ops/test_variants.py",
         "model/test_low_rank.py",
     ],
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +25,17 @@ def exact(x: Tensor, weights: list[Tensor] | Weights, dy: Tensor, **kwargs) -> l
 
 def parameters(m: ak.Adapter) -> list[Tensor]:
     return [m.norm.weight, m.norm.bias, m.down.weight, m.down.bias, m.up.weight, m.up.bias]
+
+
+def set_sms(monkeypatch: pytest.MonkeyPatch, sms: int) -> None:
+    """The device has ``sms`` multiprocessors, and a second launch costs nothing: small shapes split their columns."""
+    from adapterkern.ops.kernels import backward, forward, hidden, tiles  # which decides whether Triton interprets
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: sms)
+    monkeypatch.setattr(tiles, "LAUNCH_BYTES", 0)
+    for module in (forward, hidden):
+        monkeypatch.setattr(module, "column_split", tiles.column_split.__wrapped__)
 
 
 def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

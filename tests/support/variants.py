@@ -27,13 +27,15 @@ class Case(NamedTuple):
         x, weights, *others = self
         return Case(cast(x), Weights(*map(cast, weights)), *map(cast, others))
 
-    def leaves(self) -> "Case":
-        """The same with tensors of its own, which require gradients."""
+    def leaves(self, *wanted: str) -> "Case":
+        """The same with tensors of its own; those ``wanted`` by name, or all, require gradients."""
 
-        def leaf(t: Any) -> Any:
-            return t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t
+        def leaf(name: str, t: Any) -> Any:
+            return t.detach().clone().requires_grad_(not wanted or name in wanted) if isinstance(t, Tensor) else t
 
-        return Case(leaf(self.x), Weights(*map(leaf, self.weights)), leaf(self.residual), leaf(self.scale), self.dy)
+        weights = Weights(*(leaf(name, t) for name, t in self.weights._asdict().items()))
+        own = {name: leaf(name, getattr(self, name)) for name in ("x", "residual", "scale")}
+        return self._replace(weights=weights, **own)
 
     def named(self) -> dict[str, Tensor]:
         """All tensors but dy."""

@@ -24,9 +24,7 @@ _DEFAULT_DIM = 64
 logger = logging.getLogger(__name__)
 
 
-def adapter_num_params(
-    hidden_size: int, adapter_dim: int, layer_norm: bool = True, learned_scale: bool = False
-) -> int:
+def adapter_num_params(hidden_size: int, adapter_dim: int, layer_norm: bool = True, learned_scale: bool = False) -> int:
     """Number of parameters of one adapter: two (r, d) weights, r + d biases, LayerNorm's 2d, a learned scale's 1."""
     return adapter_dim * (2 * hidden_size + 1) + (3 if layer_norm else 1) * hidden_size + learned_scale
 

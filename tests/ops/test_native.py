@@ -97,7 +97,10 @@ def check_variant(variant: str, distribution: str, dtype: torch.dtype, on: rows.
     grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, 1e-5, "silu", needed, *how)
     names = ("x", *Weights._fields, "scale")
     ours = {"y": y} | {name: g for name, g in zip(names, grads, strict=False) if g is not None}
-    theirs, exact = evaluate(eager_of_any, case, low=None if low == torch.float32 else low), evaluate(eager_of_any, case.to(torch.float64))
+    theirs, exact = (
+        evaluate(eager_of_any, case, low=None if low == torch.float32 else low),
+        evaluate(eager_of_any, case.to(torch.float64)),
+    )
     for values in (theirs, exact):
         values.pop("residual", None)  # dy, which the operator returns without these
     check_case(case, ours, theirs, exact, max(torch.finfo(t).eps for t in (dtype, compute)))

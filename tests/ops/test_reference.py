@@ -69,7 +69,9 @@ def test_a_residual_a_scale_and_no_norm(variant: str, distribution: str) -> None
 
 
 def test_all_of_them_pass_gradcheck() -> None:
-    leaves = make_case("no LayerNorm, a residual and a learned scale", 3, 5, 2, torch.float64).to(torch.float64).leaves()
+    leaves = (
+        make_case("no LayerNorm, a residual and a learned scale", 3, 5, 2, torch.float64).to(torch.float64).leaves()
+    )
 
     def forward(x: Tensor, *rest: Tensor) -> Tensor:
         *weights, residual, scale = rest

@@ -27,6 +27,11 @@ class Case(NamedTuple):
         x, weights, *others = self
         return Case(cast(x), Weights(*map(cast, weights)), *map(cast, others))
 
+    def view(self, *shape: int) -> "Case":
+        """The same with rows in another shape."""
+        residual = None if self.residual is None else self.residual.view(shape)
+        return self._replace(x=self.x.view(shape), residual=residual, dy=self.dy.view(shape))
+
     def leaves(self, *wanted: str) -> "Case":
         """The same with tensors of its own; those ``wanted`` by name, or all, require gradients."""
 

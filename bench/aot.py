@@ -136,13 +136,13 @@ def adapter_launches(
     with recorded_launches() as launches:
         prepared = prepare(params, compute)
         base = torch.empty_like(x) if residual else None
-        how = {"r": r, "eps": 1e-5, "save": True, "tiles": forward_with, "residual": base}
+        how: dict[str, Any] = {"r": r, "eps": 1e-5, "save": True, "tiles": forward_with, "residual": base}
         _, z, mean, rstd = forward(x, None, prepared, **how, **common)
         assert z is not None
         none = x.new_empty(0)
         backward(
             x, x, None, z, none if mean is None else mean, none if rstd is None else rstd, prepared, params,
-            needed=Needed(True, norm, norm, *[True] * 4, scaled), x_free=x_free, residual=residual,
+            needed=Needed(True, norm, norm, True, True, True, True, scaled), x_free=x_free, residual=residual,
             scale=scale_of(params, 1.0), row_tiles=hidden_with, tiles=slice_with, **common,
         )  # fmt: skip
     return launches

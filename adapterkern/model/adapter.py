@@ -1,6 +1,7 @@
 """``Adapter``: one bottleneck adapter, as a module."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from adapterkern import checks
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.choice import fused_enabled
-from adapterkern.ops.operator import adapter, eager_autocast, stock_dtype
+from adapterkern.ops.operator import adapter
 from adapterkern.ops.reference import ACTIVATIONS, add_branch
+from adapterkern.ops.stock import eager_autocast, stock_dtype
 
 INITS = ("identity", "xavier", "svd")
 
@@ -18,7 +20,9 @@ class Adapter(nn.Module):
     """``y = x + up(act(down(norm(x))))``: a bottleneck adapter on the residual stream (Houlsby et al. 2019).
 
     With all arguments ``y = residual + scale · up(act(down(norm(x))))``: given a residual that is not x, the parallel
-    adapter of He et al. (2022, arXiv:2110.04366). ``norm`` is an ``nn.LayerNorm``, ``down`` and ``up`` are ``nn.Linear``. With ``fused=True`` they only hold the
+    adapter of He et al. (2022, arXiv:2110.04366).
+
+    ``norm`` is an ``nn.LayerNorm``, ``down`` and ``up`` are ``nn.Linear``. With ``fused=True`` they only hold the
     parameters, and one fused operator computes y. With ``fused=False`` they are called one by one, except where they do
     not accept x's dtype together with their parameters' (such as fp32 x and bf16 parameters): then they are cast.
 
@@ -40,6 +44,8 @@ class Adapter(nn.Module):
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range; the message names it.
     """
+
+    norm: Any  # nn.LayerNorm or nn.Identity
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class Adapter(nn.Module):
             )
         factors = _svd_factors(matrix, d, r, self.down.weight.device) if init == "svd" else None
         if self.layer_norm:
-            self.norm.reset_parameters()  # type: ignore[operator]
+            self.norm.reset_parameters()
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
         if factors is not None:

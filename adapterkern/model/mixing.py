@@ -5,10 +5,11 @@ Every sequence b has K choices index[b, k] among the named adapters (−1: none)
     y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
 
 The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm) form a group: their
-parameters are stacked, their scales too, and one grouped ``ak.adapter(..., index=)`` call runs them all. For the other groups of the site, a sequence of
-this group has index −1. The stack is built in every forward, so that gradients reach the adapters' own parameters; it
-costs a copy of the parameters of the mixed adapters, compared with an activation of B·L rows. During ``generate`` it is
-built once. The index of a group is computed once for all sites that have the same group.
+parameters are stacked, their scales too, and one grouped ``ak.adapter(..., index=)`` call runs them all. For the other
+groups of the site, a sequence of this group has index −1. The stack is built in every forward, so that gradients reach
+the adapters' own parameters; it costs a copy of the parameters of the mixed adapters, compared with an activation of
+B·L rows. During ``generate`` it is built once. The index of a group is computed once for all sites that have the same
+group.
 
 Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a GPU the host would have to wait to find
 out which were chosen, and results must not depend on the device.

@@ -4,6 +4,7 @@ operator.py      ``adapter()``: schema, implementations, fake, autograd, autocas
 choice.py        which implementation runs, and why
 checks.py        what an input may be
 reference.py     the equations: definition, oracle, baseline
+stock.py         eager PyTorch's casts and mixed batches
 closed_form.py   the operator from ATen operations: fp64, and where nothing native fits
 native.py        the CPU kernel's door (csrc/adapter_cpu.h)
 rows.py          from any shape and several adapters to the rows of one, for these two

@@ -116,3 +116,17 @@ def _least_numel(dtype: torch.dtype) -> int:
 def in_transform() -> bool:
     """Whether the call is under forward-mode AD or a torch.func transform, which need a formula for each operation."""
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def keys(t: Tensor) -> int:
+    """What the dispatcher does with ``t`` besides calling a kernel: negate it, batch it, trace it..."""
+    return torch._C._dispatchkeys(t).raw_repr()
+
+
+@cache
+def keys_of_plain_tensors() -> frozenset[int]:
+    """Those of which ``keys`` tells nothing besides: see operator.py."""
+    with torch.inference_mode():
+        made_for_inference = torch.empty(0, device="cpu")
+    with torch.inference_mode(False):
+        return frozenset(keys(t) for t in (made_for_inference, torch.empty(0, device="cpu")))

@@ -86,7 +86,7 @@ def backward(
 
     ``residual``: whether the forward had one; dx then lacks dy. An eighth ``needed`` is of a Tensor ``scale``.
     """
-    need, need_scale = Weights(*needed[1:7]), any(needed[7:])
+    need, need_scale = Weights(*needed[1:7]), any(needed[7:])  # type: ignore[arg-type]
     d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
     dy_c = dy.to(compute)
     grads: dict[str, Tensor] = {}

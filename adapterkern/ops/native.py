@@ -120,8 +120,8 @@ class Prepared:
         for name, w, shape in zip(Weights._fields, weights[:6], shapes, strict=True):
             if w is not None:
                 _expect(name, w, shape)
-                w = scaled(w.detach(), scale) if name.startswith("up") else w.detach()  # noqa: PLW2901
-                w = _aligned(w.to(torch.float32).contiguous())  # noqa: PLW2901
+                w = scaled(w.detach(), scale) if name.startswith("up") else w.detach()
+                w = _aligned(w.to(torch.float32).contiguous())
             read.append(w)
         # The kernels read these, too. A parameter that they read as it is is not held: it would never expire.
         given = {w.data_ptr() for w in weights[:6] if w is not None}

@@ -22,10 +22,7 @@ Statistics and sums are at least fp32 everywhere.
 choice.py decides whether Triton kernels, the closed form or eager PyTorch runs.
 """
 
-import contextlib
-import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,9 +30,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from adapterkern.ops import closed_form, native, rows
-from adapterkern.ops.checks import LOW, check_inputs
-from adapterkern.ops.choice import INTERPRETED, fused_enabled, in_transform, prefers_eager, runs_native, runs_triton
+from adapterkern.ops.checks import check_inputs
+from adapterkern.ops.choice import (
+    INTERPRETED,
+    fused_enabled,
+    in_transform,
+    keys,
+    keys_of_plain_tensors,
+    prefers_eager,
+    runs_native,
+    runs_triton,
+)
 from adapterkern.ops.reference import Weights, adapter_eager
+from adapterkern.ops.stock import eager_autocast, eager_mixed, stock_dtype
 
 _lib = torch.library.Library("adapterkern", "DEF")
 _WEIGHTS = (
@@ -130,11 +137,11 @@ def adapter(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not (fused and fused_enabled()) or prefers_eager(x, down_weight.shape[-2], save) or in_transform():
         if (dtype := stock_dtype(x, weights)) is not None:
-            weights = Weights(*(w if w is None else w.to(dtype) for w in weights))
+            weights = Weights(*(w if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
         how: dict[str, Any] = {"eps": eps, "activation": activation}
         with eager_autocast(x):
             if index is not None:
-                return _eager_mixed(x, weights, index, residual, scale, how)
+                return eager_mixed(x, weights, index, residual, scale, how)
             return adapter_eager(x, weights, residual=residual, scale=scale, **how).to(x.dtype)
     if index is None and not x_free and _needs_no_dispatcher(*tensors):
         compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -158,54 +165,10 @@ def _needs_no_dispatcher(x: Tensor, *others: Tensor | None) -> bool:
         and not torch._C._autograd._profiler_enabled()
         and not torch.jit.is_tracing()
         and all(
-            t is None or (type(t) in (Tensor, nn.Parameter) and _keys(t) in _keys_of_plain_tensors())
+            t is None or (type(t) in (Tensor, nn.Parameter) and keys(t) in keys_of_plain_tensors())
             for t in (x, *others)
         )
     )
-
-
-def _keys(t: Tensor) -> int:
-    """What the dispatcher does with ``t`` besides calling a kernel: negate it, batch it, trace it..."""
-    return torch._C._dispatch_keys(t).raw_repr()
-
-
-@cache
-def _keys_of_plain_tensors() -> frozenset[int]:
-    with torch.inference_mode():
-        made_for_inference = torch.empty(0, device="cpu")
-    with torch.inference_mode(False):
-        return frozenset(_keys(t) for t in (made_for_inference, torch.empty(0, device="cpu")))
-
-
-def stock_dtype(x: Tensor, weights: Sequence[Tensor | None]) -> torch.dtype | None:
-    """The dtype that eager PyTorch needs ``weights`` cast to for ``x``; None if it takes them as they are."""
-    dtypes = {w.dtype for w in weights if w is not None}
-    # With a low-precision x autocast is on. It casts fp32, but not fp64.
-    wanted = torch.float32 if x.dtype in LOW else x.dtype
-    return None if dtypes in ({x.dtype}, {wanted}) else wanted
-
-
-def _eager_mixed(
-    x: Tensor, weights: Weights, index: Tensor, residual: Tensor | None, scale: Tensor | float, how: dict[str, Any]
-) -> Tensor:
-    """A call with ``index`` in stock PyTorch operations, one adapter at a time."""
-    rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 is ambiguous for 0 elements
-    base = rows if residual is None else residual.reshape(rows.shape)
-    y = base.clone()
-    for e in range(weights.down_weight.shape[0]):
-        chosen = index == e
-        one = Weights(*(w if w is None else w[e] for w in weights))
-        by = scale[e] if isinstance(scale, Tensor) else scale
-        y[chosen] = adapter_eager(rows[chosen], one, residual=base[chosen], scale=by, **how).to(x.dtype)
-    return y.view(x.shape)
-
-
-def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Autocast to x's dtype if that is a 16-bit one and autocast is off: fp32 modules then take x as it is."""
-    kind = x.device.type
-    if x.dtype in LOW and not torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, dtype=x.dtype)
-    return contextlib.nullcontext()
 
 
 # Implementations
@@ -257,7 +220,7 @@ def _on_rows(x: Tensor) -> rows.Rows:
 
 
 def _optional(args, start):  # type: ignore[no-untyped-def]
-    """(x_free, index, prepared, residual, scale, factor): the dispatcher omits trailing ones that equal their default."""
+    """(x_free, index, prepared, residual, scale, factor): the dispatcher omits the last that equal their default."""
     given = args[start:]
     return (*given, *(False, None, None, None, None, 1.0)[len(given) :])
 
@@ -270,7 +233,7 @@ def _run_prepare(*args):  # type: ignore[no-untyped-def]
     """The preparation, on a device that runs the kernels; ``args`` follow the schema."""
     from adapterkern.ops.kernels import launch
 
-    scale, factor = (*args[7:], *(None, 1.0)[len(args) - 7 :])
+    scale, factor = args[7:] + (None, 1.0)[len(args) - 7 :]
     return launch.prepare_weights(_with_scale(args[:6], scale), args[6], factor).tensors()
 
 
@@ -303,8 +266,8 @@ def _fake_forward(x, *args):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("adapterkern::adapter_backward", lib=_lib)
 def _fake_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
-    tensors, needed = (x, *_with_scale(args[:6], _optional(args, 10)[4])), args[9]
-    tensors = [x if t is None else t for t in tensors]
+    weights, needed = _with_scale(args[:6], _optional(args, 10)[4]), args[9]
+    tensors = (x, *(x if w is None else w for w in weights))
     return [t.new_empty(t.shape) if wanted else _no_grad(t) for t, wanted in zip(tensors, needed, strict=True)]
 
 
@@ -372,11 +335,10 @@ class _Differentiable(torch.autograd.Function):
         if not any(needed):
             return tuple(results)
         how = ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index, prepared
-        if ctx.arguments > 14:
-            how += (ctx.residual, scale, ctx.factor)
+        more = (ctx.residual, scale, ctx.factor) if ctx.arguments > 14 else ()
         direct = not (ctx.by_dispatcher or torch.is_grad_enabled())
         run = _run_backward if direct and _needs_no_dispatcher(x, dy, z, mean, rstd, *weights, scale) else _backward
-        grads = run(dy, x, z, mean, rstd, *weights, *how)
+        grads = run(dy, x, z, mean, rstd, *weights, *how, *more)
         for place, grad, wanted in zip((*range(1, 8), 16), grads, needed, strict=False):
             if wanted:
                 results[place] = grad

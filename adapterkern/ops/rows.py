@@ -111,9 +111,9 @@ def adapter_backward(
             h = ACTIVATIONS[activation].fn(z[chosen])
             up, bias = (scaled(t, scale).to(h.dtype) for t in (one.up_weight, one.up_bias))
             some = (some - F.linear(h, up, bias)).to(x.dtype)
-        stats = (t[chosen] if len(t) else t for t in (mean, rstd))
+        mu, rho = (t[chosen] if len(t) else t for t in (mean, rstd))
         how = one, eps, activation, needed, residual, scale
-        return on.backward(dy_rows[chosen], some, z[chosen], *stats, *how)
+        return on.backward(dy_rows[chosen], some, z[chosen], mu, rho, *how)
 
     if index is None:
         dx, *rest = grads(slice(None), *_one(weights, factor))

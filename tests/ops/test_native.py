@@ -11,9 +11,9 @@ from adapterkern.ops import native, rows
 from adapterkern.ops.reference import Weights, adapter_eager
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 from tests.support.variants import TABLE as VARIANT_TABLE
-from tests.support.variants import evaluate, make_case
 from tests.support.variants import check as check_case
 from tests.support.variants import eager as eager_of_any
+from tests.support.variants import evaluate, make_case
 
 HERE = native._C.instruction_sets() if native._C is not None else []
 NAMES = ("y", "x", *Weights._fields)
@@ -93,8 +93,8 @@ def check_variant(variant: str, distribution: str, dtype: torch.dtype, on: rows.
     how = None, case.residual, factor
     y, z, mean, rstd = rows.adapter_forward(on, case.x, w, 1e-5, "silu", compute, True, *how)
     needed = [name in given for name in ("x", *Weights._fields)] + [True] * learned
-    how = False, None, case.residual is not None, factor
-    grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, 1e-5, "silu", needed, *how)
+    back = False, None, case.residual is not None, factor
+    grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, 1e-5, "silu", needed, *back)
     names = ("x", *Weights._fields, "scale")
     ours = {"y": y} | {name: g for name, g in zip(names, grads, strict=False) if g is not None}
     theirs, exact = (

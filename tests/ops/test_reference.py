@@ -56,7 +56,7 @@ def test_forward_passes_gradcheck() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_residual_a_scale_and_no_norm(variant: str, distribution: str) -> None:
     case = make_case(variant, T, D, R, torch.float64, distribution).to(torch.float64)
-    norm, with_residual, _, learned = VARIANTS[variant]
+    _, with_residual, _, learned = VARIANTS[variant]
     expected = evaluate(eager, case)
     x, w, residual, scale, dy = case
     forward = adapter_forward(x, w, residual=residual, scale=scale)

@@ -12,7 +12,7 @@ def make_weights(d: int, r: int, dtype: torch.dtype = torch.float32) -> Weights:
     """Random parameters of an adapter whose branch is about as large as its input, in fp64 rounded to ``dtype``."""
     shapes = Weights((d,), (d,), (r, d), (r,), (d, r), (d,))
     scales = Weights(0.2, 0.2, d**-0.5, 0.2, r**-0.5, 0.2)
-    weights = [torch.randn(shape, dtype=torch.float64) * s for shape, s in zip(shapes, scales, strict=True)]  # type: ignore[call-overload]  # a Weights of shapes
+    weights = [torch.randn(shape, dtype=torch.float64) * s for shape, s in zip(shapes, scales, strict=True)]
     weights[0] += 1
     return Weights(*(w.to(dtype) for w in weights))
 

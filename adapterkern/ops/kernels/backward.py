@@ -211,7 +211,7 @@ def backward(
     row_tiles, tiles = (t.reading(x, vec, z.dtype) for t in (row_tiles, tiles))
 
     norm = p.row_sums is not None
-    moments = (mean, rstd) if norm else (None, None)
+    mu, rho = (mean, rstd) if norm else (None, None)
     with_g = needed.norm_weight or needed.down_weight
     with_s = needed.norm_bias or (needed.down_weight and norm) or needed.down_bias
     with_dz = needed.x or with_g or with_s
@@ -254,13 +254,13 @@ def backward(
         of_chunk = ceil_div(chunk, row_tiles.BT) if index is None else n_row_tiles
         if with_dz or with_h:
             hidden(
-                dy, index, z, *moments, p, rows, dx, tile0=hidden0, n_tiles=of_chunk, residual=residual,
+                dy, index, z, mu, rho, p, rows, dx, tile0=hidden0, n_tiles=of_chunk, residual=residual,
                 activation=activation, precision=precision, tiles=row_tiles, sms=sms, pdl=pdl,
             )  # fmt: skip
         for i, outputs in enumerate(passes):
             after_ours = i > 0 or with_dz or with_h
             slice_kernel[(slices, shares, n)](
-                dy, x, order, bounds, rows.dz, rows.h, *moments, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
+                dy, x, order, bounds, rows.dz, rows.h, mu, rho, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
                 p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, S,
                 x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, RESIDUAL=residual,
                 num_warps=tiles.num_warps, **shape, **tiles.blocks, **early_launch(pdl and after_ours),

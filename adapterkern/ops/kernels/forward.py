@@ -3,12 +3,13 @@
     μ, σ² = mean, variance of a row       ρ = 1/√(σ² + eps)
     z = ρ((x − s)·Aᵀ − (μ − s)·rowsum(A)) + c        h = act(z)        y = x + h·W_upᵀ + b_up
 
-A, rowsum(A) and c fold LayerNorm into the projection (see weights.py); a scale is in W_up and b_up. With a residual, y is
-the sum with its rows in place of x's, which are then read once. Without LayerNorm z = x·Aᵀ + c. 16-bit rows go into the product unchanged, with
-Σx and Σx² summed beside it, in each thread separately until the end. The variance is then right to 256·2⁻²⁴ as long as
-no row's mean exceeds 16 deviations. A tile with a row beyond that is computed the shifted way, and so is every row of
-another dtype than the product's: block by block with Chan's update, where neither a large mean nor a large channel
-cancels. This takes 510 instructions per 64×64 block instead of 230.
+A, rowsum(A) and c fold LayerNorm into the projection (see weights.py), and W_up and b_up a scale. Without LayerNorm
+z = x·Aᵀ + c. A residual takes the place of x in the sum, and of its second read.
+
+16-bit rows go into the product unchanged, with Σx and Σx² summed beside it, in each thread separately until the end.
+The variance is then right to 256·2⁻²⁴ as long as no row's mean exceeds 16 deviations. A tile with a row beyond that is
+computed the shifted way, and so is every row of another dtype than the product's: block by block with Chan's update,
+where neither a large mean nor a large channel cancels. This takes 510 instructions per 64×64 block instead of 230.
 
 s is a constant of the row: 0, or the mean of the first block, rounded to x's dtype, where that mean exceeds 4
 deviations. Without it a row with σ ≈ 0 loses all accuracy (ρ reaches 1/√eps = 316, and fp32 accumulation leaves an
@@ -33,89 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, dot, follow, narrow, partial_stages, settled, tile_rows
+from .primitives import activate, dot, follow, narrow, partial_stages, tile_rows
+from .projection import block_moments, merge, project, project_plain, project_raw, row_shift
 from .tiles import Tiles, ceil_div, column_split, early_launch, multiprocessors
 from .weights import Prepared
-
-
-@triton.jit
-def _merge(count, mean, m2, n, mean_n, m2_n):
-    """Chan's update: a row's count, mean and squared deviations, joined with those of n more elements."""
-    total = count + n
-    delta = mean_n - mean
-    return total, mean + delta * (n / total), m2 + m2_n + delta * delta * (count * n / total)
-
-
-@triton.jit
-def _block_moments(x, m_d, n):
-    mean = tl.sum(x, 1) / n
-    dev = tl.where(m_d[None, :], x - mean[:, None], 0.0)
-    return mean, tl.sum(dev * dev, 1)
-
-
-@triton.jit
-def _shift(mean, m2, n, X: tl.constexpr):
-    return narrow(tl.where(mean * mean > 16 * (m2 / n), mean, 0.0), X).to(tl.float32)
-
-
-@triton.jit
-def _project(p_rows, p_a, m_t, shift, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-             BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Moments and (x − s)·Aᵀ of a row tile over columns lo … hi; the block at column 0 sets s."""
-    o_r = tl.arange(0, BR)
-    acc = tl.zeros((BT, BR), tl.float32)
-    mean = tl.zeros((BT,), tl.float32)
-    m2 = tl.zeros((BT,), tl.float32)
-    count = 0.0
-    for o in tl.range(lo, hi, BD, num_stages=STAGES):
-        o_d = o + tl.arange(0, BD)
-        m_d = o_d < d
-        b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0)
-        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
-        x = b_x.to(tl.float32)
-        n = tl.minimum(d - o, BD).to(tl.float32)
-        mean_n, m2_n = _block_moments(x, m_d, n)
-        shift = tl.where(o == 0, _shift(mean_n, m2_n, n, b_x.dtype), shift)
-        count, mean, m2 = _merge(count, mean, m2, n, mean_n, m2_n)
-        acc = dot(narrow(x - shift[:, None], b_a.dtype), b_a, acc, PRECISION)
-    return acc, shift, mean, m2
-
-
-@triton.jit
-def _project_plain(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-                   BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """As _project with s = 0: x goes into the product unchanged; Σx and Σx² stay in their threads to the end."""
-    RUN: tl.constexpr = 8  # consecutive columns, loaded by one thread
-    o_r = tl.arange(0, BR)
-    acc = tl.zeros((BT, BR), tl.float32)
-    total = tl.zeros((BT, BD // RUN), tl.float32)
-    squares = tl.zeros((BT, BD // RUN), tl.float32)
-    for o in tl.range(lo, hi, BD, num_stages=STAGES):
-        o_d = o + tl.arange(0, BD)
-        b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
-        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
-        acc = settled(dot(b_x, b_a, acc, PRECISION))
-        x = tl.reshape(b_x.to(tl.float32), (BT, BD // RUN, RUN))
-        total += tl.sum(x, 2)
-        squares += tl.sum(x * x, 2)
-    n = tl.maximum(hi - lo, 1).to(tl.float32)
-    mean = tl.sum(total, 1) / n
-    m2 = tl.sum(squares, 1) - mean * mean * n
-    return acc, mean, tl.where(m2 < 0, 0.0, m2)
-
-
-@triton.jit
-def _project_raw(p_rows, p_a, m_t, lo, hi, d: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
-                 BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """x·Aᵀ over columns lo … hi, without moments."""
-    o_r = tl.arange(0, BR)
-    acc = tl.zeros((BT, BR), tl.float32)
-    for o in tl.range(lo, hi, BD, num_stages=STAGES):
-        o_d = o + tl.arange(0, BD)
-        b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & (o_d < d)[None, :], other=0)
-        b_a = tl.load(p_a + o_r[None, :] * D + o_d[:, None])
-        acc = dot(narrow(b_x.to(tl.float32), b_a.dtype), b_a, acc, PRECISION)
-    return acc
 
 
 @triton.jit
@@ -216,13 +138,13 @@ def forward_kernel(
         shift = zero
         if p_asum is None:
             mean, m2 = zero, zero
-            acc = _project_raw(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc = project_raw(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         elif PLAIN:
-            acc, mean, m2 = _project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc, mean, m2 = project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
             if tl.max(tl.where(mean * mean <= 256 * (m2 / d), 0, 1), 0) > 0:  # a NaN counts
-                acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+                acc, shift, mean, m2 = project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         else:
-            acc, shift, mean, m2 = _project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc, shift, mean, m2 = project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
         if p_asum is not None:
             p_asum += e * BR
         z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_a.dtype.element_ty)
@@ -271,18 +193,18 @@ def forward_partial_kernel(
             m_d = o_d < d
             b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0)
             n: tl.constexpr = min(BD, d) * 1.0
-            mean, m2 = _block_moments(b_x.to(tl.float32), m_d, n)
-            shift = _shift(mean, m2, n, b_x.dtype)
+            mean, m2 = block_moments(b_x.to(tl.float32), m_d, n)
+            shift = row_shift(mean, m2, n, b_x.dtype)
         if p_moments is None:
-            acc = _project_raw(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc = project_raw(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
         elif PLAIN:
             # Every split of a tile chooses the same, because they share s. The bound keeps Σx² finite.
             if tl.max(tl.where((shift == 0) & (m2 + mean * mean * n < 1e30), 0, 1), 0) == 0:
-                acc, mean, m2 = _project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+                acc, mean, m2 = project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
             else:
-                acc, shift, mean, m2 = _project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+                acc, shift, mean, m2 = project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
         else:
-            acc, shift, mean, m2 = _project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc, shift, mean, m2 = project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
         o_r = tl.arange(0, BR)
         tl.store(p_acc + ((split * T + i_t) * BR)[:, None] + o_r[None, :], acc, mask=m_t[:, None])
         if p_moments is not None:
@@ -357,7 +279,7 @@ def forward_finish_kernel(
                 p_m = p_moments + tl.cast(k, tl.int64) * 3 * T + i_t
                 n = tl.minimum(d - k * width * BD, width * BD).to(tl.float32)
                 mean_n, m2_n = tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
-                count, mean, m2 = _merge(count, mean, m2, n, mean_n, m2_n)
+                count, mean, m2 = merge(count, mean, m2, n, mean_n, m2_n)
         if p_asum is not None:
             p_asum += e * BR
         z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)

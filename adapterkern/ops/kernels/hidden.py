@@ -3,9 +3,9 @@
     dh = dy·W_up      dz = dh ⊙ act'(z)      c1 = dz·rowsum(A)/d      c2 = Σᵣ(dz ⊙ (z − c))/d      h = act(z)
     s = Σₜ dz         folded: ρ·dz in place of dz, −ρ·c2 in place of c2, q = Σₜ ρ·μ·dz, and the largest (ρ·μ)²
 
-Without LayerNorm there is no c1 and no c2. A program owns a row tile and stores the sums over its rows for the next kernel. Where row tiles are too few to fill
-the device, an extra launch before it shares each tile's columns among programs, as the forward's does, and stores
-partial products in fp32. backward.py explains ``folded``.
+Without LayerNorm there is no c1 and no c2. A program owns a row tile and stores the sums over its rows for the next
+kernel. Where row tiles are too few to fill the device, an extra launch before it shares each tile's columns among
+programs, as the forward's does, and stores partial products in fp32. backward.py explains ``folded``.
 """
 
 # mypy: allow-untyped-defs

@@ -70,7 +70,8 @@ def adapter_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
 
-    Without LayerNorm mean and rstd are always empty. ``carried``: the fields of a ``Prepared``; without it the weights are prepared, or found in the cache.
+    Without LayerNorm mean and rstd are always empty. ``carried``: the fields of a ``Prepared``; without it the weights
+    are prepared, or found in the cache.
     """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d

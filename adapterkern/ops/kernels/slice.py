@@ -72,10 +72,7 @@ def _walk(
                 rstd = tl.load(p_rstd + i_t, mask=m_t, other=0)
                 x *= rstd[:, None]
         if DX:
-            if RESIDUAL:
-                own = tl.zeros((BT, BD), tl.float32)
-            else:
-                own = dy
+            own = tl.zeros((BT, BD), tl.float32) if RESIDUAL else dy
             if RAW:
                 dx = dot(b_dz, b_a, own, PRECISION)
             elif DIRECT:

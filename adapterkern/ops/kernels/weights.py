@@ -7,8 +7,8 @@ u = ρ(x·Aᵀ − μ·rowsum(A)). The row sums are those of the *rounded* A: th
 Sums of the unrounded weights would leave μ times a bf16 rounding error (relative error of z at a mean of 100σ: 1.6e-3
 with the rounded weights' sums, 1.6e-1 without).
 
-A scale α multiplies W_up and b_up before they are rounded. Without LayerNorm A = round(W_down), c = b_down, and there are
-no row sums.
+A scale α multiplies W_up and b_up before they are rounded. Without LayerNorm A = round(W_down), c = b_down, and there
+are no row sums.
 
 All outputs are padded with zeros: A to (R, D), W_up to (D, R) and b_up to D, where R is r rounded up to a power of two
 >= 16 (a tensor-core tile's minimum) and D is d rounded up to a multiple of 128 (any column tile). So no kernel masks a

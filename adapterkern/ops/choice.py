@@ -120,7 +120,7 @@ def in_transform() -> bool:
 
 def keys(t: Tensor) -> int:
     """What the dispatcher does with ``t`` besides calling a kernel: negate it, batch it, trace it..."""
-    return torch._C._dispatchkeys(t).raw_repr()
+    return torch._C._dispatch_keys(t).raw_repr()
 
 
 @cache
@@ -130,3 +130,9 @@ def keys_of_plain_tensors() -> frozenset[int]:
         made_for_inference = torch.empty(0, device="cpu")
     with torch.inference_mode(False):
         return frozenset(keys(t) for t in (made_for_inference, torch.empty(0, device="cpu")))
+
+
+def operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the products' operands and of z. CPUs emulate fp16 products, about ten times slower than fp32's."""
+    dtype = compute_dtype or x.dtype
+    return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" and not INTERPRETED else dtype

@@ -32,11 +32,11 @@ from torch._subclasses.fake_tensor import is_fake
 from adapterkern.ops import closed_form, native, rows
 from adapterkern.ops.checks import check_inputs
 from adapterkern.ops.choice import (
-    INTERPRETED,
     fused_enabled,
     in_transform,
     keys,
     keys_of_plain_tensors,
+    operand_dtype,
     prefers_eager,
     runs_native,
     runs_triton,
@@ -174,19 +174,13 @@ def _needs_no_dispatcher(x: Tensor, *others: Tensor | None) -> bool:
 # Implementations
 
 
-def _operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the products' operands and of z. CPUs emulate fp16 products, about ten times slower than fp32's."""
-    dtype = compute_dtype or x.dtype
-    return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" and not INTERPRETED else dtype
-
-
 def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
     eps, activation, compute_dtype, save = args[6:10]
     _, index, prepared, residual, scale, factor = _optional(args, 10)
     weights = _with_scale(args[:6], scale)
     if not runs_triton(x.device.type, x.dtype):
-        compute = _operand_dtype(x, compute_dtype)
+        compute = operand_dtype(x, compute_dtype)
         how = eps, activation, compute, save, index, residual, factor
         return rows.adapter_forward(_on_rows(x), x, weights, *how)
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
@@ -259,7 +253,7 @@ def _fake_forward(x, *args):  # type: ignore[no-untyped-def]
     if not save:
         return y, *(x.new_empty(0) for _ in range(3))
     rows = x.numel() // x.shape[-1]
-    z = x.new_empty((rows, down_weight.shape[-2]), dtype=_operand_dtype(x, compute_dtype))
+    z = x.new_empty((rows, down_weight.shape[-2]), dtype=operand_dtype(x, compute_dtype))
     kept = 0 if norm_weight is None else rows
     return y, z, x.new_empty(kept, dtype=stats), x.new_empty(kept, dtype=stats)
 
@@ -330,7 +324,7 @@ class _Differentiable(torch.autograd.Function):
         if scale is not None:
             needed.append(ctx.needs_input_grad[16])
         results = [None] * (1 + ctx.arguments)
-        if ctx.residual and ctx.needs_input_grad[15]:
+        if ctx.residual:
             results[15] = dy
         if not any(needed):
             return tuple(results)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterkern import checks
-
-_LLAMA_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+from adapterkern.model.sites import Halves, NoSiteError, halves
 
 
 class Site(Protocol):
@@ -35,41 +34,35 @@ class AdaptedLayer(nn.Module):
     """Precedes a decoder layer's own class in the method resolution order; ``adapt`` makes the combined class."""
 
     _adapter_site: Site
-    _argument_names: tuple[str, ...]  # of the own class's forward
-    self_attn: Any
-    mlp: Any
-    input_layernorm: Any
-    post_attention_layernorm: Any
+    _halves: Halves | NoSiteError  # of the own class's forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         site = self._adapter_site
-        if not site.has("attention"):
-            hidden_states = self._frozen_layer(*args, **kwargs)
-            if isinstance(hidden_states, tuple):  # some layers return more than the stream
-                return (site.run("layer", hidden_states[0]), *hidden_states[1:])
-            if not isinstance(hidden_states, Tensor):
-                raise TypeError(
-                    f"llama: expected {type(self).__name__} to return the residual stream, alone or as the first of a "
-                    f"tuple, got {type(hidden_states).__name__}: no adapter can run on this backbone"
-                )
-            return site.run("layer", hidden_states)
-        kwargs |= dict(zip(self._argument_names, args, strict=False))
-        hidden_states = kwargs.pop("hidden_states")
-        hidden_states = site.run("attention", self._frozen_attention(hidden_states, **kwargs))
+        if site.has("attention"):
+            hidden_states, needed = self._frozen_attention(*args, **kwargs)
+            output = self._frozen_mlp(site.run("attention", hidden_states), *needed)
+        else:
+            output = self._frozen_layer(*args, **kwargs)
         # In a batch that mixes adapters, some may be at one position and some at the other.
-        return site.run("layer", self._frozen_mlp(hidden_states))
+        if isinstance(output, tuple):  # some layers return more than the stream
+            return (site.run("layer", output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"llama: expected {type(self).__name__} to return the residual stream, alone or as the first of a "
+                f"tuple, got {type(output).__name__}: no adapter can run on this backbone"
+            )
+        return site.run("layer", output)
 
     # What runs between adapters, each a method that a training may replace by its compiled form
 
     def _frozen_layer(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
-    def _frozen_attention(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        return hidden_states + attended
+    def _frozen_attention(self, *args: Any, **kwargs: Any) -> Any:
+        return self._halves[0](self, *args, **kwargs)  # type: ignore[index]
 
-    def _frozen_mlp(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def _frozen_mlp(self, hidden_states: Tensor, *needed: Any) -> Any:
+        return self._halves[1](self, hidden_states, *needed)  # type: ignore[index]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, protocol, _adapted_class, own_class(self, AdaptedLayer))
@@ -95,7 +88,7 @@ def _instance(make: Any, *args: Any) -> Any:
 @functools.cache
 def _adapted_class(cls: Any) -> Any:
     # Same name: lists of class names (`_no_split_modules`, auto-wrap policies) must still match the layer.
-    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_argument_names": argument_names(cls)}
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_halves": halves(cls)}
     return type(cls.__name__, (AdaptedLayer, cls), members)
 
 
@@ -171,18 +164,11 @@ def check_config(config: Any) -> None:
 
 
 def check_attention_site(layer: nn.Module) -> None:
-    """Raise ``ValueError`` unless ``layer`` computes exactly what LLaMA's does.
-
-    ``AdaptedLayer`` replaces the layer's forward for ``position="attention"``.
-    """
-    children = {name for name, _ in layer.named_children()}
-    experts = any("expert" in name for name, _ in layer.named_modules())  # some scale, or return more than the sum
-    if children != _LLAMA_CHILDREN or experts or hasattr(layer, "residual_multiplier"):
-        raise ValueError(
-            f"position: expected 'layer' for {type(layer).__name__}: 'attention' needs a layer made of "
-            f"{', '.join(sorted(_LLAMA_CHILDREN))} with plain residual sums and no experts, "
-            f"got {', '.join(sorted(children))}"
-        )
+    """Raise ``ValueError`` if ``layer`` has no place between attention and feed-forward network, see sites.py."""
+    cls: Any = own_class(layer, AdaptedLayer) if isinstance(layer, AdaptedLayer) else type(layer)
+    found = halves(cls)
+    if isinstance(found, NoSiteError):
+        raise ValueError(f"position: expected 'layer' for {type(layer).__name__}, got 'attention', but {found}")
 
 
 def layer_device(layer: nn.Module) -> torch.device:

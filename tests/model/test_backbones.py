@@ -106,8 +106,9 @@ def test_experts_in_the_backbone(family: str) -> None:
     assert torch.equal(logits(model), bare)
     with torch.no_grad():
         assert torch.equal(model.run_suffix(model.run_prefix(IDS)), model.decoder(IDS).last_hidden_state)
-    with pytest.raises(ValueError, match=r"position: expected 'layer' for .*: 'attention' needs"):
-        model.add_adapter("other", ak.AdapterConfig(position="attention"))
+    model.add_adapter("other", ak.AdapterConfig(adapter_dim=4, position="attention"))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), bare)
 
 
 @pytest.mark.parametrize("when", ["before", "after an unload"])

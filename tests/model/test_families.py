@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import adapterkern as ak
 from adapterkern.training.data.examples import Example, load_examples
@@ -27,6 +28,9 @@ NAMES = [
     pytest.param(name, id=short(name), marks=() if short(name) in FAST else pytest.mark.slow)
     for name in families.families()
 ]
+SUMS = (torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.add)
+# What they add is not the layer's input itself (scaled, normed), or they add it last.
+SUMS_OTHERWISE = ("Beam", "DeepseekV4", "Doge", "MiniMax", "Phi", "Zaya")  # see test_sites.py
 ROWS = [{"input_ids": row[:n].tolist()} for row, n in zip(IDS, LENGTHS, strict=True)]
 
 
@@ -43,6 +47,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     if isinstance(found, str):
         return
     computes_what_hooks_do(name)
+    runs_amid_layers(name, found)
     pads(name, found)
     mixes(name, found)
     trains(name, found, tmp_path)
@@ -66,6 +71,49 @@ def computes_what_hooks_do(name: str) -> None:
         outcomes.append([logits.detach(), *(p.grad.clone() for p in model.adapter_parameters())])
     assert tiny_run.same_bits(*outcomes)
     assert all(gradient.any() for gradient in outcomes[0])
+
+
+def runs_amid_layers(name: str, found: families.Found) -> None:
+    """``position="attention"``: the first sum with a layer's own input has the adapter after it, and no other."""
+    bare = families.tiny(name)
+    layers = [len(bare.model.layers) - 1]
+    if not found.attention:
+        with pytest.raises(ValueError, match=r"position: expected 'layer' for .*, got 'attention', but "):
+            ak.LlamaAdapter(bare, ak.AdapterConfig(4, "attention", layers=layers))
+        return
+    model = ak.LlamaAdapter(families.tiny(name), ak.AdapterConfig(4, "attention", layers=layers)).eval()
+    families.draw(model)
+    sites: Any = model.adapters["default"]
+    layer, site = bare.model.layers[layers[0]], sites[str(layers[0])]
+    own, stream, done = type(layer).forward, None, False
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal done
+            result = function(*args, **(kwargs or {}))
+            if done or function not in SUMS or all(term is not stream for term in args):
+                return result
+            done = True
+            return site(result)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal stream
+        stream = args[0] if args else next(t for n, t in kwargs.items() if n in ("hidden_states", "activations"))
+        with Watch():
+            return own(layer, *args, **kwargs)
+
+    layer.__dict__["forward"] = forward
+    with torch.no_grad():
+        got, expected = (llama(IDS, use_cache=False).logits for llama in (model, bare))
+        for p in model.adapter_parameters():
+            p.zero_()
+        without = model(IDS, use_cache=False).logits
+        bare.model.layers[layers[0]].__dict__.pop("forward")
+        torch.testing.assert_close(without, bare(IDS, use_cache=False).logits)
+    assert not torch.equal(got, without)
+    if short(name) not in SUMS_OTHERWISE:
+        assert done
+        assert torch.equal(got, expected)
 
 
 def close(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> bool:

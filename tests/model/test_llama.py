@@ -322,13 +322,6 @@ def test_refuses_what_is_not_a_llama() -> None:
         ak.LlamaAdapter(llama)
 
 
-def test_attention_position_needs_llama_s_layer() -> None:
-    granite = tiny("Granite")
-    with pytest.raises(ValueError, match="position: expected 'layer' for GraniteDecoderLayer"):
-        ak.LlamaAdapter(granite, ak.AdapterConfig(position="attention"))
-    ak.LlamaAdapter(granite)
-
-
 @pytest.mark.parametrize("position", ["layer", "attention"])
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_accelerate_s_device_hooks(position: str, offloaded: bool) -> None:

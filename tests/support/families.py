@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import adapterkern as ak
 from adapterkern.model.asking import check_runs
+from adapterkern.model.decoder import check_attention_site
 from adapterkern.training.data.examples import load_examples
 from adapterkern.training.data.padding import check_padding
 from tests.support import tiny_run
@@ -238,6 +240,7 @@ class Found(NamedTuple):
     left_padding: bool
     prefix_cache: bool
     adapter_names: bool
+    attention: bool | None  # position="attention"; None: in some of its layers
 
 
 def find(name: str) -> Found | str:
@@ -272,7 +275,13 @@ def find(name: str) -> Found | str:
         left_padding=_accepts(lambda: check_padding(model.base, left, examples)),
         prefix_cache=not model.reuse_obstacle(IDS.shape[1]),
         adapter_names=_accepts(lambda: model(input_ids=IDS, adapter_names=names, use_cache=False)),
+        attention={(True,): True, (False,): False}.get(tuple(has_sites(model.base))),
     )
+
+
+def has_sites(llama: Any) -> set[bool]:
+    """Whether the layers have a place between attention and feed-forward network."""
+    return {_accepts(functools.partial(check_attention_site, layer)) for layer in llama.model.layers}
 
 
 def _accepts(call: Callable[[], Any]) -> bool:
@@ -283,7 +292,7 @@ def _accepts(call: Callable[[], Any]) -> bool:
     return True
 
 
-_YES = {True: "yes", False: "no"}
+_YES = {True: "yes", False: "no", None: "some layers"}
 _LOGITS = {True: "output embeddings", False: "its forward"}
 
 
@@ -302,7 +311,8 @@ def documented() -> dict[str, str]:
 
 def print_tables() -> None:
     rows = [(isinstance(found, str), row(name, found)) for name in families() for found in [find(name)]]
-    print("| Class | Logits | Left padding | Prefix cache | `adapter_names` |\n|---|---|---|---|---|")
+    print('| Class | Logits | Left padding | Prefix cache | `adapter_names` | `position="attention"` |')
+    print("|---|---|---|---|---|---|")
     print(*(text for refused, text in rows if not refused), sep="\n")
     print("\n| Class | Refused because |\n|---|---|")
     print(*(text for refused, text in rows if refused), sep="\n")

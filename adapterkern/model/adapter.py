@@ -165,6 +165,15 @@ class Adapter(nn.Module):
         return f"activation={self.activation!r}, fused={self.fused}{scale}"
 
 
+class Beside(nn.Sequential):
+    """Adapters that run parallel to a module: each reads x, and adds its branch to the stream that the module left."""
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        for one in self:
+            hidden = one(x.to(hidden.dtype), hidden)
+        return hidden
+
+
 def plain(tensor: Tensor) -> Tensor:
     """A weight that torchao has quantized as an ordinary tensor; any other as it is."""
     return tensor if type(tensor).dequantize is Tensor.dequantize else tensor.dequantize()

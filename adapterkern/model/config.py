@@ -12,7 +12,8 @@ from adapterkern.model.adapter import INITS
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.reference import ACTIVATIONS
 
-POSITIONS = ("layer", "attention")
+PLACES = {"layer": "layer", "attention": "attention", "parallel-mlp": "layer", "parallel-attention": "attention"}
+POSITIONS = tuple(PLACES)  # each with the sum, of a layer's two, after which its adapters run
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
 # Fields that earlier versions did not have, with what their adapters were: as ever, to runs and studies of those
@@ -52,6 +53,7 @@ OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), 
     "layers_to_transform": "layers",
     "leave_out": "layers, which names the rest,",
     "target_modules": "position and layers",
+    **dict.fromkeys(("is_parallel", "mh_adapter", "output_adapter"), "position"),
     "non_linearity": "activation",
     "init_lora_weights": "init",
     "init_weights": "init",
@@ -71,11 +73,13 @@ class AdapterConfig:
     Args:
         adapter_dim: r, the width of each bottleneck, 1 to 512.
         position: ``"layer"``: on the residual stream after a decoder layer; ``"attention"``: on the residual stream
-            between attention and the feed-forward network.
+            between attention and the feed-forward network; ``"parallel-mlp"``, ``"parallel-attention"``: what an
+            adapter adds to the stream there is made of the stream before the feed-forward network, or before attention,
+            ``y = residual + scale · up(act(down(norm(x))))`` (He et al. 2022, arXiv:2110.04366).
         every: k selects layers k−1, 2k−1, … (counted from 0).
         layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
         depth: number of adapters in sequence at each site, 1 to 32. They run one after the other, so that time and
-            memory grow with it.
+            memory grow with it. In parallel positions all read the same x.
         activation, init, eps, x_free, layer_norm, scale, learned_scale: as in ``Adapter``.
         max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
@@ -87,8 +91,8 @@ class AdapterConfig:
     """
 
     adapter_dim: int = checks.option(_DEFAULT_DIM, f"width of the bottleneck, 1 to {MAX_ADAPTER_DIM}")
-    position: Literal["layer", "attention"] = checks.option(
-        "layer", "after a layer, or between attention and MLP", POSITIONS
+    position: Literal["layer", "attention", "parallel-mlp", "parallel-attention"] = checks.option(
+        "layer", "after a layer, between attention and MLP, or parallel to either", POSITIONS
     )
     every: int = checks.option(1, "K: adapters on layers K-1, 2K-1, ...")
     layers: tuple[int, ...] | list[int] | None = checks.option(
@@ -120,7 +124,10 @@ class AdapterConfig:
         checks.choice("activation", self.activation, tuple(ACTIVATIONS))
         checks.choice("init", self.init, INITS)
         checks.number("eps", self.eps, "[0, inf)")
-        checks.flag("x_free", self.x_free)
+        if checks.flag("x_free", self.x_free) and self.is_parallel:
+            raise ValueError(
+                f"x_free: expected False with position={self.position!r}, whose y is not made of x, got True"
+            )
         checks.flag("layer_norm", self.layer_norm)
         object.__setattr__(self, "scale", float(checks.number("scale", self.scale, "(-inf, inf)")))
         checks.flag("learned_scale", self.learned_scale)
@@ -147,6 +154,16 @@ class AdapterConfig:
                     f"layers={self.layers!r} and every={self.every}"
                 )
             object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def place(self) -> str:
+        """The sum of a layer after which the adapters run: attention's, or the last, the layer's."""
+        return PLACES[self.position]
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the adapters read another stream than the one to which they add."""
+        return self.position.startswith("parallel")
 
     def site_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers that have adapters in a decoder of ``num_layers`` layers, ascending.

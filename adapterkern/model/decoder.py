@@ -23,11 +23,16 @@ from adapterkern.model.sites import Halves, NoSiteError, halves
 class Site(Protocol):
     """The adapters of one layer."""
 
-    def has(self, position: str) -> bool:
-        """Whether an adapter runs at ``position``, ``"attention"`` or ``"layer"``."""
+    def cuts(self) -> bool:
+        """Whether an adapter runs amid the layer, or reads the stream there: at a position other than ``"layer"``."""
 
-    def run(self, position: str, hidden: Tensor) -> Tensor:
-        """The residual stream (B, L, d) after the adapter at ``position``; ``hidden`` itself if there is none."""
+    def run(self, place: str, hidden: Tensor, x: Tensor | None = None) -> Tensor:
+        """The residual stream (B, L, d) after the adapters at ``place``; ``hidden`` itself if there are none.
+
+        Args:
+            place: ``"attention"``, after its sum, or ``"layer"``.
+            x: the stream before attention, or before the feed-forward network, for adapters parallel to it.
+        """
 
 
 class AdaptedLayer(nn.Module):
@@ -37,21 +42,23 @@ class AdaptedLayer(nn.Module):
     _halves: Halves | NoSiteError  # of the own class's forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        site = self._adapter_site
-        if site.has("attention"):
+        site, x = self._adapter_site, None
+        if site.cuts():
+            before = args[0] if args else kwargs[self._halves.stream]  # type: ignore[union-attr]
             hidden_states, needed = self._frozen_attention(*args, **kwargs)
-            output = self._frozen_mlp(site.run("attention", hidden_states), *needed)
+            x = site.run("attention", hidden_states, before)
+            output = self._frozen_mlp(x, *needed)
         else:
             output = self._frozen_layer(*args, **kwargs)
         # In a batch that mixes adapters, some may be at one position and some at the other.
         if isinstance(output, tuple):  # some layers return more than the stream
-            return (site.run("layer", output[0]), *output[1:])
+            return (site.run("layer", output[0], x), *output[1:])
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"llama: expected {type(self).__name__} to return the residual stream, alone or as the first of a "
                 f"tuple, got {type(output).__name__}: no adapter can run on this backbone"
             )
-        return site.run("layer", output)
+        return site.run("layer", output, x)
 
     # What runs between adapters, each a method that a training may replace by its compiled form
 
@@ -59,10 +66,10 @@ class AdaptedLayer(nn.Module):
         return super().forward(*args, **kwargs)
 
     def _frozen_attention(self, *args: Any, **kwargs: Any) -> Any:
-        return self._halves[0](self, *args, **kwargs)  # type: ignore[index]
+        return self._halves.attention(self, *args, **kwargs)  # type: ignore[union-attr]
 
     def _frozen_mlp(self, hidden_states: Tensor, *needed: Any) -> Any:
-        return self._halves[1](self, hidden_states, *needed)  # type: ignore[index]
+        return self._halves.mlp(self, hidden_states, *needed)  # type: ignore[union-attr]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, protocol, _adapted_class, own_class(self, AdaptedLayer))
@@ -163,12 +170,12 @@ def check_config(config: Any) -> None:
         raise TypeError(f"llama: expected an integer config.hidden_size, got {size!r} from {type(config).__name__}")
 
 
-def check_attention_site(layer: nn.Module) -> None:
+def check_attention_site(layer: nn.Module, position: str = "attention") -> None:
     """Raise ``ValueError`` if ``layer`` has no place between attention and feed-forward network, see sites.py."""
     cls: Any = own_class(layer, AdaptedLayer) if isinstance(layer, AdaptedLayer) else type(layer)
     found = halves(cls)
     if isinstance(found, NoSiteError):
-        raise ValueError(f"position: expected 'layer' for {type(layer).__name__}, got 'attention', but {found}")
+        raise ValueError(f"position: expected 'layer' for {type(layer).__name__}, got {position!r}, but {found}")
 
 
 def layer_device(layer: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterkern import checks
-from adapterkern.model.adapter import Adapter
+from adapterkern.model.adapter import Adapter, Beside
 from adapterkern.model.config import AdapterConfig, check_name
 from adapterkern.model.copies import attach, detach
 from adapterkern.model.decoder import (
@@ -209,9 +209,9 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         config = self._with_modules(config.resolve(self.config.hidden_size, len(self.layers)))
         sites = nn.ModuleDict()
         for index in config.layers or ():
-            if config.position == "attention":
-                check_attention_site(self.layers[index])
-            sites[str(index)] = nn.Sequential(
+            if config.position != "layer":
+                check_attention_site(self.layers[index], config.position)
+            sites[str(index)] = (Beside if config.is_parallel else nn.Sequential)(
                 *(
                     Adapter(
                         self.config.hidden_size,

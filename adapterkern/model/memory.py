@@ -195,7 +195,7 @@ class Training(NamedTuple):
     def _stack(self) -> int:
         """Bytes per token that all layers and adapters keep."""
         above = (self.shape.num_layers - 1 - self._first) * self._layer()
-        above += self._mlp() if self.adapter.position == "attention" else 0
+        above += self._mlp() if self.adapter.place == "attention" else 0
         adapter = (self.shape.hidden_size + self.adapter.adapter_dim) * WIDTHS[self.dtype]
         adapter += 8 if self.adapter.layer_norm else 0
         return above + len(self.adapter.layers or ()) * self.adapter.depth * adapter

@@ -4,12 +4,12 @@ Every sequence b has K choices index[b, k] among the named adapters (−1: none)
 
     y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
 
-The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm) form a group: their
-parameters are stacked, their scales too, and one grouped ``ak.adapter(..., index=)`` call runs them all. For the other
-groups of the site, a sequence of this group has index −1. The stack is built in every forward, so that gradients reach
-the adapters' own parameters; it costs a copy of the parameters of the mixed adapters, compared with an activation of
-B·L rows. During ``generate`` it is built once. The index of a group is computed once for all sites that have the same
-group.
+The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm, whether they are
+parallel) form a group: their parameters are stacked, their scales too, and one grouped ``ak.adapter(..., index=)`` call
+runs them all. For the other groups of the site, a sequence of this group has index −1. The stack is built in every
+forward, so that gradients reach the adapters' own parameters; it costs a copy of the parameters of the mixed adapters,
+compared with an activation of B·L rows. During ``generate`` it is built once. The index of a group is computed once for
+all sites that have the same group.
 
 Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a GPU the host would have to wait to find
 out which were chosen, and results must not depend on the device.
@@ -17,12 +17,12 @@ out which were chosen, and results must not depend on the device.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from adapterkern.model.adapter import Adapter, plain
+from adapterkern.model.adapter import Adapter, Beside, plain
 from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.ops import graphs
 from adapterkern.ops.checks import check_index_dtype, check_index_values
@@ -76,7 +76,7 @@ class Mixture:
         # (K, B): each choice is contiguous, as the kernels expect
         self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
         self._weight = weight if weight is None or weight.dim() == 2 else weight[:, None]
-        self._sites: dict[tuple[str, str, int], list[_Group]] = {}
+        self._sites: dict[tuple[Any, ...], list[_Group]] = {}  # by layer, place and skip
         self._choices: dict[tuple[object, ...], Tensor] = {}
         self._generating = False
         self._stacks: dict[int, list[_Stack]] = {}  # by the group's id; only while generating
@@ -98,22 +98,28 @@ class Mixture:
         """Number of leading layers whose output none of the adapters changes."""
         return min(map(prefix_length, self._configs), default=num_layers)
 
-    def at(self, layer: str, position: str, skip: int = 0) -> Callable[[Tensor], Tensor] | None:
+    def cuts(self, layer: str, skip: int = 0) -> bool:
+        """Whether an adapter of ``layer`` is at a position other than ``"layer"``, and is not skipped."""
+        return bool(self._at(layer, "attention", skip)) or any(map(_is_beside, self._at(layer, "layer", skip)))
+
+    def at(self, layer: str, place: str, skip: int = 0, x: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """The function of the residual stream (B, L, d) that runs at a site; None if no adapter is there.
 
-        ``skip`` of each adapter's first sites have none.
+        ``skip`` of each adapter's first sites have none. ``x`` is what adapters read that are parallel to a module.
         """
-        site = layer, position, skip
+        groups = self._at(layer, place, skip)
+        return partial(self._run, groups, x) if groups else None
+
+    def _at(self, *site: Any) -> list[_Group]:
         if site not in self._sites:
             self._sites[site] = self._groups(*site)
-        groups = self._sites[site]
-        return partial(self._run, groups) if groups else None
+        return self._sites[site]
 
-    def _groups(self, layer: str, position: str, skip: int = 0) -> list[_Group]:
+    def _groups(self, layer: str, place: str, skip: int) -> list[_Group]:
         members: dict[tuple[object, ...], list[int]] = {}
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
-            if c.position == position and layer in adapters and not c.skips(layer, skip):
-                alike = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm
+            if c.place == place and layer in adapters and not c.skips(layer, skip):
+                alike = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
                 members.setdefault(alike, []).append(number)
         return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
 
@@ -134,17 +140,19 @@ class Mixture:
         among = among if times == 1 else among.repeat_interleave(times, 1)
         return among.to(device, non_blocking=True)
 
-    def _run(self, groups: list[_Group], x: Tensor) -> Tensor:
+    def _run(self, groups: list[_Group], beside: Tensor | None, x: Tensor) -> Tensor:
         times = self._repeats(x.shape[0])
         stacks = [self._stack(group) for group in groups]
         indices = [self._choices_among(group.numbers, times, x.device) for group in groups]
+        beside = None if beside is None else beside.to(x.dtype)
 
         def choice(k: int) -> Tensor:
             # Each choice is in at most one group; the other groups leave the sequence unchanged.
             y = x
             for group, stack, index in zip(groups, stacks, indices, strict=True):
+                given = beside if _is_beside(group) else None
                 for module, one in zip(group.adapters[0], stack, strict=True):
-                    y = _run_stacked(module, one, y, index[k])  # type: ignore[arg-type]
+                    y = _run_stacked(module, one, y, index[k], given)  # type: ignore[arg-type]
             return y
 
         if self._weight is None and len(self._index) == 1:
@@ -203,14 +211,20 @@ class DeferredMixture:
         """Number of leading layers whose output none of the adapters changes."""
         return min(map(prefix_length, self._configs.values()), default=num_layers)
 
-    def at(self, layer: str, position: str, skip: int = 0) -> Callable[[Tensor], Tensor] | None:
+    def cuts(self, layer: str, skip: int = 0) -> bool:
+        """As ``Mixture.cuts``."""
+        if self._mixture is not None:
+            return self._mixture.cuts(layer, skip)
+        return any(c.position != "layer" and layer in self._adapters[name] for name, c in self._configs.items())
+
+    def at(self, layer: str, place: str, skip: int = 0, x: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """As ``Mixture.at``. The choices are made at the first of the sites, skipped or not."""
         if self._mixture is not None:
-            return self._mixture.at(layer, position, skip)
-        is_site = any(c.position == position and layer in self._adapters[name] for name, c in self._configs.items())
-        return partial(self._begin, layer, position, skip) if is_site else None
+            return self._mixture.at(layer, place, skip, x)
+        is_site = any(c.place == place and layer in self._adapters[name] for name, c in self._configs.items())
+        return partial(self._begin, layer, place, skip, x) if is_site else None
 
-    def _begin(self, layer: str, position: str, skip: int, x: Tensor) -> Tensor:
+    def _begin(self, layer: str, place: str, skip: int, beside: Tensor | None, x: Tensor) -> Tensor:
         # Gradient checkpointing runs the layer twice and the decision once, so the decision must not be recomputed: the
         # hooks, inside those of the checkpoint, keep what it saves for the backward. Detached, since a saved output
         # would hold its own graph.
@@ -218,7 +232,7 @@ class DeferredMixture:
             index, weight = self._decide(x)
         mixture = Mixture(self._adapters, self._configs, index, weight)
         self._mixture = mixture.generating(None) if self._generating else mixture
-        run = self._mixture.at(layer, position, skip)
+        run = self._mixture.at(layer, place, skip, beside)
         return x if run is None else run(x)
 
 
@@ -261,16 +275,21 @@ def _scales(members: tuple[Adapter, ...]) -> Tensor | float:
     return torch.cat([s if isinstance(s, Tensor) else torch.full((1,), s, device=device) for s in scales])
 
 
-def _run_stacked(member: Adapter, stack: _Stack, x: Tensor, index: Tensor) -> Tensor:
+def _is_beside(group: _Group) -> bool:
+    return isinstance(group.adapters[0], Beside)
+
+
+def _run_stacked(member: Adapter, stack: _Stack, hidden: Tensor, index: Tensor, x: Tensor | None) -> Tensor:
     """The operator on a group's stacked parameters, with the settings that all of its members share."""
     return adapter(
-        x,
+        hidden if x is None else x,
         *stack.weights,
         eps=member.norm.eps if member.layer_norm else 0.0,
         activation=member.activation,
         fused=member.fused,
         x_free=member.x_free,
         index=index,
+        residual=None if x is None else hidden,
         scale=stack.scale,
     )
 

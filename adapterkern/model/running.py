@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -299,11 +300,18 @@ class RunningSite:
         self.model, self.index = model, str(index)
         self.width = model.config.hidden_size
 
-    def has(self, position: str) -> bool:
-        return self._at(position) is not None
+    def cuts(self) -> bool:
+        active, enabled, mixture, skip, _ = self.model._state
+        if not enabled:
+            return False
+        if mixture is not None:
+            return mixture.cuts(self.index, skip or 0)
+        if active is None or (config := self.model._configs[active]).position == "layer":
+            return False
+        return int(self.index) in (config.layers or ())[skip or 0 :]
 
-    def run(self, position: str, hidden: Tensor) -> Tensor:
-        adapters = self._at(position)
+    def run(self, place: str, hidden: Tensor, x: Tensor | None = None) -> Tensor:
+        adapters = self._at(place, x)
         if adapters is None:
             return hidden
         name = type(self.model.base).__name__
@@ -319,15 +327,17 @@ class RunningSite:
             )
         return adapters(hidden)
 
-    def _at(self, position: str) -> Callable[[Tensor], Tensor] | None:
+    def _at(self, place: str, x: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         active, enabled, mixture, skip, _ = self.model._state
         if not enabled:
             return None
         if mixture is not None:
-            return mixture.at(self.index, position, skip or 0)
-        if active is None or (config := self.model._configs[active]).position != position:
+            return mixture.at(self.index, place, skip or 0, x)
+        if active is None or (config := self.model._configs[active]).place != place:
             return None
         if skip and config.skips(self.index, skip):
             return None
         sites: Any = self.model.adapters[active]
-        return sites[self.index] if self.index in sites else None  # noqa: SIM401 ModuleDict has no get
+        if self.index not in sites:
+            return None
+        return partial(sites[self.index], x=x) if config.is_parallel else sites[self.index]

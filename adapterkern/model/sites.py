@@ -35,6 +35,7 @@ class Halves(NamedTuple):
 
     attention: Callable[..., Any]  # (layer, *args, **kwargs) → the stream between, and a tuple of what ``mlp`` needs
     mlp: Callable[..., Any]  # (layer, stream, *needed) → what the layer's forward returns
+    stream: str  # the name of the layer's first argument
 
 
 class NoSiteError(ValueError):
@@ -80,7 +81,7 @@ def _made(own: Any, function: ast.FunctionDef) -> Halves:
     module = ast.fix_missing_locations(ast.Module([top, end], []))
     made: dict[str, Any] = {}
     exec(compile(module, own.__code__.co_filename, "exec"), own.__globals__, made)
-    return Halves(made["attention"], made["mlp"])
+    return Halves(made["attention"], made["mlp"], function.args.args[1].arg)
 
 
 def _cut(body: list[ast.stmt], reader: "_Reader") -> tuple[list[ast.stmt], str, list[ast.stmt]]:

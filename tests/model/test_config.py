@@ -66,7 +66,11 @@ def test_config_dict_round_trip() -> None:
         ({"adapter_dim": 1.0}, TypeError, "adapter_dim: expected an integer from 1 to 512, got 1.0"),
         ({"every": 0}, ValueError, "every: expected an integer >= 1, got 0"),
         ({"depth": True}, TypeError, "depth: expected an integer >= 1, got True"),
-        ({"position": "mlp"}, ValueError, "position: expected one of layer, attention, got 'mlp'"),
+        (
+            {"position": "mlp"},
+            ValueError,
+            "position: expected one of layer, attention, parallel-mlp, parallel-attention, got",
+        ),
         ({"activation": None}, ValueError, "activation: expected one of .* got None"),
         ({"init": "zero"}, ValueError, "init: expected one of identity, xavier, svd, got 'zero'"),
         ({"eps": float("nan")}, ValueError, r"eps: expected a number in \[0, inf\), got nan"),

@@ -4,14 +4,17 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 import adapterkern as ak
+from adapterkern.model.config import POSITIONS
 from adapterkern.model.sites import NoSiteError, halves
 from tests.support import families, tiny_run
 from tests.support.families import IDS, tiny
@@ -130,6 +133,86 @@ def test_it_is_between_attention_and_feed_forward(family: str) -> None:
         torch.testing.assert_close(nothing, own)
     else:
         assert torch.equal(nothing, own)
+
+
+def by_hand(adapters: nn.Sequential, residual: Tensor, x: Tensor) -> Tensor:
+    """He et al. 2022, equation of a parallel adapter, with each adapter's own scale."""
+    for a in adapters:
+        residual = residual + a.scale * a.up(F.gelu(a.down(a.norm(x))))
+    return residual
+
+
+@pytest.mark.parametrize("family", ["Llama", "Granite", "Gemma2", "Cohere2"])
+@pytest.mark.parametrize("position", ["parallel-attention", "parallel-mlp"])
+def test_parallel_adapters(family: str, position: Any, tmp_path: Path) -> None:
+    name, fields = f"{family}ForCausalLM", FIELDS.get(family, {})
+    how: dict[str, Any] = {"depth": 2, "activation": "gelu", "scale": 0.5, "layer_norm": family != "Llama"}
+    how |= {"learned_scale": family == "Granite"}
+    model = ak.LlamaAdapter(tiny(name, **fields), ak.AdapterConfig(4, position, layers=[1, 3], **how)).eval()
+    families.draw(model)
+    model.set_scale(0.5)
+    assert model.prefix_length == 1
+    bare, sites = tiny(name, **fields).requires_grad_(False), model.adapters["default"]
+
+    def forward(adapters: Any, layer: Any, hidden: Tensor, attend: Site, _: Site) -> Tensor:
+        if position == "parallel-attention":
+            return REFERENCES[family](layer, hidden, attend, lambda u: by_hand(adapters, u, hidden))
+        between: list[Tensor] = []
+        out = REFERENCES[family](layer, hidden, attend, lambda u: between.append(u) or u)
+        return by_hand(adapters, out, between[0])
+
+    for index, adapters in sites.items():  # type: ignore[operator]
+        layer = bare.model.layers[int(index)]
+        layer.__dict__["forward"] = functools.partial(reference, functools.partial(forward, adapters), layer, None)
+    outcomes = []
+    for llama in (model, bare):
+        model.zero_grad()
+        logits = llama(IDS, use_cache=False).logits
+        logits.float().square().mean().backward()
+        outcomes.append([logits.detach(), *(p.grad.clone() for p in model.adapter_parameters())])
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert all(gradient.any() for gradient in outcomes[0])
+    model.save_pretrained(tmp_path)
+    loaded = ak.LlamaAdapter.from_pretrained(tiny(name, **fields), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS, use_cache=False).logits, outcomes[0][0])
+        for p in model.adapter_parameters():
+            p.zero_()
+        assert torch.equal(model(IDS).logits, tiny(name, **fields)(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_batch_mixes_all_positions() -> None:
+    """By name, with weights, and chosen from the stream; with one scale and with several."""
+    model = ak.LlamaAdapter(tiny("LlamaForCausalLM"), None).eval()
+    for number, position in enumerate(POSITIONS):
+        for scale in (1.0, 0.25):
+            name = f"{position} {scale}".replace(".", " ")
+            model.add_adapter(name, ak.AdapterConfig(4, position, layers=[1, 2 + number % 2], scale=scale))
+            families.draw(model, name)
+    names = list(model.adapters)
+    ids = IDS[:1].expand(len(names), -1)
+    alone = []
+    for name in names:
+        model.set_adapter(name)
+        alone.append(model(ids[:1]).logits[0])
+    torch.testing.assert_close(list(model(ids, adapter_names=names).logits), alone)
+    index = torch.arange(len(names))
+    for given in (index, lambda x: (index[: len(x)], None)):
+        with model.mixing(names, given):
+            torch.testing.assert_close(list(model(ids).logits), alone)
+    tokens = model.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
+    for row, name in zip(tokens, names, strict=True):
+        model.set_adapter(name)
+        assert torch.equal(row, model.generate(ids[:1], max_new_tokens=4, do_sample=False)[0])
+
+
+def test_what_parallel_adapters_cannot_do() -> None:
+    with pytest.raises(ValueError, match="x_free: expected False with position='parallel-mlp'"):
+        ak.AdapterConfig(position="parallel-mlp", x_free=True)
+    with pytest.raises(ValueError, match="position: expected 'layer' for NemotronHBlock, got 'parallel-mlp', but no "):
+        ak.LlamaAdapter(tiny("NemotronHForCausalLM"), ak.AdapterConfig(position="parallel-mlp"))
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Cohere2"])

@@ -154,9 +154,18 @@ def _base_section(shown: str, llama: Any) -> str:
     )
 
 
+_WHERE = {
+    "layer": "after layers",
+    "attention": "between attention and feed-forward network of layers",
+    "parallel-mlp": "h, where x is the stream before the feed-forward network and h the one after it, of layers",
+    "parallel-attention": "h, where x is the stream before attention and h the one after it, of layers",
+}
+
+
 def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
     layers = config.layers or ()
-    where = "after layers" if config.position == "layer" else "between attention and feed-forward network of layers"
+    where = _WHERE[config.position]
+    stream = "h" if config.is_parallel else "x"
     one = adapter_num_params(hidden_size, config.adapter_dim, config.layer_norm, config.learned_scale)
     inner = "LayerNorm(x)" if config.layer_norm else "x"
     branch = f"W_up · {config.activation}(W_down · {inner} + b_down) + b_up"
@@ -164,11 +173,11 @@ def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
         branch = f"s · ({branch})"
     elif config.scale != 1:
         branch = f"{config.scale:g} · ({branch})"
-    deep = f", {config.depth} in sequence at each" if config.depth > 1 else ""
+    deep = f", {config.depth} {'side by side' if config.is_parallel else 'in sequence'} at each" * (config.depth > 1)
     return (
         "## Adapter\n\n"
-        f"y = x + {branch} on the residual stream {where} {', '.join(map(str, layers))} (from 0){deep}; dimension "
-        f"{config.adapter_dim}, {len(layers) * config.depth * one:,} parameters in fp32."
+        f"y = {stream} + {branch} on the residual stream {where} {', '.join(map(str, layers))} (from 0){deep}; "
+        f"dimension {config.adapter_dim}, {len(layers) * config.depth * one:,} parameters in fp32."
         + (
             f"\n\nTrained with it, and saved here too: {', '.join(config.modules_to_save)}."
             if config.modules_to_save

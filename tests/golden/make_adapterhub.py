@@ -1,6 +1,7 @@
 """AdapterHub's side of tests/test_adapterhub.py, in an environment of its own: adapters==1.3.0, transformers 4.57.
 
-python make_adapterhub.py make              writes adapterhub/: a tiny LLaMA, adapters of it, and their logits
+python make_adapterhub.py make              writes adapterhub/: a tiny LLaMA, adapters of it, and their logits; what is
+                                            there already stays
 python make_adapterhub.py check FOLDER...   loads what save_adapterhub wrote for that LLaMA, as adapters does,
                                             from .bin and from safetensors, and prints the logits as JSON
 """
@@ -38,6 +39,15 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "original_ln_after": False,
         "residual_before_ln": False,
     },
+    "scaled": {"ln_before": False, "non_linearity": "silu", "reduction_factor": 2.0, "scaling": 0.5},
+    "parallel": {"kind": adapters.ParBnConfig, "ln_before": False, "reduction_factor": 2.0, "leave_out": [0]},
+    "parallel_attention": {
+        "kind": adapters.ParBnConfig,
+        "reduction_factor": 5,
+        "mh_adapter": True,
+        "output_adapter": False,
+        "scaling": "learned",
+    },
 }
 
 
@@ -62,12 +72,17 @@ def logits(model: Any) -> torch.Tensor:
 
 def make() -> None:
     model = llama()
-    GOLDEN.mkdir(exist_ok=True)
-    backbone = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file({k: v.contiguous() for k, v in backbone.items()}, GOLDEN / "llama.safetensors")
-    expected = {"bare": logits(model)}
+    if not GOLDEN.exists():
+        GOLDEN.mkdir()
+        backbone = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        save_file({k: v.contiguous() for k, v in backbone.items()}, GOLDEN / "llama.safetensors")
+        save_file({"bare": logits(model)}, GOLDEN / "logits.safetensors")
+    expected = load_file(GOLDEN / "logits.safetensors")
     for name, fields in ADAPTERS.items():
-        model.add_adapter(name, config=adapters.SeqBnConfig(ln_before=True, **fields))
+        if name in expected:
+            continue
+        fields = {"kind": adapters.SeqBnConfig, "ln_before": True} | fields
+        model.add_adapter(name, config=fields.pop("kind")(**fields))
         model.set_active_adapters(name)
         for key, parameter in model.named_parameters():
             if f".adapters.{name}." in key:

@@ -135,7 +135,7 @@ def test_it_is_between_attention_and_feed_forward(family: str) -> None:
         assert torch.equal(nothing, own)
 
 
-def by_hand(adapters: nn.Sequential, residual: Tensor, x: Tensor) -> Tensor:
+def by_hand(adapters: Any, residual: Tensor, x: Tensor) -> Tensor:
     """He et al. 2022, equation of a parallel adapter, with each adapter's own scale."""
     for a in adapters:
         residual = residual + a.scale * a.up(F.gelu(a.down(a.norm(x))))
@@ -161,7 +161,7 @@ def test_parallel_adapters(family: str, position: Any, tmp_path: Path) -> None:
         out = REFERENCES[family](layer, hidden, attend, lambda u: between.append(u) or u)
         return by_hand(adapters, out, between[0])
 
-    for index, adapters in sites.items():  # type: ignore[operator]
+    for index, adapters in sites.items():
         layer = bare.model.layers[int(index)]
         layer.__dict__["forward"] = functools.partial(reference, functools.partial(forward, adapters), layer, None)
     outcomes = []

@@ -1,12 +1,14 @@
 """Read and write adapters in the file format of AdapterHub's library ``adapters`` (1.3.0).
 
-Its sequential bottleneck with ``ln_before=True`` is the operator of this package: on LLaMA it adds
-up(act(down(norm(x)))) to the residual stream, after the feed-forward network (``output_adapter``) or between attention
-and the feed-forward network (``mh_adapter``). Its folder has
+Its bottlenecks are the operator of this package: on LLaMA they add scaling · up(act(down(norm(x)))) to the residual
+stream, after the feed-forward network (``output_adapter``) or between attention and the feed-forward network
+(``mh_adapter``). There x is the stream itself, or, in its parallel ones (``par_bn``), the stream before that module.
+The norm is left out without ``ln_before``. Its folder has
 
     adapter_config.json      name, hidden_size, model and ``config``, the 33 fields of a BnConfig
     pytorch_adapter.bin      or adapter.safetensors; keys model.layers.{i}.{site}.adapters.{name}.{module}, where
-                             adapter_norm_before and adapter_down.0 are two names of one LayerNorm
+                             adapter_norm_before and adapter_down.0 are two names of one LayerNorm; without one,
+                             adapter_down.0 is the projection. ``scaling``, of shape (1,), if it is learned
 
 and possibly a prediction head, which is neither read nor written here. A ``.bin`` file is a pickle; it is read by
 torch's weights-only reader, which builds tensors and calls no other code.
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import check_values, read_json, read_tensors, replacing, write_json
-from adapterkern.model.config import ADDED, AdapterConfig
+from adapterkern.model.config import AdapterConfig
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
 
@@ -38,20 +40,17 @@ BIN_NAME = "pytorch_adapter.bin"
 SAFETENSORS_NAME = "adapter.safetensors"
 VERSION = "adapters.1.3.0"  # the version of the library that has this format
 
-_SITES = {"layer": "output_adapters", "attention": "attention_adapters"}
-_MODULES = {"norm": "adapter_norm_before", "down": "adapter_down.1", "up": "adapter_up"}
-_ALIAS = "adapter_down.0"
+_SITES = {"layer": "output_adapters", "attention": "attention_adapters"}  # by our place
+_NORM, _ALIAS = "adapter_norm_before", "adapter_down.0"
+_SCALE = "scaling"
+_LEARNED = "learned"
 _KEY = re.compile(r"(?:model\.)?layers\.(\d+)\.(output_adapters|attention_adapters)\.adapters\.([^.]+)\.(.+)")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "tanh": "tanh", "linear": "identity"}
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without a version
 
 # A BnConfig that is our operator has these values. The fields in _WITHOUT_EFFECT then only affect initialization.
 _FIXED: dict[str, Any] = {
-    "ln_before": True,
     "ln_after": False,
-    "original_ln_before": True,
-    "is_parallel": False,
-    "scaling": 1.0,
     "use_gating": False,
     "inv_adapter": None,
     "cross_adapter": False,
@@ -77,14 +76,16 @@ _WITHOUT_EFFECT: dict[str, Any] = {
     "phm_bias": True,
 }
 _READ = (
+    "ln_before",
+    "original_ln_before",
     "original_ln_after",
     "residual_before_ln",
     "mh_adapter",
     "output_adapter",
     "non_linearity",
     "reduction_factor",
-    "leave_out",
 )
+_OPTIONAL = ("leave_out", "is_parallel", "scaling")
 
 
 def read_adapterhub(
@@ -124,29 +125,56 @@ def _read_config(saved: dict[str, Any], hidden_size: int, num_layers: int) -> tu
         raise ValueError(f"config: expected an object of fields, got {fields!r:.80}")
     if fields.get("architecture") is not None:
         raise ValueError(f"architecture: expected a bottleneck adapter's None, got {fields['architecture']!r:.80}")
-    if unknown := sorted(fields.keys() - {"architecture", *_FIXED, *_WITHOUT_EFFECT, *_READ}):
+    if unknown := sorted(fields.keys() - {"architecture", *_FIXED, *_WITHOUT_EFFECT, *_READ, *_OPTIONAL}):
         raise ValueError(f"{unknown[0]:.80}: expected no such field, got {fields[unknown[0]]!r:.80}")
     # Its own reader allows a field to be missing if the class has a default; these have none.
-    for field in ("ln_before", "original_ln_before", *_READ[:-1]):
+    for field in _READ:
         if field not in fields:
             raise ValueError(f"{field}: expected a value, got none")
     for field, expected in _FIXED.items():
         got = fields.get(field, expected)
         if got != expected or isinstance(got, bool) != isinstance(expected, bool):
             raise ValueError(f"{field}: expected {expected!r}, which is this operator, got {got!r:.80}")
+    parallel = checks.flag("is_parallel", fields.get("is_parallel", False))
+    _check_residual(fields, parallel)
+    scale = _scale(fields.get("scaling", 1.0))
+    config = AdapterConfig(
+        adapter_dim=_adapter_dim(fields["reduction_factor"], hidden_size, layers := _layers(fields, num_layers)),
+        position=_position(fields, parallel),
+        layers=layers,
+        activation=_activation(fields["non_linearity"], "version" in saved),
+        layer_norm=checks.flag("ln_before", fields["ln_before"]),
+        scale=1.0 if scale == _LEARNED else scale,
+        learned_scale=scale == _LEARNED,
+    )
+    return name, config
+
+
+def _check_residual(fields: dict[str, Any], parallel: bool) -> None:
+    """Raise ``ValueError`` unless the layer's own input and its module's output are both added, once."""
+    if parallel:  # the other two fields are read by sequential adapters alone
+        if fields["original_ln_after"] is not True:
+            raise ValueError(
+                f"original_ln_after: expected True of a parallel adapter, got {fields['original_ln_after']!r:.80}"
+            )
+        return
+    if fields["original_ln_before"] is not True:
+        raise ValueError(f"original_ln_before: expected True, got {fields['original_ln_before']!r:.80}")
     # x must be added exactly once: around the adapter, or by the layer and not around the adapter.
     around = checks.flag("original_ln_after", fields["original_ln_after"])
     if fields["residual_before_ln"] is not around:
         raise ValueError(
             f"residual_before_ln: expected {around} as original_ln_after, got {fields['residual_before_ln']!r:.80}"
         )
-    config = AdapterConfig(
-        adapter_dim=_adapter_dim(fields["reduction_factor"], hidden_size, layers := _layers(fields, num_layers)),
-        position=_position(fields),
-        layers=layers,
-        activation=_activation(fields["non_linearity"], "version" in saved),
-    )
-    return name, config
+
+
+def _scale(value: Any) -> Any:
+    """A number, or ``"learned"``."""
+    if value == _LEARNED:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"scaling: expected a number or 'learned', got {value!r:.80}")
+    return float(value)
 
 
 def _check_name(name: Any) -> str:
@@ -165,10 +193,12 @@ def _layers(fields: dict[str, Any], num_layers: int) -> list[int]:
     return layers
 
 
-def _position(fields: dict[str, Any]) -> Any:
+def _position(fields: dict[str, Any], parallel: bool) -> Any:
     attention, layer = (checks.flag(field, fields[field]) for field in ("mh_adapter", "output_adapter"))
     if attention == layer:
         raise ValueError(f"mh_adapter: expected one of mh_adapter and output_adapter, got both {attention}")
+    if parallel:
+        return "parallel-attention" if attention else "parallel-mlp"
     return "attention" if attention else "layer"
 
 
@@ -202,10 +232,8 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in saved.items():
         match = _KEY.fullmatch(str(key))
-        if match is None or match[2] != _SITES[config.position] or match[3] != name:
-            raise ValueError(
-                f"{path}: {key!s:.200}: expected only keys of {_SITES[config.position]}.adapters.{name:.80}"
-            )
+        if match is None or match[2] != _SITES[config.place] or match[3] != name:
+            raise ValueError(f"{path}: {key!s:.200}: expected only keys of {_SITES[config.place]}.adapters.{name:.80}")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
             got = f"{tensor.layout} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{path}: {key}: expected plain numbers, got {got}")
@@ -216,19 +244,19 @@ def _read_weights(path: Path, name: str, config: AdapterConfig, hidden_size: int
     found = {}
     for layer in layers:
         tensors = sites[layer]
-        for ours, theirs in _MODULES.items():
-            for kind in ("weight", "bias"):
-                where = f"{path}: layer {layer}: {theirs}.{kind}"
-                shape = _shape(ours, kind, hidden_size, config.adapter_dim)
-                alias = tensors.pop(f"{_ALIAS}.{kind}", None) if ours == "norm" else None
-                tensor = tensors.pop(f"{theirs}.{kind}", alias)
-                if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
-                    got = "none" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
-                    raise ValueError(f"{where}: expected {shape} of floating point, got {got}")
-                check_values(where, tensor)
-                if alias is not None and (alias.dtype != tensor.dtype or not torch.equal(alias, tensor)):
-                    raise ValueError(f"{where}: expected the same as {_ALIAS}.{kind}, got other values")
-                found[f"{layer}.0.{ours}.{kind}"] = tensor.detach().to(torch.float32).contiguous()
+        for ours, theirs in _names(config).items():
+            where = f"{path}: layer {layer}: {theirs}"
+            shape = _shape(ours, hidden_size, config.adapter_dim)
+            other = theirs.replace(_NORM, _ALIAS)
+            alias = tensors.pop(other, None) if other != theirs else None
+            tensor = tensors.pop(theirs, alias)
+            if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+                got = "none" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+                raise ValueError(f"{where}: expected {shape} of floating point, got {got}")
+            check_values(where, tensor)
+            if alias is not None and (alias.dtype != tensor.dtype or not torch.equal(alias, tensor)):
+                raise ValueError(f"{where}: expected the same as {other}, got other values")
+            found[f"{layer}.0.{ours}"] = tensor.detach().to(torch.float32).contiguous()
         if tensors:
             raise ValueError(f"{path}: layer {layer}: {min(tensors)}: expected no such tensor")
     return found
@@ -247,7 +275,19 @@ def _read_bin(path: Path) -> Any:
         raise ValueError(f"{path}: not a file of tensors: {str(error)[:200]}") from error
 
 
-def _shape(module: str, kind: str, hidden_size: int, adapter_dim: int) -> tuple[int, ...]:
+def _names(config: AdapterConfig) -> dict[str, str]:
+    """Our names of an adapter's tensors, and theirs."""
+    modules = {"down": _ALIAS, "up": "adapter_up"}
+    if config.layer_norm:
+        modules = {"norm": _NORM, "down": "adapter_down.1", "up": "adapter_up"}
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+    return names | ({"scale": _SCALE} if config.learned_scale else {})
+
+
+def _shape(name: str, hidden_size: int, adapter_dim: int) -> tuple[int, ...]:
+    module, _, kind = name.partition(".")
+    if module == "scale":
+        return (1,)
     if kind == "weight" and module != "norm":
         return (adapter_dim, hidden_size) if module == "down" else (hidden_size, adapter_dim)
     return (adapter_dim,) if module == "down" else (hidden_size,)
@@ -281,7 +321,7 @@ def write_adapterhub(
     directory = Path(directory)
     check_folder(directory, owner="AdapterHub")
     _check_name(name)
-    for field, expected in (("depth", 1), ("eps", 1e-5), *ADDED.items()):
+    for field, expected in (("depth", 1), *[("eps", 1e-5)] * config.layer_norm):
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
     if config.modules_to_save:
@@ -290,10 +330,14 @@ def write_adapterhub(
         )
     hidden_size, num_layers = llama.config.hidden_size, len(llama.model.layers)
     fields = {
+        "ln_before": config.layer_norm,
+        "original_ln_before": not config.is_parallel,
         "original_ln_after": True,
         "residual_before_ln": True,
-        "mh_adapter": config.position == "attention",
-        "output_adapter": config.position == "layer",
+        "is_parallel": config.is_parallel,
+        "scaling": _LEARNED if config.learned_scale else config.scale,
+        "mh_adapter": config.place == "attention",
+        "output_adapter": config.place == "layer",
         "non_linearity": {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation],
         "reduction_factor": _reduction_factor(hidden_size, config.adapter_dim),
         "leave_out": [layer for layer in range(num_layers) if layer not in (config.layers or ())],
@@ -309,11 +353,11 @@ def write_adapterhub(
     }
     saved = {}
     for layer in config.layers or ():
-        for ours, theirs in (*_MODULES.items(), ("norm", _ALIAS)):
-            for kind in ("weight", "bias"):
-                key = f"model.layers.{layer}.{_SITES[config.position]}.adapters.{name}.{theirs}.{kind}"
+        for ours, theirs in _names(config).items():
+            for one in dict.fromkeys((theirs, theirs.replace(_NORM, _ALIAS))):
+                key = f"model.layers.{layer}.{_SITES[config.place]}.adapters.{name}.{one}"
                 # copies: safetensors refuses tensors that share memory
-                saved[key] = tensors[f"{layer}.0.{ours}.{kind}"].detach().to("cpu", copy=True).contiguous()
+                saved[key] = tensors[f"{layer}.0.{ours}"].detach().to("cpu", copy=True).contiguous()
     kept, other = (SAFETENSORS_NAME, BIN_NAME) if safetensors else (BIN_NAME, SAFETENSORS_NAME)
     with replacing(directory / kept) as temporary:
         if safetensors:

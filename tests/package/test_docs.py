@@ -33,6 +33,7 @@ PAGES = (
     "distillation",
     "qa",
     "memory",
+    "positions",
 )
 ALONE = ("instruct-tune",)  # each block of Python runs without those before it
 RECIPES = ("multitask", "routing", "distillation", "qa")

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from adapterkern import checks
 from adapterkern.files import read_json
 from adapterkern.model.attention import check_attn
-from adapterkern.model.decoder import decoder_layers, keep_layers
+from adapterkern.model.decoder import decoder_layers, keep_layers, text_decoder
 from adapterkern.model.fast_dtype import fast_dtype
 from adapterkern.model.files.folder import ADAPTER_FILES
 from adapterkern.model.quantized import PACKED, check_load_in, check_plain, quantization
@@ -105,7 +105,7 @@ def load_backbone(
     _check_whole(source, llama, sorted(found["missing_keys"]))
     if num_layers is not None:
         checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
-        keep_layers(llama.model, 0, num_layers)
+        keep_layers(text_decoder(llama), 0, num_layers)
     if load_in not in PACKED:  # which are where they belong
         llama = llama.to(device)
     return llama.eval(), tokenizer

@@ -149,13 +149,20 @@ def _is_left_behind(module: nn.Module) -> bool:
     return any(own.__func__ is vars(cls).get("forward") for cls in type(module).__mro__)
 
 
+def text_decoder(llama: Any) -> Any:
+    """``llama.model``; of a model that also reads images, its ``language_model``, which embeds and runs the tokens."""
+    model = getattr(llama, "model", None)
+    return model if hasattr(model, "layers") else getattr(model, "language_model", model)
+
+
 def decoder_layers(llama: Any) -> nn.ModuleList:
-    """``llama.model.layers``. Raises ``TypeError`` if the model does not have LLaMA's structure."""
-    layers = getattr(getattr(llama, "model", None), "layers", None)
+    """The ``layers`` of ``text_decoder``. Raises ``TypeError`` if the model does not have LLaMA's structure."""
+    layers = getattr(text_decoder(llama), "layers", None)
     if not isinstance(llama, PreTrainedModel) or not isinstance(layers, nn.ModuleList) or not len(layers):
         raise TypeError(
             "llama: expected a transformers decoder of LLaMA's structure (LlamaForCausalLM, MistralForCausalLM, "
-            f"Qwen2ForCausalLM, ...: `model.layers` is a ModuleList), got {type(llama).__name__}"
+            "Qwen2ForCausalLM, ...: `model.layers`, or `model.language_model.layers`, is a ModuleList), "
+            f"got {type(llama).__name__}"
         )
     return layers
 
@@ -249,6 +256,8 @@ def first_layers(llama: Any, num_layers: int) -> Any:
         ValueError: ``num_layers`` is not from 1 to the number of layers.
     """
     checks.integer("num_layers", num_layers, 1, len(decoder_layers(llama)))
+    if text_decoder(llama) is not llama.model:
+        raise TypeError(f"llama: expected a model of text alone, got {type(llama).__name__}")
     decoder = decoder_slice(llama.model, 0, num_layers)
     student = copy.copy(llama)
     student._modules = llama._modules | {"model": decoder}

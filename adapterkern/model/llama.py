@@ -26,6 +26,7 @@ from adapterkern.model.decoder import (
     decoder_layers,
     layer_device,
     restore,
+    text_decoder,
 )
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.logits import WithLogits
@@ -70,7 +71,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
             raise ValueError("llama: expected a model without adapters, got one that has some; use add_adapter on it")
-        check_config(llama.config)
+        check_config(text_decoder(llama).config)
         for layer in layers:
             check_forward(layer)
         if hasattr(llama, "peft_config") and any(p.requires_grad for p in llama.parameters()):
@@ -206,7 +207,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         check_name(name)
         if name in self.adapters:
             raise ValueError(f"name: expected a new name, got {name!r}, which exists")
-        config = self._with_modules(config.resolve(self.config.hidden_size, len(self.layers)))
+        config = self._with_modules(config.resolve(self.decoder.config.hidden_size, len(self.layers)))
         sites = nn.ModuleDict()
         for index in config.layers or ():
             if config.position != "layer":
@@ -214,7 +215,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             sites[str(index)] = (Beside if config.is_parallel else nn.Sequential)(
                 *(
                     Adapter(
-                        self.config.hidden_size,
+                        self.decoder.config.hidden_size,
                         config.adapter_dim,
                         activation=config.activation,
                         eps=config.eps,

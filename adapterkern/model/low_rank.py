@@ -37,7 +37,7 @@ def init_from_weights(
     """
     config = model.adapter_config(name)
     sites = model.adapters[model._check_name(name)]
-    d, count = model.config.hidden_size, len(model.layers)
+    d, count = model.decoder.config.hidden_size, len(model.layers)
     if config.adapter_dim > d:
         raise ValueError(f"adapter_dim: expected at most hidden_size={d} for matrices, got {config.adapter_dim}")
     chosen: list[tuple[Any, Tensor]] = []

@@ -115,7 +115,7 @@ class Mixture:
             self._sites[site] = self._groups(*site)
         return self._sites[site]
 
-    def _groups(self, layer: str, place: str, skip: int) -> list[_Group]:
+    def _groups(self, layer: str, place: str, skip: int = 0) -> list[_Group]:
         members: dict[tuple[object, ...], list[int]] = {}
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
             if c.place == place and layer in adapters and not c.skips(layer, skip):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from adapterkern.model.decoder import argument_names, reduced
+from adapterkern.model.decoder import argument_names, reduced, text_decoder
 
 # What generate and its helpers call on a model
 _GENERATION = frozenset(name for name in vars(GenerationMixin) if not name.startswith("__"))
@@ -96,8 +96,8 @@ class Wrapped(PreTrainedModel):
 
     @property
     def decoder(self) -> Any:
-        """The backbone without its head: embeddings, ``layers``, final norm."""
-        return self.base.model
+        """The backbone without its head, and without what reads images: embeddings, ``layers``, final norm."""
+        return text_decoder(self.base)
 
     @property
     def layers(self) -> nn.ModuleList:

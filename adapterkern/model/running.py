@@ -298,7 +298,7 @@ class RunningSite:
 
     def __init__(self, model: Running, index: int) -> None:
         self.model, self.index = model, str(index)
-        self.width = model.config.hidden_size
+        self.width = model.decoder.config.hidden_size
 
     def cuts(self) -> bool:
         active, enabled, mixture, skip, _ = self.model._state

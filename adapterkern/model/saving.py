@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from adapterkern import checks
 from adapterkern.model.adapter import Adapter, plain
 from adapterkern.model.config import AdapterConfig
-from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.decoder import decoder_layers, text_decoder
 from adapterkern.model.digest import Digest, weights_digest
 from adapterkern.model.extra import Extra, covered
 from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
@@ -240,12 +240,12 @@ class Saved(Extra):
             ValueError: a file is damaged, or the adapter computes something else than ours; the message names file and
                 field.
         """
-        size = llama.config.hidden_size, len(decoder_layers(llama))
+        size = text_decoder(llama).config.hidden_size, len(decoder_layers(llama))
         return cls._from_read(llama, read_adapterhub(directory, *size), fused=fused, liger=liger)
 
     def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
         """Add the adapter that ``adapters`` saved in ``directory`` as ``name``. Raises as ``from_adapterhub``."""
-        self._add_read(name, read_adapterhub(directory, self.config.hidden_size, len(decoder_layers(self.base))))
+        self._add_read(name, read_adapterhub(directory, self.decoder.config.hidden_size, len(self.layers)))
 
     @classmethod
     def _from_read(cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool) -> Self:

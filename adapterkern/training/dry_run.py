@@ -182,7 +182,7 @@ class Rehearsal(Run[E]):
         evaluations = between + 1 if self.data.eval else 0
         everything = count_tokens([*self.data.train, *self.data.eval])
         prefix_seconds = self.prefix_rate * everything
-        cached = everything * self.model.config.hidden_size * 4 if self.prefix_rate else 0
+        cached = everything * self.model.decoder.config.hidden_size * 4 if self.prefix_rate else 0
         on_gpu = self.model.device.type == "cuda"
         trained = self.state.parameters.values()
         self.found = DryRun(

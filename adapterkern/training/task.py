@@ -148,7 +148,8 @@ class Task(nn.Module, Generic[E]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 targets = [example.targets for example in examples]
-                self.head = HEADS[config.task].of_data(self.model.config.hidden_size, names, targets, config.pooling)
+                width = self.model.decoder.config.hidden_size
+                self.head = HEADS[config.task].of_data(width, names, targets, config.pooling)
             self.head.to(self.model.device)
         return cast("list[E]", examples)  # a subclass with another E overrides `load`
 

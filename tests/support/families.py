@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import adapterkern as ak
 from adapterkern.model.asking import check_runs
-from adapterkern.model.decoder import check_attention_site
+from adapterkern.model.decoder import check_attention_site, text_decoder
 from adapterkern.training.data.examples import load_examples
 from adapterkern.training.data.padding import check_padding
 from tests.support import tiny_run
@@ -233,6 +233,9 @@ def draw(model: ak.LlamaAdapter, name: str | None = None) -> None:
         nn.init.normal_(p, std=0.2)
 
 
+BESIDE = "`model.language_model.layers`"  # in a model that also reads images, or sounds
+
+
 class Found(NamedTuple):
     """What adapterkern supports of a family."""
 
@@ -251,6 +254,9 @@ def find(name: str) -> Found | str:
         return "transformers needs another package to build it"
     except Exception:  # of their own kinds: its configuration is checked against another one
         return "transformers cannot build it without another model's configuration"
+    decoder = text_decoder(model := tiny(name))
+    if decoder is not getattr(model, "model", None) and hasattr(decoder, "layers"):
+        return BESIDE
     try:
         model = adapted(name)
     except TypeError as error:
@@ -310,12 +316,17 @@ def documented() -> dict[str, str]:
 
 
 def print_tables() -> None:
-    rows = [(isinstance(found, str), row(name, found)) for name in families() for found in [find(name)]]
+    found = {name: find(name) for name in families()}
+    beside = {name for name, what in found.items() if what == BESIDE}
+    refused = {name for name, what in found.items() if isinstance(what, str)} - beside
+    supported = found.keys() - beside - refused
     print('| Class | Logits | Left padding | Prefix cache | `adapter_names` | `position="attention"` |')
     print("|---|---|---|---|---|---|")
-    print(*(text for refused, text in rows if not refused), sep="\n")
+    print(*(row(name, what) for name, what in found.items() if name in supported), sep="\n")
+    print("\n| Class | Layers |\n|---|---|")
+    print(*(row(name, what) for name, what in found.items() if name in beside), sep="\n")
     print("\n| Class | Refused because |\n|---|---|")
-    print(*(text for refused, text in rows if refused), sep="\n")
+    print(*(row(name, what) for name, what in found.items() if name in refused), sep="\n")
 
 
 if __name__ == "__main__":

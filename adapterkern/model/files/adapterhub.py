@@ -32,6 +32,7 @@ from torch import Tensor
 from adapterkern import checks
 from adapterkern.files import check_values, read_json, read_tensors, replacing, write_json
 from adapterkern.model.config import AdapterConfig
+from adapterkern.model.decoder import text_decoder
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
 
@@ -328,7 +329,7 @@ def write_adapterhub(
         raise ValueError(
             f"modules_to_save: expected none for AdapterHub's adapters, got {', '.join(config.modules_to_save)}"
         )
-    hidden_size, num_layers = llama.config.hidden_size, len(llama.model.layers)
+    hidden_size, num_layers = text_decoder(llama).config.hidden_size, len(text_decoder(llama).layers)
     fields = {
         "ln_before": config.layer_norm,
         "original_ln_before": not config.is_parallel,

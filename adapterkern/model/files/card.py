@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from adapterkern import __version__
 from adapterkern.files import replacing, write_text
 from adapterkern.model.config import AdapterConfig, adapter_num_params
+from adapterkern.model.decoder import text_decoder
 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by adapterkern, and written anew when it saves here again: remove this line to keep changes. -->"
@@ -75,7 +76,7 @@ def write_card(
         _base_section(shown, llama),
     ]
     if config is not None:
-        sections.append(_adapter_section(config, llama.config.hidden_size))
+        sections.append(_adapter_section(config, text_decoder(llama).config.hidden_size))
     if training is not None:
         sections += _training_sections(training)
     sections += [_loading_section(on_hub, config, training), _versions_section()]
@@ -147,10 +148,10 @@ def _front_matter(base: str | None, llama: Any, training: Training | None) -> st
 
 
 def _base_section(shown: str, llama: Any) -> str:
-    config = llama.config
+    decoder = text_decoder(llama)
     return (
-        f"## Base model\n\n{_text(shown)}: {type(llama).__name__}, hidden size {config.hidden_size}, "
-        f"{len(llama.model.layers)} layers, vocabulary {config.vocab_size}. It is frozen and is not in this folder."
+        f"## Base model\n\n{_text(shown)}: {type(llama).__name__}, hidden size {decoder.config.hidden_size}, "
+        f"{len(decoder.layers)} layers, vocabulary {decoder.config.vocab_size}. It is frozen and is not in this folder."
     )
 
 

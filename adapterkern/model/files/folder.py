@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, remove_pair, write_pair
 from adapterkern.model.config import MODULES, AdapterConfig
-from adapterkern.model.decoder import decoder_layers
+from adapterkern.model.decoder import decoder_layers, text_decoder
 from adapterkern.model.digest import Digest, differ, weights_digest
 from adapterkern.model.extra import covered, find_modules, saved_shapes
 from adapterkern.model.files.card import base_name, write_card
@@ -59,7 +59,7 @@ def write_adapter(
     """
     check_folder(directory)
     extra = saved_shapes(llama, config.modules_to_save or ())
-    check_tensors(directory / WEIGHTS_NAME, tensors, config, llama.config.hidden_size, extra)
+    check_tensors(directory / WEIGHTS_NAME, tensors, config, text_decoder(llama).config.hidden_size, extra)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -253,7 +253,7 @@ def _describe(llama: Any) -> dict[str, Any]:
     return {
         "model_type": config.model_type,
         "name_or_path": base_name(llama),
-        "hidden_size": config.hidden_size,
+        "hidden_size": text_decoder(llama).config.hidden_size,
         "num_hidden_layers": len(decoder_layers(llama)),
         "vocab_size": _vocabulary(llama),
     }

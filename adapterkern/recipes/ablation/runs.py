@@ -123,7 +123,7 @@ class _Runner:
     ) -> None:
         self.study, self.model, self.output, self.tokenizer, self.say = study, model, output, tokenizer, say
         self.train_data, self.eval_data = train_data, eval_data
-        self.variants = study.variants(model.config.hidden_size, len(model.layers))
+        self.variants = study.variants(model.decoder.config.hidden_size, len(model.layers))
         for variant in self.variants:
             check_lr(variant.training)
         self.shared = shared_digest(model, train_data, eval_data, study.training, tokenizer)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from adapterkern import checks
-from adapterkern.model.decoder import modes_kept
+from adapterkern.model.decoder import modes_kept, text_decoder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.qa.head import SpanHead
@@ -75,7 +75,7 @@ class QuestionAnswering(Task[Window]):
         if self.span is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                self.span = SpanHead(self.model.config.hidden_size, self.span_settings.pointer_dim)
+                self.span = SpanHead(self.model.decoder.config.hidden_size, self.span_settings.pointer_dim)
             self.span.to(self.model.device)
         return windows
 
@@ -254,8 +254,8 @@ class QuestionAnswering(Task[Window]):
         """
         config = load_config(directory)
         path, saved = read_head_config(Path(directory), "span", {"hidden_size": int, "settings": dict})
-        if saved["hidden_size"] != llama.config.hidden_size:
-            expected = f"expected the model's {llama.config.hidden_size}"
+        if saved["hidden_size"] != text_decoder(llama).config.hidden_size:
+            expected = f"expected the model's {text_decoder(llama).config.hidden_size}"
             raise ValueError(f"{path}: field 'hidden_size': {expected}, got {saved['hidden_size']}")
         try:
             settings = checks.fields(SpanSettings, saved["settings"])

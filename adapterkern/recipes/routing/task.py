@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adapterkern import checks
 from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, write_pair
 from adapterkern.model.config import AdapterConfig
+from adapterkern.model.decoder import text_decoder
 from adapterkern.model.digest import weights_digest
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.folder import check_weights
@@ -94,7 +95,7 @@ class RoutedTask(Task[Example]):
             raise ValueError(f"model: expected a new name, got {taken[0]!r}, which exists")
         for name in self.experts[1:]:
             model.add_adapter(name, model.adapter_config(first))
-        self.router = Router(model.config.hidden_size, self.routing).to(model.device)
+        self.router = Router(model.decoder.config.hidden_size, self.routing).to(model.device)
         self._step: _Step | None = None  # the training step under way
 
     def settings_in(self, directory: Path) -> dict[str, Any] | None:
@@ -244,7 +245,7 @@ class RoutedTask(Task[Example]):
             "format_version": FORMAT_VERSION,
             "adapter": self.model.adapter_config(self.experts[0]).to_dict(),
             "routing": self.settings,
-            "base": _shape(self.model.config),
+            "base": _shape(self.model.decoder.config),
             "backbone": {"digest": self.model.backbone_digest(), "name_or_path": base_name(self.model.base)},
         }
 
@@ -275,8 +276,8 @@ class RoutedTask(Task[Example]):
             adapter, routing = AdapterConfig.from_dict(saved["adapter"]), checks.fields(RoutingConfig, saved["routing"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
-        if saved["base"] != _shape(llama.config):
-            raise ValueError(f"{path}: saved for a backbone of {saved['base']}, got one of {_shape(llama.config)}")
+        if saved["base"] != (shape := _shape(text_decoder(llama).config)):
+            raise ValueError(f"{path}: saved for a backbone of {saved['base']}, got one of {shape}")
         if isinstance(backbone := saved.get("backbone"), dict):
             check_weights(path, backbone, llama, weights_digest(llama), strict=False)
         found = find_weights(weights, path, saved["weights_sha256"])

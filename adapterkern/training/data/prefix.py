@@ -262,7 +262,7 @@ def choose_cache(
             raise ValueError(f"prefix_cache: expected None or False, because {obstacle}; got True")
         return False, obstacle
     # The residual stream is fp32 under autocast and with an fp32 backbone; otherwise it needs half of this.
-    needed = count_tokens(examples) * model.config.hidden_size * 4
+    needed = count_tokens(examples) * model.decoder.config.hidden_size * 4
     where = f"{needed / 2**20:.0f} MiB"
     if config.prefix_cache or before:
         return True, f"{where} of activations"

@@ -17,7 +17,7 @@ POSITIONS = tuple(PLACES)  # each with the sum, of a layer's two, after which it
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
 # Fields that earlier versions did not have, with what their adapters were: as ever, to runs and studies of those
-ADDED = {"layer_norm": True, "scale": 1.0, "learned_scale": False}
+ADDED = {"layer_norm": True, "scale": 1.0, "learned_scale": False, "text_only": False}
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
 _DEFAULT_DIM = 64
@@ -81,6 +81,7 @@ class AdapterConfig:
         depth: number of adapters in sequence at each site, 1 to 32. They run one after the other, so that time and
             memory grow with it. In parallel positions all read the same x.
         activation, init, eps, x_free, layer_norm, scale, learned_scale: as in ``Adapter``.
+        text_only: in a model that also reads images, y = x on the tokens that stand for parts of them.
         max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
         modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
@@ -106,6 +107,7 @@ class AdapterConfig:
     layer_norm: bool = checks.option(True, "LayerNorm before the bottleneck; without: y = x + up(act(down(x)))")
     scale: float = checks.option(1.0, "factor of what an adapter adds")
     learned_scale: bool = checks.option(False, "train the scale too, one number per adapter, from --scale on")
+    text_only: bool = checks.option(False, "of a backbone that reads images: no adapters on those")
     max_params: int | None = checks.option(
         None, "a budget instead of adapter_dim: the largest that fits, such as 8000000 or 8e6"
     )
@@ -131,6 +133,7 @@ class AdapterConfig:
         checks.flag("layer_norm", self.layer_norm)
         object.__setattr__(self, "scale", float(checks.number("scale", self.scale, "(-inf, inf)")))
         checks.flag("learned_scale", self.learned_scale)
+        checks.flag("text_only", self.text_only)
         if self.max_params is not None:
             checks.integer("max_params", self.max_params, 1)
             if self.adapter_dim != _DEFAULT_DIM:

@@ -28,6 +28,7 @@ from adapterkern.model.decoder import (
     restore,
     text_decoder,
 )
+from adapterkern.model.images import image_tokens, watch
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.logits import WithLogits
 from adapterkern.model.prefix import Split
@@ -92,6 +93,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self.liger = liger
         for index, layer in enumerate(layers):
             adapt(layer, self._site(index))
+        self._watching = watch(self)
         if self.checkpoints_activations:
             self.gradient_checkpointing_enable()  # again: recomputation must see the adapters of the forward
 
@@ -136,6 +138,8 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         if "_unloaded" in self.__dict__:
             return self._unloaded
         self.liger = False
+        for hook in self._watching:
+            hook.remove()
         for layer in self.layers:
             site = layer.__dict__.get("_adapter_site")
             if site is not None and site.model is self:
@@ -229,6 +233,10 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
                     )
                     for _ in range(config.depth)
                 )
+            )
+        if config.text_only and not image_tokens(self.base):
+            raise ValueError(
+                f"text_only: expected False for {type(self.base).__name__}, which does not read images, got True"
             )
         self._add_copies(sites, config)
         self.adapters[name] = sites

@@ -237,8 +237,13 @@ class DeferredMixture:
 
 
 def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
-    """Raise ``ValueError`` if an adapter has modules of the backbone of its own: all sequences share those."""
+    """Raise ``ValueError`` if an adapter has modules of the backbone of its own, which all sequences share, or
+    leaves images out."""
     for name, config in configs.items():
+        if config.text_only:
+            raise ValueError(
+                f"text_only: expected False of an adapter that is mixed with others in a batch, got True of {name!r}"
+            )
         if config.modules_to_save:
             raise ValueError(
                 f"modules_to_save: expected none of an adapter that is mixed with others in a batch, got "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapterkern import checks
 from adapterkern.model.config import AdapterConfig, prefix_length
+from adapterkern.model.images import on_text
 from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
 from adapterkern.model.pretrained import Wrapped
 
@@ -31,6 +32,7 @@ class State(NamedTuple):
     enabled: bool
     mixture: Mixture | DeferredMixture | None
     skip: int | None = None  # of each adapter's first sites; None as the model is set
+    images: Tensor | None = None  # (B, L, 1): the tokens of the batch that an adapter for text alone leaves out
     fixed: bool = False  # as a forward was; otherwise the model's settings hold for ``active``, and besides ``enabled``
 
 
@@ -46,6 +48,7 @@ class _Blocks(threading.local):
 
     def __init__(self, state: State | None = None) -> None:
         self.state = state
+        self.images: Tensor | None = None  # of the forward that runs
 
     def __reduce__(self) -> Any:
         return _Blocks, ()  # a copied or unpickled model is in no block
@@ -112,7 +115,7 @@ class Running(Wrapped):
         if state.fixed:
             return state
         skip = self._skip if state.skip is None else state.skip
-        return State(self._active, state.enabled and self._on, state.mixture, skip)
+        return State(self._active, state.enabled and self._on, state.mixture, skip, self._blocks.images)
 
     @property
     def _enabled(self) -> bool:
@@ -301,7 +304,7 @@ class RunningSite:
         self.width = model.decoder.config.hidden_size
 
     def cuts(self) -> bool:
-        active, enabled, mixture, skip, _ = self.model._state
+        active, enabled, mixture, skip, *_ = self.model._state
         if not enabled:
             return False
         if mixture is not None:
@@ -328,7 +331,7 @@ class RunningSite:
         return adapters(hidden)
 
     def _at(self, place: str, x: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        active, enabled, mixture, skip, _ = self.model._state
+        active, enabled, mixture, skip, images, _ = self.model._state
         if not enabled:
             return None
         if mixture is not None:
@@ -340,4 +343,5 @@ class RunningSite:
         sites: Any = self.model.adapters[active]
         if self.index not in sites:
             return None
-        return partial(sites[self.index], x=x) if config.is_parallel else sites[self.index]
+        run = partial(sites[self.index], x=x) if config.is_parallel else sites[self.index]
+        return run if images is None else partial(on_text, run, images)

@@ -1,5 +1,8 @@
 """Models that read images: adapters in their text decoder, images through forward, generate and training."""
 
+import copy
+import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,45 @@ def test_it_trains_on_texts_alone() -> None:
     with torch.no_grad():
         states = model.decoder(ids, use_cache=False).last_hidden_state
         assert torch.equal(states, model.base.model(ids, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("position", ["layer", "parallel-attention"])
+def test_adapters_for_the_text_alone(position: Any, tmp_path: Path) -> None:
+    inputs, image = batch(), (batch()["input_ids"] == IMAGE)[..., None]
+    config = ak.AdapterConfig(4, position, layers=[0, 2], text_only=True)
+    model, plain = (ak.LlamaAdapter(gemma3(), c) for c in (config, dataclasses.replace(config, text_only=False)))
+    for one in (model, plain):
+        families.draw(one)
+    plain.eval().fused = False
+    for module in plain.adapters.modules():
+        if isinstance(module, ak.Adapter):
+            module.up.register_forward_hook(lambda _, __, out: out.masked_fill(image, 0))
+    outcomes = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        outcomes.append([p.grad.clone() for p in model.adapter_parameters()])
+    assert tiny_run.same_bits(*outcomes)
+    model.eval().save_pretrained(tmp_path)
+    loaded = ak.LlamaAdapter.from_pretrained(gemma3(), tmp_path).eval()
+    assert loaded.adapter_config().text_only
+    with torch.no_grad():
+        expected = plain(**inputs).logits
+        for one in (model, loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(one(**inputs).logits, expected)
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE])
+        later = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | {
+            "token_type_ids": (tokens == IMAGE).long(),
+            "pixel_values": inputs["pixel_values"],
+        }
+        chosen = model(**later).logits[:, 11:-1].index_fill(2, torch.tensor([IMAGE]), -torch.inf).argmax(-1)
+        assert torch.equal(chosen, tokens[:, 12:])
+        with pytest.raises(ValueError, match="text_only: expected input_ids, got inputs_embeds"):
+            model(inputs_embeds=torch.zeros(1, 2, 32))
+        with pytest.raises(ValueError, match="text_only: expected False of an adapter that is mixed"):
+            model(**inputs, adapter_names=["default", "__base__"])
+        assert torch.equal(model.unload()(**inputs).logits, gemma3()(**inputs).logits)
+    with pytest.raises(ValueError, match="text_only: expected False for LlamaForCausalLM, which does not read images"):
+        tiny_run.model(text_only=True)

@@ -322,7 +322,7 @@ def write_adapterhub(
     directory = Path(directory)
     check_folder(directory, owner="AdapterHub")
     _check_name(name)
-    for field, expected in (("depth", 1), *[("eps", 1e-5)] * config.layer_norm):
+    for field, expected in (("depth", 1), ("text_only", False), *[("eps", 1e-5)] * config.layer_norm):
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
     if config.modules_to_save:

@@ -378,7 +378,7 @@ def test_a_saved_run_is_evaluated_as_it_was(kind: str, tmp_path: Path) -> None:
         data: Any = TEXTS
         values: dict[str, Any] = LM
     else:
-        task = KeepBehaviour(model, temperature=2.0, weight=0.3, divergence="js")
+        task = KeepBehaviour(model, temperature=2.0, weight=0.3, divergence="jsd", beta=0.2, top_k=5)
         rows, values = TASKS[kind]
         data = WithKept(rows, TEXTS)
     config = tiny_run.quiet(**values, output_dir=tmp_path)
@@ -425,7 +425,7 @@ def test_a_saved_run_with_another_teacher_needs_it_again(tmp_path: Path) -> None
         ({"teacher": 3}, "field 'teacher': expected a string or null, got 3"),
         ({"weight": 2.0}, r"weight: expected a number in \[0, 1\], got 2\.0"),
         ({"temperature": "hot"}, r"temperature: expected a number in \(0, inf\), got 'hot'"),
-        ({"divergence": None}, "divergence: expected one of kl, js, got None"),
+        ({"divergence": None}, "divergence: expected one of kl, reverse-kl, js, jsd, got None"),
         (None, "field 'divergence' is missing"),
     ],
 )

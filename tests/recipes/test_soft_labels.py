@@ -40,7 +40,18 @@ def case(tokens: int, vocabulary: int = 23, seed: int = 0, spread: float = 3.0) 
     }
 
 
-@pytest.mark.parametrize("divergence", ["kl", "js"])
+KINDS: list[dict[str, Any]] = [
+    {"divergence": "kl"},
+    {"divergence": "js"},
+    {"divergence": "reverse-kl"},
+    *({"divergence": "jsd", "beta": beta} for beta in (0.0, 0.1, 0.9, 1.0)),
+    {"divergence": "kl", "top_k": 22},  # of 23: the others are one
+    {"divergence": "reverse-kl", "top_k": 3},
+    {"divergence": "jsd", "top_k": 1},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 @given(
     tokens=st.integers(0, 9),
     chunk_tokens=st.integers(1, 10),
@@ -50,7 +61,7 @@ def case(tokens: int, vocabulary: int = 23, seed: int = 0, spread: float = 3.0) 
     weighted=st.booleans(),
 )
 def test_value_and_gradient_are_the_definitions(
-    divergence: str,
+    kind: dict[str, Any],
     tokens: int,
     chunk_tokens: int,
     temperature: float,
@@ -61,7 +72,7 @@ def test_value_and_gradient_are_the_definitions(
     c = case(tokens, seed=tokens)
     z, t = c["head"](c["hidden"]), c["teacher"].head(c["teacher"].hidden)
     a = c["token_weights"] if weighted else torch.ones(tokens)
-    divergences = (a * plain(z, t, temperature, divergence)).sum()
+    divergences = (a * plain(z, t, temperature, **kind)).sum()
     hard = F.cross_entropy(z, c["targets"], reduction="sum", ignore_index=IGNORE)
     cross_entropy = hard if with_targets else 0 * z.sum()
     expected = (1 - weight) * cross_entropy + weight * temperature**2 * divergences
@@ -75,7 +86,7 @@ def test_value_and_gradient_are_the_definitions(
         a if weighted else None,
         temperature=temperature,
         weight=weight,
-        divergence=divergence,
+        **kind,
         chunk_tokens=chunk_tokens,
         count=True,
     )
@@ -91,15 +102,54 @@ def test_value_and_gradient_are_the_definitions(
         torch.testing.assert_close(got.teacher_cross_entropy, taught, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("divergence", ["kl", "js"])
-def test_the_written_gradient_is_the_values_own(divergence: str) -> None:
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:4], {"divergence": "reverse-kl", "top_k": 3}], ids=lambda kind: "-".join(map(str, kind.values()))
+)
+def test_the_written_gradient_is_the_values_own(kind: dict[str, Any]) -> None:
     c = case(4, vocabulary=7, spread=1.0)
-    settings: Any = {"temperature": 1.7, "weight": 0.6, "divergence": divergence, "chunk_tokens": 3}
+    settings: Any = {"temperature": 1.7, "weight": 0.6, "chunk_tokens": 3} | kind
 
     def loss(hidden: Tensor) -> Tensor:
         return soft_label_loss(hidden, c["head"], c["teacher"], c["targets"], **settings).loss
 
     assert torch.autograd.gradcheck(loss, (c["hidden"],))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_divergence_is_trls(beta: float) -> None:
+    """Of its GKDTrainer, in fp32: values to 1e-6, whatever p and q are."""
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer", reason="needs trl with trl.experimental.gkd")
+    z, t = torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(1))
+    for spread in (0.01, 1.0, 12.0):
+        for temperature in (0.7, 3.0):
+            theirs = gkd.GKDTrainer.generalized_jsd_loss(
+                spread * z[None], spread * t[None], beta=beta, temperature=temperature, reduction="sum"
+            )
+            ours = soft_label_loss(
+                spread * z,
+                nn.Identity(),
+                Teacher(spread * t, nn.Identity()),
+                temperature=temperature,
+                divergence="jsd",
+                beta=beta,
+            ).divergence
+            assert abs(ours - theirs).item() <= 1e-6 * max(40, abs(theirs).item())  # the sum of 40 tokens
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+@pytest.mark.parametrize("spread", [1e-4, 1e4])
+def test_it_is_finite_and_no_less_than_zero_in_fp32(kind: dict[str, Any], spread: float) -> None:
+    """Also where probabilities round to 0, and where all of p is in its likeliest tokens."""
+    hidden = (spread * torch.randn(9, 23)).requires_grad_()
+    teacher = Teacher(hidden.detach() + spread * torch.randn(9, 23), nn.Identity())
+    result = soft_label_loss(hidden, nn.Identity(), teacher, weight=1, **kind)
+    (gradient,) = torch.autograd.grad(result.loss, hidden)
+    assert gradient.isfinite().all()
+    exact = plain(hidden.detach().double(), teacher.hidden.double(), 1.0, **kind).sum()
+    if exact.isfinite():  # the definition is not, where a probability is 0
+        assert result.divergence.item() == pytest.approx(exact.item(), rel=1e-4, abs=2e-6)
+    assert result.divergence >= -2e-6
+    assert result.divergence.isfinite()
 
 
 def both_ways(first: Tensor, second: Tensor, divergence: str) -> tuple[float, float]:
@@ -162,7 +212,14 @@ def test_under_autocast_it_is_as_accurate_as_whole_logits(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0), ("temperature", math.nan), ("weight", 1.5), ("divergence", "tv"), ("chunk_tokens", 0)],
+    [
+        ("temperature", 0),
+        ("temperature", math.nan),
+        ("weight", 1.5),
+        ("divergence", "tv"),
+        ("chunk_tokens", 0),
+        ("top_k", 0),
+    ],
 )
 def test_bad_settings_are_named(name: str, value: Any) -> None:
     for make in (SoftLabelSettings, functools.partial(soft_label_loss, torch.zeros(2, 3), nn.Identity())):
@@ -170,6 +227,15 @@ def test_bad_settings_are_named(name: str, value: Any) -> None:
             make(**{name: value})
         with pytest.raises((TypeError, ValueError), match=rf"{name}: expected .*, got \[\]"):
             make(**{name: []})
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"beta: expected None with divergence='kl', got 0\.3"):
+        SoftLabelSettings(beta=0.3)
+    with pytest.raises(ValueError, match=r"beta: expected a number in \[0, 1\], got 2"):
+        SoftLabelSettings(divergence="jsd", beta=2)
+    with pytest.raises(ValueError, match="top_k: expected an integer from 1 to 22, got 23"):
+        soft_label_loss(*list(case(2).values())[:3], top_k=23)
 
 
 # Memory
@@ -204,7 +270,7 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary_is_ever_made() -> None:
             hidden, heads[0], teacher, targets, divergence=divergence, chunk_tokens=chunk_tokens
         ).loss
 
-    for divergence in ("kl", "js"):
+    for divergence in ("kl", "js", "reverse-kl", "jsd"):
         with Allocations() as made:
             saved = saved_elements(lambda d=divergence: chunked(d), weights)  # type: ignore[misc]
         assert made.largest == width * vocabulary > chunk_tokens * vocabulary  # a transposed view of the weight

@@ -2,17 +2,29 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def plain(z: Tensor, t: Tensor, T: float, divergence: str) -> Tensor:
+def plain(
+    z: Tensor, t: Tensor, T: float, divergence: str, beta: float | None = None, top_k: int | None = None
+) -> Tensor:
     """D of each token, as the definition has it."""
     p, q = (t / T).softmax(-1), (z / T).softmax(-1)
-    if divergence == "kl":
+    if top_k is not None:
+        order = p.argsort(-1, descending=True)
+        p, q = (
+            torch.cat([x[..., :top_k], x[..., top_k:].sum(-1, keepdim=True)], -1)
+            for x in (p.gather(-1, order), q.gather(-1, order))
+        )
+    beta = {"kl": 0.0, "reverse-kl": 1.0}.get(divergence, 0.5 if beta is None else beta)
+    if beta == 0:
         return (p * (p.log() - q.log())).sum(-1)
-    m = (p + q) / 2
-    return ((p * (p.log() - m.log())).sum(-1) + (q * (q.log() - m.log())).sum(-1)) / 2
+    if beta == 1:
+        return (q * (q.log() - p.log())).sum(-1)
+    m = beta * p + (1 - beta) * q
+    return beta * (p * (p.log() - m.log())).sum(-1) + (1 - beta) * (q * (q.log() - m.log())).sum(-1)
 
 
 class Allocations(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Soft labels of a teacher: a student learns from them, or a model keeps its behavior while it learns a task.
 
 settings.py       temperature, weight, divergence
+divergences.py    KL, its reverse, Jensen–Shannon, over all tokens or the teacher's likeliest
 soft_labels.py    the loss
 teacher.py        what both tasks share: the teacher, its checks, the files
 task.py           ``Distillation``: soft labels for the targets of the task's own rows

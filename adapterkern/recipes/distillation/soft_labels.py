@@ -1,9 +1,7 @@
 """The loss of soft labels: cross-entropy and a divergence from a teacher's distribution, a few tokens at a time.
 
-With logits z of the student and t of the teacher, temperature T, p = softmax(t/T), q = softmax(z/T), m = (p + q)/2:
-
-    "kl"  D = KL(p‖q) = Σ p (log p − log q)                  ∂D/∂z = (q − p)/T            the forward direction
-    "js"  D = ½ KL(p‖m) + ½ KL(q‖m), 0 ≤ D ≤ log 2          ∂D/∂z = q ⊙ (g − Σ q g)/T    g = ½ (log q − log m)
+With logits z of the student, temperature T, q = softmax(z/T), and D its divergence from the teacher's p, whose formulas
+and gradients in z are those of divergences.py:
 
     loss = Σ_i (1 − λ) · CE(z_i, target_i) + λ · T² · a_i · D_i
 
@@ -18,7 +16,6 @@ hidden states, and multiplies it by a number. The LM head runs once in each dire
 frozen and gets no gradient.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapterkern.recipes.distillation.divergences import divergence_of
 from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
 
 IGNORE = -100  # marks a token without target, as in torch's cross_entropy
@@ -61,6 +59,8 @@ def soft_label_loss(
     temperature: float = DEFAULTS.temperature,
     weight: float = DEFAULTS.weight,
     divergence: str = DEFAULTS.divergence,
+    beta: float | None = DEFAULTS.beta,
+    top_k: int | None = DEFAULTS.top_k,
     chunk_tokens: int = DEFAULTS.chunk_tokens,
     count: bool = False,
 ) -> SoftLabelLoss:
@@ -72,7 +72,7 @@ def soft_label_loss(
         teacher: its states of the same N tokens; None leaves the divergence out.
         targets: (N,) int64, ``IGNORE`` where there is none; None leaves the cross-entropy out.
         token_weights: (N,), a_i.
-        temperature, weight, divergence, chunk_tokens: see ``SoftLabelSettings``.
+        temperature, weight, divergence, beta, top_k, chunk_tokens: see ``SoftLabelSettings``.
         count: also compute the last three fields of ``SoftLabelLoss``.
 
     Raises:
@@ -80,7 +80,12 @@ def soft_label_loss(
         TypeError: an argument of the wrong type.
     """
     settings = SoftLabelSettings(
-        temperature=temperature, weight=weight, divergence=divergence, chunk_tokens=chunk_tokens
+        temperature=temperature,
+        weight=weight,
+        divergence=divergence,
+        beta=beta,
+        top_k=top_k,
+        chunk_tokens=chunk_tokens,
     )
     if teacher is not None and len(teacher.hidden) != len(hidden):
         raise ValueError(f"teacher: expected states of {len(hidden)} tokens, got {len(teacher.hidden)}")
@@ -168,7 +173,7 @@ def _chunk(
             correct = (student.argmax(-1) == targets).sum()
     if teacher is not None:
         log_p, log_q = (F.log_softmax(t if temperature == 1 else t / temperature, -1) for t in (teacher, student))
-        per_token, slope = (_kl if settings.divergence == "kl" else _js)(log_p, log_q)
+        per_token, slope = divergence_of(settings)(log_p, log_q)
         a = torch.ones_like(per_token) if token_weights is None else token_weights
         diverged = (per_token * a).sum()
         if with_gradient:
@@ -181,23 +186,3 @@ def _chunk(
     loss = (1 - weight) * cross_entropy + weight * temperature**2 * diverged
     sums = (loss, cross_entropy, diverged, teacher_cross_entropy, correct.to(zero), agreement.to(zero))
     return torch.stack(sums), gradient
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's KL(p‖q), and T times its gradient in z."""
-    p = log_p.exp()
-    per_token = (log_p - log_q).mul_(p).sum(-1)
-    return per_token, log_q.exp().sub_(p)
-
-
-def _js(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's Jensen–Shannon divergence, and T times its gradient in z."""
-    # log m − log q = softplus(δ) − log 2 with δ = log p − log q. Near p = q this is accurate to the last digits of a
-    # small number; the difference of two logarithms is not.
-    log_ratio = log_p - log_q
-    g = (math.log(2) - F.softplus(log_ratio, threshold=40)).mul_(0.5)
-    h = (math.log(2) - F.softplus(-log_ratio, threshold=40)).mul_(0.5)
-    q = log_q.exp()
-    from_q = (q * g).sum(-1)
-    per_token = h.mul_(log_p.exp()).sum(-1) + from_q
-    return per_token, g.sub_(from_q[:, None]).mul_(q)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from adapterkern import checks
 from adapterkern.files import read_json, write_json
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import eval_mode
@@ -32,6 +33,7 @@ from adapterkern.training.task import Task
 
 DISTILLATION_CONFIG = "distillation.json"
 _SAVED = ("temperature", "weight", "divergence")
+_SAVED_IF_SET = ("beta", "top_k")  # which earlier versions do not have
 
 
 class Taught(Task[Example]):
@@ -43,7 +45,7 @@ class Taught(Task[Example]):
             vocabulary, on the same device, whose logits follow from its last hidden states. It is put into eval mode.
             It does not become part of this module: it is neither trained nor saved.
         head: a classification head, for a task that has one.
-        temperature, weight, divergence, chunk_tokens: see ``SoftLabelSettings``; later ``soft_labels``.
+        temperature, weight, divergence, beta, top_k, chunk_tokens: see ``SoftLabelSettings``; later ``soft_labels``.
 
     Raises:
         ValueError: a setting out of its range, or a teacher that does not fit.
@@ -63,12 +65,21 @@ class Taught(Task[Example]):
         temperature: float = DEFAULTS.temperature,
         weight: float = DEFAULTS.weight,
         divergence: str = DEFAULTS.divergence,
+        beta: float | None = DEFAULTS.beta,
+        top_k: int | None = DEFAULTS.top_k,
         chunk_tokens: int = DEFAULTS.chunk_tokens,
     ) -> None:
         super().__init__(model, head)
         self.soft_labels = SoftLabelSettings(
-            temperature=temperature, weight=weight, divergence=divergence, chunk_tokens=chunk_tokens
+            temperature=temperature,
+            weight=weight,
+            divergence=divergence,
+            beta=beta,
+            top_k=top_k,
+            chunk_tokens=chunk_tokens,
         )
+        if top_k is not None:
+            checks.integer("top_k", top_k, 1, model.get_output_embeddings().weight.shape[0] - 1)
         if teacher is None and (model.trains_below() or isinstance(model.get_output_embeddings(), Replaceable)):
             raise ValueError(
                 "modules_to_save: expected neither embeddings nor LM head where the model without its adapter is the "
@@ -93,12 +104,13 @@ class Taught(Task[Example]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The teacher by name and number of layers (None: the model itself), temperature, weight and divergence."""
+        """The teacher by name and number of layers (None: the model itself), and the settings of the loss."""
         described = None
         if self.teacher is not None:
             name = base_name(self.teacher) or type(self.teacher).__name__
             described = f"{name}, {self.teacher.config.num_hidden_layers} layers"
-        return {"teacher": described} | {name: getattr(self.soft_labels, name) for name in _SAVED}
+        given = {name: getattr(self.soft_labels, name) for name in (*_SAVED, *_SAVED_IF_SET)}
+        return {"teacher": described} | {n: value for n, value in given.items() if n in _SAVED or value is not None}
 
     # A forward
 
@@ -185,7 +197,7 @@ def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:
     if not isinstance(saved["teacher"], str | None):
         raise ValueError(f"{path}: field 'teacher': expected a string or null, got {saved['teacher']!r}")
     try:
-        return saved["teacher"], SoftLabelSettings(**{name: saved[name] for name in _SAVED})
+        return saved["teacher"], SoftLabelSettings(**{n: saved[n] for n in (*_SAVED, *_SAVED_IF_SET) if n in saved})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -15,10 +15,12 @@ from adapterkern import checks
 from adapterkern.files import read_json
 from adapterkern.inference.runs import SavedRun
 from adapterkern.inference.settings import GenerationSettings, reads_padding
+from adapterkern.model.pretrained import configured
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.recipes.routing.task import RoutedTask
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.chat import Conversation, Message, check_template, question, render
+from adapterkern.training.data.ends import turn_end
 from adapterkern.training.data.examples import Rows
 from adapterkern.training.data.padding import positions
 from adapterkern.training.data.rows import (
@@ -34,7 +36,7 @@ from adapterkern.training.data.rows import (
     warn,
 )
 from adapterkern.training.data.shapes import asks, read_prompt
-from adapterkern.training.data.tokens import added_tokens, tokenize
+from adapterkern.training.data.tokens import tokenize
 from adapterkern.training.prediction import chunks
 from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.run.report import DATA_NAME
@@ -42,7 +44,6 @@ from adapterkern.training.saved import CHECKPOINTS
 from adapterkern.training.task import Task
 
 NO_ADAPTER = "none"  # the name that stands for the bare backbone
-_PROBE = "4711"  # an answer, of which a template changes nothing
 
 Prompt = str | Conversation
 
@@ -219,19 +220,6 @@ def encode(tokenizer: Any, prompt: Prompt, model: Any = None, *, chat: bool = Fa
     return ids
 
 
-def turn_end(tokenizer: Any) -> int | None:
-    """The special token with which the chat template ends the assistant's turn; None if it has none."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    try:
-        _, found, after = render(tokenizer, messages, prompt=False).rpartition(_PROBE)
-    except ValueError:
-        return None
-    after = after.lstrip()
-    tokens = added_tokens(tokenizer)
-    first = max((token for token in tokens if after.startswith(token)), key=len, default="")
-    return tokens[first] if found and first else None
-
-
 # Batches
 
 
@@ -263,7 +251,7 @@ def continued(
             *(cut, len(encoded), wanted, most),
         )
     found: dict[int, str] = {}
-    with in_one_thread(adapted), _configured(adapted, config), answering(model, adapter) as generate, torch.no_grad():
+    with in_one_thread(adapted), configured(adapted, config), answering(model, adapter) as generate, torch.no_grad():
         for batch in _batches([len(ids) for ids in encoded], batch_size, most - wanted, reads_padding(config)):
             inputs = padded([encoded[number] for number in batch], config.pad_token_id, adapted.device)
             length = inputs["input_ids"].shape[1]
@@ -299,17 +287,6 @@ def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str,
     ids = torch.tensor([[pad] * (length - len(one)) + list(one) for one in prompts])
     mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in prompts])
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-@contextlib.contextmanager
-def _configured(model: Any, config: Any) -> Iterator[None]:
-    """The model's ``generation_config`` is ``config``: what one is given beside it would be mixed with it."""
-    before = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 # Which adapter

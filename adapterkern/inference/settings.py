@@ -113,6 +113,8 @@ class GenerationSettings:
         Args:
             ends: tokens that end a text beside the model's and the tokenizer's.
         """
+        from adapterkern.training.data.ends import end_tokens  # the command line makes options from this module
+
         config = copy.deepcopy(model.generation_config)
         config._from_model_config = False
         found = dict.fromkeys((*end_tokens(config, tokenizer), *ends))
@@ -142,12 +144,6 @@ class GenerationSettings:
 
 
 _OWN = tuple(field.name for field in dataclasses.fields(GenerationSettings) if field.name != "other")
-
-
-def end_tokens(config: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those of a ``GenerationConfig``."""
-    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return [token for token in dict.fromkeys((tokenizer.eos_token_id, *known)) if token is not None]
 
 
 def reads_padding(config: Any) -> bool:

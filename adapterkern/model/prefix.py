@@ -157,6 +157,22 @@ class Split(Wrapped):
         with torch.no_grad(), self.disable_adapter():
             return prefix(**source, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
+    @contextmanager
+    def prefix_recorded(self) -> Iterator[list[Tensor]]:
+        """Gives what ``run_prefix`` would return, (B, n, d), of each forward inside the block, in their order.
+
+        A forward is of n tokens, those before it in a KV cache: their streams one after the other are those of the
+        whole sequence. ``prefix_length`` must be >= 1.
+        """
+        found: list[Tensor] = []
+        layer = self.layers[self.prefix_length - 1]
+        site = layer.__dict__["_adapter_site"]
+        layer.__dict__["_adapter_site"] = _Recorder(site, found)
+        try:
+            yield found
+        finally:
+            layer.__dict__["_adapter_site"] = site
+
     def run_suffix(
         self,
         hidden: Tensor,
@@ -182,6 +198,21 @@ class Split(Wrapped):
         suffix = decoder_slice(self.decoder, start, len(self.layers))
         places = {} if position_ids is None else {"position_ids": position_ids}
         return suffix(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False, **places).last_hidden_state
+
+
+class _Recorder:
+    """A site that also records the residual stream before its layer's adapter."""
+
+    def __init__(self, site: Site, found: list[Tensor]) -> None:
+        self.site, self.found = site, found
+
+    def has(self, position: str) -> bool:
+        return self.site.has(position)
+
+    def run(self, position: str, hidden: Tensor) -> Tensor:
+        if position == "layer":
+            self.found.append(hidden)
+        return self.site.run(position, hidden)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ its class (which decides whether a loss shifts the labels), gradient checkpointi
 import functools
 import inspect
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -284,6 +285,17 @@ def _class_for(cls: Any, base: Any) -> Any:
     members |= {"_made_from": (cls, base)}
     # Its name: pipelines and Trainer look whether a model's is among those of causal language models, and so on.
     return type(base.__name__, (cls,), members)
+
+
+@contextmanager
+def configured(model: Wrapped, config: Any) -> Iterator[None]:
+    """The model's ``generation_config`` is ``config``: what one is given beside it would be mixed with it."""
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _keep_differentiable(base: nn.Module) -> None:

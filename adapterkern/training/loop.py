@@ -213,7 +213,8 @@ class Run(Generic[E]):
 
     def _timed_step(self, reporter: Reporter) -> None:
         started = time.perf_counter()
-        examples = self._examples(self.state.step)
+        place, autocast = divmod(self.state.step, self.steps_per_epoch), self.engine.accelerator.autocast
+        examples = self.task.step_examples(self._examples(self.state.step), self.config, *place, autocast)
         with self.model.skipping(sites_to_skip(self.config, self.state.step)):
             self._step(examples)
         reporter.step(self.state.step)

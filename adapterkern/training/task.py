@@ -7,7 +7,7 @@ cache, the checkpoints and the evaluation call only these methods:
 
     data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
                summaries: what the examples are, which a run says before it begins
-    a step     begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
+    a step     step_examples, begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
     scores     evaluate: examples → metrics
     answers    to_predict: rows → examples    predict: batch → predictions       joined: those of a row's examples
     files      save, from_pretrained; a resumed run must have the same ``settings``
@@ -49,7 +49,7 @@ from adapterkern.training.data.examples import (
     load_examples,
     unlabeled,
 )
-from adapterkern.training.data.prefix import PrefixCache, Slot
+from adapterkern.training.data.prefix import Context, PrefixCache, Slot
 from adapterkern.training.data.rows import BadRows, Row, iter_rows
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.data.targets import TARGETS
@@ -205,6 +205,17 @@ class Task(nn.Module, Generic[E]):
         """The optimizer of the parameters that ``trained`` returns."""
         return make_optimizer(parameters, config)
 
+    def step_examples(
+        self, examples: list[E], config: TrainConfig, epoch: int, index: int, autocast: Context
+    ) -> list[E]:
+        """What a step learns, from all its rows: by default these. Called on every rank, before ``begin_step``.
+
+        Args:
+            index: the step's number in its epoch, from 0.
+            autocast: makes the context that the step's forwards run in.
+        """
+        return examples
+
     def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
         """Called before a step's forwards, on every rank, with all its rows; its epoch, and number in it, from 0."""
 
@@ -356,7 +367,8 @@ class Feed:
         self.examples = examples
         batch = self.task.collate(examples, self.config)
         starts = batch.pop("starts").tolist() if "starts" in batch else None
-        if self._slots and self.cache is not None:
+        # What a task has made for a step is in no cache.
+        if self._slots and self.cache is not None and examples[0].row in self._slots:
             slots = [self._slots[example.row] for example in examples]
             batch["prefix"] = self.cache.gather(slots, batch["input_ids"].shape[1], self.config, starts)
         return batches.to_device(batch, self.task.model.device)

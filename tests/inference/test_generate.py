@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 import adapterkern as ak
 from adapterkern.inference import generate
-from adapterkern.inference.generate import answering, check_prompts, complete, completions, encode, turn_end
+from adapterkern.inference.generate import answering, check_prompts, complete, completions, encode
 from adapterkern.inference.runs import find_run
 from adapterkern.inference.settings import GenerationSettings, read_generation
 from adapterkern.model.llama import LlamaAdapter
@@ -21,6 +21,7 @@ from adapterkern.recipes.routing.router import RoutingConfig
 from adapterkern.recipes.routing.task import RoutedTask
 from adapterkern.training import load_examples
 from adapterkern.training.data.chat import question
+from adapterkern.training.data.ends import turn_end
 from adapterkern.training.data.rows import DataError
 from tests.support import tiny_chat, tiny_run
 from tests.support.tiny_chat import BARE, CHATML, PLAIN, said

@@ -9,13 +9,12 @@ from typing import Any
 from transformers import GenerationConfig
 
 from adapterkern.files import read_json
-from adapterkern.inference.generate import turn_end
 from adapterkern.inference.runs import SavedRun, find_run, tokens_digest
-from adapterkern.inference.settings import end_tokens
 from adapterkern.model.files.folder import adapter_files
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.running import BASE_NAME
 from adapterkern.recipes.multitask.task import MultiTask
+from adapterkern.training.data.ends import end_tokens, turn_end
 from adapterkern.training.data.padding import positions
 from adapterkern.training.task import Task
 

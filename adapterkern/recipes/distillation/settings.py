@@ -1,6 +1,7 @@
 """The settings of soft labels. This module imports no transformers: the command line makes its options from it."""
 
 import dataclasses
+from typing import Any
 
 from adapterkern import checks
 
@@ -58,3 +59,60 @@ class SoftLabelSettings:
 
 
 DEFAULTS = SoftLabelSettings()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How often, and how, a student generates what it learns from; see rollouts.py.
+
+    Args:
+        on_policy: the share of the steps that learn from the student's own completions, from 0 to 1.
+        max_new_tokens: of a completion, >= 1; it also ends where a text would be longer than ``max_length``. None is
+            64, and all that there is without ``on_policy``.
+        rollout_temperature: at which tokens are drawn, finite; 0 takes the likeliest. None is 1, and as before.
+
+    Raises:
+        ValueError: a setting is out of its range, or has no effect.
+        TypeError: one is of the wrong type.
+    """
+
+    on_policy: float = checks.option(0.0, "share of the steps that learn from the model's own completions, 0 to 1")
+    max_new_tokens: int | None = checks.option(None, "most new tokens of a completion; default 64")
+    rollout_temperature: float | None = checks.option(
+        None, "temperature at which completions are drawn, 0: the likeliest tokens; default 1"
+    )
+
+    def __post_init__(self) -> None:
+        checks.number("on_policy", self.on_policy, "[0, 1]")
+        if self.max_new_tokens is not None:
+            checks.integer("max_new_tokens", self.max_new_tokens, 1)
+        if self.rollout_temperature is not None:
+            checks.number("rollout_temperature", self.rollout_temperature, "[0, inf)")
+        for name in ("max_new_tokens", "rollout_temperature"):
+            if not self.on_policy and getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None without on_policy, got {getattr(self, name)}")
+
+    @property
+    def new_tokens(self) -> int:
+        """The most new tokens."""
+        return 64 if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
+    def temperature(self) -> float:
+        """At which tokens are drawn."""
+        return 1.0 if self.rollout_temperature is None else self.rollout_temperature
+
+    def check(self, soft_labels: SoftLabelSettings, config: Any) -> None:
+        """Raise ``ValueError`` for what a training with rollouts cannot have, and for what has no effect beside them.
+
+        Args:
+            config: the training's ``TrainConfig``.
+        """
+        if not self.on_policy:
+            return
+        if soft_labels.weight == 0:
+            raise ValueError("weight: expected more than 0 with on_policy, whose completions have soft labels alone")
+        if config.packing:
+            raise ValueError("packing: expected False with on_policy, which completes each row by itself, got True")
+        if config.shard:
+            raise ValueError("shard: expected False with on_policy: ranks generate texts of other lengths, got True")

@@ -11,25 +11,82 @@ import torch
 from torch import Tensor
 
 from adapterkern.model.decoder import first_layers as first_layers  # users import it from here
+from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.distillation.keeping import KeepBehaviour as KeepBehaviour  # the old module had both
 from adapterkern.recipes.distillation.keeping import WithKept as WithKept
-from adapterkern.recipes.distillation.teacher import Taught, token_metrics
+from adapterkern.recipes.distillation.rollouts import Rollout, Rollouts, check_prompts, with_streams
+from adapterkern.recipes.distillation.settings import RolloutSettings, SoftLabelSettings
+from adapterkern.recipes.distillation.teacher import Taught, saved_fields, token_metrics
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_targets
 from adapterkern.training.data.examples import Example, Rows
+from adapterkern.training.data.prefix import Context
 
 
 class Distillation(Taught):
     """Soft labels for the targets of causal-lm rows: (1 − λ) · CE + λ · T² · D at each of them.
 
     With ``weight=0`` the teacher runs in evaluations only, which always measure how far the student is from it.
+
+    Args:
+        model, teacher, head, settings: see ``Taught``.
+        on_policy, max_new_tokens, rollout_temperature: see ``RolloutSettings``; later ``rollouts``. On-policy steps
+            have λ · T² · D at the tokens that the student itself has generated, see rollouts.py.
     """
+
+    records = (SoftLabelSettings, RolloutSettings)
+
+    def __init__(
+        self,
+        model: LlamaAdapter,
+        teacher: Any = None,
+        *,
+        on_policy: float = 0.0,
+        max_new_tokens: int | None = None,
+        rollout_temperature: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, teacher, **settings)
+        self.rollouts = Rollouts(
+            model,
+            RolloutSettings(
+                on_policy=on_policy, max_new_tokens=max_new_tokens, rollout_temperature=rollout_temperature
+            ),
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | saved_fields(self.rollouts.settings)
 
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
         """As ``Task.load``. Raises ``ValueError`` also where ``config.task`` is not causal-lm."""
         if config.task != "causal-lm":
             raise ValueError(f"task: expected causal-lm for Distillation, whose labels are tokens, got {config.task!r}")
-        return super().load(rows, config, tokenizer)
+        self.rollouts.settings.check(self.soft_labels, config)
+        examples = super().load(rows, config, tokenizer)
+        if self.rollouts.settings.on_policy and not self.rollouts.ends:
+            self.rollouts.read_ends(tokenizer, examples)
+        return examples
+
+    def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
+        """As ``Task.order``. Raises ``DataError`` for rows that have no prompt if some steps are on-policy."""
+        if self.rollouts.settings.on_policy and epoch == 0:
+            check_prompts(examples, self.rollouts.settings, config)
+        return super().order(examples, config, epoch)
+
+    def step_examples(
+        self, examples: list[Example], config: TrainConfig, epoch: int, index: int, autocast: Context
+    ) -> list[Example]:
+        """The rows themselves, or rollouts from their prompts."""
+        if self.rollouts.chosen(config, epoch, index):
+            return self.rollouts.of_step(examples, config, epoch, index, autocast)
+        return examples
+
+    def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
+        """The batch that ``forward`` takes: of rollouts without ``targets``, since they have no cross-entropy."""
+        batch = super().collate(examples, config)
+        rollouts = [example for example in examples if isinstance(example, Rollout)]
+        return with_streams(batch, rollouts, config) if rollouts else batch
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss, and the other sums (5,) of ``SoftLabelLoss``."""
@@ -43,7 +100,7 @@ class Distillation(Taught):
         """As ``forward``; ``batch`` from ``with_prefix``."""
         positions = batch["positions"]
         taught = self.taught(batch).flatten(0, 1)[positions] if self._teaches else None
-        loss, *others = self.soft_label_loss(hidden.flatten(0, 1)[positions], taught, targets=batch["targets"])
+        loss, *others = self.soft_label_loss(hidden.flatten(0, 1)[positions], taught, targets=batch.get("targets"))
         return loss, torch.stack(others)
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:

@@ -32,8 +32,7 @@ from adapterkern.training.saved import load_model, load_run
 from adapterkern.training.task import Task
 
 DISTILLATION_CONFIG = "distillation.json"
-_SAVED = ("temperature", "weight", "divergence")
-_SAVED_IF_SET = ("beta", "top_k")  # which earlier versions do not have
+_SAVED = ("temperature", "weight", "divergence")  # always; others if they are set: earlier versions do not have them
 
 
 class Taught(Task[Example]):
@@ -52,6 +51,7 @@ class Taught(Task[Example]):
         TypeError: a setting of the wrong type.
     """
 
+    records: ClassVar[tuple[type, ...]] = (SoftLabelSettings,)  # whose fields are keyword arguments, and settings
     files: ClassVar[tuple[str, ...]] = (*Task.files, DISTILLATION_CONFIG)
     uniform = False  # the teacher runs only where it has something to teach, and the LM head once per chunk of tokens
     teacher: Any
@@ -109,8 +109,7 @@ class Taught(Task[Example]):
         if self.teacher is not None:
             name = base_name(self.teacher) or type(self.teacher).__name__
             described = f"{name}, {self.teacher.config.num_hidden_layers} layers"
-        given = {name: getattr(self.soft_labels, name) for name in (*_SAVED, *_SAVED_IF_SET)}
-        return {"teacher": described} | {n: value for n, value in given.items() if n in _SAVED or value is not None}
+        return {"teacher": described} | saved_fields(self.soft_labels)
 
     # A forward
 
@@ -178,18 +177,25 @@ class Taught(Task[Example]):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or does not fit, or ``teacher`` is missing, or given and the run had none.
         """
-        described, settings = _read_settings(Path(directory) / DISTILLATION_CONFIG)
+        described, settings = _read_settings(Path(directory) / DISTILLATION_CONFIG, cls.records)
         if (described is None) != (teacher is None):
             expected = f"the run's, {described}" if described else "None, the model itself as in the run"
             raise ValueError(f"teacher: expected {expected}, got {None if teacher is None else type(teacher).__name__}")
         config, head = load_run(directory)
         with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
             head = None if head is None else head.to(model.device)
-            return cls(model, teacher, head=head, **dataclasses.asdict(settings)), config
+            return cls(model, teacher, head=head, **settings), config
 
 
-def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:
-    """The teacher's description and the settings that ``Taught.save`` wrote."""
+def saved_fields(record: Any) -> dict[str, Any]:
+    """What ``distillation.json`` holds of settings: all that the numbers depend on, and differs from the defaults."""
+    fields = (field for field in dataclasses.fields(record) if field.name != "chunk_tokens")
+    given = ((field, getattr(record, field.name)) for field in fields)
+    return {field.name: value for field, value in given if field.name in _SAVED or value != field.default}
+
+
+def _read_settings(path: Path, records: Sequence[Any]) -> tuple[str | None, dict[str, Any]]:
+    """The teacher's description, and the keyword arguments that ``Taught.save`` wrote of settings of these kinds."""
     saved = read_json(path)
     missing = [name for name in ("teacher", *_SAVED) if name not in saved]
     if missing:
@@ -197,7 +203,11 @@ def _read_settings(path: Path) -> tuple[str | None, SoftLabelSettings]:
     if not isinstance(saved["teacher"], str | None):
         raise ValueError(f"{path}: field 'teacher': expected a string or null, got {saved['teacher']!r}")
     try:
-        return saved["teacher"], SoftLabelSettings(**{n: saved[n] for n in (*_SAVED, *_SAVED_IF_SET) if n in saved})
+        found: dict[str, Any] = {}
+        for record in records:
+            given = {field.name: saved[field.name] for field in dataclasses.fields(record) if field.name in saved}
+            found |= dataclasses.asdict(record(**given))
+        return saved["teacher"], found
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

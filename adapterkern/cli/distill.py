@@ -13,8 +13,9 @@ from adapterkern.cli.options import (
     add_options,
     add_training_options,
     from_options,
+    model_flags,
 )
-from adapterkern.cli.run import Job, adapted, check_rows, check_train_and_eval, is_share_of_train, train_run
+from adapterkern.cli.run import Job, adapted, check_rows, check_train_and_eval, is_share_of_train, named, train_run
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "distill", "train adapters on a teacher's soft labels, or keep a model close to its original behavior"
@@ -31,12 +32,18 @@ Train adapters on a teacher's soft labels: (1 - W) * cross-entropy + W * T^2 * d
   adapterkern distill --model SmolLM2.gguf --train qa.jsonl --keep texts.jsonl --output run
   adapterkern distill --model SmolLM2.gguf --train reviews.csv --task classification --keep texts.jsonl --output run
 
+  # a teacher that is the same model with another adapter: what an earlier training has saved
+  adapterkern distill --model SmolLM2.gguf --teacher ./big-run --train qa.jsonl --adapter-dim 8 --output small-run
+
+  # half of the steps: the model completes the prompts itself, and is held to the teacher on what it says
+  adapterkern distill --model SmolLM2.gguf --train qa.jsonl --on-policy 0.5 --divergence reverse-kl --output run
+
 texts.jsonl has the key text, qa.jsonl prompt and completion, reviews.csv the columns text and label.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from adapterkern.recipes.distillation.settings import SoftLabelSettings
+    from adapterkern.recipes.distillation.settings import RolloutSettings, SoftLabelSettings
 
     add_backbone_options(parser)
     add_data_options(parser)
@@ -46,11 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="itself",
         metavar="WHICH",
         help="itself: the model with its adapters off; whole: all layers where --backbone-layers cuts them; "
-        "or a .gguf file, transformers folder or hub name; default %(default)s",
+        "a .gguf file, transformers folder or hub name; or a training's --output: its adapter, on the same backbone; "
+        "default %(default)s",
     )
     group.add_argument("--keep", metavar="FILE", help="texts on which the model should match the teacher")
     group.add_argument("--eval-keep", metavar="FILE", help="the same, to evaluate on")
     add_options(group, SoftLabelSettings)
+    add_options(parser.add_argument_group("the model's own completions", "without --keep"), RolloutSettings)
     add_adapter_options(parser)
     add_training_options(parser, without=OF_PLAIN_LOSS)
     parser.set_defaults(task="causal-lm")
@@ -58,12 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from adapterkern.model.backbone import check_hub, check_source, load_backbone
+    from adapterkern.model.files.folder import adapter_files
+    from adapterkern.model.llama import LlamaAdapter
     from adapterkern.model.quantized import check_load_in
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.keeping import check_task
-    from adapterkern.recipes.distillation.settings import SoftLabelSettings
+    from adapterkern.recipes.distillation.rollouts import check_shape
+    from adapterkern.recipes.distillation.settings import RolloutSettings, SoftLabelSettings
 
     cut = arguments.num_layers
+    is_adapter = adapter_files(arguments.teacher) is not None
+    is_model = arguments.teacher not in ("itself", "whole") and not is_adapter
     if arguments.eval_keep and not arguments.eval:
         raise ValueError("--eval: expected a file together with --eval-keep, got none")
     if arguments.eval_keep and is_share_of_train(arguments.eval):
@@ -71,10 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.teacher == "whole" and cut is None:
         raise ValueError("--backbone-layers: expected a number of layers together with --teacher whole, got none")
 
-    settings = dataclasses.asdict(from_options(arguments, SoftLabelSettings))
+    soft_labels, rollouts = from_options(arguments, SoftLabelSettings), from_options(arguments, RolloutSettings)
+    settings = dataclasses.asdict(soft_labels)
+    if rollouts.on_policy and (arguments.keep or arguments.eval_keep):
+        raise ValueError(f"--on-policy: expected 0 with --keep, whose texts are given, got {rollouts.on_policy}")
 
     def check(config: TrainConfig) -> None:
-        if arguments.teacher not in ("itself", "whole"):
+        if is_model:
             check_source(arguments.teacher, "--teacher")
             check_hub(arguments.teacher, "--teacher")
             check_load_in(arguments.load_in, arguments.teacher, device())
@@ -84,22 +101,30 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--task: expected causal-lm without --keep, since soft labels are those of tokens, got {config.task}"
             )
         check_task(config)
+        rollouts.check(soft_labels, config)
         check_train_and_eval(arguments.train, arguments.eval, config)
+        if rollouts.on_policy:
+            with named("--train"):
+                check_shape(arguments.train, config)
         check_rows("--keep", arguments.keep, as_text)
         check_rows("--eval-keep", arguments.eval_keep, as_text)
 
     def job(whole: Any, tokenizer: Any, config: TrainConfig) -> Job:
         llama = whole if cut is None else first_layers(whole, cut)
         teacher = whole if arguments.teacher == "whole" else None
-        if arguments.teacher not in ("itself", "whole"):
+        if is_model:
             teacher, other = load_backbone(arguments.teacher, **backbone_options(arguments))
             if other.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(
                     f"--teacher: expected the tokens of {arguments.model}, got others in {arguments.teacher}"
                 )
         model = adapted(arguments, llama)
+        if is_adapter:
+            teacher = LlamaAdapter.from_pretrained(model.reference(), arguments.teacher, **model_flags(arguments))
+            teacher.requires_grad_(False)
         if not (arguments.keep or arguments.eval_keep):
-            return Job(model, arguments.train, arguments.eval, Distillation(model, teacher, **settings))
+            task = Distillation(model, teacher, **settings, **dataclasses.asdict(rollouts))
+            return Job(model, arguments.train, arguments.eval, task)
         rows, eval_rows = (
             of_task if kept is None else WithKept(of_task, kept)
             for of_task, kept in ((arguments.train, arguments.keep), (arguments.eval, arguments.eval_keep))

@@ -1,11 +1,15 @@
 """``adapterkern distill`` as a user types it, on a tiny random LLaMA in a folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import adapterkern as ak
 from adapterkern import cli
+from adapterkern.recipes.distillation import Distillation
 from adapterkern.recipes.distillation.teacher import DISTILLATION_CONFIG
 from tests.support import tiny_run
 
@@ -77,3 +81,68 @@ def test_the_command_takes_another_teacher_of_the_same_tokens_only(
     errors = capsys.readouterr().err
     assert "--teacher: expected the tokens of" in errors
     assert "--backbone-layers: expected a number of layers together with --teacher whole" in errors
+
+
+def test_half_of_the_steps_learn_the_models_own_completions(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    rollouts = ["--on-policy", "0.5", "--max-new-tokens", "4"]
+    loss = ["--divergence", "jsd", "--beta", "0.2", "--top-k", "9"]
+    assert command(folder, run, "--train", "qa", "--eval", "qa", *rollouts, *loss, "--adapter-dim", "4") == 0
+    saved = json.loads((run / DISTILLATION_CONFIG).read_text())
+    assert saved == {
+        "teacher": None,
+        **{"temperature": 1.0, "weight": 0.5, "divergence": "jsd", "beta": 0.2, "top_k": 9},
+        **{"on_policy": 0.5, "max_new_tokens": 4},
+    }
+    assert cli.main(["eval", str(run)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_saved_adapter_on_the_same_backbone_is_a_teacher(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big, small = tmp_path / "big", tmp_path / "small"
+    assert command(folder, big, "--train", "qa", "--adapter-dim", "16", "--lr", "0.05") == 0
+    made: list[Distillation] = []
+    original = Distillation.__init__
+    monkeypatch.setattr(Distillation, "__init__", lambda self, *a, **k: made.append(self) or original(self, *a, **k))
+    rollouts = ["--on-policy", "1", "--weight", "1", "--max-new-tokens", "3"]
+    assert command(folder, small, "--train", "qa", "--eval", "qa", "--teacher", str(big), *rollouts) == 0
+    (task,) = made
+    shared = {p.data_ptr() for p in task.model.base.parameters()}
+    assert {p.data_ptr() for p in task.teacher.base.parameters()} == shared
+    assert not any(p.requires_grad for p in task.teacher.parameters())
+    ids = torch.arange(3, 9)[None]
+    own, _ = ak.load(big, model=folder / "model", device="cpu")
+    assert torch.equal(task.teacher(ids).logits, own(ids).logits)
+    assert not torch.equal(task.teacher(ids).logits, task.model(ids).logits)
+    assert ", adapter " in json.loads((small / DISTILLATION_CONFIG).read_text())["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "texts", "--on-policy", "1"], "--train: .*texts.jsonl: expected rows with a prompt to complete"),
+        (["--train", "qa", "--on-policy", "1", "--keep", "texts"], "--on-policy: expected 0 with --keep, .*, got 1"),
+        (["--train", "qa", "--on-policy", "1", "--weight", "0"], "--weight: expected more than 0 beside --on-policy"),
+        (
+            ["--train", "qa", "--on-policy", "1", "--packing"],
+            "--packing: expected --no-packing beside --on-policy: .*",
+        ),
+        (["--train", "qa", "--max-new-tokens", "5"], "--max-new-tokens: expected none where --on-policy is 0, got 5"),
+        (["--train", "qa", "--beta", "0.5"], "--beta: expected none with --divergence kl, got 0.5"),
+        (["--train", "qa", "--top-k", "128"], "--top-k: expected an integer from 1 to 127, got 128"),
+        (
+            ["--train", "labels", "--task", "classification", "--on-policy", "1"],
+            "--task: expected causal-lm without --keep",
+        ),
+    ],
+)
+def test_what_cannot_be_is_named(
+    options: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, tmp_path / "run", *options) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

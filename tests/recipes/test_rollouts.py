@@ -220,15 +220,15 @@ def test_what_cannot_roll_out_is_refused() -> None:
     for settings, message in (
         ({"on_policy": 1.5}, r"on_policy: expected a number in \[0, 1\], got 1\.5"),
         ({"on_policy": 0.5, "max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
-        ({"max_new_tokens": 5}, "max_new_tokens: expected None without on_policy, got 5"),
-        ({"rollout_temperature": 0.0}, r"rollout_temperature: expected None without on_policy, got 0\.0"),
+        ({"max_new_tokens": 5}, "max_new_tokens: expected None where on_policy is 0, got 5"),
+        ({"rollout_temperature": 0.0}, r"rollout_temperature: expected None where on_policy is 0, got 0\.0"),
     ):
         with pytest.raises(ValueError, match=message):
             Distillation(model, **settings)
     for weight, values, message in (
-        (0.0, {}, "weight: expected more than 0 with on_policy"),
-        (0.5, {"packing": True}, "packing: expected False with on_policy"),
-        (0.5, {"shard": True}, "shard: expected False with on_policy"),
+        (0.0, {}, "weight: expected more than 0 beside on_policy"),
+        (0.5, {"packing": True}, "packing: expected False beside on_policy"),
+        (0.5, {"shard": True}, "shard: expected False beside on_policy"),
         (0.5, {"task": "classification"}, "task: expected causal-lm for Distillation"),
     ):
         config = tiny_run.quiet(**(LM | values))

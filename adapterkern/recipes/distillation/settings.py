@@ -90,7 +90,7 @@ class RolloutSettings:
             checks.number("rollout_temperature", self.rollout_temperature, "[0, inf)")
         for name in ("max_new_tokens", "rollout_temperature"):
             if not self.on_policy and getattr(self, name) is not None:
-                raise ValueError(f"{name}: expected None without on_policy, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected None where on_policy is 0, got {getattr(self, name)}")
 
     @property
     def new_tokens(self) -> int:
@@ -111,8 +111,8 @@ class RolloutSettings:
         if not self.on_policy:
             return
         if soft_labels.weight == 0:
-            raise ValueError("weight: expected more than 0 with on_policy, whose completions have soft labels alone")
+            raise ValueError("weight: expected more than 0 beside on_policy: completions have soft labels alone; got 0")
         if config.packing:
-            raise ValueError("packing: expected False with on_policy, which completes each row by itself, got True")
+            raise ValueError("packing: expected False beside on_policy: each row is completed by itself; got True")
         if config.shard:
-            raise ValueError("shard: expected False with on_policy: ranks generate texts of other lengths, got True")
+            raise ValueError("shard: expected False beside on_policy: ranks generate texts of other lengths; got True")

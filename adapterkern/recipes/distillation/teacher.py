@@ -5,6 +5,7 @@ first takes no memory, and no time below the first adapter: the frozen prefix is
 """
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -41,8 +42,10 @@ class Taught(Task[Example]):
     Args:
         model: the student, with its adapters.
         teacher: None is ``model`` with its adapters off; or a transformers causal language model with the same
-            vocabulary, on the same device, whose logits follow from its last hidden states. It is put into eval mode.
-            It does not become part of this module: it is neither trained nor saved.
+            vocabulary, on the same device, whose logits follow from its last hidden states. Over the same backbone that
+            is ``model.reference(name)``, with another adapter, or one with a saved adapter,
+            ``LlamaAdapter.from_pretrained(model.reference(), run)``. It is put into eval mode. It does not become part
+            of this module: it is neither trained nor saved.
         head: a classification head, for a task that has one.
         temperature, weight, divergence, beta, top_k, chunk_tokens: see ``SoftLabelSettings``; later ``soft_labels``.
 
@@ -104,12 +107,8 @@ class Taught(Task[Example]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The teacher by name and number of layers (None: the model itself), and the settings of the loss."""
-        described = None
-        if self.teacher is not None:
-            name = base_name(self.teacher) or type(self.teacher).__name__
-            described = f"{name}, {self.teacher.config.num_hidden_layers} layers"
-        return {"teacher": described} | saved_fields(self.soft_labels)
+        """The teacher as ``described`` (None: the model itself), and the settings of the loss."""
+        return {"teacher": None if self.teacher is None else described(self.teacher)} | saved_fields(self.soft_labels)
 
     # A forward
 
@@ -177,14 +176,25 @@ class Taught(Task[Example]):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or does not fit, or ``teacher`` is missing, or given and the run had none.
         """
-        described, settings = _read_settings(Path(directory) / DISTILLATION_CONFIG, cls.records)
-        if (described is None) != (teacher is None):
-            expected = f"the run's, {described}" if described else "None, the model itself as in the run"
+        saved, settings = _read_settings(Path(directory) / DISTILLATION_CONFIG, cls.records)
+        if (saved is None) != (teacher is None):
+            expected = f"the run's, {saved}" if saved else "None, the model itself as in the run"
             raise ValueError(f"teacher: expected {expected}, got {None if teacher is None else type(teacher).__name__}")
         config, head = load_run(directory)
         with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
             head = None if head is None else head.to(model.device)
             return cls(model, teacher, head=head, **settings), config
+
+
+def described(teacher: Any) -> str:
+    """A teacher by its name and its number of layers; one with an adapter also by a digest of its parameters."""
+    words = [base_name(teacher) or type(teacher).__name__, f"{teacher.config.num_hidden_layers} layers"]
+    if isinstance(teacher, LlamaAdapter) and teacher.active_adapter is not None:
+        digest = hashlib.sha256()
+        for p in teacher.adapter_parameters():
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+        words.append(f"adapter {digest.hexdigest()[:12]}")
+    return ", ".join(words)
 
 
 def saved_fields(record: Any) -> dict[str, Any]:

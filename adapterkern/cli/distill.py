@@ -38,12 +38,15 @@ Train adapters on a teacher's soft labels: (1 - W) * cross-entropy + W * T^2 * d
   # half of the steps: the model completes the prompts itself, and is held to the teacher on what it says
   adapterkern distill --model SmolLM2.gguf --train qa.jsonl --on-policy 0.5 --divergence reverse-kl --output run
 
+  # instructions that the model is to follow without them
+  adapterkern distill --model SmolLM2.gguf --train qa.jsonl --teacher-context "Answer in French. " --output run
+
 texts.jsonl has the key text, qa.jsonl prompt and completion, reviews.csv the columns text and label.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from adapterkern.recipes.distillation.settings import RolloutSettings, SoftLabelSettings
+    from adapterkern.recipes.distillation.settings import ContextSettings, RolloutSettings, SoftLabelSettings
 
     add_backbone_options(parser)
     add_data_options(parser)
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep", metavar="FILE", help="texts on which the model should match the teacher")
     group.add_argument("--eval-keep", metavar="FILE", help="the same, to evaluate on")
     add_options(group, SoftLabelSettings)
+    add_options(group, ContextSettings)
     add_options(parser.add_argument_group("the model's own completions", "without --keep"), RolloutSettings)
     add_adapter_options(parser)
     add_training_options(parser, without=OF_PLAIN_LOSS)
@@ -73,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.keeping import check_task
     from adapterkern.recipes.distillation.rollouts import check_shape
-    from adapterkern.recipes.distillation.settings import RolloutSettings, SoftLabelSettings
+    from adapterkern.recipes.distillation.settings import ContextSettings, RolloutSettings, SoftLabelSettings
 
     cut = arguments.num_layers
     is_adapter = adapter_files(arguments.teacher) is not None
@@ -86,9 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--backbone-layers: expected a number of layers together with --teacher whole, got none")
 
     soft_labels, rollouts = from_options(arguments, SoftLabelSettings), from_options(arguments, RolloutSettings)
-    settings = dataclasses.asdict(soft_labels)
-    if rollouts.on_policy and (arguments.keep or arguments.eval_keep):
-        raise ValueError(f"--on-policy: expected 0 with --keep, whose texts are given, got {rollouts.on_policy}")
+    context, settings = from_options(arguments, ContextSettings), dataclasses.asdict(soft_labels)
+    if arguments.keep or arguments.eval_keep:
+        if rollouts.on_policy:
+            raise ValueError(f"--on-policy: expected 0 with --keep, whose texts are given, got {rollouts.on_policy}")
+        if context.teacher_context is not None:
+            raise ValueError("--teacher-context: expected none with --keep, got one")
 
     def check(config: TrainConfig) -> None:
         if is_model:
@@ -102,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         check_task(config)
         rollouts.check(soft_labels, config)
+        context.check(config)
         check_train_and_eval(arguments.train, arguments.eval, config)
         if rollouts.on_policy:
             with named("--train"):
@@ -123,7 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
             teacher = LlamaAdapter.from_pretrained(model.reference(), arguments.teacher, **model_flags(arguments))
             teacher.requires_grad_(False)
         if not (arguments.keep or arguments.eval_keep):
-            task = Distillation(model, teacher, **settings, **dataclasses.asdict(rollouts))
+            task = Distillation(
+                model, teacher, **settings, **dataclasses.asdict(context), **dataclasses.asdict(rollouts)
+            )
             return Job(model, arguments.train, arguments.eval, task)
         rows, eval_rows = (
             of_task if kept is None else WithKept(of_task, kept)

@@ -88,13 +88,13 @@ def test_half_of_the_steps_learn_the_models_own_completions(
 ) -> None:
     run = tmp_path / "run"
     rollouts = ["--on-policy", "0.5", "--max-new-tokens", "4"]
-    loss = ["--divergence", "jsd", "--beta", "0.2", "--top-k", "9"]
+    loss = ["--divergence", "jsd", "--beta", "0.2", "--top-k", "9", "--teacher-context", "w7 w8"]
     assert command(folder, run, "--train", "qa", "--eval", "qa", *rollouts, *loss, "--adapter-dim", "4") == 0
     saved = json.loads((run / DISTILLATION_CONFIG).read_text())
     assert saved == {
         "teacher": None,
         **{"temperature": 1.0, "weight": 0.5, "divergence": "jsd", "beta": 0.2, "top_k": 9},
-        **{"on_policy": 0.5, "max_new_tokens": 4},
+        **{"teacher_context": "w7 w8", "on_policy": 0.5, "max_new_tokens": 4},
     }
     assert cli.main(["eval", str(run)]) == 0
     assert "perplexity" in capsys.readouterr().out
@@ -126,6 +126,10 @@ def test_a_saved_adapter_on_the_same_backbone_is_a_teacher(
     [
         (["--train", "texts", "--on-policy", "1"], "--train: .*texts.jsonl: expected rows with a prompt to complete"),
         (["--train", "qa", "--on-policy", "1", "--keep", "texts"], "--on-policy: expected 0 with --keep, .*, got 1"),
+        (
+            ["--train", "qa", "--teacher-context", "w1", "--keep", "texts"],
+            "--teacher-context: expected none with --keep",
+        ),
         (["--train", "qa", "--on-policy", "1", "--weight", "0"], "--weight: expected more than 0 beside --on-policy"),
         (
             ["--train", "qa", "--on-policy", "1", "--packing"],

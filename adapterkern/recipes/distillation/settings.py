@@ -116,3 +116,31 @@ class RolloutSettings:
             raise ValueError("packing: expected False beside on_policy: each row is completed by itself; got True")
         if config.shard:
             raise ValueError("shard: expected False beside on_policy: ranks generate texts of other lengths; got True")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextSettings:
+    """What the teacher reads and the student does not; see context.py.
+
+    Args:
+        teacher_context: a text before each row's, as it stands, special tokens included. None: none.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is empty.
+    """
+
+    teacher_context: str | None = checks.option(
+        None, "a text that the teacher alone reads, before each row's, such as instructions"
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher_context is not None and not isinstance(self.teacher_context, str):
+            raise TypeError(f"teacher_context: expected a text, got {self.teacher_context!r:.80}")
+        if self.teacher_context is not None and not self.teacher_context.strip():
+            raise ValueError(f"teacher_context: expected a text, got {self.teacher_context!r}")
+
+    def check(self, config: Any) -> None:
+        """Raise ``ValueError`` for what a training with a context cannot have: its ``TrainConfig``."""
+        if self.teacher_context is not None and config.packing:
+            raise ValueError("packing: expected False beside teacher_context: each row begins with it; got True")

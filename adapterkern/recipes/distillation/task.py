@@ -12,14 +12,16 @@ from torch import Tensor
 
 from adapterkern.model.decoder import first_layers as first_layers  # users import it from here
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.recipes.distillation.context import TeacherContext, of_teacher
 from adapterkern.recipes.distillation.keeping import KeepBehaviour as KeepBehaviour  # the old module had both
 from adapterkern.recipes.distillation.keeping import WithKept as WithKept
 from adapterkern.recipes.distillation.rollouts import Rollout, Rollouts, check_prompts, with_streams
-from adapterkern.recipes.distillation.settings import RolloutSettings, SoftLabelSettings
+from adapterkern.recipes.distillation.settings import ContextSettings, RolloutSettings, SoftLabelSettings
 from adapterkern.recipes.distillation.teacher import Taught, saved_fields, token_metrics
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, count_targets
 from adapterkern.training.data.examples import Example, Rows
+from adapterkern.training.data.padding import check_positions
 from adapterkern.training.data.prefix import Context
 
 
@@ -30,23 +32,26 @@ class Distillation(Taught):
 
     Args:
         model, teacher, head, settings: see ``Taught``.
+        teacher_context: see ``ContextSettings``; later ``context``.
         on_policy, max_new_tokens, rollout_temperature: see ``RolloutSettings``; later ``rollouts``. On-policy steps
             have λ · T² · D at the tokens that the student itself has generated, see rollouts.py.
     """
 
-    records = (SoftLabelSettings, RolloutSettings)
+    records = (SoftLabelSettings, ContextSettings, RolloutSettings)
 
     def __init__(
         self,
         model: LlamaAdapter,
         teacher: Any = None,
         *,
+        teacher_context: str | None = None,
         on_policy: float = 0.0,
         max_new_tokens: int | None = None,
         rollout_temperature: float | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(model, teacher, **settings)
+        self.context = TeacherContext(ContextSettings(teacher_context=teacher_context))
         self.rollouts = Rollouts(
             model,
             RolloutSettings(
@@ -56,16 +61,22 @@ class Distillation(Taught):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | saved_fields(self.rollouts.settings)
+        return super().settings | saved_fields(self.context.settings) | saved_fields(self.rollouts.settings)
 
     def load(self, rows: Rows, config: TrainConfig, tokenizer: Any) -> list[Example]:
         """As ``Task.load``. Raises ``ValueError`` also where ``config.task`` is not causal-lm."""
         if config.task != "causal-lm":
             raise ValueError(f"task: expected causal-lm for Distillation, whose labels are tokens, got {config.task!r}")
         self.rollouts.settings.check(self.soft_labels, config)
+        self.context.settings.check(config)
         examples = super().load(rows, config, tokenizer)
         if self.rollouts.settings.on_policy and not self.rollouts.ends:
             self.rollouts.read_ends(tokenizer, examples)
+        if self.context:
+            self.context.read(tokenizer)
+            check_positions(
+                self.model if self.teacher is None else self.teacher, list(map(self.context.before, examples))
+            )
         return examples
 
     def order(self, examples: Sequence[Example], config: TrainConfig, epoch: int) -> list[int]:
@@ -85,12 +96,14 @@ class Distillation(Taught):
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
         """The batch that ``forward`` takes: of rollouts without ``targets``, since they have no cross-entropy."""
         batch = super().collate(examples, config)
+        if self.context:
+            batch |= self.context.of_batch(examples, config)
         rollouts = [example for example in examples if isinstance(example, Rollout)]
         return with_streams(batch, rollouts, config) if rollouts else batch
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss, and the other sums (5,) of ``SoftLabelLoss``."""
-        return super().forward(self.with_prefix(batch) if self._teaches else batch)
+        return super().forward(self.with_prefix(batch) if self._teaches and not self.context else batch)
 
     @property
     def _teaches(self) -> bool:
@@ -98,9 +111,12 @@ class Distillation(Taught):
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """As ``forward``; ``batch`` from ``with_prefix``."""
-        positions = batch["positions"]
-        taught = self.taught(batch).flatten(0, 1)[positions] if self._teaches else None
-        loss, *others = self.soft_label_loss(hidden.flatten(0, 1)[positions], taught, targets=batch.get("targets"))
+        taught = None
+        if self._teaches:
+            read = of_teacher(batch)
+            taught = self.taught(read).flatten(0, 1)[read["positions"]]
+        states = hidden.flatten(0, 1)[batch["positions"]]
+        loss, *others = self.soft_label_loss(states, taught, targets=batch.get("targets"))
         return loss, torch.stack(others)
 
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:

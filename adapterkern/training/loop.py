@@ -212,10 +212,9 @@ class Run(Generic[E]):
         return processes.share(examples, self.config.batch_size)
 
     def _timed_step(self, reporter: Reporter) -> None:
-        started = time.perf_counter()
-        place, autocast = divmod(self.state.step, self.steps_per_epoch), self.engine.accelerator.autocast
-        examples = self.task.step_examples(self._examples(self.state.step), self.config, *place, autocast)
-        with self.model.skipping(sites_to_skip(self.config, self.state.step)):
+        started, step, cast = time.perf_counter(), self.state.step, self.engine.accelerator.autocast
+        examples = self.task.step_examples(self._examples(step), self.config, *divmod(step, self.steps_per_epoch), cast)
+        with self.model.skipping(sites_to_skip(self.config, step)):
             self._step(examples)
         reporter.step(self.state.step)
         if self.model.device.type == "cpu" or any(self._due()):

@@ -208,12 +208,7 @@ class Task(nn.Module, Generic[E]):
     def step_examples(
         self, examples: list[E], config: TrainConfig, epoch: int, index: int, autocast: Context
     ) -> list[E]:
-        """What a step learns, from all its rows: by default these. Called on every rank, before ``begin_step``.
-
-        Args:
-            index: the step's number in its epoch, from 0.
-            autocast: makes the context that the step's forwards run in.
-        """
+        """What a step learns of all its rows: these, by default. Called on every rank, before ``begin_step``."""
         return examples
 
     def begin_step(self, examples: Sequence[E], config: TrainConfig, epoch: int, index: int) -> None:
@@ -367,8 +362,7 @@ class Feed:
         self.examples = examples
         batch = self.task.collate(examples, self.config)
         starts = batch.pop("starts").tolist() if "starts" in batch else None
-        # What a task has made for a step is in no cache.
-        if self._slots and self.cache is not None and examples[0].row in self._slots:
+        if self._slots and self.cache is not None and examples[0].row in self._slots:  # not of a step's own
             slots = [self._slots[example.row] for example in examples]
             batch["prefix"] = self.cache.gather(slots, batch["input_ids"].shape[1], self.config, starts)
         return batches.to_device(batch, self.task.model.device)

@@ -33,6 +33,13 @@ def distilled() -> tuple[Task[Any], Any]:
     return Distillation(tiny_run.model(), tiny_run.model(seed=1).base, temperature=2.0, chunk_tokens=5), TEXTS
 
 
+def rolled() -> tuple[Task[Any], Any]:
+    """Half of the steps: each process generates its own rows, and the last step of an epoch has 3."""
+    rows = [{"prompt": f"w{i} w{i + 2} w{i * 2}", "completion": f"w{i + 40} w{i}"} for i in range(11)]
+    settings: Any = {"on_policy": 0.5, "max_new_tokens": 6, "divergence": "reverse-kl", "weight": 0.9}
+    return Distillation(tiny_run.model(init="xavier"), **settings), rows
+
+
 def kept() -> tuple[Task[Any], Any]:
     """The teacher is the model itself, its adapters off; a forward, or all of a process's, may have no text to keep."""
     return KeepBehaviour(tiny_run.model(init="xavier")), WithKept(ROWS, TEXTS)
@@ -43,15 +50,17 @@ TASKS: dict[str, Callable[[], tuple[Task[Any], Any]]] = {
     "routed": routed,
     "routed to two, or none, by probability": lambda: routed(top_k=2, gate="probability"),
     "distilled": distilled,
+    "rolled": rolled,
     "kept": kept,
 }
+WHOLE = {"rolled"}  # which a sharded model cannot be
 
 
 def outcome(name: str, folder: Path | None = None, **values: Any) -> dict[str, Any]:
     """Of 7 steps, each clipped: losses, norms, metrics, and what has been learned."""
     torch.manual_seed(0)
     task, rows = TASKS[name]()
-    kind = "causal-lm" if name == "distilled" else "classification"
+    kind = "causal-lm" if name in ("distilled", "rolled") else "classification"
     settings = {"task": kind, "batch_size": 2, "accumulation": 2, "max_steps": 7, "epochs": 9, "max_norm": 0.03}
     # eps: where a gradient is almost 0, Adam makes any step of its rounding.
     config = tiny_run.quiet(**(settings | {"log_every": 1, "eps": 1e-4, "output_dir": folder} | values))
@@ -74,7 +83,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     found = {}
     for name in TASKS:
         found[name] = outcome(name, folder / name)
-        found[f"{name} shard"] = outcome(name, shard=True)
+        found |= {} if name in WHOLE else {f"{name} shard": outcome(name, shard=True)}
     return found
 
 
@@ -91,7 +100,7 @@ def test_two_processes_learn_as_one(folder: Path, name: str) -> None:
     assert min(expected["norms"]) > 0.03
     for rank in range(2):
         both = pair.found(folder, rank)
-        for got in (both[name], both[f"{name} shard"]):
+        for got in (both[name], both.get(f"{name} shard", both[name])):
             for key in ("losses", "norms"):
                 assert got[key] == pytest.approx(expected[key], rel=1e-5), (rank, key)
             assert got["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-6)

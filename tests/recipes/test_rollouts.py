@@ -234,6 +234,8 @@ def test_what_cannot_roll_out_is_refused() -> None:
         config = tiny_run.quiet(**(LM | values))
         with pytest.raises(ValueError, match=message):
             train(model, QA, config, tokenizer=TOKENIZER, task=Distillation(model, on_policy=0.5, weight=weight))
+    with pytest.raises(TypeError, match="lmbda: expected on_policy in Distillation, got lmbda=0"):
+        Distillation(model, lmbda=0.5)
     task = Distillation(model, on_policy=0.5)
     with pytest.raises(DataError, match=r"row 0: expected rows with a prompt .* got one that is learned from its be"):
         train(model, [{"text": "w1 w2 w3"}], tiny_run.quiet(**LM), tokenizer=TOKENIZER, task=task)

@@ -17,14 +17,18 @@ from adapterkern import _lazy
 if TYPE_CHECKING:
     from adapterkern.recipes.distillation.keeping import KeepBehaviour as KeepBehaviour
     from adapterkern.recipes.distillation.keeping import WithKept as WithKept
+    from adapterkern.recipes.distillation.settings import ContextSettings as ContextSettings
+    from adapterkern.recipes.distillation.settings import RolloutSettings as RolloutSettings
     from adapterkern.recipes.distillation.settings import SoftLabelSettings as SoftLabelSettings
     from adapterkern.recipes.distillation.task import Distillation as Distillation
     from adapterkern.recipes.distillation.task import first_layers as first_layers
 
 # Imported on first use: the command line makes options from settings.py, and task.py takes seconds to import.
 _HOMES = {
+    "ContextSettings": "settings",
     "Distillation": "task",
     "KeepBehaviour": "keeping",
+    "RolloutSettings": "settings",
     "SoftLabelSettings": "settings",
     "WithKept": "keeping",
     "first_layers": "task",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkern import checks
 from adapterkern.model.decoder import first_layers as first_layers  # users import it from here
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.distillation.context import TeacherContext, of_teacher
@@ -24,14 +25,19 @@ from adapterkern.training.data.examples import Example, Rows
 from adapterkern.training.data.padding import check_positions
 from adapterkern.training.data.prefix import Context
 
+# What TRL's trainers for it call an argument
+_OTHER_NAMES = {"lmbda": "on_policy", "teacher_model": "teacher", "max_completion_length": "max_new_tokens"}
+_OTHER_NAMES |= {"loss_top_k": "top_k", "teacher_model_name_or_path": "teacher, a model"}
 
+
+@checks.other_names(**_OTHER_NAMES)
 class Distillation(Taught):
     """Soft labels for the targets of causal-lm rows: (1 − λ) · CE + λ · T² · D at each of them.
 
     With ``weight=0`` the teacher runs in evaluations only, which always measure how far the student is from it.
 
     Args:
-        model, teacher, head, settings: see ``Taught``.
+        model, teacher, settings: see ``Taught``, which has more settings.
         teacher_context: see ``ContextSettings``; later ``context``.
         on_policy, max_new_tokens, rollout_temperature: see ``RolloutSettings``; later ``rollouts``. On-policy steps
             have λ · T² · D at the tokens that the student itself has generated, see rollouts.py.

@@ -6,8 +6,7 @@ distributed over forwards, and accumulation changes only the memory used.
 
 Nothing in a step waits for the device, except the fp16 scaler's decision. Losses and gradient norms stay on the device
 until a log line needs them. Then each is checked, so a number that is not finite is reported with its own step. Such a
-step has changed no parameter: ClippedAdamW changes nothing if the norm is not finite. On a CPU, where reading a number
-costs nothing, each step is checked at once.
+step has changed no parameter: ClippedAdamW changes nothing if the norm is not finite. On a CPU each is checked at once.
 """
 
 import math

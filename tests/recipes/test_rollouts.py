@@ -237,5 +237,5 @@ def test_what_cannot_roll_out_is_refused() -> None:
     with pytest.raises(TypeError, match="lmbda: expected on_policy in Distillation, got lmbda=0"):
         Distillation(model, lmbda=0.5)
     task = Distillation(model, on_policy=0.5)
-    with pytest.raises(DataError, match=r"row 0: expected rows with a prompt .* got one that is learned from its be"):
+    with pytest.raises(DataError, match=r"row 0: expected rows with a prompt .* got one that is learned from its sec"):
         train(model, [{"text": "w1 w2 w3"}], tiny_run.quiet(**LM), tokenizer=TOKENIZER, task=task)

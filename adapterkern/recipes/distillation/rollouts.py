@@ -189,7 +189,7 @@ def check_prompts(examples: Sequence[Example], settings: RolloutSettings, config
     """Raise ``DataError`` for examples without a prompt; warn of those that leave no room for all new tokens."""
     prompts = [prompt_length(example) for example in examples]
     if bare := [example for example, n in zip(examples, prompts, strict=True) if n == 1]:
-        raise DataError(f"{bare[0].place}: {_PROMPT}, got one that is learned from its beginning")
+        raise DataError(f"{bare[0].place}: {_PROMPT}, got one that is learned from its second token on")
     if cut := sum(n + settings.new_tokens > config.max_length for n in prompts):
         warn(
             "%d of %d prompts leave room for fewer than %d new tokens in texts of max_length=%d",

@@ -206,13 +206,13 @@ class _Recorder:
     def __init__(self, site: Site, found: list[Tensor]) -> None:
         self.site, self.found = site, found
 
-    def has(self, position: str) -> bool:
-        return self.site.has(position)
+    def cuts(self) -> bool:
+        return self.site.cuts()
 
-    def run(self, position: str, hidden: Tensor) -> Tensor:
-        if position == "layer":
+    def run(self, place: str, hidden: Tensor, x: Tensor | None = None) -> Tensor:
+        if place == "layer":
             self.found.append(hidden)
-        return self.site.run(position, hidden)
+        return self.site.run(place, hidden, x)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def likeliest(model: Any, prompt: list[int], most: int) -> list[int]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("position", ["layer", "attention"])
+@pytest.mark.parametrize("position", ["layer", "attention", "parallel-mlp"])
 @pytest.mark.parametrize("cached", [None, False])
 def test_a_step_has_the_soft_labels_of_the_students_own_tokens(side: str, position: str, cached: bool | None) -> None:
     """Against completions and logits of each row alone, in loss and in every parameter's gradient."""

@@ -6,7 +6,8 @@ With ``activation="identity"`` an adapter is a low-rank map of the normalized re
 
 For a matrix W, the factors W_up = U_r·√S_r and W_down = √S_r·V_rᵀ from its singular value decomposition make
 W_up·W_down the matrix of rank r that is nearest to W (Eckart and Young 1936). The map is applied to LayerNorm(x) and
-not to x: its input has mean 0 and variance 1 in each row, so a map of x itself cannot be represented.
+not to x: its input has mean 0 and variance 1 in each row, so a map of x itself cannot be represented, unless the
+adapter has none (``layer_norm=False``). A scale multiplies the map.
 """
 
 from collections.abc import Mapping, Sequence

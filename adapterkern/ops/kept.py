@@ -65,7 +65,7 @@ class Kept(Generic[T]):
 
     def get(self, weights: Sequence[Tensor | None], *how: Any) -> T:
         """``make(weights, *how)``, or its last result if the parameters have not changed since."""
-        given = [w for w in weights if w is not None]
+        given: Any = weights if weights[0] is not None else [w for w in weights if w is not None]
         if any(w.is_inference() for w in given):  # they have no version
             return self._make(weights, *how)
         storages = [w.untyped_storage() for w in given]

@@ -174,7 +174,7 @@ def forward(
     prepared.kernels.forward(
         *(_C.DTYPES[_DTYPES[rows.dtype]], count, rows.stride(0), base.stride(0)),
         *(rows.data_ptr(), base.data_ptr(), y.data_ptr()),
-        [t.data_ptr() if len(t) else 0 for t in (z, mean, rstd)],
+        [t.data_ptr() if size else 0 for t, size in ((z, kept), (mean, of_norm), (rstd, of_norm))],
         *(eps, _C.ACTIVATIONS[activation], torch.get_num_threads()),
     )
     return y, z, mean, rstd

@@ -111,7 +111,7 @@ def adapter_backward(
             h = ACTIVATIONS[activation].fn(z[chosen])
             up, bias = (scaled(t, scale).to(h.dtype) for t in (one.up_weight, one.up_bias))
             some = (some - F.linear(h, up, bias)).to(x.dtype)
-        mu, rho = (t[chosen] if len(t) else t for t in (mean, rstd))
+        mu, rho = (mean, rstd) if one.norm_weight is None else (mean[chosen], rstd[chosen])
         how = one, eps, activation, needed, residual, scale
         return on.backward(dy_rows[chosen], some, z[chosen], mu, rho, *how)
 

@@ -6,10 +6,11 @@ pretrained.py            what transformers expects of a model
 prefix.py                the layers below the first adapter, run separately
 saving.py                its adapters, saved and loaded
 decoder.py               adapters in a decoder's layers; parts of a decoder
+prompt.py                gated prompts inside attention
 mixing.py                different adapters within one batch
 backbone.py              load a backbone; quantized.py, attention.py: what it may be asked for
 memory.py                what a training step takes of a memory, without a model
 liger.py                 Liger's kernels in the backbone
 low_rank.py              initial values from given matrices
-files/                   the saved adapter, its card, AdapterHub's format
+files/                   the saved adapter, its card, AdapterHub's and PEFT's formats
 """

@@ -1,5 +1,7 @@
 """Asking a backbone how it behaves, by running it on a few tokens, instead of knowing the names of its fields."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -52,6 +54,45 @@ def check_runs(model: Any) -> None:
         raise ValueError(
             f"model: expected a backbone that runs on token ids alone, got {name} ({described(error)})"
         ) from error
+
+
+def check_prompts(
+    llama: Any,
+    gates: Sequence[Tensor],
+    without: Callable[[], AbstractContextManager[None]],
+    within: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Raise ``ValueError`` unless gated prompts do in ``llama`` what their equation says; tried with four tokens.
+
+    With their ``gates`` at 0, as they are, it computes what it does ``without`` them; with open gates, something else.
+    What cannot be run on token ids alone is not asked; there the forward refuses an attention that adds no prompt.
+    """
+    name = type(llama).__name__
+
+    def hidden() -> Tensor:
+        return decoder_of(llama)(input_ids=some_tokens(llama, 4), use_cache=False).last_hidden_state
+
+    with torch.no_grad(), eval_mode(llama):
+        try:
+            with without():
+                bare = hidden()
+        except Exception:  # of any kind, and not the prompts'
+            return
+        try:
+            with within():
+                closed = hidden()
+                for gate in gates:
+                    gate.fill_(1)
+                opened = hidden()
+        except Exception as error:
+            raise ValueError(
+                f"kind: expected a backbone that runs gated prompts for 'prompt', got {name} ({described(error)})"
+            ) from error
+        finally:
+            for gate in gates:
+                gate.zero_()
+    if not same_numbers(llama, closed, bare) or torch.equal(opened, bare):
+        raise ValueError(f"kind: expected a backbone whose attention adds a gated prompt for 'prompt', got {name}")
 
 
 def described(error: Exception) -> str:

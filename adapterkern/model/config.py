@@ -1,8 +1,10 @@
 """``AdapterConfig``: which layers of a decoder have adapters, and how large the adapters are."""
 
 import dataclasses
+import functools
 import logging
 import math
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -14,13 +16,22 @@ from adapterkern.ops.reference import ACTIVATIONS
 
 PLACES = {"layer": "layer", "attention": "attention", "parallel-mlp": "layer", "parallel-attention": "attention"}
 POSITIONS = tuple(PLACES)  # each with the sum, of a layer's two, after which its adapters run
+KINDS = ("bottleneck", "prompt")
+PROMPT = "prompt"  # the kind, and the place of its modules: inside attention
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
 # Fields that earlier versions did not have, with what their adapters were: as ever, to runs and studies of those
-ADDED = {"layer_norm": True, "scale": 1.0, "learned_scale": False, "text_only": False}
+ADDED = {
+    **{"layer_norm": True, "scale": 1.0, "learned_scale": False, "text_only": False},
+    **{"kind": "bottleneck", "prompt_length": 10},
+}
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
+MAX_PROMPT_LENGTH = 1024  # each token's attention reads all of a layer's prompt, past what a prompt is worth
+
 _DEFAULT_DIM = 64
+_DEFAULT_LENGTH = 10
+_OF_PROMPTS = ("kind", "prompt_length", "layers", "every", "max_params", MODULES)  # what applies to gated prompts
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,16 @@ def largest_adapter_dim(
     """The largest ``adapter_dim`` for which ``adapters`` adapters have at most ``max_params`` parameters; 0 if none."""
     others = adapter_num_params(hidden_size, 0, layer_norm, learned_scale)
     return max(0, min((max_params // adapters - others) // (2 * hidden_size + 1), MAX_ADAPTER_DIM))
+
+
+def prompt_num_params(hidden_size: int, prompt_length: int) -> int:
+    """Number of parameters of one gated prompt: (P, d) embeddings and a gate."""
+    return prompt_length * hidden_size + 1
+
+
+def largest_prompt_length(hidden_size: int, prompts: int, max_params: int) -> int:
+    """The largest ``prompt_length`` for which ``prompts`` have at most ``max_params`` parameters; 0 if none."""
+    return max(0, min((max_params // prompts - 1) // hidden_size, MAX_PROMPT_LENGTH))
 
 
 def check_name(name: object, argument: str = "name") -> str:
@@ -54,6 +75,9 @@ OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), 
     "leave_out": "layers, which names the rest,",
     "target_modules": "position and layers",
     **dict.fromkeys(("is_parallel", "mh_adapter", "output_adapter"), "position"),
+    "peft_type": "kind",
+    **dict.fromkeys(("adapter_len", "num_virtual_tokens"), "prompt_length"),
+    "adapter_layers": "layers",
     "non_linearity": "activation",
     "init_lora_weights": "init",
     "init_weights": "init",
@@ -84,6 +108,9 @@ class AdapterConfig:
         text_only: in a model that also reads images, y = x on the tokens that stand for parts of them.
         max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
+        kind: ``"bottleneck"``: ``Adapter``s on the residual stream; ``"prompt"``: a gated prompt inside attention, see
+            ``Prompt``. Of the other fields, ``layers``, ``every``, ``max_params`` and ``modules_to_save`` apply to it.
+        prompt_length: P, the number of embeddings of each gated prompt, 1 to 1024; chosen by ``max_params``, if given.
         modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
             ``["embed_tokens"]``. The head of a backbone for classification is always among them; ``[]``: no module.
 
@@ -114,6 +141,12 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] | list[str] | None = checks.option(
         None, "also train and save these modules of the backbone: embed_tokens"
     )
+    kind: Literal["bottleneck", "prompt"] = checks.option(
+        "bottleneck", "bottlenecks on the residual stream, or gated prompts inside attention (LLaMA-Adapter)", KINDS
+    )
+    prompt_length: int = checks.option(
+        _DEFAULT_LENGTH, f"embeddings of each gated prompt, 1 to {MAX_PROMPT_LENGTH}; with --kind prompt"
+    )
 
     def __post_init__(self) -> None:
         checks.integer("adapter_dim", self.adapter_dim, 1, MAX_ADAPTER_DIM)
@@ -134,12 +167,16 @@ class AdapterConfig:
         object.__setattr__(self, "scale", float(checks.number("scale", self.scale, "(-inf, inf)")))
         checks.flag("learned_scale", self.learned_scale)
         checks.flag("text_only", self.text_only)
+        checks.choice("kind", self.kind, KINDS)
+        checks.integer("prompt_length", self.prompt_length, 1, MAX_PROMPT_LENGTH)
+        self._check_kind()
         if self.max_params is not None:
             checks.integer("max_params", self.max_params, 1)
-            if self.adapter_dim != _DEFAULT_DIM:
+            name, default, decided = _SIZES[self.kind]
+            if getattr(self, name) != default:
                 raise ValueError(
-                    "max_params: expected max_params or adapter_dim, not both: a budget decides the dimension; got "
-                    f"max_params={self.max_params} and adapter_dim={self.adapter_dim}"
+                    f"max_params: expected max_params or {name}, not both: a budget decides the {decided}; got "
+                    f"max_params={self.max_params} and {name}={getattr(self, name)}"
                 )
         if self.modules_to_save is not None:
             names = self.modules_to_save
@@ -158,10 +195,19 @@ class AdapterConfig:
                 )
             object.__setattr__(self, "layers", tuple(self.layers))
 
-    @property
+    def _check_kind(self) -> None:
+        """Raise ``ValueError`` for a field that says something, but not of adapters of this kind."""
+        for field in dataclasses.fields(self):
+            if not applies(field.name, self.kind) and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(
+                    f"{field.name}: expected {field.default!r} with kind={self.kind!r}, which it does not apply to, "
+                    f"got {value!r}"
+                )
+
+    @functools.cached_property
     def place(self) -> str:
-        """The sum of a layer after which the adapters run: attention's, or the last, the layer's."""
-        return PLACES[self.position]
+        """The sum of a layer after which the adapters run: attention's, or the last, the layer's; or ``"prompt"``."""
+        return PROMPT if self.kind == PROMPT else PLACES[self.position]
 
     @property
     def is_parallel(self) -> bool:
@@ -193,14 +239,18 @@ class AdapterConfig:
 
     def num_params(self, hidden_size: int, num_layers: int) -> int:
         """Number of trainable parameters in a decoder of this shape."""
+        sites = len(self.site_layers(num_layers))
+        if self.kind == PROMPT:
+            return sites * prompt_num_params(hidden_size, self.prompt_length)
         one = adapter_num_params(hidden_size, self.adapter_dim, self.layer_norm, self.learned_scale)
-        return len(self.site_layers(num_layers)) * self.depth * one
+        return sites * self.depth * one
 
     def resolve(self, hidden_size: int, num_layers: int) -> "AdapterConfig":
-        """This configuration with explicit ``layers``, and with ``max_params`` replaced by an ``adapter_dim``.
+        """This configuration with explicit ``layers``, and with ``max_params`` replaced by the size that it decides.
 
         Raises:
-            ValueError: even ``adapter_dim=1`` exceeds the budget, or ``adapter_dim`` exceeds what ``svd`` can fill.
+            ValueError: even ``adapter_dim=1`` (``prompt_length=1``) exceeds the budget, or ``adapter_dim`` exceeds what
+                ``svd`` can fill.
         """
         sites = self.site_layers(num_layers)
         resolved = dataclasses.replace(self, every=1, layers=sites, max_params=None)
@@ -212,21 +262,29 @@ class AdapterConfig:
                 )
             return resolved
         count = len(sites) * self.depth
-        parts = self.layer_norm, self.learned_scale
-        dim = min(most, largest_adapter_dim(hidden_size, count, self.max_params, *parts))
-        if dim == 0:
-            least = count * adapter_num_params(hidden_size, 1, *parts)
+        name, *_ = _SIZES[self.kind]
+        if self.kind == PROMPT:
+            what, smallest = "prompts", prompt_num_params(hidden_size, 1)
+            chosen = largest_prompt_length(hidden_size, count, self.max_params)
+        else:
+            parts = self.layer_norm, self.learned_scale
+            what, smallest = "adapters", adapter_num_params(hidden_size, 1, *parts)
+            chosen = min(most, largest_adapter_dim(hidden_size, count, self.max_params, *parts))
+        if chosen == 0:
             raise ValueError(
-                f"max_params: expected at least {least:,}, the size of {count} "
-                f"adapters of adapter_dim=1 at hidden_size={hidden_size}, got {self.max_params:,}"
+                f"max_params: expected at least {count * smallest:,}, the size of {count} {what} of {name}=1 at "
+                f"hidden_size={hidden_size}, got {self.max_params:,}"
             )
-        resolved = dataclasses.replace(resolved, adapter_dim=dim)
+        size: dict[str, Any] = {name: chosen}
+        resolved = dataclasses.replace(resolved, **size)
         logger.warning(
-            "max_params=%s: chose adapter_dim=%d, %s parameters in %d adapters",
+            "max_params=%s: chose %s=%d, %s parameters in %d %s",
             f"{self.max_params:,}",
-            resolved.adapter_dim,
+            name,
+            chosen,
             f"{resolved.num_params(hidden_size, num_layers):,}",
             count,
+            what,
         )
         return resolved
 
@@ -244,9 +302,33 @@ class AdapterConfig:
         return checks.fields(cls, fields)
 
 
+def applies(field: str, kind: str) -> bool:
+    """Whether a field of ``AdapterConfig`` says something of adapters of this kind."""
+    return field in _OF_PROMPTS if kind == PROMPT else field != "prompt_length"
+
+
+def applicable(fields: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
+    """``fields`` of a configuration, where those that do not apply to its kind, and are not ``asked`` for, are default.
+
+    Of the fields that several adapters share, each takes those of its own kind.
+    """
+    kind = fields.get("kind", AdapterConfig.kind)
+    return {
+        name: value if name in asked or applies(name, kind) else getattr(AdapterConfig, name)
+        for name, value in fields.items()
+    }
+
+
+# The field that a budget decides, its default, and what it is
+_SIZES: dict[str, tuple[str, int, str]] = {
+    "bottleneck": ("adapter_dim", _DEFAULT_DIM, "dimension"),
+    "prompt": ("prompt_length", _DEFAULT_LENGTH, "length"),
+}
+
+
 def prefix_length(config: AdapterConfig) -> int:
     """Number of leading layers whose output an adapter of this resolved configuration does not change."""
-    adapted = (config.layers or (0,))[0] + (config.position == "layer")
+    adapted = (config.layers or (0,))[0] + (config.position == "layer" and config.kind != PROMPT)
     return int(min([adapted, *map(_first_layer, config.modules_to_save or ())]))
 
 

@@ -165,6 +165,8 @@ def _make_replaceable(model: Copies, path: str, module: nn.Module) -> _Place:
         check_forward(module)
         if isinstance(module, Fused):
             raise ValueError(f"modules_to_save: expected none that Liger's kernels run (liger=True), got {path!r}")
+        if "_prompt_site" in module.__dict__:
+            raise ValueError(f"modules_to_save: expected no attention that runs gated prompts, got {path!r}")
         module.__dict__["_place"] = _Place(model, path)  # not by setattr, which would register the model
         cls: Any = type(module)
         change_class(module, _replaceable(cls))

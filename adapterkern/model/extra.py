@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from adapterkern.model.config import MODULES, AdapterConfig
-from adapterkern.model.copies import Replaceable, attach, make_copies
+from adapterkern.model.copies import Replaceable, attach, detach, make_copies
 from adapterkern.model.decoder import decoder_layers
 from adapterkern.model.pretrained import Wrapped
 
@@ -165,7 +165,12 @@ class Extra(Wrapped):
     def _add_copies(self, sites: nn.ModuleDict, config: AdapterConfig) -> None:
         if config.modules_to_save:
             sites[MODULES] = make_copies(self.base, config.modules_to_save)
-            attach(self, self.base, config.modules_to_save)
+            kept = {path for other in self._configs.values() for path in other.modules_to_save or ()}
+            try:
+                attach(self, self.base, config.modules_to_save)
+            except ValueError:
+                detach(self, self.base, kept)
+                raise
 
     def check_saved(self, name: str | None = None) -> None:
         """Raise ``ValueError`` if the backbone has a parameter that is trained and that ``name`` would not save."""

@@ -4,18 +4,21 @@ The backbone keeps its modules, with frozen parameters; ``decoder.py`` makes its
 the active adapter. The adapters are in ``model.adapters``, not in the layers: the backbone's state_dict stays the same.
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterkern import checks
 from adapterkern.model.adapter import Adapter, Beside
-from adapterkern.model.config import AdapterConfig, check_name
+from adapterkern.model.asking import check_prompts
+from adapterkern.model.config import PROMPT, AdapterConfig, check_name
 from adapterkern.model.copies import attach, detach
 from adapterkern.model.decoder import (
     AdaptedLayer,
@@ -32,6 +35,7 @@ from adapterkern.model.images import image_tokens, watch
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
 from adapterkern.model.logits import WithLogits
 from adapterkern.model.prefix import Split
+from adapterkern.model.prompt import Prompt, attach_prompt, detach_prompt
 from adapterkern.model.reference import same_weights
 from adapterkern.model.running import Running
 from adapterkern.model.saving import Saved
@@ -141,6 +145,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         for hook in self._watching:
             hook.remove()
         for layer in self.layers:
+            detach_prompt(layer)
             site = layer.__dict__.get("_adapter_site")
             if site is not None and site.model is self:
                 restore(layer)
@@ -172,6 +177,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         model.adapters[name] = copy.deepcopy(self.adapters[name])
         model._configs[name] = self._configs[name]
         attach(model, bare, self._configs[name].modules_to_save or ())
+        model._attach_prompts(name)
         model.set_adapter(name)
         return model.requires_grad_(False).eval()
 
@@ -216,24 +222,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         for index in config.layers or ():
             if config.position != "layer":
                 check_attention_site(self.layers[index], config.position)
-            sites[str(index)] = (Beside if config.is_parallel else nn.Sequential)(
-                *(
-                    Adapter(
-                        self.decoder.config.hidden_size,
-                        config.adapter_dim,
-                        activation=config.activation,
-                        eps=config.eps,
-                        init=config.init,
-                        fused=self._fused,
-                        x_free=config.x_free,
-                        layer_norm=config.layer_norm,
-                        scale=config.scale,
-                        learned_scale=config.learned_scale,
-                        device=layer_device(self.layers[index]),
-                    )
-                    for _ in range(config.depth)
-                )
-            )
+            sites[str(index)] = self._made(config, layer_device(self.layers[index]))
         if config.text_only and not image_tokens(self.base):
             raise ValueError(
                 f"text_only: expected False for {type(self.base).__name__}, which does not read images, got True"
@@ -241,13 +230,59 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self._add_copies(sites, config)
         self.adapters[name] = sites
         self._configs[name] = config
+        if config.kind == PROMPT:
+            with self._deleted_on_error(name):
+                self._attach_prompts(name)
+                gates: list[Any] = [sites[str(index)].gate for index in config.layers or ()]
+                check_prompts(self.base, gates, self.disable_adapter, lambda: self._only(name))
+
+    def _made(self, config: AdapterConfig, device: torch.device) -> nn.Module:
+        """What runs at one site."""
+        size = self.decoder.config.hidden_size
+        if config.kind == PROMPT:
+            return Prompt(size, config.prompt_length, device=device)
+        return (Beside if config.is_parallel else nn.Sequential)(
+            *(
+                Adapter(
+                    size,
+                    config.adapter_dim,
+                    activation=config.activation,
+                    eps=config.eps,
+                    init=config.init,
+                    fused=self._fused,
+                    x_free=config.x_free,
+                    layer_norm=config.layer_norm,
+                    scale=config.scale,
+                    learned_scale=config.learned_scale,
+                    device=device,
+                )
+                for _ in range(config.depth)
+            )
+        )
+
+    def _attach_prompts(self, name: str) -> None:
+        config = self._configs[name]
+        for index in (config.layers or ()) if config.kind == PROMPT else ():
+            attach_prompt(self.layers[index], self._site(index))
+
+    @contextlib.contextmanager
+    def _deleted_on_error(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.delete_adapter(name)
+            raise
 
     @checks.other_names(adapter_name="name", adapter_names="name, one at a time,")
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
         """Remove ``name``. If it was active, no adapter is active until ``set_adapter``."""
         self._check_name(name)
         del self.adapters[name]
-        if self._configs.pop(name).modules_to_save:
+        config = self._configs.pop(name)
+        prompted = {index for c in self._configs.values() if c.kind == PROMPT for index in c.layers or ()}
+        for index in set(config.layers or ()) - prompted:
+            detach_prompt(self.layers[index])
+        if config.modules_to_save:
             detach(
                 self, self.base, {path for config in self._configs.values() for path in config.modules_to_save or ()}
             )

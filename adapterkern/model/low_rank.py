@@ -33,12 +33,14 @@ def init_from_weights(
         name: the adapter, default the active one.
 
     Raises:
-        ValueError: there is no adapter at a layer, the number or shape of its matrices does not fit, a matrix is not
-            finite, or ``adapter_dim`` is larger than d. Then nothing is changed.
+        ValueError: the adapter is no bottleneck, there is none at a layer, the number or shape of its matrices does not
+            fit, a matrix is not finite, or ``adapter_dim`` is larger than d. Then nothing is changed.
     """
     config = model.adapter_config(name)
     sites = model.adapters[model._check_name(name)]
     d, count = model.decoder.config.hidden_size, len(model.layers)
+    if config.kind != "bottleneck":
+        raise ValueError(f"kind: expected 'bottleneck' for an adapter that approximates matrices, got {config.kind!r}")
     if config.adapter_dim > d:
         raise ValueError(f"adapter_dim: expected at most hidden_size={d} for matrices, got {config.adapter_dim}")
     chosen: list[tuple[Any, Tensor]] = []

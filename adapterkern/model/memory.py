@@ -21,6 +21,7 @@ kept        for the backward, from the first adapter on: a frozen matrix keeps n
                 offloaded       nothing, it is in the host's memory; but what bitsandbytes keeps is not moved, with the
                                 output of attention, another aw
     adapter     dw + rw + 8     its input, z (d → r), mean and 1/σ (8, if it has LayerNorm); checkpointed: nothing
+    prompt      aw + 4·heads    the result of its attention and a log-sum per head, and aw of the first layer's q
     loss        4d + 4 of the final norm, and 4KV: the logarithms of the probabilities
 workspace   the most that comes on top at a time, of two: 8KV in the loss's backward (two gradients of logits), or in a
             layer's 3fw + 4d per token, what it keeps if that was recomputed or comes back, and, quantized, its largest
@@ -33,7 +34,7 @@ the host's memory. Layers below the first adapter keep nothing, with that cache 
 import bisect
 from typing import NamedTuple
 
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import PROMPT, AdapterConfig
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per element
 _MOST_ROWS = 1 << 20
@@ -195,7 +196,10 @@ class Training(NamedTuple):
     def _stack(self) -> int:
         """Bytes per token that all layers and adapters keep."""
         above = (self.shape.num_layers - 1 - self._first) * self._layer()
-        above += self._mlp() if self.adapter.place == "attention" else 0
+        above += self._mlp() if self.adapter.place != "layer" else 0
+        if self.adapter.kind == PROMPT:
+            attended = self.shape.attention * WIDTHS[self.dtype]
+            return above + attended + len(self.adapter.layers or ()) * (attended + 4 * self.shape.num_heads)
         adapter = (self.shape.hidden_size + self.adapter.adapter_dim) * WIDTHS[self.dtype]
         adapter += 8 if self.adapter.layer_norm else 0
         return above + len(self.adapter.layers or ()) * self.adapter.depth * adapter

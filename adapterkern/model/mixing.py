@@ -11,6 +11,9 @@ forward, so that gradients reach the adapters' own parameters; it costs a copy o
 compared with an activation of B·L rows. During ``generate`` it is built once. The index of a group is computed once for
 all sites that have the same group.
 
+Gated prompts (prompt.py) add one result of attention for each choice, with the gate w[b, k] · g of its adapter; those
+of one length form a group.
+
 Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a GPU the host would have to wait to find
 out which were chosen, and results must not depend on the device.
 """
@@ -23,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern.model.adapter import Adapter, Beside, plain
-from adapterkern.model.config import AdapterConfig, prefix_length
+from adapterkern.model.config import PROMPT, AdapterConfig, prefix_length
+from adapterkern.model.prompt import Ask, Gated
 from adapterkern.ops import graphs
 from adapterkern.ops.checks import check_index_dtype, check_index_values
 from adapterkern.ops.index import vouch
@@ -36,7 +40,7 @@ Decide = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 class _Group(NamedTuple):
     """Adapters of one shape at one site."""
 
-    adapters: list[nn.Sequential]  # one per name, each of `depth` adapters
+    adapters: list[Any]  # one per name: an nn.Sequential of `depth` adapters, or a Prompt
     numbers: tuple[int, ...]  # their values in ``index``
 
 
@@ -102,13 +106,16 @@ class Mixture:
         """Whether an adapter of ``layer`` is at a position other than ``"layer"``, and is not skipped."""
         return bool(self._at(layer, "attention", skip)) or any(map(_is_beside, self._at(layer, "layer", skip)))
 
-    def at(self, layer: str, place: str, skip: int = 0, x: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+    def at(self, layer: str, place: str, skip: int = 0, x: Tensor | None = None) -> Callable[..., Any] | None:
         """The function of the residual stream (B, L, d) that runs at a site; None if no adapter is there.
 
-        ``skip`` of each adapter's first sites have none. ``x`` is what adapters read that are parallel to a module.
+        ``skip`` of each adapter's first sites have none. ``x`` is what adapters read that are parallel to a module. At
+        the place ``"prompt"`` it gives the gated prompts, as a ``Prompt`` does.
         """
         groups = self._at(layer, place, skip)
-        return partial(self._run, groups, x) if groups else None
+        if not groups:
+            return None
+        return partial(self._prompts, groups) if place == PROMPT else partial(self._run, groups, x)
 
     def _at(self, *site: Any) -> list[_Group]:
         if site not in self._sites:
@@ -120,8 +127,9 @@ class Mixture:
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
             if c.place == place and layer in adapters and not c.skips(layer, skip):
                 alike = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
+                alike += (c.prompt_length,)
                 members.setdefault(alike, []).append(number)
-        return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]  # type: ignore[misc]
+        return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]
 
     def _choices_among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
         """``index`` relative to ``numbers``, (K, B·times) on ``device``; computed once for all sites."""
@@ -152,7 +160,7 @@ class Mixture:
             for group, stack, index in zip(groups, stacks, indices, strict=True):
                 given = beside if _is_beside(group) else None
                 for module, one in zip(group.adapters[0], stack, strict=True):
-                    y = _run_stacked(module, one, y, index[k], given)  # type: ignore[arg-type]
+                    y = _run_stacked(module, one, y, index[k], given)
             return y
 
         if self._weight is None and len(self._index) == 1:
@@ -161,11 +169,27 @@ class Mixture:
         for k in range(len(self._index)):
             change = choice(k) - x
             if self._weight is not None:
-                weight = self._weight[:, k].to(x.device, x.dtype, non_blocking=True)
-                weight = weight if times == 1 else weight.repeat_interleave(times)
-                change = weight[:, None, None] * change
+                change = self._weights_of(k, times, x)[:, None, None] * change
             y = y + change
         return y
+
+    def _prompts(self, groups: list[_Group], ask: Ask, batch: int) -> list[Gated]:
+        times, found = self._repeats(batch), []
+        for group in groups:
+            keys, values = ask(torch.stack([prompt.embeddings for prompt in group.adapters]))
+            gates = torch.cat([prompt.gate for prompt in group.adapters])
+            for k, index in enumerate(self._choices_among(group.numbers, times, keys.device)):
+                chosen = index.clamp(min=0)
+                gate = gates[chosen] * (index >= 0)  # the other groups add nothing to the sequence
+                if self._weight is not None:
+                    gate = gate * self._weights_of(k, times, gate)
+                found.append(Gated(keys[chosen], values[chosen], gate))
+        return found
+
+    def _weights_of(self, k: int, times: int, like: Tensor) -> Tensor:
+        """The weights (B,) of choice k, of the dtype and on the device of ``like``."""
+        weight = self._weight[:, k].to(like.device, like.dtype, non_blocking=True)  # type: ignore[index]
+        return weight if times == 1 else weight.repeat_interleave(times)
 
     def _repeats(self, batch: int) -> int:
         """Number of sequences in the batch per entry of ``index``: 1, or the beams per prompt while generating."""
@@ -196,7 +220,7 @@ class DeferredMixture:
     def __init__(
         self, adapters: Mapping[str, nn.ModuleDict], configs: Mapping[str, AdapterConfig], decide: Decide
     ) -> None:
-        check_mixable(configs)
+        check_routable(configs)
         self._adapters, self._configs, self._decide = adapters, configs, decide
         self._generating = False
         self._mixture: Mixture | None = None
@@ -252,7 +276,17 @@ def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
             )
 
 
-def _stacked(adapters: list[nn.Sequential]) -> list[_Stack]:
+def check_routable(configs: Mapping[str, AdapterConfig]) -> None:
+    """Raise ``ValueError`` if an adapter cannot run in a mixture that is decided on the stream below the first one.
+
+    Prompts are inside attention, which has a normalized stream.
+    """
+    check_mixable(configs)
+    if any(config.kind == PROMPT for config in configs.values()):
+        raise ValueError(f"kind: expected 'bottleneck' for adapters that a router chooses among, got {PROMPT!r}")
+
+
+def _stacked(adapters: list[Any]) -> list[_Stack]:
     return [
         _Stack(Weights(*map(_together, zip(*map(_weights, members), strict=True))), _scales(members))  # type: ignore[arg-type]
         for members in zip(*adapters, strict=True)

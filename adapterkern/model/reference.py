@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import AdaptedLayer, own_class
+from adapterkern.model.prompt import PromptedAttention
+
+_OURS = (AdaptedLayer, PromptedAttention, Replaceable)  # classes that precede a module's own
 
 
 def same_weights(llama: PreTrainedModel) -> Any:
@@ -39,11 +42,11 @@ class _Copy:
         if id(module) in self._made:
             return self._made[id(module)]
         cls: Any = type(module)
-        for ours in (AdaptedLayer, Replaceable):
+        for ours in _OURS:
             cls = own_class(module, ours) if isinstance(module, ours) else cls
         new = self._made[id(module)] = cls.__new__(cls)
         new.__dict__ |= {name: self._value(value) for name, value in module.__dict__.items()}
-        for attribute in ("_adapter_site", "_place"):
+        for attribute in ("_adapter_site", "_prompt_site", "_place"):
             new.__dict__.pop(attribute, None)
         new._parameters = {name: self._parameter(p) for name, p in module._parameters.items()}
         new._modules = {name: child and self.of(child) for name, child in module._modules.items()}
@@ -71,7 +74,7 @@ class _Copy:
             new.__dict__["_old_forward"] = type(new).forward.__get__(new)
             new.__dict__["forward"] = functools.partial(own.func, new)
         elif isinstance(own, types.MethodType) and own.__self__ is module:
-            if not isinstance(module, (AdaptedLayer, Replaceable)):
+            if not isinstance(module, _OURS):
                 new.__dict__["forward"] = types.MethodType(own.__func__, new)
         elif own is not None:
             new.__dict__["forward"] = own

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern import checks
-from adapterkern.model.config import AdapterConfig, prefix_length
+from adapterkern.model.config import PROMPT, AdapterConfig, prefix_length
 from adapterkern.model.images import on_text
 from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
 from adapterkern.model.pretrained import Wrapped
+from adapterkern.model.prompt import PromptedAttention, Prompts
 
 BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
 
@@ -191,6 +192,10 @@ class Running(Wrapped):
         self.check_attached()
         return self._blocks.within(skip=checks.integer("sites", sites, 0))
 
+    def _only(self, name: str) -> AbstractContextManager[None]:
+        """Inside the block this adapter runs, whatever is set."""
+        return self._blocks.within(**State(name, True, None, fixed=True)._asdict())
+
     def mixing(
         self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
     ) -> AbstractContextManager[None]:
@@ -262,7 +267,9 @@ class Running(Wrapped):
                 "per GPU (torchrun), or make one GPU visible"
             )
         for index, layer in enumerate(self.layers):
-            layer.__dict__["_adapter_site"] = self._site(index)
+            layer.__dict__["_adapter_site"] = site = self._site(index)
+            if isinstance(attention := getattr(layer, "self_attn", None), PromptedAttention):
+                attention.__dict__["_prompt_site"] = site
 
     # Gradient checkpointing
 
@@ -313,6 +320,9 @@ class RunningSite:
             return False
         return int(self.index) in (config.layers or ())[skip or 0 :]
 
+    def prompt(self) -> Prompts | None:
+        return self._at(PROMPT, None)
+
     def run(self, place: str, hidden: Tensor, x: Tensor | None = None) -> Tensor:
         adapters = self._at(place, x)
         if adapters is None:
@@ -330,7 +340,7 @@ class RunningSite:
             )
         return adapters(hidden)
 
-    def _at(self, place: str, x: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    def _at(self, place: str, x: Tensor | None) -> Callable[..., Any] | None:
         active, enabled, mixture, skip, images, _ = self.model._state
         if not enabled:
             return None

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapterkern.model.decoder import AdaptedLayer
 from adapterkern.model.llama import LlamaAdapter
+from adapterkern.model.prompt import PromptedAttention
 from adapterkern.training.parallel.frozen import cast_now
 from adapterkern.training.run.interrupt import is_stopping
 
@@ -36,6 +37,11 @@ def check_compile(model: LlamaAdapter) -> None:
                 raise ValueError(
                     f"compile: expected layers on one device, got layer {number} with accelerate's hooks (offloading, "
                     "device_map); leave compile out"
+                )
+            if isinstance(child, PromptedAttention):
+                raise ValueError(
+                    f"compile: expected frozen layers, got layer {number} with gated prompts (kind='prompt') of an "
+                    "adapter; leave compile out"
                 )
             if "_place" in vars(child):
                 raise ValueError(

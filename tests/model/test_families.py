@@ -50,6 +50,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     runs_amid_layers(name, found)
     pads(name, found)
     mixes(name, found)
+    runs_prompts(name)
     trains(name, found, tmp_path)
 
 
@@ -159,6 +160,24 @@ def mixes(name: str, found: families.Found) -> None:
             model.set_adapter(adapter)
             alone = model(input_ids=row[None], use_cache=False).logits[0]
         assert close([logits], [alone])
+
+
+def runs_prompts(name: str) -> None:
+    """Or says why not. With closed gates it is the backbone, to the bit; then every gate and embedding has a say."""
+    llama = families.tiny(name)
+    with torch.no_grad():
+        bare = llama(input_ids=IDS, use_cache=False).logits
+    try:
+        model = ak.LlamaAdapter(llama, ak.AdapterConfig(kind="prompt", prompt_length=3)).eval()
+    except ValueError as error:
+        assert str(error).startswith("kind: expected ")  # noqa: PT017 most run them
+        return
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, bare)
+        for p in model.adapter_parameters():
+            torch.nn.init.normal_(p)
+    model(input_ids=IDS, use_cache=False).logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.adapter_parameters())
 
 
 def trains(name: str, found: families.Found, folder: Path) -> None:

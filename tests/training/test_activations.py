@@ -28,7 +28,7 @@ ROWS, LENGTH = 4, 48
 
 def made(task: str, dtype: torch.dtype, attn: str, **adapter: Any) -> tuple[Task[Any], dict[str, Tensor]]:
     llama = tiny(**SIZES, attn_implementation=attn).to(dtype)
-    model = ak.LlamaAdapter(llama, ak.AdapterConfig(adapter_dim=8, **adapter))
+    model = ak.LlamaAdapter(llama, ak.AdapterConfig(**{"adapter_dim": 8} | adapter))
     draw(model)
     torch.manual_seed(1)
     head = ClassificationHead(64, ["a", "b"]) if task == "classification" else None
@@ -65,7 +65,11 @@ def kept(task: Task[Any], batch: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     ("task", "adapter"),
-    [("classification", {"every": 2}), ("causal-lm", {"layers": [0, 3], "position": "attention"})],
+    [
+        ("classification", {"every": 2}),
+        ("causal-lm", {"layers": [0, 3], "position": "attention"}),
+        ("causal-lm", {"layers": [1, 3], "kind": "prompt", "adapter_dim": 64}),
+    ],
 )
 def test_what_autograd_keeps(
     dtype: torch.dtype,

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from adapterkern import __version__
 from adapterkern.files import replacing, write_text
-from adapterkern.model.config import AdapterConfig, adapter_num_params
+from adapterkern.model.config import PROMPT, AdapterConfig, adapter_num_params, prompt_num_params
 from adapterkern.model.decoder import text_decoder
 
 CARD_NAME = "README.md"
@@ -29,6 +29,8 @@ _PIPELINES = {  # what the hub calls the task
     "regression": "text-classification",
     "causal-lm": "text-generation",
 }
+_TITLES = {"bottleneck": "Bottleneck adapter", "prompt": "Gated prompts"}  # by the kind of adapter
+_TAGS = {"bottleneck": "bottleneck-adapter", "prompt": "llama-adapter"}
 _NOT_SCORES = ("seconds", "tokens_per_second", "targets")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -69,9 +71,9 @@ def write_card(
         return
     on_hub = hub_name(llama)
     shown = base_name(llama) or llama.config.model_type
-    what = "Bottleneck adapter" if config is not None else "Classification head"
+    what = "Classification head" if config is None else _TITLES[config.kind]
     sections = [
-        f"---\n{_front_matter(on_hub, llama, training)}\n---",
+        f"---\n{_front_matter(on_hub, llama, config, training)}\n---",
         f"{MARK}\n\n# {what} for {_text(shown)}",
         _base_section(shown, llama),
     ]
@@ -128,7 +130,7 @@ def push_folder(
     return str(url)
 
 
-def _front_matter(base: str | None, llama: Any, training: Training | None) -> str:
+def _front_matter(base: str | None, llama: Any, config: AdapterConfig | None, training: Training | None) -> str:
     pipeline = _PIPELINES.get(training.task) if training is not None else None
     results = []
     if training is not None and training.metrics and pipeline and training.eval_data:
@@ -140,7 +142,7 @@ def _front_matter(base: str | None, llama: Any, training: Training | None) -> st
         base_model=base,
         library_name="adapterkern",
         pipeline_tag=pipeline,
-        tags=["adapter", "bottleneck-adapter", llama.config.model_type],
+        tags=["adapter", "bottleneck-adapter" if config is None else _TAGS[config.kind], llama.config.model_type],
         model_name="adapter" if results else None,
         eval_results=results or None,
     )
@@ -165,25 +167,29 @@ _WHERE = {
 
 def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
     layers = config.layers or ()
-    where = _WHERE[config.position]
-    stream = "h" if config.is_parallel else "x"
-    one = adapter_num_params(hidden_size, config.adapter_dim, config.layer_norm, config.learned_scale)
-    inner = "LayerNorm(x)" if config.layer_norm else "x"
-    branch = f"W_up · {config.activation}(W_down · {inner} + b_down) + b_up"
-    if config.learned_scale:
-        branch = f"s · ({branch})"
-    elif config.scale != 1:
-        branch = f"{config.scale:g} · ({branch})"
-    deep = f", {config.depth} {'side by side' if config.is_parallel else 'in sequence'} at each" * (config.depth > 1)
-    return (
-        "## Adapter\n\n"
-        f"y = {stream} + {branch} on the residual stream {where} {', '.join(map(str, layers))} (from 0){deep}; "
-        f"dimension {config.adapter_dim}, {len(layers) * config.depth * one:,} parameters in fp32."
-        + (
-            f"\n\nTrained with it, and saved here too: {', '.join(config.modules_to_save)}."
-            if config.modules_to_save
-            else ""
-        )
+    shown = f"{', '.join(map(str, layers))} (from 0)"
+    if config.kind == PROMPT:
+        count = len(layers) * prompt_num_params(hidden_size, config.prompt_length)
+        equation = "out = attention(q, k, v) + g · softmax(s · q · K_pᵀ) · V_p inside the attention of layers"
+        size = f"{config.prompt_length} prompt embeddings"
+    else:
+        one = adapter_num_params(hidden_size, config.adapter_dim, config.layer_norm, config.learned_scale)
+        count = len(layers) * config.depth * one
+        inner = "LayerNorm(x)" if config.layer_norm else "x"
+        branch = f"W_up · {config.activation}(W_down · {inner} + b_down) + b_up"
+        if config.learned_scale:
+            branch = f"s · ({branch})"
+        elif config.scale != 1:
+            branch = f"{config.scale:g} · ({branch})"
+        stream = "h" if config.is_parallel else "x"
+        equation = f"y = {stream} + {branch} on the residual stream {_WHERE[config.position]}"
+        together = "side by side" if config.is_parallel else "in sequence"
+        shown += f", {config.depth} {together} at each" if config.depth > 1 else ""
+        size = f"dimension {config.adapter_dim}"
+    return f"## Adapter\n\n{equation} {shown}; {size}, {count:,} parameters in fp32." + (
+        f"\n\nTrained with it, and saved here too: {', '.join(config.modules_to_save)}."
+        if config.modules_to_save
+        else ""
     )
 
 

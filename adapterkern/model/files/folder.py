@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterkern.files import find_weights, read_json, read_tensors, read_versioned, remove_pair, write_pair
-from adapterkern.model.config import MODULES, AdapterConfig
+from adapterkern.model.config import MODULES, PROMPT, AdapterConfig
 from adapterkern.model.decoder import decoder_layers, text_decoder
 from adapterkern.model.digest import Digest, differ, weights_digest
 from adapterkern.model.extra import covered, find_modules, saved_shapes
@@ -33,6 +33,7 @@ OLD_CONFIG_NAME = OTHERS_CONFIG
 ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME, OLD_WEIGHTS_NAME, OLD_CONFIG_NAME)
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
+_OF_PROMPT = {"embeddings": ("P", "d"), "gate": ("1",)}
 _SHAPES = {
     "norm.weight": ("d",),
     "norm.bias": ("d",),
@@ -51,7 +52,8 @@ def write_adapter(
     Args:
         digest: of the backbone's weights, see ``weights_digest``.
         config: resolved, with explicit layers.
-        tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``.
+        tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``, of a gated prompt
+            ``{layer}.{parameter}``.
 
     Raises:
         OSError: a file cannot be written; the message names it, and an earlier adapter in the folder stays.
@@ -230,16 +232,20 @@ def check_tensors(
     extra: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise ``ValueError`` unless ``tensors`` are those of ``config`` and, beside them, those of ``extra``."""
-    parameters = {key: of for key, of in _SHAPES.items() if config.layer_norm or not key.startswith("norm.")}
+    parameters: dict[str, tuple[str, ...]] = {
+        key: of for key, of in _SHAPES.items() if config.layer_norm or not key.startswith("norm.")
+    }
     parameters |= {"scale": ("1",)} if config.learned_scale else {}
     depth = min(config.depth, len(tensors) + 1)  # in a damaged file it may be any number
-    adapters = [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
-    names = {f"{adapter}.{parameter}": parameter for adapter in adapters for parameter in parameters}
+    of_each, adapters = parameters, [f"{layer}.{number}" for layer in config.layers or () for number in range(depth)]
+    if config.kind == PROMPT:
+        of_each, adapters = _OF_PROMPT, [f"{layer}" for layer in config.layers or ()]
+    names = {f"{adapter}.{parameter}": of_each[parameter] for adapter in adapters for parameter in of_each}
     if odd := sorted((names.keys() | extra.keys()) ^ tensors.keys()):
         expected = "not expected" if odd[0] in tensors else "expected"
         raise ValueError(f"{path}: tensor {odd[0]}: {expected} by its configuration")
-    sizes = {"d": hidden_size, "r": config.adapter_dim, "1": 1}
-    shapes = {name: tuple(sizes[letter] for letter in parameters[parameter]) for name, parameter in names.items()}
+    sizes = {"d": hidden_size, "r": config.adapter_dim, "P": config.prompt_length, "1": 1}
+    shapes = {name: tuple(sizes[letter] for letter in letters) for name, letters in names.items()}
     for name, shape in (shapes | dict(extra)).items():
         if tensors[name].shape != shape or not tensors[name].is_floating_point():
             got = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"

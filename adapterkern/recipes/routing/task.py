@@ -26,7 +26,7 @@ from adapterkern.model.digest import weights_digest
 from adapterkern.model.files.card import base_name
 from adapterkern.model.files.folder import check_weights
 from adapterkern.model.llama import LlamaAdapter
-from adapterkern.model.mixing import check_mixable
+from adapterkern.model.mixing import check_routable
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.routing.router import (
     Route,
@@ -89,7 +89,7 @@ class RoutedTask(Task[Example]):
         first = model.active_adapter
         if first is None:
             raise ValueError("model: expected an active adapter to be the first expert, got none; see set_adapter")
-        check_mixable({first: model.adapter_config(first)})
+        check_routable({first: model.adapter_config(first)})
         self.experts = [first, *(f"expert-{i}" for i in range(1, self.routing.experts))]
         if taken := [name for name in self.experts[1:] if name in model.adapters]:  # then none is added
             raise ValueError(f"model: expected a new name, got {taken[0]!r}, which exists")

@@ -24,6 +24,7 @@ from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from adapterkern.model.files.owner import OURS, check_no_run
+from adapterkern.model.files.peft import read_peft, write_peft
 from adapterkern.model.files.trainer import take_described, write_trainer
 
 # Arguments that Trainer, TRL and accelerate pass to save_pretrained. Only state_dict matters for an adapter.
@@ -246,6 +247,31 @@ class Saved(Extra):
     def load_adapterhub(self, directory: str | os.PathLike[str], name: str) -> None:
         """Add the adapter that ``adapters`` saved in ``directory`` as ``name``. Raises as ``from_adapterhub``."""
         self._add_read(name, read_adapterhub(directory, self.decoder.config.hidden_size, len(self.layers)))
+
+    def save_peft(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
+        """Write gated prompts ``name`` (default: the active ones) so that PEFT loads them as ``AdaptionPrompt``.
+
+        Errors are those of ``write_peft``.
+        """
+        name = self._check_name(name)
+        write_peft(directory, self.adapter_config(name), self.adapters[name].state_dict(), self.base)
+
+    @classmethod
+    def from_peft(
+        cls, llama: PreTrainedModel, directory: str | os.PathLike[str], *, fused: bool = True, liger: bool = False
+    ) -> Self:
+        """``llama`` with the gated prompts that PEFT's ``AdaptionPrompt`` saved in ``directory``, as ``"default"``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or of another kind of adapter; the message names file and field.
+        """
+        size = llama.config.hidden_size, len(decoder_layers(llama))
+        return cls._from_read(llama, read_peft(directory, *size), fused=fused, liger=liger)
+
+    def load_peft(self, directory: str | os.PathLike[str], name: str) -> None:
+        """Add the gated prompts that PEFT saved in ``directory`` as ``name``. Raises as ``from_peft``."""
+        self._add_read(name, read_peft(directory, self.config.hidden_size, len(decoder_layers(self.base))))
 
     @classmethod
     def _from_read(cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool) -> Self:

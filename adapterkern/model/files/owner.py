@@ -29,7 +29,7 @@ def check_folder(directory: str | Path, argument: str = "directory", owner: str 
     Args:
         directory: need not exist.
         argument: what the message calls it.
-        owner: the library whose format is about to be written, ``"adapterkern"`` or ``"AdapterHub"``.
+        owner: the library whose format is about to be written, ``"adapterkern"``, ``"AdapterHub"`` or ``"PEFT"``.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -41,7 +41,7 @@ def check_folder(directory: str | Path, argument: str = "directory", owner: str 
         )
     ours = owner == "adapterkern"
     try:
-        check_owner(directory / OTHERS_CONFIG, owner, is_ours if ours else is_adapterhub)
+        check_owner(directory / OTHERS_CONFIG, owner, _WRITTEN_BY[owner])
         check_owner(directory / "adapterkern.json", owner, is_ours if ours else lambda _: False)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}; name another folder") from error
@@ -88,9 +88,19 @@ def is_adapterhub(config: dict[str, Any]) -> bool:
     return isinstance(config.get("config"), dict)
 
 
+def is_adaption_prompt(config: dict[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is that of PEFT's ``AdaptionPrompt``."""
+    return config.get("peft_type") == "ADAPTION_PROMPT"
+
+
+_WRITTEN_BY = {"adapterkern": is_ours, "AdapterHub": is_adapterhub, "PEFT": is_adaption_prompt}
+
+
 def whose(directory: Path) -> str:
     """What ``directory`` holds and who loads it, for a message; "" if there is nothing that is known."""
     saved = _read(directory / OTHERS_CONFIG)
+    if is_adaption_prompt(saved):
+        return "PEFT's gated prompts, which LlamaAdapter.from_peft loads"
     if "peft_type" in saved:
         return f"PEFT's adapter (peft_type {saved['peft_type']!r}), which peft.PeftModel.from_pretrained loads"
     if is_adapterhub(saved):

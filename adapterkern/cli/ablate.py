@@ -23,9 +23,10 @@ wide, which activation, init and learning rate, one at a time, on the demo's bac
   adapterkern ablate --vary depth=1,2,3 --vary activation=silu,gelu --product --seeds 5
   adapterkern ablate --vary layers=-1/-2,-1/-3,-2,-1 --vary every=1,2 --set lr=1e-3 --set epochs=3
   adapterkern ablate --model ./llama --train train.csv --eval test.csv --vary position=layer,attention
+  adapterkern ablate --vary kind=bottleneck,prompt --set layers=-2,-1
 
-The first value of each field is the base point. A field is one of adapter_dim, position, every, layers, depth,
-activation, init (of the adapters), or lr, warmup, max_norm, precision, schedule, ... (an option of `train`).
+The first value of each field is the base point. A field is one of kind, adapter_dim, position, every, layers, depth,
+activation, init, prompt_length (of the adapters), or lr, warmup, max_norm, precision, ... (an option of `train`).
 After Ctrl-C, or when killed, the same command continues; a run whose row is in ablation.csv is never computed again.
 
   adapterkern ablate --preset stability --output stability

@@ -9,7 +9,15 @@ from typing import Any
 from adapterkern import checks
 from adapterkern.cli.options import adapter_fields, add_options, from_options, integer
 from adapterkern.model import attention
-from adapterkern.model.config import MAX_DEPTH, AdapterConfig, adapter_num_params, largest_adapter_dim
+from adapterkern.model.config import (
+    MAX_DEPTH,
+    PROMPT,
+    AdapterConfig,
+    adapter_num_params,
+    largest_adapter_dim,
+    largest_prompt_length,
+    prompt_num_params,
+)
 from adapterkern.model.memory import CHOICES, WIDTHS, Choice, Shape, Training
 from adapterkern.training.config import TrainConfig
 
@@ -31,14 +39,14 @@ SHAPES = {
     "smollm2-1.7b": Shape(2048, 24, 8192, 32, 32, 64, 49152, tied=True),
 }
 _OF_MEMORY = ("task", "batch_size", "max_length")
-_OF_ADAPTER = ("adapter_dim", "position", "every", "layers")
-_OF_BOTH = ("layer_norm", "learned_scale")  # what an adapter has, with --max-params and with --memory
+_OF_ADAPTER = ("adapter_dim", "prompt_length", "position", "every", "layers")
+_OF_BOTH = ("kind", "layer_norm", "learned_scale")  # what an adapter has, with --max-params and with --memory
 
 
 NAME, SUMMARY = "budget", "which adapters fit a number of parameters, and which settings the memory"
 HELP = """\
-List (every, adapter_dim) that fit a budget of trainable parameters; or what a training step takes of a memory, and
-which options make it fit.
+List (every, adapter_dim) that fit a budget of trainable parameters, with --kind prompt (every, prompt_length); or what
+a training step takes of a memory, and which options make it fit.
 
   adapterkern budget --model-config llama-7b --max-params 8e6
   adapterkern budget --model-config llama-2-7b --memory 24GB --task causal-lm --batch-size 4 --max-length 1024
@@ -126,20 +134,26 @@ def _show_sites(arguments: argparse.Namespace) -> None:
     checks.integer("--max-params", arguments.max_params, 1)
     hidden_size, num_layers, *_ = model_shape(arguments.model_config)
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")
-    print(f"{'every':>6} {'adapters':>9} {'adapter_dim':>12} {'parameters':>12} {'of budget':>10}")
-    fits, parts = False, [getattr(arguments, name) for name in _OF_BOTH]
+    prompts = arguments.kind == PROMPT
+    size, largest, count = (
+        ("prompt_length", largest_prompt_length, prompt_num_params)
+        if prompts
+        else ("adapter_dim", largest_adapter_dim, adapter_num_params)
+    )
+    print(f"{'every':>6} {'prompts' if prompts else 'adapters':>9} {size:>12} {'parameters':>12} {'of budget':>10}")
+    fits, parts = False, [] if prompts else [arguments.layer_norm, arguments.learned_scale]
     for every in range(1, num_layers + 1):
         sites = (num_layers // every) * arguments.depth
         if every > 1 and num_layers // every == num_layers // (every - 1):
             continue  # the same sites a layer or so lower
-        dim = largest_adapter_dim(hidden_size, sites, arguments.max_params, *parts)
-        if dim == 0:
+        chosen = largest(hidden_size, sites, arguments.max_params, *parts)
+        if chosen == 0:
             continue
         fits = True
-        total = sites * adapter_num_params(hidden_size, dim, *parts)
-        print(f"{every:6} {sites:9} {dim:12} {total:12,} {total / arguments.max_params:10.1%}")
+        total = sites * count(hidden_size, chosen, *parts)
+        print(f"{every:6} {sites:9} {chosen:12} {total:12,} {total / arguments.max_params:10.1%}")
     if not fits:
-        smallest = arguments.depth * adapter_num_params(hidden_size, 1, *parts)
+        smallest = arguments.depth * count(hidden_size, 1, *parts)
         raise ValueError(f"--max-params: expected at least {smallest:,} for one site, got {arguments.max_params:,}")
 
 

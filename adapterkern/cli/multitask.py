@@ -19,7 +19,7 @@ from adapterkern.cli.options import (
 )
 from adapterkern.cli.run import Job, check_mixed, check_rows, say, sources_of, train_run
 from adapterkern.cli.together import check_together
-from adapterkern.model.config import AdapterConfig, check_name
+from adapterkern.model.config import AdapterConfig, applicable, check_name
 from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "multitask", "train adapters for several tasks at once"
@@ -142,7 +142,8 @@ def _adapters(arguments: argparse.Namespace, names: list[str]) -> dict[str, Adap
     configs = {}
     for name in names:
         try:
-            configs[name] = AdapterConfig.from_dict(shared | own.get(name, {}))
+            asked = own.get(name, {})
+            configs[name] = AdapterConfig.from_dict(applicable(shared | asked, asked if "kind" in asked else shared))
         except (TypeError, ValueError) as error:
             raise type(error)(f"--adapters {name}: {error}") from error
     return configs

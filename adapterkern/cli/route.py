@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "evaluate":
         return evaluate_run(arguments)
+    from adapterkern.model.mixing import check_routable
     from adapterkern.recipes.routing.router import RoutingConfig
     from adapterkern.recipes.routing.task import RoutedTask
 
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def check(config: TrainConfig) -> None:
         check_mixed("--modules-to-save", adapter_config(arguments), config)
+        check_routable({"": adapter_config(arguments)})
         check_train_and_eval(arguments.train, arguments.eval, config)
 
     return train_run(arguments, job, check=check, kind=RoutedTask, one_adapter=False)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from adapterkern.cli.options import COLUMNS, adapter_fields
+from adapterkern.model.config import PROMPT, applies
 from adapterkern.training.config import LABELED
 
 
@@ -18,9 +19,14 @@ class _Rule(NamedTuple):
 
 
 _OF_STEPS = ("adapter_drop", "checkpoint_activations", "offload_activations")
+_NOT_OF_PROMPTS = tuple(name for name in adapter_fields() if not applies(name, PROMPT))
 _RULES = (
     _Rule(("max_params",), "adapter_dim", why="a budget decides the dimension"),
+    _Rule(("max_params",), "prompt_length", why="a budget decides the length"),
     _Rule(("layers",), "every", why="each says which layers have adapters"),
+    _Rule(_NOT_OF_PROMPTS, "kind", lambda kind: kind == PROMPT),
+    _Rule(("prompt_length",), "kind", lambda kind: kind != PROMPT),
+    _Rule(("compile", "unfused"), "kind", lambda kind: kind == PROMPT, "which runs inside the layers, as PyTorch does"),
     _Rule(adapter_fields(), "start", why="a saved adapter is as it was made"),
     _Rule(("epochs",), "max_steps", why="each says how long to train"),
     _Rule(adapter_fields(), "train_adapters", lambda on: not on, "which trains the head alone"),
@@ -34,7 +40,10 @@ _RULES = (
     _Rule(("eval_every", "eval_batch_size", "best", "patience"), "eval", lambda file: file is None),
     _Rule(_OF_STEPS, "train_adapters", lambda on: not on, "which trains the head alone"),
     _Rule(
-        ("dtype", "attn", "task", "batch_size", "max_length", "adapter_dim", "position", "every", "layers"),
+        (
+            *("dtype", "attn", "task", "batch_size", "max_length"),
+            *("adapter_dim", "prompt_length", "position", "every", "layers"),
+        ),
         "memory",
         lambda size: size is None,
     ),

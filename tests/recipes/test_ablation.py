@@ -80,6 +80,17 @@ def test_layers_and_every_are_one_axis() -> None:
     assert report.base_point(study, 4) == "layers 1-3"
 
 
+def test_kinds_have_the_fields_of_their_own() -> None:
+    """What the base point sets of one kind is not set of the other; what is varied and means nothing is refused."""
+    vary = {"kind": ("bottleneck", "prompt"), "adapter_dim": (8, 16)}
+    study = make(vary=vary, head_alone=False).based_on({"depth": 2})
+    found = [(v.label, v.adapter.kind, v.adapter.adapter_dim, v.adapter.depth) for v in study.variants(32, 4)]
+    assert found[0] == ("base", "bottleneck", 8, 2)
+    assert found[1:] == [("kind prompt", "prompt", 64, 1), ("adapter_dim 16", "bottleneck", 16, 2)]
+    with pytest.raises(ValueError, match="adapter_dim: expected 64 with kind='prompt', which it does not apply to"):
+        make(vary=vary, product=True).variants(32, 4)
+
+
 def test_infinite_clipping_survives() -> None:
     study = make(vary={"max_norm": (1.0, math.inf)}, head_alone=False)
     assert [v.training.max_norm for v in study.variants(32, 4)] == [1.0, math.inf]

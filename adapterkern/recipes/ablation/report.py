@@ -30,6 +30,8 @@ TABLE_NAME, PLOT_NAME = "ablation.md", "ablation.png"
 _TITLES = {
     "layers": "layers with adapters",
     "every": "layers with adapters",
+    "kind": "kind of adapter",
+    "prompt_length": "length of the prompts",
     "position": "position in a layer",
     "depth": "depth (adapters per site)",
     "adapter_dim": "width (adapter_dim)",

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from adapterkern import __version__
 from adapterkern.files import check_owner, replacing
-from adapterkern.model.config import ADDED, MODULES, AdapterConfig
+from adapterkern.model.config import ADDED, MODULES, AdapterConfig, applies
 from adapterkern.model.files.owner import check_folder
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
@@ -50,7 +50,8 @@ from adapterkern.training.run.results import NonFiniteError, TrainResult
 
 CSV_NAME, STUDY_NAME = "ablation.csv", "study.json"
 
-_SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init")
+_SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init", "kind", "prompt_length")
+_ADDED = ("kind", "prompt_length")  # columns that earlier versions' files do not have
 _SHOWN_TRAINING = (
     *("train_adapters", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "lr", "schedule", "warmup"),
     *("max_norm", "weight_decay", "precision", "seed"),
@@ -273,7 +274,8 @@ def _row(
     before: int,
     model: LlamaAdapter,
 ) -> dict[str, Any]:
-    adapter = {name: getattr(variant.adapter, name) for name in _SHOWN_ADAPTER} if config.train_adapters else {}
+    shown = [name for name in _SHOWN_ADAPTER if applies(name, variant.adapter.kind)]
+    adapter = {name: getattr(variant.adapter, name) for name in shown} if config.train_adapters else {}
     if adapter:
         adapter["layers"] = " ".join(str(layer) for layer in variant.adapter.layers or ())
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {"key": key, "status": status} | adapter
@@ -321,16 +323,15 @@ def read_results(path: Path) -> dict[str, dict[str, str]]:
             rows = list(csv.reader(file, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from error
-    if not rows or tuple(rows[0]) != COLUMNS:
-        raise ValueError(
-            f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(rows[0] if rows else ()):.80}"
-        )
+    columns = rows[0] if rows else []
+    if [name for name in COLUMNS if name in columns or name not in _ADDED] != columns:
+        raise ValueError(f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(columns):.80}")
     found: dict[str, dict[str, str]] = {}
     for number, values in enumerate(rows[1:], start=1):
         where = f"{path}: row {number}"
-        if len(values) != len(COLUMNS):
-            raise ValueError(f"{where}: expected {len(COLUMNS)} fields, got {len(values)}")
-        row = dict(zip(COLUMNS, values, strict=True))
+        if len(values) != len(columns):
+            raise ValueError(f"{where}: expected {len(columns)} fields, got {len(values)}")
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(columns, values, strict=True))
         if row["key"] in found:
             raise ValueError(f"{where}: expected each key once, got {row['key']!r:.80} again")
         for name in _NUMBERS:

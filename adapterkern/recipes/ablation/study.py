@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from adapterkern import checks
-from adapterkern.model.config import MODULES, AdapterConfig
+from adapterkern.model.config import MODULES, AdapterConfig, applicable
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 _SITES = ("layers", "every")  # two ways to choose layers, so they form one axis
@@ -89,9 +89,9 @@ class Study:
             points += [[*base[:i], s, *base[i + 1 :]] for i, axis in enumerate(axes) for s in axis[1:]]
         found = []
         for point in points:
-            adapter, training = _apply(self.adapter, self.training, dict(point))
-            adapter = adapter.resolve(hidden_size, num_layers)
             changed = frozenset(i for i, (setting, b) in enumerate(zip(point, base, strict=True)) if setting != b)
+            adapter, training = _apply(self.adapter, self.training, dict(point), [point[i][0] for i in changed])
+            adapter = adapter.resolve(hidden_size, num_layers)
             label = ", ".join(show_setting(point[i], num_layers) for i in sorted(changed)) or "base"
             found.append(Variant(label, tuple(point), changed, adapter, training))
         if self.head_alone and self.training.labeled:
@@ -109,20 +109,24 @@ class Study:
             varied = _SITES if name in _SITES else (name,)
             if any(field in self.vary for field in varied):
                 raise ValueError(f"set: expected a field that is not varied, got {name!r}")
-        adapter, training = _apply(self.adapter, self.training, settings)
+        adapter, training = _apply(self.adapter, self.training, settings, list(settings))
         return dataclasses.replace(self, adapter=adapter, training=training)
 
 
 def _apply(
-    adapter: AdapterConfig, training: TrainConfig, settings: Mapping[str, Any]
+    adapter: AdapterConfig, training: TrainConfig, settings: Mapping[str, Any], asked: Sequence[str]
 ) -> tuple[AdapterConfig, TrainConfig]:
-    """The two configurations with some fields set; ``layers`` resets ``every``, and the reverse."""
+    """The two configurations with some fields set; ``layers`` resets ``every``, and the reverse.
+
+    Fields of the base point that do not apply to the kind of adapter, and are not ``asked`` for, have their defaults.
+    """
     fields = dict(settings)
     if "layers" in fields:
         fields["every"] = 1
     elif "every" in fields:
         fields["layers"] = None
-    adapter = dataclasses.replace(adapter, **{k: v for k, v in fields.items() if k in ADAPTER_FIELDS})
+    of_adapter = dataclasses.asdict(adapter) | {k: v for k, v in fields.items() if k in ADAPTER_FIELDS}
+    adapter = AdapterConfig(**applicable(of_adapter, asked))
     changed = {k: v for k, v in fields.items() if k in _TRAINING_FIELDS}
     return adapter, TrainConfig.from_dict(training.to_dict() | changed)
 

@@ -34,6 +34,7 @@ PAGES = (
     "qa",
     "memory",
     "positions",
+    "adapters",
 )
 ALONE = ("instruct-tune",)  # each block of Python runs without those before it
 RECIPES = ("multitask", "routing", "distillation", "qa")

@@ -126,8 +126,8 @@ class Mixture:
         members: dict[tuple[object, ...], list[int]] = {}
         for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
             if c.place == place and layer in adapters and not c.skips(layer, skip):
-                alike = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
-                alike += (c.prompt_length,)
+                of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
+                alike = (*of_bottlenecks, c.prompt_length)
                 members.setdefault(alike, []).append(number)
         return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]
 

@@ -322,7 +322,8 @@ def write_adapterhub(
     directory = Path(directory)
     check_folder(directory, owner="AdapterHub")
     _check_name(name)
-    for field, expected in (("depth", 1), ("text_only", False), *[("eps", 1e-5)] * config.layer_norm):
+    fixed = ("kind", "bottleneck"), ("depth", 1), ("text_only", False), *[("eps", 1e-5)] * config.layer_norm
+    for field, expected in fixed:
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
     if config.modules_to_save:

@@ -131,10 +131,13 @@ def adapter(
     check_inputs(x, weights, eps, activation, index, residual, scale)
     if x_free and residual is not None:
         raise ValueError("x_free: expected False with a residual, from whose sum x cannot be recovered, got True")
-    learned, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
-    more = () if residual is None and learned is None and factor == 1 else (None, residual, learned, factor)
-    tensors = (x, *weights, residual, learned)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    tensors: Sequence[Tensor] = (x, *weights)
+    more: tuple[Any, ...] = ()
+    if residual is not None or norm_weight is None or type(scale) is not float or scale != 1:
+        learned, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+        more = (None, residual, learned, factor)
+        tensors = [t for t in (*tensors, residual, learned) if t is not None]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not (fused and fused_enabled()) or prefers_eager(x, down_weight.shape[-2], save) or in_transform():
         if (dtype := stock_dtype(x, weights)) is not None:
             weights = Weights(*(w if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
@@ -150,7 +153,7 @@ def adapter(
     return _forward(x, *weights, eps, activation, None, save, x_free, index, *more)[0]
 
 
-def _needs_no_dispatcher(x: Tensor, *others: Tensor | None) -> bool:
+def _needs_no_dispatcher(x: Tensor, *others: Tensor) -> bool:
     """Whether calling the native kernels at once differs from calling the operator only in the time that it takes.
 
     Torch's dispatcher enters Python three times in a forward, under autocast, and twice in a backward: 68 of 350 µs of
@@ -164,10 +167,7 @@ def _needs_no_dispatcher(x: Tensor, *others: Tensor | None) -> bool:
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and not torch.jit.is_tracing()
-        and all(
-            t is None or (type(t) in (Tensor, nn.Parameter) and keys(t) in keys_of_plain_tensors())
-            for t in (x, *others)
-        )
+        and all(type(t) in (Tensor, nn.Parameter) and keys(t) in keys_of_plain_tensors() for t in (x, *others))
     )
 
 
@@ -178,7 +178,7 @@ def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
     eps, activation, compute_dtype, save = args[6:10]
     _, index, prepared, residual, scale, factor = _optional(args, 10)
-    weights = _with_scale(args[:6], scale)
+    weights = args[:6] if scale is None else (*args[:6], scale)
     if not runs_triton(x.device.type, x.dtype):
         compute = operand_dtype(x, compute_dtype)
         how = eps, activation, compute, save, index, residual, factor
@@ -195,7 +195,7 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
     eps, activation, _, needed = args[6:10]
     x_free, index, prepared, residual, scale, factor = _optional(args, 10)
-    weights = _with_scale(args[:6], scale)
+    weights = args[:6] if scale is None else (*args[:6], scale)
     if runs_triton(x.device.type, x.dtype):
         from adapterkern.ops.kernels import launch
 
@@ -331,11 +331,13 @@ class _Differentiable(torch.autograd.Function):
         how = ctx.eps, ctx.activation, ctx.compute_dtype, needed, ctx.x_free, index, prepared
         more = (ctx.residual, scale, ctx.factor) if ctx.arguments > 14 else ()
         direct = not (ctx.by_dispatcher or torch.is_grad_enabled())
-        run = _run_backward if direct and _needs_no_dispatcher(x, dy, z, mean, rstd, *weights, scale) else _backward
+        given = weights if scale is None and weights[0] is not None else [t for t in (*weights, scale) if t is not None]
+        run = _run_backward if direct and _needs_no_dispatcher(x, dy, z, mean, rstd, *given) else _backward
         grads = run(dy, x, z, mean, rstd, *weights, *how, *more)
-        for place, grad, wanted in zip((*range(1, 8), 16), grads, needed, strict=False):
-            if wanted:
-                results[place] = grad
+        grads = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
+        results[1:8] = grads[:7]
+        if scale is not None:
+            results[16] = grads[7]
         return tuple(results)
 
 

@@ -304,14 +304,14 @@ def answering(model: Any, adapter: str | None = None) -> Iterator[Callable[..., 
         with adapted.disable_adapter():
             yield adapted.generate
     else:
-        before = adapted.active_adapter
+        before = adapted.active_adapters()
         if adapter not in adapted.adapters:
             raise ValueError(f"adapter: expected one of {', '.join((*adapted.adapters, NO_ADAPTER))}, got {adapter!r}")
         adapted.set_adapter(adapter)
         try:
             yield adapted.generate
         finally:
-            if before is not None:
+            if before:
                 adapted.set_adapter(before)
 
 

@@ -7,7 +7,7 @@ parameter runs with the copy as well, so tied parameters stay tied.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +24,8 @@ _NOT_COPIED = ("_hf_hook", "_old_forward", "forward", "_place")
 class Copies(Protocol):
     """The model that has the copies."""
 
-    def running_copies(self) -> nn.Module | None:
-        """The copies of the adapter that runs, by their paths; None if it has none, or none runs."""
+    def running_copies(self) -> Sequence[nn.Module]:
+        """The copies of each adapter that runs and has some, by their paths; of several the first one's count."""
 
 
 class _Folder(nn.Module):
@@ -42,19 +42,19 @@ class _Place:
         ] = {}  # a parameter's name here → path and name of the one that is saved
 
     def copy(self) -> nn.Module | None:
-        return _at(self.model.running_copies(), self.path)
+        return _found(self.model.running_copies(), self.path)
 
     def find(self, name: str) -> Any:
         """The attribute of the copy that runs; None if there is none."""
         copies = self.model.running_copies()
-        if copies is None:
+        if not copies:
             return None
-        if (copy := _at(copies, self.path)) is not None:
+        if (copy := _found(copies, self.path)) is not None:
             found = copy._parameters.get(name)
             return copy._modules.get(name) if found is None else found
         if name in self.tied:
             path, other = self.tied[name]
-            if (copy := _at(copies, path)) is not None:
+            if (copy := _found(copies, path)) is not None:
                 return copy._parameters.get(other)
         return None
 
@@ -189,7 +189,11 @@ def detach(model: Copies, llama: Any, kept: Collection[str] = ()) -> None:
                 change_class(module, _own_class(module))
 
 
-def _at(copies: nn.Module | None, path: list[str]) -> nn.Module | None:
+def _found(copies: Iterable[nn.Module], path: list[str]) -> nn.Module | None:
+    return next((copy for one in copies if (copy := _at(one, path)) is not None), None)
+
+
+def _at(copies: nn.Module, path: list[str]) -> nn.Module | None:
     at: Any = copies
     for part in path:
         if at is None:

@@ -142,20 +142,23 @@ class Extra(Wrapped):
         @property
         def active_adapter(self) -> str | None: ...
 
+        def active_adapters(self) -> list[str]: ...
+
         def disable_adapter(self) -> AbstractContextManager[None]: ...
 
         def adapter_config(self, name: str | None = None) -> AdapterConfig: ...
 
-    def running_copies(self) -> nn.Module | None:
-        """The copies of modules that the active adapter has; None if it has none, or none runs."""
-        name = self.active_adapter
-        return None if name is None or self._mixture is not None else self.adapters._modules[name]._modules.get(MODULES)
+    def running_copies(self) -> list[nn.Module]:
+        """The copies of modules that the active adapter has, and then those of adapters below it in a stack."""
+        if self._mixture is not None:
+            return []
+        found = [self.adapters._modules[name]._modules.get(MODULES) for name in reversed(self.active_adapters())]
+        return [copies for copies in found if copies is not None]
 
     def trains_below(self) -> bool:
-        """Whether the running adapter has copies of modules below the first layer: of the embeddings."""
-        copies = self.running_copies()
-        decoder = None if copies is None else copies._modules.get("model")
-        return decoder is not None and bool(decoder._modules.keys() - {"layers", "norm"})
+        """Whether a running adapter has copies of modules below the first layer: of the embeddings."""
+        decoders = [copies._modules.get("model") for copies in self.running_copies()]
+        return any(d is not None and d._modules.keys() - {"layers", "norm"} for d in decoders)
 
     def _with_modules(self, config: AdapterConfig) -> AdapterConfig:
         """The configuration with the paths of the modules in place of their names."""

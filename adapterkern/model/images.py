@@ -36,8 +36,7 @@ def watch(model: Any) -> list[Any]:
 
 
 def _keep(model: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    active = model.active_adapter
-    if active is None or not model._configs[active].text_only:
+    if not any(model._configs[name].text_only for name in model.active_adapters()):
         return
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:

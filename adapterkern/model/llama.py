@@ -101,10 +101,11 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         if self.checkpoints_activations:
             self.gradient_checkpointing_enable()  # again: recomputation must see the adapters of the forward
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """The backbone's forward, with the same arguments in the same order, and the same outputs.
 
-        ``adapter_names`` names one adapter per sequence of the batch, ``"__base__"`` for none, see ``mixing``.
+        ``adapter_names`` names one adapter per sequence of the batch, ``"__base__"`` for none, see ``mixing``; a list
+        among them is a stack.
         ``inspect.signature`` gives the backbone's arguments: Trainer reads a model's columns from them.
         """
         self.check_attached()
@@ -126,7 +127,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             return False
         return self.logits_path.plain and not self.logits_path.added
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """The backbone's ``generate``, with the active adapter, or with one of ``adapter_names`` per prompt."""
         self.check_attached()
         with self._mixing_by_name(adapter_names):
@@ -152,7 +153,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         detach(self, self.base)
         if self.checkpoints_activations:
             self.enable_checkpointing({"use_reentrant": False})
-        self._active = None
+        self._stack = ()
         self.__dict__["_unloaded"] = self._modules.pop("base")  # not as a module of this one
         return self._unloaded
 
@@ -163,7 +164,8 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         mode, and has modes, hooks and a configuration of its own. Its ``to`` moves or casts the shared parameters.
 
         Args:
-            name: an adapter, of which the reference has a frozen copy as it is now. Default none: the bare backbone.
+            name: an adapter, of which the reference has a frozen copy as it is now, with those below it in the active
+                stack, or that it was saved on. Default none: the bare backbone.
         """
         self.check_attached()
         if name is not None:
@@ -174,11 +176,13 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             return bare
         model = self._made_from[0](bare, None, fused=self.fused)
         model._liger = self._liger  # its modules have the classes of this model's
-        model.adapters[name] = copy.deepcopy(self.adapters[name])
-        model._configs[name] = self._configs[name]
-        attach(model, bare, self._configs[name].modules_to_save or ())
-        model._attach_prompts(name)
-        model.set_adapter(name)
+        stack = [*self.adapters_below(name), name]
+        for one in stack:
+            model.adapters[one] = copy.deepcopy(self.adapters[one])
+            model._configs[one] = self._configs[one]
+            attach(model, bare, self._configs[one].modules_to_save or ())
+            model._attach_prompts(one)
+        model.set_adapter(stack)
         return model.requires_grad_(False).eval()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
@@ -275,8 +279,16 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
 
     @checks.other_names(adapter_name="name", adapter_names="name, one at a time,")
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
-        """Remove ``name``. If it was active, no adapter is active until ``set_adapter``."""
+        """Remove ``name``. If it was active, alone or in a stack, no adapter is active until ``set_adapter``.
+
+        Raises:
+            ValueError: there is no such adapter, or another one was loaded that was saved on it.
+        """
         self._check_name(name)
+        if above := [top for top, below in self._saved_on.items() if name in below]:
+            raise ValueError(
+                f"name: expected an adapter that none was saved on, got {name!r}: delete {above[0]!r} first"
+            )
         del self.adapters[name]
         config = self._configs.pop(name)
         prompted = {index for c in self._configs.values() if c.kind == PROMPT for index in c.layers or ()}
@@ -286,8 +298,9 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             detach(
                 self, self.base, {path for config in self._configs.values() for path in config.modules_to_save or ()}
             )
-        if self._active == name:
-            self._active = None
+        self._saved_on.pop(name, None)
+        if name in self._stack:
+            self._stack = ()
 
     @checks.other_names(adapter_name="name")
     def set_scale(self, scale: float, name: str | None = None) -> None:
@@ -340,22 +353,29 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         return list(self.adapters[self._check_name(name)].parameters())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of parameters that the active adapter trains, and of all parameters, its own and the backbone's."""
+        """Number of parameters that the active adapter trains, and of all parameters: its own and the backbone's.
+
+        Of a stack the first is the top one's, and the second has all of the stack.
+        """
         adapter = [] if self._active is None else self.adapter_parameters()
         trainable = sum(p.numel() for p in adapter if p.requires_grad)
-        return trainable, sum(p.numel() for p in adapter) + self.base.num_parameters()
+        below = [p for name in self._stack[:-1] for p in self.adapter_parameters(name)]
+        return trainable, sum(p.numel() for p in (*adapter, *below)) + self.base.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print both numbers and their ratio."""
+        """Print both numbers and their ratio, and of a stack its adapters."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        stack = f" || stack: {' → '.join(self._stack)}" if len(self._stack) > 1 else ""
+        share = f"{100 * trainable / total:.4f}"
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share}{stack}")
 
     def _check_name(self, name: str | None) -> str:
         self.check_attached()
         if isinstance(name, (list, tuple)):
             raise TypeError(
                 f"name: expected the name of one adapter, got {name!r}; several run at once in generate or forward "
-                "with adapter_names=, one per sequence, or inside mixing(names, index)"
+                "with adapter_names=, one per sequence, or inside mixing(names, index), and one after the other by "
+                "set_adapter([...])"
             )
         name = self._active if name is None else name
         if name is None or name not in self.adapters:

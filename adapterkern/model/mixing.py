@@ -9,7 +9,8 @@ parallel) form a group: their parameters are stacked, their scales too, and one 
 runs them all. For the other groups of the site, a sequence of this group has index −1. The stack is built in every
 forward, so that gradients reach the adapters' own parameters; it costs a copy of the parameters of the mixed adapters,
 compared with an activation of B·L rows. During ``generate`` it is built once. The index of a group is computed once for
-all sites that have the same group.
+all sites that have the same group. Of stacks of adapters (stack.py), the first of each run so, then the second, and
+so on.
 
 Gated prompts (prompt.py) add one result of attention for each choice, with the gate w[b, k] · g of its adapter; those
 of one length form a group.
@@ -18,7 +19,7 @@ Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a
 out which were chosen, and results must not depend on the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class _Group(NamedTuple):
     """Adapters of one shape at one site."""
 
     adapters: list[Any]  # one per name: an nn.Sequential of `depth` adapters, or a Prompt
-    numbers: tuple[int, ...]  # their values in ``index``
+    places: tuple[int, ...]  # of each value of ``index``, its adapter among them; −1 is none
 
 
 class _Stack(NamedTuple):
@@ -60,6 +61,8 @@ class Mixture:
         index: int64 or int32, (B,) or (B, K); −1 is none.
         weight: floating point, same shape as ``index``; None is weight 1 for every choice.
         argument: what the user gave, for messages.
+        stacks: what each number in ``index`` stands for, adapters that run one after the other; by default each is one
+            of ``adapters``.
 
     Raises:
         TypeError, ValueError: ``index`` or ``weight`` has a wrong type, dtype or shape, or a number is out of range.
@@ -72,9 +75,17 @@ class Mixture:
         index: Tensor,
         weight: Tensor | None = None,
         argument: str = "index",
+        stacks: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
         check_mixable(configs)
-        _check(len(adapters), index, weight)
+        stacks = [(name,) for name in adapters] if stacks is None else stacks
+        _check(len(stacks), index, weight)
+        numbers = {name: number for number, name in enumerate(adapters)}
+        # Of the first of each stack, then of the second, and so on: which adapter it is, −1 above the stack's end
+        self._stages = [
+            tuple(numbers[stack[stage]] if stage < len(stack) else -1 for stack in stacks)
+            for stage in range(max([0, *map(len, stacks)]))
+        ]
         self._argument = argument
         self._adapters, self._configs = list(adapters.values()), list(configs.values())
         # (K, B): each choice is contiguous, as the kernels expect
@@ -123,27 +134,31 @@ class Mixture:
         return self._sites[site]
 
     def _groups(self, layer: str, place: str, skip: int = 0) -> list[_Group]:
-        members: dict[tuple[object, ...], list[int]] = {}
-        for number, (adapters, c) in enumerate(zip(self._adapters, self._configs, strict=True)):
-            if c.place == place and layer in adapters and not c.skips(layer, skip):
-                of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
-                alike = (*of_bottlenecks, c.prompt_length)
-                members.setdefault(alike, []).append(number)
-        return [_Group([self._adapters[n][layer] for n in ns], tuple(ns)) for ns in members.values()]
+        groups: list[_Group] = []
+        for stage in self._stages:
+            members: dict[tuple[object, ...], list[int]] = {}
+            for number in dict.fromkeys(n for n in stage if n >= 0):
+                c = self._configs[number]
+                if c.place == place and layer in self._adapters[number] and not c.skips(layer, skip):
+                    of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
+                    members.setdefault((*of_bottlenecks, c.prompt_length), []).append(number)
+            for ns in members.values():
+                places = tuple(ns.index(n) if n in ns else -1 for n in stage)
+                groups.append(_Group([self._adapters[n][layer] for n in ns], places))
+        return groups
 
-    def _choices_among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
-        """``index`` relative to ``numbers``, (K, B·times) on ``device``; computed once for all sites."""
-        key = (numbers, times, device)
+    def _choices_among(self, places: tuple[int, ...], times: int, device: torch.device) -> Tensor:
+        """``index`` as ``places`` of a group, (K, B·times) on ``device``; computed once for all sites."""
+        key = (places, times, device)
         if (made := self._choices.get(key)) is not None:
             return made
         if torch.compiler.is_compiling() or graphs.recording(device):  # tensors made there must not be kept
             return self._among(*key)
         with torch.inference_mode(False):  # a later call may train, and autograd cannot save inference tensors
-            made = self._choices[key] = vouch(self._among(*key), len(numbers))
+            made = self._choices[key] = vouch(self._among(*key), max(places) + 1)
         return made
 
-    def _among(self, numbers: tuple[int, ...], times: int, device: torch.device) -> Tensor:
-        places = [numbers.index(n) if n in numbers else -1 for n in range(len(self._adapters))]
+    def _among(self, places: tuple[int, ...], times: int, device: torch.device) -> Tensor:
         among = torch.tensor([*places, -1], device=self._index.device)[self._index]  # index -1 takes the last one
         among = among if times == 1 else among.repeat_interleave(times, 1)
         return among.to(device, non_blocking=True)
@@ -151,11 +166,11 @@ class Mixture:
     def _run(self, groups: list[_Group], beside: Tensor | None, x: Tensor) -> Tensor:
         times = self._repeats(x.shape[0])
         stacks = [self._stack(group) for group in groups]
-        indices = [self._choices_among(group.numbers, times, x.device) for group in groups]
+        indices = [self._choices_among(group.places, times, x.device) for group in groups]
         beside = None if beside is None else beside.to(x.dtype)
 
         def choice(k: int) -> Tensor:
-            # Each choice is in at most one group; the other groups leave the sequence unchanged.
+            # Each choice is in at most one group of a stage; the other groups leave the sequence unchanged.
             y = x
             for group, stack, index in zip(groups, stacks, indices, strict=True):
                 given = beside if _is_beside(group) else None
@@ -178,7 +193,7 @@ class Mixture:
         for group in groups:
             keys, values = ask(torch.stack([prompt.embeddings for prompt in group.adapters]))
             gates = torch.cat([prompt.gate for prompt in group.adapters])
-            for k, index in enumerate(self._choices_among(group.numbers, times, keys.device)):
+            for k, index in enumerate(self._choices_among(group.places, times, keys.device)):
                 chosen = index.clamp(min=0)
                 gate = gates[chosen] * (index >= 0)  # the other groups add nothing to the sequence
                 if self._weight is not None:
@@ -213,21 +228,25 @@ class DeferredMixture:
     """A mixture whose choices are computed from the residual stream, once, at the first of the adapters.
 
     Args:
-        adapters, configs: as for ``Mixture``.
+        adapters, configs, stacks: as for ``Mixture``.
         decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a ``Mixture``.
     """
 
     def __init__(
-        self, adapters: Mapping[str, nn.ModuleDict], configs: Mapping[str, AdapterConfig], decide: Decide
+        self,
+        adapters: Mapping[str, nn.ModuleDict],
+        configs: Mapping[str, AdapterConfig],
+        decide: Decide,
+        stacks: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
         check_routable(configs)
-        self._adapters, self._configs, self._decide = adapters, configs, decide
+        self._adapters, self._configs, self._decide, self._stacks = adapters, configs, decide, stacks
         self._generating = False
         self._mixture: Mixture | None = None
 
     def generating(self, batch: int | None) -> "DeferredMixture":
         """This mixture for ``generate``: decided on the prompts (with their beams), and kept for the new tokens."""
-        other = DeferredMixture(self._adapters, self._configs, self._decide)
+        other = DeferredMixture(self._adapters, self._configs, self._decide, self._stacks)
         other._generating = True
         return other
 
@@ -254,7 +273,7 @@ class DeferredMixture:
         # would hold its own graph.
         with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
             index, weight = self._decide(x)
-        mixture = Mixture(self._adapters, self._configs, index, weight)
+        mixture = Mixture(self._adapters, self._configs, index, weight, stacks=self._stacks)
         self._mixture = mixture.generating(None) if self._generating else mixture
         run = self._mixture.at(layer, place, skip, beside)
         return x if run is None else run(x)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from adapterkern import checks
 from adapterkern.model.config import PROMPT, AdapterConfig, prefix_length
+from adapterkern.model.extra import default_heads
 from adapterkern.model.images import on_text
 from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
 from adapterkern.model.pretrained import Wrapped
 from adapterkern.model.prompt import PromptedAttention, Prompts
+from adapterkern.model.stack import check_stack, in_order
 
 BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
 
@@ -35,6 +37,7 @@ class State(NamedTuple):
     skip: int | None = None  # of each adapter's first sites; None as the model is set
     images: Tensor | None = None  # (B, L, 1): the tokens of the batch that an adapter for text alone leaves out
     fixed: bool = False  # as a forward was; otherwise the model's settings hold for ``active``, and besides ``enabled``
+    below: tuple[str, ...] = ()  # what runs before ``active``, in a stack
 
 
 _UNCHANGED = State(None, True, None)
@@ -88,7 +91,8 @@ class Running(Wrapped):
 
     def _start(self) -> None:
         """No adapter is active, and none is disabled."""
-        self._active: str | None = None
+        self._stack: tuple[str, ...] = ()  # what runs, in its order; at once, for all threads
+        self._saved_on: dict[str, tuple[str, ...]] = {}  # what an adapter that was loaded has been saved on
         self._on = True
         self._skip = 0
         self._blocks = _Blocks()
@@ -115,8 +119,13 @@ class Running(Wrapped):
         state = self._blocks.state or _UNCHANGED
         if state.fixed:
             return state
-        skip = self._skip if state.skip is None else state.skip
-        return State(self._active, state.enabled and self._on, state.mixture, skip, self._blocks.images)
+        skip, stack = self._skip if state.skip is None else state.skip, self._stack
+        return State(self._active, state.enabled and self._on, state.mixture, skip, self._blocks.images, below=stack[:-1])
+
+    @property
+    def _active(self) -> str | None:
+        """The active adapter by the model's own setting, of a stack the top one."""
+        return self._stack[-1] if self._stack else None
 
     @property
     def _enabled(self) -> bool:
@@ -133,13 +142,18 @@ class Running(Wrapped):
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter that runs outside ``mixing``; None if none is set, and where adapters are disabled."""
+        """The adapter that runs outside ``mixing``, of a stack the top; None if none is set, and where they are disabled."""
         state = self._state
         return state.active if state.enabled else None
 
     def active_adapters(self) -> list[str]:
-        """The active adapter in a list, as transformers' models have it; empty if none runs."""
-        return [] if self.active_adapter is None else [self.active_adapter]
+        """The adapters that run outside ``mixing``, in their order: one, or a stack's; empty if none runs."""
+        return [] if (top := self.active_adapter) is None else [*self._state.below, top]
+
+    def adapters_below(self, name: str | None = None) -> list[str]:
+        """What runs before ``name`` (default: the active adapter), lowest first: in the active stack, or as saved."""
+        name = self._check_name(name)
+        return list(self._stack[:-1] if name == self._active else self._saved_on.get(name, ()))
 
     def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Tensor]:
         """The tensors of an adapter (default: the active one) by their names in it; of ``state_dict``, if given."""
@@ -148,12 +162,20 @@ class Running(Wrapped):
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     @checks.other_names(adapter_name="name")
-    def set_adapter(self, name: str) -> None:  # type: ignore[override]
+    def set_adapter(self, name: str | Sequence[str]) -> None:
         """Make ``name`` the active adapter, the one that runs. The others are not used and get no gradient.
 
+        A list is a stack, whose adapters run one after the other, the first one first: x → A_2(A_1(x)), where several
+        have the same site. The last one is the active adapter: what ``adapter_parameters`` and all else mean by it.
+        An adapter that was loaded with those that it was saved on stands for this stack; in a list it runs alone.
+
         A setting of the model, in all threads; ``adapter_names`` chooses for one call.
+
+        Raises:
+            TypeError, ValueError: an unknown name, an empty list, a name twice; or two of a stack have copies of one
+                module (``modules_to_save``), other than the backbone's own head, of which the last one's runs.
         """
-        self._active = self._check_name(name)
+        self._stack = self._stack_of("name", name if isinstance(name, (list, tuple)) else self._check_name(name))  # type: ignore[arg-type]
 
     def disable_adapters(self) -> None:
         """Disable all adapters of the model, in all threads, until ``enable_adapters``."""
@@ -197,7 +219,7 @@ class Running(Wrapped):
         return self._blocks.within(**State(name, True, None, fixed=True)._asdict())
 
     def mixing(
-        self, names: Sequence[str], index: Tensor | Decide, weight: Tensor | None = None
+        self, names: Sequence[str | Sequence[str]], index: Tensor | Decide, weight: Tensor | None = None
     ) -> AbstractContextManager[None]:
         """Inside the block each sequence of a batch runs its own adapters instead of the active one.
 
@@ -207,7 +229,7 @@ class Running(Wrapped):
         Inside ``disable_adapter`` no adapter runs. Only in the thread that enters the block.
 
         Args:
-            names: the adapters to choose from, without duplicates.
+            names: the adapters to choose from, without duplicates; a list among them is a stack, see ``set_adapter``.
             index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. Or a function that returns
                 index and weight for the residual stream (B, L, d) below the first of the adapters. It is called once,
                 in a forward or on the prompts of a ``generate``, and its result is kept until the block ends.
@@ -217,38 +239,49 @@ class Running(Wrapped):
             ValueError, TypeError: an unknown name, a number out of range, a wrong shape or dtype; in the forward, a
                 batch of another size. On a GPU, the numbers are checked asynchronously.
         """
-        names = self._check_names("names", names)
-        if len(set(names)) < len(names):
+        stacks = self._check_names("names", names)
+        if len(set(stacks)) < len(stacks):
             raise ValueError(f"names: expected none twice, got {list(names)}")
-        adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
-        configs = {name: self._configs[name] for name in names}
         if isinstance(index, Tensor) or not callable(index):
-            return self._mixing(Mixture(adapters, configs, index, weight))
+            return self._mixing(Mixture(*self._of(stacks), index, weight, stacks=stacks))
         if weight is not None:
             raise ValueError("weight: expected None if index is a function, which returns both, got a tensor")
-        return self._mixing(DeferredMixture(adapters, configs, index))
+        return self._mixing(DeferredMixture(*self._of(stacks), index, stacks))
+
+    def _of(self, stacks: Sequence[tuple[str, ...]]) -> tuple[dict[str, Any], dict[str, AdapterConfig]]:
+        """The adapters in the stacks, and their configurations."""
+        names = dict.fromkeys(name for stack in stacks for name in stack)
+        return {name: self.adapters[name] for name in names}, {name: self._configs[name] for name in names}
 
     def _mixing(self, mixture: Mixture | DeferredMixture) -> AbstractContextManager[None]:
         return self._blocks.within(mixture=mixture)
 
-    def _mixing_by_name(self, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
+    def _mixing_by_name(self, adapter_names: Sequence[str | Sequence[str]] | None) -> AbstractContextManager[None]:
         if adapter_names is None:
             return nullcontext()
         given = self._check_names("adapter_names", adapter_names, BASE_NAME)
-        names = list(dict.fromkeys(name for name in given if name != BASE_NAME))
-        numbers = {name: number for number, name in enumerate(names)} | {BASE_NAME: -1}
-        index = torch.tensor([numbers[name] for name in given], dtype=torch.int64, device=self.device)
-        adapters: dict[str, Any] = {name: self.adapters[name] for name in names}
-        configs = {name: self._configs[name] for name in names}
-        return self._mixing(Mixture(adapters, configs, index, argument="adapter_names"))
+        stacks = list(dict.fromkeys(stack for stack in given if stack != (BASE_NAME,)))
+        numbers = {stack: number for number, stack in enumerate(stacks)} | {(BASE_NAME,): -1}
+        index = torch.tensor([numbers[stack] for stack in given], dtype=torch.int64, device=self.device)
+        return self._mixing(Mixture(*self._of(stacks), index, argument="adapter_names", stacks=stacks))
 
-    def _check_names(self, argument: str, names: object, *more: str) -> list[str]:
+    def _check_names(self, argument: str, names: object, *more: str) -> list[tuple[str, ...]]:
+        """What each entry stands for: one adapter, or a stack."""
         self.check_attached()
-        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        kinds = (str, list, tuple)
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, kinds) for n in names):
             raise TypeError(f"{argument}: expected a list of names, one per {_ONE_PER[argument]}, got {names!r}")
-        if unknown := [name for name in names if name not in self.adapters and name not in more]:
+        plain = [name for name in names if isinstance(name, str)]
+        if unknown := [name for name in plain if name not in self.adapters and name not in more]:
             raise ValueError(f"{argument}: expected some of {', '.join((self._names(), *more))}, got {unknown[0]!r}")
-        return list(names)
+        return [(name,) if name in more else self._stack_of(argument, name) for name in names]
+
+    def _stack_of(self, argument: str, name: str | Sequence[str]) -> tuple[str, ...]:
+        """The adapters that a known name, or a list, stands for."""
+        if isinstance(name, str):
+            return (*self._saved_on.get(name, ()), name)
+        self.check_attached()
+        return check_stack(argument, name, self._configs, self._names(), default_heads(self.base))
 
     def _names(self) -> str:
         return ", ".join(self.adapters) or "the model's adapters (it has none)"
@@ -291,10 +324,11 @@ class Running(Wrapped):
     @property
     def prefix_length(self) -> int:
         """Number of leading layers whose output does not depend on the running adapters; all layers if none runs."""
-        mixture, active = self._mixture, self.active_adapter
+        mixture = self._mixture
         if mixture is not None and self._enabled:
             return mixture.prefix_length(len(self.layers))
-        return len(self.layers) if active is None else prefix_length(self._configs[active])
+        running = (prefix_length(self._configs[name]) for name in self.active_adapters())
+        return min(running, default=len(self.layers))
 
     def _site(self, layer: int) -> "RunningSite":
         return RunningSite(self, layer)
@@ -311,14 +345,17 @@ class RunningSite:
         self.width = model.decoder.config.hidden_size
 
     def cuts(self) -> bool:
-        active, enabled, mixture, skip, *_ = self.model._state
+        active, enabled, mixture, skip, *_, below = self.model._state
         if not enabled:
             return False
         if mixture is not None:
             return mixture.cuts(self.index, skip or 0)
-        if active is None or (config := self.model._configs[active]).position == "layer":
+        return any(self._cuts(name, skip or 0) for name in below) or self._cuts(active, skip or 0)
+
+    def _cuts(self, name: str | None, skip: int) -> bool:
+        if name is None or (config := self.model._configs[name]).position == "layer":
             return False
-        return int(self.index) in (config.layers or ())[skip or 0 :]
+        return int(self.index) in (config.layers or ())[skip:]
 
     def prompt(self) -> Prompts | None:
         return self._at(PROMPT, None)
@@ -341,17 +378,25 @@ class RunningSite:
         return adapters(hidden)
 
     def _at(self, place: str, x: Tensor | None) -> Callable[..., Any] | None:
-        active, enabled, mixture, skip, images, _ = self.model._state
+        active, enabled, mixture, skip, images, _, below = self.model._state
         if not enabled:
             return None
         if mixture is not None:
             return mixture.at(self.index, place, skip or 0, x)
-        if active is None or (config := self.model._configs[active]).place != place:
+        if below:
+            return in_order([self._of(name, place, skip, images, x) for name in (*below, active)])
+        return self._of(active, place, skip, images, x)
+
+    def _of(
+        self, name: str | None, place: str, skip: int | None, images: Tensor | None, x: Tensor | None
+    ) -> Callable[..., Any] | None:
+        """What an adapter does at a site."""
+        if name is None or (config := self.model._configs[name]).place != place:
             return None
         if skip and config.skips(self.index, skip):
             return None
-        sites: Any = self.model.adapters[active]
+        sites: Any = self.model.adapters[name]
         if self.index not in sites:
             return None
         run = partial(sites[self.index], x=x) if config.is_parallel else sites[self.index]
-        return run if images is None else partial(on_text, run, images)
+        return partial(on_text, run, images) if images is not None and config.text_only else run

@@ -64,9 +64,9 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     # Names of adapters
     (
         "several adapters",
-        lambda _: adapted().set_adapter(["default"]),
+        lambda _: adapted().adapter_config(["default"]),
         TypeError,
-        r"name: expected the name of one adapter, got \['default'\]; several run at once .*adapter_names=.*mixing",
+        r"name: expected the name of one adapter, got \['default'\]; several run at once .*adapter_names=.*set_adapter",
     ),
     ("deleting several", lambda _: adapted().delete_adapter(["default"]), TypeError, "name: expected the name of one"),
     (

@@ -203,19 +203,27 @@ def _json_object(where: str | os.PathLike[str], content: bytes, ours: bool) -> d
 
 
 def read_versioned(
-    path: str | os.PathLike[str], version: int, kinds: Mapping[str, Any], content: bytes | None = None
+    path: str | os.PathLike[str],
+    version: int,
+    kinds: Mapping[str, Any],
+    content: bytes | None = None,
+    newer: Mapping[str, tuple[int, Any]] | None = None,
 ) -> dict[str, Any]:
     """Read a JSON object that has ``"format_version": version``.
 
     Args:
         content: what the file holds; ``path`` is then what a message calls it, and is not read.
         kinds: the required fields and the type of each: ``{"names": list, "seed": int | None}``.
+        newer: fields that only a file of another version has, with this version and the field's type.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON or has another version, or a field is missing or has another type.
     """
     saved = read_json(path) if content is None else _json_object(path, content, ours=True)
+    for name, (with_it, kind) in (newer or {}).items():
+        if name in saved:
+            version, kinds = with_it, {**kinds, name: kind}
     if saved.get("format_version") != version:
         raise ValueError(f"{path}: expected format_version {version}, got {saved.get('format_version')!r:.80}")
     for name, kind in kinds.items():

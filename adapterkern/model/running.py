@@ -142,7 +142,7 @@ class Running(Wrapped):
 
     @property
     def active_adapter(self) -> str | None:
-        """The adapter that runs outside ``mixing``, of a stack the top; None if none is set, and where they are disabled."""
+        """The adapter that runs outside ``mixing``, of a stack the top; None if none is set, or they are disabled."""
         state = self._state
         return state.active if state.enabled else None
 

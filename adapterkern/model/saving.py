@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -15,15 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapterkern import checks
+from adapterkern.files import check_pair
 from adapterkern.model.adapter import Adapter, plain
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.decoder import decoder_layers, text_decoder
 from adapterkern.model.digest import Digest, weights_digest
 from adapterkern.model.extra import Extra, covered
 from adapterkern.model.files.adapterhub import read_adapterhub, write_adapterhub
+from adapterkern.model.files.below import files_below, read_below, remove_others, write_below
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
-from adapterkern.model.files.owner import OURS, check_no_run
+from adapterkern.model.files.owner import OURS, check_folder, check_no_run
 from adapterkern.model.files.peft import read_peft, write_peft
 from adapterkern.model.files.trainer import take_described, write_trainer
 
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 
 M = TypeVar("M", bound="Saved")
+Read = tuple[AdapterConfig, dict[str, Tensor]]  # what ``read_adapter`` returns
+Below = Sequence[tuple[str, Read]]  # what ``read_below`` returns
 
 
 @contextlib.contextmanager
@@ -65,7 +69,15 @@ class Saved(Extra):
 
         def add_adapter(self, name: str, config: AdapterConfig) -> None: ...  # type: ignore[override]
 
-        def set_adapter(self, name: str) -> None: ...  # type: ignore[override]
+        _saved_on: dict[str, tuple[str, ...]]
+
+        def set_adapter(self, name: str | Sequence[str]) -> None: ...
+
+        def adapters_below(self, name: str | None = None) -> list[str]: ...
+
+        def delete_adapter(self, name: str) -> None: ...  # type: ignore[override]
+
+        def _stack_of(self, argument: str, name: str | Sequence[str]) -> tuple[str, ...]: ...
 
         def unload(self) -> PreTrainedModel: ...
 
@@ -91,6 +103,9 @@ class Saved(Extra):
         None or gathered from several processes. ``model.safetensors`` is then written too, from which a Trainer
         resumes: the same tensors by their names within this model, and the configuration.
 
+        What is below the adapter in a stack is saved with it, in ``below``: see files/below.py. Of the active adapter
+        that is what it runs on, of another what it was loaded with.
+
         Args:
             directory: created if it does not exist.
             name: the adapter, default the active one.
@@ -113,6 +128,41 @@ class Saved(Extra):
         if not is_main_process:
             return
         name = self._check_name(name)
+        stack = [*self.adapters_below(name), name]
+        for one in stack:
+            self._check_as_configured(one)
+        self.check_saved(name)
+        if not os.fspath(directory):
+            raise ValueError("directory: expected the name of a folder, got ''")
+        directory = Path(directory)
+        check_no_run(directory)
+        state = from_trainer.get("state_dict") or self.state_dict()
+        tensors = {
+            one: {
+                key.removeprefix(prefix): plain(t.detach()).to("cpu").contiguous()
+                for key, t in state.items()
+                if key.startswith(prefix)
+            }
+            for one, prefix in ((one, f"{OURS}{one}.") for one in stack)
+        }
+        check_folder(directory)
+        check_pair(directory / WEIGHTS_NAME, directory / CONFIG_NAME)
+        entries = [
+            write_below(
+                directory, number, one, self.base, self.adapter_config(one), tensors[one], self.backbone_digest(one)
+            )
+            for number, one in enumerate(stack[:-1])
+        ]
+        write_adapter(
+            directory, self.base, self.adapter_config(name), tensors[name], self.backbone_digest(name), entries
+        )
+        remove_others(directory, entries)
+        if "state_dict" in from_trainer:
+            folders = {entry["name"]: directory / entry["folder"] for entry in entries}
+            write_trainer(directory, folders | {name: directory}, tensors)
+
+    def _check_as_configured(self, name: str) -> None:
+        """Raise ``ValueError`` if a module of an adapter is not as its configuration says."""
         config = self.adapter_config(name)
         for path, module in self.adapters[name].named_modules():
             if isinstance(module, Adapter):
@@ -122,21 +172,6 @@ class Saved(Extra):
                         f"scale: expected {config.scale} in all adapters of {name!r}, as it is saved, got "
                         f"{module.scale} at {path}; set_scale sets it in all and in the configuration"
                     )
-        self.check_saved(name)
-        if not os.fspath(directory):
-            raise ValueError("directory: expected the name of a folder, got ''")
-        directory = Path(directory)
-        check_no_run(directory)
-        prefix = f"{OURS}{name}."
-        state = from_trainer.get("state_dict") or self.state_dict()
-        tensors = {
-            key.removeprefix(prefix): plain(t.detach()).to("cpu").contiguous()
-            for key, t in state.items()
-            if key.startswith(prefix)
-        }
-        write_adapter(directory, self.base, config, tensors, self.backbone_digest(name))
-        if "state_dict" in from_trainer:
-            write_trainer(directory, name, tensors)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As every module's, which ``load_state_dict`` calls, and of what a Trainer resumes from: see files/trainer.py.
@@ -160,7 +195,7 @@ class Saved(Extra):
         strict: bool = False,
         resize_token_embeddings: bool = False,
     ) -> Self:
-        """``llama`` with the adapter saved in ``directory``, as ``"default"``; see ``load_adapter``."""
+        """``llama`` with the adapter that is saved in ``directory`` as ``"default"``; see ``load_adapter``."""
         if directory is None or isinstance(llama, (str, os.PathLike)):
             shown = repr(llama) if isinstance(llama, (str, os.PathLike)) else type(llama).__name__
             raise TypeError(
@@ -169,7 +204,8 @@ class Saved(Extra):
             )
         resize = llama.resize_token_embeddings if resize_token_embeddings else None
         read = read_adapter(llama, Path(directory), strict=strict, resize=resize)
-        return cls._from_read(llama, read, fused=fused, liger=liger)
+        below = read_below(llama, Path(directory), strict=strict)
+        return cls._from_read(llama, read, below, fused=fused, liger=liger)
 
     @checks.other_names(adapter_name="name", peft_model_id="directory", model_id="directory")
     def load_adapter(  # type: ignore[override]
@@ -181,6 +217,9 @@ class Saved(Extra):
         resize_token_embeddings: bool = False,
     ) -> None:
         """Add the adapter saved in ``directory`` under ``name``, with the copies of modules that it was saved with.
+
+        Adapters below it in a stack are added too, by their own names, or as ``"domain-below-NAME"`` where the name is
+        in use. Wherever an adapter is named, ``name`` then stands for all of the stack.
 
         Args:
             resize_token_embeddings: if the adapter was saved for another number of tokens, resize the backbone.
@@ -195,7 +234,8 @@ class Saved(Extra):
                 message names the file, and the field or both shapes.
         """
         resize = self.resize_token_embeddings if resize_token_embeddings else None
-        self._add_read(name, read_adapter(self.base, Path(directory), strict=strict, resize=resize))
+        read = read_adapter(self.base, Path(directory), strict=strict, resize=resize)
+        self._add_read(name, read, read_below(self.base, Path(directory), strict=strict))
 
     def backbone_digest(self, name: str | None = None) -> Digest:
         """``weights_digest`` of the backbone; of the time before it was spread over processes, if it is by now.
@@ -217,15 +257,22 @@ class Saved(Extra):
         """
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, name)
-            return push_folder(directory, repo_id, (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME), **options)
+            files = WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *files_below(directory)
+            return push_folder(directory, repo_id, files, **options)
 
     def save_adapterhub(
         self, directory: str | os.PathLike[str], name: str | None = None, *, safetensors: bool = False
     ) -> None:
         """Write adapter ``name`` (default: the active one) so that AdapterHub's ``adapters`` loads it by that name.
 
-        Options and errors are those of ``write_adapterhub``.
+        Options and errors are those of ``write_adapterhub``. Of a stack, whose files AdapterHub does not have, each
+        adapter is saved by its name.
         """
+        if name is None and (below := self.adapters_below()):
+            raise ValueError(
+                f"name: expected the name of one adapter of the stack {' → '.join((*below, self._check_name(None)))}, "
+                "got None: AdapterHub's files hold one"
+            )
         name = self._check_name(name)
         tensors = self.adapters[name].state_dict()
         write_adapterhub(directory, name, self.adapter_config(name), tensors, self.base, safetensors=safetensors)
@@ -266,21 +313,39 @@ class Saved(Extra):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or of another kind of adapter; the message names file and field.
         """
-        size = llama.config.hidden_size, len(decoder_layers(llama))
+        size = text_decoder(llama).config.hidden_size, len(decoder_layers(llama))
         return cls._from_read(llama, read_peft(directory, *size), fused=fused, liger=liger)
 
     def load_peft(self, directory: str | os.PathLike[str], name: str) -> None:
         """Add the gated prompts that PEFT saved in ``directory`` as ``name``. Raises as ``from_peft``."""
-        self._add_read(name, read_peft(directory, self.config.hidden_size, len(decoder_layers(self.base))))
+        self._add_read(name, read_peft(directory, self.decoder.config.hidden_size, len(self.layers)))
 
     @classmethod
-    def _from_read(cls, llama: PreTrainedModel, read: tuple[AdapterConfig, dict[str, Tensor]], **flags: bool) -> Self:
+    def _from_read(cls, llama: PreTrainedModel, read: Read, below: Below = (), **flags: bool) -> Self:
         with unloaded_on_error(cls(llama, None, **flags)) as model:
-            model._add_read("default", read)
+            model._add_read("default", read, below)
             model.set_adapter("default")
         return model
 
-    def _add_read(self, name: str, read: tuple[AdapterConfig, dict[str, Tensor]]) -> None:
+    def _add_read(self, name: str, read: Read, below: Below = ()) -> None:
+        """Add what was read as ``name``, and as what it runs on the adapters ``below``; all of them or none."""
+        self._add_one(name, read)
+        stack: list[str] = []
+        try:
+            for saved, of_saved in below:
+                free = f"{saved}-below-{name}" if saved in self.adapters else saved
+                self._add_one(free, of_saved)
+                stack.append(free)
+            if stack:
+                self._stack_of("name", [*stack, name])
+        except BaseException:
+            for one in (name, *stack):
+                self.delete_adapter(one)
+            raise
+        if stack:
+            self._saved_on[name] = tuple(stack)
+
+    def _add_one(self, name: str, read: Read) -> None:
         self.add_adapter(name, read[0])
         missing, _ = self.adapters[name].load_state_dict(read[1], strict=False)  # the reader has checked all others
         if missing:  # copies of a head that only this backbone's class has

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern.files import read_json, read_versioned, write_json
+from adapterkern.model.files.below import files_below
 from adapterkern.model.files.card import CARD_NAME, push_folder
 from adapterkern.model.files.folder import CONFIG_NAME, WEIGHTS_NAME, adapter_files
 from adapterkern.model.llama import LlamaAdapter
@@ -120,7 +121,8 @@ def push_to_hub(directory: str | os.PathLike[str], repo_id: str, **options: Any)
     """
     config = load_config(directory)
     files = [CARD_NAME, TASK_NAME]
-    files += (adapter_files(directory) or (WEIGHTS_NAME, CONFIG_NAME)) if config.train_adapters else ()
+    if config.train_adapters:
+        files += [*(adapter_files(directory) or (WEIGHTS_NAME, CONFIG_NAME)), *files_below(directory)]
     files += [HEAD_WEIGHTS, HEAD_CONFIG] if (Path(directory) / HEAD_CONFIG).exists() else []
     return push_folder(Path(directory), repo_id, files, **options)
 

@@ -53,7 +53,11 @@ class Training:
 
 
 def write_card(
-    directory: str | os.PathLike[str], llama: Any, config: AdapterConfig | None, training: Training | None = None
+    directory: str | os.PathLike[str],
+    llama: Any,
+    config: AdapterConfig | None,
+    training: Training | None = None,
+    below: Sequence[str] = (),
 ) -> None:
     """Write ``README.md``, atomically. A card without ``MARK``, which somebody wrote or edited, is kept.
 
@@ -62,6 +66,7 @@ def write_card(
         llama: the backbone.
         config: the saved adapter's, resolved; None if only a head is saved.
         training: what to say about its training; None leaves those sections out.
+        below: the names of the adapters below it in a stack, the lowest first.
 
     Raises:
         OSError: the file cannot be written.
@@ -79,6 +84,11 @@ def write_card(
     ]
     if config is not None:
         sections.append(_adapter_section(config, text_decoder(llama).config.hidden_size))
+    if below:
+        sections.append(
+            f"## Stack\n\nIt was trained on top of others, which are in `below` and are loaded with it: "
+            f"x → {' → '.join(map(_text, below))} → this adapter."
+        )
     if training is not None:
         sections += _training_sections(training)
     sections += [_loading_section(on_hub, config, training), _versions_section()]

@@ -11,7 +11,7 @@ win if a folder has both, and a save removes the old pair.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ OLD_WEIGHTS_NAME = "adapter_model.safetensors"  # of 0.1.0
 OLD_CONFIG_NAME = OTHERS_CONFIG
 ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME, OLD_WEIGHTS_NAME, OLD_CONFIG_NAME)
 FORMAT_VERSION = 1
+BELOW, STACK_VERSION = "below", 2  # the field of an adapter that was saved on others, and the version that it is of
 logger = logging.getLogger(__name__)
 _OF_PROMPT = {"embeddings": ("P", "d"), "gate": ("1",)}
 _SHAPES = {
@@ -45,7 +46,12 @@ _SHAPES = {
 
 
 def write_adapter(
-    directory: Path, llama: Any, config: AdapterConfig, tensors: Mapping[str, Tensor], digest: Digest
+    directory: Path,
+    llama: Any,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    digest: Digest,
+    below: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write an adapter of the backbone ``llama``, and its model card.
 
@@ -54,6 +60,7 @@ def write_adapter(
         config: resolved, with explicit layers.
         tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``, of a gated prompt
             ``{layer}.{parameter}``.
+        below: what ``write_below`` has written: the adapters below this one.
 
     Raises:
         OSError: a file cannot be written; the message names it, and an earlier adapter in the folder stays.
@@ -67,10 +74,11 @@ def write_adapter(
         save_file(dict(tensors), path, metadata={"format": "pt"})
 
     base = _describe(llama) | {"digest": digest}
-    fields = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": base}
+    fields: dict[str, Any] = {"format_version": FORMAT_VERSION, "adapter": config.to_dict(), "base": base}
+    fields |= {"format_version": STACK_VERSION, BELOW: list(below)} if below else {}
     write_pair(directory / WEIGHTS_NAME, directory / CONFIG_NAME, save, fields)
     _remove_old(directory)
-    write_card(directory, llama, config)
+    write_card(directory, llama, config, below=[entry["name"] for entry in below])
 
 
 def adapter_files(directory: str | os.PathLike[str]) -> tuple[str, str] | None:
@@ -159,7 +167,8 @@ def read_described(path: Path | str, llama: Any, content: bytes | None = None) -
 
     ``content`` and ``ValueError`` as of ``read_versioned``.
     """
-    saved = read_versioned(path, FORMAT_VERSION, {"adapter": dict, "base": dict, "weights_sha256": str}, content)
+    kinds = {"adapter": dict, "base": dict, "weights_sha256": str}
+    saved = read_versioned(path, FORMAT_VERSION, kinds, content, {BELOW: (STACK_VERSION, list)})
     for name in ("hidden_size", "num_hidden_layers"):
         if name not in saved["base"]:
             raise ValueError(f"{path}: field {name!r} is missing")

@@ -18,7 +18,7 @@ from adapterkern import checks
 from adapterkern.files import replacing
 from adapterkern.model.config import FREE_IN_ADAPTERS, MODULES, AdapterConfig
 from adapterkern.model.extra import saved_shapes
-from adapterkern.model.files.folder import CONFIG_NAME, check_tensors, check_weights, read_described
+from adapterkern.model.files.folder import BELOW, CONFIG_NAME, check_tensors, check_weights, read_described
 from adapterkern.model.files.owner import OURS
 
 if TYPE_CHECKING:
@@ -30,11 +30,13 @@ _KEY = re.compile(rf"{re.escape(OURS)}([^.]+)\.{_DESCRIBED}")
 logger = logging.getLogger(__name__)
 
 
-def write_trainer(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write the file for the adapter ``name`` that ``write_adapter`` has just written to ``directory``."""
-    described = bytearray((directory / CONFIG_NAME).read_bytes())
-    named = {f"{OURS}{name}.{key}": t for key, t in tensors.items()}
-    named[f"{OURS}{name}.{_DESCRIBED}"] = torch.frombuffer(described, dtype=torch.uint8)
+def write_trainer(directory: Path, folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write the file for the adapters that ``write_adapter`` has just written to ``folders``, by their names."""
+    named: dict[str, Tensor] = {}
+    for name, folder in folders.items():
+        described = bytearray((folder / CONFIG_NAME).read_bytes())
+        named |= {f"{OURS}{name}.{key}": t for key, t in tensors[name].items()}
+        named[f"{OURS}{name}.{_DESCRIBED}"] = torch.frombuffer(described, dtype=torch.uint8)
     with replacing(directory / TRAINER_WEIGHTS) as temporary:
         save_file(named, temporary, metadata={"format": "pt"})
 
@@ -91,9 +93,16 @@ def _check(model: "Saved", where: str, name: str, described: Any, tensors: Mappi
     extra = saved_shapes(model.base, config.modules_to_save or ())
     check_tensors("the checkpoint", tensors, config, model.decoder.config.hidden_size, extra)
     check_weights(where, saved["base"], model.base, model.backbone_digest(name), strict=None)
-    if model.active_adapter not in (None, name):
+    began_on = [entry["name"] for entry in saved.get(BELOW, ()) if isinstance(entry, dict) and "name" in entry]
+    if (active := model.active_adapters()) and name not in active:
         logger.warning(
             "the checkpoint is of the adapter %r, and %r is active: set_adapter(%r) before the run goes on, or it "
             "trains another one",
             *(name, model.active_adapter, name),
+        )
+    elif began_on and active != (stack := [*began_on, name]):
+        logger.warning(
+            "the checkpoint is of the stack %s, and %s is active: set_adapter(%r) before the run goes on, or it trains "
+            "another one",
+            *(" → ".join(stack), " → ".join(active) or "none", stack),
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from adapterkern.files import check_owner, check_pair, remove_temporaries
 from adapterkern.model.config import AdapterConfig
+from adapterkern.model.files.below import files_below
 from adapterkern.model.files.card import CARD_NAME, MARK, Training, write_card
 from adapterkern.model.files.folder import ADAPTER_FILES, OLD_WEIGHTS_NAME, adapter_files
 from adapterkern.model.files.owner import check_folder
@@ -133,7 +134,7 @@ def remove_earlier_run(config: TrainConfig, files: Sequence[str]) -> None:
     if config.output_dir is None or not config.overwrite:
         return
     directory = Path(config.output_dir)
-    names = {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME}
+    names = {*_FILES, *files, *_EARLIER_FILES, SOURCES_NAME, *files_below(directory)}
     for checkpoint in checkpoints(directory):
         names |= saved_names(checkpoint)
     paths = {directory / name for name in names}
@@ -186,4 +187,5 @@ def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, tr
         return
     settings = {"rows per step": config.rows_per_step} | {name: getattr(config, name) for name in _SETTINGS}
     adapter = model.adapter_config() if config.train_adapters else None
-    write_card(directory, model.base, adapter, Training(settings=settings, **training))
+    below = model.adapters_below() if config.train_adapters else ()
+    write_card(directory, model.base, adapter, Training(settings=settings, **training), below)

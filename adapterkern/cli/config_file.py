@@ -48,7 +48,9 @@ def typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
     for action in arguments.parser._actions:
         if action.option_strings and action.dest in arguments.parser.typed and action.dest not in _OF_ONE_CALL:
             value = getattr(arguments, action.dest)
-            if (action.metavar in ("FILE", "DIR") or action.dest == "model") and os.path.exists(value):
+            if isinstance(action, argparse._AppendAction):
+                value = [os.path.abspath(one) if isinstance(one, Path) else one for one in value]
+            elif (action.metavar in ("FILE", "DIR") or action.dest == "model") and os.path.exists(value):
                 value = os.path.abspath(value)
             found[action.dest] = str(value) if isinstance(value, Path) or value == math.inf else value
     return found
@@ -116,6 +118,8 @@ def _words(path: Path, key: str, action: argparse.Action, value: Any) -> list[st
         return [option] if value != key.startswith("no-") else off[:1]
     if isinstance(value, bool | Mapping):
         raise ValueError(f"{OPTION}: {path}: {key}: expected a value of {option}, got {value!r}")
+    if isinstance(action, argparse._AppendAction) and isinstance(value, list):
+        return [f"{option}={one}" for one in value]
     return [f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 

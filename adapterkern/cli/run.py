@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+NEW = "default"  # the name of the adapter that a command trains
 
 
 class Job(NamedTuple):
@@ -248,10 +249,23 @@ def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "Ll
     if (start := getattr(arguments, "start", None)) is not None:
         model = LlamaAdapter.from_pretrained(llama, start, **model_flags(arguments))
         say(f"going on from the adapter in {start}")
+    elif below := getattr(arguments, "below", None):
+        model = LlamaAdapter(llama, None, **model_flags(arguments))
+        stack: list[str] = []
+        for name, folder in below.items():
+            model.load_adapter(folder, name)
+            stack += [*model.adapters_below(name), name]
+        model.add_adapter(NEW, adapter_config(arguments))
+        model.set_adapter([*stack, NEW])
     else:
         model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
+    if on := model.adapters_below():
+        how = "trained too" if arguments.train_stack else "frozen"
+        say(f"on top of {' → '.join(on)}, {how}")
     if show:
         trainable, total = model.get_nb_trainable_parameters()
+        if arguments.train_stack:
+            trainable += sum(p.numel() for name in on for p in model.adapter_parameters(name))
         if getattr(arguments, "train_adapters", True):
             share = 100 * trainable / total
             say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")

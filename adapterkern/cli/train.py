@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkern.cli.options import add_adapter_options, add_backbone_options, add_data_options, add_training_options
-from adapterkern.cli.run import Job, adapted, check_train_and_eval, is_share_of_train, train_run
+from adapterkern.cli.run import NEW, Job, adapted, check_train_and_eval, is_share_of_train, train_run
 from adapterkern.cli.words import command
 from adapterkern.training.config import TrainConfig
 
@@ -30,6 +30,9 @@ Train adapters (and a head for labels or numbers) on a frozen LLaMA.
   # a saved adapter, and its head where the labels are the same, trained further
   adapterkern train --model SmolLM2.gguf --train more.csv --output run-2 --from run
 
+  # a new adapter on top of a saved one, which is frozen and is saved with it
+  adapterkern train --model SmolLM2.gguf --train reviews.csv --output on-run --stack-on run
+
 Ctrl-C stops after the running step and leaves a checkpoint; `adapterkern train --resume --output run` continues from
 there.
 """
@@ -41,12 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_options(parser)
     start = "go on from a saved adapter: a run, a checkpoint, or what save_pretrained wrote"
     parser.add_argument("--from", dest="start", type=Path, metavar="DIR", help=start)
+    below = "run this saved adapter before the new one, frozen; several, the lowest first, by repeating the option"
+    parser.add_argument("--stack-on", type=Path, action="append", default=[], metavar="DIR", help=below)
     add_training_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.start is not None:
         arguments.start = _start(arguments)
+    arguments.below = _below(arguments)
 
     labels: list[str] = []
 
@@ -64,20 +70,45 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _start(arguments: argparse.Namespace) -> Path:
     """The folder of the adapter to go on from. Raises ``ValueError`` if it has not one, or is to be written over."""
+    run = _one_adapter("--from", arguments.start, arguments)
+    if run.sources is not None:
+        _warn_of_other_share(arguments, run.sources.eval_data)
+    return run.directory
+
+
+def _one_adapter(option: str, source: Path, arguments: argparse.Namespace) -> Any:
+    """The saved run of an adapter that ``option`` names. Raises as ``_start``."""
     from adapterkern.inference.runs import find_run
     from adapterkern.model.files.folder import adapter_files
     from adapterkern.training.saved import CHECKPOINTS
 
-    source, output = arguments.start, Path(arguments.output_dir)
-    run = find_run(source)
+    run, output = find_run(source), Path(arguments.output_dir)
     if adapter_files(run.directory) is None:
-        raise ValueError(f"--from: expected a run of one adapter, got {source}, {command(run.kind.__name__)}")
+        raise ValueError(f"{option}: expected a run of one adapter, got {source}, {command(run.kind.__name__)}")
     folder = run.directory.resolve()
     if folder == output.resolve() or (output / CHECKPOINTS).resolve() in folder.parents:
-        raise ValueError(f"--output: expected another folder than that of --from, which is kept, got {output}")
-    if run.sources is not None:
-        _warn_of_other_share(arguments, run.sources.eval_data)
-    return run.directory
+        raise ValueError(f"--output: expected another folder than that of {option}, which is kept, got {output}")
+    return run
+
+
+def _below(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The folders of the adapters to run below the new one, by their names.
+
+    Raises ``ValueError`` as ``_start``, or if two have one name.
+    """
+    from adapterkern.model.config import check_name
+
+    found: dict[str, Path] = {}
+    for source in arguments.stack_on:
+        if arguments.start is not None:
+            raise ValueError(f"--stack-on: expected a new adapter to run on {source}, got --from too")
+        if not arguments.train_adapters:
+            raise ValueError(f"--stack-on: expected an adapter to train on {source}, got --no-train-adapters")
+        name = check_name(Path(os.path.abspath(source)).name, "--stack-on")
+        if name in (*found, NEW):
+            raise ValueError(f"--stack-on: expected folders of different names, other than {NEW}, got {name!r}")
+        found[name] = _one_adapter("--stack-on", source, arguments).directory
+    return found
 
 
 def _warn_of_other_share(arguments: argparse.Namespace, before: Any) -> None:

@@ -46,6 +46,7 @@ from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.run.trackers import Trackers, tracker_names
 from adapterkern.training.saved import Sources
+from adapterkern.training.stack import below, below_settings, check_stack, frozen_below
 from adapterkern.training.task import Feed, Task, run_evaluation
 
 
@@ -83,7 +84,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> TrainResult:
-    """Train the active adapter, with a head for labeled texts or as a language model.
+    """Train the active adapter, with a head for labeled texts or as a language model; of a stack the last one.
 
     Args:
         model: on the device to train on. The backbone stays frozen.
@@ -164,6 +165,11 @@ def train(
                 data = dataclasses.replace(data, padding=padding_line(task, data, config))
             backbone = describe_backbone(model)  # before the engine shards it
             zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+            check_stack(model, config, config.shard or zero)
+            if config.train_stack and not below(model):
+                warn("config: train_stack=True has no effect without a stack")
+            on = below_settings(model, config)
+            stack.enter_context(frozen_below(model, config))
             if not (config.shard or zero):  # their weights come and go
                 stack.enter_context(cast_once(task))
             if config.compile:
@@ -173,7 +179,7 @@ def train(
             if config.offload_activations:
                 stack.enter_context(offloaded(task, model))
             engine = (Zero if zero else Engine)(task, config, accelerator, data.total_steps(config))
-            state = _state(task, engine, accelerator, data, config, backbone)
+            state = _state(task, engine, accelerator, data, config, backbone, on)
             cache = PrefixCache(config.prefix_cache_bytes) if cache is None or dry_run else cache
             feed, sources = Feed(task, config, cache), _with_digest(sources, eval_set)
             run = functools.partial(Rehearsal[Any], tokenizer=tokenizer) if dry_run else Run
@@ -244,6 +250,7 @@ def _state(
     data: Data[Any],
     config: TrainConfig,
     backbone: dict[str, Any],
+    on: dict[str, Any],
 ) -> TrainingState:
     """The state that checkpoints save, before the first step."""
     model = task.model
@@ -255,7 +262,7 @@ def _state(
         check_drop(config, map(model.adapter_config, names))
     origin = {
         "task": task.kind,
-        "settings": task.settings,
+        "settings": task.settings | on,
         "head": {} if task.head is None else task.head.settings,
         "adapters": [model.adapter_config(name).to_dict() for name in names],  # without their names
         "backbone": backbone,

@@ -109,6 +109,7 @@ class TrainConfig:
         task: ``"classification"`` (one label per text), ``"multi-label"`` (a list of labels per text, possibly empty),
             ``"regression"`` (a number per text) or ``"causal-lm"`` (next token; prompt tokens carry no loss).
         train_adapters: False trains the head alone, on the bare backbone.
+        train_stack: of a stack (``set_adapter`` of a list) train all adapters, not the last one alone.
         pooling: a head reads the ``"mean"`` of the real tokens' states, or the ``"last"`` token's.
         text_column: the text of rows with a label, and of causal-lm rows without a prompt; for causal-lm it may hold
             lists of chat messages.
@@ -194,6 +195,7 @@ class TrainConfig:
         TASKS,
     )
     train_adapters: bool = checks.option(True, "--no-train-adapters trains the head alone")
+    train_stack: bool = checks.option(False, "train the adapters below the new one too, which are frozen otherwise")
     pooling: str = checks.option(
         "mean", "what the head reads: the mean of the tokens' states, or the last token's", POOLINGS
     )

@@ -187,15 +187,22 @@ class Task(nn.Module, Generic[E]):
             name = self.model.active_adapter
             if name is None:
                 raise ValueError("model: expected an active adapter, got none; see set_adapter and train_adapters")
-            unused = self.model.unused_copies(name, lm_head=self.head is None and not config.labeled)
-            if unused:
-                logger.warning("modules_to_save: %s: not used by this training, and not trained", ", ".join(unused))
-            left_out = tuple(f"{MODULES}.{path}." for path in unused)
-            of_adapter = self.model.adapters[name].named_parameters()
-            parameters |= {f"adapter.{key}": p for key, p in of_adapter if not key.startswith(left_out)}
+            trained = {"adapter": name}
+            if config.train_stack:
+                trained |= {f"below.{number}": other for number, other in enumerate(self.model.adapters_below(name))}
+            for prefix, one in trained.items():
+                parameters |= self._of_adapter(one, prefix, config)
         if self.head is not None:
             parameters |= {f"head.{key}": p for key, p in self.head.named_parameters()}
         return parameters
+
+    def _of_adapter(self, name: str, prefix: str, config: TrainConfig) -> dict[str, nn.Parameter]:
+        unused = self.model.unused_copies(name, lm_head=self.head is None and not config.labeled)
+        if unused:
+            logger.warning("modules_to_save: %s: not used by this training, and not trained", ", ".join(unused))
+        left_out = tuple(f"{MODULES}.{path}." for path in unused)
+        of_adapter = self.model.adapters[name].named_parameters()
+        return {f"{prefix}.{key}": p for key, p in of_adapter if not key.startswith(left_out)}
 
     def running(self, config: TrainConfig) -> contextlib.AbstractContextManager[None]:
         """Context of a whole run: which adapters are active, and so how long the frozen prefix is."""

@@ -238,7 +238,7 @@ def shared_digest(model: LlamaAdapter, train_data: Rows, eval_data: Rows, config
 
 
 # fields that 0.1.0 did not have
-_NEW = ("label_smoothing", "class_weights", "best", "patience", "group_by_length", "adapter_drop")
+_NEW = ("label_smoothing", "class_weights", "best", "patience", "group_by_length", "adapter_drop", "train_stack")
 
 
 def run_key(variant: Variant, seed: int, shared: str) -> str:

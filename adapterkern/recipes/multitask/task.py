@@ -89,7 +89,8 @@ class MultiTask(Task[TaskExample]):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"names: expected at least one and none twice, got {list(names)}")
         for name in names:
-            model.adapter_config(name)
+            if below := model.adapters_below(name):
+                raise ValueError(f"names: expected adapters without others below, got {name!r} on {', '.join(below)}")
             if Path(name).name != name:
                 raise ValueError(f"names: expected names that a folder can have, got {name!r}")
         check_mixable({name: model.adapter_config(name) for name in names})

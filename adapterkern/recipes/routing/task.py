@@ -89,6 +89,8 @@ class RoutedTask(Task[Example]):
         first = model.active_adapter
         if first is None:
             raise ValueError("model: expected an active adapter to be the first expert, got none; see set_adapter")
+        if below := model.adapters_below(first):
+            raise ValueError(f"model: expected one adapter as the first expert, got one on {', '.join(below)}, a stack")
         check_routable({first: model.adapter_config(first)})
         self.experts = [first, *(f"expert-{i}" for i in range(1, self.routing.experts))]
         if taken := [name for name in self.experts[1:] if name in model.adapters]:  # then none is added

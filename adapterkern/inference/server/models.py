@@ -10,7 +10,8 @@ from transformers import GenerationConfig
 
 from adapterkern.files import read_json
 from adapterkern.inference.runs import SavedRun, find_run, tokens_digest
-from adapterkern.model.files.folder import adapter_files
+from adapterkern.model.files.below import files_below
+from adapterkern.model.files.folder import CONFIG_NAME, adapter_files
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.running import BASE_NAME
 from adapterkern.recipes.multitask.task import MultiTask
@@ -83,8 +84,9 @@ def _check(name: str, run: SavedRun) -> None:
     files = adapter_files(run.directory)
     if files is None:
         raise ValueError(f"{name}: expected a run with an adapter, got none in {run.directory}")
-    described = read_json(run.directory / files[1]).get("adapter")
-    modules = described.get("modules_to_save") if isinstance(described, dict) else None
+    below = {(run.directory / name).parent / CONFIG_NAME for name in files_below(run.directory)}
+    parts = [read_json(path).get("adapter") for path in (run.directory / files[1], *sorted(below)) if path.exists()]
+    modules = [m for part in parts if isinstance(part, dict) for m in part.get("modules_to_save") or ()]
     if modules:  # before the backbone is read; `check_mixable` would say it at the first request
         raise ValueError(
             f"{name}: expected an adapter without modules of the backbone (modules_to_save), which all rows of a batch "

@@ -120,7 +120,8 @@ class Running(Wrapped):
         if state.fixed:
             return state
         skip, stack = self._skip if state.skip is None else state.skip, self._stack
-        return State(self._active, state.enabled and self._on, state.mixture, skip, self._blocks.images, below=stack[:-1])
+        top, on, images = stack[-1] if stack else None, state.enabled and self._on, self._blocks.images
+        return State(top, on, state.mixture, skip, images, below=stack[:-1])
 
     @property
     def _active(self) -> str | None:

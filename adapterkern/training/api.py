@@ -46,7 +46,7 @@ from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
 from adapterkern.training.run.trackers import Trackers, tracker_names
 from adapterkern.training.saved import Sources
-from adapterkern.training.stack import below, below_settings, check_stack, frozen_below
+from adapterkern.training.stack import below_settings, check_stack, frozen_below
 from adapterkern.training.task import Feed, Task, run_evaluation
 
 
@@ -166,8 +166,6 @@ def train(
             backbone = describe_backbone(model)  # before the engine shards it
             zero = accelerator.distributed_type is DistributedType.DEEPSPEED
             check_stack(model, config, config.shard or zero)
-            if config.train_stack and not below(model):
-                warn("config: train_stack=True has no effect without a stack")
             on = below_settings(model, config)
             stack.enter_context(frozen_below(model, config))
             if not (config.shard or zero):  # their weights come and go

@@ -8,6 +8,7 @@ from typing import Any
 from adapterkern.model.config import FREE_IN_ADAPTERS, AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.data.rows import warn
 
 
 def below(model: LlamaAdapter) -> list[str]:
@@ -16,8 +17,14 @@ def below(model: LlamaAdapter) -> list[str]:
 
 
 def check_stack(model: LlamaAdapter, config: TrainConfig, sharded: bool) -> None:
-    """Raise ``ValueError`` if the frozen adapters of a stack would be ``sharded``: they are not gathered for a save."""
-    if sharded and (names := below(model)) and not config.train_stack:
+    """Raise ``ValueError`` if the frozen adapters of a stack would be ``sharded``: they are not gathered for a save.
+
+    Warns of ``train_stack`` without a stack.
+    """
+    names = below(model)
+    if config.train_stack and not names:
+        warn("config: train_stack=True has no effect without a stack")
+    if sharded and names and not config.train_stack:
         raise ValueError(
             f"train_stack: expected True on {', '.join(names)} where parameters are sharded, which are gathered for a "
             "save if they are trained, got False"

@@ -48,7 +48,7 @@ def test_learn_save_and_resume(tmp_path: Path, train_stack: bool) -> None:
     model = stacked()
     before, top = domain(model), tiny_run.weights(model)
     seen: list[bool] = []
-    model.adapters["domain"]["3"][0].down.weight.register_hook(lambda _: seen.append(True))  # type: ignore[index, union-attr]
+    model.adapters["domain"]["3"][0].down.weight.register_hook(lambda _: seen.append(True))
     result = run(tmp_path / "one", model, train_stack=train_stack)
     assert bool(seen) is train_stack  # no gradient is computed for what is frozen
     assert tiny_run.same_bits(domain(model), before) is not train_stack
@@ -91,7 +91,7 @@ def _others(train_stack: bool) -> list[tuple[ak.LlamaAdapter, str]]:
 
 def test_the_frozen_prefix_ends_below_the_stack(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With the cache and without, and with recomputed layers, the numbers are the same."""
-    results = []
+    results: list[list[torch.Tensor]] = []
     for changes in (
         {"prefix_cache": True},
         {"prefix_cache": False},

@@ -18,7 +18,7 @@ class _Rule(NamedTuple):
     why: str = ""
 
 
-_OF_STEPS = ("adapter_drop", "checkpoint_activations", "offload_activations")
+_OF_STEPS = ("train_stack", "adapter_drop", "checkpoint_activations", "offload_activations")
 _NOT_OF_PROMPTS = tuple(name for name in adapter_fields() if not applies(name, PROMPT))
 _RULES = (
     _Rule(("max_params",), "adapter_dim", why="a budget decides the dimension"),

@@ -35,6 +35,7 @@ PAGES = (
     "memory",
     "positions",
     "adapters",
+    "stacks",
 )
 ALONE = ("instruct-tune",)  # each block of Python runs without those before it
 RECIPES = ("multitask", "routing", "distillation", "qa")

@@ -149,7 +149,8 @@ class Running(Wrapped):
 
     def active_adapters(self) -> list[str]:
         """The adapters that run outside ``mixing``, in their order: one, or a stack's; empty if none runs."""
-        return [] if (top := self.active_adapter) is None else [*self._state.below, top]
+        state = self._state
+        return [*state.below, state.active] if state.enabled and state.active is not None else []
 
     def adapters_below(self, name: str | None = None) -> list[str]:
         """What runs before ``name`` (default: the active adapter), lowest first: in the active stack, or as saved."""
@@ -351,7 +352,7 @@ class RunningSite:
             return False
         if mixture is not None:
             return mixture.cuts(self.index, skip or 0)
-        return any(self._cuts(name, skip or 0) for name in below) or self._cuts(active, skip or 0)
+        return self._cuts(active, skip or 0) or (bool(below) and any(self._cuts(name, skip or 0) for name in below))
 
     def _cuts(self, name: str | None, skip: int) -> bool:
         if name is None or (config := self.model._configs[name]).position == "layer":

@@ -191,7 +191,7 @@ def described(teacher: Any) -> str:
     words = [base_name(teacher) or type(teacher).__name__, f"{teacher.config.num_hidden_layers} layers"]
     if isinstance(teacher, LlamaAdapter) and teacher.active_adapter is not None:
         digest = hashlib.sha256()
-        for p in teacher.adapter_parameters():
+        for p in (p for name in teacher.active_adapters() for p in teacher.adapter_parameters(name)):
             digest.update(p.detach().float().cpu().numpy().tobytes())
         words.append(f"adapter {digest.hexdigest()[:12]}")
     return ", ".join(words)

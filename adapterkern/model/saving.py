@@ -260,6 +260,15 @@ class Saved(Extra):
             files = WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *files_below(directory)
             return push_folder(directory, repo_id, files, **options)
 
+    def _alone(self, name: str | None, format: str) -> str:
+        """The name of an adapter to save in a format that has no stacks. Raises ``ValueError`` for an active stack."""
+        if name is None and (below := self.adapters_below()):
+            raise ValueError(
+                f"name: expected the name of one adapter of the stack {' → '.join((*below, self._check_name(None)))}, "
+                f"got None: {format}'s files hold one"
+            )
+        return self._check_name(name)
+
     def save_adapterhub(
         self, directory: str | os.PathLike[str], name: str | None = None, *, safetensors: bool = False
     ) -> None:
@@ -268,12 +277,7 @@ class Saved(Extra):
         Options and errors are those of ``write_adapterhub``. Of a stack, whose files AdapterHub does not have, each
         adapter is saved by its name.
         """
-        if name is None and (below := self.adapters_below()):
-            raise ValueError(
-                f"name: expected the name of one adapter of the stack {' → '.join((*below, self._check_name(None)))}, "
-                "got None: AdapterHub's files hold one"
-            )
-        name = self._check_name(name)
+        name = self._alone(name, "AdapterHub")
         tensors = self.adapters[name].state_dict()
         write_adapterhub(directory, name, self.adapter_config(name), tensors, self.base, safetensors=safetensors)
 
@@ -300,7 +304,7 @@ class Saved(Extra):
 
         Errors are those of ``write_peft``.
         """
-        name = self._check_name(name)
+        name = self._alone(name, "PEFT")
         write_peft(directory, self.adapter_config(name), self.adapters[name].state_dict(), self.base)
 
     @classmethod

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from adapterkern.model.config import AdapterConfig
+from adapterkern.model.config import PROMPT, AdapterConfig
 
 Function = Callable[[Tensor], Tensor]
 
@@ -39,8 +39,8 @@ def check_stack(
         heads: the modules of the backbone of which several of a stack may have copies: the top one's runs.
 
     Raises:
-        TypeError, ValueError: no list of names; an empty one, or an unknown name, or one that is there twice; or two
-            adapters of the stack have copies of one module (``modules_to_save``).
+        TypeError, ValueError: no list of names; an empty one, or an unknown name, or one that is there twice; two of
+            gated prompts; or two that have copies of one module (``modules_to_save``).
     """
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument}: expected the names of a stack, the lowest first, got {names!r:.80}")
@@ -48,6 +48,8 @@ def check_stack(
         raise ValueError(f"{argument}: expected some of {known}, got {unknown[0]!r}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{argument}: expected at least one name in a stack and none twice, got {list(names)}")
+    if len(prompts := [name for name in names if configs[name].kind == PROMPT]) > 1:
+        raise ValueError(f"kind: expected at most one adapter of gated prompts in a stack, got {', '.join(prompts)}")
     owners: dict[str, str] = {}
     for name in names:
         for path in configs[name].modules_to_save or ():

@@ -59,6 +59,37 @@ def test_a_stack_against_the_layers_by_hand(names: tuple[str, ...]) -> None:
         torch.testing.assert_close(model.run_suffix(prefix, mask), whole)
 
 
+def test_gated_prompts_below_and_above_a_bottleneck() -> None:
+    """They are inside attention, so that the order of the two does not matter."""
+    model = stacked()
+    model.add_adapter("prompts", ak.AdapterConfig(kind="prompt", prompt_length=3, layers=[1, 2]))
+    for prompt in model.adapters["prompts"].children():
+        prompt.gate.data.fill_(0.7)  # type: ignore[union-attr,operator]
+    model.set_adapter(["prompts", "domain"])
+    both = logits(model)
+    model.set_adapter(["domain", "prompts"])
+    assert torch.equal(logits(model), both)
+    assert model.prefix_length == 1
+    model.set_adapter("domain")
+    alone = logits(model)
+    names: list[Any] = [["prompts", "domain"], *["domain"] * (len(IDS) - 1)]
+    with torch.no_grad():
+        mixed = model(IDS, attention_mask=LEFT_PADDED, adapter_names=names).logits
+    torch.testing.assert_close(mixed, torch.cat([both[:1], alone[1:]]))
+    model.set_adapter("prompts")
+    sites: Any = model.adapters["domain"]
+    hooks = [model.layers[n].register_forward_hook(lambda _m, _args, out, n=n: sites[str(n)](out)) for n in (1, 3)]
+    assert torch.equal(logits(model), both)
+    for hook in hooks:
+        hook.remove()
+    assert not torch.allclose(logits(model), both)
+    model.add_adapter("more", ak.AdapterConfig(kind="prompt", layers=[3]))
+    with pytest.raises(
+        ValueError, match="kind: expected at most one adapter of gated prompts in a stack, got prompts, more"
+    ):
+        model.set_adapter(["prompts", "domain", "more"])
+
+
 def test_the_order_and_each_adapter_count() -> None:
     model = stacked("domain", "task")
     both = logits(model)

@@ -64,7 +64,7 @@ def test_gated_prompts_below_and_above_a_bottleneck() -> None:
     model = stacked()
     model.add_adapter("prompts", ak.AdapterConfig(kind="prompt", prompt_length=3, layers=[1, 2]))
     for prompt in model.adapters["prompts"].children():
-        prompt.gate.data.fill_(0.7)  # type: ignore[union-attr,operator]
+        prompt.gate.data.fill_(0.7)  # type: ignore[operator]
     model.set_adapter(["prompts", "domain"])
     both = logits(model)
     model.set_adapter(["domain", "prompts"])

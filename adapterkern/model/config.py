@@ -1,7 +1,6 @@
 """``AdapterConfig``: which layers of a decoder have adapters, and how large the adapters are."""
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Collection, Mapping
@@ -204,7 +203,7 @@ class AdapterConfig:
                     f"got {value!r}"
                 )
 
-    @functools.cached_property
+    @property
     def place(self) -> str:
         """The sum of a layer after which the adapters run: attention's, or the last, the layer's; or ``"prompt"``."""
         return PROMPT if self.kind == PROMPT else PLACES[self.position]

@@ -74,6 +74,15 @@ def differ(saved: Any, now: Mapping[str, Any]) -> bool:
     return any(None not in (saved.get(kind), now[kind]) and saved[kind] != now[kind] for kind in _KINDS)
 
 
+def adapter_digest(adapter: nn.Module) -> str:
+    """SHA-256 of an adapter's tensors as fp32, whatever the adapter is called."""
+    found = hashlib.sha256()
+    for key, tensor in sorted(adapter.state_dict().items()):
+        found.update(key.encode())
+        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are sharded over ranks."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())  # FSDP2's, DeepSpeed's

@@ -8,22 +8,21 @@ forward ran.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from adapterkern import checks
-from adapterkern.model.config import PROMPT, AdapterConfig, prefix_length
+from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.model.extra import default_heads
-from adapterkern.model.images import on_text
 from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
 from adapterkern.model.pretrained import Wrapped
-from adapterkern.model.prompt import PromptedAttention, Prompts
-from adapterkern.model.stack import check_stack, in_order
+from adapterkern.model.prompt import PromptedAttention
+from adapterkern.model.running_site import RunningSite
+from adapterkern.model.stack import check_stack
 
 BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
 
@@ -332,73 +331,8 @@ class Running(Wrapped):
         running = (prefix_length(self._configs[name]) for name in self.active_adapters())
         return min(running, default=len(self.layers))
 
-    def _site(self, layer: int) -> "RunningSite":
+    def _site(self, layer: int) -> RunningSite:
         return RunningSite(self, layer)
 
 
 _ONE_PER = {"names": "adapter", "adapter_names": "sequence of the batch"}
-
-
-class RunningSite:
-    """The adapters of one layer: those that the model runs there at the moment."""
-
-    def __init__(self, model: Running, index: int) -> None:
-        self.model, self.index = model, str(index)
-        self.width = model.decoder.config.hidden_size
-
-    def cuts(self) -> bool:
-        active, enabled, mixture, skip, *_, below = self.model._state
-        if not enabled:
-            return False
-        if mixture is not None:
-            return mixture.cuts(self.index, skip or 0)
-        return self._cuts(active, skip or 0) or (bool(below) and any(self._cuts(name, skip or 0) for name in below))
-
-    def _cuts(self, name: str | None, skip: int) -> bool:
-        if name is None or (config := self.model._configs[name]).position == "layer":
-            return False
-        return int(self.index) in (config.layers or ())[skip:]
-
-    def prompt(self) -> Prompts | None:
-        return self._at(PROMPT, None)
-
-    def run(self, place: str, hidden: Tensor, x: Tensor | None = None) -> Tensor:
-        adapters = self._at(place, x)
-        if adapters is None:
-            return hidden
-        name = type(self.model.base).__name__
-        if hidden.shape[-1] != self.width:
-            raise ValueError(
-                f"llama: expected layers that pass on {self.width} channels, which is config.hidden_size, got {name}, "
-                f"whose pass on {hidden.shape[-1]}: no adapter can run on this backbone"
-            )
-        if hidden.dim() != 3 and self.model._mixture is not None:
-            raise ValueError(
-                f"adapter_names: expected None for {name}, whose layers pass on several streams per token (their "
-                f"output has shape {tuple(hidden.shape)}): all rows of a batch run one adapter"
-            )
-        return adapters(hidden)
-
-    def _at(self, place: str, x: Tensor | None) -> Callable[..., Any] | None:
-        active, enabled, mixture, skip, images, _, below = self.model._state
-        if not enabled:
-            return None
-        if mixture is not None:
-            return mixture.at(self.index, place, skip or 0, x)
-        if below:
-            return in_order([self._of(name, place, skip, images, x) for name in (*below, active)])
-        return self._of(active, place, skip, images, x)
-
-    def _of(
-        self, name: str | None, place: str, skip: int | None, images: Tensor | None, x: Tensor | None
-    ) -> Callable[..., Any] | None:
-        """What an adapter does at a site."""
-        if name is None or (config := self.model._configs[name]).place != place:
-            return None
-        if skip and config.skips(self.index, skip):
-            return None
-        sites: Any = self.model.adapters[name]
-        if self.index not in sites:
-            return None
-        run = partial(sites[self.index], x=x) if config.is_parallel else sites[self.index]
-        return partial(on_text, run, images) if images is not None and config.text_only else run

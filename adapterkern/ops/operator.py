@@ -178,7 +178,7 @@ def _run_forward(x, *args):  # type: ignore[no-untyped-def]
     """The operator's forward on any device; ``args`` follow the schema."""
     eps, activation, compute_dtype, save = args[6:10]
     _, index, prepared, residual, scale, factor = _optional(args, 10)
-    weights = args[:6] if scale is None else (*args[:6], scale)
+    weights = _with_scale(args[:6], scale)
     if not runs_triton(x.device.type, x.dtype):
         compute = operand_dtype(x, compute_dtype)
         how = eps, activation, compute, save, index, residual, factor
@@ -195,7 +195,7 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
     eps, activation, _, needed = args[6:10]
     x_free, index, prepared, residual, scale, factor = _optional(args, 10)
-    weights = args[:6] if scale is None else (*args[:6], scale)
+    weights = _with_scale(args[:6], scale)
     if runs_triton(x.device.type, x.dtype):
         from adapterkern.ops.kernels import launch
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from adapterkern.model.config import FREE_IN_ADAPTERS, AdapterConfig
+from adapterkern.model.digest import adapter_digest
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.rows import warn
@@ -55,8 +56,4 @@ def _digest(model: LlamaAdapter, name: str) -> str:
     config, plain = model.adapter_config(name).to_dict(), AdapterConfig().to_dict()
     # Later versions have more fields, which are then as they are by default.
     own = {key: config[key] for key in sorted(config) if config[key] != plain[key] and key not in FREE_IN_ADAPTERS}
-    found = hashlib.sha256(repr(own).encode())
-    for key, tensor in sorted(model.adapters[name].state_dict().items()):
-        found.update(key.encode())
-        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+    return hashlib.sha256(f"{own} {adapter_digest(model.adapters[name])}".encode()).hexdigest()[:16]

@@ -32,6 +32,15 @@ def test_columns_are_shared_where_that_costs_the_busiest_sm_less(
     assert tiles.column_split(tiles_, rows, d, R, BD, 132, reads) == expected
 
 
+def fitting(variant: aot.Launch, sm: int) -> aot.Compiled:
+    """The variant compiled: no spills, no operand overwritten in use, no more shared memory than the card has."""
+    c = aot.compile_launch(variant, sm)
+    assert c.stack == 0, c
+    assert c.shared <= aot.SHARED_LIMIT[sm], c
+    assert not c.refills, (c.kernel, c.refills)
+    return c
+
+
 @pytest.mark.parametrize(
     ("d", "r", "sm", "dtype"),
     [
@@ -49,10 +58,7 @@ def test_columns_are_shared_where_that_costs_the_busiest_sm_less(
 )
 def test_fits_without_spilling_and_uses_tensor_cores(d: int, r: int, sm: int, dtype: torch.dtype) -> None:
     for variant in aot.variants(d, r, dtype, sm):
-        c = aot.compile_launch(variant, sm)
-        assert c.stack == 0, c
-        assert c.shared <= aot.SHARED_LIMIT[sm], c
-        assert not c.refills, (c.kernel, c.refills)
+        c = fitting(variant, sm)
         if dtype != torch.float32 and c.kernel not in NO_PRODUCTS:
             assert c.wgmma + c.mma > 0, c
             if sm == 90 and r >= 64:
@@ -74,10 +80,7 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
 ) -> None:
     """Triton's interpreter multiplies operands of two dtypes, its compiler does not."""
     for variant in aot.variants(d, r, dtype, sm, compute):
-        c = aot.compile_launch(variant, sm)
-        assert c.stack == 0, c
-        assert c.shared <= aot.SHARED_LIMIT[sm], c
-        assert not c.refills, (c.kernel, c.refills)
+        fitting(variant, sm)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +103,7 @@ def test_a_residual_a_scale_and_no_norm_fit(
     for variant in aot.variants(d, r, dtype, sm, **parts):
         if variant.variant in plain:  # such as the products of a split's columns
             continue
-        c = aot.compile_launch(variant, sm)
-        assert c.stack == 0, c
-        assert c.shared <= aot.SHARED_LIMIT[sm], c
-        assert not c.refills, (c.kernel, c.refills)
+        c = fitting(variant, sm)
         if dtype != torch.float32 and c.kernel not in NO_PRODUCTS:
             assert c.wgmma + c.mma > 0, c
 

@@ -5,7 +5,6 @@ first takes no memory, and no time below the first adapter: the frozen prefix is
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from adapterkern import checks
 from adapterkern.files import read_json, write_json
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import eval_mode
+from adapterkern.model.digest import adapter_digest
 from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import LogitsPath, find_logits_path, logits_of
@@ -190,10 +190,8 @@ def described(teacher: Any) -> str:
     """A teacher by its name and its number of layers; one with an adapter also by a digest of its parameters."""
     words = [base_name(teacher) or type(teacher).__name__, f"{teacher.config.num_hidden_layers} layers"]
     if isinstance(teacher, LlamaAdapter) and teacher.active_adapter is not None:
-        digest = hashlib.sha256()
-        for p in (p for name in teacher.active_adapters() for p in teacher.adapter_parameters(name)):
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-        words.append(f"adapter {digest.hexdigest()[:12]}")
+        digests = [adapter_digest(teacher.adapters[name])[:12] for name in teacher.active_adapters()]
+        words.append(f"adapter {' on '.join(reversed(digests))}")
     return ", ".join(words)
 
 

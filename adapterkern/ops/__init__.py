@@ -1,6 +1,7 @@
 """The operator: torch and triton only.
 
-operator.py      ``adapter()``: schema, implementations, fake, autograd, autocast
+operator.py      ``adapter()``
+registered.py    what PyTorch sees of it: schema, implementations, fake, autograd, autocast
 choice.py        which implementation runs, and why
 checks.py        what an input may be
 reference.py     the equations: definition, oracle, baseline
@@ -11,6 +12,7 @@ rows.py          from any shape and several adapters to the rows of one, for the
 kept.py          what is made of parameters, kept until they change
 kernels/         Triton
 index.py         whose index values are known, so that no call checks or sorts them again
+dropout.py       the mask of dropout, from a seed and a position
 graphs.py        whether a CUDA graph is being recorded
 """
 

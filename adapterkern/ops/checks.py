@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from adapterkern.checks import choice, number
+from adapterkern.checks import choice, integer, number
 from adapterkern.ops.index import vouched
 from adapterkern.ops.reference import ACTIVATIONS, Weights
 
@@ -93,6 +93,35 @@ def _check_scale(scale: object, x: Tensor, n: int | None) -> None:
     if scale.numel() != 1 if n is None else scale.shape != (n,):
         expected = "one element" if n is None else f"shape ({n},)"
         raise ValueError(f"scale: expected a number or a tensor of {expected}, got shape {tuple(scale.shape)}")
+
+
+def check_gate(gate: object, x: Tensor, index: Tensor | None = None) -> None:
+    """Raise the error of a ``gate`` that is not of x's rows; with ``index`` of k adapters per row, not of its shape."""
+    if not isinstance(gate, Tensor) or gate.layout != torch.strided or gate.dtype not in DTYPES:
+        got = f"{gate.dtype}, {gate.layout}" if isinstance(gate, Tensor) else type(gate).__name__
+        raise TypeError(f"gate: expected a dense torch.Tensor of a floating dtype, got {got}")
+    if gate.device != x.device:
+        raise ValueError(f"gate: expected device {x.device} like x, got {gate.device}")
+    if index is not None and gate.shape != index.shape:
+        raise ValueError(f"gate: expected shape {tuple(index.shape)} like index, got {tuple(gate.shape)}")
+    if index is None and (gate.dim() >= x.dim() or gate.shape != x.shape[: gate.dim()]):
+        raise ValueError(f"gate: expected leading dimensions of x, {tuple(x.shape[:-1])}, got {tuple(gate.shape)}")
+
+
+def check_dropout(dropout: object, seed: object, x: Tensor) -> None:
+    """Raise the error of a rate that is no probability below 1, or of a seed that is no int64 on x's device."""
+    number("dropout", dropout, "[0, 1)")
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: expected a torch.Tensor of dtype int64, got {seed.dtype}")
+        if seed.numel() != 1 or seed.device != x.device:
+            raise ValueError(
+                f"seed: expected one element on {x.device} like x, got shape {tuple(seed.shape)} on {seed.device}"
+            )
+    else:
+        integer("seed", seed, -(2**63), 2**63 - 1)
 
 
 def check_index_dtype(index: object) -> None:

@@ -125,7 +125,7 @@ def keys(t: Tensor) -> int:
 
 @cache
 def keys_of_plain_tensors() -> frozenset[int]:
-    """Those of which ``keys`` tells nothing besides: see operator.py."""
+    """Those of which ``keys`` tells nothing besides: see registered.py."""
     with torch.inference_mode():
         made_for_inference = torch.empty(0, device="cpu")
     with torch.inference_mode(False):

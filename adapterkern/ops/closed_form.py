@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import ACTIVATIONS, Weights
 
 
@@ -26,6 +27,21 @@ def scaled(parameter: Tensor, scale: Tensor | float) -> Tensor:
     return parameter.to(stats_dtype(parameter.dtype)) * scale
 
 
+def hidden(z: Tensor, activation: str, gate: Tensor | None, drop: Drop | None) -> Tensor:
+    """What W_up multiplies, (T, r) in z's dtype: act(z), masked, times the gate (T,)."""
+    h = ACTIVATIONS[activation].fn(z)
+    if drop is not None:
+        h = h * drop.mask(len(z), z.shape[1], stats_dtype(z.dtype))
+    return (h if gate is None else h * gate[:, None]).to(z.dtype)
+
+
+def gated(h: Tensor, up: Tensor, bias: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors and the bias of the up projection; with a gate (T,) its product with the bias is of the product."""
+    if gate is None:
+        return h, up, bias
+    return torch.cat([h, gate[:, None].to(h.dtype)], dim=1), torch.cat([up, bias[:, None]], dim=1), None
+
+
 def forward(
     rows: Tensor,
     w: Weights,
@@ -35,10 +51,12 @@ def forward(
     save: bool = True,
     residual: Tensor | None = None,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); without LayerNorm those two are empty.
 
-    ``residual`` is (T, d); a Tensor ``scale`` has no dimensions.
+    ``residual`` is (T, d), ``gate`` (T,); a Tensor ``scale`` has no dimensions.
     """
     stats = stats_dtype(rows.dtype)
     if w.norm_weight is None:
@@ -47,18 +65,19 @@ def forward(
         gamma, beta = w.norm_weight.to(stats), w.norm_bias.to(stats)
         normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
-    h, base = ACTIVATIONS[activation].fn(z), rows if residual is None else residual
+    base = rows if residual is None else residual
     up, bias = scaled(w.up_weight, scale).to(compute), scaled(w.up_bias, scale).to(compute)
+    h, up, shift = gated(hidden(z, activation, gate, drop), up, bias, gate)
     # Whatever the strides of x and of the residual are, y is contiguous.
     if compute != rows.dtype:
         # The branch comes first: a sum takes its first operand's layout.
-        y = (F.linear(h, up, bias) + base).to(rows.dtype)
-    elif compute.itemsize > 2:  # in 16 bits x + b_up would be rounded once more
-        y = torch.add(base, bias, out=torch.empty_like(rows, memory_format=torch.contiguous_format)).addmm_(h, up.T)
+        y = (F.linear(h, up, shift) + base).to(rows.dtype)
+    elif compute.itemsize > 2 and shift is not None:  # in 16 bits x + b_up would be rounded once more
+        y = torch.add(base, shift, out=torch.empty_like(rows, memory_format=torch.contiguous_format)).addmm_(h, up.T)
     elif compute == torch.bfloat16 and rows.is_cpu and _adds_in_the_product():
-        y = torch.ops.mkldnn._linear_pointwise.binary(h, base, up, bias, "add")
+        y = torch.ops.mkldnn._linear_pointwise.binary(h, base, up, shift, "add")
     else:
-        y = F.linear(h, up, bias).add_(base)
+        y = F.linear(h, up, shift).add_(base)
     return y, z, mean.view(-1), rstd.view(-1)
 
 
@@ -81,19 +100,23 @@ def backward(
     needed: Sequence[bool],
     residual: bool = False,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
-    ``residual``: whether the forward had one; dx then lacks dy. An eighth ``needed`` is of a Tensor ``scale``.
+    ``residual``: whether the forward had one; dx then lacks dy. After the parameters' come the gradients of a Tensor
+    ``scale`` and of ``gate``.
     """
-    need, need_scale = Weights(*needed[1:7]), any(needed[7:])  # type: ignore[arg-type]
+    need, (need_scale, need_gate) = Weights(*needed[1:7]), _extra(needed, scale, gate)  # type: ignore[arg-type]
     d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
     dy_c = dy.to(compute)
     grads: dict[str, Tensor] = {}
     if need.up_weight or need_scale:
-        grads["up_weight"] = dy_c.T @ ACTIVATIONS[activation].fn(z)
+        grads["up_weight"] = dy_c.T @ hidden(z, activation, gate, drop)
     if need.up_bias or need_scale:
-        grads["up_bias"] = dy.sum(0)  # accumulates in fp32; sum(dtype=fp32) would first copy all of dy
+        # The sum accumulates in fp32; sum(dtype=fp32) would first copy all of dy.
+        grads["up_bias"] = dy.sum(0) if gate is None else torch.mv(dy.T, gate.to(dy.dtype))
     made = dict(grads)
     for name, grad in made.items():
         grads[name] = scaled(grad, scale)
@@ -101,8 +124,17 @@ def backward(
         products = [(grad.to(stats) * getattr(w, name)).sum() for name, grad in made.items()]
         grads["scale"] = products[0] + products[1]
 
-    if needed[0] or any(need[:4]):
+    if needed[0] or any(need[:4]) or need_gate:
         dh = dy_c @ scaled(w.up_weight, scale).to(compute)
+    if gate is not None and need_gate:
+        grads["gate"] = (dh * hidden(z, activation, None, drop)).sum(1, dtype=stats)
+        grads["gate"] += torch.mv(dy_c, scaled(w.up_bias, scale).to(compute))
+    if needed[0] or any(need[:4]):
+        if gate is not None:
+            dh = dh * gate[:, None]
+        if drop is not None:
+            dh = dh * drop.mask(len(z), z.shape[1], stats)
+        dh = dh.to(compute)
         dz = torch.ops.aten.silu_backward(dh, z) if activation == "silu" else dh * ACTIVATIONS[activation].derivative(z)
         A = W = w.down_weight.to(stats)
     if any(need[:4]):
@@ -139,5 +171,12 @@ def backward(
         if w.norm_weight is not None:
             dx.addcmul_(xhat, c2)
         dx = (dx if own or residual else dx + dy).to(rows.dtype)
-    named = zip((*w._fields, "scale"), (*w, scale), needed[1:], strict=False)  # a number has no gradient
-    return [dx, *(grads[name].to(t.dtype) if wanted else None for name, t, wanted in named)]
+    given = {**w._asdict(), "scale": scale, "gate": gate}
+    differentiable = (*w._fields, *(name for name in ("scale", "gate") if isinstance(given[name], Tensor)))
+    named = zip(differentiable, needed[1:], strict=True)
+    return [dx, *(grads[name].to(given[name].dtype) if wanted else None for name, wanted in named)]
+
+
+def _extra(needed: Sequence[bool], scale: Tensor | float, gate: Tensor | None) -> tuple[bool, bool]:
+    """Whether the gradients of the scale and of the gate are needed."""
+    return isinstance(scale, Tensor) and needed[7], gate is not None and needed[-1]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops.closed_form import scaled
+from adapterkern.ops.dropout import Drop
 from adapterkern.ops.kept import Kept
 from adapterkern.ops.reference import Weights
 
@@ -154,11 +155,14 @@ def forward(
     save: bool = True,
     residual: Tensor | None = None,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``.
 
     Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions.
     """
+    assert gate is drop is None
     d = w[2].shape[1]
     _expect("x", rows, (count := len(rows), d))
     rows = base = _side_by_side(rows)
@@ -192,11 +196,14 @@ def backward(
     needed: Sequence[bool],
     residual: bool = False,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
     ``residual``: whether the forward had one; dx then lacks dy. An eighth ``needed`` is of a Tensor ``scale``.
     """
+    assert gate is drop is None
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
     r, d = w[2].shape
     if w[0] is None:

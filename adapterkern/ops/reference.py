@@ -5,10 +5,12 @@ One row of the residual stream is x ∈ ℝᵈ; γ and β are LayerNorm's scale 
     μ = mean(x)    ρ = 1/√(var(x) + eps)    x̂ = ρ(x − μ)
     z = W_down·(γ ⊙ x̂ + β) + b_down         h = act(z)            y = x + W_up·h + b_up
 
-That is a plain call. Three things may differ: a scale α, which is 1 unless it is given; a residual in place of x in the
-sum, so that an adapter runs parallel to a module (He et al. 2022, arXiv:2110.04366); and no LayerNorm,
+That is a plain call. Five things may differ. A scale α multiplies the branch. A residual takes x's place in the sum,
+so that an adapter runs parallel to a module (He et al. 2022, arXiv:2110.04366). There may be no LayerNorm. A gate has a
+weight g for each row, as a router gives it (Shazeer et al. 2017, arXiv:1701.06538). Dropout multiplies h by a mask m of
+0 and 1/(1 − p), see dropout.py (Srivastava et al. 2014):
 
-    z = W_down·x + b_down                                         y = residual + α·(W_up·h + b_up)
+    z = W_down·x + b_down             h = act(z) ⊙ m              y = residual + α·g·(W_up·h + b_up)
 
 The backward below is the closed form that the kernels use. With A = W_down·diag(γ),
 u = x̂·Aᵀ = z − (W_down·β + b_down),
@@ -24,7 +26,9 @@ With a scale, W_up in dh is α·W_up, and with U = dyᵀ·h and v = Σₜ dy,
     dW_up   = α·U                           db_up   = α·v         dα = ⟨U, W_up⟩ + ⟨v, b_up⟩
 
 dα is made of parameters alone, without a division by α, which may be 0. With a residual, dx lacks its first term, dy,
-which is the residual's gradient. Without LayerNorm dx = dy + dz·W_down and dW_down = dzᵀ·x.
+which is the residual's gradient. Without LayerNorm dx = dy + dz·W_down and dW_down = dzᵀ·x. With a gate and a mask
+
+    dh = g·(dy·W_up)     dz = dh ⊙ m ⊙ act'(z)     dg = ⟨dy·W_up, h⟩ + ⟨dy, b_up⟩     U = Σₜ dyᵀ·g·h     v = Σₜ g·dy
 
 LayerNorm's two row means (c1, c2) come from T×r numbers, dγ and dβ from r×d, so none of them reads x again. Checked in
 fp64 against autograd. Every function computes in the dtype of its inputs: pass float64 for an oracle.
@@ -108,16 +112,25 @@ def adapter_eager(
     activation: str = "silu",
     residual: Tensor | None = None,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The stock PyTorch operations, which every other implementation must equal. ``x`` is (..., d)."""
+    """The stock PyTorch operations, which every other implementation must equal.
+
+    ``x`` is (..., d), ``gate`` (...), ``mask`` (..., r).
+    """
     w = weights
     normed = x if w.norm_weight is None else F.layer_norm(x, (x.shape[-1],), w.norm_weight, w.norm_bias, eps)
     h = ACTIVATIONS[activation].fn(F.linear(normed, w.down_weight, w.down_bias))
-    return add_branch(x if residual is None else residual, F.linear(h, w.up_weight, w.up_bias), scale)
+    if mask is not None:
+        h = (h * mask).to(h.dtype)
+    return add_branch(x if residual is None else residual, F.linear(h, w.up_weight, w.up_bias), scale, gate)
 
 
-def add_branch(residual: Tensor, branch: Tensor, scale: Tensor | float) -> Tensor:
-    """``residual + scale·branch``, with no operation for a scale of 1."""
+def add_branch(residual: Tensor, branch: Tensor, scale: Tensor | float, gate: Tensor | None = None) -> Tensor:
+    """``residual + scale·gate·branch``, with no operation for a scale of 1 and for no gate."""
+    if gate is not None:
+        branch = gate[..., None] * branch
     if isinstance(scale, Tensor):
         return residual + scale.reshape(()) * branch  # without dimensions it keeps the branch's dtype
     return residual + branch if scale == 1 else torch.add(residual, branch, alpha=scale)
@@ -131,8 +144,13 @@ def adapter_forward(
     activation: str = "silu",
     residual: Tensor | None = None,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Forward:
-    """The forward from its equations. ``x`` and ``residual`` are (T, d); a Tensor ``scale`` has one element."""
+    """The forward from its equations.
+
+    ``x`` and ``residual`` are (T, d), ``gate`` (T,), ``mask`` (T, r); a Tensor ``scale`` has one element.
+    """
     w = weights
     if w.norm_weight is None:
         mean, rstd = x.new_zeros(len(x)), x.new_ones(len(x))
@@ -143,8 +161,15 @@ def adapter_forward(
         rstd = (centered.square().mean(dim=1) + eps).rsqrt()
         xhat = centered * rstd[:, None]
         z = (xhat * w.norm_weight + w.norm_bias) @ w.down_weight.T + w.down_bias
-    branch = ACTIVATIONS[activation].fn(z) @ w.up_weight.T + w.up_bias
+    branch = _hidden(z, activation, mask) @ w.up_weight.T + w.up_bias
+    if gate is not None:
+        branch = gate[:, None] * branch
     return Forward((x if residual is None else residual) + scale * branch, z, mean, rstd)
+
+
+def _hidden(z: Tensor, activation: str, mask: Tensor | None) -> Tensor:
+    h = ACTIVATIONS[activation].fn(z)
+    return h if mask is None else h * mask
 
 
 def adapter_backward(
@@ -156,17 +181,21 @@ def adapter_backward(
     activation: str = "silu",
     residual: bool = False,
     scale: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Gradients:
     """The backward from its closed form (see the module). ``dy`` and ``x`` are (T, d); returns all seven gradients.
 
-    ``residual``: whether the forward had one; its gradient is dy. The scale's is ``scale_gradient``.
+    ``residual``: whether the forward had one; its gradient is dy. The scale's is ``scale_gradient``, the gate's
+    ``gate_gradient``.
     """
     w = weights
     d = x.shape[1]
     act = ACTIVATIONS[activation]
     own = 0 if residual else dy
-    dz = (dy @ (scale * w.up_weight)) * act.derivative(fwd.z)
-    dW_up, db_up = scale * (dy.T @ act.fn(fwd.z)), scale * dy.sum(dim=0)
+    gated = dy if gate is None else gate[:, None] * dy
+    dz = (gated @ (scale * w.up_weight)) * act.derivative(fwd.z) * (1 if mask is None else mask)
+    dW_up, db_up = scale * (gated.T @ _hidden(fwd.z, activation, mask)), scale * gated.sum(dim=0)
     if w.norm_weight is None:
         return Gradients(own + dz @ w.down_weight, None, None, dz.T @ x, dz.sum(dim=0), dW_up, db_up)
 
@@ -190,7 +219,30 @@ def adapter_backward(
     )
 
 
-def scale_gradient(dy: Tensor, fwd: Forward, weights: Weights, *, activation: str = "silu") -> Tensor:
+def scale_gradient(
+    dy: Tensor,
+    fwd: Forward,
+    weights: Weights,
+    *,
+    activation: str = "silu",
+    gate: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """dα = ⟨U, W_up⟩ + ⟨v, b_up⟩, of shape ()."""
-    U = dy.T @ ACTIVATIONS[activation].fn(fwd.z)
-    return (U * weights.up_weight).sum() + (dy.sum(dim=0) * weights.up_bias).sum()
+    gated = dy if gate is None else gate[:, None] * dy
+    U = gated.T @ _hidden(fwd.z, activation, mask)
+    return (U * weights.up_weight).sum() + (gated.sum(dim=0) * weights.up_bias).sum()
+
+
+def gate_gradient(
+    dy: Tensor,
+    fwd: Forward,
+    weights: Weights,
+    *,
+    activation: str = "silu",
+    scale: Tensor | float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """dg = α·(⟨dy·W_up, h⟩ + ⟨dy, b_up⟩), of shape (T,)."""
+    h = _hidden(fwd.z, activation, mask)
+    return scale * (((dy @ weights.up_weight) * h).sum(dim=1) + dy @ weights.up_bias)

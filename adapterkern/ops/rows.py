@@ -2,7 +2,7 @@
 
 ``weights`` are the six parameters, those of LayerNorm None where there is none, and a seventh, the scale, if that is a
 tensor; ``factor`` is the scale if it is a number. They are stacked ``(n, ...)`` each if ``index`` (one adapter per
-sequence, −1 for none) is given; then each adapter runs on its own rows, one adapter after another.
+sequence, −1 for none) is given; then each adapter runs on its own rows, one adapter after another. ``gate`` is (T,).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapterkern.ops.closed_form import scaled, stats_dtype
-from adapterkern.ops.reference import ACTIVATIONS, Weights
+from adapterkern.ops.closed_form import gated, hidden, scaled, stats_dtype
+from adapterkern.ops.dropout import Drop
+from adapterkern.ops.reference import Weights
 
 
 class Rows(Protocol):
@@ -29,6 +30,8 @@ class Rows(Protocol):
         save: bool,
         residual: Tensor | None,
         scale: Tensor | float,
+        gate: Tensor | None,
+        drop: Drop | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def backward(
@@ -44,6 +47,8 @@ class Rows(Protocol):
         needed: Sequence[bool],
         residual: bool,
         scale: Tensor | float,
+        gate: Tensor | None,
+        drop: Drop | None,
     ) -> list[Tensor | None]: ...
 
 
@@ -58,6 +63,8 @@ def adapter_forward(
     index: Tensor | None = None,
     residual: Tensor | None = None,
     factor: float = 1.0,
+    gate: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (..., d), z (T, r) in ``compute``, mean and rstd (T,); the last three are empty unless ``save``.
 
@@ -67,14 +74,15 @@ def adapter_forward(
     base = None if residual is None else residual.reshape(rows.shape)
     if index is None:
         one, scale = _one(weights, factor)
-        y, *saved = on.forward(rows, one, eps, activation, compute, save, base, scale)
+        y, *saved = on.forward(rows, one, eps, activation, compute, save, base, scale, gate, drop)
     else:
         y = (rows if base is None else base).clone(memory_format=torch.contiguous_format)
         stats = x.new_zeros(0 if weights[0] is None else rows.shape[0], dtype=stats_dtype(x.dtype))
         saved = [x.new_zeros((rows.shape[0], weights[2].shape[-2]), dtype=compute), stats, stats.clone()]
         for _, one, scale, chosen in _by_adapter(index, weights, factor, rows.shape[0]):
             own = None if base is None else base[chosen]
-            made = on.forward(rows[chosen], one, eps, activation, compute, True, own, scale)
+            how = one, eps, activation, compute, True, own, scale, *_of_rows(gate, drop, chosen)
+            made = on.forward(rows[chosen], *how)
             for out, of_one in zip((y, *saved), made, strict=True):
                 if len(out):
                     out[chosen] = of_one
@@ -98,6 +106,8 @@ def adapter_backward(
     index: Tensor | None = None,
     residual: bool = False,
     factor: float = 1.0,
+    gate: Tensor | None = None,
+    drop: Drop | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x and ``weights`` in ``needed`` (None for the others), each with its tensor's dtype.
 
@@ -107,35 +117,44 @@ def adapter_backward(
 
     def grads(chosen: Tensor | slice, one: Weights, scale: Tensor | float) -> list[Tensor | None]:
         some = rows[chosen]
+        of_gate, of_drop = _of_rows(gate, drop, chosen)
         if x_free:
-            h = ACTIVATIONS[activation].fn(z[chosen])
+            h = hidden(z[chosen], activation, of_gate, of_drop)
             up, bias = (scaled(t, scale).to(h.dtype) for t in (one.up_weight, one.up_bias))
-            some = (some - F.linear(h, up, bias)).to(x.dtype)
+            some = (some - F.linear(*gated(h, up, bias, of_gate))).to(x.dtype)
         mu, rho = (mean, rstd) if one.norm_weight is None else (mean[chosen], rstd[chosen])
-        how = one, eps, activation, needed, residual, scale
+        how = one, eps, activation, needed, residual, scale, of_gate, of_drop
         return on.backward(dy_rows[chosen], some, z[chosen], mu, rho, *how)
 
     if index is None:
         dx, *rest = grads(slice(None), *_one(weights, factor))
-        if len(rest) > 6 and (of_scale := rest[6]) is not None:
+        if len(weights) > 6 and (of_scale := rest[6]) is not None:
             rest[6] = of_scale.view(weights[6].shape)
     else:
         without = torch.zeros_like if residual else torch.clone  # dx of rows without an adapter
         dx = without(dy_rows, memory_format=torch.contiguous_format) if needed[0] else None
-        rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(weights, needed[1:], strict=True)]
+        of_whole = [*weights, *([] if gate is None else [gate])]
+        rest = [w.new_zeros(w.shape) if wanted else None for w, wanted in zip(of_whole, needed[1:], strict=True)]
         for e, one, scale, chosen in _by_adapter(index, weights, factor, rows.shape[0]):
             dx_of_one, *rest_of_one = grads(chosen, one, scale)
             if dx is not None and dx_of_one is not None:
                 dx[chosen] = dx_of_one
-            for out, of_one in zip(rest, rest_of_one, strict=True):
+            for i, (out, of_one) in enumerate(zip(rest, rest_of_one, strict=True)):
                 if out is not None and of_one is not None:
-                    out[e] = of_one
+                    out[e if i < len(weights) else chosen] = of_one
     return [None if dx is None else dx.view(x.shape), *rest]
 
 
 def _one(weights: Sequence[Any], factor: float) -> tuple[Weights, Tensor | float]:
     """One adapter's parameters, and its scale."""
     return Weights(*weights[:6]), weights[6].reshape(()) if len(weights) > 6 else factor
+
+
+def _of_rows(gate: Tensor | None, drop: Drop | None, chosen: Tensor | slice) -> tuple[Tensor | None, Drop | None]:
+    """The gate and the mask of some rows."""
+    if drop is not None and isinstance(chosen, Tensor):
+        drop = drop._replace(rows=chosen)
+    return None if gate is None else gate[chosen], drop
 
 
 def _by_adapter(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops.checks import LOW
+from adapterkern.ops.closed_form import stats_dtype
+from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import Weights, adapter_eager
 
 
@@ -20,18 +22,36 @@ def stock_dtype(x: Tensor, weights: Sequence[Tensor | None]) -> torch.dtype | No
     return None if dtypes in ({x.dtype}, {wanted}) else wanted
 
 
-def eager_mixed(
-    x: Tensor, weights: Weights, index: Tensor, residual: Tensor | None, scale: Tensor | float, how: dict[str, Any]
+def eager(
+    x: Tensor,
+    weights: Weights,
+    index: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | float,
+    gate: Tensor | None,
+    drop: Drop | None,
+    how: dict[str, Any],
 ) -> Tensor:
-    """A call with ``index`` in stock PyTorch operations, one adapter at a time."""
-    rows = x.reshape(*index.shape, math.prod(x.shape[index.dim() : -1]), x.shape[-1])  # -1 is ambiguous for 0 elements
+    """A call in stock PyTorch operations; with ``index`` one adapter at a time. ``gate`` is (T,)."""
+    r, lead = weights.down_weight.shape[-2], x.shape[:-1]
+    mask = None if drop is None else drop.mask(math.prod(lead), r, stats_dtype(x.dtype)).view(*lead, r)
+    gate = None if gate is None else gate.view(lead)
+    if index is None:
+        return adapter_eager(x, weights, residual=residual, scale=scale, gate=gate, mask=mask, **how).to(x.dtype)
+    shape = *index.shape, math.prod(x.shape[index.dim() : -1])  # -1 is ambiguous for 0 elements
+    rows = x.reshape(*shape, x.shape[-1])
     base = rows if residual is None else residual.reshape(rows.shape)
+    of_rows = {
+        "gate": None if gate is None else gate.reshape(shape),
+        "mask": None if mask is None else mask.view(*shape, r),
+    }
     y = base.clone()
     for e in range(weights.down_weight.shape[0]):
         chosen = index == e
         one = Weights(*(w if w is None else w[e] for w in weights))  # type: ignore[arg-type]
+        own: dict[str, Any] = {name: None if t is None else t[chosen] for name, t in of_rows.items()}
         by = scale[e] if isinstance(scale, Tensor) else scale
-        y[chosen] = adapter_eager(rows[chosen], one, residual=base[chosen], scale=by, **how).to(x.dtype)
+        y[chosen] = adapter_eager(rows[chosen], one, residual=base[chosen], scale=by, **own, **how).to(x.dtype)
     return y.view(x.shape)
 
 

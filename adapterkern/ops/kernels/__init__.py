@@ -1,1 +1,1 @@
-"""The fused adapter as Triton kernels: no autograd, no checks, no dispatch (operator.py, checks.py, choice.py)."""
+"""The fused adapter as Triton kernels: no autograd, no checks, no dispatch (registered.py, checks.py, choice.py)."""

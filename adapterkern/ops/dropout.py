@@ -27,7 +27,8 @@ class Drop(NamedTuple):
         """(T, r): 0 where h is dropped and 1/(1 − p) where it is kept."""
         t = torch.arange(T, device=self.seed.device) if self.rows is None else self.rows
         quad = torch.arange((r + 3) // 4, device=self.seed.device)
-        words = torch.stack(philox(self.seed, quad, (t & _LOW)[:, None], (t >> 32 & _LOW)[:, None]), dim=2)
+        place = quad, (t & _LOW)[:, None], (t >> 32 & _LOW)[:, None], torch.zeros_like(quad)
+        words = torch.stack(philox(self.seed, *place), dim=2)
         kept = words.view(T, -1)[:, :r] >= threshold(self.rate)
         return kept.to(dtype) * keep_scale(self.rate)
 
@@ -42,11 +43,10 @@ def keep_scale(rate: float) -> float:
     return torch.tensor(1 / (1 - rate), dtype=torch.float32).item()
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words at the counters (c0, c1, c2, 0), broadcast: numbers from 0 to 2³² − 1 in int64."""
+def philox(seed: Tensor, *counters: Tensor) -> tuple[Tensor, ...]:
+    """The four words at four counters, which are broadcast: numbers from 0 to 2³² − 1 in int64."""
     k0, k1 = seed.reshape(()) & _LOW, seed.reshape(()) >> 32 & _LOW
-    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
-    c3 = torch.zeros_like(c0)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counters)
     for _ in range(_ROUNDS):
         (high0, low0), (high1, low1) = (_product(m, c) for m, c in zip(_MULTIPLIERS, (c0, c2), strict=True))
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

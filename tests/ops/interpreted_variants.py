@@ -72,7 +72,7 @@ def test_only_one_gradient_of_a_call_with_a_residual(wanted: str, units: int) ->
     case = make_case("residual and a learned scale", T, D, R, torch.float32)
     expected = evaluate(ak.adapter, case, fused=False)[wanted]
     leaves = case.leaves(wanted)
-    y = ak.adapter(leaves.x, *leaves.weights, residual=leaves.residual, scale=leaves.scale)
+    y = ak.adapter(leaves.x, *leaves.weights, **leaves.more())
     with metered() as traffic:
         (got,) = torch.autograd.grad(y, leaves.named()[wanted], case.dy)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -84,7 +84,7 @@ def test_traffic(variant: str, forward: int, backward: int) -> None:
     """In units of T·d: x, residual, y, which is one more than the floor of a plain call; and dy; dy, x, dx."""
     case = make_case(variant, 128, 512, 64, torch.bfloat16).leaves()
     with metered() as first:
-        y = ak.adapter(case.x, *case.weights, residual=case.residual, scale=case.scale)
+        y = ak.adapter(case.x, *case.weights, **case.more())
     with metered() as second:
         torch.autograd.grad(y, list(case.named().values()), case.dy)
     assert first.total("activations") == forward * case.x.nbytes

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops import native, rows
+from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import Weights, adapter_eager
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
+from tests.support.variants import SEED, evaluate, make_case
 from tests.support.variants import TABLE as VARIANT_TABLE
 from tests.support.variants import check as check_case
 from tests.support.variants import eager as eager_of_any
-from tests.support.variants import evaluate, make_case
 
 HERE = native._C.instruction_sets() if native._C is not None else []
 NAMES = ("y", "x", *Weights._fields)
@@ -90,13 +91,17 @@ def check_variant(variant: str, distribution: str, dtype: torch.dtype, on: rows.
     learned = "scale" in given
     w = (*case.weights, case.scale) if learned else case.weights
     factor = 1.0 if learned else case.scale
-    how = None, case.residual, factor
+    gate = None if case.gate is None else case.gate.float()
+    drop = Drop(case.dropout, torch.tensor([SEED])) if case.dropout else None
+    how = None, case.residual, factor, gate, drop
     y, z, mean, rstd = rows.adapter_forward(on, case.x, w, 1e-5, "silu", compute, True, *how)
-    needed = [name in given for name in ("x", *Weights._fields)] + [True] * learned
-    back = False, None, case.residual is not None, factor
+    needed = [name in given for name in ("x", *Weights._fields)] + [True] * (learned + (gate is not None))
+    back = False, None, case.residual is not None, factor, gate, drop
     grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, 1e-5, "silu", needed, *back)
-    names = ("x", *Weights._fields, "scale")
-    ours = {"y": y} | {name: g for name, g in zip(names, grads, strict=False) if g is not None}
+    names = ("x", *Weights._fields, *(name for name in ("scale", "gate") if name in given))
+    ours = {"y": y} | {name: g for name, g in zip(names, grads, strict=True) if g is not None}
+    if gate is not None:
+        ours["gate"] = ours["gate"].to(dtype)
     theirs, exact = (
         evaluate(eager_of_any, case, low=None if low == torch.float32 else low),
         evaluate(eager_of_any, case.to(torch.float64)),

@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import (
     ACTIVATIONS,
     Weights,
     adapter_backward,
     adapter_eager,
     adapter_forward,
+    gate_gradient,
     scale_gradient,
 )
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
-from tests.support.variants import VARIANTS, eager, evaluate, make_case
+from tests.support.variants import SEED, VARIANTS, eager, evaluate, make_case
 
 T, D, R = 6, 10, 4
 
@@ -56,26 +58,29 @@ def test_forward_passes_gradcheck() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_residual_a_scale_and_no_norm(variant: str, distribution: str) -> None:
     case = make_case(variant, T, D, R, torch.float64, distribution).to(torch.float64)
-    _, with_residual, _, learned = VARIANTS[variant]
+    _, with_residual, _, learned, gated = VARIANTS[variant]
     expected = evaluate(eager, case)
-    x, w, residual, scale, dy = case
-    forward = adapter_forward(x, w, residual=residual, scale=scale)
-    got = {"y": forward.y, **adapter_backward(dy, x, forward, w, residual=with_residual, scale=scale)._asdict()}
+    x, w, residual, scale, dy, gate, rate = case
+    mask = Drop(rate, torch.tensor(SEED)).mask(T, R, torch.float64) if rate else None
+    forward = adapter_forward(x, w, residual=residual, scale=scale, gate=gate, mask=mask)
+    back = adapter_backward(dy, x, forward, w, residual=with_residual, scale=scale, gate=gate, mask=mask)
+    got = {"y": forward.y, **back._asdict()}
     got |= {"residual": dy} if with_residual else {}
-    got |= {"scale": scale_gradient(dy, forward, w)[None]} if learned else {}
+    got |= {"scale": scale_gradient(dy, forward, w, gate=gate, mask=mask)[None]} if learned else {}
+    got |= {"gate": gate_gradient(dy, forward, w, scale=scale, mask=mask)} if gated else {}
     assert {name for name, g in got.items() if g is not None} == expected.keys()
     for name, e in expected.items():
         assert relative_error(got[name], e) < 1e-11, name
 
 
 def test_all_of_them_pass_gradcheck() -> None:
-    leaves = (
-        make_case("no LayerNorm, a residual and a learned scale", 3, 5, 2, torch.float64).to(torch.float64).leaves()
-    )
+    leaves = make_case("all", 3, 5, 2, torch.float64).to(torch.float64).leaves()
+    mask = Drop(0.3, torch.tensor(SEED)).mask(3, 2, torch.float64)
 
     def forward(x: Tensor, *rest: Tensor) -> Tensor:
-        *weights, residual, scale = rest
-        return adapter_forward(x, Weights(None, None, *weights), residual=residual, scale=scale).y
+        *weights, residual, scale, gate = rest
+        more = {"residual": residual, "scale": scale, "gate": gate, "mask": mask}
+        return adapter_forward(x, Weights(None, None, *weights), **more).y
 
     assert torch.autograd.gradcheck(forward, tuple(leaves.named().values()))
 

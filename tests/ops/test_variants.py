@@ -1,13 +1,16 @@
 """The operator's calls that are not plain: a residual, a scale, no LayerNorm; through torch's own checks, and mixed."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import adapterkern as ak
+from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import Weights, adapter_eager
 from tests.support.numerics import make_weights
-from tests.support.variants import VARIANTS, check, evaluate, make_case
+from tests.support.variants import SEED, VARIANTS, check, evaluate, make_case
 
 
 @pytest.mark.slow
@@ -18,7 +21,9 @@ def test_opcheck_and_compile(variant: str) -> None:
         case = case.to(torch.float64) if dtype == torch.float64 else case
         for save, leaves in ((True, case.leaves()), (False, case)):
             learned, factor = (leaves.scale, 1.0) if isinstance(leaves.scale, Tensor) else (None, leaves.scale)
-            more = False, None, None, leaves.residual, learned, factor
+            of_rows = None if leaves.gate is None else leaves.gate.to(torch.promote_types(dtype, torch.float32))
+            drop = leaves.dropout, torch.tensor([SEED]) if leaves.dropout else None
+            more = False, None, None, leaves.residual, learned, factor, of_rows, *drop
             arguments = (leaves.x, *leaves.weights, 1e-5, "silu", None, save, *more)
             torch.library.opcheck(torch.ops.adapterkern.adapter_forward.default, arguments)
         torch._dynamo.reset()
@@ -34,19 +39,25 @@ def test_a_mixed_batch_is_each_adapter_alone(variant: str) -> None:
     case = make_case(variant, 12, 24, 8, torch.float32, n=3).view(4, 3, 24)
     index = torch.tensor([2, -1, 0, 2])
 
-    def op(x: Tensor, *weights: Tensor, residual: Tensor | None, scale: Tensor | float) -> Tensor:
+    def op(
+        x: Tensor, *weights: Tensor, residual: Tensor | None, scale: Any, gate: Any, dropout: float, seed: int | None
+    ) -> Tensor:
         learned, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-        how = 1e-5, "silu", None, True, False, index, None, residual, learned, factor
+        drop = dropout, None if seed is None else torch.tensor([seed])
+        of_rows = None if gate is None else gate.view(-1)
+        how = 1e-5, "silu", None, True, False, index, None, residual, learned, factor, of_rows, *drop
         return torch.ops.adapterkern.adapter_forward(x, *weights, *how)[0]
 
     ours, theirs = evaluate(op, case), evaluate(ak.adapter, case, fused=False, index=index)
     exact = evaluate(ak.adapter, case.to(torch.float64), fused=False, index=index)
     check(case, ours, theirs, exact, torch.finfo(torch.float32).eps, index=index)
     base = case.x if case.residual is None else case.residual
+    mask = Drop(case.dropout, torch.tensor(SEED)).mask(12, 8, torch.float32).view(4, 3, 8)
     for i, e in enumerate(index.tolist()):
         one = [None if w is None else w[e] for w in case.weights]
         scale = case.scale[e] if isinstance(case.scale, Tensor) else case.scale
-        alone = adapter_eager(case.x[i], Weights(*one), residual=base[i], scale=scale) if e >= 0 else base[i]
+        own = {"gate": None if case.gate is None else case.gate[i], "mask": mask[i] if case.dropout else None}
+        alone = adapter_eager(case.x[i], Weights(*one), residual=base[i], scale=scale, **own) if e >= 0 else base[i]
         torch.testing.assert_close(ours["y"][i], alone)
 
 

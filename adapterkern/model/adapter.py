@@ -19,8 +19,8 @@ INITS = ("identity", "xavier", "svd")
 class Adapter(nn.Module):
     """``y = x + up(act(down(norm(x))))``: a bottleneck adapter on the residual stream (Houlsby et al. 2019).
 
-    With all arguments ``y = residual + scale · up(act(down(norm(x))))``: given a residual that is not x, the parallel
-    adapter of He et al. (2022, arXiv:2110.04366).
+    With all arguments ``y = residual + scale · up(dropout(act(down(norm(x)))))``: given a residual that is not x, the
+    parallel adapter of He et al. (2022, arXiv:2110.04366).
 
     ``norm`` is an ``nn.LayerNorm``, ``down`` and ``up`` are ``nn.Linear``. With ``fused=True`` they only hold the
     parameters, and one fused operator computes y. With ``fused=False`` they are called one by one, except where they do
@@ -37,6 +37,8 @@ class Adapter(nn.Module):
         layer_norm: without it ``norm`` is an ``nn.Identity``, and ``down`` reads x itself.
         scale: the factor of the branch; can be changed at any time: ``adapter.scale = 0.5``, or ``set_scale``.
         learned_scale: ``adapter.scale`` is an fp32 parameter of shape (1,), which starts with this value.
+        dropout: the probability, from 0 to below 1, that a number of the bottleneck is dropped, in training mode and
+            while ``down`` requires a gradient: see ``adapterkern.adapter``. torch's generator of x's device decides.
         device, dtype: of the parameters; the default dtype is fp32 even if x is bf16 or fp16.
 
     Shapes: x, residual and y ``(..., hidden_size)``; y has x's dtype, and the residual must. No residual is x.
@@ -60,6 +62,7 @@ class Adapter(nn.Module):
         layer_norm: bool = True,
         scale: float = 1.0,
         learned_scale: bool = False,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -74,6 +77,7 @@ class Adapter(nn.Module):
         self.scale: float | nn.Parameter = float(scale)
         if checks.flag("learned_scale", learned_scale):  # not without dimensions, which FSDP does not shard
             self.scale = nn.Parameter(torch.full((1,), scale, device=device, dtype=torch.float32))
+        self.dropout = float(checks.number("dropout", dropout, "[0, 1)"))
         self.layer_norm = checks.flag("layer_norm", layer_norm)
         self.norm = nn.LayerNorm(hidden_size, eps=eps, device=device, dtype=dtype) if layer_norm else nn.Identity()
         self.down = nn.Linear(hidden_size, adapter_dim, device=device, dtype=dtype)
@@ -120,8 +124,9 @@ class Adapter(nn.Module):
         self.check_modules()
         fused = self.fused and fused_enabled()
         gamma, beta, eps = (norm.weight, norm.bias, norm.eps) if self.layer_norm else (None, None, 0.0)
+        dropout = self.active_dropout
         # The modules themselves only accept x in their parameters' dtype, or in a lower one with fp32 parameters.
-        if fused or stock_dtype(x, (gamma, down.weight, up.weight)) is not None:
+        if fused or dropout or stock_dtype(x, (gamma, down.weight, up.weight)) is not None:
             return adapter(
                 x,
                 gamma,
@@ -136,10 +141,16 @@ class Adapter(nn.Module):
                 x_free=self.x_free,
                 residual=residual,
                 scale=self.scale,
+                dropout=dropout,
             )
         with eager_autocast(x):
             branch = up(ACTIVATIONS[self.activation].fn(down(norm(x))))
             return add_branch(x if residual is None else residual, branch, self.scale).to(x.dtype)
+
+    @property
+    def active_dropout(self) -> float:
+        """``dropout`` while the adapter is trained, 0 otherwise: a frozen one has learned what it has."""
+        return self.dropout if self.dropout and self.training and self.down.weight.requires_grad else 0.0
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
@@ -162,7 +173,8 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         scale = ", learned scale" if isinstance(self.scale, Tensor) else f", scale={self.scale}" * (self.scale != 1)
-        return f"activation={self.activation!r}, fused={self.fused}{scale}"
+        dropout = f", dropout={self.dropout}" * (self.dropout != 0)
+        return f"activation={self.activation!r}, fused={self.fused}{scale}{dropout}"
 
 
 class Beside(nn.Sequential):

@@ -21,7 +21,7 @@ MODULES = "modules_to_save"  # the field, and the name of the copies among an ad
 FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
 # Fields that earlier versions did not have, with what their adapters were: as ever, to runs and studies of those
 ADDED = {
-    **{"layer_norm": True, "scale": 1.0, "learned_scale": False, "text_only": False},
+    **{"layer_norm": True, "scale": 1.0, "learned_scale": False, "text_only": False, "dropout": 0.0},
     **{"kind": "bottleneck", "prompt_length": 10},
 }
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
@@ -83,7 +83,7 @@ OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), 
     "scaling": "scale",
     **dict.fromkeys(("lora_alpha", "alpha"), "scale, which is lora_alpha / r,"),
     "ln_before": "layer_norm",
-    **dict.fromkeys(("lora_dropout", "dropout"), "no dropout: there is none"),
+    "lora_dropout": "dropout",
     **dict.fromkeys(("bias", "task_type", "inference_mode"), "no such argument"),
 }
 
@@ -103,7 +103,7 @@ class AdapterConfig:
         layers: explicit layer numbers, from 0; negative ones count from the end. Cannot be combined with ``every``.
         depth: number of adapters in sequence at each site, 1 to 32. They run one after the other, so that time and
             memory grow with it. In parallel positions all read the same x.
-        activation, init, eps, x_free, layer_norm, scale, learned_scale: as in ``Adapter``.
+        activation, init, eps, x_free, layer_norm, scale, learned_scale, dropout: as in ``Adapter``.
         text_only: in a model that also reads images, y = x on the tokens that stand for parts of them.
         max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
@@ -133,6 +133,7 @@ class AdapterConfig:
     layer_norm: bool = checks.option(True, "LayerNorm before the bottleneck; without: y = x + up(act(down(x)))")
     scale: float = checks.option(1.0, "factor of what an adapter adds")
     learned_scale: bool = checks.option(False, "train the scale too, one number per adapter, from --scale on")
+    dropout: float = checks.option(0.0, "probability that training drops a number of the bottleneck")
     text_only: bool = checks.option(False, "of a backbone that reads images: no adapters on those")
     max_params: int | None = checks.option(
         None, "a budget instead of adapter_dim: the largest that fits, such as 8000000 or 8e6"
@@ -165,6 +166,7 @@ class AdapterConfig:
         checks.flag("layer_norm", self.layer_norm)
         object.__setattr__(self, "scale", float(checks.number("scale", self.scale, "(-inf, inf)")))
         checks.flag("learned_scale", self.learned_scale)
+        object.__setattr__(self, "dropout", float(checks.number("dropout", self.dropout, "[0, 1)")))
         checks.flag("text_only", self.text_only)
         checks.choice("kind", self.kind, KINDS)
         checks.integer("prompt_length", self.prompt_length, 1, MAX_PROMPT_LENGTH)

@@ -258,6 +258,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
                     layer_norm=config.layer_norm,
                     scale=config.scale,
                     learned_scale=config.learned_scale,
+                    dropout=config.dropout,
                     device=device,
                 )
                 for _ in range(config.depth)

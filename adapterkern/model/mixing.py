@@ -4,8 +4,8 @@ Every sequence b has K choices index[b, k] among the named adapters (−1: none)
 
     y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
 
-The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm, whether they are
-parallel) form a group: their parameters are stacked, their scales too, and one grouped ``ak.adapter(..., index=)`` call
+The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm, dropout, whether they
+are parallel) form a group: their parameters are stacked, their scales too, and one ``ak.adapter(..., index=)`` call
 runs them all. For the other groups of the site, a sequence of this group has index −1. The stack is built in every
 forward, so that gradients reach the adapters' own parameters; it costs a copy of the parameters of the mixed adapters,
 compared with an activation of B·L rows. During ``generate`` it is built once. The index of a group is computed once for
@@ -141,7 +141,7 @@ class Mixture:
                 c = self._configs[number]
                 if c.place == place and layer in self._adapters[number] and not c.skips(layer, skip):
                     of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
-                    members.setdefault((*of_bottlenecks, c.prompt_length), []).append(number)
+                    members.setdefault((*of_bottlenecks, c.dropout, c.prompt_length), []).append(number)
             for ns in members.values():
                 places = tuple(ns.index(n) if n in ns else -1 for n in stage)
                 groups.append(_Group([self._adapters[n][layer] for n in ns], places))
@@ -174,8 +174,8 @@ class Mixture:
             y = x
             for group, stack, index in zip(groups, stacks, indices, strict=True):
                 given = beside if _is_beside(group) else None
-                for module, one in zip(group.adapters[0], stack, strict=True):
-                    y = _run_stacked(module, one, y, index[k], given)
+                for members, one in zip(zip(*group.adapters, strict=True), stack, strict=True):
+                    y = _run_stacked(members, one, y, index[k], given)
             return y
 
         if self._weight is None and len(self._index) == 1:
@@ -337,8 +337,11 @@ def _is_beside(group: _Group) -> bool:
     return isinstance(group.adapters[0], Beside)
 
 
-def _run_stacked(member: Adapter, stack: _Stack, hidden: Tensor, index: Tensor, x: Tensor | None) -> Tensor:
+def _run_stacked(
+    members: tuple[Adapter, ...], stack: _Stack, hidden: Tensor, index: Tensor, x: Tensor | None
+) -> Tensor:
     """The operator on a group's stacked parameters, with the settings that all of its members share."""
+    member = members[0]
     return adapter(
         hidden if x is None else x,
         *stack.weights,
@@ -349,6 +352,7 @@ def _run_stacked(member: Adapter, stack: _Stack, hidden: Tensor, index: Tensor, 
         index=index,
         residual=None if x is None else hidden,
         scale=stack.scale,
+        dropout=max(one.active_dropout for one in members),
     )
 
 

@@ -17,6 +17,7 @@ The two files are not a pair of ``write_pair``: the format has no field for a ha
 """
 
 import io
+import logging
 import math
 import os
 import re
@@ -37,6 +38,8 @@ from adapterkern.model.files.card import base_name
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
 
 CONFIG_NAME = OTHERS_CONFIG
+logger = logging.getLogger(__name__)
+
 BIN_NAME = "pytorch_adapter.bin"
 SAFETENSORS_NAME = "adapter.safetensors"
 VERSION = "adapters.1.3.0"  # the version of the library that has this format
@@ -329,6 +332,10 @@ def write_adapterhub(
     if config.modules_to_save:
         raise ValueError(
             f"modules_to_save: expected none for AdapterHub's adapters, got {', '.join(config.modules_to_save)}"
+        )
+    if config.dropout:
+        logger.warning(
+            "dropout: the file has none, since AdapterHub's drops numbers of the branch, not of the bottleneck"
         )
     hidden_size, num_layers = text_decoder(llama).config.hidden_size, len(text_decoder(llama).layers)
     fields = {

@@ -70,7 +70,7 @@ def test_a_recomputed_layer_drops_as_its_forward_did() -> None:
         torch.manual_seed(0)
         model(IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in model.adapter_parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_file_keeps_the_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,10 +23,12 @@ wide, which activation, init and learning rate, one at a time, on the demo's bac
   adapterkern ablate --vary depth=1,2,3 --vary activation=silu,gelu --product --seeds 5
   adapterkern ablate --vary layers=-1/-2,-1/-3,-2,-1 --vary every=1,2 --set lr=1e-3 --set epochs=3
   adapterkern ablate --model ./llama --train train.csv --eval test.csv --vary position=layer,attention
-  adapterkern ablate --vary kind=bottleneck,prompt --set layers=-2,-1
+  adapterkern ablate --vary kind=bottleneck,parallel,scaled-parallel,prompt --set max_params=22000
 
 The first value of each field is the base point. A field is one of kind, adapter_dim, position, every, layers, depth,
-activation, init, prompt_length (of the adapters), or lr, warmup, max_norm, precision, ... (an option of `train`).
+activation, init, prompt_length, max_params (of the adapters), or lr, warmup, max_norm, precision, ... (an option of
+`train`). A kind is one of bottleneck, attention, parallel, parallel-attention, scaled-parallel, no-norm, learned-scale
+and prompt; docs/adapters.md has their equations.
 After Ctrl-C, or when killed, the same command continues; a run whose row is in ablation.csv is never computed again.
 
   adapterkern ablate --preset stability --output stability
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("ablate: expected one process, got several: every one would make the same runs")
     study = make_study(arguments)
+    study.check()
     if arguments.model is not None:
         check_source(arguments.model)
     check_writable(arguments.output_dir)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from adapterkern import cli
+from adapterkern.recipes.ablation.kinds import KINDS
+from adapterkern.recipes.ablation.runs import read_results
 from tests.support.commands import accuracy
 
 
@@ -37,6 +39,23 @@ def test_trains_evaluates_and_compares_gated_prompts(
     capsys.readouterr()
     assert cli.main(["ablate", *data, *study, "--no-head-alone", "--output", str(tmp_path / "study")]) == 0
     assert "2 runs, 2 of them already in" in capsys.readouterr().err
+
+
+def test_compares_all_kinds_at_one_budget(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--model", str(model_folder), "--train", str(files[0]), "--eval", str(files[1])]
+    study = ["--vary", f"kind={','.join(KINDS)}", "--set", "max_params=1500", "--set", "max_steps=1", "--seeds", "1"]
+    command = ["ablate", *data, *study, "--no-head-alone", "--output", str(tmp_path)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(f"kind {name} " in printed for name in list(KINDS)[1:])
+    path = tmp_path / "ablation.csv"
+    fields = ("kind", "position", "scale", "layer_norm", "learned_scale")
+    rows = list(read_results(path).values())
+    assert len({tuple(row[name] for name in fields) for row in rows}) == len(rows) == len(KINDS)
+    sizes = [int(row["trainable_parameters"]) for row in rows]
+    assert max(sizes) - min(sizes) < 2 * (2 * 32 + 1)  # less than one dimension at each of 2 sites
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,56 @@ def test_kinds_have_the_fields_of_their_own() -> None:
         make(vary=vary, product=True).variants(32, 4)
 
 
+def test_kinds_by_name_at_one_budget() -> None:
+    """Each is a few fields over the base point, and as large as fits: all within one row of the weights of another."""
+    expected: dict[str, dict[str, Any]] = {
+        "bottleneck": {},
+        "attention": {"position": "attention"},
+        "parallel": {"position": "parallel-mlp"},
+        "parallel-attention": {"position": "parallel-attention"},
+        "scaled-parallel": {"position": "parallel-mlp", "scale": 4.0, "layer_norm": False, "activation": "relu"},
+        "no-norm": {"layer_norm": False},
+        "learned-scale": {"learned_scale": True},
+        "prompt": {"kind": "prompt"},
+    }
+    study = make(adapter=AdapterConfig(layers=(2, 3)), vary={"kind": tuple(expected)}, head_alone=False)
+    found = study.based_on({"max_params": 1500, "init": "svd"}).variants(32, 4)
+    assert [v.label for v in found] == ["base", *(f"kind {name}" for name in list(expected)[1:])]
+    for v, (name, fields) in zip(found, expected.items(), strict=True):
+        size = {"prompt_length": 23} if name == "prompt" else {"adapter_dim": 11 if "layer_norm" in fields else 10}
+        init = {} if name == "prompt" else {"init": "svd"}
+        assert v.adapter == AdapterConfig(layers=(2, 3), **(fields | size | init)), name
+        assert 1500 - 2 * 65 < v.adapter.num_params(32, 4) <= 1500
+    of_prompts = make(adapter=AdapterConfig(kind="prompt"), vary={"kind": ("prompt", "no-norm")})
+    assert [(v.adapter.kind, v.adapter.layer_norm) for v in of_prompts.variants(32, 4)[:2]] == [
+        ("prompt", True),
+        ("bottleneck", False),
+    ]
+
+
+def test_kinds_that_do_not_fit_together_are_named() -> None:
+    kinds = {"kind": ("bottleneck", "scaled-parallel")}
+    both = "vary: expected kind=scaled-parallel or position, not both: this kind is position=parallel-mlp"
+    with pytest.raises(ValueError, match=both):
+        make(vary=kinds | {"position": ("layer", "attention")})
+    with pytest.raises(ValueError, match=f"{both}; got position=attention"):
+        make(vary=kinds, adapter=AdapterConfig(position="attention"))
+    with pytest.raises(ValueError, match=r"set: expected kind=scaled-parallel or scale, not both: .*; got scale=1"):
+        make(vary=kinds).based_on({"scale": 1})  # the default, but asked for
+    with pytest.raises(ValueError, match=r"set: expected kind=no-norm or layer_norm, .*; got layer_norm=True"):
+        make().based_on({"kind": "no-norm", "layer_norm": True})
+    with pytest.raises(ValueError, match="set: expected kind=parallel or position, not both: this kind is position="):
+        make(vary={"position": ("layer",)}).based_on({"kind": "parallel"})
+    with pytest.raises(ValueError, match=r"kind: expected one of bottleneck, .*, prompt, got 'serial'"):
+        make(vary={"kind": ("serial",)})
+    with pytest.raises(ValueError, match="vary: expected max_params or adapter_dim, not both: a budget decides"):
+        make(vary={"adapter_dim": (64,)}, adapter=AdapterConfig()).based_on({"max_params": 1500})
+    with pytest.raises(ValueError, match="x_free: expected False with position='parallel-mlp'"):
+        make(vary=kinds).based_on({"x_free": True}).check()
+    alike = make(vary=kinds).based_on({"activation": "relu", "layer_norm": False})  # of all kinds
+    assert [v.adapter.scale for v in alike.variants(32, 4)[:2]] == [1.0, 4.0]
+
+
 def test_infinite_clipping_survives() -> None:
     study = make(vary={"max_norm": (1.0, math.inf)}, head_alone=False)
     assert [v.training.max_norm for v in study.variants(32, 4)] == [1.0, math.inf]

@@ -32,6 +32,7 @@ _TITLES = {
     "every": "layers with adapters",
     "kind": "kind of adapter",
     "prompt_length": "length of the prompts",
+    "max_params": "budget (parameters)",
     "position": "position in a layer",
     "depth": "depth (adapters per site)",
     "adapter_dim": "width (adapter_dim)",

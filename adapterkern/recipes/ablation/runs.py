@@ -50,8 +50,8 @@ from adapterkern.training.run.results import NonFiniteError, TrainResult
 
 CSV_NAME, STUDY_NAME = "ablation.csv", "study.json"
 
-_SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init", "kind", "prompt_length")
-_ADDED = ("kind", "prompt_length")  # columns that earlier versions' files do not have
+_ADDED = ("kind", "prompt_length", "layer_norm", "scale", "learned_scale")  # columns that older files do not have
+_SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init", *_ADDED)
 _SHOWN_TRAINING = (
     *("train_adapters", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "lr", "schedule", "warmup"),
     *("max_norm", "weight_decay", "precision", "seed"),

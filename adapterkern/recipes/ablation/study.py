@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from adapterkern import checks
 from adapterkern.model.config import MODULES, AdapterConfig, applicable
+from adapterkern.recipes.ablation.kinds import check_apart, kind_fields
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
 _SITES = ("layers", "every")  # two ways to choose layers, so they form one axis
-ADAPTER_FIELDS = tuple(
-    f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", "max_params", MODULES)
-)
+_SIZES = ("adapter_dim", "prompt_length")  # which a budget decides
+ADAPTER_FIELDS = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name not in ("eps", MODULES))
 _TRAINING_FIELDS = tuple(
     f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"task", "train_adapters", "seed"}
 )
@@ -36,7 +36,8 @@ class Study:
     Args:
         adapter, training: the base point, except for the fields in ``vary``.
         vary: field → its values, the base point's first. A field is one of ``AdapterConfig`` or ``TrainConfig`` that
-            changes a run's numbers; ``layers`` and ``every`` together are one axis, ``layers`` first.
+            changes a run's numbers; ``layers`` and ``every`` together are one axis, ``layers`` first. The values of
+            ``kind`` are those of ``KINDS``, each with its fields over the base point's.
         seeds: integers >= 0; one run per variant and seed.
         product: run all combinations; False varies one axis at a time around the base point.
         head_alone: also train the head without adapters (where there are labels).
@@ -66,6 +67,12 @@ class Study:
             raise ValueError("task: expected one with an accuracy, which a study compares, got 'regression'")
         checks.flag("product", self.product)
         checks.flag("head_alone", self.head_alone)
+        own = {f.name: getattr(self.adapter, f.name) for f in dataclasses.fields(AdapterConfig)}
+        given = {name: value for name, value in own.items() if value != getattr(AdapterConfig, name)}
+        check_apart("vary", self.vary.get("kind", ()), given, self.vary)
+        sizes = [name for name in _SIZES if name in self.vary]
+        if sizes and ("max_params" in self.vary or self.adapter.max_params is not None):
+            raise ValueError(f"vary: expected max_params or {sizes[0]}, not both: a budget decides the size")
 
     @property
     def axes(self) -> list[list[Setting]]:
@@ -74,12 +81,12 @@ class Study:
         others = [[(name, v) for v in values] for name, values in self.vary.items() if name not in _SITES]
         return ([sites] if sites else []) + others
 
-    def variants(self, hidden_size: int, num_layers: int) -> list[Variant]:
-        """All variants for a backbone of this shape, the base point first and the head alone last.
+    def check(self) -> None:
+        """Raise as ``variants`` does, for what is wrong whatever the backbone."""
+        self._points()
 
-        Raises:
-            TypeError, ValueError: a value that its field does not accept; the message names the field.
-        """
+    def _points(self) -> list[tuple[tuple[Setting, ...], frozenset[int], AdapterConfig, TrainConfig]]:
+        """The settings of each point, the axes on which it differs from the base, and its configurations."""
         axes = self.axes
         base = [axis[0] for axis in axes]
         if self.product:
@@ -90,10 +97,21 @@ class Study:
         found = []
         for point in points:
             changed = frozenset(i for i, (setting, b) in enumerate(zip(point, base, strict=True)) if setting != b)
-            adapter, training = _apply(self.adapter, self.training, dict(point), [point[i][0] for i in changed])
+            configs = _apply(self.adapter, self.training, dict(point), [point[i][0] for i in changed])
+            found.append((tuple(point), changed, *configs))
+        return found
+
+    def variants(self, hidden_size: int, num_layers: int) -> list[Variant]:
+        """All variants for a backbone of this shape, the base point first and the head alone last.
+
+        Raises:
+            TypeError, ValueError: a value that its field does not accept; the message names the field.
+        """
+        found = []
+        for point, changed, adapter, training in self._points():
             adapter = adapter.resolve(hidden_size, num_layers)
             label = ", ".join(show_setting(point[i], num_layers) for i in sorted(changed)) or "base"
-            found.append(Variant(label, tuple(point), changed, adapter, training))
+            found.append(Variant(label, point, changed, adapter, training))
         if self.head_alone and self.training.labeled:
             alone = dataclasses.replace(found[0].training, train_adapters=False)
             found.append(found[0]._replace(label="head alone", training=alone))
@@ -109,6 +127,8 @@ class Study:
             varied = _SITES if name in _SITES else (name,)
             if any(field in self.vary for field in varied):
                 raise ValueError(f"set: expected a field that is not varied, got {name!r}")
+        kinds = [settings["kind"]] if "kind" in settings else []
+        check_apart("set", [*self.vary.get("kind", ()), *kinds], settings, self.vary)
         adapter, training = _apply(self.adapter, self.training, settings, list(settings))
         return dataclasses.replace(self, adapter=adapter, training=training)
 
@@ -116,11 +136,13 @@ class Study:
 def _apply(
     adapter: AdapterConfig, training: TrainConfig, settings: Mapping[str, Any], asked: Sequence[str]
 ) -> tuple[AdapterConfig, TrainConfig]:
-    """The two configurations with some fields set; ``layers`` resets ``every``, and the reverse.
+    """The two configurations with some fields set; ``layers`` resets ``every``, and the reverse; a kind sets its own.
 
     Fields of the base point that do not apply to the kind of adapter, and are not ``asked`` for, have their defaults.
     """
     fields = dict(settings)
+    if "kind" in fields:
+        fields |= kind_fields(fields["kind"])
     if "layers" in fields:
         fields["every"] = 1
     elif "every" in fields:

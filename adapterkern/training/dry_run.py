@@ -113,8 +113,8 @@ class Rehearsal(Run[E]):
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
         for example in self.data.train[:_SHOWN]:
             say(reporter, described(self.task, example, self.tokenizer))
-        everything = [*self.data.train, *self.data.eval]
-        passes = math.ceil(self.total_steps / self.steps_per_epoch)
+        everything = [*self.task.reread(self.data.train), *self.data.eval]
+        passes = math.ceil(self.total_steps / self.steps_per_epoch) if everything else 0
         before = self.state.prefix_cached if self.state.step else None
         with self.engine.accelerator.autocast():
             use, why = choose_cache(self.model, self.config, everything, passes, before)
@@ -123,7 +123,7 @@ class Rehearsal(Run[E]):
         if not use or self.feed.cache is None:
             return
         steps = range(self.first, self.last)
-        needed = [e for step in steps for e in self._examples(step)] + self._to_evaluate()
+        needed = self.task.reread([e for step in steps for e in self._examples(step)]) + self._to_evaluate()
         needed += [e for examples in self._samples() for e in examples]
         needed = list({example.row: example for example in needed}.values())
         times = [(time.perf_counter(), 0)]

@@ -151,8 +151,8 @@ class Run(Generic[E]):
     # Before the first step
 
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
-        examples = [*self._own(), *self.data.eval]
-        passes = math.ceil(self.total_steps / self.steps_per_epoch)
+        examples = [*self.task.reread(self._own()), *self.data.eval]
+        passes = math.ceil(self.total_steps / self.steps_per_epoch) if examples else 0
         before = self.state.prefix_cached if self.state.step else None
         with self.engine.accelerator.autocast():
             use, why = choose_cache(self.model, self.config, examples, passes, before)

@@ -7,7 +7,7 @@ cache, the checkpoints and the evaluation call only these methods:
 
     data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
                summaries: what the examples are, which a run says before it begins
-    a step     step_examples, begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
+    a step     reread, step_examples, begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
     scores     evaluate: examples → metrics
     answers    to_predict: rows → examples    predict: batch → predictions       joined: those of a row's examples
     files      save, from_pretrained; a resumed run must have the same ``settings``
@@ -211,6 +211,10 @@ class Task(nn.Module, Generic[E]):
     def optimizer(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
         """The optimizer of the parameters that ``trained`` returns."""
         return make_optimizer(parameters, config)
+
+    def reread(self, examples: list[E]) -> list[E]:
+        """Of the training examples those that steps read as they are, so that the prefix cache is to hold them: all."""
+        return examples
 
     def step_examples(
         self, examples: list[E], config: TrainConfig, epoch: int, index: int, autocast: Context

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 from adapterkern.model.config import AdapterConfig
 from adapterkern.model.llama import LlamaAdapter
@@ -164,8 +164,25 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"teacher: expected logits that follow from the last .*, but Lengthened"):
         KeepBehaviour(model, Lengthened(gpt2))
     Distillation(model, GPT2LMHeadModel(gpt2))  # another architecture is fine
+    with pytest.raises(TypeError, match="temprature: expected temperature in SoftLabelSettings, got temprature=2"):
+        Distillation(model, temprature=2.0)
     with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got 0"):
         KeepBehaviour(model, temperature=0)
+
+
+def test_a_model_that_reads_images_teaches(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = size | {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 128}
+    vision = size | {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    teacher = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, image_token_index=127)
+    )
+    model = tiny_run.model()
+    task = Distillation(model, teacher, weight=1.0)
+    train(model, TEXTS, tiny_run.quiet(**LM, max_steps=1, output_dir=tmp_path), tokenizer=TOKENIZER, task=task)
+    saved = json.loads((tmp_path / DISTILLATION_CONFIG).read_text())
+    assert saved["teacher"] == "Gemma3ForConditionalGeneration, 3 layers"
 
 
 def test_a_model_that_cannot_be_cut_teaches_itself() -> None:

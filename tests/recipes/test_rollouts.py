@@ -16,6 +16,7 @@ from adapterkern.recipes.distillation.rollouts import Rollout, _Drawn, prompt_le
 from adapterkern.recipes.distillation.settings import RolloutSettings
 from adapterkern.recipes.distillation.teacher import DISTILLATION_CONFIG
 from adapterkern.training import CheckpointError, TrainConfig, train
+from adapterkern.training.data.prefix import PrefixCache
 from adapterkern.training.data.rows import DataError
 from adapterkern.training.task import Feed
 from tests.support import tiny_chat, tiny_run
@@ -195,6 +196,21 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     model, teacher = tiny_run.model(), tiny_run.model(init="xavier", layers=(3,))
     loaded, _ = Distillation.from_pretrained(model.unload(), tmp_path / "run", teacher=teacher)
     assert loaded.rollouts.settings == RolloutSettings(on_policy=0.5, max_new_tokens=5)
+
+
+def test_no_prefix_is_computed_of_rows_that_no_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[int] = []
+    fill = PrefixCache.fill
+    monkeypatch.setattr(
+        PrefixCache, "fill", lambda self, m, rows, *a: (filled.append(len(rows)), fill(self, m, rows, *a))[1]
+    )
+    for share, eval_data, expected in ((1.0, None, []), (1.0, QA[:5], [5]), (0.5, QA[:5], [17])):
+        model = tiny_run.model()
+        task = Distillation(model, on_policy=share, max_new_tokens=2)
+        config = tiny_run.quiet(**LM, batch_size=12)
+        train(model, QA, config, tokenizer=TOKENIZER, eval_data=eval_data, task=task)
+        assert filled == expected
+        filled.clear()
 
 
 def test_a_student_learns_from_its_own_completions_alone() -> None:

@@ -8,6 +8,7 @@ from adapterkern import checks
 DIVERGENCES = ("kl", "reverse-kl", "js", "jsd")
 
 
+@checks.other_names()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftLabelSettings:
     """T, λ and D of the loss in soft_labels.py, and its chunks.
@@ -56,9 +57,6 @@ class SoftLabelSettings:
         if self.top_k is not None:
             checks.integer("top_k", self.top_k, 1)
         checks.integer("chunk_tokens", self.chunk_tokens, 1)
-
-
-DEFAULTS = SoftLabelSettings()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

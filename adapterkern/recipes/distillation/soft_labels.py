@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapterkern.recipes.distillation.divergences import divergence_of
-from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
+from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
 IGNORE = -100  # marks a token without target, as in torch's cross_entropy
 
@@ -56,13 +56,8 @@ def soft_label_loss(
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
     *,
-    temperature: float = DEFAULTS.temperature,
-    weight: float = DEFAULTS.weight,
-    divergence: str = DEFAULTS.divergence,
-    beta: float | None = DEFAULTS.beta,
-    top_k: int | None = DEFAULTS.top_k,
-    chunk_tokens: int = DEFAULTS.chunk_tokens,
     count: bool = False,
+    **settings: Any,
 ) -> SoftLabelLoss:
     """The loss above, of N tokens.
 
@@ -72,21 +67,14 @@ def soft_label_loss(
         teacher: its states of the same N tokens; None leaves the divergence out.
         targets: (N,) int64, ``IGNORE`` where there is none; None leaves the cross-entropy out.
         token_weights: (N,), a_i.
-        temperature, weight, divergence, beta, top_k, chunk_tokens: see ``SoftLabelSettings``.
         count: also compute the last three fields of ``SoftLabelLoss``.
+        settings: the fields of ``SoftLabelSettings``.
 
     Raises:
         ValueError: an argument out of its range, or teacher and student differ in tokens or vocabulary.
         TypeError: an argument of the wrong type.
     """
-    settings = SoftLabelSettings(
-        temperature=temperature,
-        weight=weight,
-        divergence=divergence,
-        beta=beta,
-        top_k=top_k,
-        chunk_tokens=chunk_tokens,
-    )
+    how = SoftLabelSettings(**settings)
     if teacher is not None and len(teacher.hidden) != len(hidden):
         raise ValueError(f"teacher: expected states of {len(hidden)} tokens, got {len(teacher.hidden)}")
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad
@@ -108,7 +96,7 @@ def soft_label_loss(
                     None if taught is None else _wide(taught),
                     None if targets is None else targets[part],
                     None if token_weights is None else token_weights[part],
-                    settings,
+                    how,
                     with_gradient,
                     count,
                 )
@@ -119,11 +107,12 @@ def soft_label_loss(
 
     sums = torch.zeros(6, device=hidden.device, dtype=_wide(hidden.new_empty(0)).dtype)
     gradient = torch.zeros_like(hidden) if with_gradient else None
-    for start in range(0, len(hidden), chunk_tokens):
-        chunk_sums, chunk_gradient = chunk(slice(start, start + chunk_tokens))
+    for start in range(0, len(hidden), how.chunk_tokens):
+        part = slice(start, start + how.chunk_tokens)
+        chunk_sums, chunk_gradient = chunk(part)
         sums += chunk_sums
         if gradient is not None and chunk_gradient is not None:
-            gradient[start : start + chunk_tokens] = chunk_gradient
+            gradient[part] = chunk_gradient
     loss, *others = sums.unbind()
     return SoftLabelLoss(loss if gradient is None else _Known.apply(hidden, loss, gradient), *others)
 

@@ -91,6 +91,10 @@ class Distillation(Taught):
             check_prompts(examples, self.rollouts.settings, config)
         return super().order(examples, config, epoch)
 
+    def reread(self, examples: list[Example]) -> list[Example]:
+        """None if all steps are on-policy."""
+        return [] if self.rollouts.settings.on_policy == 1 else examples
+
     def step_examples(
         self, examples: list[Example], config: TrainConfig, epoch: int, index: int, autocast: Context
     ) -> list[Example]:

@@ -23,7 +23,7 @@ from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import LogitsPath, find_logits_path, logits_of
 from adapterkern.model.saving import unloaded_on_error
-from adapterkern.recipes.distillation.settings import DEFAULTS, SoftLabelSettings
+from adapterkern.recipes.distillation.settings import SoftLabelSettings
 from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher, soft_label_loss
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, inputs
@@ -47,7 +47,7 @@ class Taught(Task[Example]):
             ``LlamaAdapter.from_pretrained(model.reference(), run)``. It is put into eval mode. It does not become part
             of this module: it is neither trained nor saved.
         head: a classification head, for a task that has one.
-        temperature, weight, divergence, beta, top_k, chunk_tokens: see ``SoftLabelSettings``; later ``soft_labels``.
+        settings: the fields of ``SoftLabelSettings``; later ``soft_labels``.
 
     Raises:
         ValueError: a setting out of its range, or a teacher that does not fit.
@@ -65,23 +65,11 @@ class Taught(Task[Example]):
         teacher: Any = None,
         *,
         head: Head | None = None,
-        temperature: float = DEFAULTS.temperature,
-        weight: float = DEFAULTS.weight,
-        divergence: str = DEFAULTS.divergence,
-        beta: float | None = DEFAULTS.beta,
-        top_k: int | None = DEFAULTS.top_k,
-        chunk_tokens: int = DEFAULTS.chunk_tokens,
+        **settings: Any,
     ) -> None:
         super().__init__(model, head)
-        self.soft_labels = SoftLabelSettings(
-            temperature=temperature,
-            weight=weight,
-            divergence=divergence,
-            beta=beta,
-            top_k=top_k,
-            chunk_tokens=chunk_tokens,
-        )
-        if top_k is not None:
+        self.soft_labels = SoftLabelSettings(**settings)
+        if (top_k := self.soft_labels.top_k) is not None:
             checks.integer("top_k", top_k, 1, model.get_output_embeddings().weight.shape[0] - 1)
         if teacher is None and (model.trains_below() or isinstance(model.get_output_embeddings(), Replaceable)):
             raise ValueError(
@@ -188,7 +176,10 @@ class Taught(Task[Example]):
 
 def described(teacher: Any) -> str:
     """A teacher by its name and its number of layers; one with an adapter also by a digest of its parameters."""
-    words = [base_name(teacher) or type(teacher).__name__, f"{teacher.config.num_hidden_layers} layers"]
+    words = [
+        base_name(teacher) or type(teacher).__name__,
+        f"{teacher.config.get_text_config().num_hidden_layers} layers",
+    ]
     if isinstance(teacher, LlamaAdapter) and teacher.active_adapter is not None:
         digests = [adapter_digest(teacher.adapters[name])[:12] for name in teacher.active_adapters()]
         words.append(f"adapter {' on '.join(reversed(digests))}")

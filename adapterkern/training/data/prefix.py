@@ -249,7 +249,7 @@ def choose_cache(
     """Whether to use a prefix cache on ``examples``, and why, for ``config.prefix_cache`` True, False or None (auto).
 
     Args:
-        passes: how often each example is needed.
+        passes: how often each example is needed; 0 if there is none.
         before: what the interrupted run decided that is resumed; kept if ``config.prefix_cache`` is None.
 
     Raises:
@@ -257,6 +257,8 @@ def choose_cache(
     """
     if config.prefix_cache is False:
         return False, "it was not wanted"
+    if passes == 0:
+        return False, "no step reads its rows as they are"
     if obstacle := _obstacle(model, config, examples):
         if config.prefix_cache:
             raise ValueError(f"prefix_cache: expected None or False, because {obstacle}; got True")

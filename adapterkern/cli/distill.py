@@ -12,6 +12,7 @@ from adapterkern.cli.options import (
     add_data_options,
     add_options,
     add_training_options,
+    folder,
     from_options,
     model_flags,
 )
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-keep", metavar="FILE", help="the same, to evaluate on")
     add_options(group, SoftLabelSettings)
     add_options(group, ContextSettings)
+    group.add_argument(
+        "--teacher-labels",
+        type=folder,
+        metavar="DIR",
+        help="keep the teacher's --top-k likeliest tokens here: it runs once per text, also for other runs",
+    )
     add_options(parser.add_argument_group("the model's own completions", "without --keep"), RolloutSettings)
     add_adapter_options(parser)
     add_training_options(parser, without=OF_PLAIN_LOSS)
@@ -76,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.model.quantized import check_load_in
     from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKept, first_layers
     from adapterkern.recipes.distillation.keeping import check_task
+    from adapterkern.recipes.distillation.labels import check_labels
     from adapterkern.recipes.distillation.rollouts import check_shape
     from adapterkern.recipes.distillation.settings import ContextSettings, RolloutSettings, SoftLabelSettings
 
@@ -96,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--on-policy: expected 0 with --keep, whose texts are given, got {rollouts.on_policy}")
         if context.teacher_context is not None:
             raise ValueError("--teacher-context: expected none with --keep, got one")
+        if arguments.teacher_labels is not None:
+            raise ValueError(f"--teacher-labels: expected none with --keep, got {arguments.teacher_labels}")
 
     def check(config: TrainConfig) -> None:
         if is_model:
@@ -110,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_task(config)
         rollouts.check(soft_labels, config)
         context.check(config)
+        if arguments.teacher_labels is not None:
+            check_labels(arguments.teacher_labels, soft_labels, rollouts, config)
         check_train_and_eval(arguments.train, arguments.eval, config)
         if rollouts.on_policy:
             with named("--train"):
@@ -131,9 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
             teacher = LlamaAdapter.from_pretrained(model.reference(), arguments.teacher, **model_flags(arguments))
             teacher.requires_grad_(False)
         if not (arguments.keep or arguments.eval_keep):
-            task = Distillation(
-                model, teacher, **settings, **dataclasses.asdict(context), **dataclasses.asdict(rollouts)
-            )
+            more = dataclasses.asdict(context) | dataclasses.asdict(rollouts)
+            task = Distillation(model, teacher, teacher_labels=arguments.teacher_labels, **settings, **more)
             return Job(model, arguments.train, arguments.eval, task)
         rows, eval_rows = (
             of_task if kept is None else WithKept(of_task, kept)

@@ -349,6 +349,8 @@ def _evaluated(
             use = cache is not None and choose_cache(model, config, examples, passes=2)[0]
         if cache is not None and use:
             feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])
+        with accelerator.autocast():
+            task.prepare(examples, feed, lambda name, total: contextlib.nullcontext(bool))
         run = accelerator.prepare_model(task.train(model.training), evaluation_mode=True)
         with contextlib.nullcontext() if answers is None else answers_kept(task, feed, answers):
             return run_evaluation(task, run, examples, feed, config)

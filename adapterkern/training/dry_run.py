@@ -139,6 +139,9 @@ class Rehearsal(Run[E]):
         seconds, texts = times[-1][0] - times[begun][0], sum(count for _, count in times[begun + 1 :])
         self.prefix_rate = seconds / texts * len(needed) / count_tokens(needed)
 
+    def _prepare(self, reporter: Reporter, stop: StopRequest) -> None:
+        """Nothing: it would be written."""
+
     def _samples(self) -> list[list[E]]:
         return super()._samples()[:1] if self.config.best else []
 

@@ -9,6 +9,7 @@ until a log line needs them. Then each is checked, so a number that is not finit
 step has changed no parameter: ClippedAdamW changes nothing if the norm is not finite. On a CPU each is checked at once.
 """
 
+import functools
 import math
 import os
 import time
@@ -96,6 +97,7 @@ class Run(Generic[E]):
                 if self.data.padding:
                     reporter.say(self.data.padding)
                 processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
+                processes.on_every_rank(lambda: self._prepare(reporter, stop))
                 self._check_best()
                 self.callbacks.start(self._info())
                 self.engine.run.train()
@@ -164,20 +166,20 @@ class Run(Generic[E]):
         for name in ("compile", "checkpoint_activations", "offload_activations"):
             if getattr(self.config, name) and layers == depth:
                 warn("%s: has no effect: all layers' outputs come from the prefix cache", name)
-        started = time.perf_counter()
-        bar = reporter.start_side_task("prefix", len(examples))
-
-        def on_batch(count: int) -> bool:
-            reporter.advance(bar, count)
-            return not stop
-
+        started, cast = time.perf_counter(), self.engine.accelerator.autocast
         assert self.feed.cache is not None
-        slots = self.feed.cache.fill(self.model, examples, self.config, self.engine.accelerator.autocast, on_batch)
-        reporter.end_side_task(bar)
+        with reporter.side_task("prefix", len(examples), stop) as on_batch:
+            slots = self.feed.cache.fill(self.model, examples, self.config, cast, on_batch)
         if slots is not None:
             self.feed.add(examples, slots)
             self.prefix_layers = layers
         self.meter.prefix_seconds = time.perf_counter() - started
+
+    def _prepare(self, reporter: Reporter, stop: StopRequest) -> None:
+        with self.engine.accelerator.autocast():
+            bar = functools.partial(reporter.side_task, stop=stop)
+            if said := self.task.prepare([*self._own(), *self.data.eval], self.feed, bar):
+                reporter.say(said)
 
     def _own(self) -> list[E]:
         """The training examples that this rank will use."""

@@ -7,6 +7,7 @@ cache, the checkpoints and the evaluation call only these methods:
 
     data       load: rows → examples          collate: examples → batch          order: the rows of an epoch
                summaries: what the examples are, which a run says before it begins
+    before     prepare: what is computed once
     a step     reread, step_examples, begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
     scores     evaluate: examples → metrics
     answers    to_predict: rows → examples    predict: batch → predictions       joined: those of a row's examples
@@ -19,7 +20,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, cast
 
@@ -61,6 +62,9 @@ from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run
 
 logger = logging.getLogger(__name__)
+
+
+Bar = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], bool]]]
 
 
 def _owning(save: Any) -> Any:
@@ -179,6 +183,19 @@ class Task(nn.Module, Generic[E]):
         return [], self.head.shown(example.targets)
 
     # Training
+
+    def prepare(self, examples: Sequence[E], feed: "Feed", bar: Bar) -> str:
+        """Compute what is needed of a run's examples besides their prefix, once, before its first step.
+
+        Args:
+            examples: that this rank will train and evaluate on.
+            bar: given a name and a number of examples, the context of something that is to be called with the number
+                of examples after each batch; if it returns False, the rest is left.
+
+        Returns:
+            what a run says of it; "" for nothing, by default.
+        """
+        return ""
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
         """The parameters that a run trains, by names that do not depend on the adapter's name."""

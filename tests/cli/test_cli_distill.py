@@ -1,6 +1,7 @@
 """``adapterkern distill`` as a user types it, on a tiny random LLaMA in a folder."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -121,9 +122,40 @@ def test_a_saved_adapter_on_the_same_backbone_is_a_teacher(
     assert ", adapter " in json.loads((small / DISTILLATION_CONFIG).read_text())["teacher"]
 
 
+def test_two_runs_share_a_teachers_labels(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of them in another precision is refused, and writes nothing."""
+    caplog.set_level(logging.INFO)
+    labels = ["--top-k", "5", "--teacher-labels", str(tmp_path / "labels")]
+    whole = ["--backbone-layers", "2", "--teacher", "whole", "--train", "texts", "--eval", "texts", *labels]
+    assert command(folder, tmp_path / "run", *whole, "--lr", "1e-2") == 0
+    assert "teacher's labels: 0 of 12 texts known in" in caplog.text
+    assert command(folder, tmp_path / "again", *whole, "--lr", "3e-3", "--divergence", "reverse-kl") == 0
+    assert "teacher's labels: 12 of 12 texts known in" in caplog.text
+    capsys.readouterr()
+    assert "teacher_labels" not in json.loads((tmp_path / "run" / DISTILLATION_CONFIG).read_text())
+    assert command(folder, tmp_path / "bf16", *whole, "--precision", "bf16") == 1
+    said = capsys.readouterr().err
+    assert re.search(
+        r"--teacher-labels: .*: expected --precision bf16, got --precision fp32; name another folder", said
+    )
+    assert "Loading weights" not in said  # before the backbone is loaded
+    assert not (tmp_path / "bf16").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--train", "qa", "--teacher-labels", "kept"],
+            "--top-k: expected an integer beside --teacher-labels: it has these tokens alone; got none",
+        ),
+        (
+            ["--train", "qa", "--on-policy", "1", "--top-k", "5", "--teacher-labels", "kept"],
+            "--teacher-labels: expected none with --on-policy 1, where no step reads its rows as they are",
+        ),
+        (["--train", "qa", "--keep", "texts", "--teacher-labels", "kept"], "--teacher-labels: expected none with --ke"),
         (["--train", "texts", "--on-policy", "1"], "--train: .*texts.jsonl: expected rows with a prompt to complete"),
         (["--train", "qa", "--on-policy", "1", "--keep", "texts"], "--on-policy: expected 0 with --keep, .*, got 1"),
         (

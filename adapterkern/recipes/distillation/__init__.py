@@ -4,6 +4,7 @@ settings.py       temperature, weight, divergence
 divergences.py    KL, its reverse, Jensen–Shannon, over all tokens or the teacher's likeliest
 soft_labels.py    the loss
 teacher.py        what both tasks share: the teacher, its checks, the files
+labels.py         files of a teacher's likeliest tokens
 context.py        what the teacher reads and the student does not
 rollouts.py       the student's own completions, for on-policy steps
 task.py           ``Distillation``: soft labels for the targets of the task's own rows

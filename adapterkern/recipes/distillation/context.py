@@ -48,6 +48,11 @@ class TeacherContext:
             raise ValueError("teacher_context: expected a text with tokens, got none")
         self._ids, self._first = np.array(ids, dtype=np.int64), tokenizer.bos_token_id
 
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens, once they have been read; none without a context."""
+        return [] if self._ids is None else self._ids.tolist()
+
     def before(self, example: Example) -> Example:
         """The example as the teacher reads it."""
         assert self._ids is not None

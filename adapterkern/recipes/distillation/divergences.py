@@ -22,7 +22,7 @@ token i outside of S, ∂D'/∂z_i = q_i/q'_rest · ∂D'/∂z_rest.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,21 @@ from torch import Tensor
 
 from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Divergence = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+
+
+class Top(NamedTuple):
+    """The k + 1 events of p: the tokens of S (n, k) int64, the likeliest first, and log p' (n, k + 1)."""
+
+    tokens: Tensor
+    log_p: Tensor
 
 
 def divergence_of(settings: SoftLabelSettings) -> Divergence:
-    """From log p and log q, both (n, V): each token's D (n,), and T times its gradient in z (n, V)."""
+    """From log p and log q, both (n, V): each token's D (n,), and T times its gradient in z (n, V).
+
+    With ``top_k`` a ``Top`` may take the place of log p.
+    """
     beta = {"kl": 0.0, "reverse-kl": 1.0}.get(settings.divergence, 0.5 if settings.beta is None else settings.beta)
     found: Divergence
     if settings.divergence == "js":
@@ -84,16 +94,25 @@ def _of_both(log_p: Tensor, log_q: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor
     return per_token, g.sub_(from_q[:, None]).mul_(q)
 
 
-def _of_top(divergence: Divergence, k: int, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the k likeliest tokens of p, and all others together."""
+def top_of(log_p: Tensor, k: int) -> Top:
+    """The k + 1 events of log p (n, V)."""
     if k >= log_p.shape[-1]:
         raise ValueError(f"top_k: expected an integer from 1 to {log_p.shape[-1] - 1}, got {k}")
-    _, top = log_p.topk(k, -1)
-    of_both: list[Any] = []
-    for log in (log_p, log_q):
-        others = log.scatter(-1, top, -math.inf)
-        rest = others.logsumexp(-1, keepdim=True)  # 1 − Σ would round to 0 where S has nearly all
-        of_both.append(torch.cat([log.gather(-1, top), rest], -1))
-    per_token, slope = divergence(*of_both)
+    tokens = log_p.topk(k, -1).indices
+    return Top(tokens, _events(log_p, tokens)[0])
+
+
+def _events(log: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithms (n, k + 1) of the events; those (n, V) of all other tokens, −∞ for S; and of their sum (n, 1)."""
+    others = log.scatter(-1, tokens, -math.inf)
+    rest = others.logsumexp(-1, keepdim=True)  # 1 − Σ would round to 0 where S has nearly all
+    return torch.cat([log.gather(-1, tokens), rest], -1), others, rest
+
+
+def _of_top(divergence: Divergence, k: int, log_p: Tensor | Top, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the k likeliest tokens of p, and all others together."""
+    top = log_p if isinstance(log_p, Top) else top_of(log_p, k)
+    of_q, others, rest = _events(log_q, top.tokens)
+    per_token, slope = divergence(top.log_p, of_q)
     spread = others.sub_(rest).exp_().mul_(slope[:, k:])
-    return per_token, spread.scatter_(-1, top, slope[:, :k])
+    return per_token, spread.scatter_(-1, top.tokens, slope[:, :k])

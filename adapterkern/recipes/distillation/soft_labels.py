@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapterkern.recipes.distillation.divergences import divergence_of
+from adapterkern.recipes.distillation.divergences import Top, divergence_of, top_of
 from adapterkern.recipes.distillation.settings import SoftLabelSettings
 
 IGNORE = -100  # marks a token without target, as in torch's cross_entropy
@@ -36,6 +36,14 @@ class Teacher(NamedTuple):
 
     hidden: Tensor
     head: Head
+
+
+class Labels(NamedTuple):
+    """What a teacher's soft labels with ``top_k`` are, of N tokens: all that the loss and the metrics read of it."""
+
+    tokens: Tensor  # (N, k) int64: the likeliest
+    log_p: Tensor  # (N, k + 1): their log-probabilities at the temperature, and that of all others together
+    target: Tensor  # (N,): the target's log-probability at temperature 1; 0 where there is none
 
 
 class SoftLabelLoss(NamedTuple):
@@ -52,7 +60,7 @@ class SoftLabelLoss(NamedTuple):
 def soft_label_loss(
     hidden: Tensor,
     head: Head,
-    teacher: Teacher | None = None,
+    teacher: Teacher | Labels | None = None,
     targets: Tensor | None = None,
     token_weights: Tensor | None = None,
     *,
@@ -64,7 +72,7 @@ def soft_label_loss(
     Args:
         hidden: (N, d), the input of the student's head; the only argument that gets a gradient.
         head: maps (n, d) to logits (n, V); frozen.
-        teacher: its states of the same N tokens; None leaves the divergence out.
+        teacher: its states of the same N tokens, or its ``labels_of`` them; None leaves the divergence out.
         targets: (N,) int64, ``IGNORE`` where there is none; None leaves the cross-entropy out.
         token_weights: (N,), a_i.
         count: also compute the last three fields of ``SoftLabelLoss``.
@@ -75,8 +83,10 @@ def soft_label_loss(
         TypeError: an argument of the wrong type.
     """
     how = SoftLabelSettings(**settings)
-    if teacher is not None and len(teacher.hidden) != len(hidden):
-        raise ValueError(f"teacher: expected states of {len(hidden)} tokens, got {len(teacher.hidden)}")
+    if teacher is not None and len(teacher[0]) != len(hidden):
+        raise ValueError(f"teacher: expected states of {len(hidden)} tokens, got {len(teacher[0])}")
+    if isinstance(teacher, Labels) and teacher.tokens.shape[1] != how.top_k:
+        raise ValueError(f"teacher: expected labels of top_k={how.top_k}, got {teacher.tokens.shape[1]} tokens")
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad
 
     def chunk(part: slice) -> tuple[Tensor, Tensor | None]:
@@ -87,13 +97,17 @@ def soft_label_loss(
             states = hidden[part].detach().requires_grad_(with_gradient)
             logits = head(states)
         with torch.no_grad():
-            taught = None if teacher is None else teacher.head(teacher.hidden[part])
-            if taught is not None and taught.shape != logits.shape:
+            taught: Any = teacher
+            if isinstance(teacher, Labels):
+                taught = Labels(*(tensor[part] for tensor in teacher))
+            elif teacher is not None:
+                taught = _wide(teacher.head(teacher.hidden[part]))
+            if isinstance(taught, Tensor) and taught.shape != logits.shape:
                 raise ValueError(f"teacher: expected a vocabulary of {logits.shape[-1]}, got {taught.shape[-1]}")
             with torch.autocast(hidden.device.type, enabled=False):
                 sums, gradient = _chunk(
                     _wide(logits.detach()),
-                    None if taught is None else _wide(taught),
+                    taught,
                     None if targets is None else targets[part],
                     None if token_weights is None else token_weights[part],
                     how,
@@ -117,6 +131,20 @@ def soft_label_loss(
     return SoftLabelLoss(loss if gradient is None else _Known.apply(hidden, loss, gradient), *others)
 
 
+@torch.no_grad()
+def labels_of(teacher: Teacher, targets: Tensor, settings: SoftLabelSettings) -> Labels:
+    """The soft labels of N tokens, for a ``top_k``, computed in chunks as the loss does."""
+    assert settings.top_k is not None
+    made = []
+    for start in range(0, max(len(targets), 1), settings.chunk_tokens):
+        part = slice(start, start + settings.chunk_tokens)
+        logits = _wide(teacher.head(teacher.hidden[part]))
+        with torch.autocast(logits.device.type, enabled=False):
+            of_target = F.cross_entropy(logits, targets[part], reduction="none", ignore_index=IGNORE).neg_()
+            made.append((*top_of(_log_softmax(logits, settings.temperature), settings.top_k), of_target))
+    return Labels(*(torch.cat(parts) for parts in zip(*made, strict=True)))
+
+
 class _Known(torch.autograd.Function):
     """A loss whose gradient in ``hidden`` is known already."""
 
@@ -136,9 +164,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+
+
 def _chunk(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | Labels | None,
     targets: Tensor | None,
     token_weights: Tensor | None,
     settings: SoftLabelSettings,
@@ -161,17 +193,30 @@ def _chunk(
         if count:
             correct = (student.argmax(-1) == targets).sum()
     if teacher is not None:
-        log_p, log_q = (F.log_softmax(t if temperature == 1 else t / temperature, -1) for t in (teacher, student))
-        per_token, slope = divergence_of(settings)(log_p, log_q)
+        if isinstance(teacher, Labels):
+            log_p: Tensor | Top = Top(teacher.tokens, teacher.log_p)
+        else:
+            log_p = _log_softmax(teacher, temperature)
+        per_token, slope = divergence_of(settings)(log_p, _log_softmax(student, temperature))
         a = torch.ones_like(per_token) if token_weights is None else token_weights
         diverged = (per_token * a).sum()
         if with_gradient:
             slope.mul_((weight * temperature * a)[:, None])  # λ T² a · 1/T
             gradient = slope if gradient is None else gradient.add_(slope)
         if count:
-            agreement = (student.argmax(-1) == teacher.argmax(-1)).sum()
-            if targets is not None:
-                teacher_cross_entropy = F.cross_entropy(teacher, targets, reduction="sum", ignore_index=IGNORE)
+            best, of_targets = _counted(teacher, targets)
+            agreement = (student.argmax(-1) == best).sum()
+            teacher_cross_entropy = zero if of_targets is None else of_targets
     loss = (1 - weight) * cross_entropy + weight * temperature**2 * diverged
     sums = (loss, cross_entropy, diverged, teacher_cross_entropy, correct.to(zero), agreement.to(zero))
     return torch.stack(sums), gradient
+
+
+def _counted(teacher: Tensor | Labels, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The teacher's likeliest token (n,) of each, and its summed cross-entropy; None without targets."""
+    if isinstance(teacher, Labels):
+        return teacher.tokens[:, 0], None if targets is None else -teacher.target.sum()
+    best = teacher.argmax(-1)
+    if targets is None:
+        return best, None
+    return best, F.cross_entropy(teacher, targets, reduction="sum", ignore_index=IGNORE)

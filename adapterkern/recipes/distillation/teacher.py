@@ -24,7 +24,7 @@ from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import LogitsPath, find_logits_path, logits_of
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.recipes.distillation.settings import SoftLabelSettings
-from adapterkern.recipes.distillation.soft_labels import SoftLabelLoss, Teacher, soft_label_loss
+from adapterkern.recipes.distillation.soft_labels import Labels, SoftLabelLoss, Teacher, soft_label_loss
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, inputs
 from adapterkern.training.data.examples import Example
@@ -122,17 +122,18 @@ class Taught(Task[Example]):
                 where = batch.get("attention_mask"), start, batch.get("position_ids")
                 return self.model.run_suffix(batch["prefix"], *where)
 
-    def soft_label_loss(self, hidden: Tensor, taught: Tensor | None, **values: Any) -> SoftLabelLoss:
+    def as_teacher(self, taught: Tensor) -> Teacher:
+        """The teacher's states (N, its width) with its head."""
+        return Teacher(taught, self.model.logits_of if self.teacher is None else self._logits_of_teacher)
+
+    def soft_label_loss(self, hidden: Tensor, taught: Tensor | Labels | None, **values: Any) -> SoftLabelLoss:
         """The loss of tokens' states (N, d), against the teacher's of the same tokens (N, its width), or None.
 
         ``values`` are further arguments of ``soft_labels.soft_label_loss``; they go before this task's settings.
         """
-        head = self.model.logits_of
-        teacher = None
-        if taught is not None:
-            teacher = Teacher(taught, head if self.teacher is None else self._logits_of_teacher)
+        teacher = self.as_teacher(taught) if isinstance(taught, Tensor) else taught
         settings = dataclasses.asdict(self.soft_labels) | {"count": not self.training}
-        return soft_label_loss(hidden, head, teacher, **(settings | values))
+        return soft_label_loss(hidden, self.model.logits_of, teacher, **(settings | values))
 
     def _logits_of_teacher(self, states: Tensor) -> Tensor:
         return logits_of(self.teacher, self._teacher_logits, states)

@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,12 +228,17 @@ def prefix_fingerprint(model: LlamaAdapter, config: TrainConfig, length: int) ->
     described = (model.config.to_json_string(), model.config._attn_implementation, length, config.precision, shapes)
     digest.update(repr(described).encode())
     for module in (*_below(decoder), *decoder.layers[:length]):
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            # A 64-bit hash per row on the tensor's own device, then SHA-256 over the hashes: fast at 7B parameters too.
-            rows = torch.hash_tensor(tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=-1)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(rows.view(torch.int64).cpu().numpy().astype(np.int64).tobytes())
+        add_tensors(digest, (*module.named_parameters(), *module.named_buffers()))
     return digest.digest()
+
+
+def add_tensors(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add tensors, with their names, to a digest of hashlib's."""
+    for name, tensor in tensors:
+        # A 64-bit hash per row on the tensor's own device, then SHA-256 over the hashes: fast at 7B parameters too.
+        rows = torch.hash_tensor(tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() else 1), dim=-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(rows.view(torch.int64).cpu().numpy().astype(np.int64).tobytes())
 
 
 def _below(decoder: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -119,14 +119,16 @@ class Reporter:
             logger.info("%s", message)
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def start_side_task(self, name: str, total: int) -> Any:
-        """Add a second bar, for work outside training steps. Returns its id, for `advance` and `end_side_task`."""
-        return self._progress.add_task(name, total=total, status="")
+    @contextlib.contextmanager
+    def side_task(self, name: str, total: int, stop: object) -> Iterator[Callable[[int], bool]]:
+        """Gives what moves a second bar, for work outside training steps, and says whether to go on: until ``stop``."""
+        task = self._progress.add_task(name, total=total, status="")
 
-    def advance(self, task: Any, count: int = 1) -> None:
-        self._progress.advance(task, count)
+        def on_batch(count: int) -> bool:
+            self._progress.advance(task, count)
+            return not stop
 
-    def end_side_task(self, task: Any) -> None:
+        yield on_batch
         self._progress.remove_task(task)
 
     def step(self, step: int) -> None:

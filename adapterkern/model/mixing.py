@@ -1,19 +1,21 @@
-"""Different adapters for the sequences of one batch: what runs at each site inside ``LlamaAdapter.mixing``.
+"""Different adapters for the sequences, or the tokens, of one batch: what runs at each site inside ``mixing``.
 
-Every sequence b has K choices index[b, k] among the named adapters (−1: none), with weights w, and
+Every sequence b, or every token b of a sequence, has K choices index[b, k] among the named adapters (−1: none), with
+weights w, and
 
     y_b = x_b + Σ_k w[b, k] · (A_{index[b, k]}(x_b) − x_b)        (one choice without weights: y_b = A_{index[b]}(x_b))
 
 The adapters of one site that agree in (adapter_dim, activation, eps, depth, x_free, layer_norm, dropout, whether they
-are parallel) form a group: their parameters are stacked, their scales too, and one ``ak.adapter(..., index=)`` call
-runs them all. For the other groups of the site, a sequence of this group has index −1. The stack is built in every
-forward, so that gradients reach the adapters' own parameters; it costs a copy of the parameters of the mixed adapters,
-compared with an activation of B·L rows. During ``generate`` it is built once. The index of a group is computed once for
-all sites that have the same group. Of stacks of adapters (stack.py), the first of each run so, then the second, and
-so on.
+are parallel) form a group: their parameters are stacked, their scales too, and one ``ak.adapter(..., index=, gate=)``
+call runs them all for one choice and adds it to the sum. For the other groups of the site, a sequence of this group has
+index −1. Where a choice is several adapters one after the other, it is computed first, and added then. Several choices
+all read x, which is kept then whatever ``x_free`` says. The stack is built in every forward, so that gradients reach
+the adapters' own parameters; it costs a copy of the parameters of the mixed adapters, compared with an activation of
+B·L rows. During ``generate`` it is built once. The index of a group is computed once for all sites that have the same
+group. Of stacks of adapters (stack.py), the first of each run so, then the second, and so on.
 
 Gated prompts (prompt.py) add one result of attention for each choice, with the gate w[b, k] · g of its adapter; those
-of one length form a group.
+of one length form a group. Where tokens choose, every query asks every prompt of the group, with a gate of its own.
 
 Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a GPU the host would have to wait to find
 out which were chosen, and results must not depend on the device.
@@ -35,8 +37,6 @@ from adapterkern.ops.index import vouch
 from adapterkern.ops.operator import adapter
 from adapterkern.ops.reference import Weights
 
-Decide = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-
 
 class _Group(NamedTuple):
     """Adapters of one shape at one site."""
@@ -53,12 +53,12 @@ class _Stack(NamedTuple):
 
 
 class Mixture:
-    """Which of the named adapters each sequence of a batch runs.
+    """Which of the named adapters each sequence of a batch, or each token, runs.
 
     Args:
         adapters: name → layer number → adapters in sequence; ``index`` is a position in this order of names.
         configs: their configurations, in the same order.
-        index: int64 or int32, (B,) or (B, K); −1 is none.
+        index: int64 or int32, (B,), (B, K), or of each token (B, L, K); −1 is none.
         weight: floating point, same shape as ``index``; None is weight 1 for every choice.
         argument: what the user gave, for messages.
         stacks: what each number in ``index`` stands for, adapters that run one after the other; by default each is one
@@ -79,34 +79,60 @@ class Mixture:
     ) -> None:
         check_mixable(configs)
         stacks = [(name,) for name in adapters] if stacks is None else stacks
-        _check(len(stacks), index, weight)
         numbers = {name: number for number, name in enumerate(adapters)}
         # Of the first of each stack, then of the second, and so on: which adapter it is, −1 above the stack's end
         self._stages = [
             tuple(numbers[stack[stage]] if stage < len(stack) else -1 for stack in stacks)
             for stage in range(max([0, *map(len, stacks)]))
         ]
-        self._argument = argument
+        self._argument, self._count = argument, len(stacks)
         self._adapters, self._configs = list(adapters.values()), list(configs.values())
-        # (K, B): each choice is contiguous, as the kernels expect
-        self._index = index.long().T.contiguous() if index.dim() == 2 else index.long()[None]
-        self._weight = weight if weight is None or weight.dim() == 2 else weight[:, None]
         self._sites: dict[tuple[Any, ...], list[_Group]] = {}  # by layer, place and skip
-        self._choices: dict[tuple[object, ...], Tensor] = {}
         self._generating = False
         self._stacks: dict[int, list[_Stack]] = {}  # by the group's id; only while generating
+        self._choose(index, weight)
+
+    def _choose(self, index: Tensor, weight: Tensor | None) -> None:
+        _check(self._count, index, weight)
+        self._index = _by_choice(index.long())
+        self._weight = None if weight is None else _by_choice(weight)
+        self._choices: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether each token has choices of its own."""
+        return self._index.dim() == 3
+
+    def again(self, index: Tensor, weight: Tensor | None) -> "Mixture":
+        """This mixture with other choices. Raises as the making of one."""
+        other = self._with()
+        other._choose(index, weight)
+        return other
 
     def generating(self, batch: int | None) -> "Mixture":
         """This mixture for ``generate`` over ``batch`` prompts: beams use their prompt's index, and stacks are kept.
 
         Raises:
-            ValueError: ``index`` is for another number of sequences.
+            ValueError: ``index`` is for another number of sequences, or for tokens.
         """
+        if self.is_per_token:
+            choices, *shape = self._index.shape
+            raise ValueError(
+                f"{self._argument}: expected shape (B,) or (B, K) in generate, whose new tokens have no entry, got "
+                f"{(*shape, choices)}; a function is asked for each of them"
+            )
         if batch is not None and batch != self._index.shape[1]:
             given = self._index.shape[1]
             raise ValueError(f"{self._argument}: expected one entry for each of {batch} prompts, got {given}")
+        return self.kept()
+
+    def kept(self) -> "Mixture":
+        """This mixture for a ``generate``."""
+        return self._with(_generating=True, _stacks={})
+
+    def _with(self, **changes: Any) -> "Mixture":
         other = object.__new__(Mixture)
-        other.__dict__ |= self.__dict__ | {"_generating": True, "_stacks": {}}
+        other.__dict__ |= self.__dict__ | changes
         return other
 
     def prefix_length(self, num_layers: int) -> int:
@@ -148,7 +174,7 @@ class Mixture:
         return groups
 
     def _choices_among(self, places: tuple[int, ...], times: int, device: torch.device) -> Tensor:
-        """``index`` as ``places`` of a group, (K, B·times) on ``device``; computed once for all sites."""
+        """``index`` as ``places`` of a group, (K, B·times) or (K, B, L), on ``device``; computed once for all sites."""
         key = (places, times, device)
         if (made := self._choices.get(key)) is not None:
             return made
@@ -164,53 +190,70 @@ class Mixture:
         return among.to(device, non_blocking=True)
 
     def _run(self, groups: list[_Group], beside: Tensor | None, x: Tensor) -> Tensor:
-        times = self._repeats(x.shape[0])
+        times = self._repeats(x.shape)
         stacks = [self._stack(group) for group in groups]
         indices = [self._choices_among(group.places, times, x.device) for group in groups]
         beside = None if beside is None else beside.to(x.dtype)
+        several = len(self._index) > 1
 
-        def choice(k: int) -> Tensor:
+        def choice(k: int, y: Tensor, gate: Tensor | None = None, summed: bool = False) -> Tensor:
             # Each choice is in at most one group of a stage; the other groups leave the sequence unchanged.
-            y = x
             for group, stack, index in zip(groups, stacks, indices, strict=True):
-                given = beside if _is_beside(group) else None
+                # The other choices of a sum have changed y already
+                given = beside if _is_beside(group) else x if summed and y is not x else None
                 for members, one in zip(zip(*group.adapters, strict=True), stack, strict=True):
-                    y = _run_stacked(members, one, y, index[k], given)
+                    y = _run_stacked(members, one, y, index[k], given, gate, summed)
             return y
 
-        if self._weight is None and len(self._index) == 1:
-            return choice(0)
+        weights = self._weights(times, x.device)
+        if weights is None and not several:
+            return choice(0, x)
         y = x
         for k in range(len(self._index)):
-            change = choice(k) - x
-            if self._weight is not None:
-                change = self._weights_of(k, times, x)[:, None, None] * change
-            y = y + change
+            gate = None if weights is None else weights[k]
+            if len(self._stages) == 1 and all(len(stack) == 1 for stack in stacks):
+                y = choice(k, y, gate, several)
+            else:
+                change = choice(k, x) - x
+                y = y + (
+                    change if gate is None else gate.to(x.dtype).view(*gate.shape, *(1,) * (3 - gate.dim())) * change
+                )
         return y
 
-    def _prompts(self, groups: list[_Group], ask: Ask, batch: int) -> list[Gated]:
-        times, found = self._repeats(batch), []
+    def _prompts(self, groups: list[_Group], ask: Ask, shape: torch.Size) -> list[Gated]:
+        times, found = self._repeats(shape), []
         for group in groups:
             keys, values = ask(torch.stack([prompt.embeddings for prompt in group.adapters]))
             gates = torch.cat([prompt.gate for prompt in group.adapters])
-            for k, index in enumerate(self._choices_among(group.places, times, keys.device)):
-                chosen = index.clamp(min=0)
-                gate = gates[chosen] * (index >= 0)  # the other groups add nothing to the sequence
-                if self._weight is not None:
-                    gate = gate * self._weights_of(k, times, gate)
+            weights = self._weights(times, gates.device)
+            index = self._choices_among(group.places, times, gates.device)[..., None]
+            of_each = (index == torch.arange(len(gates), device=gates.device)) * gates  # 0 of the other groups' prompts
+            of_each = of_each if weights is None else of_each * weights[..., None].to(gates.dtype)
+            if self.is_per_token:
+                found += map(Gated, keys.split(1), values.split(1), of_each.sum(0).unbind(-1))
+                continue
+            for chosen, gate in zip(index[..., 0].clamp(min=0), of_each.sum(-1), strict=True):
                 found.append(Gated(keys[chosen], values[chosen], gate))
         return found
 
-    def _weights_of(self, k: int, times: int, like: Tensor) -> Tensor:
-        """The weights (B,) of choice k, of the dtype and on the device of ``like``."""
-        weight = self._weight[:, k].to(like.device, like.dtype, non_blocking=True)  # type: ignore[index]
-        return weight if times == 1 else weight.repeat_interleave(times)
+    def _weights(self, times: int, device: torch.device) -> Tensor | None:
+        """The weights, (K, B·times) or (K, B, L), on ``device``."""
+        if self._weight is None:
+            return None
+        weight = self._weight.to(device, non_blocking=True)
+        return weight if times == 1 else weight.repeat_interleave(times, 1)
 
-    def _repeats(self, batch: int) -> int:
-        """Number of sequences in the batch per entry of ``index``: 1, or the beams per prompt while generating."""
-        given = self._index.shape[1]
-        if batch == given:
+    def _repeats(self, shape: Sequence[int]) -> int:
+        """Number of sequences in the batch (B, L, ...) per entry of ``index``: 1, or beams per prompt in generating."""
+        batch, length, *_ = shape
+        given, *tokens = self._index.shape[1:]
+        if batch == given and tokens in ([], [length]):
             return 1
+        if tokens:
+            got = (given, *tokens)
+            raise ValueError(
+                f"{self._argument}: expected one entry for each token of the batch, {(batch, length)}, got {got}"
+            )
         if self._generating and given and batch % given == 0:
             return batch // given
         raise ValueError(f"{self._argument}: expected one entry for each of the batch's {batch} sequences, got {given}")
@@ -222,61 +265,6 @@ class Mixture:
         if id(group) not in self._stacks:  # `_sites` keeps the group alive
             self._stacks[id(group)] = _stacked(group.adapters)
         return self._stacks[id(group)]
-
-
-class DeferredMixture:
-    """A mixture whose choices are computed from the residual stream, once, at the first of the adapters.
-
-    Args:
-        adapters, configs, stacks: as for ``Mixture``.
-        decide: the stream (B, L, d) below the first adapter → ``index`` and ``weight`` of a ``Mixture``.
-    """
-
-    def __init__(
-        self,
-        adapters: Mapping[str, nn.ModuleDict],
-        configs: Mapping[str, AdapterConfig],
-        decide: Decide,
-        stacks: Sequence[tuple[str, ...]] | None = None,
-    ) -> None:
-        check_routable(configs)
-        self._adapters, self._configs, self._decide, self._stacks = adapters, configs, decide, stacks
-        self._generating = False
-        self._mixture: Mixture | None = None
-
-    def generating(self, batch: int | None) -> "DeferredMixture":
-        """This mixture for ``generate``: decided on the prompts (with their beams), and kept for the new tokens."""
-        other = DeferredMixture(self._adapters, self._configs, self._decide, self._stacks)
-        other._generating = True
-        return other
-
-    def prefix_length(self, num_layers: int) -> int:
-        """Number of leading layers whose output none of the adapters changes."""
-        return min(map(prefix_length, self._configs.values()), default=num_layers)
-
-    def cuts(self, layer: str, skip: int = 0) -> bool:
-        """As ``Mixture.cuts``."""
-        if self._mixture is not None:
-            return self._mixture.cuts(layer, skip)
-        return any(c.position != "layer" and layer in self._adapters[name] for name, c in self._configs.items())
-
-    def at(self, layer: str, place: str, skip: int = 0, x: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
-        """As ``Mixture.at``. The choices are made at the first of the sites, skipped or not."""
-        if self._mixture is not None:
-            return self._mixture.at(layer, place, skip, x)
-        is_site = any(c.place == place and layer in self._adapters[name] for name, c in self._configs.items())
-        return partial(self._begin, layer, place, skip, x) if is_site else None
-
-    def _begin(self, layer: str, place: str, skip: int, beside: Tensor | None, x: Tensor) -> Tensor:
-        # Gradient checkpointing runs the layer twice and the decision once, so the decision must not be recomputed: the
-        # hooks, inside those of the checkpoint, keep what it saves for the backward. Detached, since a saved output
-        # would hold its own graph.
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
-            index, weight = self._decide(x)
-        mixture = Mixture(self._adapters, self._configs, index, weight, stacks=self._stacks)
-        self._mixture = mixture.generating(None) if self._generating else mixture
-        run = self._mixture.at(layer, place, skip, beside)
-        return x if run is None else run(x)
 
 
 def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
@@ -338,7 +326,13 @@ def _is_beside(group: _Group) -> bool:
 
 
 def _run_stacked(
-    members: tuple[Adapter, ...], stack: _Stack, hidden: Tensor, index: Tensor, x: Tensor | None
+    members: tuple[Adapter, ...],
+    stack: _Stack,
+    hidden: Tensor,
+    index: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    summed: bool,
 ) -> Tensor:
     """The operator on a group's stacked parameters, with the settings that all of its members share."""
     member = members[0]
@@ -348,18 +342,24 @@ def _run_stacked(
         eps=member.norm.eps if member.layer_norm else 0.0,
         activation=member.activation,
         fused=member.fused,
-        x_free=member.x_free,
+        x_free=member.x_free and not summed,
         index=index,
         residual=None if x is None else hidden,
         scale=stack.scale,
         dropout=max(one.active_dropout for one in members),
+        gate=gate,
     )
+
+
+def _by_choice(given: Tensor) -> Tensor:
+    """(B,), (B, K) or (B, L, K) → (K, B) or (K, B, L): each choice is contiguous, as the kernels expect."""
+    return given[None] if given.dim() == 1 else given.movedim(-1, 0).contiguous()
 
 
 def _check(n: int, index: Tensor, weight: Tensor | None) -> None:
     check_index_dtype(index)
-    if index.dim() not in (1, 2) or 0 in index.shape[1:]:
-        raise ValueError(f"index: expected shape (B,) or (B, K) with K >= 1, got {tuple(index.shape)}")
+    if index.dim() not in (1, 2, 3) or (index.dim() > 1 and index.shape[-1] == 0):
+        raise ValueError(f"index: expected shape (B,) or (B, K) with K >= 1, or (B, L, K), got {tuple(index.shape)}")
     check_index_values(index, n)
     if weight is None:
         return

@@ -34,7 +34,10 @@ _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in t
 
 
 class Gated(NamedTuple):
-    """Keys and values (B or 1, heads of keys, P, head_dim) that queries also attend to, and their gate (B or 1,)."""
+    """Keys and values (B or 1, heads of keys, P, head_dim) that queries also attend to, and their gate.
+
+    The gate is (B or 1,), or (B, L) with one for each query.
+    """
 
     keys: Tensor
     values: Tensor
@@ -44,7 +47,7 @@ class Gated(NamedTuple):
 Ask = Callable[
     [Tensor], tuple[Tensor, Tensor]
 ]  # embeddings (n, P, d) → keys and values (n, heads of keys, P, head_dim)
-Prompts = Callable[[Ask, int], list[Gated]]  # of a batch of this size
+Prompts = Callable[[Ask, torch.Size], list[Gated]]  # of a batch of this shape, (B, L, d)
 
 
 class Prompt(nn.Module):
@@ -82,7 +85,7 @@ class Prompt(nn.Module):
         nn.init.normal_(self.embeddings)
         nn.init.zeros_(self.gate)
 
-    def forward(self, ask: Ask, batch: int) -> list[Gated]:
+    def forward(self, ask: Ask, batch: torch.Size) -> list[Gated]:
         return [Gated(*ask(self.embeddings[None]), self.gate)]  # the same for all sequences of the batch
 
     def extra_repr(self) -> str:
@@ -143,7 +146,7 @@ class PromptedAttention(nn.Module):
             return super().forward(*args, **kwargs)
         kwargs |= dict(zip(self._argument_names, args, strict=False))
         ask = functools.partial(self._keys_and_values, kwargs)
-        added = _Added(prompt(ask, kwargs["hidden_states"].shape[0]))
+        added = _Added(prompt(ask, kwargs["hidden_states"].shape))
         result = super().forward(**kwargs, gated_prompt=added)
         if not added.reached:
             raise _refused(self, "asks for its function by its configuration, and passes on what it does not know")
@@ -220,7 +223,8 @@ def _gated_attention(query: Tensor, gated: Gated, scale: float | None) -> Tensor
         for t in (gated.keys, gated.values)
     )
     attended = F.scaled_dot_product_attention(query, keys, values, scale=scale)
-    return (gated.gate.to(query.dtype)[:, None, None, None] * attended).transpose(1, 2)
+    gate = gated.gate.to(query.dtype).view(len(gated.gate), 1, -1, 1)
+    return (gate * attended).transpose(1, 2)
 
 
 def _own_function(attention: nn.Module) -> Any:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from adapterkern import checks
 from adapterkern.model.config import AdapterConfig, prefix_length
+from adapterkern.model.deferred import Decide, DeferredMixture
 from adapterkern.model.extra import default_heads
-from adapterkern.model.mixing import Decide, DeferredMixture, Mixture
+from adapterkern.model.mixing import Mixture
 from adapterkern.model.pretrained import Wrapped
 from adapterkern.model.prompt import PromptedAttention
 from adapterkern.model.running_site import RunningSite
@@ -137,7 +138,7 @@ class Running(Wrapped):
 
     @property
     def is_mixing(self) -> bool:
-        """Whether the sequences of a batch run adapters of their own: inside ``mixing``."""
+        """Whether the sequences of a batch, or the tokens, run adapters of their own: inside ``mixing``."""
         return self._mixture is not None
 
     @property
@@ -222,18 +223,20 @@ class Running(Wrapped):
     def mixing(
         self, names: Sequence[str | Sequence[str]], index: Tensor | Decide, weight: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Inside the block each sequence of a batch runs its own adapters instead of the active one.
+        """Inside the block each sequence of a batch, or each token, runs its own adapters instead of the active one.
 
-        y = x + Σ_k weight_k · (A_k(x) − x), summed over the sequence's choices that have an adapter at the site,
-        computed by grouped calls of the fused operator. Layers, dimensions and positions may differ between names.
-        Gradients reach ``weight`` and the parameters of all ``names`` (zeros for those that no sequence chose).
-        Inside ``disable_adapter`` no adapter runs. Only in the thread that enters the block.
+        y = x + Σ_k weight_k · (A_k(x) − x), summed over the choices that have an adapter at the site, computed by
+        grouped calls of the fused operator. Layers, dimensions and positions may differ between names. Gradients reach
+        ``weight`` and the parameters of all ``names`` (zeros for those that nothing chose). Inside ``disable_adapter``
+        no adapter runs. Only in the thread that enters the block.
 
         Args:
             names: the adapters to choose from, without duplicates; a list among them is a stack, see ``set_adapter``.
-            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. Or a function that returns
-                index and weight for the residual stream (B, L, d) below the first of the adapters. It is called once,
-                in a forward or on the prompts of a ``generate``, and its result is kept until the block ends.
+            index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. (B, L, K): each token, in a
+                forward. Or a function that returns index and weight for the residual stream (B, L, d) below the first
+                of the adapters. It is called once, in a forward or on the prompts of a ``generate``, and its result is
+                kept until the block ends; one of (B, L, K) holds for its forward, and the function is called in each,
+                in ``generate`` for the prompts and then for each new token.
             weight: floating point, same shape as ``index``; default 1.
 
         Raises:
@@ -309,11 +312,18 @@ class Running(Wrapped):
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """What ran in the forward runs in its recomputation, whatever is active by then, in whichever thread."""
-        return nullcontext(), self._as_it_was(self._state._replace(fixed=True), self.fused)
+        state = self._state._replace(fixed=True)
+        if not isinstance(state.mixture, DeferredMixture):
+            return nullcontext(), self._as_it_was(state, self.fused)
+        ran: list[Mixture | DeferredMixture] = []
+        return _noting(state.mixture, ran), self._as_it_was(state, self.fused, ran)
 
     @contextmanager
-    def _as_it_was(self, state: State, fused: bool) -> Iterator[None]:
+    def _as_it_was(
+        self, state: State, fused: bool, ran: Sequence[Mixture | DeferredMixture] | None = None
+    ) -> Iterator[None]:
         before = self.fused
+        state = state._replace(mixture=ran[0]) if ran else state
         with self._blocks.within(**state._asdict()), contextlib.ExitStack() as stack:
             if fused != before:  # otherwise keep the flags that were set on single adapters
                 self.fused = fused
@@ -333,6 +343,13 @@ class Running(Wrapped):
 
     def _site(self, layer: int) -> RunningSite:
         return RunningSite(self, layer)
+
+
+@contextmanager
+def _noting(mixture: DeferredMixture, ran: list[Mixture | DeferredMixture]) -> Iterator[None]:
+    """Appends what the layer inside the block has run, which the layer itself may decide."""
+    yield
+    ran.append(mixture.decided)
 
 
 _ONE_PER = {"names": "adapter", "adapter_names": "sequence of the batch"}

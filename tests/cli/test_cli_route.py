@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapterkern import cli
-from tests.support.commands import accuracy
+from tests.support.commands import TOPICS, accuracy
 
 
 def train(model: Path, data: tuple[Path, Path], output: Path, *options: str) -> int:
@@ -34,6 +34,26 @@ def test_trains_and_evaluates_to_the_same_numbers(
         assert [line for line in again.splitlines() if line.startswith(names)] == [
             line for line in trained.splitlines() if line.startswith(names)
         ]
+
+
+def test_a_language_model_whose_tokens_are_routed(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, evaluated, generated from, and not resumed for whole texts."""
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"the {word}", "completion": " and a and a and a"} for word in TOPICS["fruit"] * 2]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "causal-lm", "--per", "token", "--top-k", "2", "--experts", "3"]
+    assert train(model_folder, (data, data), output, *options) == 0
+    trained = capsys.readouterr().out
+    assert accuracy(trained) >= 0.75
+    assert json.loads((output / "routing_config.json").read_text())["routing"]["per"] == "token"
+    assert cli.main(["eval", str(output)]) == 0
+    assert accuracy(capsys.readouterr().out) == accuracy(trained)
+    assert cli.main(["generate", str(output), "the plum", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out == "and a\n"
+    assert train(model_folder, (data, data), output, *options, "--per", "sequence", "--resume") == 1
+    assert "the run was begun with --per token" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_named(

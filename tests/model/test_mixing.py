@@ -244,7 +244,7 @@ def test_the_active_adapter_comes_back() -> None:
         (["a", "a"], torch.zeros(3).long(), None, ValueError, "names: expected none twice, got ['a', 'a']"),
         (["a"], [0, 0, 0], None, TypeError, "index: expected a torch.Tensor of dtype int64 or int32, got list"),
         (["a"], torch.zeros(3), None, TypeError, "int64 or int32, got torch.float32"),
-        (["a"], torch.zeros(3, 2, 1).long(), None, ValueError, "index: expected shape (B,) or (B, K) with K >= 1"),
+        (["a"], torch.zeros(3, 2, 1, 1).long(), None, ValueError, "index: expected shape (B,) or (B, K) with K >= 1"),
         (["a"], torch.zeros(3, 0).long(), None, ValueError, "index: expected shape (B,) or (B, K) with K >= 1"),
         (["a"], torch.tensor([0, 1, 0]), None, ValueError, "index: expected values from -1 to 0, got 0 to 1"),
         (["a"], torch.tensor([0, -2, 0]), None, ValueError, "index: expected values from -1 to 0, got -2 to 0"),

@@ -49,6 +49,7 @@ TASKS: dict[str, Callable[[], tuple[Task[Any], Any]]] = {
     "multitask": multitask,
     "routed": routed,
     "routed to two, or none, by probability": lambda: routed(top_k=2, gate="probability"),
+    "each token routed to two, or none": lambda: routed(top_k=2, per="token"),
     "distilled": distilled,
     "rolled": rolled,
     "kept": kept,

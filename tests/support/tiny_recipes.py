@@ -28,13 +28,13 @@ def many_adapters(names: Any = ADAPTERS) -> ak.LlamaAdapter:
 
 
 def routed(seed: int = 0, sharp: bool = True, layers: tuple[int, ...] = (2, 3), **routing: Any) -> RoutedTask:
-    """Three experts that do something and, if ``sharp``, a router whose choices differ between sequences."""
+    """Three experts that do something and, if ``sharp``, a router whose choices differ between sequences, or tokens."""
     task = RoutedTask(tiny_run.model(seed, layers=layers), RoutingConfig(**({"experts": 3} | routing)))
     for name in task.experts:
         for p in task.model.adapter_parameters(name):
             nn.init.normal_(p, std=0.2)
     if sharp:
         nn.init.normal_(task.router.linear.weight, std=1.0)
-        with torch.no_grad():  # subtract what all sequences have in common
-            task.router.linear.bias -= task.route(IDS, MASK).scores.mean(0)  # type: ignore[misc]  # in place, so still a Parameter
+        with torch.no_grad():  # subtract what all have in common
+            task.router.linear.bias -= task.route(IDS, MASK).scores.flatten(0, -2).mean(0)  # type: ignore[misc]  # in place, so still a Parameter
     return task.eval()

@@ -1,9 +1,10 @@
-"""Dynamic routing: a task in which each sequence runs the expert adapters that a router picks for it.
+"""Dynamic routing: a task in which each sequence, or each token, runs the expert adapters that a router picks for it.
 
-The experts are at the same sites and have one shape, so one grouped call per site runs all of them, each on its own
-sequences alone; a sequence without an expert gets the bare backbone's states. The route is decided where the residual
-stream meets the first site: one pass, one KV cache, and a frozen prefix below it that the prefix cache may hold. In
-``generate`` it is decided on the prompt and holds for the continuation. router.py has the router and its losses.
+The experts are at the same sites and have one shape, so one grouped call per site and choice runs all of them, each on
+its own rows alone; a sequence without an expert gets the bare backbone's states. The route is decided where the
+residual stream meets the first site: one pass, one KV cache, and a frozen prefix below it that the prefix cache may
+hold. In ``generate`` a sequence's is decided on the prompt and holds for the continuation; each new token has its own.
+router.py has the router and its losses.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,11 +36,11 @@ from adapterkern.recipes.routing.router import (
     RoutingConfig,
     balance_loss,
     choice_counts,
-    run_probability,
+    run_probabilities,
 )
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.batches import Batch
+from adapterkern.training.data.batches import Batch, count_tokens
 from adapterkern.training.data.examples import Example
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Head
 from adapterkern.training.saved import load_config, load_head, save_config
@@ -46,6 +48,7 @@ from adapterkern.training.task import Task
 
 ROUTING_WEIGHTS, ROUTING_CONFIG = "routing.safetensors", "routing_config.json"
 FORMAT_VERSION = 1
+_ADDED = {"per": "sequence"}  # fields that runs of earlier versions do not have, and what they are there
 _DRAWS = 1  # separates what choices draw from what else is drawn from the same seed
 
 
@@ -53,10 +56,10 @@ _DRAWS = 1  # separates what choices draw from what else is drawn from the same 
 class _Step:
     """What the forwards of one training step share."""
 
-    rows: int
+    routed: Tensor | int  # how many sequences, or tokens
     targets: float  # or the weights of their classes
     costs: bool  # whether the cost counts already
-    drawn: dict[int, Tensor]  # for each example's choice, by its row
+    drawn: dict[int, Tensor]  # for each example's choices, (1 or its tokens, ...), by its row
     counts: list[bool]  # of each forward to come: False for a padding batch
     routes: list[Route] = dataclasses.field(default_factory=list)  # of the forwards so far
 
@@ -65,9 +68,9 @@ class RoutedTask(Task[Example]):
     """Classification or causal-lm over experts that a router chooses among, for ``train(..., task=...)``.
 
     In training, T · (``balance`` · balance loss + ``cost`` · probability of running anything) is added to the
-    cross-entropy of a step's T targets. Both are those of all its sequences, however many forwards and processes share
-    them. The loss of an evaluation is the cross-entropy alone. The random draws of a sequence's choice depend on the
-    seed, the step and its place in the step.
+    cross-entropy of a step's T targets. Both are those of all its sequences, or real tokens, however many forwards and
+    processes share them. The loss of an evaluation is the cross-entropy alone. The random draws of a choice depend on
+    the seed, the step, and the place of its sequence, or token, in the step.
 
     Args:
         model: its active adapter becomes the first expert; the others are new, of the same configuration, and named
@@ -105,7 +108,12 @@ class RoutedTask(Task[Example]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.routing)
+        fields = dataclasses.asdict(self.routing)
+        return {name: value for name, value in fields.items() if (name, value) not in _ADDED.items()}
+
+    def _routed_in(self, examples: Sequence[Example]) -> int:
+        """How many sequences, or tokens, are routed in ``examples``."""
+        return count_tokens(examples) if self.router.per_token else len(examples)
 
     # Training
 
@@ -127,9 +135,10 @@ class RoutedTask(Task[Example]):
     def begin_step(self, examples: Sequence[Example], config: TrainConfig, epoch: int, index: int) -> None:
         """Draw for the choices of all the step's ``examples``, which are numbered."""
         seed = np.random.SeedSequence([config.seed, epoch, index, _DRAWS]).generate_state(1, np.uint64)
-        drawn = self.router.draw(len(examples), torch.Generator().manual_seed(int(seed[0])))
+        each = [self._routed_in([example]) for example in examples]
+        drawn = self.router.draw(sum(each), torch.Generator().manual_seed(int(seed[0]))).split(each)
         self._step = _Step(
-            rows=len(examples),
+            routed=sum(each),
             targets=self.total_weight(examples),
             costs=epoch >= self.routing.free_epochs,
             drawn={example.row: numbers for example, numbers in zip(examples, drawn, strict=True)},
@@ -137,10 +146,12 @@ class RoutedTask(Task[Example]):
         )
 
     def collate(self, examples: Sequence[Example], config: TrainConfig) -> Batch:
-        """A batch, in a training step with ``drawn`` (B, ...), what ``Router.draw`` gave for its sequences."""
+        """A batch, in a training step with ``drawn``, what ``Router.draw`` gave for its sequences, (B, ...), or tokens,
+        (B, L, ...)."""
         batch = super().collate(examples, config)
         if self.training and self._step is not None:
-            batch["drawn"] = torch.stack([self._step.drawn[example.row] for example in examples])
+            drawn = torch.cat([self._step.drawn[example.row] for example in examples])
+            batch["drawn"] = _spread(drawn, batch["attention_mask"]) if self.router.per_token else drawn
         return batch
 
     # A forward
@@ -153,26 +164,32 @@ class RoutedTask(Task[Example]):
             drawn: what ``Router.draw`` gives, for choices as in training.
 
         Yields:
-            a list that holds the route as soon as it has been decided.
+            a list that holds the route as soon as it has been decided; of tokens, one of each forward in ``generate``.
         """
         routes: list[Route] = []
 
         def decide(hidden: Tensor) -> tuple[Tensor, Tensor]:
             beams = hidden.shape[0] // len(attention_mask)
-            routes.append(self.router(hidden, attention_mask.repeat_interleave(beams, 0).to(hidden.device), drawn))
-            return routes[-1].chosen, routes[-1].weight
+            mask = attention_mask.repeat_interleave(beams, 0).to(hidden.device)
+            if self.router.per_token and (more := hidden.shape[1] - mask.shape[1]):  # no token that is added is padding
+                mask = F.pad(mask, (0, more), value=1) if more > 0 else mask.new_ones(hidden.shape[:2])
+            route = self.router(hidden, mask, drawn)
+            routes.append(route if self.training else route._replace(read=None))
+            return route.chosen, route.weight
 
         with self.model.mixing(self.experts, decide):
             yield routes
 
     def hidden_and_route(self, batch: Batch) -> tuple[Tensor, Route]:
-        """The decoder's last hidden states (B, L, d), and the routes that the batch's sequences took.
+        """The decoder's last hidden states (B, L, d), and the routes that the batch's sequences, or tokens, took.
 
         In training, choices are drawn with ``batch["drawn"]``; where that is missing, it is drawn here.
         """
         drawn = None
         if self.training and self.routing.noise:
-            drawn = batch["drawn"] if "drawn" in batch else self.router.draw(len(batch["attention_mask"]))
+            mask = batch["attention_mask"]
+            each = mask.shape if self.router.per_token else mask.shape[:1]
+            drawn = batch["drawn"] if "drawn" in batch else self.router.draw(each.numel()).unflatten(0, each)
         with self.routed(batch["attention_mask"], drawn) as routes:
             hidden = super().hidden(batch)
         return hidden, routes[0]
@@ -190,8 +207,9 @@ class RoutedTask(Task[Example]):
         if self.training:
             return loss + self._extra(route, len(batch["targets"])), correct
         runs = route.chosen >= 0
-        of_experts = [(route.chosen == i).any(1).sum() for i in range(len(self.experts))]
-        return loss, torch.cat([correct, torch.stack([(~runs).all(1).sum(), runs.sum(), *of_experts])])
+        none = ~runs.any(-1) if route.real is None else route.real & ~runs.any(-1)
+        of_experts = [(route.chosen == i).any(-1).sum() for i in range(len(self.experts))]
+        return loss, torch.cat([correct, torch.stack([none.sum(), runs.sum(), *of_experts])])
 
     def _extra(self, route: Route, targets: int) -> Tensor:
         """What this forward adds to the step's loss: the cost of its sequences, and in the last forward the balance.
@@ -199,11 +217,12 @@ class RoutedTask(Task[Example]):
         The balance depends on all choices of the step. It reaches the router alone, since no layer below is trained,
         so it can wait for them: nothing has to be kept but what the router has read.
         """
-        routing, rows = self.routing, len(route.chosen)
-        step = self._step or _Step(rows, targets, costs=routing.free_epochs == 0, drawn={}, counts=[True])
+        routing = self.routing
+        total, routed = run_probabilities(route, routing.experts)
+        step = self._step or _Step(routed, targets, costs=routing.free_epochs == 0, drawn={}, counts=[True])
         extra = route.scores.new_zeros(())
         if step.costs:
-            extra = routing.cost * run_probability(route, routing.experts) * (rows / step.rows)
+            extra = routing.cost * total / step.routed
         if not step.counts.pop(0):  # as if it had run nothing, which the balance leaves out
             route = route._replace(chosen=torch.full_like(route.chosen, -1))
         step.routes.append(route)
@@ -223,7 +242,10 @@ class RoutedTask(Task[Example]):
         return routes[0]
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The backbone's ``generate`` on prompts (B, L), each with the experts that its prompt is routed to."""
+        """The backbone's ``generate`` on prompts (B, L), each with the experts that its prompt is routed to.
+
+        With ``per="token"`` each token of the prompt, and each new one, has its own.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad(), self.routed(mask):
             return self.model.generate(input_ids, attention_mask=mask, **kwargs)
@@ -233,8 +255,10 @@ class RoutedTask(Task[Example]):
     def metrics(self, sums: Sequence[float], examples: Sequence[Example], config: TrainConfig) -> dict[str, float]:
         """The task's metrics; ``skipped``, the share of sequences without an expert; ``experts_run``, the mean number
         of experts per sequence; and ``expert_0``, ``expert_1``, …: the share of the sequences that ran each.
+
+        With ``per="token"`` all these are of the real tokens.
         """
-        skipped, runs, *of_experts = (count / len(examples) for count in sums[2:])
+        skipped, runs, *of_experts = (count / self._routed_in(examples) for count in sums[2:])
         shares = {f"expert_{i}": share for i, share in enumerate(of_experts)}
         return super().metrics(sums, examples, config) | {"skipped": skipped, "experts_run": runs} | shares
 
@@ -294,6 +318,13 @@ class RoutedTask(Task[Example]):
             except RuntimeError as error:
                 raise ValueError(f"{weights}: not these experts' weights: {error}") from error
         return task, config
+
+
+def _spread(rows: Tensor, mask: Tensor) -> Tensor:
+    """``rows`` (T, n) of a batch's real tokens, in their order, at their places by ``mask``: (B, L, n)."""
+    found = rows.new_zeros(*mask.shape, rows.shape[-1])
+    found[mask > 0] = rows
+    return found
 
 
 def _modules(task: RoutedTask) -> nn.ModuleDict:

@@ -215,13 +215,14 @@ class Mixture:
                 y = choice(k, y, gate, several)
             else:
                 change = choice(k, x) - x
-                y = y + (
-                    change if gate is None else gate.to(x.dtype).view(*gate.shape, *(1,) * (3 - gate.dim())) * change
-                )
+                if gate is not None:
+                    change = gate.to(x.dtype).view(*gate.shape, *(1,) * (x.dim() - gate.dim())) * change
+                y = y + change
         return y
 
     def _prompts(self, groups: list[_Group], ask: Ask, shape: torch.Size) -> list[Gated]:
-        times, found = self._repeats(shape), []
+        times = self._repeats(shape)
+        found: list[Gated] = []
         for group in groups:
             keys, values = ask(torch.stack([prompt.embeddings for prompt in group.adapters]))
             gates = torch.cat([prompt.gate for prompt in group.adapters])

@@ -97,7 +97,7 @@ def test_each_token_as_a_loop_over_tokens_and_adapters(
     expected = by_hand(model, choices, index, weight)
     torch.testing.assert_close(logits[LEFT_PADDED > 0], expected[LEFT_PADDED > 0])
     wanted = gradients(model, expected) | ({} if weight is None else {"weight": weight.grad})
-    assert sum(g.abs().max() > 0 for g in wanted.values()) > 8
+    assert sum(bool(g.abs().max() > 0) for g in wanted.values()) > 8
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-7, atol=1e-9, msg=name)
 

@@ -20,11 +20,12 @@ from adapterkern.training.config import TrainConfig
 
 NAME, SUMMARY = "route", "experts that a router chooses among: train, evaluate"
 HELP = """\
-Train adapters that a router chooses from for each text: one of them, at most --top-k of them, or none.
+Train adapters that a router chooses from for each text, or each token: one of them, at most --top-k of them, or none.
 
   adapterkern route train --model SmolLM2.gguf --train mixed.jsonl --eval test.jsonl --output run \\
       --layers=-2,-1 --adapter-dim 16 --experts 4 --cost 0.1
   adapterkern eval run
+  adapterkern route train --model SmolLM2.gguf --train pairs.jsonl --output run --task causal-lm --per token --top-k 2
 
 --cost says by how many nats an adapter must lower a text's loss to be worth running; --no-skip always runs one.
 """

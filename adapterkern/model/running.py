@@ -233,10 +233,10 @@ class Running(Wrapped):
         Args:
             names: the adapters to choose from, without duplicates; a list among them is a stack, see ``set_adapter``.
             index: int64, (B,) or (B, K): which of ``names`` each sequence runs; −1 is none. (B, L, K): each token, in a
-                forward. Or a function that returns index and weight for the residual stream (B, L, d) below the first
-                of the adapters. It is called once, in a forward or on the prompts of a ``generate``, and its result is
-                kept until the block ends; one of (B, L, K) holds for its forward, and the function is called in each,
-                in ``generate`` for the prompts and then for each new token.
+                forward, with K = 1 for one choice. Or a function that returns index and weight for the residual stream
+                (B, L, d) below the first of the adapters. It is called once, in a forward or on the prompts of a
+                ``generate``, and its result is kept until the block ends; one of (B, L, K) holds for its forward, and
+                the function is called in each, in ``generate`` for the prompts and then for each new token.
             weight: floating point, same shape as ``index``; default 1.
 
         Raises:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterkern as ak
+from adapterkern.model import mixing
 from tests.support.tiny_llama import IDS, LEFT_PADDED, draw, mixed
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -178,11 +179,14 @@ def test_a_new_token_chooses_when_it_comes() -> None:
 
 
 @torch.no_grad()
-def test_a_new_token_chooses_among_new_weights() -> None:
-    """What a ``generate`` has stacked holds for that call alone."""
-    model, chooser = mixed(configs=CONFIGS), Chooser()
+def test_parameters_are_stacked_once_in_a_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew in the next one."""
+    model, chooser, stacked = mixed(configs=CONFIGS), Chooser(), []
+    made = mixing._stacked
+    monkeypatch.setattr(mixing, "_stacked", lambda adapters: (stacked.append(adapters), made(adapters))[1])
     with model.mixing(NAMES, chooser):
         first = model.generate(IDS, max_new_tokens=4, do_sample=False)
+        assert len(stacked) == 6  # at the layers of each, none of which are alike at one place
         for name in NAMES:
             draw(model, name)
         assert not torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), first)

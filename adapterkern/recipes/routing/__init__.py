@@ -1,4 +1,4 @@
-"""Experts that a router chooses among: each sequence runs one of them, several, or none.
+"""Experts that a router chooses among: each sequence, or each token, runs one of them, several, or none.
 
 router.py    the router, its settings and its losses
 task.py      ``RoutedTask``, the task

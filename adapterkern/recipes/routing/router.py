@@ -8,7 +8,7 @@ It reads the residual stream h (B, L, d) below the first adapter, once per seque
 
 Tokens are what the Switch Transformer and Mixtral (Jiang et al. 2024, arXiv:2401.04088) route. A token's choice follows
 from what the stream has at its place alone, which a causal decoder makes of the tokens up to there: it is the same in
-a whole text as where the text is generated token by token. "Sequence" below stands for either.
+a whole text as where the text is generated token by token. "Sequence" stands for either below.
 
 Expert i runs if s_i is among the k largest expert scores and above the last score, which is that of "none": with k = 1
 that is the argmax of n + 1 options, with k = 2 a sequence may take two, one or no expert. Each token is normalized

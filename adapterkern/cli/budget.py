@@ -18,6 +18,7 @@ from adapterkern.model.config import (
     largest_prompt_length,
     prompt_num_params,
 )
+from adapterkern.model.inside import needs_inside, num_params_beside
 from adapterkern.model.memory import CHOICES, WIDTHS, Choice, Shape, Training
 from adapterkern.training.config import TrainConfig
 
@@ -40,7 +41,8 @@ SHAPES = {
 }
 _OF_MEMORY = ("task", "batch_size", "max_length")
 _OF_ADAPTER = ("adapter_dim", "prompt_length", "position", "every", "layers")
-_OF_BOTH = ("kind", "layer_norm", "learned_scale")  # what an adapter has, with --max-params and with --memory
+# What an adapter has, with --max-params and with --memory
+_OF_BOTH = ("kind", "layer_norm", "learned_scale", "prompt_gate", "bias_scale")
 
 
 NAME, SUMMARY = "budget", "which adapters fit a number of parameters, and which settings the memory"
@@ -132,7 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show_sites(arguments: argparse.Namespace) -> None:
     checks.integer("--max-params", arguments.max_params, 1)
-    hidden_size, num_layers, *_ = model_shape(arguments.model_config)
+    adapter = AdapterConfig(**{name: getattr(arguments, name) for name in _OF_BOTH})
+    shape = model_shape(arguments.model_config, whole=needs_inside(adapter))
+    hidden_size, num_layers, *_ = shape
     print(f"{arguments.model_config}: hidden_size={hidden_size}, {num_layers} layers; budget {arguments.max_params:,}")
     prompts = arguments.kind == PROMPT
     size, largest, count = (
@@ -146,14 +150,16 @@ def _show_sites(arguments: argparse.Namespace) -> None:
         sites = (num_layers // every) * arguments.depth
         if every > 1 and num_layers // every == num_layers // (every - 1):
             continue  # the same sites a layer or so lower
-        chosen = largest(hidden_size, sites, arguments.max_params, *parts)
+        beside = num_params_beside(adapter, range(every - 1, num_layers, every), shape.inside)
+        chosen = largest(hidden_size, sites, arguments.max_params - beside, *parts)
         if chosen == 0:
             continue
         fits = True
-        total = sites * count(hidden_size, chosen, *parts)
+        total = sites * count(hidden_size, chosen, *parts) + beside
         print(f"{every:6} {sites:9} {chosen:12} {total:12,} {total / arguments.max_params:10.1%}")
     if not fits:
-        smallest = arguments.depth * count(hidden_size, 1, *parts)
+        beside = num_params_beside(adapter, [num_layers - 1], shape.inside)
+        smallest = arguments.depth * count(hidden_size, 1, *parts) + beside
         raise ValueError(f"--max-params: expected at least {smallest:,} for one site, got {arguments.max_params:,}")
 
 
@@ -163,7 +169,7 @@ def _show_memory(arguments: argparse.Namespace) -> None:
     of_adapter = {name: getattr(arguments, name) for name in (*_OF_ADAPTER, *_OF_BOTH)}
     adapter = AdapterConfig(depth=arguments.depth, **of_adapter)
     learned = config.max_length if config.task == "causal-lm" else 0
-    adapter = adapter.resolve(shape.hidden_size, shape.num_layers)
+    adapter = adapter.resolve(shape.hidden_size, shape.num_layers, shape.inside)
     training = Training(shape, adapter, config.max_length, learned, arguments.dtype, arguments.attn)
     rows = config.batch_size
     batch = f"--batch-size {rows}"

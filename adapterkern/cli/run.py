@@ -213,6 +213,10 @@ def check_mixed(option: str, adapter: AdapterConfig, config: TrainConfig) -> Non
             f"{option}: expected no modules of the backbone, which all adapters of a batch share, got "
             f"{','.join(adapter.modules_to_save)}"
         )
+    if adapter.bias_scale:
+        raise ValueError(
+            "bias_scale: expected False, since all adapters of a batch share the backbone's linear layers, got True"
+        )
     if not config.train_adapters:
         raise ValueError("--train-adapters: expected several adapters to train, got --no-train-adapters")
 

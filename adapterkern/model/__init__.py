@@ -7,6 +7,7 @@ prefix.py                the layers below the first adapter, run separately
 saving.py                its adapters, saved and loaded
 decoder.py               adapters in a decoder's layers; parts of a decoder
 prompt.py                gated prompts inside attention
+linears.py               bias and scale of the linear layers; inside.py: what counts of these
 mixing.py                different adapters within one batch
 backbone.py              load a backbone; quantized.py, attention.py: what it may be asked for
 memory.py                what a training step takes of a memory, without a model

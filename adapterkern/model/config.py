@@ -10,6 +10,7 @@ from torch import nn
 
 from adapterkern import checks
 from adapterkern.model.adapter import INITS
+from adapterkern.model.inside import Inside, num_params_beside
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.reference import ACTIVATIONS
 
@@ -17,12 +18,14 @@ PLACES = {"layer": "layer", "attention": "attention", "parallel-mlp": "layer", "
 POSITIONS = tuple(PLACES)  # each with the sum, of a layer's two, after which its adapters run
 KINDS = ("bottleneck", "prompt")
 PROMPT = "prompt"  # the kind, and the place of its modules: inside attention
+GATES = ("layer", "head")
+BIAS_SCALE = "bias_scale"  # the field, and the name of its modules among an adapter's layers
 MODULES = "modules_to_save"  # the field, and the name of the copies among an adapter's layers
 FREE_IN_ADAPTERS = ("init",)  # what a run may resume with another value of: all values come from the checkpoint
 # Fields that earlier versions did not have, with what their adapters were: as ever, to runs and studies of those
 ADDED = {
     **{"layer_norm": True, "scale": 1.0, "learned_scale": False, "text_only": False, "dropout": 0.0},
-    **{"kind": "bottleneck", "prompt_length": 10},
+    **{"kind": "bottleneck", "prompt_length": 10, "prompt_gate": "layer", BIAS_SCALE: False},
 }
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
@@ -30,7 +33,9 @@ MAX_PROMPT_LENGTH = 1024  # each token's attention reads all of a layer's prompt
 
 _DEFAULT_DIM = 64
 _DEFAULT_LENGTH = 10
-_OF_PROMPTS = ("kind", "prompt_length", "layers", "every", "max_params", MODULES)  # what applies to gated prompts
+_OF_PROMPTS_ALONE = ("prompt_length", "prompt_gate")
+# What applies to gated prompts
+_OF_PROMPTS = (*_OF_PROMPTS_ALONE, "kind", "layers", "every", "max_params", MODULES, BIAS_SCALE)
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,7 @@ OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), 
     **dict.fromkeys(("is_parallel", "mh_adapter", "output_adapter"), "position"),
     "peft_type": "kind",
     **dict.fromkeys(("adapter_len", "num_virtual_tokens"), "prompt_length"),
+    **dict.fromkeys(("w_bias", "add_bias", "add_scale", "add_bias_and_scale"), BIAS_SCALE),
     "adapter_layers": "layers",
     "non_linearity": "activation",
     "init_lora_weights": "init",
@@ -108,8 +114,12 @@ class AdapterConfig:
         max_params: a budget for all sites together, instead of ``adapter_dim``: the largest one that fits is taken. It
             does not count ``modules_to_save``.
         kind: ``"bottleneck"``: ``Adapter``s on the residual stream; ``"prompt"``: a gated prompt inside attention, see
-            ``Prompt``. Of the other fields, ``layers``, ``every``, ``max_params`` and ``modules_to_save`` apply to it.
+            ``Prompt``. Of the other fields, ``layers``, ``every``, ``max_params``, ``modules_to_save`` and
+            ``bias_scale`` apply to it.
         prompt_length: P, the number of embeddings of each gated prompt, 1 to 1024; chosen by ``max_params``, if given.
+        prompt_gate: ``"layer"``: a gate for each gated prompt; ``"head"``: one for each head of its queries.
+        bias_scale: each linear layer inside the layers that have adapters also learns a bias and a scale of its
+            outputs, ``y = scale · (W · x + bias)`` (LLaMA-Adapter V2, arXiv:2304.15010), see ``BiasScale``.
         modules_to_save: modules of the backbone that are trained and saved with the adapter, by name, as in PEFT:
             ``["embed_tokens"]``. The head of a backbone for classification is always among them; ``[]``: no module.
 
@@ -147,6 +157,12 @@ class AdapterConfig:
     prompt_length: int = checks.option(
         _DEFAULT_LENGTH, f"embeddings of each gated prompt, 1 to {MAX_PROMPT_LENGTH}; with --kind prompt"
     )
+    prompt_gate: Literal["layer", "head"] = checks.option(
+        "layer", "a gate for each gated prompt, or for each of its heads; with --kind prompt", GATES
+    )
+    bias_scale: bool = checks.option(
+        False, "also train a bias and a scale of each linear layer in these layers (LLaMA-Adapter V2)"
+    )
 
     def __post_init__(self) -> None:
         checks.integer("adapter_dim", self.adapter_dim, 1, MAX_ADAPTER_DIM)
@@ -170,10 +186,13 @@ class AdapterConfig:
         checks.flag("text_only", self.text_only)
         checks.choice("kind", self.kind, KINDS)
         checks.integer("prompt_length", self.prompt_length, 1, MAX_PROMPT_LENGTH)
+        checks.choice("prompt_gate", self.prompt_gate, GATES)
+        if checks.flag(BIAS_SCALE, self.bias_scale) and self.text_only:
+            raise ValueError("bias_scale: expected False with text_only=True, since it changes all tokens, got True")
         self._check_kind()
         if self.max_params is not None:
             checks.integer("max_params", self.max_params, 1)
-            name, default, decided = _SIZES[self.kind]
+            name, default, decided = SIZES[self.kind]
             if getattr(self, name) != default:
                 raise ValueError(
                     f"max_params: expected max_params or {name}, not both: a budget decides the {decided}; got "
@@ -238,16 +257,21 @@ class AdapterConfig:
         """Whether ``layer`` is among the first ``sites`` of this resolved configuration."""
         return int(layer) in (self.layers or ())[:sites]
 
-    def num_params(self, hidden_size: int, num_layers: int) -> int:
-        """Number of trainable parameters in a decoder of this shape."""
-        sites = len(self.site_layers(num_layers))
+    def num_params(self, hidden_size: int, num_layers: int, inside: Inside | None = None) -> int:
+        """Number of trainable parameters in a decoder of this shape. ``inside`` as for ``resolve``."""
+        sites = self.site_layers(num_layers)
+        beside = num_params_beside(self, sites, inside)
         if self.kind == PROMPT:
-            return sites * prompt_num_params(hidden_size, self.prompt_length)
+            return len(sites) * prompt_num_params(hidden_size, self.prompt_length) + beside
         one = adapter_num_params(hidden_size, self.adapter_dim, self.layer_norm, self.learned_scale)
-        return sites * self.depth * one
+        return len(sites) * self.depth * one + beside
 
-    def resolve(self, hidden_size: int, num_layers: int) -> "AdapterConfig":
+    def resolve(self, hidden_size: int, num_layers: int, inside: Inside | None = None) -> "AdapterConfig":
         """This configuration with explicit ``layers``, and with ``max_params`` replaced by the size that it decides.
+
+        Args:
+            hidden_size, num_layers: of the decoder.
+            inside: of its layers; needed by ``max_params`` together with ``bias_scale`` or ``prompt_gate="head"``.
 
         Raises:
             ValueError: even ``adapter_dim=1`` (``prompt_length=1``) exceeds the budget, or ``adapter_dim`` exceeds what
@@ -262,19 +286,19 @@ class AdapterConfig:
                     f"adapter_dim: expected at most hidden_size={hidden_size} with init='svd', got {self.adapter_dim}"
                 )
             return resolved
-        count = len(sites) * self.depth
-        name, *_ = _SIZES[self.kind]
+        count, beside = len(sites) * self.depth, num_params_beside(self, sites, inside)
+        name, *_ = SIZES[self.kind]
         if self.kind == PROMPT:
             what, smallest = "prompts", prompt_num_params(hidden_size, 1)
-            chosen = largest_prompt_length(hidden_size, count, self.max_params)
+            chosen = largest_prompt_length(hidden_size, count, self.max_params - beside)
         else:
             parts = self.layer_norm, self.learned_scale
             what, smallest = "adapters", adapter_num_params(hidden_size, 1, *parts)
-            chosen = min(most, largest_adapter_dim(hidden_size, count, self.max_params, *parts))
+            chosen = min(most, largest_adapter_dim(hidden_size, count, self.max_params - beside, *parts))
         if chosen == 0:
             raise ValueError(
-                f"max_params: expected at least {count * smallest:,}, the size of {count} {what} of {name}=1 at "
-                f"hidden_size={hidden_size}, got {self.max_params:,}"
+                f"max_params: expected at least {count * smallest + beside:,}, the size of {count} {what} of {name}=1 "
+                f"at hidden_size={hidden_size}{' with bias_scale' * self.bias_scale}, got {self.max_params:,}"
             )
         size: dict[str, Any] = {name: chosen}
         resolved = dataclasses.replace(resolved, **size)
@@ -283,7 +307,7 @@ class AdapterConfig:
             f"{self.max_params:,}",
             name,
             chosen,
-            f"{resolved.num_params(hidden_size, num_layers):,}",
+            f"{resolved.num_params(hidden_size, num_layers, inside):,}",
             count,
             what,
         )
@@ -305,7 +329,7 @@ class AdapterConfig:
 
 def applies(field: str, kind: str) -> bool:
     """Whether a field of ``AdapterConfig`` says something of adapters of this kind."""
-    return field in _OF_PROMPTS if kind == PROMPT else field != "prompt_length"
+    return field in _OF_PROMPTS if kind == PROMPT else field not in _OF_PROMPTS_ALONE
 
 
 def applicable(fields: Mapping[str, Any], asked: Collection[str]) -> dict[str, Any]:
@@ -321,7 +345,7 @@ def applicable(fields: Mapping[str, Any], asked: Collection[str]) -> dict[str, A
 
 
 # The field that a budget decides, its default, and what it is
-_SIZES: dict[str, tuple[str, int, str]] = {
+SIZES: dict[str, tuple[str, int, str]] = {
     "bottleneck": ("adapter_dim", _DEFAULT_DIM, "dimension"),
     "prompt": ("prompt_length", _DEFAULT_LENGTH, "length"),
 }
@@ -329,7 +353,8 @@ _SIZES: dict[str, tuple[str, int, str]] = {
 
 def prefix_length(config: AdapterConfig) -> int:
     """Number of leading layers whose output an adapter of this resolved configuration does not change."""
-    adapted = (config.layers or (0,))[0] + (config.position == "layer" and config.kind != PROMPT)
+    below = config.kind == PROMPT or config.bias_scale or config.position != "layer"  # changes its first layer's output
+    adapted = (config.layers or (0,))[0] + (not below)
     return int(min([adapted, *map(_first_layer, config.modules_to_save or ())]))
 
 

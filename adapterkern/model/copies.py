@@ -28,8 +28,18 @@ class Copies(Protocol):
         """The copies of each adapter that runs and has some, by their paths; of several the first one's count."""
 
 
-class _Folder(nn.Module):
+class Folder(nn.Module):
     """A part of a path, such as ``model`` in ``model.embed_tokens``."""
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Add ``module`` at a path with dots."""
+        *folders, last = path.split(".")
+        at: nn.Module = self
+        for folder in folders:
+            if folder not in at._modules:
+                at.add_module(folder, Folder())
+            at = at._modules[folder]  # type: ignore[assignment]
+        at.add_module(last, module)
 
 
 class _Place:
@@ -107,18 +117,12 @@ def make_copies(llama: Any, paths: Iterable[str]) -> nn.Module:
     Raises:
         ValueError: the parameters are spread over processes.
     """
-    root = _Folder()
+    root = Folder()
     for path in paths:
-        *folders, last = path.split(".")
-        at = root
-        for folder in folders:
-            if folder not in at._modules:
-                at.add_module(folder, _Folder())
-            at = at._modules[folder]  # type: ignore[assignment]
         module = llama.get_submodule(path)
         if is_sharded(module):
             raise ValueError(f"modules_to_save: expected {path!r} whole, got it spread over processes; add it before")
-        at.add_module(last, _copied(module))
+        root.put(path, _copied(module))
     return root
 
 
@@ -165,6 +169,8 @@ def _make_replaceable(model: Copies, path: str, module: nn.Module) -> _Place:
         check_forward(module)
         if isinstance(module, Fused):
             raise ValueError(f"modules_to_save: expected none that Liger's kernels run (liger=True), got {path!r}")
+        if any("_linear_site" in child.__dict__ for child in module.modules()):
+            raise ValueError(f"modules_to_save: expected no linear layer that learns bias and scale, got {path!r}")
         if "_prompt_site" in module.__dict__:
             raise ValueError(f"modules_to_save: expected no attention that runs gated prompts, got {path!r}")
         module.__dict__["_place"] = _Place(model, path)  # not by setattr, which would register the model
@@ -190,16 +196,17 @@ def detach(model: Copies, llama: Any, kept: Collection[str] = ()) -> None:
 
 
 def _found(copies: Iterable[nn.Module], path: list[str]) -> nn.Module | None:
-    return next((copy for one in copies if (copy := _at(one, path)) is not None), None)
+    return next((copy for one in copies if (copy := at_path(one, path)) is not None), None)
 
 
-def _at(copies: nn.Module, path: list[str]) -> nn.Module | None:
+def at_path(copies: nn.Module | None, path: Iterable[str]) -> nn.Module | None:
+    """The module that has been put at a path, by its parts; None if there is none."""
     at: Any = copies
     for part in path:
         if at is None:
             return None
         at = at._modules.get(part)
-    return None if isinstance(at, _Folder) else at
+    return None if isinstance(at, Folder) else at
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from adapterkern import checks
 from adapterkern.model.adapter import Adapter, Beside
 from adapterkern.model.asking import check_prompts
-from adapterkern.model.config import PROMPT, AdapterConfig, check_name
+from adapterkern.model.config import BIAS_SCALE, PROMPT, AdapterConfig, check_name
 from adapterkern.model.copies import attach, detach
 from adapterkern.model.decoder import (
     AdaptedLayer,
@@ -32,7 +32,9 @@ from adapterkern.model.decoder import (
     text_decoder,
 )
 from adapterkern.model.images import image_tokens, watch
+from adapterkern.model.inside import needs_inside, number_of_gates
 from adapterkern.model.liger import causal_lm_output, has_plain_loss, reads, use_liger, without_liger
+from adapterkern.model.linears import attach_linears, detach_linears, inside_of, make_bias_scale
 from adapterkern.model.logits import WithLogits
 from adapterkern.model.prefix import Split
 from adapterkern.model.prompt import Prompt, attach_prompt, detach_prompt
@@ -147,6 +149,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             hook.remove()
         for layer in self.layers:
             detach_prompt(layer)
+            detach_linears(layer)
             site = layer.__dict__.get("_adapter_site")
             if site is not None and site.model is self:
                 restore(layer)
@@ -181,7 +184,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             model.adapters[one] = copy.deepcopy(self.adapters[one])
             model._configs[one] = self._configs[one]
             attach(model, bare, self._configs[one].modules_to_save or ())
-            model._attach_prompts(one)
+            model._attach_inside(one)
         model.set_adapter(stack)
         return model.requires_grad_(False).eval()
 
@@ -221,7 +224,8 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         check_name(name)
         if name in self.adapters:
             raise ValueError(f"name: expected a new name, got {name!r}, which exists")
-        config = self._with_modules(config.resolve(self.decoder.config.hidden_size, len(self.layers)))
+        inside = inside_of(self.decoder) if needs_inside(config) else None
+        config = self._with_modules(config.resolve(self.decoder.config.hidden_size, len(self.layers), inside))
         sites = nn.ModuleDict()
         for index in config.layers or ():
             if config.position != "layer":
@@ -231,12 +235,14 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             raise ValueError(
                 f"text_only: expected False for {type(self.base).__name__}, which does not read images, got True"
             )
+        if config.bias_scale:
+            sites[BIAS_SCALE] = make_bias_scale(self.base, config)
         self._add_copies(sites, config)
         self.adapters[name] = sites
         self._configs[name] = config
-        if config.kind == PROMPT:
-            with self._deleted_on_error(name):
-                self._attach_prompts(name)
+        with self._deleted_on_error(name):
+            self._attach_inside(name)
+            if config.kind == PROMPT:
                 gates: list[Any] = [sites[str(index)].gate for index in config.layers or ()]
                 check_prompts(self.base, gates, self.disable_adapter, lambda: self._only(name))
 
@@ -244,7 +250,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         """What runs at one site."""
         size = self.decoder.config.hidden_size
         if config.kind == PROMPT:
-            return Prompt(size, config.prompt_length, device=device)
+            return Prompt(size, config.prompt_length, gates=number_of_gates(config, self.decoder), device=device)
         return (Beside if config.is_parallel else nn.Sequential)(
             *(
                 Adapter(
@@ -265,10 +271,14 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             )
         )
 
-    def _attach_prompts(self, name: str) -> None:
+    def _attach_inside(self, name: str) -> None:
+        """Make the modules inside the layers run what the adapter has there."""
         config = self._configs[name]
-        for index in (config.layers or ()) if config.kind == PROMPT else ():
-            attach_prompt(self.layers[index], self._site(index))
+        for index in config.layers or ():
+            if config.kind == PROMPT:
+                attach_prompt(self.layers[index], self._site(index))
+            if config.bias_scale:
+                attach_linears(self.layers[index], self._site(index))
 
     @contextlib.contextmanager
     def _deleted_on_error(self, name: str) -> Iterator[None]:
@@ -292,9 +302,11 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             )
         del self.adapters[name]
         config = self._configs.pop(name)
-        prompted = {index for c in self._configs.values() if c.kind == PROMPT for index in c.layers or ()}
-        for index in set(config.layers or ()) - prompted:
+        kept = [(index, c) for c in self._configs.values() for index in c.layers or ()]
+        for index in set(config.layers or ()) - {index for index, c in kept if c.kind == PROMPT}:
             detach_prompt(self.layers[index])
+        for index in set(config.layers or ()) - {index for index, c in kept if c.bias_scale}:
+            detach_linears(self.layers[index])
         if config.modules_to_save:
             detach(
                 self, self.base, {path for config in self._configs.values() for path in config.modules_to_save or ()}

@@ -22,6 +22,8 @@ kept        for the backward, from the first adapter on: a frozen matrix keeps n
                                 output of attention, another aw
     adapter     dw + rw + 8     its input, z (d → r), mean and 1/σ (8, if it has LayerNorm); checkpointed: nothing
     prompt      aw + 4·heads    the result of its attention and a log-sum per head, and aw of the first layer's q
+    bias, scale ow              the outputs o of a layer's linear layers; and of the first of these layers all but the
+                                first norm, since the backward goes through it
     loss        4d + 4 of the final norm, and 4KV: the logarithms of the probabilities
 workspace   the most that comes on top at a time, of two: 8KV in the loss's backward (two gradients of logits), or in a
             layer's 3fw + 4d per token, what it keeps if that was recomputed or comes back, and, quantized, its largest
@@ -35,6 +37,7 @@ import bisect
 from typing import NamedTuple
 
 from adapterkern.model.config import PROMPT, AdapterConfig
+from adapterkern.model.inside import Inside
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per element
 _MOST_ROWS = 1 << 20
@@ -57,6 +60,11 @@ class Shape(NamedTuple):
         """(outputs, inputs) of a layer's seven matrices."""
         d, f, a, k = self.hidden_size, self.intermediate_size, self.attention, self.num_kv_heads * self.head_dim
         return [(a, d), (k, d), (k, d), (d, a), (f, d), (f, d), (d, f)]
+
+    @property
+    def inside(self) -> Inside:
+        """What the layers have inside."""
+        return Inside(self.num_heads, (sum(out for out, _ in self.matrices),) * self.num_layers)
 
     @property
     def attention(self) -> int:
@@ -145,15 +153,15 @@ class Training(NamedTuple):
     @property
     def trained_params(self) -> int:
         """Number of parameters of all adapters."""
-        return self.adapter.num_params(self.shape.hidden_size, self.shape.num_layers)
+        return self.adapter.num_params(self.shape.hidden_size, self.shape.num_layers, self.shape.inside)
 
     def memory(self, rows: int, choice: Choice = CHOICES[0]) -> Memory:
         """Of a step whose forwards have ``rows`` rows each."""
         shape, width, tokens = self.shape, WIDTHS[self.dtype], rows * self.length
         d, f = shape.hidden_size, shape.intermediate_size
-        above = shape.num_layers - 1 - self._first  # layers
+        above = shape.num_layers - self._first - (not self.adapter.bias_scale)  # layers through which the backward goes
         inputs = tokens * (2 * d + f + shape.attention * choice.offloaded) * width if choice.load_in == "8bit" else 0
-        again = tokens * self._layer() + inputs if choice.checkpointed or choice.offloaded else 0
+        again = tokens * (self._layer() + self._outputs()) + inputs if choice.checkpointed or choice.offloaded else 0
         layers = tokens * (self._inputs() if choice.checkpointed else self._stack())
         kept = tokens * (4 * d + 4) + 4 * rows * self.learned * shape.vocab_size
         kept += 0 if choice.offloaded else layers
@@ -196,13 +204,20 @@ class Training(NamedTuple):
     def _stack(self) -> int:
         """Bytes per token that all layers and adapters keep."""
         above = (self.shape.num_layers - 1 - self._first) * self._layer()
-        above += self._mlp() if self.adapter.place != "layer" else 0
+        attended = self.shape.attention * WIDTHS[self.dtype]
+        if self.adapter.bias_scale:
+            above += self._layer() - 4 * self.shape.hidden_size - 4 + len(self.adapter.layers or ()) * self._outputs()
+        elif self.adapter.place != "layer":
+            above += self._mlp() + (attended if self.adapter.kind == PROMPT else 0)
         if self.adapter.kind == PROMPT:
-            attended = self.shape.attention * WIDTHS[self.dtype]
-            return above + attended + len(self.adapter.layers or ()) * (attended + 4 * self.shape.num_heads)
+            return above + len(self.adapter.layers or ()) * (attended + 4 * self.shape.num_heads)
         adapter = (self.shape.hidden_size + self.adapter.adapter_dim) * WIDTHS[self.dtype]
         adapter += 8 if self.adapter.layer_norm else 0
         return above + len(self.adapter.layers or ()) * self.adapter.depth * adapter
+
+    def _outputs(self) -> int:
+        """Bytes per token that bias and scale of a layer's linear layers keep: what these give."""
+        return sum(out for out, _ in self.shape.matrices) * WIDTHS[self.dtype] if self.adapter.bias_scale else 0
 
     def _inputs(self) -> int:
         """Bytes per token of the inputs of the layers from the first adapter's on."""

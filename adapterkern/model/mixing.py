@@ -15,7 +15,8 @@ B·L rows. During ``generate`` it is built once. The index of a group is compute
 group. Of stacks of adapters (stack.py), the first of each run so, then the second, and so on.
 
 Gated prompts (prompt.py) add one result of attention for each choice, with the gate w[b, k] · g of its adapter; those
-of one length form a group. Where tokens choose, every query asks every prompt of the group, with a gate of its own.
+of one length, and of as many gates, form a group. Where tokens choose, every query asks every prompt of the group, with
+gates of its own.
 
 Every named adapter gets a gradient, of zeros if no sequence has chosen it: on a GPU the host would have to wait to find
 out which were chosen, and results must not depend on the device.
@@ -167,7 +168,8 @@ class Mixture:
                 c = self._configs[number]
                 if c.place == place and layer in self._adapters[number] and not c.skips(layer, skip):
                     of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
-                    members.setdefault((*of_bottlenecks, c.dropout, c.prompt_length), []).append(number)
+                    of_prompts = c.prompt_length, c.prompt_gate
+                    members.setdefault((*of_bottlenecks, c.dropout, *of_prompts), []).append(number)
             for ns in members.values():
                 places = tuple(ns.index(n) if n in ns else -1 for n in stage)
                 groups.append(_Group([self._adapters[n][layer] for n in ns], places))
@@ -224,16 +226,19 @@ class Mixture:
         times = self._repeats(shape)
         found: list[Gated] = []
         for group in groups:
-            keys, values = ask(torch.stack([prompt.embeddings for prompt in group.adapters]))
-            gates = torch.cat([prompt.gate for prompt in group.adapters])
+            keys, values = ask([prompt.embeddings for prompt in group.adapters])
+            gates = torch.stack([prompt.gate for prompt in group.adapters])
             weights = self._weights(times, gates.device)
-            index = self._choices_among(group.places, times, gates.device)[..., None]
-            of_each = (index == torch.arange(len(gates), device=gates.device)) * gates  # 0 of the other groups' prompts
-            of_each = of_each if weights is None else of_each * weights[..., None].to(gates.dtype)
+            index = self._choices_among(group.places, times, gates.device)
+            share = (index >= 0).to(gates.dtype)  # 0 of the other groups' prompts
+            share = share if weights is None else share * weights.to(gates.dtype)
             if self.is_per_token:
-                found += map(Gated, keys.split(1), values.split(1), of_each.sum(0).unbind(-1))
+                for i, gate in enumerate(gates):
+                    of_queries = (share * (index == i)).sum(0)[:, None]
+                    found.append(Gated(keys[i : i + 1], values[i : i + 1], gate[:, None] * of_queries))
                 continue
-            for chosen, gate in zip(index[..., 0].clamp(min=0), of_each.sum(-1), strict=True):
+            for chosen, of_sequences in zip(index.clamp(min=0), share, strict=True):
+                gate = (gates[chosen] * of_sequences[:, None])[..., None]
                 found.append(Gated(keys[chosen], values[chosen], gate))
         return found
 
@@ -269,9 +274,13 @@ class Mixture:
 
 
 def check_mixable(configs: Mapping[str, AdapterConfig]) -> None:
-    """Raise ``ValueError`` if an adapter has modules of the backbone of its own, which all sequences share, or
-    leaves images out."""
+    """Raise ``ValueError`` if an adapter has modules of the backbone of its own, which all sequences share, as they do
+    its linear layers with bias and scale, or leaves images out."""
     for name, config in configs.items():
+        if config.bias_scale:
+            raise ValueError(
+                f"bias_scale: expected False of an adapter that is mixed with others in a batch, got True of {name!r}"
+            )
         if config.text_only:
             raise ValueError(
                 f"text_only: expected False of an adapter that is mixed with others in a batch, got True of {name!r}"

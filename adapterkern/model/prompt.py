@@ -5,9 +5,13 @@ projection becomes
 
     out = attention(q, k, v) + g · softmax(s · q · K_pᵀ) · V_p        K_p, V_p: the keys and values of P embeddings
 
-where s is the layer's scale (1/√head_dim), and g starts at 0, so that the model starts unchanged. The layer itself
+where s is the layer's scale (1/√head_dim), and g, one number or one for each head, starts at 0, so that the model
+starts unchanged. The layer itself
 makes K_p and V_p of the embeddings, by its frozen projections (and norms of keys), without RoPE and shared by as many
 queries as its other keys: grouped-query attention is nothing special.
+
+While a text is generated, K_p and V_p are made once and kept with its KV cache, as long as nothing changes of what they
+are made of: embeddings, the attention's parameters, and biases and scales of its linear layers.
 
 No family's forward is copied. transformers' attention asks a registry for the function that computes it, by the name in
 its configuration, and passes on what it does not know; while a prompt runs, the configuration names ``_attend``, which
@@ -16,18 +20,23 @@ calls the function of the right name. An attention that does not ask, or does no
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AttentionInterface, Cache
 
 from adapterkern import checks
 from adapterkern.model.config import MAX_PROMPT_LENGTH
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import argument_names, change_class, check_forward, own_class, reduced
+from adapterkern.ops import graphs
+from adapterkern.ops.kept import Entry, state_of
 
 _NAME = "adapterkern_prompt"  # in transformers' registry
 _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in the module of an attention's class
@@ -36,7 +45,7 @@ _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in t
 class Gated(NamedTuple):
     """Keys and values (B or 1, heads of keys, P, head_dim) that queries also attend to, and their gate.
 
-    The gate is (B or 1,), or (B, L) with one for each query.
+    The gate is (B or 1, heads of queries or 1, L or 1).
     """
 
     keys: Tensor
@@ -44,22 +53,22 @@ class Gated(NamedTuple):
     gate: Tensor
 
 
-Ask = Callable[
-    [Tensor], tuple[Tensor, Tensor]
-]  # embeddings (n, P, d) → keys and values (n, heads of keys, P, head_dim)
+# n embeddings (P, d) → their keys and values (n, heads of keys, P, head_dim)
+Ask = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 Prompts = Callable[[Ask, torch.Size], list[Gated]]  # of a batch of this shape, (B, L, d)
 
 
 class Prompt(nn.Module):
-    """The gated prompt of one layer: P embeddings and one gate (LLaMA-Adapter, arXiv:2303.16199).
+    """The gated prompt of one layer: P embeddings and one gate, or one for each head (LLaMA-Adapter, arXiv:2303.16199).
 
     Args:
         hidden_size: d.
         prompt_length: P, 1 to 1024.
+        gates: 1, or the number of heads of queries.
         device, dtype: of the parameters; the default dtype is fp32 whatever the backbone's.
 
-    ``embeddings`` (P, d) start standard normal, ``gate`` (1,) at zero, as in the paper's code and in PEFT's
-    ``AdaptionPrompt``.
+    ``embeddings`` (P, d) start standard normal, ``gate`` (gates,) at zero, as in the paper's code, which has one for
+    each head, and in PEFT's ``AdaptionPrompt``, which has one.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range; the message names it.
@@ -70,6 +79,7 @@ class Prompt(nn.Module):
         hidden_size: int,
         prompt_length: int = 10,
         *,
+        gates: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -77,7 +87,7 @@ class Prompt(nn.Module):
         checks.integer("hidden_size", hidden_size, 1)
         checks.integer("prompt_length", prompt_length, 1, MAX_PROMPT_LENGTH)
         self.embeddings = nn.Parameter(torch.empty(prompt_length, hidden_size, device=device, dtype=dtype))
-        self.gate = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.gate = nn.Parameter(torch.empty(checks.integer("gates", gates, 1), device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,7 +96,7 @@ class Prompt(nn.Module):
         nn.init.zeros_(self.gate)
 
     def forward(self, ask: Ask, batch: torch.Size) -> list[Gated]:
-        return [Gated(*ask(self.embeddings[None]), self.gate)]  # the same for all sequences of the batch
+        return [Gated(*ask([self.embeddings]), self.gate[None, :, None])]  # the same for all sequences of the batch
 
     def extra_repr(self) -> str:
         return f"prompt_length={len(self.embeddings)}"
@@ -97,6 +107,9 @@ class PromptSite(Protocol):
 
     def prompt(self) -> Prompts | None:
         """Those that run at the moment; None if there are none."""
+
+    def linear(self, path: list[str]) -> list[nn.Module]:
+        """As ``LinearSite.linear``; with an empty path those of the whole layer."""
 
 
 class _Asked:
@@ -145,20 +158,37 @@ class PromptedAttention(nn.Module):
         if prompt is None:
             return super().forward(*args, **kwargs)
         kwargs |= dict(zip(self._argument_names, args, strict=False))
-        ask = functools.partial(self._keys_and_values, kwargs)
+        ask = functools.partial(self._kept_keys_and_values, kwargs)
         added = _Added(prompt(ask, kwargs["hidden_states"].shape))
         result = super().forward(**kwargs, gated_prompt=added)
         if not added.reached:
             raise _refused(self, "asks for its function by its configuration, and passes on what it does not know")
         return result
 
-    def _keys_and_values(self, given: dict[str, Any], embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept_keys_and_values(self, given: dict[str, Any], embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of ``_keys_and_values``, kept for as long as the cache of a text that is generated with them."""
+        if (kept := _kept_with(given, self.training)) is None:
+            return self._keys_and_values(given, embeddings)
+        scales = [p for of in self._prompt_site.linear([]) for p in of.parameters()]
+        made_of = [*embeddings, *self.parameters(), *scales]
+        if any(is_traceable_wrapper_subclass(t) or t.is_meta or t.is_inference() for t in made_of):
+            return self._keys_and_values(given, embeddings)
+        key = (id(self), given["hidden_states"].dtype, *map(id, embeddings))
+        storages = [t.untyped_storage() for t in made_of]
+        state, entry = state_of(made_of, storages), kept.get(key)
+        if entry is None or not entry.valid(state):
+            made = self._keys_and_values(given, embeddings)
+            entry = kept[key] = Entry(tuple(map(StorageWeakRef, storages)), state, made)
+        return entry.prepared
+
+    def _keys_and_values(self, given: dict[str, Any], embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Those that the attention makes of ``embeddings`` in place of its hidden states, unmasked and without RoPE."""
-        asked, count = _Asked(), embeddings.shape[1]
-        given = given | {"hidden_states": embeddings.to(given["hidden_states"].dtype), "attention_mask": None}
+        asked, stacked = _Asked(), torch.stack(list(embeddings))
+        count = stacked.shape[1]
+        given = given | {"hidden_states": stacked.to(given["hidden_states"].dtype), "attention_mask": None}
         given |= {name: None for name in ("past_key_values", "cache_position") if name in given}
         if given.get("position_ids") is not None:
-            given["position_ids"] = torch.zeros(1, count, dtype=torch.int64, device=embeddings.device)
+            given["position_ids"] = torch.zeros(1, count, dtype=torch.int64, device=stacked.device)
         if "position_embeddings" in given:
             given["position_embeddings"] = _no_rotation(given["position_embeddings"], count)
         super().forward(**given, gated_prompt=asked)
@@ -168,6 +198,25 @@ class PromptedAttention(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, protocol, _prompted_class, own_class(self, PromptedAttention))
+
+
+# What the prompts of an attention gave, while a KV cache lives: keys and values of each layer, by what they are made of
+_Kept = dict[tuple[Any, ...], Entry[tuple[Tensor, Tensor]]]
+_kept: WeakKeyDictionary[Cache, _Kept] = WeakKeyDictionary()
+
+
+def _kept_with(given: dict[str, Any], training: bool) -> _Kept | None:
+    """What is kept with the KV cache of a forward's text; None where nothing may be kept.
+
+    Nothing is where a gradient may be asked for or weights may change under way; nor by a graph, whose tensors are the
+    next replay's.
+    """
+    cache = given.get("past_key_values")
+    if not isinstance(cache, Cache) or training or torch.is_grad_enabled():
+        return None
+    if torch.compiler.is_compiling() or graphs.recording(given["hidden_states"].device):
+        return None
+    return _kept.setdefault(cache, {})
 
 
 @functools.cache
@@ -223,8 +272,7 @@ def _gated_attention(query: Tensor, gated: Gated, scale: float | None) -> Tensor
         for t in (gated.keys, gated.values)
     )
     attended = F.scaled_dot_product_attention(query, keys, values, scale=scale)
-    gate = gated.gate.to(query.dtype).view(len(gated.gate), 1, -1, 1)
-    return (gate * attended).transpose(1, 2)
+    return (gated.gate.to(query.dtype)[..., None] * attended).transpose(1, 2)
 
 
 def _own_function(attention: nn.Module) -> Any:

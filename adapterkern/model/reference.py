@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import AdaptedLayer, own_class
+from adapterkern.model.linears import ScaledLinear
 from adapterkern.model.prompt import PromptedAttention
 
-_OURS = (AdaptedLayer, PromptedAttention, Replaceable)  # classes that precede a module's own
+_OURS = (AdaptedLayer, PromptedAttention, Replaceable, ScaledLinear)  # classes that precede a module's own
 
 
 def same_weights(llama: PreTrainedModel) -> Any:
@@ -46,7 +47,7 @@ class _Copy:
             cls = own_class(module, ours) if isinstance(module, ours) else cls
         new = self._made[id(module)] = cls.__new__(cls)
         new.__dict__ |= {name: self._value(value) for name, value in module.__dict__.items()}
-        for attribute in ("_adapter_site", "_prompt_site", "_place"):
+        for attribute in ("_adapter_site", "_prompt_site", "_place", "_linear_site", "_linear_path"):
             new.__dict__.pop(attribute, None)
         new._parameters = {name: self._parameter(p) for name, p in module._parameters.items()}
         new._modules = {name: child and self.of(child) for name, child in module._modules.items()}

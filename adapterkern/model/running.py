@@ -303,6 +303,11 @@ class Running(Wrapped):
                 "modules_to_save: expected none under nn.DataParallel, got an adapter that has some; use one process "
                 "per GPU (torchrun), or make one GPU visible"
             )
+        if any(config.bias_scale for config in self._configs.values()):
+            raise NotImplementedError(
+                "bias_scale: expected False under nn.DataParallel, got an adapter with True; use one process per GPU "
+                "(torchrun), or make one GPU visible"
+            )
         for index, layer in enumerate(self.layers):
             layer.__dict__["_adapter_site"] = site = self._site(index)
             if isinstance(attention := getattr(layer, "self_attn", None), PromptedAttention):

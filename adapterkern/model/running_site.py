@@ -4,9 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapterkern.model.config import PROMPT
+from adapterkern.model.config import BIAS_SCALE, PROMPT
+from adapterkern.model.copies import at_path
 from adapterkern.model.images import on_text
 from adapterkern.model.prompt import Prompts
 from adapterkern.model.stack import in_order
@@ -37,6 +38,20 @@ class RunningSite:
 
     def prompt(self) -> Prompts | None:
         return self._at(PROMPT, None)
+
+    def linear(self, path: list[str]) -> list[nn.Module]:
+        """The biases and scales that run after a linear layer of this one; of the layer, with an empty path, a tree."""
+        active, enabled, mixture, skip, *_, below = self.model._state
+        if not enabled or mixture is not None:  # whose adapters have none
+            return []
+        found = [self._of_linear(name, path, skip or 0) for name in (*below, active) if name is not None]
+        return [module for module in found if module is not None]
+
+    def _of_linear(self, name: str, path: list[str], skip: int) -> nn.Module | None:
+        config = self.model._configs[name]
+        if not config.bias_scale or (skip and config.skips(self.index, skip)):
+            return None
+        return at_path(self.model.adapters[name], (BIAS_SCALE, self.index, *path))
 
     def run(self, place: str, hidden: Tensor, x: Tensor | None = None) -> Tensor:
         adapters = self._at(place, x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapterkern.model.decoder import AdaptedLayer
+from adapterkern.model.linears import ScaledLinear
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.prompt import PromptedAttention
 from adapterkern.training.parallel.frozen import cast_now
@@ -41,6 +42,11 @@ def check_compile(model: LlamaAdapter) -> None:
             if isinstance(child, PromptedAttention):
                 raise ValueError(
                     f"compile: expected frozen layers, got layer {number} with gated prompts (kind='prompt') of an "
+                    "adapter; leave compile out"
+                )
+            if isinstance(child, ScaledLinear):
+                raise ValueError(
+                    f"compile: expected frozen layers, got layer {number} with bias and scale (bias_scale) of an "
                     "adapter; leave compile out"
                 )
             if "_place" in vars(child):

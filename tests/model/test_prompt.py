@@ -1,6 +1,7 @@
 """Gated prompts: what their equation says, on attentions of several kinds, equal to PEFT's, and as adapters."""
 
 import copy
+import gc
 import logging
 import math
 import pickle
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
 import adapterkern as ak
-from adapterkern.model import low_rank
+from adapterkern.model import low_rank, prompt
+from adapterkern.model.prompt import PromptedAttention
 from adapterkern.training.compiled import check_compile
 from tests.support import families, tiny_run
 from tests.support.tiny_llama import IDS, LEFT_PADDED, draw, grads, logits, tiny
@@ -164,9 +167,57 @@ def test_starts_unchanged_and_goes_without_a_trace() -> None:
     assert [type(module) for module in model.unload().modules()] == classes
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_keys_are_kept_with_the_cache_of_a_text_until_something_changes(
+    scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, make = prompted(bias_scale=scaled), [], PromptedAttention._keys_and_values
+    monkeypatch.setattr(
+        PromptedAttention, "_keys_and_values", lambda self, *given: calls.append(self) or make(self, *given)
+    )
+    told = {"max_new_tokens": 6, "do_sample": False, "attention_mask": LEFT_PADDED}
+    tokens = model.generate(IDS, **told)
+    assert len(calls) == 2  # once for each layer
+    assert torch.equal(model.generate(IDS, use_cache=False, **told), tokens)
+    assert len(calls) == 2 + 2 * 6
+
+    def following(cache: Any) -> Tensor:
+        """The logits of one more token, on a copy of the KV cache."""
+        with torch.no_grad():
+            return model(IDS[:, -1:], past_key_values=cache).logits
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+    del calls[:]
+    before = following(cache)
+    assert not calls
+    for changed in (
+        model.adapter_parameters()[0],
+        model.get_parameter("base.model.layers.1.self_attn.v_proj.weight"),
+        model.adapter_parameters()[-1],
+    ):
+        cache.crop(-1)
+        with torch.no_grad():
+            changed.mul_(1.5)
+        after = following(cache)
+        cache.crop(-1)
+        prompt._kept.clear()
+        assert torch.equal(following(cache), after)  # made anew
+        assert not torch.equal(after, before)
+        before = after
+    cache.crop(-1)
+    model(IDS[:, -1:], past_key_values=cache).logits.sum().backward()
+    assert all(p.grad is not None for p in model.adapter_parameters())
+    del cache
+    gc.collect()
+    assert not prompt._kept
+
+
 @pytest.mark.slow
-def test_compiles_to_one_graph() -> None:
-    model = prompted()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_compiles_to_one_graph(scaled: bool) -> None:
+    model = prompted(bias_scale=scaled)
     with torch.no_grad():
         whole = torch.compile(model.decoder, backend="eager", fullgraph=True)
         hidden = whole(IDS, attention_mask=LEFT_PADDED).last_hidden_state

@@ -69,6 +69,8 @@ def kept(task: Task[Any], batch: dict[str, Tensor]) -> int:
         ("classification", {"every": 2}),
         ("causal-lm", {"layers": [0, 3], "position": "attention"}),
         ("causal-lm", {"layers": [1, 3], "kind": "prompt", "adapter_dim": 64}),
+        ("causal-lm", {"layers": [1, 3], "kind": "prompt", "adapter_dim": 64, "bias_scale": True}),
+        ("causal-lm", {"layers": [1, 3], "bias_scale": True}),
     ],
 )
 def test_what_autograd_keeps(

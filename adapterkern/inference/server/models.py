@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from adapterkern.files import read_json
 from adapterkern.inference.runs import SavedRun, find_run, tokens_digest
+from adapterkern.model.config import BIAS_SCALE
 from adapterkern.model.files.below import files_below
 from adapterkern.model.files.folder import CONFIG_NAME, adapter_files
 from adapterkern.model.llama import LlamaAdapter
@@ -91,6 +92,11 @@ def _check(name: str, run: SavedRun) -> None:
         raise ValueError(
             f"{name}: expected an adapter without modules of the backbone (modules_to_save), which all rows of a batch "
             f"share, got {', '.join(map(str, modules))}"
+        )
+    if any(isinstance(part, dict) and part.get(BIAS_SCALE) for part in parts):
+        raise ValueError(
+            f"{name}: expected an adapter without bias and scale of the backbone's linear layers (bias_scale), which "
+            "all rows of a batch share, got one with them"
         )
 
 

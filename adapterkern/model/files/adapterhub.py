@@ -325,8 +325,8 @@ def write_adapterhub(
     directory = Path(directory)
     check_folder(directory, owner="AdapterHub")
     _check_name(name)
-    fixed = ("kind", "bottleneck"), ("depth", 1), ("text_only", False), *[("eps", 1e-5)] * config.layer_norm
-    for field, expected in fixed:
+    fixed = ("kind", "bottleneck"), ("depth", 1), ("text_only", False), ("bias_scale", False)
+    for field, expected in (*fixed, *[("eps", 1e-5)] * config.layer_norm):
         if getattr(config, field) != expected:
             raise ValueError(f"{field}: expected {expected} for AdapterHub's adapters, got {getattr(config, field)}")
     if config.modules_to_save:

@@ -20,6 +20,8 @@ from adapterkern import __version__
 from adapterkern.files import replacing, write_text
 from adapterkern.model.config import PROMPT, AdapterConfig, adapter_num_params, prompt_num_params
 from adapterkern.model.decoder import text_decoder
+from adapterkern.model.inside import needs_inside, num_params_beside
+from adapterkern.model.linears import inside_of
 
 CARD_NAME = "README.md"
 MARK = "<!-- Written by adapterkern, and written anew when it saves here again: remove this line to keep changes. -->"
@@ -83,7 +85,7 @@ def write_card(
         _base_section(shown, llama),
     ]
     if config is not None:
-        sections.append(_adapter_section(config, text_decoder(llama).config.hidden_size))
+        sections.append(_adapter_section(config, text_decoder(llama)))
     if below:
         sections.append(
             f"## Stack\n\nIt was trained on top of others, which are in `below` and are loaded with it: "
@@ -175,16 +177,17 @@ _WHERE = {
 }
 
 
-def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
-    layers = config.layers or ()
+def _adapter_section(config: AdapterConfig, decoder: Any) -> str:
+    layers, hidden_size = config.layers or (), decoder.config.hidden_size
     shown = f"{', '.join(map(str, layers))} (from 0)"
+    count = num_params_beside(config, layers, inside_of(decoder) if needs_inside(config) else None)
     if config.kind == PROMPT:
-        count = len(layers) * prompt_num_params(hidden_size, config.prompt_length)
+        count += len(layers) * prompt_num_params(hidden_size, config.prompt_length)
         equation = "out = attention(q, k, v) + g · softmax(s · q · K_pᵀ) · V_p inside the attention of layers"
-        size = f"{config.prompt_length} prompt embeddings"
+        size = f"{config.prompt_length} prompt embeddings, a gate g for each {config.prompt_gate}"
     else:
         one = adapter_num_params(hidden_size, config.adapter_dim, config.layer_norm, config.learned_scale)
-        count = len(layers) * config.depth * one
+        count += len(layers) * config.depth * one
         inner = "LayerNorm(x)" if config.layer_norm else "x"
         branch = f"W_up · {config.activation}(W_down · {inner} + b_down) + b_up"
         if config.learned_scale:
@@ -196,6 +199,8 @@ def _adapter_section(config: AdapterConfig, hidden_size: int) -> str:
         together = "side by side" if config.is_parallel else "in sequence"
         shown += f", {config.depth} {together} at each" if config.depth > 1 else ""
         size = f"dimension {config.adapter_dim}"
+    if config.bias_scale:
+        size += "; y = s · (W · x + b) in each linear layer of these layers (LLaMA-Adapter V2)"
     return f"## Adapter\n\n{equation} {shown}; {size}, {count:,} parameters in fp32." + (
         f"\n\nTrained with it, and saved here too: {', '.join(config.modules_to_save)}."
         if config.modules_to_save

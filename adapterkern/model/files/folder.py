@@ -25,6 +25,8 @@ from adapterkern.model.digest import Digest, differ, weights_digest
 from adapterkern.model.extra import covered, find_modules, saved_shapes
 from adapterkern.model.files.card import base_name, write_card
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder, is_ours, whose
+from adapterkern.model.inside import number_of_gates
+from adapterkern.model.linears import bias_scale_shapes
 
 WEIGHTS_NAME = "adapterkern.safetensors"
 CONFIG_NAME = "adapterkern.json"
@@ -34,7 +36,7 @@ ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME, OLD_WEIGHTS_NAME, OLD_CONFIG_NAME)
 FORMAT_VERSION = 1
 BELOW, STACK_VERSION = "below", 2  # the field of an adapter that was saved on others, and the version that it is of
 logger = logging.getLogger(__name__)
-_OF_PROMPT = {"embeddings": ("P", "d"), "gate": ("1",)}
+_OF_PROMPT = {"embeddings": ("P", "d"), "gate": ("g",)}
 _SHAPES = {
     "norm.weight": ("d",),
     "norm.bias": ("d",),
@@ -59,7 +61,7 @@ def write_adapter(
         digest: of the backbone's weights, see ``weights_digest``.
         config: resolved, with explicit layers.
         tensors: contiguous, on the CPU; named ``{layer}.{number in the sequence}.{parameter}``, of a gated prompt
-            ``{layer}.{parameter}``.
+            ``{layer}.{parameter}``, of a linear layer ``bias_scale.{layer}.{its path}.{parameter}``.
         below: what ``write_below`` has written: the adapters below this one.
 
     Raises:
@@ -68,7 +70,7 @@ def write_adapter(
     """
     check_folder(directory)
     extra = saved_shapes(llama, config.modules_to_save or ())
-    check_tensors(directory / WEIGHTS_NAME, tensors, config, text_decoder(llama).config.hidden_size, extra)
+    check_tensors(directory / WEIGHTS_NAME, tensors, config, llama, extra)
 
     def save(path: Path) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -129,14 +131,14 @@ def read_adapter(
         hint = f"; there is one in {newest.parent}" if newest else ""
         raise FileNotFoundError(f"directory: expected {CONFIG_NAME} in {directory}, got no such file{hint}")
     weights, path = (directory / name for name in names)
-    saved, shape = read_described(path, llama)
+    saved, (hidden_size, num_layers) = read_described(path, llama)
     vocabulary = saved["base"].get("vocab_size")
     another = isinstance(vocabulary, int) and vocabulary != _vocabulary(llama)
     if another and resize is not None:
         resize(vocabulary)
         another = False
     try:
-        config = AdapterConfig.from_dict(saved["adapter"]).resolve(*shape)
+        config = AdapterConfig.from_dict(saved["adapter"]).resolve(hidden_size, num_layers)
         config, lost = _without_heads_of_other_classes(llama, config)
         if lost and strict:
             raise ValueError(f"modules_to_save: expected modules of {type(llama).__name__}, got {lost[0]!r}")
@@ -156,7 +158,7 @@ def read_adapter(
         if strict or any(tensors[key].shape[:1] == (vocabulary,) for key in extra.keys() & tensors.keys()):
             raise ValueError(f"{problem} (in Python: resize_token_embeddings=True resizes the backbone)")
         logger.warning("%s (in Python: resize_token_embeddings=True resizes the backbone)", problem)
-    check_tensors(weights, tensors, config, shape[0], extra)
+    check_tensors(weights, tensors, config, llama, extra)
     without = covered(llama, config.modules_to_save or ())
     check_weights(path, saved["base"], llama, weights_digest(llama, without), strict=strict)
     return config, tensors
@@ -237,10 +239,12 @@ def check_tensors(
     path: Path | str,
     tensors: Mapping[str, Tensor],
     config: AdapterConfig,
-    hidden_size: int,
+    llama: Any,
     extra: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise ``ValueError`` unless ``tensors`` are those of ``config`` and, beside them, those of ``extra``."""
+    decoder = text_decoder(llama)
+    extra = {**extra, **bias_scale_shapes(decoder.layers, config)}
     parameters: dict[str, tuple[str, ...]] = {
         key: of for key, of in _SHAPES.items() if config.layer_norm or not key.startswith("norm.")
     }
@@ -253,7 +257,8 @@ def check_tensors(
     if odd := sorted((names.keys() | extra.keys()) ^ tensors.keys()):
         expected = "not expected" if odd[0] in tensors else "expected"
         raise ValueError(f"{path}: tensor {odd[0]}: {expected} by its configuration")
-    sizes = {"d": hidden_size, "r": config.adapter_dim, "P": config.prompt_length, "1": 1}
+    sizes = {"d": decoder.config.hidden_size, "r": config.adapter_dim, "P": config.prompt_length, "1": 1}
+    sizes["g"] = number_of_gates(config, decoder)
     shapes = {name: tuple(sizes[letter] for letter in letters) for name, letters in names.items()}
     for name, shape in (shapes | dict(extra)).items():
         if tensors[name].shape != shape or not tensors[name].is_floating_point():

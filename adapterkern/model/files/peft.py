@@ -1,6 +1,6 @@
 """Read and write gated prompts in the file format of PEFT's ``AdaptionPrompt`` (0.21).
 
-On LLaMA and Mistral both compute the same. Its folder has
+On LLaMA and Mistral both compute the same. Gates of heads become one if they are equal. Its folder has
 
     adapter_config.json         peft_type ADAPTION_PROMPT, adapter_len (P), adapter_layers: how many, from the top
     adapter_model.safetensors   keys base_model.model.model.layers.{i}.self_attn.adaption_prompt (1, P, d) and
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import check_values, read_json, read_tensors, replacing, write_json
-from adapterkern.model.config import MAX_PROMPT_LENGTH, PROMPT, AdapterConfig
+from adapterkern.model.config import BIAS_SCALE, MAX_PROMPT_LENGTH, PROMPT, AdapterConfig
 from adapterkern.model.files.card import hub_name
 from adapterkern.model.files.owner import OTHERS_CONFIG, check_folder
 
@@ -101,7 +101,7 @@ def write_peft(
     directory = Path(directory)
     check_folder(directory, owner="PEFT")
     top = tuple(range(len(llama.model.layers)))[-len(config.layers or ()) :]
-    for field, expected in (("kind", PROMPT), ("layers", top), ("modules_to_save", None)):
+    for field, expected in (("kind", PROMPT), ("layers", top), ("modules_to_save", None), (BIAS_SCALE, None)):
         got = getattr(config, field) or None
         if got != expected:
             raise ValueError(f"{field}: expected {expected!r} for PEFT's AdaptionPrompt, got {got!r}")
@@ -120,6 +120,13 @@ def write_peft(
     for layer in top:
         for theirs, ours in _NAMES.items():
             tensor = tensors[f"{layer}.{ours}"].detach().to("cpu", copy=True)
+            if theirs == "gate" and len(tensor) > 1:
+                if (tensor != tensor[0]).any():
+                    raise ValueError(
+                        "prompt_gate: expected one gate for each layer for PEFT's AdaptionPrompt, got gates of heads "
+                        f"that differ at layer {layer}"
+                    )
+                tensor = tensor[:1]
             key = f"base_model.model.model.layers.{layer}.self_attn.adaption_{theirs}"
             saved[key] = (tensor[None] if theirs == "prompt" else tensor).contiguous()
     with replacing(directory / WEIGHTS_NAME) as temporary:

@@ -91,7 +91,7 @@ def _check(model: "Saved", where: str, name: str, described: Any, tensors: Mappi
     if problem := checks.other_value(began, now, FREE_IN_ADAPTERS):
         raise ValueError(f"config: {problem}")
     extra = saved_shapes(model.base, config.modules_to_save or ())
-    check_tensors("the checkpoint", tensors, config, model.decoder.config.hidden_size, extra)
+    check_tensors("the checkpoint", tensors, config, model.base, extra)
     check_weights(where, saved["base"], model.base, model.backbone_digest(name), strict=None)
     began_on = [entry["name"] for entry in saved.get(BELOW, ()) if isinstance(entry, dict) and "name" in entry]
     if (active := model.active_adapters()) and name not in active:

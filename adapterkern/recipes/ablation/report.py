@@ -33,6 +33,8 @@ _TITLES = {
     "kind": "kind of adapter",
     "prompt_length": "length of the prompts",
     "max_params": "budget (parameters)",
+    "prompt_gate": "gate of the prompts",
+    "bias_scale": "bias and scale of linear layers",
     "position": "position in a layer",
     "depth": "depth (adapters per site)",
     "adapter_dim": "width (adapter_dim)",

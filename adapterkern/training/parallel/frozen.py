@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapterkern.model.linears import ScaledLinear, linear_class
+
 _COPIES = "_cast_copies"  # the attribute of a layer that has them, by dtype
 
 
@@ -48,18 +50,24 @@ def cast_once(module: nn.Module) -> Iterator[None]:
     parameters must not change inside the block. Modules with a forward of their own, such as those that accelerate
     offloads, are left alone.
     """
-    linears = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m) and _is_frozen(m)]
+    found = [m for m in module.modules() if linear_class(m) is nn.Linear and "forward" not in vars(m)]
+    linears = [cast("nn.Linear", m) for m in found if _is_frozen(m)]
     for linear in linears:
         vars(linear)[_COPIES] = {}
-        linear.forward = MethodType(_forward, linear)  # type: ignore[method-assign]
+        vars(linear)[_name(linear)] = MethodType(_forward, linear)
     try:
         yield
     finally:
         for linear in linears:
-            vars(linear).pop("forward", None)
+            vars(linear).pop(_name(linear), None)
             vars(linear).pop(_COPIES, None)
 
 
-def _is_frozen(linear: nn.Linear) -> bool:
+def _name(linear: nn.Module) -> str:
+    """Of the method that is the frozen layer's, which another one may go on from."""
+    return "frozen_forward" if isinstance(linear, ScaledLinear) else "forward"
+
+
+def _is_frozen(linear: nn.Module) -> bool:
     parameters = list(linear.parameters(recurse=False))
     return not any(p.requires_grad or p.is_inference() or not p.is_floating_point() for p in parameters)

@@ -1,5 +1,6 @@
 """Whether a checkpoint is whole and belongs to the run that resumes: asked before anything of the run is changed."""
 
+import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from adapterkern import checks
 from adapterkern.files import check_values
-from adapterkern.model.config import ADDED, FREE_IN_ADAPTERS, MODULES, AdapterConfig
+from adapterkern.model.config import ADDED, FREE_IN_ADAPTERS, MODULES, SIZES, AdapterConfig
+from adapterkern.model.inside import needs_inside
 from adapterkern.training.config import FREE_ON_RESUME, LENGTHS, TrainConfig
 from adapterkern.training.run.lengths import CheckpointError as CheckpointError
 from adapterkern.training.run.lengths import check_length
@@ -144,8 +146,12 @@ def check_adapter(path: Path, before: Mapping[str, Any], backbone: Mapping[str, 
     """
     size, layers = backbone.get("hidden_size"), backbone.get("num_hidden_layers")
     if isinstance(size, int) and isinstance(layers, int):
+        free: tuple[str, ...] = (*FREE_IN_ADAPTERS, MODULES)
+        if adapter.max_params is not None and needs_inside(adapter):  # the size that a budget decides is known later
+            adapter = dataclasses.replace(adapter, max_params=None)
+            free = (*free, SIZES[adapter.kind][0])
         now = adapter.resolve(size, layers).to_dict()
-        _check_same_values(path, now | ADDED | dict(before), now, (*FREE_IN_ADAPTERS, MODULES))
+        _check_same_values(path, now | ADDED | dict(before), now, free)
 
 
 def _check_same_values(

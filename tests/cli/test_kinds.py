@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from adapterkern import cli
 from adapterkern.recipes.ablation.kinds import KINDS
@@ -58,6 +59,35 @@ def test_compares_all_kinds_at_one_budget(
     assert max(sizes) - min(sizes) < 2 * (2 * 32 + 1)  # less than one dimension at each of 2 sites
 
 
+def test_trains_llama_adapter_v2(
+    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And resumes it, evaluates it and goes on from it; a server, whose batches mix adapters, takes none."""
+    run, texts = tmp_path / "run", tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "apple and the cherry"}\n{"text": "iron and the silver"}\n' * 4)
+    train = ["train", "--train", str(texts), "--task", "causal-lm", "--max-length", "16", "--no-plot"]
+    train += ["--max-steps", "2", "--checkpoint-every", "1", "--model", str(model_folder)]
+    v2 = "--kind prompt --prompt-length 4 --prompt-gate head --bias-scale --layers=-2,-1 --modules-to-save norm"
+    assert cli.main([*train, *v2.split(), "--output", str(run)]) == 0
+    tensors = load_file(run / "adapterkern.safetensors")
+    assert tensors["3.gate"].shape == (4,)
+    assert tensors["bias_scale.2.mlp.up_proj.scale"].ne(1).any()
+    assert len(tensors) == 2 * (2 + 7 * 2) + 1
+    capsys.readouterr()
+    assert cli.main([*train, "--output", str(run), "--resume", "--no-bias-scale"]) == 1
+    assert "the run was begun with --bias-scale, not --no-bias-scale" in capsys.readouterr().err
+    assert cli.main([*train, "--output", str(run), "--resume", "--max-steps", "3"]) == 0
+    assert cli.main(["eval", str(run), "--data", str(texts)]) == 0
+    assert cli.main(["generate", str(run), "apple and", "--max-new-tokens", "3"]) == 0
+    assert cli.main([*train, "--from", str(run), "--output", str(tmp_path / "on")]) == 0
+    capsys.readouterr()
+    saved = json.loads((run / "adapterkern.json").read_text())
+    saved["adapter"]["modules_to_save"] = None
+    (run / "adapterkern.json").write_text(json.dumps(saved))
+    assert cli.main(["serve", str(run)]) == 1
+    assert "run: expected an adapter without bias and scale of the backbone's linear layers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
@@ -67,6 +97,10 @@ def test_compares_all_kinds_at_one_budget(
         ("--max-params 9000 --prompt-length 2", "--max-params: expected --max-params or --prompt-length, not both"),
         ("--kind bottleneck --prompt-length 2", "--prompt-length: has no effect with --kind bottleneck"),
         ("--prompt-length 1025", "--prompt-length: expected an integer from 1 to 1024, got 1025"),
+        ("--kind bottleneck --prompt-gate head", "--prompt-gate: has no effect with --kind bottleneck"),
+        ("--w-bias", "unknown --w-bias (did you mean --bias-scale?)"),
+        ("--kind bottleneck --bias-scale --compile", "--compile: has no effect with --bias-scale, which runs inside"),
+        ("--kind bottleneck --bias-scale --text-only", "--bias-scale: expected --no-bias-scale with --text-only"),
         ("--adapter-len 3", "unknown --adapter-len (did you mean --prompt-length?)"),
     ],
 )
@@ -93,3 +127,7 @@ def test_budget_lists_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["every", "prompts", "prompt_length", "parameters", "of", "budget"]
     assert lines[2].split() == ["1", "32", "61", f"{32 * (61 * 4096 + 1):,}", "99.9%"]
+    v2 = ["--kind", "prompt", "--prompt-gate", "head", "--bias-scale"]
+    assert cli.main(["budget", "--model-config", "llama-7b", "--max-params", "8e6", *v2]) == 0
+    beside = 2 * (5 * 4096 + 2 * 11008)  # bias and scale of seven linear layers
+    assert f"{32 * (40 * 4096 + 32 + beside):,}" in capsys.readouterr().out.splitlines()[2].split()

@@ -50,7 +50,7 @@ def hint(command: tuple[str, ...], option: str) -> str:
         ("--use-liger-kernel", " (did you mean --liger?)"),
         ("--task-type", " (did you mean --task?)"),
         ("--lora-alpha", " (did you mean --scale, which is lora_alpha / r?)"),
-        ("--bias", ""),
+        ("--bias", " (did you mean --bias-scale?)"),
         ("--gradient-checkpointing", " (did you mean --checkpoint-activations?)"),
         ("--activation-offloading", " (did you mean --offload-activations?)"),
         ("--attn-implementation", " (did you mean --attn?)"),

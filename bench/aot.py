@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from adapterkern.ops.kernels.backward import Needed, backward
+from adapterkern.ops.kernels.dropout import dropout
 from adapterkern.ops.kernels.forward import forward
 from adapterkern.ops.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
 from adapterkern.ops.kernels.weights import padded_adapter_dim, prepare, scale_of
@@ -117,13 +118,17 @@ def adapter_launches(
     norm: bool = True,
     residual: bool = False,
     scaled: bool = False,
+    gated: bool = False,
+    dropped: bool = False,
+    routed: bool = False,
 ) -> list[Launch]:
     """Every launch of one forward and backward with fp32 parameters, including the weight preparation.
 
-    ``dtype`` is that of x, and unless ``compute`` is given that of the products. ``scaled``: by a learned scale.
+    ``dtype`` is that of x, and unless ``compute`` is given that of the products. ``scaled``: by a learned scale;
+    ``gated``: by a learned weight of each row; ``dropped``: h has dropout; ``routed``: each row has one of 8 adapters.
     """
     sizes = ((d,), (d,), (r, d), (r,), (d, r), (d,), *([(1,)] if scaled else []))
-    params: list[Any] = [torch.empty(size, device="meta") for size in sizes]
+    params: list[Any] = [torch.empty(((8,) if routed else ()) + size, device="meta") for size in sizes]
     if not norm:
         params[:2] = None, None
     x = torch.empty(rows, d, dtype=dtype, device="meta")
@@ -136,13 +141,16 @@ def adapter_launches(
     with recorded_launches() as launches:
         prepared = prepare(params, compute)
         base = torch.empty_like(x) if residual else None
+        common["gate"] = x.new_empty(rows, dtype=torch.float32) if gated else None
+        common["drop"] = dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta") if dropped else None)
+        index = torch.empty(rows, dtype=torch.int64, device="meta") if routed else None
         how: dict[str, Any] = {"r": r, "eps": 1e-5, "save": True, "tiles": forward_with, "residual": base}
-        _, z, mean, rstd = forward(x, None, prepared, **how, **common)
+        _, z, mean, rstd = forward(x, index, prepared, **how, **common)
         assert z is not None
         none = x.new_empty(0)
         backward(
-            x, x, None, z, none if mean is None else mean, none if rstd is None else rstd, prepared, params,
-            needed=Needed(True, norm, norm, True, True, True, True, scaled), x_free=x_free, residual=residual,
+            x, x, index, z, none if mean is None else mean, none if rstd is None else rstd, prepared, params,
+            needed=Needed(True, norm, norm, True, True, True, True, scaled, gated), x_free=x_free, residual=residual,
             scale=scale_of(params, 1.0), row_tiles=hidden_with, tiles=slice_with, **common,
         )  # fmt: skip
     return launches
@@ -153,10 +161,11 @@ def variants(
 ) -> list[Launch]:
     """One launch per variant that ``sm`` runs for this shape: fused and split forward, backward x-free or not.
 
-    ``parts`` are ``norm``, ``residual`` (which has no x-free backward) and ``scaled`` of ``adapter_launches``.
+    ``parts`` are ``norm``, ``residual`` (which has no x-free backward) and the others of ``adapter_launches``.
     """
     how: dict[str, Any] = {"wide": sm // 10 in (9, 10), "pdl": sm >= 90, "compute": compute, **parts}
-    launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, rows=16, **how)
+    few = 512 if parts.get("routed") else 16  # rows that are routed are sorted only from some tens on
+    launches = adapter_launches(d, r, dtype, **how) + adapter_launches(d, r, dtype, rows=few, **how)
     launches += [] if parts.get("residual") else adapter_launches(d, r, dtype, x_free=True, **how)
     return list({launch.variant: launch for launch in launches}.values())
 

@@ -85,8 +85,8 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
     eps, activation, compute_dtype, save = args[6:10]
     _, index, prepared, residual, scale, factor, gate, dropout, seed = _optional(args, 10)
     weights = _with_scale(args[:6], scale)
-    drop = None if seed is None else Drop(dropout, seed)
-    if gate is not None or drop is not None or not runs_triton(x.device.type, x.dtype):
+    if not runs_triton(x.device.type, x.dtype):
+        drop = None if seed is None else Drop(dropout, seed)
         compute = operand_dtype(x, compute_dtype)
         how = eps, activation, compute, save, index, residual, factor, gate, drop
         return rows.adapter_forward(_on_rows(x, gate, drop), x, weights, *how)
@@ -94,7 +94,7 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
 
     return launch.adapter_forward(
         x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save,
-        carried=prepared, residual=residual, factor=factor,
+        carried=prepared, residual=residual, factor=factor, gate=gate, dropout=dropout, seed=seed,
     )  # fmt: skip
 
 
@@ -103,15 +103,15 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     eps, activation, _, needed = args[6:10]
     x_free, index, prepared, residual, scale, factor, gate, dropout, seed = _optional(args, 10)
     weights = _with_scale(args[:6], scale)
-    drop = None if seed is None else Drop(dropout, seed)
-    if gate is None and drop is None and runs_triton(x.device.type, x.dtype):
+    if runs_triton(x.device.type, x.dtype):
         from adapterkern.ops.kernels import launch
 
         grads = launch.adapter_backward(
             dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free,
-            carried=prepared, residual=bool(residual), factor=factor,
+            carried=prepared, residual=bool(residual), factor=factor, gate=gate, dropout=dropout, seed=seed,
         )  # fmt: skip
     else:
+        drop = None if seed is None else Drop(dropout, seed)
         how = eps, activation, needed, x_free, index, bool(residual), factor, gate, drop
         grads = rows.adapter_backward(_on_rows(x, gate, drop), dy, x, z, mean, rstd, weights, *how)
     tensors = x, *weights, *(() if gate is None else (gate,))

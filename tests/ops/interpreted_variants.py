@@ -47,7 +47,7 @@ def test_variants(
     check_variant(variant, dtype, distribution)
 
 
-@pytest.mark.parametrize("variant", ["scale", "no LayerNorm"])
+@pytest.mark.parametrize("variant", ["scale", "no LayerNorm", "a gate and dropout"])
 def test_variants_x_free(variant: str) -> None:
     check_variant(variant, torch.bfloat16, x_free=True)
 

@@ -93,12 +93,12 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
         (4096, 512, 86, torch.bfloat16, {"norm": False}),
         (4096, 256, 90, torch.bfloat16, {"residual": True, "scaled": True}),
         (577, 20, 90, torch.float32, {"norm": False, "residual": True, "scaled": True}),
+        (4096, 64, 90, torch.bfloat16, {"gated": True, "dropped": True}),
+        (4096, 64, 80, torch.bfloat16, {"routed": True, "gated": True, "dropped": True}),
     ],
     ids=str,
 )
-def test_a_residual_a_scale_and_no_norm_fit(
-    d: int, r: int, sm: int, dtype: torch.dtype, parts: dict[str, bool]
-) -> None:
+def test_what_is_not_plain_fits(d: int, r: int, sm: int, dtype: torch.dtype, parts: dict[str, bool]) -> None:
     plain = {launch.variant for launch in aot.variants(d, r, dtype, sm)}
     for variant in aot.variants(d, r, dtype, sm, **parts):
         if variant.variant in plain:  # such as the products of a split's columns
@@ -214,6 +214,17 @@ def test_one_variant_whatever_the_rows_and_strides(d: int, x_free: bool, monkeyp
     # hidden_kernel makes the product itself or adds up hidden_partial_kernel's.
     expected = {name: 2 if name == "hidden_kernel" else 1 for name in variants}
     assert {name: len(found) for name, found in variants.items()} == expected
+
+
+def test_one_variant_however_many_rows_are_routed() -> None:
+    """On meta tensors: the launchers know neither how many rows an adapter has nor where they are."""
+    variants = defaultdict(set)
+    for rows in (400, 1000, 4097, 8192):
+        how = {"wide": True, "pdl": True, "rows": rows, "routed": True, "gated": True, "dropped": True}
+        for recorded in aot.adapter_launches(4096, 64, torch.bfloat16, **how):
+            variants[recorded.name].add(recorded.variant)
+    assert "forward_partial" in variants
+    assert {len(found) for found in variants.values()} == {1}
 
 
 IR = """

@@ -101,6 +101,14 @@ def test_mixed_adapters() -> None:
     check(x, w, dy, index=torch.tensor([2, 0, -1, 2, 1, 0], device="cuda"))
 
 
+@pytest.mark.parametrize("x_free", [False, True])
+def test_an_adapter_per_row_with_a_gate_and_dropout(x_free: bool) -> None:
+    w = Weights(*(torch.stack(t).cuda() for t in zip(*(make_weights(512, 64) for _ in range(8)), strict=True)))
+    x, dy = (torch.randn(4, 900, 512).cuda().bfloat16() for _ in range(2))
+    index = torch.randint(-1, 8, (4, 900), device="cuda")
+    check(x, w, dy, index=index, gate=torch.rand(4, 900, device="cuda"), dropout=0.3, seed=7, x_free=x_free)
+
+
 def test_two_runs_agree_to_the_bit() -> None:
     args = draw(5000, 1024, 64, torch.bfloat16)
     for a, b in zip(value_and_grads(*args), value_and_grads(*args), strict=True):

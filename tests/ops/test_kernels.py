@@ -22,6 +22,7 @@ NOT_INTERPRETED = ["test_large_inputs_take_the_operator_and_small_ones_eager"]
     [
         "ops/interpreted_kernels.py",
         "ops/interpreted_variants.py",
+        "ops/interpreted_routing.py",
         "ops/interpreted_preparation.py",
         "ops/interpreted_index.py",
         "ops/interpreted_traffic.py",

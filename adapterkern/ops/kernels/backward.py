@@ -29,6 +29,10 @@ A residual's gradient is dy, so that dx lacks it. A scale α is in W_up and b_up
 db_up = α·Σₜ dy and dα = ⟨U, W_up⟩ + ⟨Σₜ dy, b_up⟩. Without LayerNorm, dz and x are what (2) and (3) have for ζ, A's
 fold and x̂: no c1, no c2, no q.
 
+Dropout and a gate are in (1) alone: h and dz are made with m/(1 − p), h is stored times g, so that U has g, and dz is
+made of g·dh. In (2) g multiplies only b_up, if x is recovered, and dy in Σₜ g·dy. The gate's gradient is ⟨dh, h⟩, of
+T×r numbers that (1) has, and ⟨dy, b_up⟩, which it sums while it reads dy.
+
 x-free: given y in place of x, (2) recovers its slice of x as y − h·W_upᵀ − b_up. This takes one more product and no
 more traffic.
 
@@ -48,8 +52,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .cache import sorted_by_adapter
+from .dropout import NO_DROPOUT, Dropout
 from .hidden import Hidden, hidden
 from .primitives import follow, narrow
+from .rows import routing
 from .slice import slice_kernel
 from .tiles import Tiles, ceil_div, early_launch, multiprocessors, row_shares
 from .weights import Prepared
@@ -71,6 +77,7 @@ class Needed(NamedTuple):
     up_weight: bool
     up_bias: bool
     scale: bool = False
+    gate: bool = False
 
 
 @triton.jit(
@@ -198,10 +205,13 @@ def backward(
     sms: int | None = None,
     residual: bool = False,
     scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    drop: Dropout = NO_DROPOUT,
 ) -> list[Tensor | None]:
-    """Launch the backward for the gradients in ``needed``, of x and of each of ``weights``.
+    """Launch the backward for the gradients in ``needed``, of x, of each of ``weights`` and of a ``gate``.
 
-    ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``; ``residual``: the forward had one; ``scale`` is (n,).
+    ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``; ``residual``: the forward had one; ``scale`` is (n,), the
+    gate (T,).
     """
     T, d = dy.shape
     n, R, D = prepared.A.shape
@@ -223,9 +233,8 @@ def backward(
     if not unchanged and (needed.x or with_g):  # x goes through registers
         tiles = replace(tiles, BT=min(tiles.BT, 32), BD=16 if x_free and R == 512 else tiles.BD)
 
-    sequences = 1 if index is None else index.numel()
-    S = T // sequences
-    n_tiles, n_row_tiles = (sequences * ceil_div(S, t.BT) for t in (tiles, row_tiles))
+    of = routing(index, T, p.A, row_tiles.BT, sms)
+    n_tiles, n_row_tiles = of.tiles(tiles.BT), of.tiles(row_tiles.BT)
     slices = ceil_div(d, tiles.BD)
     shares = row_shares(slices * n, n_tiles, sms)
 
@@ -238,32 +247,38 @@ def backward(
         dz=empty(with_dz, T, R, dtype=z.dtype), c1=empty(with_dz and norm, T), c2=empty(with_dz and norm, T),
         h=empty(with_h, T, R, dtype=z.dtype), s=empty(with_s, n_row_tiles, R),
         q=empty(direct and with_g, n_row_tiles, R), worst=empty(folded, n_row_tiles),
+        dgate=empty(needed.gate, T),
     )  # fmt: skip
     g, u = empty(with_g, shares, n, R, D), empty(with_u, shares, n, R, D)
     s, q = empty(with_s, shares, n, R), empty(direct and with_g, shares, n, R)
     dbias = empty(with_v, shares, n, D)
-    order, bounds = sorted_by_adapter(index, n) if index is not None else (None, None)
+    order, bounds = of.index, of.bounds
+    if order is not None and bounds is None:
+        order, bounds = sorted_by_adapter(order, n)
     shape = {"d": d, "D": D, "BR": R, "PRECISION": precision, "PDL": pdl}
 
     passes = [(dx, g, s, q, u, dbias)]
     if R >= SEPARATE_UP and (needed.x or with_g) and with_u:
         passes = [(dx, g, s, q, None, None), (None, None, None, None, u, dbias)]
+    elif needed.gate and not any(needed[:-1]):
+        passes = []
 
     for row0, chunk in _chunks(T, max(row_tiles.BT, tiles.BT), row_tiles.BT, sms) if index is None else [(0, T)]:
         hidden0, tile0 = row0 // row_tiles.BT, row0 // tiles.BT
         of_chunk = ceil_div(chunk, row_tiles.BT) if index is None else n_row_tiles
-        if with_dz or with_h:
+        if with_dz or with_h or needed.gate:
             hidden(
-                dy, index, z, mu, rho, p, rows, dx, tile0=hidden0, n_tiles=of_chunk, residual=residual,
-                activation=activation, precision=precision, tiles=row_tiles, sms=sms, pdl=pdl,
+                dy, of, z, mu, rho, p, rows, dx, tile0=hidden0, n_tiles=of_chunk, residual=residual, gate=gate,
+                drop=drop, activation=activation, precision=precision, tiles=row_tiles, sms=sms, pdl=pdl,
             )  # fmt: skip
         for i, outputs in enumerate(passes):
             after_ours = i > 0 or with_dz or with_h
             slice_kernel[(slices, shares, n)](
-                dy, x, order, bounds, rows.dz, rows.h, mu, rho, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
-                p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, S,
+                dy, x, order, bounds, gate, rows.dz, rows.h, mu, rho, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
+                p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, of.S,
                 x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, RESIDUAL=residual,
-                num_warps=tiles.num_warps, **shape, **tiles.blocks, **early_launch(pdl and after_ours),
+                SORTED=of.bounds is not None, num_warps=tiles.num_warps, **shape, **tiles.blocks,
+                **early_launch(pdl and after_ours),
             )  # fmt: skip
 
     grads = [
@@ -272,7 +287,7 @@ def backward(
     ]
     block = 32
     dscale = empty(needed.scale, ceil_div(d, block), n)
-    if any(needed[1:]):
+    if any(needed[1:-1]):
         read = (*weights[:3], *(weights[4:6] if needed.scale else (None, None)))
         reduce_kernel[(ceil_div(d, block), n)](
             g, s, q, u, dbias, *(w if w is None else w.contiguous() for w in read), scale, *grads, dscale, shares,
@@ -281,6 +296,8 @@ def backward(
         )  # fmt: skip
     if len(weights) > 6:
         grads.append(None if dscale is None else dscale.sum(0).to(weights[6].dtype).view(weights[6].shape))
+    if gate is not None:
+        grads.append(rows.dgate)
     return [dx, *grads]
 
 

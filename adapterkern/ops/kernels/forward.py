@@ -4,7 +4,8 @@
     z = ρ((x − s)·Aᵀ − (μ − s)·rowsum(A)) + c        h = act(z)        y = x + h·W_upᵀ + b_up
 
 A, rowsum(A) and c fold LayerNorm into the projection (see weights.py), and W_up and b_up a scale. Without LayerNorm
-z = x·Aᵀ + c. A residual takes the place of x in the sum, and of its second read.
+z = x·Aᵀ + c. A residual takes the place of x in the sum, and of its second read. Dropout multiplies h by m/(1 − p), and
+a gate g multiplies h, before it is rounded, and b_up: nothing per element of x but one product for the bias.
 
 16-bit rows go into the product unchanged, with Σx and Σx² summed beside it, in each thread separately until the end.
 The variance is then right to 256·2⁻²⁴ as long as no row's mean exceeds 16 deviations. A tile with a row beyond that is
@@ -34,23 +35,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import activate, dot, follow, narrow, partial_stages, tile_rows
+from .dropout import NO_DROPOUT, Dropout, kept
+from .primitives import activate, dot, follow, narrow, partial_stages
 from .projection import block_moments, merge, project, project_plain, project_raw, row_shift
-from .tiles import Tiles, ceil_div, column_split, early_launch, multiprocessors
+from .rows import routing, rows_of
+from .tiles import Tiles, column_split, early_launch, multiprocessors
 from .weights import Prepared
 
 
 @triton.jit
-def _emit(p_rows, p_out, p_w, p_bias, h, m_t, lo, blocks, d: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-          PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """y = x + h·W_upᵀ + b_up over BD·blocks columns from lo, last column first; x or the residual is at p_rows."""
+def _emit(p_rows, p_out, p_w, p_bias, p_gate, h, i_t, m_t, lo, blocks, d: tl.constexpr, BR: tl.constexpr,
+          BD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """y = x + h·W_upᵀ + g·b_up over BD·blocks columns from lo, last column first; x or the residual is at p_rows."""
     o_r = tl.arange(0, BR)
+    if p_gate is not None:
+        gate = tl.load(p_gate + i_t, mask=m_t, other=0)
     for i in tl.range(0, blocks, num_stages=STAGES):
         o_d = lo + (blocks - 1 - i) * BD + tl.arange(0, BD)
         m = m_t[:, None] & (o_d < d)[None, :]
         b_x = tl.load(p_rows + o_d[None, :], mask=m, other=0)
         b_w = tl.load(p_w + o_d[None, :] * BR + o_r[:, None])
-        y = b_x.to(tl.float32) + tl.load(p_bias + o_d)[None, :]
+        bias = tl.load(p_bias + o_d)[None, :]
+        if p_gate is not None:
+            bias = gate[:, None] * bias
+        y = b_x.to(tl.float32) + bias
         y = dot(h, b_w, y, PRECISION)
         tl.store(p_out + o_d[None, :], narrow(y, b_x.dtype), mask=m)
 
@@ -69,6 +77,19 @@ def _hidden(acc, shift, mean, m2, p_asum, p_c, eps, d: tl.constexpr, BR: tl.cons
 
 
 @triton.jit
+def _branch(z, p_gate, p_seed, threshold, factor, i_t, m_t, BT: tl.constexpr, BR: tl.constexpr, ACT: tl.constexpr):
+    """g·h, rounded as z is."""
+    if p_seed is not None:
+        keep = kept(p_seed, threshold, i_t, BT, BR)
+    h = activate(z.to(tl.float32), ACT)
+    if p_seed is not None:
+        h = tl.where(keep, h * factor, 0.0)
+    if p_gate is not None:
+        h *= tl.load(p_gate + i_t, mask=m_t, other=0)[:, None]
+    return narrow(h, z.dtype)
+
+
+@triton.jit
 def _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r: tl.constexpr, BR: tl.constexpr):
     o_r = tl.arange(0, BR)
     tl.store(p_z + i_t[:, None] * r + o_r[None, :], z, mask=m_t[:, None] & (o_r < r)[None, :])
@@ -78,18 +99,26 @@ def _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r: tl.constexpr, BR: tl.
 
 
 @triton.jit
-def _copy(p_from, p_to, m_t, lo, blocks, d: tl.constexpr, BD: tl.constexpr):
+def _copy(p_from, p_to, m_t, p_bounds, lo, blocks, d: tl.constexpr, BD: tl.constexpr):
+    if p_bounds is not None:
+        blocks *= tl.max(m_t.to(tl.int32), 0)  # a tile may have no rows
     for i in range(0, blocks):
         o_d = lo + i * BD + tl.arange(0, BD)
         m = m_t[:, None] & (o_d < d)[None, :]
         tl.store(p_to + o_d[None, :], tl.load(p_from + o_d[None, :], mask=m), mask=m)
 
 
-@triton.jit(do_not_specialize=["S", "stride", "residual_stride", "eps"], do_not_specialize_on_alignment=["p_index"])
+@triton.jit(
+    do_not_specialize=["S", "stride", "residual_stride", "eps", "threshold", "factor"],
+    do_not_specialize_on_alignment=["p_index", "p_bounds", "p_gate", "p_seed"],
+)
 def forward_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart
     p_residual,  # (T, d), rows `residual_stride`·VEC apart, or None with that stride: x
-    p_index,  # (T/S,) adapter of each sequence, or None
+    p_index,  # (T/S,) adapter of each sequence, or None; with p_bounds (T,) rows sorted by adapter: see rows.py
+    p_bounds,  # (n + 1,) where each adapter's begin in p_index, or None
+    p_gate,  # (T,) fp32, or None: 1
+    p_seed,  # (1,) int64, or None, as threshold and factor are then: no dropout
     p_a,  # (n, R, D)
     p_asum,  # (n, R), or None, as p_mean and p_rstd are then: no LayerNorm
     p_c,  # (n, R)
@@ -103,6 +132,8 @@ def forward_kernel(
     stride,
     residual_stride,
     eps,
+    threshold,
+    factor,
     d: tl.constexpr,
     r: tl.constexpr,
     D: tl.constexpr,
@@ -117,7 +148,7 @@ def forward_kernel(
 ):
     follow(PDL)
     PLAIN: tl.constexpr = p_x.dtype.element_ty == p_a.dtype.element_ty and p_a.dtype.element_ty != tl.float32
-    sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
+    e, i_t, m_t = rows_of(tl.program_id(0), p_index, p_bounds, S, BT)
     p_rows = p_x + i_t[:, None] * stride * VEC
     p_out = p_y + i_t[:, None] * d
     p_base = p_rows
@@ -125,11 +156,8 @@ def forward_kernel(
         p_base = p_residual + i_t[:, None] * residual_stride * VEC
     blocks: tl.constexpr = (d + BD - 1) // BD
     zero = tl.zeros((BT,), tl.float32)
-    e = tl.full((), 0, tl.int64)
-    if p_index is not None:
-        e = tl.load(p_index + sequence).to(tl.int64)
     if e < 0:
-        _copy(p_base, p_out, m_t, 0, blocks, d, BD)
+        _copy(p_base, p_out, m_t, p_bounds, 0, blocks, d, BD)
         if p_z is not None:
             _save(p_z, p_mean, p_rstd, tl.zeros((BT, BR), p_z.dtype.element_ty), zero, zero, i_t, m_t, r, BR)
     else:
@@ -150,14 +178,18 @@ def forward_kernel(
         z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_a.dtype.element_ty)
         if p_z is not None:
             _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
-        h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_base, p_out, p_w, p_bias + e * D, h, m_t, 0, blocks, d, BR, BD, PRECISION, STAGES)
+        h = _branch(z, p_gate, p_seed, threshold, factor, i_t, m_t, BT, BR, ACT)
+        _emit(p_base, p_out, p_w, p_bias + e * D, p_gate, h, i_t, m_t, 0, blocks, d, BR, BD, PRECISION, STAGES)
 
 
-@triton.jit(do_not_specialize=["T", "S", "stride", "width"], do_not_specialize_on_alignment=["p_index"])
+@triton.jit(
+    do_not_specialize=["T", "S", "stride", "width"],
+    do_not_specialize_on_alignment=["p_index", "p_bounds"],
+)
 def forward_partial_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart
     p_index,  # (T/S,) or None
+    p_bounds,  # (n + 1,) or None
     p_a,  # (n, R, D)
     p_acc,  # (splits, T, R) fp32
     p_moments,  # (splits, 3, T) fp32: s, mean, squared deviations; or None: no LayerNorm
@@ -178,12 +210,9 @@ def forward_partial_kernel(
     # One of `splits` programs of a row tile: columns lo … lo + width·BD.
     follow(PDL)
     PLAIN: tl.constexpr = p_x.dtype.element_ty == p_a.dtype.element_ty and p_a.dtype.element_ty != tl.float32
-    sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
+    e, i_t, m_t = rows_of(tl.program_id(0), p_index, p_bounds, S, BT)
     split = tl.program_id(1).to(tl.int64)
     p_rows = p_x + i_t[:, None] * stride * VEC
-    e = tl.full((), 0, tl.int64)
-    if p_index is not None:
-        e = tl.load(p_index + sequence).to(tl.int64)
     if e >= 0:
         lo = tl.program_id(1) * width * BD
         hi = tl.minimum(lo + width * BD, d)
@@ -192,14 +221,14 @@ def forward_partial_kernel(
             o_d = tl.arange(0, BD)
             m_d = o_d < d
             b_x = tl.load(p_rows + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0)
-            n: tl.constexpr = min(BD, d) * 1.0
-            mean, m2 = block_moments(b_x.to(tl.float32), m_d, n)
-            shift = row_shift(mean, m2, n, b_x.dtype)
+            FIRST: tl.constexpr = min(BD, d) * 1.0
+            mean, m2 = block_moments(b_x.to(tl.float32), m_d, FIRST)
+            shift = row_shift(mean, m2, FIRST, b_x.dtype)
         if p_moments is None:
             acc = project_raw(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
         elif PLAIN:
             # Every split of a tile chooses the same, because they share s. The bound keeps Σx² finite.
-            if tl.max(tl.where((shift == 0) & (m2 + mean * mean * n < 1e30), 0, 1), 0) == 0:
+            if tl.max(tl.where((shift == 0) & (m2 + mean * mean * FIRST < 1e30), 0, 1), 0) == 0:
                 acc, mean, m2 = project_plain(p_rows, p_a, m_t, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
             else:
                 acc, shift, mean, m2 = project(p_rows, p_a, m_t, shift, lo, hi, d, D, BT, BR, BD, PRECISION, STAGES)
@@ -215,11 +244,15 @@ def forward_partial_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["T", "S", "stride", "eps", "splits", "width"], do_not_specialize_on_alignment=["p_index"]
+    do_not_specialize=["T", "S", "stride", "eps", "splits", "width", "threshold", "factor"],
+    do_not_specialize_on_alignment=["p_index", "p_bounds", "p_gate", "p_seed"],
 )
 def forward_finish_kernel(
     p_x,  # (T, d), rows `stride`·VEC apart: x, or the residual
     p_index,  # (T/S,) or None
+    p_bounds,  # (n + 1,) or None
+    p_gate,  # (T,) fp32, or None
+    p_seed,  # (1,) int64, or None with threshold and factor
     p_acc,  # (splits, T, R) fp32
     p_moments,  # (splits, 3, T) fp32, or None, as p_asum is then
     p_asum,  # (n, R)
@@ -236,6 +269,8 @@ def forward_finish_kernel(
     eps,
     splits,
     width,
+    threshold,
+    factor,
     d: tl.constexpr,
     r: tl.constexpr,
     D: tl.constexpr,
@@ -249,7 +284,7 @@ def forward_finish_kernel(
     STAGES: tl.constexpr,
 ):
     follow(PDL)
-    sequence, i_t, m_t = tile_rows(tl.program_id(0), S, BT)
+    e, i_t, m_t = rows_of(tl.program_id(0), p_index, p_bounds, S, BT)
     split = tl.program_id(1)
     lo = split * width * BD
     blocks = tl.cdiv(tl.minimum(lo + width * BD, d) - lo, BD)
@@ -257,11 +292,8 @@ def forward_finish_kernel(
     p_out = p_y + i_t[:, None] * d
     o_r = tl.arange(0, BR)
     zero = tl.zeros((BT,), tl.float32)
-    e = tl.full((), 0, tl.int64)
-    if p_index is not None:
-        e = tl.load(p_index + sequence).to(tl.int64)
     if e < 0:
-        _copy(p_rows, p_out, m_t, lo, blocks, d, BD)
+        _copy(p_rows, p_out, m_t, p_bounds, lo, blocks, d, BD)
         if p_z is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, tl.zeros((BT, BR), p_z.dtype.element_ty), zero, zero, i_t, m_t, r, BR)
@@ -277,17 +309,20 @@ def forward_finish_kernel(
             acc += tl.load(p_acc + (row * BR)[:, None] + o_r[None, :], mask=m_t[:, None], other=0)
             if p_moments is not None:
                 p_m = p_moments + tl.cast(k, tl.int64) * 3 * T + i_t
-                n = tl.minimum(d - k * width * BD, width * BD).to(tl.float32)
+                columns = tl.minimum(d - k * width * BD, width * BD).to(tl.float32)
                 mean_n, m2_n = tl.load(p_m + T, mask=m_t, other=0), tl.load(p_m + 2 * T, mask=m_t, other=0)
-                count, mean, m2 = merge(count, mean, m2, n, mean_n, m2_n)
+                count, mean, m2 = merge(count, mean, m2, columns, mean_n, m2_n)
         if p_asum is not None:
             p_asum += e * BR
         z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_w.dtype.element_ty)
         if p_z is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
             if split == 0:
                 _save(p_z, p_mean, p_rstd, z, mean, rstd, i_t, m_t, r, BR)
-        h = narrow(activate(z.to(tl.float32), ACT), z.dtype)
-        _emit(p_rows, p_out, p_w + e * BR * D, p_bias + e * D, h, m_t, lo, blocks, d, BR, BD, PRECISION, STAGES)
+        h = _branch(z, p_gate, p_seed, threshold, factor, i_t, m_t, BT, BR, ACT)
+        _emit(
+            p_rows, p_out, p_w + e * BR * D, p_bias + e * D, p_gate, h, i_t, m_t, lo, blocks, d, BR, BD, PRECISION,
+            STAGES,
+        )  # fmt: skip
 
 
 def forward(
@@ -305,18 +340,19 @@ def forward(
     pdl: bool,
     sms: int | None = None,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    drop: Dropout = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``.
 
-    Without LayerNorm mean and rstd are always None.
+    Without LayerNorm mean and rstd are always None. ``gate`` is (T,), fp32.
     """
     T, d = x.shape
-    sequences = 1 if index is None else index.numel()
-    S = T // sequences
     tiles = tiles.reading(x, vec, prepared.A.dtype)
-    n_tiles = sequences * ceil_div(S, tiles.BT)
     sms = multiprocessors(x.device) if sms is None else sms
-    splits, width = column_split(n_tiles, min(S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)
+    of = routing(index, T, prepared.A, tiles.BT, sms)
+    n_tiles = of.tiles(tiles.BT)
+    splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)
 
     y = x.new_empty((T, d))
     compute = prepared.A.dtype
@@ -333,16 +369,17 @@ def forward(
     if splits == 1:
         own_stride = None if residual is None else base_stride
         forward_kernel[(n_tiles,)](
-            x, residual, index, p.A, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd, S, stride, own_stride, eps,
-            r=r, ACT=activation, **shape, **how,
+            x, residual, of.index, of.bounds, gate, drop.seed, p.A, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd,
+            of.S, stride, own_stride, eps, drop.threshold, drop.factor, r=r, ACT=activation, **shape, **how,
         )  # fmt: skip
         return y, z, mean, rstd
     acc = x.new_empty((splits, T, R), dtype=torch.float32)
     moments = x.new_empty((splits, 3, T), dtype=torch.float32) if norm else None
     grid = (n_tiles, splits)
-    forward_partial_kernel[grid](x, index, p.A, acc, moments, T, S, stride, width, **shape, **how)
+    forward_partial_kernel[grid](x, of.index, of.bounds, p.A, acc, moments, T, of.S, stride, width, **shape, **how)
     forward_finish_kernel[grid](
-        base, index, acc, moments, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd, T, S, base_stride, eps,
-        splits, width, r=r, ACT=activation, **shape, **how, **early_launch(pdl),
+        base, of.index, of.bounds, gate, drop.seed, acc, moments, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd,
+        T, of.S, base_stride, eps, splits, width, drop.threshold, drop.factor,
+        r=r, ACT=activation, **shape, **how, **early_launch(pdl),
     )  # fmt: skip
     return y, z, mean, rstd

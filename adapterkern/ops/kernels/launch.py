@@ -17,6 +17,8 @@ from torch import Tensor
 from . import backward as _backward
 from . import forward as _forward
 from .cache import prepare_to_carry, prepared_weights
+from .dropout import NO_DROPOUT
+from .dropout import dropout as of_dropout
 from .tiles import forward_tiles, has_early_launches, has_wide_products, hidden_tiles, slice_tiles
 from .weights import Prepared, scale_of
 
@@ -49,6 +51,11 @@ def _precision(compute: torch.dtype) -> str:
     return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def _needed(needed: Sequence[bool], gate: Tensor | None) -> _backward.Needed:
+    """``needed`` by name: of the gate, if there is one, it is the last."""
+    return _backward.Needed(*needed) if gate is None else _backward.Needed(*needed[:-1])._replace(gate=needed[-1])
+
+
 def prepare_weights(weights: Sequence[Any], dtype: torch.dtype, factor: float = 1.0) -> Prepared:
     """What the other two functions take as ``carried``. ``weights`` and ``factor`` as everywhere here: see prepare."""
     with _on(weights[2].device):
@@ -67,11 +74,14 @@ def adapter_forward(
     carried: Sequence[Tensor] | None = None,
     residual: Tensor | None = None,
     factor: float = 1.0,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
 
     Without LayerNorm mean and rstd are always empty. ``carried``: the fields of a ``Prepared``; without it the weights
-    are prepared, or found in the cache.
+    are prepared, or found in the cache. ``gate`` is (T,), fp32; without a ``seed`` there is no dropout.
     """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d
@@ -94,6 +104,8 @@ def adapter_forward(
             vec=_vector(x),
             pdl=has_early_launches(x.device),
             residual=None if residual is None else _rows(residual, dense=False),
+            gate=None if gate is None else gate.contiguous(),
+            drop=NO_DROPOUT if seed is None else of_dropout(dropout, seed),
         )
     none = torch.float32 if save else x.dtype
     z, mean, rstd = (x.new_empty(0, dtype=none) if t is None else t for t in saved)
@@ -116,13 +128,17 @@ def adapter_backward(
     carried: Sequence[Tensor] | None = None,
     residual: bool = False,
     factor: float = 1.0,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of x and ``weights`` in ``needed`` (None for the others); ``x`` is y if ``x_free``.
+    """The gradients of x, ``weights`` and ``gate`` in ``needed`` (None for the others); ``x`` is y if ``x_free``.
 
     ``residual``: the forward had one, and dx lacks dy; ``carried`` as in the forward.
     """
     if x.numel() == 0:
-        return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip((x, *weights), needed, strict=True)]
+        tensors = (x, *weights) if gate is None else (x, *weights, gate)
+        return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
     with _on(x.device):
         prepared = Prepared(*carried) if carried else prepared_weights(weights, z.dtype, factor)
         wide = has_wide_products(x.device)
@@ -138,10 +154,12 @@ def adapter_backward(
             weights,
             activation=activation,
             precision=_precision(z.dtype),
-            needed=_backward.Needed(*needed),
+            needed=_needed(needed, gate),
             x_free=x_free,
             residual=residual,
             scale=scale_of(weights, factor),
+            gate=None if gate is None else gate.contiguous(),
+            drop=NO_DROPOUT if seed is None else of_dropout(dropout, seed),
             row_tiles=hidden_tiles(z.element_size(), R, wide),
             tiles=slice_tiles(z.element_size(), R, wide),
             vec=_vector(x),

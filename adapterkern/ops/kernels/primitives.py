@@ -1,9 +1,4 @@
-"""What every kernel shares: the activations, the matrix product, and the rows of a row tile.
-
-A row tile never crosses a sequence, because with stacked adapters each sequence has its own adapter; a plain call is
-one sequence of T rows. A tile's rows beyond the end of its sequence are masked. Row offsets are int64: T·d exceeds 2³¹
-at T = 524,288 for d = 4096.
-"""
+"""What every kernel shares: the activations and the matrix product."""
 
 # mypy: allow-untyped-defs
 # The types of a Triton function's arguments are its callers'.
@@ -108,12 +103,3 @@ def activate_grad(z, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "identity")
         return tl.full(z.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def tile_rows(tile, S, BT: tl.constexpr):
-    """The sequence of a row tile, its rows (int64) and which of them exist. S is the number of rows per sequence."""
-    per_sequence = tl.cdiv(S, BT)
-    sequence = tile // per_sequence
-    i_t = (tile - sequence * per_sequence) * BT + tl.arange(0, BT)
-    return sequence, sequence.to(tl.int64) * S + i_t, i_t < S

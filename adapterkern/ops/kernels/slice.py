@@ -11,7 +11,8 @@ G = dzᵀ·x, and a walk is direct where x has the products' dtype. With a resid
 import triton
 import triton.language as tl
 
-from .primitives import dot, follow, narrow, settled, tile_rows
+from .primitives import dot, follow, narrow, settled
+from .rows import first_tile, rows_at, tile_rows
 
 
 @triton.jit
@@ -25,14 +26,17 @@ def _outer(h, x, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _walk(
-    p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
-    b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
+    p_dy, p_x, p_order, p_gate, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
+    b_a, b_w, bias, g, u, dbias, o_d, begin, end, first, last, S, stride,
     d: tl.constexpr, BR: tl.constexpr, VEC: tl.constexpr, X_FREE: tl.constexpr, PRECISION: tl.constexpr,
     G: tl.constexpr, U: tl.constexpr, DBIAS: tl.constexpr, FOLDED: tl.constexpr, DIRECT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, SORTED: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk a share of the row tiles first … last, backwards: store dx, and add to g (G), u (Uᵀ) and dbias (Σₜ dy)."""
+    """Walk a share of the row tiles first … last, backwards: store dx, and add to g (G), u (Uᵀ) and dbias (Σₜ g·dy).
+
+    SORTED: they are tiles of the rows at the places begin … end of p_order.
+    """
     DX: tl.constexpr = p_dx is not None
     RAW: tl.constexpr = p_mean is None
     o_r = tl.arange(0, BR)
@@ -41,9 +45,13 @@ def _walk(
     if DBIAS:
         b_sum = tl.zeros((BT, BD), tl.float32)
     for i in tl.range(0, tl.cdiv(last - first - share, shares), num_stages=STAGES):
-        position, i_t, m_t = tile_rows(last - 1 - share - i * shares, S, BT)
-        if p_order is not None:
-            i_t += (tl.load(p_order + position).to(tl.int64) - position) * S
+        tile = last - 1 - share - i * shares
+        if SORTED:
+            i_t, m_t = rows_at(p_order, begin + tile * BT + tl.arange(0, BT), end)
+        else:
+            position, i_t, m_t = tile_rows(tile, S, BT)
+            if p_order is not None:
+                i_t += (tl.load(p_order + position).to(tl.int64) - position) * S
         m = m_t[:, None] & m_d[None, :]
         o_tr = i_t[:, None] * BR + o_r[None, :]
         if U or DBIAS or (DX and not RESIDUAL):
@@ -57,13 +65,18 @@ def _walk(
             mean = tl.load(p_mean + i_t, mask=m_t, other=0)
         if U or (X_FREE and (DX or G)):
             b_h = tl.load(p_h + o_tr, mask=m_t[:, None], other=0)
+        if p_gate is not None and (DBIAS or (X_FREE and (DX or G))):
+            gate = tl.load(p_gate + i_t, mask=m_t, other=0)
         if DX and not RAW:
             c1 = tl.load(p_c1 + i_t, mask=m_t, other=0)
             c2 = tl.load(p_c2 + i_t, mask=m_t, other=0)
         if (DX and not RAW) or (G and not DIRECT):
             x = b_x.to(tl.float32)
             if X_FREE:
-                x -= bias[None, :]
+                b_bias = bias[None, :]
+                if p_gate is not None:
+                    b_bias = gate[:, None] * b_bias
+                x -= b_bias
                 x -= dot(b_h, b_w, tl.zeros((BT, BD), tl.float32), PRECISION)
                 x = narrow(x, b_x.dtype).to(tl.float32)
             if not (DIRECT or RAW):
@@ -90,6 +103,8 @@ def _walk(
         if U:
             u = settled(_outer(b_h, b_dy if b_dy.dtype == b_h.dtype else narrow(dy, b_h.dtype), u, PRECISION))
         if DBIAS:
+            if p_gate is not None:
+                dy *= gate[:, None]
             b_sum += dy
     if DBIAS:
         dbias += tl.sum(b_sum, 0)
@@ -135,15 +150,16 @@ def _add_tiles(p_tiles, p_order, total, lo, hi, per_sequence, BR: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["tile0", "tiles", "hidden0", "hidden_tiles", "S", "stride"],
-    do_not_specialize_on_alignment=["p_order", "p_bounds"],
+    do_not_specialize_on_alignment=["p_order", "p_bounds", "p_gate"],
 )
 def slice_kernel(
     p_dy,  # (T, d) contiguous
     p_x,  # (T, d), rows `stride`·VEC apart; y if X_FREE
-    p_order,  # (T/S,) sequences sorted by adapter, or None
-    p_bounds,  # (n + 1,) where each adapter's sequences begin in p_order
+    p_order,  # (T/S,) sequences sorted by adapter, (T,) rows if SORTED, or None
+    p_bounds,  # (n + 1,) where each adapter's begin in p_order
+    p_gate,  # (T,) fp32, or None: 1
     p_dz,  # (T, R)
-    p_h,  # (T, R)
+    p_h,  # (T, R), times the gate
     p_mean,  # (T,), or None with the next three: no LayerNorm
     p_rstd,  # (T,)
     p_c1,  # (T,)
@@ -173,6 +189,7 @@ def slice_kernel(
     VEC: tl.constexpr,
     X_FREE: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SORTED: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     BT: tl.constexpr,
@@ -220,25 +237,35 @@ def slice_kernel(
     safe_first, safe_last = first * (BT // SAFE_BT), tl.minimum(last * (BT // SAFE_BT), tl.cdiv(S, SAFE_BT))
     per_sequence = tl.cdiv(S, HIDDEN_BT)
     lo, hi = hidden0, hidden0 + hidden_tiles
-    if p_order is not None:
+    begin, end = 0, 0
+    if SORTED:
+        begin, end = tl.load(p_bounds + e).to(tl.int32), tl.load(p_bounds + e + 1).to(tl.int32)
+        first, last = 0, tl.cdiv(end - begin, BT)
+        safe_first, safe_last = 0, tl.cdiv(end - begin, SAFE_BT)
+        lo = first_tile(begin, tl.program_id(2) + 1, HIDDEN_BT)
+        hi = lo + tl.cdiv(end - begin, HIDDEN_BT)
+    elif p_order is not None:
         begin, end = tl.load(p_bounds + e).to(tl.int32), tl.load(p_bounds + e + 1).to(tl.int32)
         first, last = begin * tl.cdiv(S, BT), end * tl.cdiv(S, BT)
         safe_first, safe_last = begin * tl.cdiv(S, SAFE_BT), end * tl.cdiv(S, SAFE_BT)
         lo, hi = begin * per_sequence, end * per_sequence
+    p_tiles = None if SORTED else p_order  # what orders the tiles of (1)
     direct = NO_X or RAW  # a value of the running kernel, so that both branches below are compiled
     if MAY_GO:
-        direct = _may_go_direct(p_worst, p_order, lo, hi, per_sequence)
+        direct = _may_go_direct(p_worst, p_tiles, lo, hi, per_sequence)
     if direct:
         g, u, dbias = _walk(
-            p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
-            b_a, b_w, bias, g, u, dbias, o_d, first, last, S, stride,
-            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, MAY_GO or RAW, RESIDUAL, BT, BD, STAGES,
+            p_dy, p_x, p_order, p_gate, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
+            b_a, b_w, bias, g, u, dbias, o_d, begin, end, first, last, S, stride,
+            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, MAY_GO or RAW, RESIDUAL, SORTED,
+            BT, BD, STAGES,
         )  # fmt: skip
     else:
         g, u, dbias = _walk(
-            p_dy, p_x, p_order, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
-            b_a, b_w, bias, g, u, dbias, o_d, safe_first, safe_last, S, stride,
-            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, False, RESIDUAL, SAFE_BT, BD, STAGES,
+            p_dy, p_x, p_order, p_gate, p_dz, p_h, p_mean, p_rstd, p_c1, p_c2, p_dx,
+            b_a, b_w, bias, g, u, dbias, o_d, begin, end, safe_first, safe_last, S, stride,
+            d, BR, VEC, X_FREE, PRECISION, G, U, DBIAS, FOLDED, False, RESIDUAL, SORTED,
+            SAFE_BT, BD, STAGES,
         )  # fmt: skip
 
     if G:
@@ -250,10 +277,10 @@ def slice_kernel(
     if p_s is not None:  # noqa: SIM102 - joined by `and`, None is not seen at compile time
         if tl.program_id(0) == 0:
             s = tl.load(p_s + partial * BR + o_r, mask=tl.broadcast_to(later, o_r.shape), other=0)
-            tl.store(p_s + partial * BR + o_r, _add_tiles(p_s_tiles, p_order, s, lo, hi, per_sequence, BR))
+            tl.store(p_s + partial * BR + o_r, _add_tiles(p_s_tiles, p_tiles, s, lo, hi, per_sequence, BR))
     if p_q is not None:  # noqa: SIM102
         if tl.program_id(0) == 0:
             q = tl.load(p_q + partial * BR + o_r, mask=tl.broadcast_to(later, o_r.shape), other=0)
             if direct:
-                q = _add_tiles(p_q_tiles, p_order, q, lo, hi, per_sequence, BR)
+                q = _add_tiles(p_q_tiles, p_tiles, q, lo, hi, per_sequence, BR)
             tl.store(p_q + partial * BR + o_r, q)

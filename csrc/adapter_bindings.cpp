@@ -6,6 +6,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "adapter_cpu.h"
@@ -92,56 +93,90 @@ Prepared prepared(const std::string& isa, int compute, int64_t d, int64_t r, con
   return {isa, compute, w};
 }
 
-void run_forward(const Prepared& p, int stream, int64_t rows, int64_t x_stride, int64_t residual_stride, uintptr_t x,
-                 uintptr_t residual, uintptr_t y, const std::array<uintptr_t, 3>& saved, double eps, int activation,
-                 int threads) {
-  const Forward f{p.w, rows, x_stride, residual_stride, pointer<const void>(x), pointer<const void>(residual),
-                  pointer<void>(y), pointer<void>(saved[0]), pointer<float>(saved[1]), pointer<float>(saved[2]),
-                  float(eps), Activation(activation)};
-  const Kernels& kernels = kernels_of(p.isa, stream, p.compute);
+// One adapter of a call, with the positions of its rows in `order`: [begin, end)
+using Share = std::tuple<const Prepared*, int64_t, int64_t>;
+// A gate for each row, or null; the rate of dropout as rate·2³², what multiplies the units that stay, the seed, and the
+// numbers of the rows for the mask, or null
+using Gating = std::tuple<uintptr_t, uint32_t, float, int64_t, uintptr_t>;
+
+Drop drop_of(const Gating& g) {
+  return {uint64_t(std::get<3>(g)), std::get<1>(g), std::get<2>(g), pointer<const int64_t>(std::get<4>(g))};
+}
+
+// The kernels of a call; there is at least one adapter, and all have the same shapes.
+const Kernels& kernels_of(const std::vector<Share>& adapters, int stream) {
+  const Prepared& first = *std::get<0>(adapters.at(0));
+  return kernels_of(first.isa, stream, first.compute);
+}
+
+void run_forward(const std::vector<Share>& adapters, int stream, int64_t x_stride, int64_t residual_stride, uintptr_t x,
+                 uintptr_t residual, uintptr_t y, const std::array<uintptr_t, 3>& saved, uintptr_t order,
+                 const Gating& gating, double eps, int activation, int threads) {
+  const Forward f{x_stride, residual_stride, pointer<const void>(x), pointer<const void>(residual), pointer<void>(y),
+                  pointer<void>(saved[0]), pointer<float>(saved[1]), pointer<float>(saved[2]),
+                  pointer<const int64_t>(order), pointer<const float>(std::get<0>(gating)), drop_of(gating), float(eps),
+                  Activation(activation)};
+  const Kernels& kernels = kernels_of(adapters, stream);
+  std::vector<Adapter> all;
+  for (const auto& [prepared, begin, end] : adapters) all.push_back({prepared->w, {begin, end}});
   py::gil_scoped_release release;
-  forward(kernels, f, threads);
+  forward(kernels, f, all, threads);
 }
 
-// Bytes of the memory between the two passes of a backward of `rows` rows.
-int64_t backward_bytes(const Prepared& p, int stream, int64_t rows) {
-  const Sizes n = sizes(kernels_of(p.isa, stream, p.compute), rows, p.w.d, p.w.r);
-  const int64_t rp = padded(p.w.r, kRank);
-  return align(4 * n.rows) + 2 * align(4 * n.cols) + align(4 * padded(rows, kRows)) + align(4 * n.blocks * rp) +
-         align(4 * rp) + 64;
-}
-
-void run_backward(const Prepared& p, int stream, int64_t rows, int64_t x_stride, int64_t dy_stride,
-                  const std::array<uintptr_t, 5>& inputs, int activation, bool residual,
-                  const std::array<uintptr_t, 7>& grads, uintptr_t memory, int threads) {
-  const Kernels& kernels = kernels_of(p.isa, stream, p.compute);
-  const Sizes n = sizes(kernels, rows, p.w.d, p.w.r);
-  const int64_t rp = padded(p.w.r, kRank);
-  char* next = pointer<char>(uintptr_t(align(int64_t(memory))));
-  const auto take = [&](int64_t count) {
-    char* here = next;
+// The memory between the two passes of a backward, of several adapters with these numbers of rows.
+struct Memory {
+  char* next;
+  template <class T>
+  void take(T*& to, int64_t count) {
+    to = reinterpret_cast<T*>(next);
     next += align(4 * count);
-    return here;
-  };
-  Backward b{};
-  b.w = p.w;
-  b.rows = rows, b.x_stride = x_stride, b.dy_stride = dy_stride;
-  b.x = pointer<const void>(inputs[0]), b.dy = pointer<const void>(inputs[1]), b.z = pointer<const void>(inputs[2]);
-  b.mean = pointer<const float>(inputs[3]), b.rstd = pointer<const float>(inputs[4]);
-  b.activation = Activation(activation);
-  b.residual = residual;
-  b.dx = pointer<void>(grads[0]);
-  float** const to[] = {&b.d_norm_weight, &b.d_norm_bias, &b.d_down_weight,
-                        &b.d_down_bias,   &b.d_up_weight, &b.d_up_bias};
-  for (size_t i = 0; i < 6; ++i) *to[i] = pointer<float>(grads[i + 1]);
-  b.dz_rows = reinterpret_cast<uint32_t*>(take(n.rows));
-  b.dz_cols = reinterpret_cast<uint32_t*>(take(n.cols));
-  b.h_cols = reinterpret_cast<uint32_t*>(take(n.cols));
-  b.kappa = reinterpret_cast<float*>(take(padded(rows, kRows)));
-  b.sums = reinterpret_cast<float*>(take(n.blocks * rp));
-  b.s = reinterpret_cast<float*>(take(rp));
+  }
+  void take(const Kernels& kernels, int64_t rows, Gradients& g) {
+    const Sizes n = sizes(kernels, rows, g.w.d, g.w.r);
+    const int64_t rp = padded(g.w.r, kRank);
+    take(g.dz_rows, n.rows);
+    take(g.dz_cols, n.cols);
+    take(g.h_cols, n.cols);
+    take(g.kappa, padded(rows, kRows));
+    take(g.sums, n.blocks * rp);
+    take(g.s, rp);
+  }
+};
+
+int64_t backward_bytes(const std::vector<Share>& adapters, int stream) {
+  const Kernels& kernels = kernels_of(adapters, stream);
+  Memory memory{nullptr};
+  for (const auto& [prepared, begin, end] : adapters) {
+    Gradients g{};
+    g.w = prepared->w;
+    memory.take(kernels, end - begin, g);
+  }
+  return int64_t(reinterpret_cast<uintptr_t>(memory.next)) + 64;
+}
+
+void run_backward(const std::vector<Share>& adapters, int stream, int64_t x_stride, int64_t dy_stride,
+                  const std::array<uintptr_t, 5>& inputs, uintptr_t order, const Gating& gating, int activation,
+                  bool residual, uintptr_t dx, uintptr_t d_gate, const std::vector<std::array<uintptr_t, 6>>& grads,
+                  uintptr_t memory, int threads) {
+  const Kernels& kernels = kernels_of(adapters, stream);
+  const Backward b{x_stride, dy_stride, pointer<const void>(inputs[0]), pointer<const void>(inputs[1]),
+                   pointer<const void>(inputs[2]), pointer<const float>(inputs[3]), pointer<const float>(inputs[4]),
+                   pointer<const int64_t>(order), pointer<const float>(std::get<0>(gating)), drop_of(gating),
+                   Activation(activation), residual, pointer<void>(dx), pointer<float>(d_gate)};
+  Memory rest{pointer<char>(uintptr_t(align(int64_t(memory))))};
+  std::vector<Gradients> all;
+  for (size_t e = 0; e < adapters.size(); ++e) {
+    const auto& [prepared, begin, end] = adapters[e];
+    Gradients g{};
+    g.w = prepared->w, g.rows = {begin, end};
+    float** const to[] = {&g.d_norm_weight, &g.d_norm_bias, &g.d_down_weight,
+                          &g.d_down_bias,   &g.d_up_weight, &g.d_up_bias};
+    for (size_t i = 0; i < 6; ++i) *to[i] = pointer<float>(grads.at(e)[i]);
+    rest.take(kernels, end - begin, g);
+    all.push_back(g);
+  }
   py::gil_scoped_release release;
-  backward(kernels, b, threads);
+  backward(kernels, b, all, threads);
 }
 
 }  // namespace
@@ -153,16 +188,23 @@ void bind_adapter(py::module_& m) {
       py::dict(py::arg("silu") = int(Activation::kSilu), py::arg("gelu") = int(Activation::kGelu),
                py::arg("relu") = int(Activation::kRelu), py::arg("tanh") = int(Activation::kTanh),
                py::arg("identity") = int(Activation::kIdentity));
-  m.attr("ADAPTER_VERSION") = 2;  // adapterkern/ops/native.py asks for it
+  m.attr("ADAPTER_VERSION") = 3;  // adapterkern/ops/native.py asks for it
   m.def("instruction_sets", &instruction_sets);
   m.def("left_out", &left_out);
   m.attr("LEFT_OUT_BECAUSE") = kLeftOutBecause;
   m.def("packed_bytes", [](const std::string& isa, int compute, int64_t d, int64_t r) {
     return packed_bytes(kernels_of(isa, 0, compute), d, r);
   });
-  py::class_<Prepared>(m, "PreparedAdapter")
-      .def(py::init(&prepared))
-      .def("forward", &run_forward)
-      .def("backward_bytes", &backward_bytes)
-      .def("backward", &run_backward);
+  m.def("sort_rows", [](uintptr_t index, int64_t count, int64_t each, int64_t n, uintptr_t order) {
+    return sort_rows(pointer<const int64_t>(index), count, each, n, pointer<int64_t>(order));
+  });
+  m.def("copy_rows", [](uintptr_t order, int64_t rows, uintptr_t from, int64_t stride, uintptr_t to, int64_t bytes,
+                        int threads) {
+    py::gil_scoped_release release;
+    copy_rows(pointer<const int64_t>(order), rows, pointer<const char>(from), stride, pointer<char>(to), bytes, threads);
+  });
+  py::class_<Prepared>(m, "PreparedAdapter").def(py::init(&prepared));
+  m.def("forward", &run_forward);
+  m.def("backward_bytes", &backward_bytes);
+  m.def("backward", &run_backward);
 }

@@ -2,6 +2,7 @@
 #include "adapter_cpu.h"
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -88,6 +89,26 @@ void share_range(int threads, int64_t n, int64_t piece, const Kernels& kernels, 
   });
 }
 
+// body(adapter, a block of its rows, the block that this thread is likely to take next, scratch) for all blocks of all
+// adapters, those of one adapter after another: their weights are in the caches.
+template <class One, class Scratch, class Body>
+void share_blocks(int threads, const std::vector<One>& adapters, const Kernels& kernels, const Scratch& scratch,
+                  const Body& body) {
+  if (adapters.empty()) return;
+  std::vector<int64_t> first(1, 0);  // the number of each adapter's first block, and of all
+  for (const One& one : adapters) first.push_back(first.back() + ceiling(one.rows.end - one.rows.begin, kRows));
+  const auto adapter_of = [&](int64_t i) { return std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1; };
+  const auto block_of = [&](int64_t i) {
+    if (i >= first.back()) return Rows{0, 0};
+    const auto e = size_t(adapter_of(i));
+    const int64_t begin = adapters[e].rows.begin + (i - first[e]) * kRows, end = adapters[e].rows.end;
+    return Rows{begin, begin + kRows < end ? begin + kRows : end};
+  };
+  share(threads, first.back(), kernels, scratch(adapters[0].w), [&](int64_t i, int64_t following, char* memory) {
+    body(adapters[size_t(adapter_of(i))], block_of(i), block_of(following), memory);
+  });
+}
+
 }  // namespace
 
 Isa best_isa() {
@@ -162,22 +183,64 @@ void prepare(const Kernels& kernels, const Weights& w, int threads) {
   });
 }
 
-void forward(const Kernels& kernels, const Forward& f, int threads) {
-  share(threads, ceiling(f.rows, kRows), kernels, kernels.forward_scratch(f.w),
-        [&](int64_t block, int64_t following, char* memory) { kernels.forward(f, block, following, memory); });
+void forward(const Kernels& kernels, const Forward& f, const std::vector<Adapter>& adapters, int threads) {
+  share_blocks(threads, adapters, kernels, kernels.forward_scratch,
+               [&](const Adapter& one, Rows block, Rows following, char* memory) {
+                 kernels.forward(f, one.w, block, following, memory);
+               });
 }
 
-void backward(const Kernels& kernels, const Backward& b, int threads) {
-  const int64_t rp = padded(b.w.r, kRank), blocks = ceiling(b.rows, kRows), wide = padded(b.w.d, kColumns);
-  share(threads, blocks, kernels, kernels.backward_scratch(b.w, 0),
-        [&](int64_t block, int64_t following, char* memory) { kernels.backward_rows(b, block, following, memory); });
-  memset(b.s, 0, size_t(rp) * sizeof(float));
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t j = 0; j < rp; ++j) b.s[j] += b.sums[block * rp + j];
-  if (b.d_down_bias) memcpy(b.d_down_bias, b.s, size_t(b.w.r) * sizeof(float));
-  const int64_t each = padded(ceiling(wide, threads), kColumns);
-  share_range(threads, wide, each, kernels, kernels.backward_scratch(b.w, each),
-        [&](int64_t begin, int64_t end, char* memory) { kernels.backward_cols(b, begin, end, memory); });
+void backward(const Kernels& kernels, const Backward& b, const std::vector<Gradients>& adapters, int threads) {
+  const auto no_columns = [&](const Weights& w) { return kernels.backward_scratch(w, 0); };
+  share_blocks(threads, adapters, kernels, no_columns,
+               [&](const Gradients& one, Rows block, Rows following, char* memory) {
+                 kernels.backward_rows(b, one, block, following, memory);
+               });
+  for (const Gradients& one : adapters) {
+    const int64_t rp = padded(one.w.r, kRank), blocks = ceiling(one.rows.end - one.rows.begin, kRows);
+    memset(one.s, 0, size_t(rp) * sizeof(float));
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t j = 0; j < rp; ++j) one.s[j] += one.sums[block * rp + j];
+    if (one.d_down_bias) memcpy(one.d_down_bias, one.s, size_t(one.w.r) * sizeof(float));
+  }
+  if (adapters.empty()) return;
+  const Weights& w = adapters[0].w;  // all have the same shapes
+  const int64_t wide = padded(w.d, kColumns), each = padded(ceiling(wide, threads), kColumns);
+  const int64_t pieces = ceiling(wide, each);  // of each adapter, one for each thread
+  share(threads, int64_t(adapters.size()) * pieces, kernels, kernels.backward_scratch(w, each),
+        [&](int64_t i, int64_t, char* memory) {
+          const int64_t begin = i % pieces * each;
+          kernels.backward_cols(b, adapters[size_t(i / pieces)], begin, begin + each < wide ? begin + each : wide, memory);
+        });
+}
+
+std::vector<int64_t> sort_rows(const int64_t* index, int64_t count, int64_t each, int64_t n, int64_t* order) {
+  std::vector<int64_t> next(size_t(n) + 2, 0);  // where the next row of each goes; at first how many there are before it
+  for (int64_t i = 0; i < count; ++i) {
+    if (index[i] < -1 || index[i] >= n) return {};
+    next[size_t(index[i] + 2)] += each;
+  }
+  for (size_t e = 1; e < next.size(); ++e) next[e] += next[e - 1];
+  const std::vector<int64_t> begins = next;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t& at = next[size_t(index[i] + 1)];
+    for (int64_t t = i * each; t < (i + 1) * each; ++t) order[at++] = t;
+  }
+  return begins;
+}
+
+void copy_rows(const int64_t* order, int64_t rows, const char* from, int64_t stride, char* to, int64_t bytes, int threads) {
+  std::atomic<int64_t> next{0};
+  const int64_t pieces = ceiling(rows, kRows);
+  on_threads(threads, pieces < threads ? int(pieces) : threads, [&] {
+    for (int64_t i; (i = next.fetch_add(1)) < pieces;)
+      for (int64_t p = i * kRows; p < rows && p < (i + 1) * kRows; ++p) {
+        if (from)
+          memcpy(to + order[p] * bytes, from + order[p] * stride, size_t(bytes));
+        else
+          memset(to + order[p] * bytes, 0, size_t(bytes));
+      }
+  });
 }
 
 }  // namespace adapterkern::cpu

@@ -7,10 +7,13 @@
 //   prepare        A = W_down·diag(γ), its rows centered (which takes c1 out of dx), and W_up, both in the two layouts
 //                  that the products read; c = W_down·β + b_down. Without LayerNorm A = W_down as it is, c = b_down, and
 //                  below μ = 0, ρ = 1, κ = 0
-//   forward        a block of rows: statistics; z = ρ(x − μ)·Aᵀ + c; h; y = x + h·W_upᵀ + b_up, or the residual + …
-//   backward_rows  a block of rows: dh = dy·W_up; dz; κ = ρ²·c2; what the products over T read: ρ·dz and h
+//   forward        a block of rows: statistics; z = ρ(x − μ)·Aᵀ + c; h; y = x + g·(h·W_upᵀ + b_up), or the residual + …
+//   backward_rows  a block of rows: dh = g·dy·W_up; dz; κ = ρ²·c2; dg; what the products over T read: ρ·dz and g·h
 //   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ), without dy if there was a residual;
-//                  G = (ρ·dz)ᵀ·(x − μ); U = hᵀ·dy; the parameters
+//                  G = (ρ·dz)ᵀ·(x − μ); U = (g·h)ᵀ·dy; the parameters
+//
+// A call has one adapter, or several, each with its rows. Rows are read and written where they lie: a block has rows of
+// one adapter, `order` says which, and all blocks of all adapters are shared among the threads.
 //
 // While a product multiplies, it fetches what the next block, or the next slice, reads and this one writes
 // (adapter_cpu_ahead.h): its multiplications are most of the time, and nothing else then waits for memory.
@@ -21,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace adapterkern::cpu {
 
@@ -48,32 +52,63 @@ struct Weights {
   float* c;          // (rp)
 };
 
+// Dropout on h, by Philox4x32-10 (adapter_cpu_philox.h): unit j of row t stays if its word is at least the threshold.
+struct Drop {
+  uint64_t seed;
+  uint32_t threshold;   // rate·2³²; 0: no dropout
+  float kept;           // what multiplies the units that stay, 1/(1 − rate)
+  const int64_t* rows;  // (T), the number that each row has for its mask; null: its own
+};
+
+// The rows of a call's tensors. Those at positions [begin, end) of `order`, one adapter's, are rows order[begin], …
+struct Rows {
+  int64_t begin, end;
+};
+
+// What all adapters of a call share
 struct Forward {
-  Weights w;
-  int64_t rows, x_stride, residual_stride;  // of rows, in elements; y is contiguous
+  int64_t x_stride, residual_stride;  // of rows, in elements; y is contiguous
   const void* x;           // (T, d)
   const void* residual;    // (T, d); x itself in a plain call
   void* y;                 // (T, d), may be x
   void* z;                 // (T, r), null unless it is kept
   float *mean, *rstd;      // (T), likewise
+  const int64_t* order;    // (T), null: rows are where their positions say
+  const float* gate;       // (T), null: 1
+  Drop drop;
   float eps;
   Activation activation;
 };
 
 struct Backward {
-  Weights w;
-  int64_t rows, x_stride, dy_stride;
+  int64_t x_stride, dy_stride;
   const void *x, *dy, *z;
   const float *mean, *rstd;
+  const int64_t* order;
+  const float* gate;
+  Drop drop;
   Activation activation;
-  bool residual;                                                       // there was one: dx lacks dy
-  void* dx;                                                            // (T, d) contiguous; null: not wanted
+  bool residual;  // there was one: dx lacks dy
+  void* dx;       // (T, d) contiguous; null: not wanted
+  float* d_gate;  // (T), likewise
+};
+
+// One adapter of a forward
+struct Adapter {
+  Weights w;
+  Rows rows;
+};
+
+// One adapter of a backward
+struct Gradients {
+  Weights w;
+  Rows rows;
   float *d_norm_weight, *d_norm_bias, *d_down_weight, *d_down_bias;    // all four or none; without LayerNorm two
   float *d_up_weight, *d_up_bias;                                      // each may be null
-  // Memory between the two passes, of backward_sizes()
+  // Memory between the two passes, of sizes(), for T rows, those of this adapter
   uint32_t* dz_rows;  // ρ·dz, [T padded][r units], for dx
   uint32_t* dz_cols;  // ρ·dz, [chunk][rp][row units of a chunk], for G
-  uint32_t* h_cols;   // h, the same, for U
+  uint32_t* h_cols;   // g·h, the same, for U
   float* kappa;       // (T padded)
   float* sums;        // Σ dz of each block, [blocks][rp]
   float* s;           // Σ dz, (rp)
@@ -92,10 +127,11 @@ struct Kernels {
   void (*prepare_columns)(const Weights&, int64_t begin, int64_t end, const float* means);
   void (*enter)();
   void (*leave)();
-  // A block of rows, and the one that this thread is likely to take next
-  void (*forward)(const Forward&, int64_t block, int64_t following, char* scratch);
-  void (*backward_rows)(const Backward&, int64_t block, int64_t following, char* scratch);
-  void (*backward_cols)(const Backward&, int64_t begin, int64_t end, char* scratch); // columns, multiples of kColumns
+  // A block of an adapter's rows, and the block that this thread is likely to take next
+  void (*forward)(const Forward&, const Weights&, Rows block, Rows following, char* scratch);
+  void (*backward_rows)(const Backward&, const Gradients&, Rows block, Rows following, char* scratch);
+  // Columns, multiples of kColumns
+  void (*backward_cols)(const Backward&, const Gradients&, int64_t begin, int64_t end, char* scratch);
 };
 
 namespace avx2 { const Kernels* kernels(Dtype stream, Dtype z); }
@@ -113,7 +149,13 @@ bool is_built(Isa isa);
 const Kernels* find_kernels(Isa isa, Dtype stream, Dtype compute);
 Sizes sizes(const Kernels&, int64_t rows, int64_t d, int64_t r);
 void prepare(const Kernels&, const Weights&, int threads);
-void forward(const Kernels&, const Forward&, int threads);
-void backward(const Kernels&, const Backward&, int threads);
+void forward(const Kernels&, const Forward&, const std::vector<Adapter>&, int threads);
+void backward(const Kernels&, const Backward&, const std::vector<Gradients>&, int threads);
+// The numbers of all rows, those without an adapter first (index −1), then those of each of n adapters, each in order;
+// index[i] is of `each` rows. Returns the n + 2 positions where those of each begin and end, or none if an index is
+// not in [−1, n).
+std::vector<int64_t> sort_rows(const int64_t* index, int64_t count, int64_t each, int64_t n, int64_t* order);
+// Rows of `bytes` bytes from one tensor to another, or zeros if `from` is null
+void copy_rows(const int64_t* order, int64_t rows, const char* from, int64_t stride, char* to, int64_t bytes, int threads);
 
 }  // namespace adapterkern::cpu

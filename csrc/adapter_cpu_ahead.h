@@ -1,7 +1,7 @@
 // Memory that is fetched while the products multiply: a part of adapter_cpu_kernels.h.
 #pragma once
 
-#include <cstdint>
+#include "adapter_cpu.h"
 
 namespace adapterkern::cpu::AK_ISA {
 namespace {
@@ -11,10 +11,15 @@ namespace {
 class Ahead {
  public:
   Ahead() = default;  // nothing
-  // `rows` rows of `bytes`, `stride` bytes apart, in `fetches` calls of fetch()
-  Ahead(const void* first, int64_t rows, int64_t bytes, int64_t stride, int64_t fetches)
-      : at_(static_cast<const char*>(first)), end_(at_ + bytes), rows_(rows), next_row_(stride - bytes), stride_(stride),
-        many_((rows * ((bytes + kLine - 1) / kLine) + fetches - 1) / fetches) {}
+  // `bytes` of each row at the positions `rows` of `order`, `stride` bytes apart, in `fetches` calls of fetch()
+  Ahead(const void* base, const int64_t* order, Rows rows, int64_t bytes, int64_t stride, int64_t fetches)
+      : rows_(rows.end - rows.begin), next_row_(stride - bytes), stride_(stride), base_(static_cast<const char*>(base)) {
+    if (rows_ <= 0) return;
+    if (order) order_ = order + rows.begin;
+    at_ = base_ + (order ? *order_ : rows.begin) * stride;
+    end_ = at_ + bytes;
+    many_ = (rows_ * ((bytes + kLine - 1) / kLine) + fetches - 1) / fetches;
+  }
 
   inline __attribute__((always_inline)) void fetch() {
     for (int64_t i = 0; i < many_ && rows_ > 0; ++i) {
@@ -23,7 +28,10 @@ class Ahead {
       if (at_ < end_) continue;
       at_ = end_ + next_row_;
       end_ += stride_;
-      --rows_;
+      if (--rows_ > 0 && __builtin_expect(order_ != nullptr, 0)) {
+        at_ = base_ + *++order_ * stride_;
+        end_ = at_ + (stride_ - next_row_);
+      }
     }
   }
 
@@ -31,6 +39,8 @@ class Ahead {
   static constexpr int64_t kLine = 64;
   const char *at_ = nullptr, *end_ = nullptr;
   int64_t rows_ = 0, next_row_ = 0, stride_ = 0, many_ = 0;
+  const char* base_ = nullptr;
+  const int64_t* order_ = nullptr;
 };
 
 }  // namespace

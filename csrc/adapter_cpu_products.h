@@ -10,18 +10,20 @@
 namespace adapterkern::cpu::AK_ISA {
 namespace {
 
-// Products: C[M][32] (+)= A[M][K]·B[K][32], K in units, B a panel; M a multiple of 32, K of 16. Between its steps a
+// Products: C[M][32] (+)= A[M][K]·B[K][32], K in units, B a panel; M a multiple of kTileRows, K of 16. Between its steps a
 // product fetches lines of `ahead`.
 
 #if AK_PAIRS == 2
-constexpr int64_t fetches(int64_t M, int64_t K) { return M / 32 * (K / 16); }
+constexpr int64_t kTileRows = 32;
+
+constexpr int64_t fetches(int64_t M, int64_t K) { return M / kTileRows * (K / 16); }
 
 AK_INLINE void product(int64_t M, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B, float* C, int64_t ldc,
                        bool add, Ahead& ahead) {
   tile_product(M, K, A, lda, B, C, ldc, add, ahead);
 }
 #else
-constexpr int kTileRows = W == 16 ? 8 : 4, kTileVectors = 2, kSteps = 4;
+constexpr int64_t kTileRows = W == 16 ? 8 : 4, kTileVectors = 2, kSteps = 4;
 
 // How often product() fetches lines
 constexpr int64_t fetches(int64_t M, int64_t K) { return M / kTileRows * (K / kSteps) * (kColumns / (kTileVectors * W)); }
@@ -85,6 +87,20 @@ void product(int64_t M, int64_t K, const uint32_t* A_, int64_t lda, const uint32
 }
 #endif
 
+__attribute__((noinline)) void part_product(int64_t M, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B,
+                                            float* C, int64_t ldc, bool add, Ahead& ahead) {
+  product(M, K, A, lda, B, C, ldc, add, ahead);
+}
+
+// The same of a block's rows: nearly all blocks are whole, and the compiler knows their M.
+AK_INLINE void block_product(int64_t M, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B, float* C,
+                             int64_t ldc, bool add, Ahead& ahead) {
+  if (M == kRows)
+    product(kRows, K, A, lda, B, C, ldc, add, ahead);
+  else
+    part_product(M, K, A, lda, B, C, ldc, add, ahead);
+}
+
 // Units of a row: floats, or pairs of bf16 along it
 
 AK_INLINE void pack(uint32_t* to, vf low, vf high) {  // 2·W elements of a row
@@ -110,6 +126,26 @@ AK_INLINE void pack_pair(uint32_t* to, vf even, vf odd) {
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(pair_of(even, odd)));
 }
 #endif
+
+// The numbers [kRows][rp] of a block as units along the rows: [rp][row units of a chunk]
+void transpose_block(const float* from, int64_t rp, uint32_t* to) {
+  for (int64_t i = 0; i < kRows; i += W * U)
+    for (int64_t j = 0; j < rp; j += W) {
+      vf rows[W];
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < W; ++q) {
+#if AK_PAIRS
+        const float* pair = from + (i + 2 * q) * rp + j;
+        rows[q] = pair_of(load(pair), load(pair + rp));
+#else
+        rows[q] = load(from + (i + q) * rp + j);
+#endif
+      }
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) store(reinterpret_cast<float*>(to + (j + q) * (kChunk / U) + i / U), rows[q]);
+    }
+}
 
 }  // namespace
 }  // namespace adapterkern::cpu::AK_ISA

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from adapterkern.ops.closed_form import scaled
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.kept import Kept
+from adapterkern.ops.readable import aligned, expect, gating, inputs, side_by_side
 from adapterkern.ops.reference import Weights
 
 try:
@@ -29,7 +30,7 @@ except ImportError as error:  # no error: closed_form.py runs
     MISSING = f"the extension adapterkern._C cannot be imported ({error})"
 else:
     MISSING = ""
-    if getattr(_C, "ADAPTER_VERSION", 0) < 2:
+    if getattr(_C, "ADAPTER_VERSION", 0) < 3:
         _C = None
         MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
 
@@ -120,9 +121,9 @@ class Prepared:
         read: list[Tensor | None] = []
         for name, w, shape in zip(Weights._fields, weights[:6], shapes, strict=True):
             if w is not None:
-                _expect(name, w, shape)
+                expect(name, w, shape)
                 w = scaled(w.detach(), scale) if name.startswith("up") else w.detach()
-                w = _aligned(w.to(torch.float32).contiguous())
+                w = aligned(w.to(torch.float32).contiguous())
             read.append(w)
         # The kernels read these, too. A parameter that they read as it is is not held: it would never expire.
         given = {w.data_ptr() for w in weights[:6] if w is not None}
@@ -134,8 +135,28 @@ class Prepared:
         self.kernels = _C.PreparedAdapter(isa, kind, d, r, pointers, self._memory.data_ptr(), threads)
 
 
+class Stack:
+    """Several adapters' parameters, stacked, of which those that have rows are prepared."""
+
+    def __init__(self, _: Sequence[Any], compute: torch.dtype, isa: str, factor: float = 1.0) -> None:
+        self._how = compute, isa, factor
+        self.made: dict[int, Prepared] = {}
+
+    def of(self, weights: Sequence[Any], e: int) -> Prepared:
+        """Adapter ``e`` of ``weights``, which are not held: they would never expire."""
+        if (made := self.made.get(e)) is None:
+            made = self.made[e] = Prepared([None if w is None else w[e] for w in weights], *self._how)
+        return made
+
+
 _kept: Kept[Prepared] = Kept(Prepared)
-clear = _kept.clear
+_stacks: Kept[Stack] = Kept(Stack)
+
+
+def clear() -> None:
+    """Forget all parameters."""
+    _kept.clear()
+    _stacks.clear()
 
 
 def _prepared(weights: Sequence[Any], compute: torch.dtype, scale: Tensor | float = 1.0) -> Prepared:
@@ -144,6 +165,34 @@ def _prepared(weights: Sequence[Any], compute: torch.dtype, scale: Tensor | floa
     if isinstance(scale, Tensor):
         return _kept.get((*weights, scale), compute, isa)
     return _kept.get(weights, compute, isa, scale)
+
+
+class Shares(NamedTuple):
+    """Which rows each adapter of a call has: those at the positions from begin to end of ``order``."""
+
+    adapters: list[tuple[Prepared, int, int]]  # begin and end
+    order: Tensor | None = None  # int64 (T,), the numbers of the rows; None: all rows as they are
+    without: int = 0  # how many, the first ones, have no adapter
+    numbers: Sequence[int] = (0,)  # which adapters these are
+
+    def given(self) -> tuple[list[tuple[Any, int, int]], int]:
+        """The adapters and the order as the kernels take them."""
+        adapters = [(prepared.kernels, begin, end) for prepared, begin, end in self.adapters]
+        return adapters, 0 if self.order is None else self.order.data_ptr()
+
+
+def _shares(index: Tensor, weights: Sequence[Any], count: int, compute: torch.dtype, factor: float) -> Shares:
+    """The ``count`` rows sorted by adapter, where ``index`` has one for each row or for each sequence."""
+    isa, n = instruction_set()[0], len(weights[2])
+    index = index.to(torch.int64).contiguous()
+    order = torch.empty(count, dtype=torch.int64, device="cpu")
+    each = count // max(1, index.numel())
+    begins = _C.sort_rows(index.data_ptr(), index.numel(), each, n, order.data_ptr())
+    if not begins:
+        raise ValueError(f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}")
+    stack = _stacks.get(weights, compute, isa, *(() if len(weights) > 6 else (factor,)))
+    have = [e for e in range(n) if begins[e + 1] < begins[e + 2]]
+    return Shares([(stack.of(weights, e), begins[e + 1], begins[e + 2]) for e in have], order, begins[1], have)
 
 
 def forward(
@@ -160,27 +209,69 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``.
 
-    Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions.
+    Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions; ``gate`` is (T,).
     """
-    assert gate is drop is None
-    d = w[2].shape[1]
-    _expect("x", rows, (count := len(rows), d))
-    rows = base = _side_by_side(rows)
+    expect("x", rows, (len(rows), w[2].shape[1]))
+    shares = Shares([(_prepared(w, compute, scale), 0, len(rows))])
+    return _forward(rows, shares, w, eps, activation, compute, save, residual, gate, drop)
+
+
+def forward_several(
+    rows: Tensor,
+    weights: Sequence[Any],
+    index: Tensor,
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool,
+    residual: Tensor | None,
+    factor: float,
+    gate: Tensor | None,
+    drop: Drop | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``forward``, of several adapters in one call: ``weights`` and ``index`` are those of rows.py."""
+    expect("x", rows, (len(rows), weights[2].shape[2]))
+    shares = _shares(index, weights, len(rows), compute, factor)
+    return _forward(rows, shares, weights, eps, activation, compute, save, residual, gate, drop)
+
+
+def _forward(
+    rows: Tensor,
+    shares: Shares,
+    w: Sequence[Any],
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    drop: Drop | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, d = rows.shape
+    rows = base = side_by_side(rows)
     if residual is not None:
-        _expect("residual", residual, (count, d))
-        base = _side_by_side(residual.to(rows.dtype))
-    prepared = _prepared(w, compute, scale)
+        expect("residual", residual, (count, d))
+        base = side_by_side(residual.to(rows.dtype))
+    how, held = gating(count, gate, drop)
     y = torch.empty((count, d), dtype=rows.dtype, device="cpu")  # whatever the default device is
     kept = count if save else 0
-    z = torch.empty((kept, len(w[3])), dtype=compute, device="cpu")
+    z = torch.empty((kept, w[2].shape[-2]), dtype=compute, device="cpu")
     of_norm = 0 if w[0] is None else kept
     mean, rstd = (torch.empty(of_norm, dtype=torch.float32, device="cpu") for _ in range(2))
-    prepared.kernels.forward(
-        *(_C.DTYPES[_DTYPES[rows.dtype]], count, rows.stride(0), base.stride(0)),
-        *(rows.data_ptr(), base.data_ptr(), y.data_ptr()),
-        [t.data_ptr() if size else 0 for t, size in ((z, kept), (mean, of_norm), (rstd, of_norm))],
-        *(eps, _C.ACTIVATIONS[activation], torch.get_num_threads()),
-    )
+    adapters, order = shares.given()
+    if adapters:
+        _C.forward(
+            *(adapters, _C.DTYPES[_DTYPES[rows.dtype]], rows.stride(0), base.stride(0)),
+            *(rows.data_ptr(), base.data_ptr(), y.data_ptr()),
+            [t.data_ptr() if size else 0 for t, size in ((z, kept), (mean, of_norm), (rstd, of_norm))],
+            *(order, how, eps, _C.ACTIVATIONS[activation], torch.get_num_threads()),
+        )
+    if shares.without:
+        _copy_rows(shares, base, y)
+        for t, size in (z, kept), (mean, of_norm), (rstd, of_norm):
+            if size:
+                _copy_rows(shares, None, t)
+    del held
     return y, z, mean, rstd
 
 
@@ -201,58 +292,103 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
-    ``residual``: whether the forward had one; dx then lacks dy. An eighth ``needed`` is of a Tensor ``scale``.
+    ``residual``: whether the forward had one; dx then lacks dy. After the seven ``needed`` comes that of a Tensor
+    ``scale``, then that of a ``gate``.
     """
-    assert gate is drop is None
+    given = inputs(dy, rows, z, mean, rstd, w)
+    shares = Shares([(_prepared(w, z.dtype, scale), 0, len(rows))])
+    return _backward(given, shares, w, activation, needed, residual, scale, gate, drop)
+
+
+def backward_several(
+    dy: Tensor,
+    rows: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Sequence[Any],
+    index: Tensor,
+    eps: float,
+    activation: str,
+    needed: Sequence[bool],
+    residual: bool,
+    factor: float,
+    gate: Tensor | None,
+    drop: Drop | None,
+) -> list[Tensor | None]:
+    """As ``backward``, of several adapters in one call: ``weights`` and ``index`` are those of rows.py."""
+    given = inputs(dy, rows, z, mean, rstd, weights)
+    shares = _shares(index, weights, len(rows), z.dtype, factor)
+    scale = factor if len(weights) == 6 else weights[6]
+    return _backward(given, shares, weights[:6], activation, needed, residual, scale, gate, drop)
+
+
+def _backward(
+    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    shares: Shares,
+    w: Sequence[Any],
+    activation: str,
+    needed: Sequence[bool],
+    residual: bool,
+    scale: Tensor | float,
+    gate: Tensor | None,
+    drop: Drop | None,
+) -> list[Tensor | None]:
+    rows, dy, *_ = given
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
-    r, d = w[2].shape
-    if w[0] is None:
-        mean, rstd = (torch.full((count,), value, dtype=torch.float32, device="cpu") for value in (0.0, 1.0))
-    mean, rstd = mean.to(torch.float32), rstd.to(torch.float32)
-    given = {"x": (rows, (count, d)), "dy": (dy, (count, d)), "z": (z, (count, r))}
-    for name, (t, shape) in (given | {"mean": (mean, (count,)), "rstd": (rstd, (count,))}).items():
-        _expect(name, t, shape)
-    if z.dtype not in (torch.float32, torch.bfloat16):  # a hook on saved tensors may have made it another
-        raise TypeError(f"z: expected dtype float32 or bfloat16, as the forward made it, got {z.dtype}")
-    inputs = _side_by_side(rows), _side_by_side(dy.to(rows.dtype)), z.contiguous(), mean.contiguous(), rstd.contiguous()
-    prepared = _prepared(w, z.dtype, scale)
-    down, of_scale = any(needed[1:5]), any(needed[7:])  # which the kernels make together
+    learned = isinstance(scale, Tensor)
+    of_scale, of_gate = learned and needed[7], gate is not None and needed[-1]
+    down = any(needed[1:5])  # which the kernels make together
     norm = down and w[0] is not None
     wanted = [norm, norm, down, down, needed[5] or of_scale, needed[6] or of_scale]
     dx = torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if needed[0] else None
+    d_gate = torch.empty(count, dtype=torch.float32, device="cpu") if of_gate else None
+    # Adapters that have no rows have gradients of 0.
+    new = torch.empty if shares.order is None or len(shares.adapters) == len(w[2]) else torch.zeros
     made = [
-        torch.empty(p.shape, dtype=torch.float32, device="cpu") if want else None
-        for p, want in zip(w, wanted, strict=True)
+        new(p.shape, dtype=torch.float32, device="cpu") if want else None for p, want in zip(w, wanted, strict=True)
     ]
-    memory = torch.empty(prepared.kernels.backward_bytes(stream, count), dtype=torch.uint8, device="cpu")
-    prepared.kernels.backward(
-        *(stream, count, inputs[0].stride(0), inputs[1].stride(0)),
-        [t.data_ptr() for t in inputs],
-        *(_C.ACTIVATIONS[activation], residual),
-        [0 if t is None else t.data_ptr() for t in (dx, *made)],
-        *(memory.data_ptr(), torch.get_num_threads()),
-    )
+    how, held = gating(count, gate, drop)
+    adapters, order = shares.given()
+    if adapters:
+        memory = torch.empty(_C.backward_bytes(adapters, stream), dtype=torch.uint8, device="cpu")
+        grads_of = [[0 if t is None else t.data_ptr() + 4 * e * t.stride(0) for t in made] for e in shares.numbers]
+        _C.backward(
+            *(adapters, stream, rows.stride(0), dy.stride(0)),
+            [t.data_ptr() for t in given],
+            *(order, how, _C.ACTIVATIONS[activation], residual),
+            *(0 if t is None else t.data_ptr() for t in (dx, d_gate)),
+            *(grads_of, memory.data_ptr(), torch.get_num_threads()),
+        )
+    del held
+    if shares.without:
+        if dx is not None:
+            _copy_rows(shares, None if residual else dy, dx)
+        if d_gate is not None:
+            _copy_rows(shares, None, d_gate)
     grads: list[Tensor | None] = [
-        scaled(g, scale if i > 3 else 1.0).to(p.dtype) if g is not None and want else None
+        scaled(g, _like(scale, g) if i > 3 else 1.0).to(p.dtype) if g is not None and want else None
         for i, (g, p, want) in enumerate(zip(made, w, needed[1:7], strict=True))
     ]
     if isinstance(scale, Tensor):
-        products = [(g.double() * p).sum() for g, p in zip(made[4:], w[4:6], strict=True) if g is not None]
+        products = [
+            (g.double() * p).flatten(scale.dim()).sum(-1)
+            for g, p in zip(made[4:], w[4:6], strict=True)
+            if g is not None
+        ]
         grads.append((products[0] + products[1]).to(scale.dtype) if of_scale else None)
-    return [dx, *grads]
+    return [dx, *grads, *([d_gate] if gate is not None else [])]
 
 
-def _expect(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse what would be read beyond its end; ``adapter`` has checked it, a direct call of the operator has not."""
-    if t.device.type != "cpu" or t.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape} on a CPU, got {tuple(t.shape)} on {t.device}")
+def _like(scale: Tensor | float, g: Tensor) -> Tensor | float:
+    """A scale for each of the gradients that ``g`` has stacked."""
+    return scale.view(-1, *[1] * (g.dim() - 1)) if isinstance(scale, Tensor) and scale.dim() else scale
 
 
-def _side_by_side(rows: Tensor) -> Tensor:
-    """``rows`` (T, d), copied if the elements of a row are not beside each other."""
-    return _aligned(rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous())
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """``t``, copied if it does not begin at a multiple of an element's size, as in the middle of a file."""
-    return t if t.data_ptr() % t.element_size() == 0 else t.clone()
+def _copy_rows(shares: Shares, source: Tensor | None, to: Tensor) -> None:
+    """To the rows without an adapter, of ``source`` or zeros."""
+    assert shares.order is not None
+    size, given = to.element_size(), (0, 0) if source is None else (source.data_ptr(), source.stride(0))
+    row = size * (to.numel() // len(to))
+    where = shares.order.data_ptr(), shares.without
+    _C.copy_rows(*where, given[0], size * given[1], to.data_ptr(), row, torch.get_num_threads())

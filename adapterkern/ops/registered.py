@@ -89,7 +89,7 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
         drop = None if seed is None else Drop(dropout, seed)
         compute = operand_dtype(x, compute_dtype)
         how = eps, activation, compute, save, index, residual, factor, gate, drop
-        return rows.adapter_forward(_on_rows(x, gate, drop), x, weights, *how)
+        return rows.adapter_forward(_on_rows(x), x, weights, *how)
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
 
     return launch.adapter_forward(
@@ -113,14 +113,13 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     else:
         drop = None if seed is None else Drop(dropout, seed)
         how = eps, activation, needed, x_free, index, bool(residual), factor, gate, drop
-        grads = rows.adapter_backward(_on_rows(x, gate, drop), dy, x, z, mean, rstd, weights, *how)
+        grads = rows.adapter_backward(_on_rows(x), dy, x, z, mean, rstd, weights, *how)
     tensors = x, *weights, *(() if gate is None else (gate,))
     return [_no_grad(x if t is None else t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
 
 
-def _on_rows(x: Tensor, gate: Tensor | None, drop: Drop | None) -> rows.Rows:
-    has_kernels = gate is None and drop is None and runs_native(x.device.type, x.dtype)
-    return native if has_kernels else closed_form
+def _on_rows(x: Tensor) -> rows.Rows:
+    return native if runs_native(x.device.type, x.dtype) else closed_form
 
 
 def _optional(args, start):  # type: ignore[no-untyped-def]

@@ -2,7 +2,8 @@
 
 ``weights`` are the six parameters, those of LayerNorm None where there is none, and a seventh, the scale, if that is a
 tensor; ``factor`` is the scale if it is a number. They are stacked ``(n, ...)`` each if ``index`` (one adapter per
-sequence, −1 for none) is given; then each adapter runs on its own rows, one adapter after another. ``gate`` is (T,).
+sequence or row, −1 for none) is given; then each adapter runs on its own rows, one adapter after another, unless the
+implementation takes them all at once. ``gate`` is (T,).
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,8 +53,45 @@ class Rows(Protocol):
     ) -> list[Tensor | None]: ...
 
 
+class Several(Rows, Protocol):
+    """An implementation that takes several adapters at once where their rows lie: native.py."""
+
+    def forward_several(
+        self,
+        rows: Tensor,
+        weights: Sequence[Any],
+        index: Tensor,
+        eps: float,
+        activation: str,
+        compute: torch.dtype,
+        save: bool,
+        residual: Tensor | None,
+        factor: float,
+        gate: Tensor | None,
+        drop: Drop | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+    def backward_several(
+        self,
+        dy: Tensor,
+        rows: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weights: Sequence[Any],
+        index: Tensor,
+        eps: float,
+        activation: str,
+        needed: Sequence[bool],
+        residual: bool,
+        factor: float,
+        gate: Tensor | None,
+        drop: Drop | None,
+    ) -> list[Tensor | None]: ...
+
+
 def adapter_forward(
-    on: Rows,
+    on: Rows | Several,
     x: Tensor,
     weights: Sequence[Any],
     eps: float,
@@ -75,6 +113,8 @@ def adapter_forward(
     if index is None:
         one, scale = _one(weights, factor)
         y, *saved = on.forward(rows, one, eps, activation, compute, save, base, scale, gate, drop)
+    elif (several := getattr(on, "forward_several", None)) is not None:
+        y, *saved = several(rows, weights, index, eps, activation, compute, save, base, factor, gate, drop)
     else:
         y = (rows if base is None else base).clone(memory_format=torch.contiguous_format)
         stats = x.new_zeros(0 if weights[0] is None else rows.shape[0], dtype=stats_dtype(x.dtype))
@@ -92,7 +132,7 @@ def adapter_forward(
 
 
 def adapter_backward(
-    on: Rows,
+    on: Rows | Several,
     dy: Tensor,
     x: Tensor,
     z: Tensor,
@@ -115,21 +155,32 @@ def adapter_backward(
     """
     rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
 
-    def grads(chosen: Tensor | slice, one: Weights, scale: Tensor | float) -> list[Tensor | None]:
+    def x_of(chosen: Tensor | slice, one: Weights, scale: Tensor | float) -> Tensor:
         some = rows[chosen]
+        if not x_free:
+            return some
         of_gate, of_drop = _of_rows(gate, drop, chosen)
-        if x_free:
-            h = hidden(z[chosen], activation, of_gate, of_drop)
-            up, bias = (scaled(t, scale).to(h.dtype) for t in (one.up_weight, one.up_bias))
-            some = (some - F.linear(*gated(h, up, bias, of_gate))).to(x.dtype)
+        h = hidden(z[chosen], activation, of_gate, of_drop)
+        up, bias = (scaled(t, scale).to(h.dtype) for t in (one.up_weight, one.up_bias))
+        return (some - F.linear(*gated(h, up, bias, of_gate))).to(x.dtype)
+
+    def grads(chosen: Tensor | slice, one: Weights, scale: Tensor | float) -> list[Tensor | None]:
         mu, rho = (mean, rstd) if one.norm_weight is None else (mean[chosen], rstd[chosen])
-        how = one, eps, activation, needed, residual, scale, of_gate, of_drop
-        return on.backward(dy_rows[chosen], some, z[chosen], mu, rho, *how)
+        how = one, eps, activation, needed, residual, scale, *_of_rows(gate, drop, chosen)
+        return on.backward(dy_rows[chosen], x_of(chosen, one, scale), z[chosen], mu, rho, *how)
 
     if index is None:
         dx, *rest = grads(slice(None), *_one(weights, factor))
         if len(weights) > 6 and (of_scale := rest[6]) is not None:
             rest[6] = of_scale.view(weights[6].shape)
+    elif (several := getattr(on, "backward_several", None)) is not None:
+        if x_free:
+            recovered = rows.clone(memory_format=torch.contiguous_format)
+            for _, one, scale, chosen in _by_adapter(index, weights, factor, rows.shape[0]):
+                recovered[chosen] = x_of(chosen, one, scale)
+            rows = recovered
+        how = weights, index, eps, activation, needed, residual, factor, gate, drop
+        dx, *rest = several(dy_rows, rows, z, mean, rstd, *how)
     else:
         without = torch.zeros_like if residual else torch.clone  # dx of rows without an adapter
         dx = without(dy_rows, memory_format=torch.contiguous_format) if needed[0] else None

@@ -29,7 +29,7 @@ class Drop(NamedTuple):
         quad = torch.arange((r + 3) // 4, device=self.seed.device)
         place = quad, (t & _LOW)[:, None], (t >> 32 & _LOW)[:, None], torch.zeros_like(quad)
         words = torch.stack(philox(self.seed, *place), dim=2)
-        kept = words.view(T, -1)[:, :r] >= threshold(self.rate)
+        kept = words.flatten(1)[:, :r] >= threshold(self.rate)
         return kept.to(dtype) * keep_scale(self.rate)
 
 

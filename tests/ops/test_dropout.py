@@ -44,6 +44,7 @@ def test_a_mask_is_a_function_of_the_seed_and_the_place() -> None:
     assert (mask == 0).double().mean().item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / mask.numel()) ** 0.5)
     for rows in (mask, mask.T):  # neither rows nor units are alike
         assert len(rows.unique(dim=0)) > 0.99 * len(rows)
+    assert Drop(0.25, torch.tensor(SEED)).mask(0, 30, torch.float64).shape == (0, 30)
     # A part is a part: of the units, of the rows, and of rows in another order, also beyond 2³².
     assert torch.equal(Drop(0.25, torch.tensor(SEED)).mask(7, 9, torch.float64), mask[:7, :9])
     some = torch.tensor([1999, 3, 3])

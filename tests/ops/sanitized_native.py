@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapterkern.ops import native
-from tests.ops.test_native import check, isa, run
+from tests.ops.test_native import ROUTES, check, isa, routed, run
 from tests.support.numerics import make_weights
 
 __all__ = ["isa"]  # the fixture: each test runs with each instruction set
@@ -35,3 +35,9 @@ def test_rows_of_a_view_and_two_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_rows_of_several_adapters(route: tuple[int, int, int, int, str]) -> None:
+    for dtype, compute in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        routed(native, *route, dtype, compute, False)

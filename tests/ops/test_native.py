@@ -208,6 +208,94 @@ def test_several_adapters() -> None:
     assert all((g[1] == 0).all() for g in grads)
 
 
+class OneByOne:
+    """The kernels without their door for several adapters: copies of each one's rows."""
+
+    forward = staticmethod(native.forward)
+    backward = staticmethod(native.backward)
+
+
+# T, d, r, n, and which adapter each row or sequence has: by chance, all the last, none any, one for 43 rows
+ROUTES = [
+    (0, 40, 3, 2, "chance"),
+    (1, 40, 5, 3, "last"),
+    (31, 33, 1, 2, "chance"),
+    (33, 70, 512, 2, "none"),
+    (129, 100, 70, 40, "chance"),
+    (300, 577, 33, 4, "last"),
+    (301, 96, 64, 3, "sequence"),
+]
+
+
+def routed(
+    on: rows.Rows, T: int, d: int, r: int, n: int, how: str, dtype: torch.dtype, compute: torch.dtype, x_free: bool
+) -> list[Tensor]:
+    """y, what is saved and all gradients of rows with a gate, dropout, a residual unless ``x_free``, and a scale."""
+    torch.manual_seed(3)
+    parameters = map(torch.stack, zip(*(make_weights(d, r) for _ in range(n)), strict=True))
+    w = [*parameters, torch.linspace(-1, 2, n)]
+    x, dy, base = torch.randn(3, T, d).to(dtype)
+    index = torch.randint(-1, n - 1, (T,), dtype=torch.int32)  # the last has no rows
+    index = {"last": torch.full((T,), n - 1), "none": torch.full((T,), -1), "sequence": index[:7]}.get(how, index)
+    gate = torch.randn(T)
+    gate[::5], gate[1::5] = 0, 1e4
+    drop = Drop(0.3, torch.tensor([-7]))
+    more = (index, None, 1.0, gate, drop) if x_free else (index, base, 1.0, gate, drop)
+    y, *saved = rows.adapter_forward(on, x, w, 1e-5, "gelu", compute, True, *more)
+    back = x_free, index, not x_free, 1.0, gate, drop
+    grads = rows.adapter_backward(on, dy, y if x_free else x, *saved, w, 1e-5, "gelu", [True] * 9, *back)
+    assert all(g is not None for g in grads)
+    return [y, *saved, *grads]  # type: ignore[list-item]
+
+
+@pytest.mark.usefixtures("nan_in_empty_tensors")
+@pytest.mark.parametrize("x_free", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_rows_where_they_lie_are_rows_in_copies(
+    route: tuple[int, int, int, int, str], dtype: torch.dtype, compute: torch.dtype, x_free: bool
+) -> None:
+    """To the bit: routed rows have what each adapter's own call gives, and rows without an adapter are copied."""
+    got = routed(native, *route, dtype, compute, x_free)
+    for o, e in zip(got, routed(OneByOne, *route, dtype, compute, x_free), strict=True):
+        assert o.dtype == e.dtype
+        torch.testing.assert_close(o, e, rtol=0, atol=0, equal_nan=True)
+
+
+def test_routed_bits_do_not_depend_on_the_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            native.clear()
+            found.append(routed(native, 300, 577, 33, 6, "chance", torch.float32, torch.float32, False))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [-2, 3])
+def test_an_index_that_no_adapter_has_is_refused(value: int) -> None:
+    w = [torch.stack([t] * 3) for t in make_weights(40, 12)]
+    with pytest.raises(ValueError, match=f"index: expected values from -1 to 2, got .*{value}"):
+        rows.adapter_forward(
+            native, torch.randn(2, 40), w, 1e-5, "silu", torch.float32, False, torch.tensor([0, value])
+        )
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345])
+@pytest.mark.parametrize(("rate", "r"), [(0.0, 8), (0.1, 7), (0.5, 512), (0.999, 33)])
+def test_the_mask_is_the_closed_form_s(rate: float, r: int, seed: int) -> None:
+    """h = z = 1 and W_up = 1 for one unit at a time: y has the mask itself; rows have numbers beyond 2³², too."""
+    T, numbers = 40, torch.arange(40) * (2**31 + 1)
+    drop = Drop(rate, torch.tensor([seed]), numbers)
+    ones = Weights(None, None, torch.zeros(r, r), torch.ones(r), torch.eye(r), torch.zeros(r))
+    zeros = torch.zeros(T, r)
+    y = native.forward(zeros, ones, 1e-5, "identity", torch.float32, residual=zeros, drop=drop)[0]
+    assert torch.equal(y, drop.mask(T, r, torch.float32))
+
+
 def test_a_changed_scale_is_prepared_again() -> None:
     x, w, scale = torch.randn(40, 64), make_weights(64, 8), torch.tensor(2.0)
     made = native._prepared(w, torch.float32, scale)

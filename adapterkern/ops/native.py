@@ -352,7 +352,11 @@ def _backward(
     adapters, order = shares.given()
     if adapters:
         memory = torch.empty(_C.backward_bytes(adapters, stream), dtype=torch.uint8, device="cpu")
-        grads_of = [[0 if t is None else t.data_ptr() + 4 * e * t.stride(0) for t in made] for e in shares.numbers]
+        first = [0 if t is None else t.data_ptr() for t in made]
+        grads_of = [first]
+        if shares.order is not None:
+            steps = [0 if t is None else 4 * t.stride(0) for t in made]
+            grads_of = [[at + e * step for at, step in zip(first, steps, strict=True)] for e in shares.numbers]
         _C.backward(
             *(adapters, stream, rows.stride(0), dy.stride(0)),
             [t.data_ptr() for t in given],

@@ -46,13 +46,13 @@ def test_compares_all_kinds_at_one_budget(
     model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--model", str(model_folder), "--train", str(files[0]), "--eval", str(files[1])]
-    study = ["--vary", f"kind={','.join(KINDS)}", "--set", "max_params=1500", "--set", "max_steps=1", "--seeds", "1"]
+    study = ["--vary", f"kind={','.join(KINDS)}", "--set", "max_params=3000", "--set", "max_steps=1", "--seeds", "1"]
     command = ["ablate", *data, *study, "--no-head-alone", "--output", str(tmp_path)]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert all(f"kind {name} " in printed for name in list(KINDS)[1:])
     path = tmp_path / "ablation.csv"
-    fields = ("kind", "position", "scale", "layer_norm", "learned_scale")
+    fields = ("kind", "position", "scale", "layer_norm", "learned_scale", "prompt_gate")
     rows = list(read_results(path).values())
     assert len({tuple(row[name] for name in fields) for row in rows}) == len(rows) == len(KINDS)
     sizes = [int(row["trainable_parameters"]) for row in rows]

@@ -131,7 +131,9 @@ def test_kinds_that_do_not_fit_together_are_named() -> None:
         make().based_on({"kind": "no-norm", "layer_norm": True})
     with pytest.raises(ValueError, match="set: expected kind=parallel or position, not both: this kind is position="):
         make(vary={"position": ("layer",)}).based_on({"kind": "parallel"})
-    with pytest.raises(ValueError, match=r"kind: expected one of bottleneck, .*, prompt, got 'serial'"):
+    with pytest.raises(
+        ValueError, match=r"kind: expected one of bottleneck, .*, prompt, llama-adapter-v2, got 'serial'"
+    ):
         make(vary={"kind": ("serial",)})
     with pytest.raises(ValueError, match="vary: expected max_params or adapter_dim, not both: a budget decides"):
         make(vary={"adapter_dim": (64,)}, adapter=AdapterConfig()).based_on({"max_params": 1500})

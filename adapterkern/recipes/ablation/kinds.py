@@ -11,6 +11,8 @@ attention and feed-forward network, and h the one before the layer:
     no-norm             x + b(x), without LayerNorm                          Pfeiffer et al. 2021, arXiv:2005.00247
     learned-scale       x + s · b(x), s learned, 1 at first                  He et al. 2022
     prompt              gated prompts inside attention, see ``Prompt``       Zhang et al. 2023, arXiv:2303.16199
+    llama-adapter-v2    the same with a gate per head, and W·x → s ⊙ (W·x + b) in each linear layer
+                                                                             Gao et al. 2023, arXiv:2304.15010
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -28,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "no-norm": {"layer_norm": False},
     "learned-scale": {"learned_scale": True},
     "prompt": {"kind": PROMPT},
+    "llama-adapter-v2": {"kind": PROMPT, "prompt_gate": "head", "bias_scale": True},
 }
 
 

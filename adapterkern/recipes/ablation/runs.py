@@ -35,6 +35,7 @@ from adapterkern import __version__
 from adapterkern.files import check_owner, replacing
 from adapterkern.model.config import ADDED, MODULES, AdapterConfig, applies
 from adapterkern.model.files.owner import check_folder
+from adapterkern.model.linears import inside_of
 from adapterkern.model.llama import LlamaAdapter
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.api import train
@@ -50,7 +51,8 @@ from adapterkern.training.run.results import NonFiniteError, TrainResult
 
 CSV_NAME, STUDY_NAME = "ablation.csv", "study.json"
 
-_ADDED = ("kind", "prompt_length", "layer_norm", "scale", "learned_scale")  # columns that older files do not have
+# Columns that older files do not have
+_ADDED = ("kind", "prompt_length", "layer_norm", "scale", "learned_scale", "dropout", "prompt_gate", "bias_scale")
 _SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init", *_ADDED)
 _SHOWN_TRAINING = (
     *("train_adapters", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "lr", "schedule", "warmup"),
@@ -124,7 +126,8 @@ class _Runner:
     ) -> None:
         self.study, self.model, self.output, self.tokenizer, self.say = study, model, output, tokenizer, say
         self.train_data, self.eval_data = train_data, eval_data
-        self.variants = study.variants(model.decoder.config.hidden_size, len(model.layers))
+        decoder = model.decoder
+        self.variants = study.variants(decoder.config.hidden_size, len(model.layers), inside_of(decoder))
         for variant in self.variants:
             check_lr(variant.training)
         self.shared = shared_digest(model, train_data, eval_data, study.training, tokenizer)

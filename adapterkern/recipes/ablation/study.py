@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from adapterkern import checks
 from adapterkern.model.config import MODULES, AdapterConfig, applicable
+from adapterkern.model.inside import Inside
 from adapterkern.recipes.ablation.kinds import check_apart, kind_fields
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
 
@@ -101,15 +102,17 @@ class Study:
             found.append((tuple(point), changed, *configs))
         return found
 
-    def variants(self, hidden_size: int, num_layers: int) -> list[Variant]:
+    def variants(self, hidden_size: int, num_layers: int, inside: Inside | None = None) -> list[Variant]:
         """All variants for a backbone of this shape, the base point first and the head alone last.
+
+        ``inside``: of its layers, as for ``AdapterConfig.resolve``.
 
         Raises:
             TypeError, ValueError: a value that its field does not accept; the message names the field.
         """
         found = []
         for point, changed, adapter, training in self._points():
-            adapter = adapter.resolve(hidden_size, num_layers)
+            adapter = adapter.resolve(hidden_size, num_layers, inside)
             label = ", ".join(show_setting(point[i], num_layers) for i in sorted(changed)) or "base"
             found.append(Variant(label, point, changed, adapter, training))
         if self.head_alone and self.training.labeled:

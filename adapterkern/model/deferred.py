@@ -69,7 +69,10 @@ class DeferredMixture:
         # hooks, inside those of the checkpoint, keep what it saves for the backward. Detached, since a saved output
         # would hold its own graph.
         with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t):
-            index, weight = self._decide(x)
+            decided = self._decide(x)
+        if not isinstance(decided, tuple) or len(decided) != 2:
+            raise TypeError(f"decide: expected a function that returns (index, weight or None), got {decided!r:.80}")
+        index, weight = decided
         if self._mixture is not None:
             self._mixture = self._mixture.again(index, weight)  # of other tokens
         else:

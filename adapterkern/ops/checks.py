@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from adapterkern.checks import choice, integer, number
 from adapterkern.ops.index import vouched
@@ -135,8 +136,10 @@ def check_index_values(index: Tensor, n: int) -> None:
     """Raise the ``ValueError`` for a value outside −1 to n − 1; a GPU reports it itself, asynchronously."""
     if not torch.compiler.is_compiling() and vouched(index, n) is not None:
         return
+    if torch._C._functorch.is_batchedtensor(index):
+        raise ValueError("index: expected one for all calls that vmap makes at once, got one that it maps over")
     within = ((index >= -1) & (index < n)).all()
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(index):
         if not within:
             raise ValueError(
                 f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}"

@@ -20,11 +20,11 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scaled(parameter: Tensor, scale: Tensor | float) -> Tensor:
-    """``parameter`` times the scale, with a scale of 1 as it is; not rounded below fp32."""
+def scaled(parameter: Tensor, scale: Tensor | float, compute: torch.dtype = torch.float32) -> Tensor:
+    """``parameter`` times the scale, with a scale of 1 as it is; rounded neither below fp32 nor below ``compute``."""
     if not isinstance(scale, Tensor) and scale == 1:
         return parameter
-    return parameter.to(stats_dtype(parameter.dtype)) * scale
+    return parameter.to(torch.promote_types(stats_dtype(parameter.dtype), compute)) * scale
 
 
 def hidden(z: Tensor, activation: str, gate: Tensor | None, drop: Drop | None) -> Tensor:
@@ -66,7 +66,7 @@ def forward(
         normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], gamma, beta, eps)
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
     base = rows if residual is None else residual
-    up, bias = scaled(w.up_weight, scale).to(compute), scaled(w.up_bias, scale).to(compute)
+    up, bias = scaled(w.up_weight, scale, compute).to(compute), scaled(w.up_bias, scale, compute).to(compute)
     h, up, shift = gated(hidden(z, activation, gate, drop), up, bias, gate)
     # Whatever the strides of x and of the residual are, y is contiguous.
     if compute != rows.dtype:
@@ -125,10 +125,10 @@ def backward(
         grads["scale"] = products[0] + products[1]
 
     if needed[0] or any(need[:4]) or need_gate:
-        dh = dy_c @ scaled(w.up_weight, scale).to(compute)
+        dh = dy_c @ scaled(w.up_weight, scale, compute).to(compute)
     if gate is not None and need_gate:
         grads["gate"] = (dh * hidden(z, activation, None, drop)).sum(1, dtype=stats)
-        grads["gate"] += torch.mv(dy_c, scaled(w.up_bias, scale).to(compute))
+        grads["gate"] += torch.mv(dy_c, scaled(w.up_bias, scale, compute).to(compute))
     if needed[0] or any(need[:4]):
         if gate is not None:
             dh = dh * gate[:, None]

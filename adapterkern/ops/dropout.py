@@ -34,7 +34,9 @@ class Drop(NamedTuple):
 
 
 def threshold(rate: float) -> int:
-    """The words below it are dropped; from 0 to 2³² − 1."""
+    """The words below it are dropped; from 0 to 2³² − 1. Raises ``ValueError`` for a rate that is none."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: expected a number in [0, 1), got {rate}")
     return min(round(rate * 2**32), _LOW)
 
 

@@ -45,7 +45,9 @@ def vouch(index: Tensor, n: int) -> Tensor:
 
 def vouched(index: Tensor, n: int) -> Vouched | None:
     """The entry of the storage of ``index``, if its values are known to fit n adapters."""
-    entry = _vouched.get(index.untyped_storage()._cdata) if type(index) is Tensor else None
+    if type(index) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(index):  # the latter has no storage
+        return None
+    entry = _vouched.get(index.untyped_storage()._cdata)
     if entry is None or entry.n > n or entry.version != _version(index) or entry.storage.expired():
         return None
     return entry

@@ -184,6 +184,8 @@ class Shares(NamedTuple):
 def _shares(index: Tensor, weights: Sequence[Any], count: int, compute: torch.dtype, factor: float) -> Shares:
     """The ``count`` rows sorted by adapter, where ``index`` has one for each row or for each sequence."""
     isa, n = instruction_set()[0], len(weights[2])
+    if index.dtype not in (torch.int32, torch.int64) or count % max(1, index.numel()) or (count and not index.numel()):
+        raise ValueError(f"index: expected integers for {count} rows, got {index.numel()} of {index.dtype}")
     index = index.to(torch.int64).contiguous()
     order = torch.empty(count, dtype=torch.int64, device="cpu")
     each = count // max(1, index.numel())

@@ -63,8 +63,8 @@ def adapter(
         residual: what the branch is added to, of x's shape, dtype and device, any strides; None is x.
         scale: a number, or a tensor of one element, which may require a gradient; with ``index`` a number or ``(n,)``.
             It is a factor of the prepared W_up and b_up, so that it costs nothing per row.
-        gate: a weight of each row's branch, as a router gives it: floating point, of the shape of ``index``, or of
-            ``x.shape[:k]`` for some k < x.dim(). It may require a gradient.
+        gate: a weight of each row's branch, as a router gives it: floating point, of shape ``x.shape[:k]`` for some
+            k < x.dim(); with k adapters of each row, of the shape of ``index``. It may require a gradient.
         dropout: the probability p, 0 <= p < 1, that a number of h is set to 0; the others are multiplied by 1/(1 − p)
             (Srivastava et al. 2014). The backward makes the mask again: nothing keeps it. An adapter that is not being
             trained is called without.
@@ -86,7 +86,7 @@ def adapter(
         ValueError: a shape, device or value does not fit; the message names the argument.
     """
     weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    if index is not None and isinstance(index, Tensor) and index.dim() == x.dim() > 1:
+    if isinstance(index, Tensor) and isinstance(x, Tensor) and index.dim() == x.dim():
         how = {"eps": eps, "activation": activation, "fused": fused, "scale": scale, "dropout": dropout}
         return _several(x, weights, index, residual, gate, x_free, seed, how)
     check_inputs(x, weights, eps, activation, index, residual, scale)
@@ -95,7 +95,7 @@ def adapter(
     drop = None
     if gate is not None:
         gate = _of_rows(gate, x)
-    if dropout != 0 or seed is not None:
+    if seed is not None or type(dropout) is not float or dropout:
         check_dropout(dropout, seed, x)
         drop = Drop(dropout, _seed(seed, x.device)) if dropout else None
     tensors: Sequence[Tensor] = (x, *weights)
@@ -147,9 +147,8 @@ def _several(
         )
     if gate is not None:
         check_gate(gate, x, index)
-    if how["dropout"]:
-        check_dropout(how["dropout"], seed, x)
-        seed = _seed(seed, x.device)
+    check_dropout(how["dropout"], seed, x)
+    seed = _seed(seed, x.device) if how["dropout"] else None
     y = residual
     for i in range(index.shape[-1]):
         own = None if gate is None else gate[..., i]
@@ -163,7 +162,7 @@ def _of_rows(gate: Tensor, x: Tensor) -> Tensor:
     check_gate(gate, x)
     gate = gate.to(torch.promote_types(x.dtype, torch.float32))
     shape = x.shape[:-1]
-    return gate.reshape(*gate.shape, *(1,) * (len(shape) - gate.dim())).expand(shape).reshape(-1)
+    return gate.reshape((*gate.shape, *(1,) * (len(shape) - gate.dim()))).expand(shape).reshape(-1)
 
 
 def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:

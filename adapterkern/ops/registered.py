@@ -85,6 +85,8 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
     eps, activation, compute_dtype, save = args[6:10]
     _, index, prepared, residual, scale, factor, gate, dropout, seed = _optional(args, 10)
     weights = _with_scale(args[:6], scale)
+    if dropout and seed is None:
+        raise ValueError(f"seed: expected a tensor of int64 with dropout={dropout}, got None")
     if not runs_triton(x.device.type, x.dtype):
         drop = None if seed is None else Drop(dropout, seed)
         compute = operand_dtype(x, compute_dtype)

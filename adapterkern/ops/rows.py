@@ -161,7 +161,7 @@ def adapter_backward(
             return some
         of_gate, of_drop = _of_rows(gate, drop, chosen)
         h = hidden(z[chosen], activation, of_gate, of_drop)
-        up, bias = (scaled(t, scale).to(h.dtype) for t in (one.up_weight, one.up_bias))
+        up, bias = (scaled(t, scale, h.dtype).to(h.dtype) for t in (one.up_weight, one.up_bias))
         return (some - F.linear(*gated(h, up, bias, of_gate))).to(x.dtype)
 
     def grads(chosen: Tensor | slice, one: Weights, scale: Tensor | float) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import adapterkern as ak
@@ -159,6 +160,8 @@ def test_several_adapters_of_a_row_have_masks_of_their_own(fused: bool) -> None:
         ({"dropout": 1.0}, ValueError, r"dropout: expected a number in \[0, 1\), got 1.0"),
         ({"dropout": "a"}, TypeError, r"dropout: expected a number in \[0, 1\), got 'a'"),
         ({"seed": 2**63}, ValueError, "seed: expected an integer from -9223372036854775808 to 9223372036854775807"),
+        ({"dropout": torch.tensor([0.1, 0.2])}, TypeError, r"dropout: expected a number in \[0, 1\), got tensor"),
+        ({"index": torch.zeros(3, 2, 2).long(), "seed": "a"}, TypeError, "seed: expected an integer .*, got 'a'"),
         ({"seed": torch.zeros(1)}, TypeError, "seed: expected a torch.Tensor of dtype int64, got torch.float32"),
         ({"seed": torch.zeros(2).long()}, ValueError, r"seed: expected one element on cpu like x, got shape \(2,\)"),
         ({"gate": 0.5}, TypeError, "gate: expected a dense torch.Tensor of a floating dtype, got float"),
@@ -187,3 +190,61 @@ def test_errors(how: dict[str, Any], error: type[Exception], message: str) -> No
     given = [t[None] for t in w] if "index" in how else w
     with pytest.raises(error, match=message):
         ak.adapter(torch.randn(3, 2, D), *given, **how)
+
+
+def test_one_row(fused: bool) -> None:
+    """x of shape (d,): a gate of no dimensions, and k adapters of its one row."""
+    w = [torch.stack([t, 2 * t]) for t in make_weights(D, R)]
+    x, gate, index = torch.randn(D), torch.tensor([0.5, -2.0]), torch.tensor([1, 0])
+    got = ak.adapter(x, *w, index=index, gate=gate, fused=fused)
+    rows = ak.adapter(x[None], *w, index=index[None], gate=gate[None], fused=fused)
+    torch.testing.assert_close(got, rows[0])
+    alone = ak.adapter(x, *(t[1] for t in w), gate=gate[0], fused=fused)
+    torch.testing.assert_close(ak.adapter(x, *w, index=index[0], gate=gate[0], fused=fused), alone)
+
+
+def test_transforms_and_fake_tensors_take_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = [torch.stack([t, 2 * t]) for t in make_weights(D, R)]
+    x, gate, index = torch.randn(T, D), torch.randn(T, 2), torch.randint(-1, 2, (T, 2))
+
+    def call(x: Tensor) -> Tensor:
+        return ak.adapter(x, *w, index=index, gate=gate).sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(call)(x), torch.autograd.grad(call(leaf), leaf)[0])
+    both = torch.vmap(call)(torch.stack([x, -x]))
+    torch.testing.assert_close(both, torch.stack([call(x), call(-x)]))
+    with pytest.raises(ValueError, match="index: expected one for all calls that vmap makes at once"):
+        torch.vmap(lambda x, i: ak.adapter(x, *w, index=i))(torch.stack([x, x]), torch.zeros(2, T, dtype=torch.long))
+    monkeypatch.setattr(operator, "prefers_eager", lambda *_: False)  # whose rows are chosen by value
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = ak.adapter(mode.from_tensor(x), *map(mode.from_tensor, w), index=mode.from_tensor(index[:, 0]))
+    assert y.shape == x.shape
+
+
+def test_the_operator_itself_refuses_what_it_cannot_read() -> None:
+    x, w = torch.randn(6, D), [torch.stack([t]) for t in make_weights(D, R)]
+
+    def call(index: Tensor, *more: Any) -> Tensor:
+        return torch.ops.adapterkern.adapter_forward(x, *w, 1e-5, "silu", None, True, False, index, *more)[0]
+
+    assert call(torch.zeros(3, dtype=torch.long)).shape == x.shape
+    for index in (torch.zeros(n, dtype=torch.long) for n in (0, 4, 7)):
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            call(index)
+    rows = torch.zeros(6, dtype=torch.long)
+    for rate, seed, message in ((1.0, torch.zeros(1).long(), "dropout"), (0.5, None, "seed")):
+        with pytest.raises(ValueError, match=f"{message}: expected"):
+            call(rows, None, None, None, 1.0, None, rate, seed)
+
+
+def test_a_scale_keeps_fp64() -> None:
+    """Of fp32 parameters under an fp64 x."""
+    x, w = torch.randn(T, D).double(), make_weights(D, R)
+    exact = ak.adapter(x, *(t.double() for t in w), scale=0.7, fused=False)
+    torch.testing.assert_close(
+        torch.ops.adapterkern.adapter_forward(x, *w, 1e-5, "silu", None, False, False, None, None, None, None, 0.7)[0],
+        exact,
+        rtol=1e-12,
+        atol=1e-12,
+    )

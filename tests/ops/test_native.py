@@ -241,11 +241,11 @@ def routed(
     gate[::5], gate[1::5] = 0, 1e4
     drop = Drop(0.3, torch.tensor([-7]))
     more = (index, None, 1.0, gate, drop) if x_free else (index, base, 1.0, gate, drop)
-    y, *saved = rows.adapter_forward(on, x, w, 1e-5, "gelu", compute, True, *more)
+    y, z, mean, rstd = rows.adapter_forward(on, x, w, 1e-5, "gelu", compute, True, *more)
     back = x_free, index, not x_free, 1.0, gate, drop
-    grads = rows.adapter_backward(on, dy, y if x_free else x, *saved, w, 1e-5, "gelu", [True] * 9, *back)
+    grads = rows.adapter_backward(on, dy, y if x_free else x, z, mean, rstd, w, 1e-5, "gelu", [True] * 9, *back)
     assert all(g is not None for g in grads)
-    return [y, *saved, *grads]  # type: ignore[list-item]
+    return [y, z, mean, rstd, *grads]  # type: ignore[list-item]
 
 
 @pytest.mark.usefixtures("nan_in_empty_tensors")

@@ -95,7 +95,7 @@ def _check(name: str, run: SavedRun) -> None:
         )
     if any(isinstance(part, dict) and part.get(BIAS_SCALE) for part in parts):
         raise ValueError(
-            f"{name}: expected an adapter without bias and scale of the backbone's linear layers (bias_scale), which "
+            f"{name}: expected an adapter without bias and scale of the backbone's linear layers (--bias-scale), which "
             "all rows of a batch share, got one with them"
         )
 

@@ -27,11 +27,16 @@ def scaled(parameter: Tensor, scale: Tensor | float, compute: torch.dtype = torc
     return parameter.to(torch.promote_types(stats_dtype(parameter.dtype), compute)) * scale
 
 
-def hidden(z: Tensor, activation: str, gate: Tensor | None, drop: Drop | None) -> Tensor:
+def mask_of(drop: Drop | None, z: Tensor) -> Tensor | None:
+    """The mask of h, (T, r), not rounded below fp32; None without dropout."""
+    return None if drop is None else drop.mask(len(z), z.shape[1], stats_dtype(z.dtype))
+
+
+def hidden(z: Tensor, activation: str, gate: Tensor | None, mask: Tensor | None) -> Tensor:
     """What W_up multiplies, (T, r) in z's dtype: act(z), masked, times the gate (T,)."""
     h = ACTIVATIONS[activation].fn(z)
-    if drop is not None:
-        h = h * drop.mask(len(z), z.shape[1], stats_dtype(z.dtype))
+    if mask is not None:
+        h = h * mask
     return (h if gate is None else h * gate[:, None]).to(z.dtype)
 
 
@@ -67,7 +72,7 @@ def forward(
     z = F.linear(normed.to(compute), w.down_weight.to(compute), w.down_bias.to(compute))
     base = rows if residual is None else residual
     up, bias = scaled(w.up_weight, scale, compute).to(compute), scaled(w.up_bias, scale, compute).to(compute)
-    h, up, shift = gated(hidden(z, activation, gate, drop), up, bias, gate)
+    h, up, shift = gated(hidden(z, activation, gate, mask_of(drop, z)), up, bias, gate)
     # Whatever the strides of x and of the residual are, y is contiguous.
     if compute != rows.dtype:
         # The branch comes first: a sum takes its first operand's layout.
@@ -108,12 +113,12 @@ def backward(
     ``residual``: whether the forward had one; dx then lacks dy. After the parameters' come the gradients of a Tensor
     ``scale`` and of ``gate``.
     """
-    need, (need_scale, need_gate) = Weights(*needed[1:7]), _extra(needed, scale, gate)  # type: ignore[arg-type]
+    need, (need_scale, need_gate) = Weights(*needed[1:7]), needs_extra(needed, scale, gate)  # type: ignore[arg-type]
     d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
-    dy_c = dy.to(compute)
+    dy_c, mask = dy.to(compute), mask_of(drop, z)
     grads: dict[str, Tensor] = {}
     if need.up_weight or need_scale:
-        grads["up_weight"] = dy_c.T @ hidden(z, activation, gate, drop)
+        grads["up_weight"] = dy_c.T @ hidden(z, activation, gate, mask)
     if need.up_bias or need_scale:
         # The sum accumulates in fp32; sum(dtype=fp32) would first copy all of dy.
         grads["up_bias"] = dy.sum(0) if gate is None else torch.mv(dy.T, gate.to(dy.dtype))
@@ -127,13 +132,13 @@ def backward(
     if needed[0] or any(need[:4]) or need_gate:
         dh = dy_c @ scaled(w.up_weight, scale, compute).to(compute)
     if gate is not None and need_gate:
-        grads["gate"] = (dh * hidden(z, activation, None, drop)).sum(1, dtype=stats)
+        grads["gate"] = (dh * hidden(z, activation, None, mask)).sum(1, dtype=stats)
         grads["gate"] += torch.mv(dy_c, scaled(w.up_bias, scale, compute).to(compute))
     if needed[0] or any(need[:4]):
         if gate is not None:
             dh = dh * gate[:, None]
-        if drop is not None:
-            dh = dh * drop.mask(len(z), z.shape[1], stats)
+        if mask is not None:
+            dh = dh * mask
         dh = dh.to(compute)
         dz = torch.ops.aten.silu_backward(dh, z) if activation == "silu" else dh * ACTIVATIONS[activation].derivative(z)
         A = W = w.down_weight.to(stats)
@@ -177,6 +182,6 @@ def backward(
     return [dx, *(grads[name].to(given[name].dtype) if wanted else None for name, wanted in named)]
 
 
-def _extra(needed: Sequence[bool], scale: Tensor | float, gate: Tensor | None) -> tuple[bool, bool]:
+def needs_extra(needed: Sequence[bool], scale: Tensor | float, gate: Tensor | None) -> tuple[bool, bool]:
     """Whether the gradients of the scale and of the gate are needed."""
     return isinstance(scale, Tensor) and needed[7], gate is not None and needed[-1]

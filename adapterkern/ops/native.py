@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkern.ops.closed_form import scaled
+from adapterkern.ops.closed_form import needs_extra, scaled
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.kept import Kept
 from adapterkern.ops.readable import aligned, expect, gating, inputs, side_by_side
@@ -184,11 +184,11 @@ class Shares(NamedTuple):
 def _shares(index: Tensor, weights: Sequence[Any], count: int, compute: torch.dtype, factor: float) -> Shares:
     """The ``count`` rows sorted by adapter, where ``index`` has one for each row or for each sequence."""
     isa, n = instruction_set()[0], len(weights[2])
-    if index.dtype not in (torch.int32, torch.int64) or count % max(1, index.numel()) or (count and not index.numel()):
+    each = count // max(1, index.numel())
+    if index.dtype not in (torch.int32, torch.int64) or each * index.numel() != count:
         raise ValueError(f"index: expected integers for {count} rows, got {index.numel()} of {index.dtype}")
     index = index.to(torch.int64).contiguous()
     order = torch.empty(count, dtype=torch.int64, device="cpu")
-    each = count // max(1, index.numel())
     begins = _C.sort_rows(index.data_ptr(), index.numel(), each, n, order.data_ptr())
     if not begins:
         raise ValueError(f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}")
@@ -338,8 +338,7 @@ def _backward(
 ) -> list[Tensor | None]:
     rows, dy, *_ = given
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
-    learned = isinstance(scale, Tensor)
-    of_scale, of_gate = learned and needed[7], gate is not None and needed[-1]
+    of_scale, of_gate = needs_extra(needed, scale, gate)
     down = any(needed[1:5])  # which the kernels make together
     norm = down and w[0] is not None
     wanted = [norm, norm, down, down, needed[5] or of_scale, needed[6] or of_scale]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapterkern.ops.closed_form import gated, hidden, scaled, stats_dtype
+from adapterkern.ops.closed_form import gated, hidden, mask_of, scaled, stats_dtype
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import Weights
 
@@ -160,7 +160,7 @@ def adapter_backward(
         if not x_free:
             return some
         of_gate, of_drop = _of_rows(gate, drop, chosen)
-        h = hidden(z[chosen], activation, of_gate, of_drop)
+        h = hidden(z[chosen], activation, of_gate, mask_of(of_drop, z[chosen]))
         up, bias = (scaled(t, scale, h.dtype).to(h.dtype) for t in (one.up_weight, one.up_bias))
         return (some - F.linear(*gated(h, up, bias, of_gate))).to(x.dtype)
 

@@ -19,6 +19,7 @@ from adapterkern.model.linears import BiasScale
 from adapterkern.training.compiled import check_compile
 from adapterkern.training.parallel.frozen import cast_once
 from tests.support import families, tiny_run
+from tests.support.runs import check_learned
 from tests.support.tiny_llama import IDS, LEFT_PADDED, draw, grads, logits, tiny
 
 V2: dict[str, Any] = {
@@ -265,32 +266,12 @@ def test_frozen_weights_are_cast_once_for_autocast() -> None:
 def test_trains_resumes_saves_and_loads(tmp_path: Path) -> None:
     """With the prefix cached; its vectors do not decay; and mixtures of gates of heads are each row's own."""
     fields = {key: value for key, value in V2.items() if key != "modules_to_save"} | {"adapter_dim": 64}
-    rows = tiny_run.rows(12)
-
-    def run(model: ak.LlamaAdapter, **values: Any) -> Any:
-        config = tiny_run.quiet(output_dir=tmp_path / "run", checkpoint_every=2, **values)
-        return ak.train(model, rows, config, tokenizer=tiny_run.tokenizer())
-
-    model, uncached = tiny_run.model(**fields), tiny_run.model(**fields)
-    before = tiny_run.weights(model)
-    run(uncached, prefix_cache=False, overwrite=True)
-    result = run(model, prefix_cache=True, overwrite=True)
-    assert result.prefix_layers == 1
-    assert all((p != q).any() for p, q in zip(tiny_run.weights(model), before, strict=True))
-    torch.testing.assert_close(tiny_run.weights(model), tiny_run.weights(uncached), rtol=1e-4, atol=1e-5)
+    model, run = check_learned(tmp_path / "run", **fields)
     saved = load_file(tmp_path / "run" / "adapterkern.safetensors")
     assert saved["bias_scale.1.mlp.down_proj.scale"].shape == saved["bias_scale.1.mlp.down_proj.bias"].shape == (32,)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "y = s · (W · x + b) in each linear layer of these layers" in card
     assert f"{sum(p.numel() for p in model.adapter_parameters()):,} parameters" in card
-
-    loaded = ak.LlamaAdapter.from_pretrained(tiny_run.model().unload(), tmp_path / "run")
-    assert loaded.adapter_config() == model.adapter_config()
-    assert tiny_run.same_bits(tiny_run.weights(loaded), tiny_run.weights(model))
-    assert result.checkpoint is not None
-    resumed = tiny_run.model(**fields)
-    run(resumed, prefix_cache=True, resume=True)
-    assert tiny_run.same_bits(tiny_run.weights(resumed), tiny_run.weights(model))
     with pytest.raises(ValueError, match=r"the run was begun with bias_scale=True, not False"):
         run(tiny_run.model(**fields | {"bias_scale": False}), resume=True)
     small = tiny(num_hidden_layers=4, intermediate_size=40)

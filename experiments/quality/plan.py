@@ -1,0 +1,124 @@
+"""Which runs there are, and which follow from those that are done.
+
+A group is a method in one place with one budget. First its learning rates are tried with seed 0 and judged on the
+validation texts; while the best is the first or the last, one more is tried beyond it. Then the seeds from 1 on run at
+the best rate, and only they see the test set. So a choice is a function of the rows of the search, and an interrupted
+study goes on where it was.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from experiments.quality.methods import METHODS
+from experiments.quality.rows import Rows
+from experiments.quality.training import LAYERS, Spec
+
+LADDER = tuple(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (2, 6))  # 2e-6, 6e-6, …, 0.6
+# Where a search begins
+MIDDLE = dict.fromkeys(METHODS, 6e-3) | {"head": 2e-2, "ia3": 2e-2, "prompts": 2e-2, "last-layer": 6e-4, "full": 2e-4}
+MOST_RATES = 9
+LOW, HIGH = 0.003, 0.03  # budgets, as shares of the backbone's parameters
+HALF, ALL_LAYERS, WHOLE = (LAYERS, LAYERS // 2), (LAYERS, 0), (30, 22)  # layers of the backbone, the first changed
+EPOCHS = {100: 8, 400: 3, 1200: 3, 1600: 2, 0: 1}  # by texts; 0 is all
+MAIN = ("head", "lora", "adapter", "adapter-parallel")
+WIDE = (*MAIN, "last-layer", "lora-attention", "prompts", "adapter-attention")
+SIZED = ("lora", "lora-attention", "adapter", "adapter-attention", "adapter-parallel", "adapter-low-rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A method in one place with one budget."""
+
+    at: Spec  # rate, seed and final are those of each run
+    seeds: int  # that see the test set
+    width: int = 2  # rates on each side of the middle, at first
+    like: "Group | None" = None  # whose best rate is the middle
+
+    def tried(self, rate: float) -> Spec:
+        """The run of the search at a rate."""
+        return dataclasses.replace(self.at, lr=rate, seed=0, final=False)
+
+    def searched(self, done: Rows) -> tuple[list[Spec], float | None]:
+        """The runs that the search still needs, and if it needs none the best rate."""
+        middle = MIDDLE[self.at.method]
+        if self.like is not None:
+            missing, found = self.like.searched(done)
+            if found is None:
+                return missing, None
+            middle = found
+        at = LADDER.index(middle)
+        low, high = max(at - self.width, 0), min(at + self.width, len(LADDER) - 1)
+        while True:
+            rates = LADDER[low : high + 1]
+            if missing := [spec for spec in map(self.tried, rates) if spec not in done]:
+                return missing, None
+            best = max(rates, key=lambda rate: _validation(done, self.tried(rate)))
+            if high - low + 1 >= MOST_RATES or best not in (rates[0], rates[-1]) or not self.width:
+                return [], best
+            low, high = max(low - (best == rates[0]), 0), min(high + (best == rates[-1]), len(LADDER) - 1)
+            if LADDER[low : high + 1] == rates:  # the ladder's end
+                return [], best
+
+    def final(self, done: Rows) -> list[Spec]:
+        """The runs that see the test set, once the search is done."""
+        _, rate = self.searched(done)
+        if rate is None:
+            return []
+        return [dataclasses.replace(self.at, lr=rate, seed=seed, final=True) for seed in range(1, self.seeds + 1)]
+
+    def missing(self, done: Rows) -> list[Spec]:
+        """The runs that can be done now."""
+        searching, _ = self.searched(done)
+        return searching or [spec for spec in self.final(done) if spec not in done]
+
+
+def _validation(done: Rows, spec: Spec) -> tuple[float, float]:
+    row = done[spec]
+    if row["status"] != "finished":
+        return -1.0, 0.0
+    return float(row["validation"]), -float(row["validation_loss"])
+
+
+def _at(data: str, place: tuple[int, int], method: str, budget: float, texts: int = 400, keep: float = 0.0) -> Spec:
+    place = (LAYERS, 0) if method == "full" else place
+    return Spec(data, *place, method, budget, texts, EPOCHS[texts], lr=0.0, seed=0, keep=keep)
+
+
+def parts() -> dict[str, list[Group]]:
+    """The groups of each part of the study, in the order in which they run."""
+    main = {method: Group(_at("r8", HALF, method, LOW), 5) for method in METHODS}
+    whole = {method: Group(_at("r8", WHOLE, method, LOW), 3, 1, main[method]) for method in (*MAIN, "last-layer")}
+    return {
+        "r8": list(main.values()),
+        "questions": [Group(_at("questions", HALF, method, LOW, 1200), 3, 1, main[method]) for method in WIDE],
+        "20news": [Group(_at("20news", HALF, method, LOW), 3, 1, main[method]) for method in WIDE],
+        "high": [Group(_at("r8", HALF, method, HIGH), 5, 1, main[method]) for method in SIZED],
+        "whole": list(whole.values()),
+        "keep": [
+            Group(_at("r8", WHOLE, method, LOW, keep=keep), 3, 0, whole[method])
+            for method in ("lora", "adapter", "last-layer")
+            for keep in (0.3, 3.0)
+        ],
+        "texts": [
+            Group(_at("r8", HALF, method, LOW, texts), 3, 1, main[method])
+            for texts in (100, 1600, 0)
+            for method in MAIN
+        ],
+        "sizes": [
+            Group(_at("r8", HALF, method, budget), 0, 2, main[method])
+            for budget in (0.0003, 0.001, 0.01)
+            for method in ("adapter", "lora")
+        ],
+        "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 1, main[method]) for method in MAIN[1:]],
+    }
+
+
+def pending(done: Rows, chosen: list[str]) -> Iterator[Spec]:
+    """The runs that can be done now, the first first; none twice."""
+    seen: set[Spec] = set()
+    for name in chosen:
+        for group in parts()[name]:
+            for spec in group.missing(done):
+                if spec not in seen:
+                    seen.add(spec)
+                    yield spec

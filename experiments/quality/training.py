@@ -1,0 +1,275 @@
+"""One run: a method on one set, from one seed. All methods share this loop, the head, the optimizer and the schedule.
+
+AdamW with global-norm clipping (``ak.ClippedAdamW``, the defaults of ``ak.TrainConfig``: weight decay 0.01 of matrices,
+norm 1, 6 % warmup, then linear decay), 16 texts per step, fp32. The head, on the mean of the last hidden states, or for
+questions on every token's, learns at the method's rate, but never below ``HEAD_LR``: a rate that suits whole matrices
+would leave it untrained. After each epoch the validation texts are evaluated; the parameters of the best epoch count.
+
+Seeds draw the training texts from the pool, their order, and all initial weights; methods are compared seed by seed.
+"""
+
+import base64
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adapterkern as ak
+from adapterkern.recipes.qa.squad import exact_match, f1
+from adapterkern.training.optimization import make_schedule
+from experiments.common import backbone
+from experiments.quality import sets
+from experiments.quality.methods import Applied, apply
+from experiments.quality.sets import Part, Set
+from experiments.quality.stream import mean, stream, suffix
+
+BATCH, HEAD_LR, LONGEST_ANSWER = 16, 2e-3, 12
+DRIFT_TEXTS, KEPT_TEXTS, KEPT_PER_STEP = 32, 400, 4
+LAYERS = 8  # of the smaller backbone
+CHUNK = 256  # tokens whose logits exist at a time
+TEST_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Spec:
+    """What determines a run's numbers."""
+
+    data: str  # of sets.SETS
+    layers: int  # of the backbone, from the first
+    first: int  # the first layer that the method may change
+    method: str  # of methods.METHODS
+    budget: float  # parameters to train, as a share of the backbone's
+    texts: int  # to train on; 0 is all
+    epochs: int
+    lr: float
+    seed: int
+    keep: float = 0.0  # weight of KL(untouched || trained) on texts of another kind
+    final: bool = False  # whether the test set is evaluated
+
+
+class World:
+    """What the runs of one process share, which needs one: the backbone, the sets, their cached streams."""
+
+    @functools.cache  # noqa: B019
+    def _loaded(self, layers: int) -> tuple[Any, Any]:
+        return backbone(layers)
+
+    def llama(self, layers: int) -> Any:
+        """The first layers of the backbone."""
+        return self._loaded(layers)[0]
+
+    @functools.cache  # noqa: B019
+    def set(self, name: str) -> Set:
+        """A set by its name."""
+        return sets.load(name, self._loaded(LAYERS)[1])
+
+    @functools.cache  # noqa: B019
+    def stream(self, data: str, part: str, layers: int, first: int) -> np.ndarray | None:
+        """The stream of a part, or None if there is nothing below."""
+        if not first:
+            return None
+        found, name = self.set(data), f"{data}-{part}-{self.set(data).digest}-{layers}"
+        return stream(self.llama(layers), first, getattr(found, part), name)
+
+    @functools.cache  # noqa: B019
+    def untouched(self, data: str, part: str, count: int, layers: int, first: int) -> Tensor:
+        """The untouched model's states after the final norm on the first texts of a part (N, L, d)."""
+        applied = apply("head", suffix(self.llama(layers), first), 0)
+        texts = Texts(self, data, part, layers, first)
+        with torch.no_grad():
+            return torch.cat([applied.hidden(*texts(rows, applied)) for rows in np.split(np.arange(count), count // 8)])
+
+
+class Texts:
+    """A part's rows as what a suffix reads."""
+
+    def __init__(self, world: World, data: str, part: str, layers: int, first: int) -> None:
+        self.part: Part = getattr(world.set(data), part)
+        self._stream = world.stream(data, part, layers, first)
+
+    def __call__(self, rows: Any, applied: Applied) -> tuple[Tensor, Tensor]:
+        """The stream (B, L, d) and the lengths (B,), as long as the longest."""
+        lengths = torch.from_numpy(self.part.lengths[rows])
+        longest = int(lengths.max())
+        if self._stream is not None:
+            return torch.from_numpy(self._stream[rows, :longest]), lengths
+        return applied.suffix.model.embed_tokens(torch.from_numpy(self.part.ids[rows, :longest]).long()), lengths
+
+
+def other_kind(data: str) -> str:
+    """The set whose texts tell what a model has forgotten."""
+    return "r8" if data == "20news" else "20news"
+
+
+def run(world: World, spec: Spec) -> dict[str, Any]:
+    """Train and evaluate; the measured columns of the CSV."""
+    started = time.perf_counter()
+    place = spec.layers, spec.first
+    llama, found = world.llama(spec.layers), world.set(spec.data)
+    torch.manual_seed(spec.seed)
+    total = llama.num_parameters()
+    applied = apply(spec.method, suffix(llama, spec.first, share=spec.method != "full"), round(spec.budget * total))
+    head = nn.Linear(llama.config.hidden_size, found.labels or 2)
+    model = _Model(applied, head, bool(found.labels))
+    order = np.random.default_rng(spec.seed)
+    pool = order.permutation(len(found.train))[: spec.texts or None]
+    train, validation = (Texts(world, spec.data, part, *place) for part in ("train", "validation"))
+    steps = -(-len(pool) // BATCH) * spec.epochs
+    optimizer = _optimizer(applied, head, spec.lr)
+    schedule = make_schedule(optimizer, ak.TrainConfig(lr=spec.lr), steps)
+    keep = _Keep(world, spec) if spec.keep else None
+    curve: list[float] = []
+    best, best_loss, saved, seconds = -1.0, 0.0, {}, 0.0
+    for epoch in range(1, spec.epochs + 1):
+        clock = time.perf_counter()
+        applied.train(True)
+        shuffled = order.permutation(pool)
+        for start in range(0, len(shuffled), BATCH):
+            rows = shuffled[start : start + BATCH]
+            loss = model.loss(train, rows)
+            if keep is not None:
+                loss = loss + spec.keep * keep(applied, order)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        seconds += time.perf_counter() - clock
+        if not torch.isfinite(loss):
+            return {"status": f"not finite in epoch {epoch}", "parameters": applied.size}
+        applied.train(False)
+        score = model.evaluate(validation)
+        curve.append(score["accuracy"])
+        if (score["accuracy"], -score["loss"]) > (best, -best_loss):
+            best, best_loss, at = score["accuracy"], score["loss"], epoch
+            saved = {name: p.detach().clone() for name, p in model.trained.items()}
+    with torch.no_grad():
+        for name, p in model.trained.items():
+            p.copy_(saved[name])
+    result = {
+        "status": "finished",
+        "parameters": applied.size,
+        "steps": steps,
+        "best_epoch": at,
+        "validation": best,
+        "validation_loss": best_loss,
+        "curve": " ".join(f"{value:.4f}" for value in curve),
+        "drift": drift(world, spec, applied),
+        "train_seconds": seconds,
+    }
+    if spec.final:
+        score = model.evaluate(Texts(world, spec.data, "test", *place))
+        right = base64.b64encode(np.packbits(score["right"]).tobytes()).decode()
+        result |= {"test": score["accuracy"], "test_f1": score.get("f1", ""), "right": right}
+    return result | {"seconds": time.perf_counter() - started}
+
+
+def _optimizer(applied: Applied, head: nn.Module, lr: float) -> ak.ClippedAdamW:
+    groups = []
+    for parameters, rate in ((list(applied.parameters.values()), lr), (list(head.parameters()), max(lr, HEAD_LR))):
+        for decay, chosen in (
+            (0.01, [p for p in parameters if p.dim() >= 2]),
+            (0.0, [p for p in parameters if p.dim() < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+    return ak.ClippedAdamW(groups, lr=lr, max_norm=1.0)
+
+
+class _Model:
+    def __init__(self, applied: Applied, head: nn.Linear, classifies: bool) -> None:
+        self.applied, self.head, self.classifies = applied, head, classifies
+        self.trained = applied.parameters | {f"head.{name}": p for name, p in head.named_parameters()}
+
+    def loss(self, texts: Texts, rows: Any) -> Tensor:
+        return self._loss(self._scores(texts, rows), texts.part, rows) + self.applied.extra()
+
+    def _scores(self, texts: Texts, rows: Any) -> Tensor:
+        """(B, labels), or of questions (B, 2, L), −inf outside the context."""
+        x, lengths = texts(rows, self.applied)
+        hidden = self.applied.hidden(x, lengths)
+        if self.classifies:
+            return self.head(mean(hidden, lengths))
+        at = torch.arange(hidden.shape[1])
+        outside = (at >= lengths[:, None]) | (at < torch.from_numpy(texts.part.begins[rows])[:, None])
+        return self.head(hidden).transpose(1, 2).masked_fill(outside[:, None], float("-inf"))
+
+    @staticmethod
+    def _loss(scores: Tensor, part: Part, rows: Any) -> Tensor:
+        return F.cross_entropy(scores.flatten(0, scores.dim() - 2), torch.from_numpy(part.targets[rows]).flatten())
+
+    @torch.no_grad()
+    def evaluate(self, texts: Texts) -> dict[str, Any]:
+        """accuracy (questions: exact match), loss, right (N,) bool, and of questions f1; all from 0 to 1."""
+        part, right, overlap, loss = texts.part, [], [], 0.0
+        for start in range(0, len(part), TEST_BATCH):
+            rows = np.arange(start, min(start + TEST_BATCH, len(part)))
+            scores = self._scores(texts, rows)
+            loss += float(self._loss(scores, part, rows)) * len(rows)
+            if self.classifies:
+                right += (scores.argmax(1).numpy() == part.targets[rows]).tolist()
+                continue
+            for row, predicted in zip(rows, best_spans(scores), strict=True):
+                context, answer, offsets = part.texts[row]
+                first, last = (int(i) - int(part.begins[row]) for i in predicted)
+                given = context[offsets[first][0] : offsets[last][1]]
+                right.append(exact_match(answer, given) == 1)
+                overlap.append(f1(answer, given))
+        found = {"accuracy": sum(right) / len(right), "loss": loss / len(part), "right": np.array(right)}
+        return found | ({"f1": sum(overlap) / len(overlap)} if overlap else {})
+
+
+def best_spans(scores: Tensor) -> np.ndarray:
+    """The first and last token (B, 2) of the likeliest spans of at most ``LONGEST_ANSWER``, of scores (B, 2, L)."""
+    length = scores.shape[-1]
+    may = torch.ones(length, length).triu().tril(LONGEST_ANSWER - 1)
+    pairs = (scores[:, 0, :, None] + scores[:, 1, None, :]).masked_fill(may == 0, float("-inf"))
+    best = pairs.flatten(1).argmax(1)
+    return torch.stack([best // length, best % length], 1).numpy()
+
+
+# What a model has forgotten
+
+
+def divergence(states: Tensor, untouched: Tensor, lm_head: Any, before: Any) -> Tensor:
+    """The summed KL(untouched ‖ trained) over tokens, in nats, of states (T, d) after the final norm."""
+    p, q = F.log_softmax(before(untouched), -1), F.log_softmax(lm_head(states), -1)
+    return F.kl_div(q, p, reduction="sum", log_target=True)
+
+
+def drift(world: World, spec: Spec, applied: Applied) -> float:
+    """KL(untouched ‖ trained) in nats per token, on held-out texts of another kind."""
+    other = other_kind(spec.data)
+    texts = Texts(world, other, "validation", spec.layers, spec.first)
+    untouched = world.untouched(other, "validation", DRIFT_TEXTS, spec.layers, spec.first)
+    before, total, tokens = world.llama(spec.layers).lm_head, 0.0, 0
+    with torch.no_grad():
+        for rows in np.split(np.arange(DRIFT_TEXTS), DRIFT_TEXTS // 8):
+            x, lengths = texts(rows, applied)
+            real = torch.arange(x.shape[1]) < lengths[:, None]
+            states, old = applied.hidden(x, lengths)[real], untouched[rows][:, : x.shape[1]][real]
+            for new, kept in zip(states.split(CHUNK), old.split(CHUNK), strict=True):
+                total += float(divergence(new, kept, applied.suffix.lm_head, before))
+            tokens += len(states)
+    return total / tokens
+
+
+class _Keep:
+    """The drift on texts of another kind, of a few per step: what keeps behavior."""
+
+    def __init__(self, world: World, spec: Spec) -> None:
+        other = other_kind(spec.data)
+        self.texts = Texts(world, other, "train", spec.layers, spec.first)
+        self.untouched = world.untouched(other, "train", KEPT_TEXTS, spec.layers, spec.first)
+        self.before = world.llama(spec.layers).lm_head
+
+    def __call__(self, applied: Applied, order: np.random.Generator) -> Tensor:
+        rows = order.choice(KEPT_TEXTS, KEPT_PER_STEP, replace=False)
+        x, lengths = self.texts(rows, applied)
+        real = torch.arange(x.shape[1]) < lengths[:, None]
+        states, old = applied.hidden(x, lengths)[real], self.untouched[rows][:, : x.shape[1]][real]
+        return divergence(states, old, applied.suffix.lm_head, self.before) / len(states)

@@ -1,0 +1,52 @@
+"""Doing the runs: one thread each, as many at a time as there are cores."""
+
+import signal
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.quality import plan, rows
+from experiments.quality.training import Spec, World, run
+
+_world: list[World] = []  # of a worker
+
+
+def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
+    """Do all runs of these parts that have no row, several at a time; Ctrl-C loses only those under way."""
+    done, until = rows.read(path), time.monotonic() + 60 * minutes
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
+        under_way: dict[Future[dict[str, Any]], Spec] = {}
+        while True:
+            if time.monotonic() < until:
+                taken = set(under_way.values())
+                free = (spec for spec in plan.pending(done, chosen) if spec not in taken)
+                for spec, _ in zip(free, range(workers - len(under_way)), strict=False):
+                    under_way[pool.submit(_run, spec)] = spec
+            if not under_way:
+                return
+            finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in finished:
+                spec = under_way.pop(future)
+                done[spec] = row = rows.row_of(spec, future.result())
+                rows.write(path, done)
+                place = f"{spec.data} {spec.layers}-{spec.first} n={spec.texts}"
+                shown = f"{place} {spec.method} {spec.budget:g} keep={spec.keep:g} lr={spec.lr:g}"
+                scores = f"validation {row['validation']} test {row['test']} drift {row['drift']}"
+                print(
+                    f"{shown} seed {spec.seed}: {row['status']}, {scores}, {float(row['seconds'] or 0):.0f} s",
+                    flush=True,
+                )
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _world.append(World())
+
+
+def _run(spec: Spec) -> dict[str, Any]:
+    return run(_world[0], spec)

@@ -17,6 +17,7 @@ LADDER = tuple(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit
 # Where a search begins
 MIDDLE = dict.fromkeys(METHODS, 6e-3) | {"head": 2e-2, "ia3": 2e-2, "prompts": 2e-2, "last-layer": 6e-4, "full": 2e-4}
 MOST_RATES = 9
+ALL_TEXTS = 5019  # of R8
 LOW, HIGH = 0.003, 0.03  # budgets, as shares of the backbone's parameters
 HALF, ALL_LAYERS, WHOLE = (LAYERS, LAYERS // 2), (LAYERS, 0), (30, 22)  # layers of the backbone, the first changed
 EPOCHS = {100: 8, 400: 3, 1200: 3, 1600: 2, 0: 1}  # by texts; 0 is all

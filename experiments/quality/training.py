@@ -81,8 +81,12 @@ class World:
         """The untouched model's states after the final norm on the first texts of a part (N, L, d)."""
         applied = apply("head", suffix(self.llama(layers), first), 0)
         texts = Texts(self, data, part, layers, first)
+        found = torch.zeros(count, texts.part.ids.shape[1], applied.suffix.config.hidden_size)
         with torch.no_grad():
-            return torch.cat([applied.hidden(*texts(rows, applied)) for rows in np.split(np.arange(count), count // 8)])
+            for rows in np.split(np.arange(count), count // 8):
+                x, lengths = texts(rows, applied)
+                found[rows, : x.shape[1]] = applied.hidden(x, lengths)
+        return found
 
 
 class Texts:

@@ -16,7 +16,8 @@ _world: list[World] = []  # of a worker
 
 
 def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
-    """Do all runs of these parts that have no row, several at a time; Ctrl-C loses only those under way."""
+    """Do all runs of these parts that have no row, several at a time; Ctrl-C and SIGTERM lose those under way alone."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     done, until = rows.read(path), time.monotonic() + 60 * minutes
     with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
         under_way: dict[Future[dict[str, Any]], Spec] = {}

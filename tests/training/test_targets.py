@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats  # type: ignore[import-untyped]  # scikit-learn has it
+from scipy import stats  # scikit-learn has it
 from sklearn import metrics
 from torch import Tensor
 

@@ -1,0 +1,122 @@
+"""The four pictures of docs/compared.md."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from adapterkern.files import replacing
+from experiments.quality import plan
+from experiments.quality.report import NAMES, Result, results
+from experiments.quality.rows import Rows
+from experiments.quality.statistics import over_seeds
+
+COLORS = {method: f"C{i}" for i, method in enumerate(NAMES)}
+MARKERS = dict(zip(NAMES, "oXPDv^s>*dph<", strict=True))
+
+
+def draw(done: Rows, folder: Path) -> None:
+    """Write those pictures that have points."""
+    made = {"parameters": parameters, "drift": drift, "texts": texts, "rates": rates}
+    for name, picture in made.items():
+        if (figure := picture(done)) is not None:
+            with replacing(folder / f"{name}.png") as temporary:
+                figure.savefig(temporary, dpi=120, format="png")
+
+
+def parameters(done: Rows) -> Figure | None:
+    """Test accuracy over trained parameters, R8."""
+    groups = plan.parts()
+    found = [r for r in results(done, groups["r8"] + groups["high"]).values() if r.group.at.method != "head"]
+    if not found:
+        return None
+    figure, axes = _figure("parameters trained besides the head", "accuracy on R8's test texts (%)")
+    axes.set_xscale("log")
+    for result in found:
+        _point(axes, result, float(result.rows[0]["parameters"]))
+    _legend(axes)
+    return figure
+
+
+def drift(done: Rows) -> Figure | None:
+    """Test accuracy over drift; filled without, open with the drift as a part of the loss."""
+    groups = plan.parts()
+    found = [r for r in results(done, groups["whole"] + groups["keep"]).values() if r.group.at.method != "head"]
+    if not found:
+        return None
+    figure, axes = _figure("drift on newsgroup texts (nats per token)", "accuracy on R8's test texts (%)")
+    axes.set_xscale("log")
+    for result in found:
+        interval = over_seeds(result.values("drift"))
+        _point(axes, result, interval.mean, interval.half)
+    _legend(axes)
+    return figure
+
+
+def texts(done: Rows) -> Figure | None:
+    """Test accuracy over the number of training texts, R8."""
+    groups = plan.parts()
+    found = list(results(done, groups["texts"]).values())
+    if not found:
+        return None
+    found += [r for r in results(done, groups["r8"]).values() if r.group.at.method in plan.MAIN]
+    figure, axes = _figure("training texts of R8", "accuracy on R8's test texts (%)")
+    axes.set_xscale("log")
+    for method in plan.MAIN:
+        of_method = [r for r in found if r.group.at.method == method]
+        counts = {result.group.at.texts or plan.ALL_TEXTS: result for result in of_method}
+        for count in sorted(counts):
+            _point(axes, counts[count], count)
+        means = [100 * over_seeds(counts[count].values("test")).mean for count in sorted(counts)]
+        axes.plot(sorted(counts), means, color=COLORS[method], linewidth=1)
+    _legend(axes)
+    return figure
+
+
+def rates(done: Rows) -> Figure | None:
+    """Validation accuracy over the learning rate, by size, of the search's runs."""
+    methods, groups = ("adapter", "lora"), plan.parts()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    some = False
+    for axes, method in zip(figure.subplots(1, 2, sharey=True), methods, strict=True):
+        for name in ("sizes", "r8", "high"):
+            for group in (g for g in groups[name] if g.at.method == method):
+                tried = sorted((spec.lr, done[spec]) for spec in done if spec == group.tried(spec.lr))
+                points = [(lr, 100 * float(row["validation"])) for lr, row in tried if row["status"] == "finished"]
+                if points:
+                    some = True
+                    axes.plot(*zip(*points, strict=True), "o-", label=f"{int(tried[0][1]['parameters']):,} parameters")
+        axes.set(xscale="log", xlabel="learning rate", title=NAMES[method])
+        axes.legend(fontsize="small")
+    figure.axes[0].set_ylabel("accuracy on 400 validation texts of R8 (%)")
+    return figure if some else None
+
+
+def _figure(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _point(axes: Axes, result: Result, x: float, around: float | None = None) -> None:
+    method, test = result.group.at.method, over_seeds(result.values("test"))
+    axes.errorbar(
+        x,
+        100 * test.mean,
+        yerr=100 * test.half,
+        xerr=around,
+        color=COLORS[method],
+        marker=MARKERS[method],
+        markerfacecolor="white" if result.group.at.keep else COLORS[method],
+        capsize=2,
+        label=NAMES[method],
+        linestyle="",
+    )
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize="small")

@@ -1,0 +1,46 @@
+"""Intervals of 95 %: over seeds by Student's t, over texts by the bootstrap."""
+
+import base64
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+RESAMPLED = 10_000
+
+
+class Interval(NamedTuple):
+    """A mean and half the width of its interval; infinite for one value."""
+
+    mean: float
+    half: float
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of n values, and t(0.975, n − 1) standard errors of it."""
+    count = len(values)
+    if count < 2:
+        return Interval(float(np.mean(values)), float("inf"))
+    return Interval(
+        float(np.mean(values)), float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    )
+
+
+def over_texts(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """The interval of the difference of two accuracies on the same texts, right (seeds, N) of each.
+
+    What a text contributes is the difference of how often it is right over seeds; texts are drawn with replacement.
+    """
+    difference = ours.mean(0) - theirs.mean(0)
+    # A sum over drawn texts depends only on how often each value was drawn: a multinomial over the few values.
+    values, counts = np.unique(difference, return_counts=True)
+    total = len(difference)
+    drawn = np.random.default_rng(0).multinomial(total, counts / total, RESAMPLED) @ values / total
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def unpacked(right: str, count: int) -> np.ndarray:
+    """Which of ``count`` texts are right, (N,) bool, from the CSV's column."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8), count=count).astype(bool)

@@ -1,0 +1,228 @@
+"""The comparison at equal parameters: sizes, starts, one loop for all, choices by validation alone, intervals."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments.quality import plan, report, rows
+from experiments.quality.methods import METHODS, OWN_SIZE, apply
+from experiments.quality.sets import Part, Set
+from experiments.quality.statistics import over_seeds, over_texts, unpacked
+from experiments.quality.stream import suffix
+from experiments.quality.training import LONGEST_ANSWER, Spec, World, best_spans, divergence, drift, run
+from tests.support.tiny_llama import tiny
+
+pytest.importorskip("peft", reason="LoRA, IA³ and prompts are PEFT's")
+
+SPEC = Spec("r8", 4, 2, "adapter", 0.02, 48, 2, 2e-2, 1, final=True)
+D = 32
+
+
+class Small(World):
+    """A tiny backbone, and texts whose label is whether they have token 3, or whose answer begins with it."""
+
+    @functools.cache  # noqa: B019
+    def llama(self, layers: int) -> Any:
+        return tiny(num_hidden_layers=layers)
+
+    @functools.cache  # noqa: B019
+    def set(self, name: str) -> Set:
+        return Set(name, 0 if name == "questions" else 2, *(_part(name, i, n) for i, n in enumerate((400, 40, 50))))
+
+
+def _part(name: str, seed: int, count: int) -> Part:
+    drawn = np.random.default_rng([seed, len(name)])
+    ids = drawn.integers(4, 128, (count, 12), np.int32)
+    lengths = drawn.integers(8, 13, count)
+    if name != "questions":
+        labels = drawn.integers(0, 2, count)
+        ids[labels > 0, 1] = 3
+        return Part(ids, lengths, labels, np.zeros(count, int))
+    at = drawn.integers(4, 7, count)
+    ids[np.arange(count), at] = 3
+    context = "abcdefghijkl"  # a letter per token
+    texts = tuple((context, context[i - 2 : i], tuple((j, j + 1) for j in range(10))) for i in at)
+    return Part(ids, lengths, np.stack([at, at + 1], 1), np.full(count, 2), texts)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAPTERKERN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Small()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_starts_from_the_untouched_model_and_trains_all_that_it_counts(method: str, world: Small) -> None:
+    llama = world.llama(4)
+    torch.manual_seed(0)
+    applied = apply(method, suffix(llama, 2, share=method != "full"), 2000)
+    ids = torch.from_numpy(world.set("r8").train.ids[:4]).long()
+    with torch.no_grad():
+        whole = llama.model(ids, output_hidden_states=True)
+    lengths = torch.full((4,), 12)
+    stream = applied.suffix.model.embed_tokens(ids) if method == "full" else whole.hidden_states[2]
+    if method != "full":
+        torch.testing.assert_close(applied.hidden(stream, lengths), whole.last_hidden_state)
+    for name, p in applied.parameters.items():  # where a factor is 0 the other one learns nothing yet
+        with torch.no_grad():
+            p.add_(0.1 * torch.randn_like(p), alpha=float(p.ndim < 2 or "down" not in name))
+    loss = (applied.hidden(stream, lengths).sin().sum() + applied.extra()) * (1 if applied.parameters else 0)
+    if applied.parameters:
+        loss.backward()
+    lm_head = {"lm_head.weight"} if method == "full" else set()  # no part of a classification
+    assert {name for name, p in applied.parameters.items() if p.grad is None} <= lm_head
+    assert all(p.grad is None for p in llama.parameters())
+
+
+def test_sizes_are_those_of_the_budget() -> None:
+    smollm2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    llama = tiny(num_hidden_layers=4, **smollm2)
+    for budget in (169_897, 1_698_969):
+        sizes = {m: apply(m, suffix(llama, 0), budget).size for m in METHODS if m not in OWN_SIZE}
+        assert all(abs(size / budget - 1) < 0.02 for size in sizes.values()), sizes
+    rank = 576 * 4 + 192 * 2 + 576 * 2 + (576 + 1536) * 3  # of q, k, v, o, gate, up, down
+    assert apply("lora", suffix(llama, 0), 5 * rank).size == 5 * rank  # ranks 2 and 3
+
+
+def test_a_run_learns_and_its_columns_are_true(world: Small) -> None:
+    found = run(world, dataclasses.replace(SPEC, epochs=6, texts=0))
+    assert found["status"] == "finished"
+    assert found["steps"] == 6 * 25
+    right = unpacked(found["right"], 50)
+    assert right.mean() == found["test"] > 0.7
+    curve = [float(value) for value in found["curve"].split()]
+    assert max(curve) == pytest.approx(found["validation"], abs=1e-4)
+    assert curve[found["best_epoch"] - 1] == max(curve)
+    assert found["drift"] > 1e-4
+
+
+def test_a_run_is_a_function_of_its_description(world: Small) -> None:
+    def numbers(spec: Spec) -> dict[str, Any]:
+        return {name: value for name, value in run(world, spec).items() if "seconds" not in name}
+
+    spec = dataclasses.replace(SPEC, texts=0)
+    again = numbers(spec)
+    assert numbers(spec) == again
+    assert numbers(dataclasses.replace(spec, seed=2))["drift"] != again["drift"]
+    kept = numbers(dataclasses.replace(spec, keep=30.0))
+    assert kept["drift"] < 0.75 * again["drift"]
+
+
+def test_nothing_drifts_untrained(world: Small) -> None:
+    applied = apply("adapter", suffix(world.llama(4), 2), 2000)
+    assert drift(world, SPEC, applied) == pytest.approx(0, abs=1e-6)
+
+
+def test_questions(world: Small) -> None:
+    found = run(world, dataclasses.replace(SPEC, data="questions", method="lora", texts=0, epochs=4))
+    assert found["validation"] > 0.5
+    assert found["test_f1"] >= found["test"]
+
+
+def test_best_span_is_that_of_a_loop() -> None:
+    scores = torch.randn(3, 2, 30, generator=torch.Generator().manual_seed(0))
+    for row, found in zip(scores, best_spans(scores), strict=True):
+        spans = [(i, j) for i in range(30) for j in range(i, min(i + LONGEST_ANSWER, 30))]
+        assert tuple(found) == max(spans, key=lambda span: float(row[0, span[0]] + row[1, span[1]]))
+
+
+def test_divergence_is_kl_of_the_untouched_model_from_the_trained_one() -> None:
+    states, before, weight = torch.randn(5, D), torch.randn(5, D), torch.randn(11, D)
+    p, q = ((s.double() @ weight.double().T).softmax(-1) for s in (before, states))
+    expected = (p * (p / q).log()).sum()
+    head = functools.partial(F.linear, weight=weight)
+    torch.testing.assert_close(divergence(states, before, head, head).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# Which runs follow
+
+
+def _row(spec: Spec, validation: float) -> dict[str, str]:
+    result = {"status": "finished", "validation": validation, "validation_loss": 1.0, "parameters": 1, "test": 0.5}
+    return rows.row_of(spec, result)
+
+
+def _finish(group: plan.Group, done: rows.Rows, best: float) -> None:
+    """Do all that a group asks for; its validation is best at one rate."""
+    while missing := group.missing(done):
+        for spec in missing:
+            done[spec] = _row(spec, 1 - abs(np.log(spec.lr / best)) / 100)
+
+
+def test_a_search_goes_on_until_the_best_is_not_the_last() -> None:
+    group, done = plan.parts()["r8"][0], rows.Rows()
+    first = group.missing(done)
+    assert [spec.lr for spec in first] == [2e-3, 6e-3, 2e-2, 6e-2, 0.2]
+    assert {(spec.seed, spec.final) for spec in first} == {(0, False)}
+    _finish(group, done, 2e-4)
+    tried = {spec.lr for spec in done if not spec.final}
+    assert min(tried) == 6e-5
+    finals = [spec for spec in done if spec.final]
+    assert {spec.lr for spec in finals} == {2e-4}
+    assert [spec.seed for spec in finals] == [1, 2, 3, 4, 5]
+
+
+def test_a_choice_does_not_see_test_scores() -> None:
+    group, done = plan.parts()["r8"][0], rows.Rows()
+    _finish(group, done, 6e-3)
+    chosen = group.final(done)
+    for spec, row in done.items():
+        row["test"] = str(float(spec.lr != 6e-3))
+    assert group.final(done) == chosen
+
+
+def test_what_follows_another_search_waits_for_it() -> None:
+    group, done = plan.parts()["high"][0], rows.Rows()
+    assert group.like is not None
+    assert group.missing(done) == group.like.missing(done)
+    _finish(group.like, done, 2e-3)
+    assert [spec.lr for spec in group.missing(done)] == [6e-4, 2e-3, 6e-3]
+
+
+def test_a_run_that_diverged_is_not_chosen() -> None:
+    group, done = plan.parts()["r8"][0], rows.Rows()
+    _finish(group, done, 2e-2)
+    spec = group.tried(2e-2)
+    done[spec] = rows.row_of(spec, {"status": "not finite in epoch 1", "parameters": 1})
+    assert group.final(done)[0].lr != 2e-2
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, keep=0.3)
+    written = {spec: _row(spec, 0.5), SPEC: _row(SPEC, 0.25)}
+    rows.write(tmp_path / "runs.csv", written)
+    assert rows.read(tmp_path / "runs.csv") == written
+    assert rows.read(tmp_path / "none.csv") == {}
+
+
+# Intervals
+
+
+def test_intervals() -> None:
+    mean, half = over_seeds([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.30265 / 3**0.5, rel=1e-4))
+    assert over_seeds([1.0]).half == float("inf")
+    ours, theirs = np.zeros((2, 2, 4000), bool)
+    ours[:, :1000] = True  # a quarter of the texts, by both seeds
+    low, high = over_texts(ours, theirs)
+    wide = 1.96 * (0.25 * 0.75 / 4000) ** 0.5
+    assert (low, high) == (pytest.approx(0.25 - wide, abs=1e-3), pytest.approx(0.25 + wide, abs=1e-3))
+
+
+def test_a_table_has_a_line_per_group_that_is_done() -> None:
+    groups, done = plan.parts()["r8"], rows.Rows()
+    assert report.table(done, "r8").count("\n") == 1
+    for group in groups[:2]:
+        _finish(group, done, 6e-3)
+        for spec in group.final(done):
+            done[spec] |= {"best_epoch": "3", "drift": "0.5", "right": "A" * 4 * 92}
+    shown = report.table(done, "r8").splitlines()
+    assert len(shown) == 4
+    assert shown[2].startswith("| head alone | 1 | 0.006 | 3 of 3 | 50.0 ± 0.0 |")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from bench.report import Run
 
-PARTS = ("adapter", "optimizer", "step", "memory", "traffic", "aot")
+PARTS = ("adapter", "optimizer", "step", "cost", "memory", "traffic", "aot")
 KEEP = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"  # glibc's variables; set by the user, they hold as they are
 # An instruction set, as ADAPTERKERN_CPU_ISA names it, and how torch's own kernels, oneDNN and MKL are kept to it.
 CAPPED = ("ADAPTERKERN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -163,6 +163,8 @@ def _measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except ValueError as error:
         parser.error(str(error))
     options.plan = run.plan()
+    if options.parts == ("cost",) and not (options.plan or args.only):
+        parser.error(f"cost: expected a GPU with room for a LLaMA-7B, or --quick for a rehearsal, got {device}")
     variants = {*(name for _, names in options.plan for name in names), *[COPY] * bool(options.plan)}
     if args.only and not options.plan:
         parser.error(f"--only: expected a part of a case's name, such as T=2048 or float32, got {args.only!r}")

@@ -41,7 +41,7 @@ from bench.measure import (
 )
 from bench.roofs import gemm_flops, l2_bandwidth
 
-TIMED = {"adapter": "bench.adapter", "optimizer": "bench.optimizer", "step": "bench.step"}
+TIMED = {"adapter": "bench.adapter", "optimizer": "bench.optimizer", "step": "bench.step", "cost": "bench.cost"}
 FAILED, INTERRUPTED = 1, 2  # exit statuses
 Plan = Sequence[tuple[Case, Sequence[str]]]
 
@@ -71,7 +71,7 @@ class Options:
 
     def seconds(self, part: str) -> float:
         """The most seconds for all rounds of one case."""
-        return self.case_seconds or {"step": 36.0}.get(part, 6.0) / (4 if self.quick else 1)
+        return self.case_seconds or {"step": 36.0, "cost": 36.0}.get(part, 6.0) / (4 if self.quick else 1)
 
 
 def part_cases(part: str, device: torch.device, quick: bool) -> Iterator[tuple[Case, Sequence[str]]]:

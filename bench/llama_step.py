@@ -38,6 +38,7 @@ class StepSpec:
     device: str = "cpu"
     threads: int = 1
     written_out: bool = False  # attention, instead of by torch's flash kernel
+    accumulate: int = 1  # batches per update, whose gradients are averaged
 
     @property
     def tokens(self) -> int:
@@ -88,6 +89,7 @@ class Step:
         trained = self.parameters + (list(self.head.parameters()) if spec.classify else [])
         self.update = (optimizer or clip_and_adamw)(trained) if trained else lambda: None
         self.trained = trained
+        self.calls = 0
 
     def loss(self, rows: slice = slice(None)) -> Tensor:
         """The mean over ``rows``; over the batch, it is the mean of its rows' losses."""
@@ -100,10 +102,13 @@ class Step:
 
     def __call__(self) -> None:
         with sdpa_kernel(SDPBackend.MATH) if self.spec.written_out else contextlib.nullcontext():
-            self.loss().backward()
-        self.update()
-        for p in self.trained:
-            p.grad = None
+            loss = self.loss()
+            (loss / self.spec.accumulate if self.spec.accumulate > 1 else loss).backward()
+        self.calls += 1
+        if self.calls % self.spec.accumulate == 0:
+            self.update()
+            for p in self.trained:
+                p.grad = None
 
 
 def clip_and_adamw(parameters: list[Tensor]) -> Callable[[], object]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.cases import COPY
 from bench.measure import paired_ratio, quartiles
+from bench.published import Published
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = RESULTS.parent / "RESULTS.md"
@@ -30,6 +31,7 @@ BUSY = 0.5  # cores that others use before a run (or, in older files, load) abov
 BASELINES = ("eager autocast", "eager", "loop over adapters", "frozen backbone", "clip + AdamW fused")
 NO_RIVALS = (COPY, "frozen backbone")  # they do less work than the others
 DASH = "–"
+LONGEST = 1304  # tokens of a text in LitGPT's data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +218,31 @@ def step_table(entries: Sequence[Entry], baseline: str | None) -> str:
     return table([*head, "difference ≤ budget"], rows)
 
 
+def minutes(e: Entry) -> float:
+    """Per 1,000 iterations, each with its share of an update that is made after several."""
+    return 1000 / 60 * (e.median + e.info["update_seconds"] / e.info["case"]["shape"]["accumulate"])
+
+
+def cost_table(entries: Sequence[Entry], baseline: str | None) -> str:
+    """The table of one case of the cost part, with LitGPT's rows of the same micro-batch.
+
+    Of these it has the memory beside the longest texts and the minutes beside short ones, which they are of.
+    """
+    base = baseline_of(entries, baseline)
+    rows = []
+    for e in entries:
+        peak = f"{(e.info['model_bytes'] + e.info['peak_bytes']) / 1e9:.2f}"
+        over = f"{100 * (e.ratio(base)[0] - 1):+.1f} %"
+        rows.append([e.variant, f"{e.info['trainable']:,}", peak, f"{minutes(e):.2f}", over, *_times(e)])
+    longest = base.info["case"]["shape"]["length"] >= LONGEST
+    for row in (Published(**fields) for fields in base.info["published"]):
+        gb = "out of memory" if row.gb is None else f"{row.gb:.2f}"
+        per_1000 = DASH if row.minutes is None else f"{row.minutes:.2f}"
+        shown = [gb, DASH] if longest else [DASH, per_1000]
+        rows.append([row.title, f"{row.trainable:,}", *shown, *[DASH] * 3])
+    return table(["", "trainable", "peak GB", "min per 1,000", f"over {base.variant}", "iteration", "spread"], rows)
+
+
 def memory_table(counted: dict[str, Any]) -> str:
     rows = [[r["variant"], f"{r['kept_units']:.2f}", f"{r['own_units']:.2f}", _mib(r["own_bytes"])]
             for r in counted["rows"]]  # fmt: skip
@@ -245,6 +272,7 @@ TITLES = {
     "adapter": "The adapter",
     "optimizer": "Clipped AdamW",
     "step": "A training step",
+    "cost": "What a 7B costs",
     "memory": "Kept for the backward by one adapter",
     "traffic": "Memory traffic, in units of T·d·(bytes per element)",
     "aot": "Compiled ahead of time, bf16",
@@ -253,7 +281,7 @@ TITLES = {
 
 def timed_table(part: str, entries: Sequence[Entry], baseline: str | None = None) -> str:
     """The table of one case."""
-    return (step_table if part == "step" else kernel_table)(entries, baseline)
+    return {"step": step_table, "cost": cost_table}.get(part, kernel_table)(entries, baseline)
 
 
 def contests(run: Run) -> Iterator[tuple[str, str, Entry, Entry]]:
@@ -334,7 +362,7 @@ def results_page(runs: Sequence[Run]) -> str:
         if (RESULTS.parent / picture).exists():
             parts.append(f"![Training steps]({picture})")
         groups = run.groups
-        chosen = [key for key in groups if key[0] == "step"]
+        chosen = [key for key in groups if key[0] in ("step", "cost")]
         chosen += [key for key in groups if key[0] == "adapter" and key[1].startswith("both")][:1]
         chosen += [key for key in groups if key[0] == "optimizer"][:1]
         for part, case in chosen:

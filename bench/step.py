@@ -65,7 +65,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             f"{name}, every 2nd layer adapted", shape, sites, (4, 1024), device, "bfloat16", classify=False
         )
         # room for the bf16 weights, once more in fp32 for the reference or in AdapterHub's process, and activations
-        if 3.5 * 2 * _backbone_params(case.shape) < free:
+        if 3.5 * 2 * backbone_params(case.shape) < free:
             made.append(case)
     return made[-1:] if quick else made
 
@@ -87,7 +87,7 @@ def step_case(
     )  # fmt: skip
     s = dataclasses.asdict(spec)
     # two FLOPs per weight and token forward, and two more backward above the first adapter
-    layers, head = _backbone_params(s) - 2 * s["vocab_size"] * s["hidden_size"], s["vocab_size"] * s["hidden_size"]
+    layers, head = backbone_params(s) - 2 * s["vocab_size"] * s["hidden_size"], s["vocab_size"] * s["hidden_size"]
     above = 1 - (sites[0] + 1) / spec.num_hidden_layers
     flops = 2 * spec.tokens * (layers * (1 + above) + (0 if classify else 2 * head))
     return Case("step", f"{name}, {batch[0]}×{batch[1]} tokens, {dtype}", s, flops=int(flops), wall=True)
@@ -99,7 +99,7 @@ def _written_out(device: torch.device, length: int, heads: int, size: int, dtype
     return short and written_out_is_faster(heads, size, getattr(torch, dtype), torch.get_num_threads())
 
 
-def _backbone_params(s: Any) -> int:
+def backbone_params(s: Any) -> int:
     d, kv = s["hidden_size"], s["hidden_size"] * s["num_key_value_heads"] // s["num_attention_heads"]
     layer = 2 * d * d + 2 * d * kv + 3 * d * s["intermediate_size"] + 2 * d
     return s["num_hidden_layers"] * layer + 2 * s["vocab_size"] * d
@@ -134,7 +134,7 @@ def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: 
         return hidden_states
 
     def frozen(ids: Tensor) -> Tensor:
-        with model.disable_adapter(), _gradient_from(model.layers[spec.sites[0]]):
+        with model.disable_adapter(), gradient_from(model.layers[spec.sites[0]]):
             return model.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     ours, eager = (model.adapter_parameters(name) for name in ("default", "eager"))
@@ -149,15 +149,15 @@ def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: 
 
     def on_backbone(name: str) -> Variant:
         if name == FROZEN:
-            return _variant(name, Step(spec, llama, frozen, []), None, spec)
+            return variant(name, Step(spec, llama, frozen, []), None, spec)
         if name == EAGER:
-            return _variant(name, plain, eagers, spec, budget)
-        step = Step(spec, llama, forward("default", True), ours, _clipped_adamw)
+            return variant(name, plain, eagers, spec, budget)
+        step = Step(spec, llama, forward("default", True), ours, clipped_adamw)
         if name == CACHED:
             prefix = model.run_prefix(step.input_ids).cpu()  # where training keeps it
-            step = Step(spec, llama, lambda ids: model.run_suffix(prefix.to(device)), ours, _clipped_adamw)
+            step = Step(spec, llama, lambda ids: model.run_suffix(prefix.to(device)), ours, clipped_adamw)
         model.set_adapter("default")
-        return _variant(name, step, relative_error(_gradients(step), reference), spec, budget)
+        return variant(name, step, relative_error(_gradients(step), reference), spec, budget)
 
     def made(name: str) -> Variant:
         if name == HUB:
@@ -166,7 +166,7 @@ def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: 
             return Variant(name, missing="liger-kernel is not installed")
         if name == OURS_LIGER:
             step = _ours_with_liger(spec, copies[name], model)
-            return _variant(name, step, relative_error(_gradients(step), reference), spec, budget)
+            return variant(name, step, relative_error(_gradients(step), reference), spec, budget)
         return _lora(name, spec, copies[name]) if name in copies else on_backbone(name)
 
     variants = []
@@ -178,12 +178,12 @@ def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: 
     return variants
 
 
-def _clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
+def clipped_adamw(parameters: list[Tensor]) -> Callable[[], object]:
     return ak.ClippedAdamW(parameters, lr=1e-4, max_norm=1.0).step
 
 
 @contextlib.contextmanager
-def _gradient_from(layer: torch.nn.Module) -> Iterator[None]:
+def gradient_from(layer: torch.nn.Module) -> Iterator[None]:
     """Stop the backward at this layer's output, as if its adapter were the first."""
     hook = layer.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
     try:
@@ -196,7 +196,7 @@ def _exact_gradients(spec: StepSpec, llama: Any, trained: ak.LlamaAdapter) -> Te
     """The gradients in fp32, of a backbone that is converted to it, row by row: all rows may not fit."""
     model = _adapted(llama, trained)
     model.fused = False
-    return _gradients(Step(spec, llama, _hidden_states(model), model.adapter_parameters()), spec.batch)
+    return _gradients(Step(spec, llama, of_decoder(model), model.adapter_parameters()), spec.batch)
 
 
 def _gradients(step: Step, parts: int = 1) -> Tensor:
@@ -209,14 +209,14 @@ def _gradients(step: Step, parts: int = 1) -> Tensor:
     return flat
 
 
-def _variant(name: str, step: Step, error: float | None, spec: StepSpec, budget: float | None = None) -> Variant:
+def variant(name: str, step: Step, error: float | None, spec: StepSpec, budget: float | None = None) -> Variant:
     info = {
         "tokens": spec.tokens,
         "trainable": sum(p.numel() for p in step.parameters),
-        # held before a step, without the other variants: the backbone, and what is trained with AdamW's two moments;
-        # the model's peak is this plus `peak_bytes`
-        "model_bytes": _backbone_params(dataclasses.asdict(spec)) * getattr(torch, spec.dtype).itemsize
-        + 3 * sum(p.nbytes for p in step.trained),
+        # held before a step, without the other variants: the backbone, and what is trained with AdamW's two moments
+        # and, between the batches of one update, their gradients; the model's peak is this plus `peak_bytes`
+        "model_bytes": backbone_params(dataclasses.asdict(spec)) * getattr(torch, spec.dtype).itemsize
+        + (3 + (spec.accumulate > 1)) * sum(p.nbytes for p in step.trained),
         **kept_for_backward(step.loss, [*step.llama.parameters(), *step.trained]),
     }
     return Variant(name, step, error, None if error is None else budget, info)
@@ -224,7 +224,7 @@ def _variant(name: str, step: Step, error: float | None, spec: StepSpec, budget:
 
 def _ours_with_liger(spec: StepSpec, llama: Any, ours: ak.LlamaAdapter) -> Step:
     model = _adapted(llama, ours, liger=True)
-    return Step(spec, llama, _hidden_states(model), model.adapter_parameters(), _clipped_adamw)
+    return Step(spec, llama, of_decoder(model), model.adapter_parameters(), clipped_adamw)
 
 
 def _adapted(llama: Any, like: ak.LlamaAdapter, liger: bool = False) -> ak.LlamaAdapter:
@@ -234,7 +234,7 @@ def _adapted(llama: Any, like: ak.LlamaAdapter, liger: bool = False) -> ak.Llama
     return model
 
 
-def _hidden_states(model: ak.LlamaAdapter) -> Callable[[Tensor], Tensor]:
+def of_decoder(model: ak.LlamaAdapter) -> Callable[[Tensor], Tensor]:
     def hidden_states(ids: Tensor) -> Tensor:
         return model.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
@@ -260,9 +260,9 @@ def _lora(name: str, spec: StepSpec, llama: Any) -> Variant:
     lora: Any = peft.get_peft_model(llama, config)
     trained = [p for p in lora.parameters() if p.requires_grad]
     step = Step(spec, llama, lambda ids: llama.model(input_ids=ids, use_cache=False).last_hidden_state, trained)
-    variant = _variant(name, step, None, spec)
-    variant.info["rank"] = rank
-    return variant
+    made = variant(name, step, None, spec)
+    made.info["rank"] = rank
+    return made
 
 
 def _adapterhub(spec: StepSpec, python: str | None) -> Variant:

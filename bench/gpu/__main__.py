@@ -1,4 +1,4 @@
-"""Measuring in a few minutes on a GPU: what to prepare, two calls, and one archive of results from each.
+"""Measuring in a few minutes on a GPU: what to prepare, three calls, and one archive of results from each.
 
 1. Here: PYTHON=<an interpreter with the machine's versions of Python, torch and triton> sh bench/on_gpu.sh prepare
    fills .gpu/, which git ignores: copy it with the sources. A cache made by other versions is useless there.
@@ -6,6 +6,7 @@
    has every log and figure; the summary is also printed at the end. Allow a minute more than --seconds.
 3. There: sh bench/on_gpu.sh second --out FOLDER [--ab ...], with --ab chosen from the first call's kernel times or
    profile, and --seconds less than the time that is left.
+4. There: sh bench/on_gpu.sh cost --out FOLDER measures what a LLaMA-7B costs, beside LitGPT's published figures.
 """
 
 import argparse
@@ -45,13 +46,14 @@ def main(argv: list[str]) -> int:
     prepare.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     first = commands.add_parser("first", help="correctness, the main figures, the profile, a training step: 8 minutes")
     second = commands.add_parser("second", help="block sizes, A/B, memory errors: 4 minutes")
+    cost = commands.add_parser("cost", help="gigabytes and minutes of a LLaMA-7B beside LitGPT's: 5 minutes")
     pairs = "slice_tiles=BT,BD,warps,stages (or another table), or an environment variable"
     second.add_argument("--ab", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=pairs)
-    for call, seconds in ((first, 450), (second, 230)):
+    for call, seconds in ((first, 450), (second, 230), (cost, 300)):
         call.add_argument("--out", type=Path, help="folder of the archive; default bench/results/<device>")
         call.add_argument("--seconds", type=float, default=seconds, help="no step starts that cannot finish in time")
         call.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
-    for each in (prepare, first, second):
+    for each in (prepare, first, second, cost):
         each.add_argument("--carried", type=Path, default=before.CARRIED, metavar="FOLDER")
     args = parser.parse_args(argv)
     args.carried = args.carried.resolve()
@@ -90,7 +92,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> int:
         work, out, args.seconds * patience, before.ROOT, _environment(folder, brought, args.rehearse), summary.text,
         start,
     )  # fmt: skip
-    for step in {"first": steps.first, "second": steps.second}[args.command](call):
+    for step in {"first": steps.first, "second": steps.second, "cost": steps.cost}[args.command](call):
         run.do(dataclasses.replace(step, limit=step.limit * patience))
     print(run.summary()[:SHOWN], f"\n{run.archive}", sep="\n", flush=True)
     return int(any(o.bad for o in run.outcomes))

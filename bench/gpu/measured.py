@@ -1,6 +1,6 @@
 """The timed steps: which cases and variants of ``python -m bench`` they run, the main figures first.
 
-``python -m bench.gpu.measured adapter|optimizer|step|ab --json FILE``
+``python -m bench.gpu.measured adapter|optimizer|step|cost|ab --json FILE``
 """
 
 import argparse
@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PARTS = ("adapter", "optimizer", "step", "ab")
+PARTS = ("adapter", "optimizer", "step", "cost", "ab")
 SMALL = (64, 128, 16, "bfloat16")  # T, d, r, dtype of a rehearsal
 Plan = Sequence[tuple[Any, Sequence[str]]]
 
 
 def plan(part: str, device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
     """(case, its variants), in the order of measurement."""
-    return {"adapter": _adapter, "optimizer": _optimizer, "step": _step, "ab": _ab}[part](device, rehearse, tiles)
+    plans = {"adapter": _adapter, "optimizer": _optimizer, "step": _step, "cost": _cost, "ab": _ab}
+    return plans[part](device, rehearse, tiles)
 
 
 def _adapter(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
@@ -67,6 +68,12 @@ def _step(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
     ]
 
 
+def _cost(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
+    from bench import cost
+
+    return [(case, cost.names(case, device)) for case in cost.cases(device, rehearse)]
+
+
 def _ab(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
     from bench.adapter import BARE, BEFORE, adapter_case
 
@@ -97,7 +104,7 @@ def main(argv: list[str]) -> int:
     options = engine.Options(
         parts=(args.part,), device=device, quick=args.rehearse, json=args.json, peer_python=None,
         plan=plan(args.part, device, args.rehearse, args.ab),
-        case_seconds=0.01 if args.rehearse else {"step": 8.0}.get(args.part, 2.0),
+        case_seconds=0.01 if args.rehearse else {"step": 8.0, "cost": 6.0}.get(args.part, 2.0),
         case_rounds=2 if args.rehearse else None,
         roofs=args.part == "adapter" and not args.rehearse,
         launches=False,

@@ -1,4 +1,4 @@
-"""The steps of the two calls, in order, with their time limits."""
+"""The steps of the three calls, in order, with their time limits."""
 
 import dataclasses
 import importlib.util
@@ -72,7 +72,7 @@ def first(call: Call) -> list[Step]:
     tests = ["tests/ops/test_gpu.py", "tests/optim/test_cuda.py"]
     return [
         _probe(call),
-        Step("build", 60, lambda: _build(call), 30, optional=True, why_not="adapterkern._C loads, or this is no GPU"),
+        _build_step(call),
         _compile(call, "first"),
         Step("correctness", 50, lambda: [
             Command(call.pytest(tests[0], "-k", CORRECT), FEW), Command(call.module("bench.gpu.check")),
@@ -98,9 +98,19 @@ def second(call: Call) -> list[Step]:
     ]
 
 
+def cost(call: Call) -> list[Step]:
+    """What a 7B costs, beside LitGPT's published figures."""
+    return [_probe(call), _build_step(call), _compile(call, "cost"), _timed(call, "cost", 240)]
+
+
 def _probe(call: Call) -> Step:
     argv = call.module("bench.gpu.probe", "--carried", call.carried, "--json", call.work / "probe.json")
     return Step("probe", 40, lambda: [Command(argv)], 5, vital=True)  # takes 10 s, or as long as torch's first import
+
+
+def _build_step(call: Call) -> Step:
+    why_not = "adapterkern._C loads, or this is no GPU"
+    return Step("build", 60, lambda: _build(call), 30, optional=True, why_not=why_not)
 
 
 def _build(call: Call) -> list[Command]:

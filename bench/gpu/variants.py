@@ -1,4 +1,4 @@
-"""Which kernel variants ``first`` and ``second`` launch, found without a GPU.
+"""Which kernel variants ``first``, ``second`` and ``cost`` launch, found without a GPU.
 
 The launchers run on fake CUDA tensors, so every decision (tiles, splits, alignment, options of a launch) is that of a
 GPU with 132 multiprocessors. Triton's own binder makes signature and options; a list replaces its compiler.
@@ -19,8 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from adapterkern.ops.kernels import launch
 from adapterkern.ops.reference import ACTIVATIONS
-from bench import before, tiling
+from bench import before, llama_step, tiling
 from bench.adapter import ROWS
+from bench.cost import of_7b
 from bench.gpu.check import SHAPES
 from bench.sweep import candidates
 
@@ -96,6 +97,12 @@ def steps() -> list[Call]:
     return [Call(T, 4096, 64, needed=n) for T in (4096, 1304) for n in (ALL, NOT_X)]
 
 
+def cost() -> list[Call]:
+    """The calls of every iteration whose cost is measured."""
+    shapes = [llama_step.StepSpec(**case.shape) for case in of_7b(torch.device("cuda"))]
+    return [Call(s.tokens, s.hidden_size, s.adapter_dim, needed=n) for s in shapes for n in (ALL, NOT_X)]
+
+
 def swept() -> list[Call]:
     """The sweep's candidates."""
     return [
@@ -107,7 +114,9 @@ def swept() -> list[Call]:
 
 
 def of_call(name: str, tiles: Iterable[str] = ()) -> list[tuple[Any, list[Call]]]:
-    """(a generation's ``launch``, its calls) for ``first`` or ``second``, with the A/B's ``tiles``."""
+    """(a generation's ``launch``, its calls) for ``first``, ``second`` or ``cost``, with the A/B's ``tiles``."""
+    if name == "cost":
+        return [(launch, cost())]
     calls = [*headline(), *steps(), *tests()] if name == "first" else [*headline(), *swept(), *sanitized()]
     calls += [Call(T, 4096, 64, tiles=t) for t in tiles for T in (8192, *ROWS)]
     old = before.launch()

@@ -27,6 +27,7 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import ASTSource
 
+from bench.gpu.carried import CALLS
 from bench.gpu.variants import TARGET, Compilation, compilations, of_call
 
 _work: Sequence[Compilation] = ()  # inherited by the forked workers
@@ -117,9 +118,9 @@ def _load_libcuda(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m bench.gpu.warm first|second``: compile what the cache lacks, and print what it had."""
+    """``python -m bench.gpu.warm first|second|cost``: compile what the cache lacks, and print what it had."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.warm", description=main.__doc__)
-    parser.add_argument("call", choices=("first", "second"))
+    parser.add_argument("call", choices=CALLS)
     parser.add_argument("--ab", nargs="*", default=[], metavar="TABLE=TILES")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", type=int, help="compile at most this many variants")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import adapter, optimizer, report
+from bench import adapter, cost, optimizer, report
 from bench import step as training_step
 from bench.gpu import measured, runner, steps, summary
 from bench.gpu.runner import Command, Run, Step
@@ -73,6 +73,19 @@ def test_the_first_call_rehearsed(tmp_path: Path) -> None:
     assert "stand-in for ncu" in files["profile.log"].decode()
     assert "19.98" in said  # LitGPT's figures, in the same table as ours
     assert "ours before: error" in files["correctness.log"].decode()
+
+
+def test_the_call_for_the_cost_of_a_7b_rehearsed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    outcomes, files, said = rehearse("cost", out)
+    assert outcomes.pop("build")["status"] == "left out"
+    assert {name: o["status"] for name, o in outcomes.items()} == dict.fromkeys(("probe", "compile", "cost"), "ok")
+    measured = variants(files["cost.json"], tmp_path)
+    assert len(measured) == 2
+    names = {"frozen backbone", "ours", "ours, gated prompts", "ours, LLaMA-Adapter V2", "PEFT LoRA"}
+    assert all(names <= found for found in measured.values())
+    assert "LitGPT LoRA, Llama 2 7B, A100-SXM4-40GB (published)" in said
 
 
 @pytest.mark.skipif(NO_GIT, reason="the old kernels come out of git")
@@ -305,3 +318,4 @@ def test_every_planned_variant_is_known() -> None:
     whole = measured.plan("step", cuda, False, ())
     assert [(c.shape["batch"], c.shape["length"]) for c, _ in whole] == [(4, 1024), (1, 1304)]
     assert all(set(ways) <= set(training_step.names(case, cuda)) for case, ways in whole)
+    assert set(cost.names(whole[0][0], cuda)) == set(cost._STEPS)

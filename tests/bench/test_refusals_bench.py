@@ -82,7 +82,7 @@ SAVED = "expected a saved run of the bench, got"
         ("--processes 2", "python -m bench: --processes: expected --json FILE with it, got none"),
         (
             "step,adapter",
-            "python -m bench: expected parts of adapter, optimizer, step, memory, traffic, aot, got step,adapter",
+            "python -m bench: expected parts of adapter, optimizer, step, cost, memory, traffic, aot, got step,adapter",
         ),
     ],
 )

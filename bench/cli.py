@@ -163,7 +163,8 @@ def _measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except ValueError as error:
         parser.error(str(error))
     options.plan = run.plan()
-    if options.parts == ("cost",) and not (options.plan or args.only):
+    rehearsed = args.quick or device.type != "cpu"  # then --only may be what has left nothing
+    if options.parts == ("cost",) and not (options.plan or (args.only and rehearsed)):
         parser.error(f"cost: expected a GPU with room for a LLaMA-7B, or --quick for a rehearsal, got {device}")
     variants = {*(name for _, names in options.plan for name in names), *[COPY] * bool(options.plan)}
     if args.only and not options.plan:

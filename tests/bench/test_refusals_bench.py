@@ -35,6 +35,7 @@ def _unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SAVED = "expected a saved run of the bench, got"
+NO_ROOM = "expected a GPU with room for a LLaMA-7B, or --quick for a rehearsal, got cpu"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,8 @@ SAVED = "expected a saved run of the bench, got"
             f"python -m bench: --threads: expected 1 to {CORES}, the cores that this process may use, got 0",
         ),
         ("--processes 2", "python -m bench: --processes: expected --json FILE with it, got none"),
+        ("cost", f"python -m bench: cost: {NO_ROOM}"),
+        ("cost --only 1304", f"python -m bench: cost: {NO_ROOM}"),
         (
             "step,adapter",
             "python -m bench: expected parts of adapter, optimizer, step, cost, memory, traffic, aot, got step,adapter",

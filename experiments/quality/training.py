@@ -119,12 +119,12 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     total = llama.num_parameters()
     applied = apply(spec.method, suffix(llama, spec.first, share=spec.method != "full"), round(spec.budget * total))
     head = nn.Linear(llama.config.hidden_size, found.labels or 2)
-    model = _Model(applied, head, bool(found.labels))
+    model = Model(applied, head, bool(found.labels))
     order = np.random.default_rng(spec.seed)
     pool = order.permutation(len(found.train))[: spec.texts or None]
     train, validation = (Texts(world, spec.data, part, *place) for part in ("train", "validation"))
     steps = -(-len(pool) // BATCH) * spec.epochs
-    optimizer = _optimizer(applied, head, spec.lr)
+    optimizer = optimizer_of(applied, head, spec.lr)
     schedule = make_schedule(optimizer, ak.TrainConfig(lr=spec.lr), steps)
     keep = _Keep(world, spec) if spec.keep else None
     curve: list[float] = []
@@ -172,7 +172,8 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     return result | {"seconds": time.perf_counter() - started}
 
 
-def _optimizer(applied: Applied, head: nn.Module, lr: float) -> ak.ClippedAdamW:
+def optimizer_of(applied: Applied, head: nn.Module, lr: float) -> ak.ClippedAdamW:
+    """AdamW of a method's parameters at the rate ``lr``, and the head's at no less than ``HEAD_LR``."""
     groups = []
     for parameters, rate in ((list(applied.parameters.values()), lr), (list(head.parameters()), max(lr, HEAD_LR))):
         for decay, chosen in (
@@ -184,12 +185,15 @@ def _optimizer(applied: Applied, head: nn.Module, lr: float) -> ak.ClippedAdamW:
     return ak.ClippedAdamW(groups, lr=lr, max_norm=1.0)
 
 
-class _Model:
+class Model:
+    """A method, and the head on it: logits of labels, or of the first and the last token of an answer."""
+
     def __init__(self, applied: Applied, head: nn.Linear, classifies: bool) -> None:
         self.applied, self.head, self.classifies = applied, head, classifies
         self.trained = applied.parameters | {f"head.{name}": p for name, p in head.named_parameters()}
 
     def loss(self, texts: Texts, rows: Any) -> Tensor:
+        """Of some rows, to train with."""
         return self._loss(self._scores(texts, rows), texts.part, rows) + self.applied.extra()
 
     def _scores(self, texts: Texts, rows: Any) -> Tensor:

@@ -10,7 +10,9 @@ from experiments import common
 
 pytestmark = pytest.mark.slow
 
-STUDIES = sorted(p.stem for p in Path(common.__file__).parent.glob("*.py") if p.stem not in ("__init__", "common"))
+FOLDER = Path(common.__file__).parent
+STUDIES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "common"))
+STUDIES += [f"{p.parent.name}.__main__" for p in FOLDER.glob("*/__main__.py")]
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -21,7 +23,7 @@ def test_each_study_has_a_command_line(
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"experiments.{study}").main()
     assert ended.value.code == 0
-    assert f"python -m experiments.{study}" in capsys.readouterr().out
+    assert f"python -m experiments.{study.removesuffix('.__main__')}" in capsys.readouterr().out
 
 
 def test_a_record_says_when_where_and_at_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,64 @@
+"""What a step of each method costs: time, interleaved with the others; memory; bytes on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from bench.cases import Case, Variant
+from bench.measure import interleave, kept_for_backward, paired_ratio, quartiles
+from experiments.common import CPU, record, show
+from experiments.quality import plan
+from experiments.quality.methods import METHODS, apply
+from experiments.quality.stream import suffix
+from experiments.quality.training import BATCH, Model, Texts, World, optimizer_of
+
+NAME = "costs.json"
+BASE = "lora"
+
+
+def measure(folder: Path, rounds: int, seconds: float) -> None:
+    """Time a step of each method on 16 texts of R8, in turns; write ``costs.json``."""
+    world = World()
+    variants = [_variant(world, method) for method in METHODS]
+    times = interleave(Case("quality", "", {}, wall=True), variants, CPU, rounds, seconds)
+    measured = []
+    for variant in variants:
+        low, middle, high = quartiles(times[variant.name])
+        taken = {"lower_quartile": low, "median": middle, "upper_quartile": high}
+        ratio = paired_ratio(times[variant.name], times[BASE])
+        measured.append({"method": variant.name, **variant.info, "seconds": taken, f"times_of_{BASE}": ratio})
+        show(measured[-1])
+    tokens = int(world.set("r8").train.lengths[:BATCH].max())
+    record(
+        folder / NAME, texts=BATCH, tokens=tokens, budget=plan.LOW, rounds=min(map(len, times.values())), rows=measured
+    )
+
+
+def _variant(world: World, method: str) -> Variant:
+    layers, first = (plan.LAYERS, 0) if method == "full" else plan.HALF
+    llama, found = world.llama(layers), world.set("r8")
+    torch.manual_seed(0)
+    applied = apply(method, suffix(llama, first, share=method != "full"), round(plan.LOW * llama.num_parameters()))
+    head = nn.Linear(llama.config.hidden_size, found.labels)
+    model, texts = Model(applied, head, True), Texts(world, "r8", "train", layers, first)
+    optimizer = optimizer_of(applied, head, 1e-4)
+    rows = np.arange(BATCH)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(texts, rows).backward()
+        optimizer.step()
+
+    frozen = [p for p in applied.suffix.parameters() if not p.requires_grad]
+    kept = kept_for_backward(lambda: model.loss(texts, rows), [*frozen, *model.trained.values()])["kept_bytes"]
+    info: dict[str, Any] = {
+        "parameters": applied.size,
+        "kept_bytes": kept,
+        "state_bytes": 16 * applied.size,  # values, gradients and two moments
+        "saved_bytes": len(save({name: p.detach().contiguous() for name, p in applied.parameters.items()})),
+    }
+    return Variant(method, run=step, info=info)

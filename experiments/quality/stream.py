@@ -8,6 +8,8 @@ Texts are padded on the right and the decoder is causal, so no real token sees p
 """
 
 import copy
+import fcntl
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,22 +42,28 @@ def suffix(llama: Any, first: int, *, share: bool = True) -> Any:
     return made.requires_grad_(False)
 
 
-@torch.no_grad()
 def stream(llama: Any, first: int, part: Part, name: str) -> np.ndarray:
     """The residual stream (N, L, d) below layer ``first``, fp32, mapped from a file that is made the first time."""
     path = corpora.cache_folder() / "quality" / f"{name}-{first}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model = copy.copy(llama.model)
-        model._modules = dict(llama.model._modules) | {"layers": llama.model.layers[:first], "norm": nn.Identity()}
-        with replacing(path) as temporary:
-            shape = (*part.ids.shape, llama.config.hidden_size)
-            out = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-            for start in range(0, len(part), BATCH):
-                ids = torch.from_numpy(part.ids[start : start + BATCH]).long()
-                out[start : start + BATCH] = model(input_ids=ids, use_cache=False).last_hidden_state.numpy()
-            out.flush()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
+        if not path.exists():
+            _make(llama, first, part, path)
     return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def _make(llama: Any, first: int, part: Part, path: Path) -> None:
+    model = copy.copy(llama.model)
+    model._modules = dict(llama.model._modules) | {"layers": llama.model.layers[:first], "norm": nn.Identity()}
+    with replacing(path) as temporary:
+        shape = (*part.ids.shape, llama.config.hidden_size)
+        out = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        for start in range(0, len(part), BATCH):
+            ids = torch.from_numpy(part.ids[start : start + BATCH]).long()
+            out[start : start + BATCH] = model(input_ids=ids, use_cache=False).last_hidden_state.numpy()
+        out.flush()
 
 
 def mean(hidden: Tensor, lengths: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from experiments.quality.sets import Part, Set
 from experiments.quality.stream import mean, stream, suffix
 
 BATCH, HEAD_LR, LONGEST_ANSWER = 16, 2e-3, 12
-DRIFT_TEXTS, KEPT_TEXTS, KEPT_PER_STEP = 32, 400, 4
+DRIFT_TEXTS, KEPT_TEXTS, KEPT_PER_STEP = 32, 400, 4  # of a set's validation texts the first 32 and the next
 LAYERS = 8  # of the smaller backbone
 CHUNK = 256  # tokens whose logits exist at a time
 TEST_BATCH = 64
@@ -77,10 +77,10 @@ class World:
         return stream(self.llama(layers), first, getattr(found, part), name)
 
     @functools.cache  # noqa: B019
-    def untouched(self, data: str, part: str, count: int, layers: int, first: int) -> Tensor:
-        """The untouched model's states after the final norm on the first texts of a part (N, L, d)."""
+    def untouched(self, data: str, count: int, layers: int, first: int) -> Tensor:
+        """The untouched model's states (N, L, d) after the final norm on the first validation texts."""
         applied = apply("head", suffix(self.llama(layers), first), 0)
-        texts = Texts(self, data, part, layers, first)
+        texts = Texts(self, data, "validation", layers, first)
         found = torch.zeros(count, texts.part.ids.shape[1], applied.suffix.config.hidden_size)
         with torch.no_grad():
             for rows in np.split(np.arange(count), count // 8):
@@ -103,11 +103,6 @@ class Texts:
         if self._stream is not None:
             return torch.from_numpy(self._stream[rows, :longest]), lengths
         return applied.suffix.model.embed_tokens(torch.from_numpy(self.part.ids[rows, :longest]).long()), lengths
-
-
-def other_kind(data: str) -> str:
-    """The set whose texts tell what a model has forgotten."""
-    return "r8" if data == "20news" else "20news"
 
 
 def run(world: World, spec: Spec) -> dict[str, Any]:
@@ -243,41 +238,45 @@ def best_spans(scores: Tensor) -> np.ndarray:
 # What a model has forgotten
 
 
+class Drift:
+    """KL(untouched ‖ trained) on the first validation texts of another kind than ``spec.data``."""
+
+    def __init__(self, world: World, spec: Spec, count: int) -> None:
+        other, place = "r8" if spec.data == "20news" else "20news", (spec.layers, spec.first)
+        self._texts = Texts(world, other, "validation", *place)
+        self._untouched = world.untouched(other, count, *place)
+        self._before = world.llama(spec.layers).lm_head
+
+    def __call__(self, applied: Applied, rows: Any) -> tuple[Tensor, int]:
+        """Its sum over the tokens of these rows, in nats, and their number."""
+        x, lengths = self._texts(rows, applied)
+        real = torch.arange(x.shape[1]) < lengths[:, None]
+        states, old = applied.hidden(x, lengths)[real], self._untouched[rows][:, : x.shape[1]][real]
+        chunks = zip(states.split(CHUNK), old.split(CHUNK), strict=True)
+        total = sum(divergence(*chunk, applied.suffix.lm_head, self._before) for chunk in chunks)
+        return torch.as_tensor(total), len(states)
+
+
 def divergence(states: Tensor, untouched: Tensor, lm_head: Any, before: Any) -> Tensor:
     """The summed KL(untouched ‖ trained) over tokens, in nats, of states (T, d) after the final norm."""
     p, q = F.log_softmax(before(untouched), -1), F.log_softmax(lm_head(states), -1)
     return F.kl_div(q, p, reduction="sum", log_target=True)
 
 
+@torch.no_grad()
 def drift(world: World, spec: Spec, applied: Applied) -> float:
     """KL(untouched ‖ trained) in nats per token, on held-out texts of another kind."""
-    other = other_kind(spec.data)
-    texts = Texts(world, other, "validation", spec.layers, spec.first)
-    untouched = world.untouched(other, "validation", DRIFT_TEXTS, spec.layers, spec.first)
-    before, total, tokens = world.llama(spec.layers).lm_head, 0.0, 0
-    with torch.no_grad():
-        for rows in np.split(np.arange(DRIFT_TEXTS), DRIFT_TEXTS // 8):
-            x, lengths = texts(rows, applied)
-            real = torch.arange(x.shape[1]) < lengths[:, None]
-            states, old = applied.hidden(x, lengths)[real], untouched[rows][:, : x.shape[1]][real]
-            for new, kept in zip(states.split(CHUNK), old.split(CHUNK), strict=True):
-                total += float(divergence(new, kept, applied.suffix.lm_head, before))
-            tokens += len(states)
-    return total / tokens
+    measure = Drift(world, spec, DRIFT_TEXTS)
+    sums = [measure(applied, rows) for rows in np.split(np.arange(DRIFT_TEXTS), DRIFT_TEXTS // 8)]
+    return float(sum(total for total, _ in sums)) / sum(tokens for _, tokens in sums)
 
 
 class _Keep:
-    """The drift on texts of another kind, of a few per step: what keeps behavior."""
+    """The drift per token on a few other texts of that kind, drawn for each step: what keeps behavior."""
 
     def __init__(self, world: World, spec: Spec) -> None:
-        other = other_kind(spec.data)
-        self.texts = Texts(world, other, "train", spec.layers, spec.first)
-        self.untouched = world.untouched(other, "train", KEPT_TEXTS, spec.layers, spec.first)
-        self.before = world.llama(spec.layers).lm_head
+        self._drift = Drift(world, spec, KEPT_TEXTS)
 
     def __call__(self, applied: Applied, order: np.random.Generator) -> Tensor:
-        rows = order.choice(KEPT_TEXTS, KEPT_PER_STEP, replace=False)
-        x, lengths = self.texts(rows, applied)
-        real = torch.arange(x.shape[1]) < lengths[:, None]
-        states, old = applied.hidden(x, lengths)[real], self.untouched[rows][:, : x.shape[1]][real]
-        return divergence(states, old, applied.suffix.lm_head, self.before) / len(states)
+        total, tokens = self._drift(applied, order.choice(np.arange(DRIFT_TEXTS, KEPT_TEXTS), KEPT_PER_STEP, False))
+        return total / tokens

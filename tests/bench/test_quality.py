@@ -33,7 +33,7 @@ class Small(World):
 
     @functools.cache  # noqa: B019
     def set(self, name: str) -> Set:
-        return Set(name, 0 if name == "questions" else 2, *(_part(name, i, n) for i, n in enumerate((400, 40, 50))))
+        return Set(name, 0 if name == "questions" else 2, *(_part(name, i, n) for i, n in enumerate((400, 400, 50))))
 
 
 def _part(name: str, seed: int, count: int) -> Part:

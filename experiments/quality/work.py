@@ -16,13 +16,18 @@ _world: list[World] = []  # of a worker
 
 
 def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
-    """Do all runs of these parts that have no row, several at a time; Ctrl-C and SIGTERM lose those under way alone."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Do all runs of these parts that have no row, several at a time.
+
+    Ctrl-C and SIGTERM let those under way end, and begin no other.
+    """
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(number))
     done, until = rows.read(path), time.monotonic() + 60 * minutes
     with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
         under_way: dict[Future[dict[str, Any]], Spec] = {}
         while True:
-            if time.monotonic() < until:
+            if time.monotonic() < until and not asked:
                 taken = set(under_way.values())
                 free = (spec for spec in plan.pending(done, chosen) if spec not in taken)
                 for spec, _ in zip(free, range(workers - len(under_way)), strict=False):
@@ -44,7 +49,7 @@ def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None
 
 
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal
     torch.set_num_threads(1)
     _world.append(World())
 

@@ -235,11 +235,11 @@ class Run(Generic[E]):
         losses = []
         batches = self._share(examples)
         for number, (batch, counts) in enumerate(batches, start=1):
-            inputs = self.feed(batch)
+            inputs, last = self.feed(batch), number == len(batches)
             with fast_attention(self.model, inputs["input_ids"].shape, self.config.precision):
-                loss, _ = self.engine.run(inputs)
+                loss, _ = self.engine.forward(inputs, last)
                 loss = loss if counts else 0 * loss
-                self.engine.backward(loss / targets, number == len(batches))
+                self.engine.backward(loss / targets, last)
             losses.append(loss.detach())
         loss = processes.total(torch.stack(losses).sum()) / targets
         grad_norm = self.engine.step(loss)

@@ -95,24 +95,21 @@ class Engine:
 
     # A step
 
+    def forward(self, inputs: Any, last: bool) -> Any:
+        """``run(inputs)``. DDP decides in it, not in ``backward``, whether that will exchange gradients."""
+        alone = isinstance(self.run, DistributedDataParallel) and not last
+        with self.run.no_sync() if alone else contextlib.nullcontext():
+            return self.run(inputs)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradients of this rank's share of the loss; after the ``last`` one every rank has the sum."""
-        with self._exchanging(last):
-            self.accelerator.backward(loss * processes.world_size())
-
-    @contextlib.contextmanager
-    def _exchanging(self, now: bool) -> Iterator[None]:
-        """Gradients are exchanged inside the block only if ``now``: a step's last backward exchanges their sum."""
-        if now or processes.world_size() == 1:
-            yield
-        elif isinstance(self.run, DistributedDataParallel):
-            with self.run.no_sync():
-                yield
-        else:
+        kept_back = self.config.shard and not last
+        if kept_back:
             self.run.set_requires_gradient_sync(False)
-            try:
-                yield
-            finally:
+        try:
+            self.accelerator.backward(loss * processes.world_size())
+        finally:
+            if kept_back:
                 self.run.set_requires_gradient_sync(True)
 
     def step(self, loss: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterkern import checks
 from adapterkern.cli.options import adapter_fields, add_options, from_options, integer
+from adapterkern.cli.scale import add_scale_options, clusters, show_scale
 from adapterkern.model import attention
 from adapterkern.model.config import (
     MAX_DEPTH,
@@ -33,6 +34,7 @@ SHAPES = {
     "llama-2-70b": Shape(8192, 80, 28672, 64, 8, 128, 32000),
     "llama-3-8b": Shape(4096, 32, 14336, 32, 8, 128, 128256),
     "llama-3-70b": Shape(8192, 80, 28672, 64, 8, 128, 128256),
+    "llama-3.1-405b": Shape(16384, 126, 53248, 128, 8, 128, 128256),
     "llama-3.2-1b": Shape(2048, 16, 8192, 32, 8, 64, 128256, tied=True),
     "llama-3.2-3b": Shape(3072, 28, 8192, 24, 8, 128, 128256, tied=True),
     "mistral-7b": Shape(4096, 32, 14336, 32, 8, 128, 32000),
@@ -48,10 +50,11 @@ _OF_BOTH = ("kind", "layer_norm", "learned_scale", "prompt_gate", "bias_scale")
 NAME, SUMMARY = "budget", "which adapters fit a number of parameters, and which settings the memory"
 HELP = """\
 List (every, adapter_dim) that fit a budget of trainable parameters, with --kind prompt (every, prompt_length); or what
-a training step takes of a memory, and which options make it fit.
+a training step takes of a memory, and which options make it fit; or, of several GPUs, also what they exchange.
 
   adapterkern budget --model-config llama-7b --max-params 8e6
   adapterkern budget --model-config llama-2-7b --memory 24GB --task causal-lm --batch-size 4 --max-length 1024
+  adapterkern budget --model-config llama-2-70b --memory 80GB --gpus 8,64 --task causal-lm --max-length 1024
 """
 
 
@@ -73,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attn", choices=attention.CHOICES, default="sdpa", help="of the backbone [%(default)s]")
     add_options(group, TrainConfig, without={f.name for f in dataclasses.fields(TrainConfig)} - {*_OF_MEMORY})
     add_options(group, AdapterConfig, without={*adapter_fields(), "eps"} - {*_OF_ADAPTER})
+    add_scale_options(group)
 
 
 def size(text: str) -> int:
@@ -125,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     checks.integer("--depth", arguments.depth, 1, MAX_DEPTH)
     if arguments.max_params is None and arguments.memory is None:
         raise ValueError("--max-params, --memory: expected at least one of them, got none")
+    if arguments.gpus is not None:
+        clusters(arguments)  # checks them
     if arguments.max_params is not None:
         _show_sites(arguments)
     if arguments.memory is not None:
@@ -172,6 +178,9 @@ def _show_memory(arguments: argparse.Namespace) -> None:
     adapter = adapter.resolve(shape.hidden_size, shape.num_layers, shape.inside)
     training = Training(shape, adapter, config.max_length, learned, arguments.dtype, arguments.attn)
     rows = config.batch_size
+    if arguments.gpus is not None:
+        show_scale(arguments, training, config.task, rows)
+        return
     batch = f"--batch-size {rows}"
     print(
         f"{arguments.model_config}: {shape.num_params:,} parameters in {arguments.dtype}, {training.trained_params:,} "

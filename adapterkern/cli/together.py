@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from adapterkern.cli.options import COLUMNS, adapter_fields
+from adapterkern.cli.scale import OPTIONS
 from adapterkern.model.config import PROMPT, applies
 from adapterkern.training.config import LABELED
 
@@ -43,11 +44,12 @@ _RULES = (
     _Rule(
         (
             *("dtype", "attn", "task", "batch_size", "max_length"),
-            *("adapter_dim", "prompt_length", "position", "every", "layers"),
+            *("adapter_dim", "prompt_length", "position", "every", "layers", "gpus"),
         ),
         "memory",
         lambda size: size is None,
     ),
+    _Rule(OPTIONS, "gpus", lambda counts: counts is None),
     _Rule(("x_free",), "unfused", bool, "which keeps what torch keeps"),
     _Rule(("worst",), "report", lambda directory: directory is None),
     _Rule(("free_epochs",), "cost", lambda cost: cost == 0),

@@ -40,7 +40,7 @@ from adapterkern.model.config import PROMPT, AdapterConfig
 from adapterkern.model.inside import Inside
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes per element
-_MOST_ROWS = 1 << 20
+MOST_ROWS = 1 << 20
 
 
 class Shape(NamedTuple):
@@ -159,9 +159,9 @@ class Training(NamedTuple):
         """Of a step whose forwards have ``rows`` rows each."""
         shape, width, tokens = self.shape, WIDTHS[self.dtype], rows * self.length
         d, f = shape.hidden_size, shape.intermediate_size
-        above = shape.num_layers - self._first - (not self.adapter.bias_scale)  # layers through which the backward goes
+        above = shape.num_layers - self.first - (not self.adapter.bias_scale)  # layers through which the backward goes
         inputs = tokens * (2 * d + f + shape.attention * choice.offloaded) * width if choice.load_in == "8bit" else 0
-        again = tokens * (self._layer() + self._outputs()) + inputs if choice.checkpointed or choice.offloaded else 0
+        again = tokens * (self.layer() + self._outputs()) + inputs if choice.checkpointed or choice.offloaded else 0
         layers = tokens * (self._inputs() if choice.checkpointed else self._stack())
         kept = tokens * (4 * d + 4) + 4 * rows * self.learned * shape.vocab_size
         kept += 0 if choice.offloaded else layers
@@ -178,10 +178,10 @@ class Training(NamedTuple):
 
     def most_rows(self, memory: int, choice: Choice = CHOICES[0]) -> int:
         """The most rows per forward that fit into ``memory`` bytes; 0 if none do."""
-        return bisect.bisect_right(range(1, _MOST_ROWS), memory, key=lambda rows: self.memory(rows, choice).total)
+        return bisect.bisect_right(range(1, MOST_ROWS), memory, key=lambda rows: self.memory(rows, choice).total)
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         """The first layer with an adapter."""
         return (self.adapter.layers or (0,))[0]
 
@@ -189,7 +189,7 @@ class Training(NamedTuple):
         """Bytes per token that a layer's second half keeps."""
         return 4 * self.shape.hidden_size + 4 + 3 * self.shape.intermediate_size * WIDTHS[self.dtype]
 
-    def _layer(self) -> int:
+    def layer(self) -> int:
         """Bytes per token that a whole layer keeps."""
         shape, width = self.shape, WIDTHS[self.dtype]
         heads, a = shape.num_heads, shape.attention
@@ -203,10 +203,10 @@ class Training(NamedTuple):
 
     def _stack(self) -> int:
         """Bytes per token that all layers and adapters keep."""
-        above = (self.shape.num_layers - 1 - self._first) * self._layer()
+        above = (self.shape.num_layers - 1 - self.first) * self.layer()
         attended = self.shape.attention * WIDTHS[self.dtype]
         if self.adapter.bias_scale:
-            above += self._layer() - 4 * self.shape.hidden_size - 4 + len(self.adapter.layers or ()) * self._outputs()
+            above += self.layer() - 4 * self.shape.hidden_size - 4 + len(self.adapter.layers or ()) * self._outputs()
         elif self.adapter.place != "layer":
             above += self._mlp() + (attended if self.adapter.kind == PROMPT else 0)
         if self.adapter.kind == PROMPT:
@@ -221,4 +221,4 @@ class Training(NamedTuple):
 
     def _inputs(self) -> int:
         """Bytes per token of the inputs of the layers from the first adapter's on."""
-        return (self.shape.num_layers - self._first) * self.shape.hidden_size * WIDTHS[self.dtype]
+        return (self.shape.num_layers - self.first) * self.shape.hidden_size * WIDTHS[self.dtype]

@@ -181,7 +181,13 @@ def test_known_shapes_have_the_size_that_they_are_named_after() -> None:
         "llama-65b": 65.286,
         "llama-2-70b": 68.977,
     }
-    published |= {"llama-3-8b": 8.030, "llama-3-70b": 70.554, "llama-3.2-1b": 1.236, "llama-3.2-3b": 3.213}
+    published |= {
+        "llama-3-8b": 8.030,
+        "llama-3-70b": 70.554,
+        "llama-3.1-405b": 405.853,
+        "llama-3.2-1b": 1.236,
+        "llama-3.2-3b": 3.213,
+    }
     published |= {"mistral-7b": 7.242, "smollm2-135m": 0.1345, "smollm2-1.7b": 1.711}
     for name, count in published.items():
         assert billions[name] == pytest.approx(count, abs=1e-3), name

@@ -33,6 +33,7 @@ PAGES = (
     "distillation",
     "qa",
     "memory",
+    "scale",
     "positions",
     "adapters",
     "stacks",

@@ -9,7 +9,7 @@ import torch
 
 from adapterkern.training import PrefixCache, TrainResult, train
 from adapterkern.training.loop import Run
-from tests.support import tiny_run
+from tests.support import exchanged, tiny_run
 
 ROWS = tiny_run.rows(17)  # steps of 8, 8 and 1 rows: in the last one a process has none
 EVAL_ROWS = tiny_run.rows(9, seed=1)
@@ -60,6 +60,8 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     }.items():
         result = run(folder / name, **values)
         found[name] = {"metrics": result.metrics, "history": result.history, "prefix": result.prefix_layers}
+
+    found["exchanged"] = exchanged.work()
 
     cache = PrefixCache()
     run(None, cache=cache, max_steps=2, prefix_cache=True)

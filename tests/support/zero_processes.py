@@ -16,7 +16,7 @@ from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training import NonFiniteError, train
 from adapterkern.training.parallel.deepspeed import Zero
 from adapterkern.training.task import Task
-from tests.support import tiny_run
+from tests.support import exchanged, tiny_run
 from tests.support.tiny_qa import shared_run
 from tests.support.two_processes import ROWS, run
 
@@ -59,6 +59,9 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         found[f"{name} qa"] = shared_run()
         found[f"{name} qa bf16"] = shared_run(precision="bf16")
         found[f"{name} infinite"] = blow_up()
+
+    AcceleratorState._reset_state()
+    found["exchanged"] = {persistent: exchanged.zero_work(persistent) for persistent in exchanged.PERSISTENT}
 
     multitask = tiny_run.model()
     zero = {"stage": 3}

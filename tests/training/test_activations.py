@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkern as ak
 from adapterkern.model.memory import Choice, Shape, Training
+from adapterkern.model.scale import Scale
 from adapterkern.training import activations
 from adapterkern.training.activations import Offload, check_offload, checkpointed, offloaded
 from adapterkern.training.heads import ClassificationHead
@@ -88,6 +89,17 @@ def test_what_autograd_keeps(
     config = run.model.adapter_config()
     expected = Training(SHAPE, config, LENGTH, learned, name, attn).memory(ROWS, Choice(checkpointed=recompute)).kept
     with checkpointed(run.model) if recompute else contextlib.nullcontext():
+        assert kept(run, batch) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_full_fine_tuning_keeps(dtype: torch.dtype, name: str, recompute: bool) -> None:
+    run, batch = made("causal-lm", dtype, "sdpa", layers=[4])
+    run.model.base.requires_grad_(True)
+    training = Training(SHAPE, run.model.adapter_config(), LENGTH, LENGTH, name)
+    expected = Scale(training, ROWS, full=True, checkpointed=recompute).memory("DDP", 1).kept
+    with run.model.disable_adapter(), checkpointed(run.model) if recompute else contextlib.nullcontext():
         assert kept(run, batch) == pytest.approx(expected, rel=0.05)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import pair, two_processes, zero_processes
+from tests.support import exchanged, pair, two_processes, zero_processes
 from tests.support.pair import found
 from tests.support.runs import cut, records, same
 from tests.support.tiny_qa import shared_run
@@ -80,6 +80,16 @@ def test_a_step_with_an_infinite_loss_changes_nothing(folder: Path, stage: str) 
         same_bits = found(folder, rank)[f"{stage} infinite"]
         assert same_bits
         assert all(same_bits)
+
+
+@pytest.mark.parametrize("persistent", exchanged.PERSISTENT)
+def test_bytes_that_a_step_exchanges(folder: Path, persistent: int) -> None:
+    """Of ZeRO-3 that keeps nothing gathered; see ``model/scale.py``."""
+    for rank in range(2):
+        for name, got in found(folder, rank)["exchanged"][persistent].items():
+            scale = exchanged.scale(exchanged.SHARDED[name])
+            gathered, reduced = scale.exchanged("ZeRO-3", 2, persistent)
+            assert got["received"] == {"allgather_base": gathered, "reduce_scatter_base": reduced}
 
 
 def test_refuses_what_would_be_done_twice_or_wrongly(folder: Path) -> None:

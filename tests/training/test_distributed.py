@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapterkern.training import processes
-from tests.support import pair, two_processes
+from tests.support import exchanged, pair, two_processes
 from tests.support.pair import found
 from tests.support.runs import cut, records, same
 
@@ -95,6 +95,39 @@ def test_each_process_has_a_prefix_cache_of_what_it_needs(folder: Path) -> None:
     assert counts == [8 + 9 + 0, 8 + 9 + 0]
     assert found(folder)["ddp"]["prefix"] == 3
     assert found(folder)["shard"]["prefix"] == 0
+
+
+def test_bytes_that_a_step_exchanges(folder: Path) -> None:
+    """Every byte that ``model/scale.py`` counts, and none besides: in a step's last forward, or in each."""
+    for rank in range(2):
+        got = {name: each["received"] for name, each in found(folder, rank)["exchanged"].items()}
+        for name in exchanged.DDP:  # two forwards exchange gradients once
+            assert got[f"ddp {name}"] == {"allreduce": exchanged.scale(exchanged.DDP[name]).exchanged("DDP", 2).reduced}
+        for name, adapter in exchanged.SHARDED.items():
+            gathered, reduced = exchanged.scale(adapter, "bf16" if name == "bf16" else "fp32").exchanged("FSDP2", 2)
+            gathered *= 2 if name == "two forwards" else 1
+            assert got[f"shard {name}"] == {"allgather_base": gathered, "reduce_scatter_base": reduced}, name
+        for dtype in exchanged.DTYPES:
+            gathered, reduced = exchanged.scale({}, dtype, full=True).exchanged("FSDP2", 2)
+            assert got[f"full {dtype}"] == {"allgather_base": gathered, "reduce_scatter_base": reduced}
+
+
+def test_bytes_that_a_process_holds(folder: Path) -> None:
+    """Weights, values, gradients, moments of rank 0, which has the larger pieces; buckets, and what is gathered."""
+    for name, got in found(folder)["exchanged"].items():
+        how, _, case = name.partition(" ")
+        if how == "full":
+            scale = exchanged.scale({}, case, full=True)
+        else:
+            scale = exchanged.scale(exchanged.SHARDED[case], "bf16" if case == "bf16" else "fp32")
+        engine = "DDP" if how == "ddp" else "FSDP2"
+        taken = scale.memory(engine, 2)
+        assert (got["weights"], got["trained"]) == (taken.weights, taken.trained), name
+        if engine == "DDP":
+            assert int(got["buckets"]) == taken.buffers
+        else:
+            assert got["gathered"] == scale.gathered(2), name
+            assert scale.gathered(2) <= taken.buffers
 
 
 def test_the_backbone_is_split(folder: Path) -> None:

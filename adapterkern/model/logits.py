@@ -145,14 +145,19 @@ class WithLogits(Wrapped):
         return logits_of(self.base, self.logits_path, states)
 
 
+def ask_for_logits(model: Any) -> LogitsPath:
+    """Ask the backbone anew how it computes its logits."""
+    model.__dict__.pop("logits_path", None)
+    return model.logits_path
+
+
 def check_lm_head(model: Any) -> None:
-    """Ask the backbone anew how it computes its logits; warn if its own loss adds something to their cross-entropy.
+    """``ask_for_logits``; warn if the backbone's own loss adds something to their cross-entropy.
 
     Raises:
         ValueError: it has no LM head, or its logits do not follow from its last hidden states.
     """
-    model.__dict__.pop("logits_path", None)
-    path = model.logits_path
+    path = ask_for_logits(model)
     if path.obstacle:
         raise ValueError(f"model: expected a backbone with an LM head for causal-lm, but {path.obstacle}")
     if path.added:

@@ -2,6 +2,7 @@
 
 api.py                      the entry points: ``train``, ``evaluate``
 config.py                   ``TrainConfig``
+drift.py                    how far a model has gone from the untouched one
 dry_run.py                  a run of a few steps that are undone, and what it will take
 loop.py                     the order of steps, evaluations and checkpoints
 task.py                     hidden states → loss; what is trained, scored and saved

@@ -26,6 +26,7 @@ from adapterkern.training.data.sets import Data
 from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
 from adapterkern.training.data.summary import Summary, warn_of_overlap
 from adapterkern.training.data.targets import TARGETS, OneLabel
+from adapterkern.training.drift import Drift, check_drift, load_texts, summary_of
 from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
@@ -77,6 +78,7 @@ def train(
     *,
     tokenizer: Any = None,
     eval_data: Any = None,
+    drift_data: Any = None,
     head: Head | None = None,
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
@@ -90,6 +92,8 @@ def train(
         model: on the device to train on. The backbone stays frozen.
         train_data, eval_data: see ``load_examples``; or whatever ``task.load`` reads. ``eval_data="10%"`` holds out
             this share of the training rows, the same ones for the same seed: see data/split.py.
+        drift_data: texts of another kind, on which each evaluation measures ``drift``, how far the model has gone from
+            what it was before (nats per token): see drift.py. Whatever ``load_examples`` reads; 64 texts are enough.
         config: see ``TrainConfig``.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; by default a new one for the labels in the training data.
@@ -130,6 +134,7 @@ def train(
     share = is_share(eval_data)
     if config.best is not None and eval_data is None:
         raise ValueError(f"best: expected eval_data, to find the best evaluation of, got {config.best!r:.80} without")
+    check_drift(config, drift_data, evaluates=eval_data is not None)
     (task or Task).check_config(config)
     warn_of_no_effect(config, task, eval_data is not None)
     warn_of_pooling(config, head)
@@ -151,12 +156,14 @@ def train(
         raise NotImplementedError("dry_run: expected a run without DeepSpeed")
     with in_one_thread(model), unchanged(task, config) if dry_run else run_folder(config, task.files):
         train_set, eval_set, names = _load_both(task, train_data, eval_data, config, tokenizer)
+        texts = load_texts(model, drift_data, config, tokenizer, len(train_set) + len(eval_set))
         summaries = _summaries(task, config, {"train": train_set, "eval": eval_set}, names if share else ())
+        summaries |= summary_of(texts, config)
         processes.on_rank_zero(lambda: show_data(summaries, config.progress))
         with accelerator.autocast():
-            processes.on_every_rank(lambda: check_backbones(task, config, [*train_set, *eval_set]))
+            processes.on_every_rank(lambda: check_backbones(task, config, [*train_set, *eval_set], texts))
         warn_of_overlap(train_set, eval_set)
-        data = Data(train_set, eval_set, *names, summaries)
+        data = Data(train_set, eval_set, *names, summaries, texts=texts, texts_name=source_name(drift_data))
         set_seed(config.seed)
         with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
             order = data.order(task, config, 0)  # may raise: before an earlier run is removed
@@ -265,7 +272,7 @@ def _state(
         "adapters": [model.adapter_config(name).to_dict() for name in names],  # without their names
         "backbone": backbone,
         "eval_fingerprint": fingerprint(data.eval) if data.eval else "",
-    }
+    } | ({"drift_fingerprint": fingerprint(data.texts)} if data.texts else {})
     return TrainingState(
         engine.parameters,
         engine.optimizer,
@@ -287,6 +294,7 @@ def evaluate(
     config: TrainConfig,
     *,
     tokenizer: Any = None,
+    drift_data: Any = None,
     head: Head | None = None,
     cache: PrefixCache | None = None,
     task: Task[Any] | None = None,
@@ -296,6 +304,7 @@ def evaluate(
 
     Args:
         eval_data: as for ``train``; ``HeldOut(train_data, "10%", seed)`` for what a run has held out.
+        drift_data: as for ``train``; there is then ``drift``, too.
         config, head: those of the training, as ``load_run`` reads them.
         cache: activations to reuse; without it texts run through the whole model.
         task: the task of the training, if it had one; it has its own head.
@@ -324,13 +333,15 @@ def evaluate(
         task = Task(model, None if head is None else head.to(model.device))
         warn_of_pooling(config, head)
     task.check_config(config)
+    check_drift(config, drift_data)
     with in_one_thread(model):
-        return _evaluated(task, eval_data, config, tokenizer, cache, answers)
+        return _evaluated(task, eval_data, drift_data, config, tokenizer, cache, answers)
 
 
 def _evaluated(
     task: Task[Any],
     eval_data: Any,
+    drift_data: Any,
     config: TrainConfig,
     tokenizer: Any,
     cache: PrefixCache | None,
@@ -339,18 +350,23 @@ def _evaluated(
     model = task.model
     accelerator = make_accelerator(config.precision, model.device)  # joins the processes, of which one shows the data
     examples = _load(task, eval_data, config, tokenizer)
-    summaries = _summaries(task, config, {_name(eval_data): examples})
+    texts = load_texts(model, drift_data, config, tokenizer, len(examples))
+    summaries = _summaries(task, config, {_name(eval_data): examples}) | summary_of(texts, config)
     processes.on_rank_zero(lambda: show_data(summaries, config.progress))
     with accelerator.autocast():
-        check_backbones(task, config, examples)
+        check_backbones(task, config, examples, texts)
     with task.running(config), left_as_found(task), cast_once(task):
         feed = Feed(task, config, cache)
         with accelerator.autocast():
-            use = cache is not None and choose_cache(model, config, examples, passes=2)[0]
+            use = cache is not None and choose_cache(model, config, [*examples, *texts], passes=2)[0]
         if cache is not None and use:
-            feed.add(examples, cache.fill(model, examples, config, accelerator.autocast) or [])
+            both = [*examples, *texts]
+            feed.add(both, cache.fill(model, both, config, accelerator.autocast) or [])
         with accelerator.autocast():
             task.prepare(examples, feed, lambda name, total: contextlib.nullcontext(bool))
         run = accelerator.prepare_model(task.train(model.training), evaluation_mode=True)
         with contextlib.nullcontext() if answers is None else answers_kept(task, feed, answers):
-            return run_evaluation(task, run, examples, feed, config)
+            metrics = run_evaluation(task, run, examples, feed, config)
+        if texts:
+            metrics |= Drift(task, texts, feed).measure(run)
+        return metrics

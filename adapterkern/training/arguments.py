@@ -69,12 +69,19 @@ def warn_of_pooling(config: TrainConfig, head: Head | None) -> None:
         warn("config: pooling=%r has no effect with a head that reads %r", config.pooling, head.pooling)
 
 
-def check_backbones(task: Task[Any], config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Raise ``ValueError`` if a backbone of the task does not run on the examples, or not as they are padded."""
+def check_backbones(
+    task: Task[Any], config: TrainConfig, examples: Sequence[Example], texts: Sequence[Example] = ()
+) -> None:
+    """Raise ``ValueError`` if a backbone of the task does not run on the examples, or not as they are padded.
+
+    Args:
+        texts: that the model itself reads beside the examples.
+    """
     if not task.model.is_mixing:  # which holds for batches of its own size
         check_runs(task.model)
     with task.model.disable_adapter():
         for llama in task.backbones:
-            check_positions(llama, examples)
-            check_padding(llama, config, examples)
+            read = [*examples, *(texts if llama is task.model.base else ())]
+            check_positions(llama, read)
+            check_padding(llama, config, read)
         check_packing(task, config, examples)

@@ -151,8 +151,8 @@ class TrainConfig:
 
     Args: The best evaluation
         best: save and return, at the end, what was trained at the best evaluation by this metric. Lower is better of a
-            name that ends with loss, perplexity, cross_entropy, divergence, rmse, mse or mae, higher of any other; of
-            two equal ones the earlier is the best.
+            name that ends with loss, perplexity, cross_entropy, divergence, drift, rmse, mse or mae, higher of any
+            other; of two equal ones the earlier is the best.
         patience: end the run once so many evaluations in a row were no better than the best; needs ``best``.
 
     Args: Several processes
@@ -244,7 +244,7 @@ class TrainConfig:
     best: str | None = checks.option(
         None,
         "save the state of the best evaluation by this metric, such as accuracy or loss; lower is better of what ends "
-        "with loss, perplexity, cross_entropy, divergence, rmse, mse or mae, higher of all else",
+        "with loss, perplexity, cross_entropy, divergence, drift, rmse, mse or mae, higher of all else",
     )
     patience: int | None = checks.option(None, "end the run after so many evaluations in a row without a better best")
 

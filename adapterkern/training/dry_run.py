@@ -20,7 +20,7 @@ from rich.text import Text
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_tokens
-from adapterkern.training.data.examples import E
+from adapterkern.training.data.examples import E, Example
 from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.loop import Run
 from adapterkern.training.run.folder import check_output
@@ -113,7 +113,7 @@ class Rehearsal(Run[E]):
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
         for example in self.data.train[:_SHOWN]:
             say(reporter, described(self.task, example, self.tokenizer))
-        everything = [*self.task.reread(self.data.train), *self.data.eval]
+        everything: list[Example] = [*self.task.reread(self.data.train), *self.data.eval, *self.data.texts]
         passes = math.ceil(self.total_steps / self.steps_per_epoch) if everything else 0
         before = self.state.prefix_cached if self.state.step else None
         with self.engine.accelerator.autocast():
@@ -141,6 +141,9 @@ class Rehearsal(Run[E]):
 
     def _prepare(self, reporter: Reporter, stop: StopRequest) -> None:
         """Nothing: it would be written."""
+
+    def _prepare_drift(self, reporter: Reporter, stop: StopRequest) -> None:
+        """Nothing: no evaluation follows."""
 
     def _samples(self) -> list[list[E]]:
         return super()._samples()[:1] if self.config.best else []
@@ -179,11 +182,11 @@ class Rehearsal(Run[E]):
         remaining = self.total_steps - self.first  # none of a finished run, which evaluates once more
         rate, beginning = self._step_rate()
         step_seconds = rate * count_tokens(self.data.train) / self.steps_per_epoch
-        eval_seconds = self._eval_rate() * count_tokens(self.data.eval)
+        eval_seconds = self._eval_rate() * count_tokens([*self.data.eval, *self.data.texts])
         every = self.config.eval_every or self.steps_per_epoch
         between = max((self.total_steps - 1) // every - self.first // every, 0)
         evaluations = between + 1 if self.data.eval else 0
-        everything = count_tokens([*self.data.train, *self.data.eval])
+        everything = count_tokens([*self.data.train, *self.data.eval, *self.data.texts])
         prefix_seconds = self.prefix_rate * everything
         cached = everything * self.model.decoder.config.hidden_size * 4 if self.prefix_rate else 0
         on_gpu = self.model.device.type == "cuda"

@@ -24,10 +24,11 @@ from adapterkern.training import processes
 from adapterkern.training.attention import fast_attention
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_tokens
-from adapterkern.training.data.examples import E
+from adapterkern.training.data.examples import E, Example
 from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.data.rows import warn
 from adapterkern.training.data.sets import Data
+from adapterkern.training.drift import Drift
 from adapterkern.training.optimization import sites_to_skip
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
@@ -65,6 +66,7 @@ class Run(Generic[E]):
         self.task, self.data, self.config = task, data, config
         self.engine, self.state, self.feed = engine, state, feed
         self.sources, self.callbacks = sources, callbacks
+        self.drift = Drift(task, data.texts, feed) if data.texts else None
         self.model = task.model
         self.output_dir = None if config.output_dir is None else Path(config.output_dir)
         self.steps_per_epoch, self.total_steps = data.steps_per_epoch(config), data.total_steps(config)
@@ -98,6 +100,7 @@ class Run(Generic[E]):
                     reporter.say(self.data.padding)
                 processes.on_every_rank(lambda: self._fill_cache(reporter, stop))
                 processes.on_every_rank(lambda: self._prepare(reporter, stop))
+                self._prepare_drift(reporter, stop)
                 self._check_best()
                 self.callbacks.start(self._info())
                 self.engine.run.train()
@@ -153,7 +156,7 @@ class Run(Generic[E]):
     # Before the first step
 
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
-        examples = [*self.task.reread(self._own()), *self.data.eval]
+        examples: list[Example] = [*self.task.reread(self._own()), *self.data.eval, *self.data.texts]
         passes = math.ceil(self.total_steps / self.steps_per_epoch) if examples else 0
         before = self.state.prefix_cached if self.state.step else None
         with self.engine.accelerator.autocast():
@@ -181,6 +184,10 @@ class Run(Generic[E]):
             if said := self.task.prepare([*self._own(), *self.data.eval], self.feed, bar):
                 reporter.say(said)
 
+    def _prepare_drift(self, reporter: Reporter, stop: StopRequest) -> None:
+        if self.drift is not None:
+            self.drift.prepare(self.engine.run, functools.partial(reporter.side_task, stop=stop))
+
     def _own(self) -> list[E]:
         """The training examples that this rank will use."""
         if processes.world_size() == 1:
@@ -195,6 +202,7 @@ class Run(Generic[E]):
             return
         for examples in self._samples():
             found = run_evaluation(self.task, self.engine.run, examples, self.feed, self.config)
+            found |= {} if self.drift is None else dict.fromkeys(self.drift.names, 0.0)
             if self.config.best in found:
                 break
         check_metric(self.config.best, found)
@@ -314,7 +322,9 @@ class Run(Generic[E]):
         if not self.data.eval:
             return False
         metrics = run_evaluation(self.task, self.engine.run, self.data.eval, self.feed, self.config)
-        self.meter.eval_seconds += metrics["seconds"]
+        started = time.perf_counter()
+        metrics |= {} if self.drift is None else self.drift.measure(self.engine.run)
+        self.meter.eval_seconds += metrics["seconds"] + time.perf_counter() - started
         if not math.isfinite(metrics["loss"]):
             problem = f"the evaluation's loss is {metrics['loss']}"
             raise NonFiniteError(self.state.step, problem, self.checkpoint)
@@ -354,6 +364,8 @@ class Run(Generic[E]):
             "steps": self.state.step,
             "eval_data": None if data.eval_name is None else os.path.basename(data.eval_name),
             "eval_examples": len(data.eval),
+            "drift_data": os.path.basename(data.texts_name or "") if data.texts else None,
+            "drift_examples": len(data.texts),
             "metrics": self.metrics,
             "metrics_step": self.metrics_step,
             "saved": self.saved,

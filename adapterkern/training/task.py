@@ -9,7 +9,7 @@ cache, the checkpoints and the evaluation call only these methods:
                summaries: what the examples are, which a run says before it begins
     before     prepare: what is computed once
     a step     reread, step_examples, begin_step, then forward(batch) = loss(hidden(batch), batch), then the optimizer
-    scores     evaluate: examples → metrics
+    scores     evaluate: examples → metrics              behaviors: texts → hidden states, see drift.py
     answers    to_predict: rows → examples    predict: batch → predictions       joined: those of a row's examples
     files      save, from_pretrained; a resumed run must have the same ``settings``
 """
@@ -273,6 +273,13 @@ class Task(nn.Module, Generic[E]):
         loss, best = liger.linear_cross_entropy(states, head, targets, **options)
         return loss, targets.new_zeros(1) if self.training else (best == targets).sum()[None]
 
+    def behaviors(self) -> dict[str, Callable[[Batch], Tensor]]:
+        """``hidden`` for texts that are none of the task's rows, of each adapter that is learned by itself.
+
+        By what begins the names of its metrics: "" of the only one.
+        """
+        return {"": self.hidden}
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss of the batch's targets, and (k,) other numbers for ``evaluate`` to sum over batches."""
         return self.loss(self.hidden(batch), batch)
@@ -388,7 +395,10 @@ class Feed:
 
     def __call__(self, examples: Sequence[Any]) -> Batch:
         self.examples = examples
-        batch = self.task.collate(examples, self.config)
+        return self.fed(examples, self.task.collate(examples, self.config))
+
+    def fed(self, examples: Sequence[Any], batch: Batch) -> Batch:
+        """The ``batch`` that was made of the examples, on the device and with their prefix."""
         starts = batch.pop("starts").tolist() if "starts" in batch else None
         if self._slots and self.cache is not None and examples[0].row in self._slots:  # not of a step's own
             slots = [self._slots[example.row] for example in examples]
@@ -417,10 +427,17 @@ def run_evaluation(
     task: Task[E], run: nn.Module, examples: Sequence[E], feed: Feed, config: TrainConfig
 ) -> dict[str, float]:
     """``task.evaluate`` in eval mode and without gradients."""
+    with evaluating(run):
+        return task.evaluate(run, examples, feed, config)
+
+
+@contextlib.contextmanager
+def evaluating(run: nn.Module) -> Iterator[None]:
+    """Eval mode, and no gradients, inside the block."""
     was_training = run.training
     run.eval()
     try:
         with torch.no_grad():
-            return task.evaluate(run, examples, feed, config)
+            yield
     finally:
         run.train(was_training)

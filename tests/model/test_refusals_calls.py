@@ -191,7 +191,7 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ),
 ]
 # Names of other libraries: call, argument, what the message says to write
-TRAIN = "model, train_data, config, tokenizer, eval_data, head, cache, task, sources, callbacks, dry_run"
+TRAIN = "model, train_data, config, tokenizer, eval_data, drift_data, head, cache, task, sources, callbacks, dry_run"
 OTHER_NAMES: list[tuple[Callable[..., Any], str, str]] = [
     (ak.AdapterConfig, "r", "adapter_dim"),
     (ak.AdapterConfig, "target_modules", "position and layers"),

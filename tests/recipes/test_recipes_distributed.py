@@ -66,7 +66,8 @@ def outcome(name: str, folder: Path | None = None, **values: Any) -> dict[str, A
     # eps: where a gradient is almost 0, Adam makes any step of its rounding.
     config = tiny_run.quiet(**(settings | {"log_every": 1, "eps": 1e-4, "output_dir": folder} | values))
     parameters = {}
-    result = train(task.model, rows, config, tokenizer=tiny_run.tokenizer(), eval_data=rows, task=task)
+    how: dict[str, Any] = {"tokenizer": tiny_run.tokenizer(), "eval_data": rows, "drift_data": TEXTS}
+    result = train(task.model, rows, config, task=task, **how)
     assert result.metrics is not None
     for key, p in task.trained(config).items():
         parameters[key] = processes.gathered(p.detach()).clone()

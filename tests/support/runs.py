@@ -37,7 +37,7 @@ def same(run: Path, one: Path, tolerance: float) -> None:
     got, expected = records(run), records(one)
     assert [(r["kind"], r["step"]) for r in got] == [(r["kind"], r["step"]) for r in expected]
     for a, b in zip(got, expected, strict=True):
-        for key in {"loss", "grad_norm", "lr", "accuracy", "targets"} & b.keys():
+        for key in {"loss", "grad_norm", "lr", "accuracy", "targets", "drift"} & b.keys():
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
     for key, tensor in trained(one).items():
         torch.testing.assert_close(trained(run)[key], tensor, atol=tolerance, rtol=tolerance)

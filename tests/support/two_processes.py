@@ -13,6 +13,7 @@ from tests.support import exchanged, tiny_run
 
 ROWS = tiny_run.rows(17)  # steps of 8, 8 and 1 rows: in the last one a process has none
 EVAL_ROWS = tiny_run.rows(9, seed=1)
+TEXTS = [{"text": row["text"]} for row in tiny_run.rows(5, seed=2)]  # 3 batches
 
 
 def run(
@@ -20,6 +21,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     cache: Any = None,
     modules: tuple[str, ...] = (),
+    texts: Any = TEXTS,
     **values: Any,
 ) -> TrainResult:
     """7 steps over 3 epochs, clipped in every one, with evaluations and checkpoints after 3 and 6."""
@@ -28,7 +30,8 @@ def run(
     defaults = {"batch_size": 2, "accumulation": 4, "epochs": 3, "max_steps": 7, "max_norm": 0.3, "log_every": 1}
     often = {"eval_every": 3, "checkpoint_every": 3, "keep_checkpoints": 9}
     config = tiny_run.quiet(**(defaults | often | {"output_dir": output_dir} | values))
-    return train(model, ROWS, config, tokenizer=tiny_run.tokenizer(), eval_data=EVAL_ROWS, cache=cache)
+    data = {"eval_data": EVAL_ROWS, "drift_data": texts}
+    return train(model, ROWS, config, tokenizer=tiny_run.tokenizer(), cache=cache, **data)
 
 
 class FullDisk(PrefixCache):
@@ -64,7 +67,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     found["exchanged"] = exchanged.work()
 
     cache = PrefixCache()
-    run(None, cache=cache, max_steps=2, prefix_cache=True)
+    run(None, cache=cache, max_steps=2, prefix_cache=True, texts=None)
     found["cached"] = len(cache)
 
     parts: dict[str, float] = {}
@@ -76,7 +79,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         step(self, examples)
 
     Run._step = look  # type: ignore[method-assign]
-    run(None, shard=True, max_steps=1)
+    run(None, shard=True, max_steps=1, texts=None)
     found["part"] = parts["backbone"]
 
     def signalled(self: Run[Any], examples: Any) -> None:

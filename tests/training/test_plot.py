@@ -58,6 +58,15 @@ def test_all_of_a_run(tmp_path: Path, figures: list[Figure]) -> None:
     assert {axis.get_ylabel() for axis in figure.axes} >= {"cross-entropy (nats per token)", "correct tokens (%)"}
 
 
+def test_drift_has_a_panel_of_the_evaluations_that_have_it(tmp_path: Path, figures: list[Figure]) -> None:
+    history = [train(1), evaluation(1, 0.9, 0.5), evaluation(2, 0.7, 0.8) | {"drift": 0.1}]
+    plot_history([*history, evaluation(3, 0.8, 0.7) | {"drift": 0.3, "best": True}], tmp_path / "training.png")
+    drifts, last, saved = points(figures[0], "Drift")
+    assert drifts == pytest.approx(np.array([(2, 0.1), (3, 0.3)]))
+    assert last == pytest.approx(np.array([(3, 0.3)]))
+    assert saved[0][0] == 3
+
+
 def test_without_evaluations_there_is_no_empty_panel(tmp_path: Path, figures: list[Figure]) -> None:
     plot_history([train(1), train(2)], tmp_path / "training.png")
     assert [axis.get_title() for axis in figures[0].axes if axis.get_title()] == ["Loss"]

@@ -34,6 +34,7 @@ _PIPELINES = {  # what the hub calls the task
 _TITLES = {"bottleneck": "Bottleneck adapter", "prompt": "Gated prompts"}  # by the kind of adapter
 _TAGS = {"bottleneck": "bottleneck-adapter", "prompt": "llama-adapter"}
 _NOT_SCORES = ("seconds", "tokens_per_second", "targets")
+_DRIFT = "drift"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -48,6 +49,8 @@ class Training:
     settings: Mapping[str, Any]
     eval_data: str | None = None
     eval_examples: int = 0
+    drift_data: str | None = None  # the texts that drift is measured on
+    drift_examples: int = 0
     metrics: Mapping[str, float] | None = None  # of the last evaluation
     metrics_step: int = 0
     labels: Sequence[str] = ()
@@ -147,8 +150,9 @@ def _front_matter(base: str | None, llama: Any, config: AdapterConfig | None, tr
     results = []
     if training is not None and training.metrics and pipeline and training.eval_data:
         results = [
-            EvalResult(pipeline, training.eval_data, training.eval_data, metric_type=name, metric_value=round(value, 6))
+            EvalResult(pipeline, source, source, metric_type=name, metric_value=round(value, 6))
             for name, value in _scores(training.metrics).items()
+            if (source := training.drift_data if name == _DRIFT else training.eval_data)
         ]
     data = ModelCardData(
         base_model=base,
@@ -214,6 +218,11 @@ def _training_sections(training: Training) -> list[str]:
     evaluated = f" Evaluated on {_text(training.eval_data)}: {training.eval_examples:,} examples." * bool(
         training.eval_data
     )
+    if training.drift_data:
+        evaluated += (
+            f" Drift, the mean KL divergence of the next token's distribution from that of the base model, in nats per "
+            f"token, is measured on {_text(training.drift_data)}: {training.drift_examples:,} texts."
+        )
     sections = [
         f"## Task\n\n{training.task}.{labels}",
         f"## Data\n\nTrained on {_text(training.data)}: {training.examples:,} examples.{evaluated}",

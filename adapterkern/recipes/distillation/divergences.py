@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapterkern.recipes.distillation.settings import SoftLabelSettings
+from adapterkern.training.drift import kl
 
 Divergence = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
@@ -56,8 +57,7 @@ def divergence_of(settings: SoftLabelSettings) -> Divergence:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    per_token = (log_p - log_q).mul_(p).sum(-1)
-    return per_token, log_q.exp().sub_(p)
+    return kl(log_p, log_q, p), log_q.exp().sub_(p)
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

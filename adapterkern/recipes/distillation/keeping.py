@@ -21,6 +21,7 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example, Rows, check_vocabulary, load_examples, unpacked
 from adapterkern.training.data.summary import Summary, summarize
+from adapterkern.training.drift import as_texts
 from adapterkern.training.task import Feed, sums_over
 
 
@@ -63,8 +64,7 @@ class KeepBehaviour(Taught):
         if not isinstance(rows, WithKept):
             return super().load(rows, config, tokenizer)
         examples = super().load(rows.rows, config, tokenizer)
-        as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
-        kept, _ = load_examples(rows.kept, as_text, tokenizer)
+        kept, _ = load_examples(rows.kept, as_texts(config), tokenizer)
         check_vocabulary(kept, self.model.get_input_embeddings().num_embeddings)
         texts = (
             KeptText(e.input_ids, np.array([IGNORE]), e.positions, place=e.place, cuts=e.cuts) for e in unpacked(kept)

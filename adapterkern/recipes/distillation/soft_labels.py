@@ -25,6 +25,7 @@ from torch import Tensor
 
 from adapterkern.recipes.distillation.divergences import Top, divergence_of, top_of
 from adapterkern.recipes.distillation.settings import SoftLabelSettings
+from adapterkern.training.drift import wide
 
 IGNORE = -100  # marks a token without target, as in torch's cross_entropy
 
@@ -101,12 +102,12 @@ def soft_label_loss(
             if isinstance(teacher, Labels):
                 taught = Labels(*(tensor[part] for tensor in teacher))
             elif teacher is not None:
-                taught = _wide(teacher.head(teacher.hidden[part]))
+                taught = wide(teacher.head(teacher.hidden[part]))
             if isinstance(taught, Tensor) and taught.shape != logits.shape:
                 raise ValueError(f"teacher: expected a vocabulary of {logits.shape[-1]}, got {taught.shape[-1]}")
             with torch.autocast(hidden.device.type, enabled=False):
                 sums, gradient = _chunk(
-                    _wide(logits.detach()),
+                    wide(logits.detach()),
                     taught,
                     None if targets is None else targets[part],
                     None if token_weights is None else token_weights[part],
@@ -119,7 +120,7 @@ def soft_label_loss(
             return sums, None
         return sums, torch.autograd.grad(logits, states, gradient.to(logits.dtype))[0]
 
-    sums = torch.zeros(6, device=hidden.device, dtype=_wide(hidden.new_empty(0)).dtype)
+    sums = torch.zeros(6, device=hidden.device, dtype=wide(hidden.new_empty(0)).dtype)
     gradient = torch.zeros_like(hidden) if with_gradient else None
     for start in range(0, len(hidden), how.chunk_tokens):
         part = slice(start, start + how.chunk_tokens)
@@ -138,7 +139,7 @@ def labels_of(teacher: Teacher, targets: Tensor, settings: SoftLabelSettings) ->
     made = []
     for start in range(0, max(len(targets), 1), settings.chunk_tokens):
         part = slice(start, start + settings.chunk_tokens)
-        logits = _wide(teacher.head(teacher.hidden[part]))
+        logits = wide(teacher.head(teacher.hidden[part]))
         with torch.autocast(logits.device.type, enabled=False):
             of_target = F.cross_entropy(logits, targets[part], reduction="none", ignore_index=IGNORE).neg_()
             made.append((*top_of(_log_softmax(logits, settings.temperature), settings.top_k), of_target))
@@ -158,10 +159,6 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

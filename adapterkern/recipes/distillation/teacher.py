@@ -17,7 +17,6 @@ from torch import Tensor
 from adapterkern import checks
 from adapterkern.files import read_json, write_json
 from adapterkern.model.copies import Replaceable
-from adapterkern.model.decoder import eval_mode
 from adapterkern.model.digest import adapter_digest
 from adapterkern.model.files.card import base_name
 from adapterkern.model.llama import LlamaAdapter
@@ -28,6 +27,7 @@ from adapterkern.recipes.distillation.soft_labels import Labels, SoftLabelLoss, 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, inputs
 from adapterkern.training.data.examples import Example
+from adapterkern.training.drift import untouched
 from adapterkern.training.heads import Head
 from adapterkern.training.saved import load_model, load_run
 from adapterkern.training.task import Task
@@ -112,15 +112,10 @@ class Taught(Task[Example]):
 
     def taught(self, batch: Batch) -> Tensor:
         """The teacher's last hidden states (B, L, its width), without gradient; ``batch`` from ``with_prefix``."""
-        with torch.no_grad():
-            if self.teacher is not None:
+        if self.teacher is not None:
+            with torch.no_grad():
                 return self.teacher.base_model(**inputs(batch), use_cache=False).last_hidden_state
-            start = self.model.prefix_length  # which is all layers once the adapters are off
-            with self.model.disable_adapter(), eval_mode(self.model.base):
-                if "prefix" not in batch:
-                    return super().hidden(batch)
-                where = batch.get("attention_mask"), start, batch.get("position_ids")
-                return self.model.run_suffix(batch["prefix"], *where)
+        return untouched(self.model, batch)
 
     def as_teacher(self, taught: Tensor) -> Teacher:
         """The teacher's states (N, its width) with its head."""

@@ -14,9 +14,10 @@ the rows.
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -248,6 +249,13 @@ class MultiTask(Task[TaskExample]):
             start = min(prefix_length(self.model.adapter_config(name)) for name in self.names)
             where = batch.get("attention_mask"), start, batch.get("position_ids")
             return self.model.run_suffix(batch["prefix"], *where)
+
+    def behaviors(self) -> dict[str, Callable[[Batch], Tensor]]:
+        def of(name: str, batch: Batch) -> Tensor:
+            rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
+            return self.hidden(batch | {"choice": torch.zeros_like(rows), _ROWS + name: rows})
+
+        return {f"{name}/": functools.partial(of, name) for name in self.names}
 
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed cross-entropy over all tasks, and (1,) how many targets are right, counted in eval mode alone."""

@@ -6,7 +6,7 @@ from typing import Any, Generic
 
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import by_length
-from adapterkern.training.data.examples import E
+from adapterkern.training.data.examples import E, Example
 from adapterkern.training.data.summary import Summary
 
 
@@ -20,6 +20,8 @@ class Data(Generic[E]):
     eval_name: str | None
     summaries: dict[str, Summary]
     padding: str = ""  # what is to be said of it
+    texts: list[Example] = dataclasses.field(default_factory=list)  # to measure drift on
+    texts_name: str | None = None
 
     def steps_per_epoch(self, config: TrainConfig) -> int:
         return math.ceil(len(self.train) / config.rows_per_step)

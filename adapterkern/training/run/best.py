@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-_LOWER = ("loss", "perplexity", "cross_entropy", "divergence", "rmse", "mse", "mae")
+_LOWER = ("loss", "perplexity", "cross_entropy", "divergence", "drift", "rmse", "mse", "mae")
 _NOT_SCORES = ("targets", "seconds", "tokens_per_second")
 
 

@@ -64,8 +64,8 @@ class TrainingState:
     scaler: Any  # a torch GradScaler or None
     config: TrainConfig
     data_fingerprint: str
-    # "task", "settings", "head", "adapters", "backbone", "eval_fingerprint": must match in a resumed run, if the
-    # checkpoint has them too.
+    # "task", "settings", "head", "adapters", "backbone", "eval_fingerprint", "drift_fingerprint": must match in a
+    # resumed run, if the checkpoint has them too.
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     # the settings in a checkpoint of 0.1.0, whose state.json has none; None where they are not known
     settings_in: Callable[[Path], dict[str, Any] | None] = lambda _: None

@@ -38,7 +38,7 @@ FIELDS: dict[str, Any] = {
 # Checkpoints of earlier versions lack some of these; they are accepted without that check.
 _ORIGIN: dict[str, type] = {
     **{"task": str, "settings": dict, "adapters": list, "backbone": dict},
-    **{"eval_fingerprint": str, "head": dict},
+    **{"eval_fingerprint": str, "drift_fingerprint": str, "head": dict},
 }
 
 SCHEDULE = ("base_lrs", "_last_lr", "last_epoch", "_step_count")  # what a schedule's state is made of
@@ -104,6 +104,11 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
         data += "" if before and evaluated else f", and has {'none' if before else 'some'} now"
         raise CheckpointError(
             f"{path}: the run was begun with {data}: resume with the same, and score the finished run on others"
+        )
+    both_measured = saved.get("drift_fingerprint"), origin.get("drift_fingerprint")
+    if None not in both_measured and both_measured[0] != both_measured[1]:
+        raise CheckpointError(
+            f"{path}: the run was begun with other texts to measure drift on: resume with the same, or with none"
         )
     before_is, backbone = saved.get("backbone", {}), origin.get("backbone", {})
     for name in sorted(backbone.keys() & before_is.keys() - {"weights"}):  # first, since adapters follow its layers

@@ -1,4 +1,4 @@
-"""``training.png``: a run's loss, accuracy or RMSE, learning rate and gradient norm; and the style of all plots."""
+"""``training.png``: a run's loss, accuracy or RMSE, drift, learning rate and gradient norm; the style of all plots."""
 
 import os
 from typing import Any
@@ -24,6 +24,8 @@ _FEW = 30  # points, which are shown as such
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
     """Plot a run to a PNG file; the best evaluations are marked, and the step that ``TrainConfig.best`` has saved.
 
+    Of drift the last evaluation is marked.
+
     Args:
         history: the records of ``metrics.jsonl``.
         task: of ``TrainConfig``: determines the unit of the loss, and whether texts or tokens are correct.
@@ -32,8 +34,9 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
     evaluations = [record for record in history if record["kind"] == "eval"]
     unit, of_loss = ("text", HEADS[task].loss_unit) if task in HEADS else ("token", "cross-entropy (nats per token)")
     scores = {"accuracy": ("Accuracy", f"correct {unit}s (%)", max), "rmse": ("RMSE", "in the unit of the label", min)}
-    score = next((name for name in scores if any(name in record for record in evaluations)), None)
-    names = ["loss"] if score is None else ["loss", score]
+    having = {name: [r for r in evaluations if name in r] for name in (*scores, "drift")}
+    score = next((name for name in scores if having[name]), None)
+    names = ["loss"] + [score] * (score is not None) + ["drift"] * bool(having["drift"])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.5 * len(names), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -48,9 +51,13 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
         if score is not None:
             title, of_score, best_of = scores[score]
             scale, form = (100, "{:.2f} %") if score == "accuracy" else (1, "{:.4g}")
-            _lines(axes[score], evaluations, score, OTHER, "evaluation", scale)
-            _mark(axes[score], best_of(evaluations, key=lambda record: record[score]), score, scale, form)
+            _lines(axes[score], having[score], score, OTHER, "evaluation", scale)
+            _mark(axes[score], best_of(having[score], key=lambda record: record[score]), score, scale, form)
             axes[score].set(ylabel=of_score, title=title)
+        if drifts := having["drift"]:  # 0 is where every run begins: the last one is marked
+            _lines(axes["drift"], drifts, "drift", OTHER, "evaluation")
+            _mark(axes["drift"], drifts[-1], "drift", 1, "{:.3g}")
+            axes["drift"].set(ylabel="KL to the untouched model (nats per token)", title="Drift")
         rate, norm = axes["rate"], axes["rate"].twinx()
         _lines(rate, train, "lr", INK, "learning rate")
         _lines(norm, train, "grad_norm", THIRD, "gradient norm")

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 DATA_NAME = "data_summary.json"
 METRICS_NAME = "metrics.jsonl"
-_NUMBERS = {"train": ("loss", "grad_norm", "skipped_steps"), "eval": ("loss", "accuracy")}  # what plots are made of
+_NUMBERS = {
+    "train": ("loss", "grad_norm", "skipped_steps"),
+    "eval": ("loss", "accuracy", "drift"),
+}  # what plots are made of
 PLOT_NAME = "training.png"
 _SCORES = {  # in the line of an evaluation, where there are such
     "perplexity": ("perplexity {:.2f}", 1),
@@ -36,6 +39,7 @@ _SCORES = {  # in the line of an evaluation, where there are such
     "f1_micro": ("F1 {:.4f}", 1),
     "rmse": ("RMSE {:.4g}", 1),
     "r2": ("R² {:.4f}", 1),
+    "drift": ("drift {:.3g}", 1),
 }
 _KEPT = (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)  # however narrow the terminal is
 

@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from adapterkern.recipes.distillation.labels import check_labels
     from adapterkern.recipes.distillation.rollouts import check_shape
     from adapterkern.recipes.distillation.settings import ContextSettings, RolloutSettings, SoftLabelSettings
+    from adapterkern.training.drift import as_texts
 
     cut = arguments.num_layers
     is_adapter = adapter_files(arguments.teacher) is not None
@@ -112,7 +113,6 @@ def run(arguments: argparse.Namespace) -> int:
             check_source(arguments.teacher, "--teacher")
             check_hub(arguments.teacher, "--teacher")
             check_load_in(arguments.load_in, arguments.teacher, device())
-        as_text = dataclasses.replace(config, task="causal-lm", train_adapters=True)
         if config.labeled and not (arguments.keep or arguments.eval_keep):
             raise ValueError(
                 f"--task: expected causal-lm without --keep, since soft labels are those of tokens, got {config.task}"
@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
         if rollouts.on_policy:
             with named("--train"):
                 check_shape(arguments.train, config)
-        check_rows("--keep", arguments.keep, as_text)
-        check_rows("--eval-keep", arguments.eval_keep, as_text)
+        check_rows("--keep", arguments.keep, as_texts(config))
+        check_rows("--eval-keep", arguments.eval_keep, as_texts(config))
 
     def job(whole: Any, tokenizer: Any, config: TrainConfig) -> Job:
         llama = whole if cut is None else first_layers(whole, cut)

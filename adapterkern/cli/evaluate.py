@@ -2,7 +2,7 @@
 
 import argparse
 
-from adapterkern.cli.options import FORMATS, add_report_options, add_saved_options
+from adapterkern.cli.options import FORMATS, add_drift_option, add_report_options, add_saved_options
 from adapterkern.cli.saved import evaluate_run
 
 NAME, SUMMARY = "eval", "evaluate a saved run"
@@ -21,6 +21,7 @@ Of lists of labels there is no matrix; of numbers there are the rows of the larg
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_saved_options(parser, f"{FORMATS}; for question answering SQuAD's .json")
+    add_drift_option(parser)
     add_report_options(parser)
 
 

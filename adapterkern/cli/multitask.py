@@ -13,6 +13,7 @@ from adapterkern.cli.options import (
     adapter_config,
     add_adapter_options,
     add_backbone_options,
+    add_drift_option,
     add_training_options,
     model_flags,
     number,
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "FILE"),
         help=f"a task, what to learn from, and optionally what to evaluate on: {FORMATS}",
     )
+    add_drift_option(parser)
     parser.add_argument(
         "--temperature",
         type=number,

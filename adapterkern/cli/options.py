@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         return f"{option or action.dest}: expected one {expected}, got {value or before[-1]} and {word}"
 
 
-_FILES = ("--train", "--eval", "--data", "--keep", "--eval-keep")  # of which one given twice may mean both
+_FILES = ("--train", "--eval", "--data", "--drift", "--keep", "--eval-keep")  # of which one given twice may mean both
 _VALUE_OF_FLAG = re.compile(r"(--\S+): ignored explicit argument (.*)")
 
 
@@ -298,6 +298,12 @@ FORMATS = f"{FILES}; or NAME:SPLIT of a dataset on the hub"
 def add_data_options(parser: argparse.ArgumentParser, format: str = FORMATS) -> None:
     parser.add_argument("--train", required=True, metavar="FILE", help=f"what to learn from: {format}")
     parser.add_argument("--eval", metavar="FILE", help="the same, to evaluate on; or a share of --train: 10%%")
+    add_drift_option(parser)
+
+
+def add_drift_option(parser: argparse.ArgumentParser) -> None:
+    help = "texts of another kind: evaluations measure how far the adapters take the model's next tokens from its own"
+    parser.add_argument("--drift", metavar="FILE", help=f"{help}, in nats per token; 64 are enough; {FORMATS}")
 
 
 OF_PLAIN_LOSS = ("label_smoothing", "class_weights")  # which a task with a loss of its own does not have

@@ -9,6 +9,7 @@ from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_data_options,
+    add_drift_option,
     add_options,
     add_saved_options,
     add_training_options,
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     evaluate = actions.add_parser("evaluate", help="the same as adapterkern eval", allow_abbrev=False)
     add_saved_options(evaluate, _FORMAT, columns=False)
+    add_drift_option(evaluate)
     predict = actions.add_parser("predict", help="answer questions with a saved run", allow_abbrev=False)
     add_saved_options(predict, _FORMAT, data_required=True, columns=False)
     predict.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write the answers to")

@@ -8,6 +8,7 @@ from adapterkern.cli.options import (
     add_adapter_options,
     add_backbone_options,
     add_data_options,
+    add_drift_option,
     add_options,
     add_report_options,
     add_saved_options,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_options(train)
     evaluate = actions.add_parser("evaluate", help="the same as adapterkern eval", allow_abbrev=False)
     add_saved_options(evaluate)
+    add_drift_option(evaluate)
     add_report_options(evaluate)
 
 

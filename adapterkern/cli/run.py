@@ -85,6 +85,7 @@ def train_run(
     from adapterkern.model.backbone import check_source
     from adapterkern.model.liger import check_installed
     from adapterkern.training import Task, train
+    from adapterkern.training.drift import as_texts
     from adapterkern.training.optimization import check_lr
     from adapterkern.training.run.folder import check_output
     from adapterkern.training.run.trackers import tracker_names
@@ -103,6 +104,7 @@ def train_run(
         check(config)
     else:
         check_train_and_eval(arguments.train, arguments.eval, config)
+    check_rows("--drift", arguments.drift, as_texts(config))
     arguments.dtype = dtype.of_arguments(arguments)
     check_attention(arguments, config)
     llama, tokenizer = load(arguments)
@@ -114,6 +116,7 @@ def train_run(
         config,
         tokenizer=tokenizer,
         eval_data=made.eval_data,
+        drift_data=arguments.drift,
         head=made.head,
         task=made.task,
         sources=made.sources or sources_of(arguments, arguments.eval, tokenizer),

@@ -33,7 +33,8 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
 
     answers: list[Any] = []
     task, config, tokenizer, data = load_saved(arguments, check=functools.partial(_check_report, arguments))
-    print_metrics(evaluate(task.model, data, config, tokenizer=tokenizer, task=task, answers=answers))
+    how: dict[str, Any] = {"tokenizer": tokenizer, "task": task, "answers": answers}
+    print_metrics(evaluate(task.model, data, config, drift_data=arguments.drift, **how))
     _report(arguments, answers, task, data, config, tokenizer)
     return 0
 
@@ -117,6 +118,7 @@ def load_saved(
         if data is None:
             raise ValueError(f"--data: expected a file, because {run.directory} was trained without --eval; got none")
         _check_saved_data(arguments, run.directory, data, issubclass(run.kind, QuestionAnswering), not answers)
+    _check_drift(arguments, run)
     task, config, tokenizer = open_run(arguments, run)
     return task, as_asked(arguments, config), tokenizer, data
 
@@ -159,6 +161,16 @@ def write_rows(
     shown = track(found, doing, count, console=console, disable=not console.is_terminal)
     rows = write_predictions(output, ((row.values, one) for row, one in shown), probabilities=probabilities)
     say(f"{rows:,} rows in {output}")
+
+
+def _check_drift(arguments: argparse.Namespace, run: "SavedRun") -> None:
+    """Raise what can be known of ``--drift`` without the backbone."""
+    from adapterkern.training.drift import as_texts, check_drift
+
+    if (path := getattr(arguments, "drift", None)) is not None:  # predictions have no such option
+        config = as_asked(arguments, run.config)
+        check_drift(config, path)
+        check_rows("--drift", path, as_texts(config))
 
 
 def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:

@@ -39,8 +39,8 @@ _RULES = (
     _Rule(("max_skipped_steps",), "precision", lambda precision: precision != "fp16", "which skips no step"),
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("class_weights",), "task", lambda task: task != "classification", "which has no classes"),
-    _Rule(("eval_every", "eval_batch_size", "best", "patience"), "eval", lambda file: file is None),
-    _Rule(_OF_STEPS, "train_adapters", lambda on: not on, "which trains the head alone"),
+    _Rule(("eval_every", "eval_batch_size", "best", "patience", "drift"), "eval", lambda file: file is None),
+    _Rule(("drift", *_OF_STEPS), "train_adapters", lambda on: not on, "which trains the head alone"),
     _Rule(
         (
             *("dtype", "attn", "task", "batch_size", "max_length"),

@@ -26,7 +26,7 @@ _KEPT = "\ue000"  # a character of nobody's, around the number of what the user 
 
 def _in_options(message: str, parser: argparse.ArgumentParser) -> str:
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "version", "config")}
-    actions |= {"eval_data": actions["eval"]} if "eval" in actions else {}
+    actions |= {f"{name}_data": actions[name] for name in ("eval", "drift") if name in actions}
     options = {name: action.option_strings[0] for name, action in actions.items()}
     message = re.sub(r" \(in Python: (?:[^()]|\([^()]*\))*\)", "", message)
 

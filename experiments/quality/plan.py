@@ -96,7 +96,7 @@ def parts() -> dict[str, list[Group]]:
     whole = {method: Group(_at("r8", WHOLE, method, LOW), 3, 1, main[method]) for method in (*MAIN, "last-layer")}
     many = {method: Group(_at("r8", HALF, method, LOW, 1600), 3, 1, main[method]) for method in MAIN[:3]}
     return {
-        "r8": list(main.values()),
+        "r8": [main[method] for method in (*MAIN, *(m for m in METHODS if m not in MAIN and m != "full"), "full")],
         "whole": list(whole.values()),
         "keep": [
             Group(_at("r8", WHOLE, method, LOW, keep=keep), 3, 0, whole[method])

@@ -24,6 +24,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "adapter-parallel": KINDS["parallel"],
     "adapter-low-rank": {"activation": "identity"},
 }
+INITS: dict[str, dict[str, Any]] = {f"adapter-{init}": {"init": init} for init in ("xavier", "svd")}
 OWN_SIZE = ("head", "norms-biases", "last-layer", "full", "ia3")
 METHODS = (*OWN_SIZE, "lora", "lora-attention", "prompts", *ADAPTERS, "routed")
 EXPERTS = 4
@@ -54,14 +55,14 @@ def apply(method: str, suffix: Any, budget: int) -> Applied:
     """Change ``suffix`` in place. Weights are drawn from torch's generator.
 
     Args:
-        method: one of ``METHODS``.
+        method: one of ``METHODS`` or ``INITS``; the latter do not start from the untouched model.
         suffix: of ``stream.suffix``; frozen.
         budget: the number of parameters to train, of methods that have a size.
     """
     if method == "routed":
         return _routed(suffix, budget)
-    if method in ADAPTERS:
-        parameters = dict(_adapted(suffix, ADAPTERS[method], budget).adapters.named_parameters())
+    if (fields := (ADAPTERS | INITS).get(method)) is not None:
+        parameters = dict(_adapted(suffix, fields, budget).adapters.named_parameters())
         return _applied(suffix, parameters)
     if method in ("lora", "lora-attention"):
         _lora(suffix, PROJECTIONS if method == "lora" else ATTENTION, budget)

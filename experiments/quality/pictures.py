@@ -12,7 +12,7 @@ from experiments.quality.rows import Rows
 from experiments.quality.statistics import over_seeds
 
 COLORS = {method: f"C{i}" for i, method in enumerate(NAMES)}
-MARKERS = dict(zip(NAMES, "oXPDv^s>*dph<", strict=True))
+MARKERS = dict(zip(NAMES, "oXPDv^s>*dph<12", strict=True))
 
 
 def draw(done: Rows, folder: Path) -> None:

@@ -9,7 +9,7 @@ study goes on where it was.
 import dataclasses
 from collections.abc import Iterator
 
-from experiments.quality.methods import METHODS
+from experiments.quality.methods import INITS, METHODS
 from experiments.quality.rows import Rows
 from experiments.quality.training import LAYERS, Spec
 
@@ -94,6 +94,7 @@ def parts() -> dict[str, list[Group]]:
     """The groups of each part of the study, in the order in which they run."""
     main = {method: Group(_at("r8", HALF, method, LOW), 5) for method in METHODS}
     whole = {method: Group(_at("r8", WHOLE, method, LOW), 3, 1, main[method]) for method in (*MAIN, "last-layer")}
+    adapter = main["adapter"]
     many = {method: Group(_at("r8", HALF, method, LOW, 1600), 3, 1, main[method]) for method in MAIN[:3]}
     return {
         "r8": [main[method] for method in (*MAIN, *(m for m in METHODS if m not in MAIN and m != "full"), "full")],
@@ -116,6 +117,13 @@ def parts() -> dict[str, list[Group]]:
             *many.values(),
             *(Group(_at("r8", HALF, method, LOW, 0), 3, 0, group) for method, group in many.items()),
         ],
+        "layers": [
+            Group(_at("r8", (LAYERS, first), method, LOW), 3, 1, main[method])
+            for first in (LAYERS - 2, LAYERS - 1)
+            for method in ("adapter", "lora")
+        ],
+        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
+        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
         "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 1, main[method]) for method in MAIN[1:]],
     }
 

@@ -26,6 +26,8 @@ NAMES = {
     "adapter-parallel": "adapter parallel to the MLP",
     "adapter-low-rank": "adapter, no nonlinearity",
     "routed": "4 adapters and a router",
+    "adapter-xavier": "adapter, Xavier init",
+    "adapter-svd": "adapter, SVD init",
 }
 AGAINST = "lora"
 
@@ -68,10 +70,12 @@ def table(done: Rows, part: str) -> str:
     for result in found:
         at, rows = result.group.at, result.rows
         other = next((o for o in found if _same_but_method(o.group, result.group)), None)
-        kept = f", kept ×{at.keep:g}" if at.keep else ""
+        suffix = f", kept ×{at.keep:g}" if at.keep else ""
+        suffix += f", warmup {at.warmup:g}" if part == "warmup" else ""
+        suffix += f", layers from {at.first}" if part in ("layers", "all-layers") else ""
         texts = "" if part != "texts" else f"{at.texts or 'all'} texts: "
         cells = [
-            f"{texts}{NAMES[at.method]}{kept}",
+            f"{texts}{NAMES[at.method]}{suffix}",
             f"{int(rows[0]['parameters']):,}",
             rows[0]["lr"],
             f"{stdlib.median(result.values('best_epoch')):g} of {at.epochs}",

@@ -1,7 +1,7 @@
 """One run: a method on one set, from one seed. All methods share this loop, the head, the optimizer and the schedule.
 
 AdamW with global-norm clipping (``ak.ClippedAdamW``, the defaults of ``ak.TrainConfig``: weight decay 0.01 of matrices,
-norm 1, 6 % warmup, then linear decay), 16 texts per step, fp32. The head, on the mean of the last hidden states, or for
+norm 1, warmup, then linear decay), 16 texts per step, fp32. The head, on the mean of the last hidden states, or for
 questions on every token's, learns at the method's rate, but never below ``HEAD_LR``: a rate that suits whole matrices
 would leave it untrained. After each epoch the validation texts are evaluated; the parameters of the best epoch count.
 
@@ -48,6 +48,7 @@ class Spec:
     epochs: int
     lr: float
     seed: int
+    warmup: float = 0.06  # share of the steps
     keep: float = 0.0  # weight of KL(untouched || trained) on texts of another kind
     final: bool = False  # whether the test set is evaluated
 
@@ -120,7 +121,7 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     train, validation = (Texts(world, spec.data, part, *place) for part in ("train", "validation"))
     steps = -(-len(pool) // BATCH) * spec.epochs
     optimizer = optimizer_of(applied, head, spec.lr)
-    schedule = make_schedule(optimizer, ak.TrainConfig(lr=spec.lr), steps)
+    schedule = make_schedule(optimizer, ak.TrainConfig(lr=spec.lr, warmup=spec.warmup), steps)
     keep = _Keep(world, spec) if spec.keep else None
     curve: list[float] = []
     best, best_loss, saved, seconds = -1.0, 0.0, {}, 0.0

@@ -28,7 +28,7 @@ def add_scale_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--link", type=_rate, default=int(default.link), metavar="RATE", help=text)
     text = "a node to the others, one way, all its adapters together [400GB/s]"
     group.add_argument("--network", type=_rate, default=int(default.network), metavar="RATE", help=text)
-    text = "operations per second of a GPU at its peak [%(default)s: an H100's in bf16]"
+    text = "operations per second of a GPU at its peak [989e12: an H100's in bf16]"
     group.add_argument("--flops", type=number, default=default.flops, metavar="X", help=text)
     text = "the share of --flops that a step's products reach, assumed [%(default)s]"
     group.add_argument("--utilization", type=number, default=default.utilization, metavar="X", help=text)

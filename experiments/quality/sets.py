@@ -117,21 +117,22 @@ def _rows(member: Member) -> list[tuple[str, str]]:
 
 def _questions(tokenizer: Any) -> Set:
     examples = json.loads(_obtain_source(QUESTIONS).read_text(encoding="utf-8"))["examples"]
-    found: dict[str, tuple[list[int], int, tuple[int, int], Any]] = {}
+    asked: dict[str, tuple[str, str]] = {}
     for example in examples:
         matched = re.fullmatch(r"\s*Question: (.*?)\nContext: (.*)", example["input"], re.DOTALL)
-        if matched is None or matched[1] in found:
-            continue
-        (question, context), answer = matched.groups(), example["target"]
-        asked = tokenizer(question + "\n")["input_ids"]
-        read = tokenizer(context, return_offsets_mapping=True, add_special_tokens=False)
-        if len(asked) + len(read["input_ids"]) > LENGTHS["questions"] or (at := context.find(answer)) < 0:
-            continue
-        offsets, end = read["offset_mapping"], at + len(answer)
-        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > at]
-        span = len(asked) + inside[0], len(asked) + inside[-1]
-        found[question] = asked + read["input_ids"], len(asked), span, (context, answer, tuple(offsets))
-    rows = list(found.values())
+        if matched is not None and len(matched[2]) < 20 * LENGTHS["questions"] and example["target"] in matched[2]:
+            asked.setdefault(matched[1], (matched[2], example["target"]))
+    questions = tokenizer([f"{question}\n" for question in asked])["input_ids"]
+    contexts = tokenizer([c for c, _ in asked.values()], return_offsets_mapping=True, add_special_tokens=False)
+    rows = []
+    for ids, read, offsets, (context, answer) in zip(
+        questions, contexts["input_ids"], contexts["offset_mapping"], asked.values(), strict=True
+    ):
+        if len(ids) + len(read) <= LENGTHS["questions"]:
+            at = context.find(answer)
+            inside = [i for i, (first, last) in enumerate(offsets) if first < at + len(answer) and last > at]
+            span = len(ids) + inside[0], len(ids) + inside[-1]
+            rows.append((ids + read, len(ids), span, (context, answer, tuple(offsets))))
     random.Random(0).shuffle(rows)
 
     def part(chosen: list[Any]) -> Part:

@@ -88,7 +88,10 @@ def table(done: Rows, part: str) -> str:
 
 
 def _same_but_method(group: Group, other: Group) -> bool:
-    return group.at == dataclasses.replace(other.at, method=AGAINST) and other.at.method != AGAINST
+    at = dataclasses.replace(other.at, method=AGAINST)
+    if other.at.method == "full":  # which alone changes the lower layers
+        at = dataclasses.replace(at, first=group.at.first)
+    return group.at == at and other.at.method != AGAINST
 
 
 def _difference(result: Result, other: Result | None) -> Sequence[str]:

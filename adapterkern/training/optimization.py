@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +18,18 @@ _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "cons
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> ClippedAdamW:
-    """AdamW with global-norm clipping. Matrices decay, vectors (biases, LayerNorm's scale and shift) do not."""
-    groups = [
+    """AdamW with global-norm clipping, of ``decay_groups``."""
+    betas = config.beta1, config.beta2
+    groups = decay_groups(parameters, config)
+    return ClippedAdamW(groups, lr=config.lr, betas=betas, eps=config.eps, max_norm=config.max_norm)
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors (biases, LayerNorm's scale and shift), which do not."""
+    return [
         {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return ClippedAdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, max_norm=config.max_norm
-    )
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:

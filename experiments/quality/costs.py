@@ -4,17 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save
-from torch import nn
 
 from bench.cases import Case, Variant
 from bench.measure import interleave, kept_for_backward, paired_ratio, quartiles
 from experiments.common import CPU, record, show
 from experiments.quality import plan
-from experiments.quality.methods import METHODS, apply
-from experiments.quality.stream import suffix
-from experiments.quality.training import BATCH, Model, Texts, World, optimizer_of
+from experiments.quality.methods import METHODS
+from experiments.quality.training import BATCH, Texts, World, begin, optimizer_of
 
 NAME = "costs.json"
 BASE = "lora"
@@ -39,13 +36,10 @@ def measure(folder: Path, rounds: int, seconds: float) -> None:
 
 
 def _variant(world: World, method: str) -> Variant:
-    layers, first = (plan.LAYERS, 0) if method == "full" else plan.HALF
-    llama, found = world.llama(layers), world.set("r8")
-    torch.manual_seed(0)
-    applied = apply(method, suffix(llama, first, share=method != "full"), round(plan.LOW * llama.num_parameters()))
-    head = nn.Linear(llama.config.hidden_size, found.labels)
-    model, texts = Model(applied, head, True), Texts(world, "r8", "train", layers, first)
-    optimizer = optimizer_of(applied, head, 1e-4)
+    spec = next(group.at for group in plan.parts()["r8"] if group.at.method == method)
+    model, texts = begin(world, spec), Texts(world, spec.data, "train", spec.layers, spec.first)
+    applied = model.applied
+    optimizer = optimizer_of(applied, model.head, 1e-4)
     rows = np.arange(BATCH)
 
     def step() -> None:

@@ -1,5 +1,6 @@
 """The four pictures of docs/compared.md."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from adapterkern.files import replacing
 from experiments.quality import plan
 from experiments.quality.report import NAMES, Result, results
 from experiments.quality.rows import Rows
-from experiments.quality.statistics import over_seeds
+from experiments.quality.statistics import Interval, over_seeds
 
 COLORS = {method: f"C{i}" for i, method in enumerate(NAMES)}
 MARKERS = dict(zip(NAMES, "oXPDv^s>*dph<12", strict=True))
@@ -26,29 +27,25 @@ def draw(done: Rows, folder: Path) -> None:
 
 def parameters(done: Rows) -> Figure | None:
     """Test accuracy over trained parameters, R8."""
-    groups = plan.parts()
-    found = [r for r in results(done, groups["r8"] + groups["high"]).values() if r.group.at.method != "head"]
-    if not found:
-        return None
-    figure, axes = _figure("parameters trained besides the head", "accuracy on R8's test texts (%)")
-    axes.set_xscale("log")
-    for result in found:
-        _point(axes, result, float(result.rows[0]["parameters"]))
-    _legend(axes)
-    return figure
+    x = "parameters trained besides the head"
+    return _over(done, ("r8", "high"), x, lambda result: Interval(float(result.rows[0]["parameters"]), 0.0))
 
 
 def drift(done: Rows) -> Figure | None:
     """Test accuracy over drift; filled without, open with the drift as a part of the loss."""
-    groups = plan.parts()
-    found = [r for r in results(done, groups["whole"] + groups["keep"]).values() if r.group.at.method != "head"]
-    if not found:
+    x = "drift on newsgroup texts (nats per token)"
+    return _over(done, ("whole", "keep"), x, lambda result: over_seeds(result.values("drift")))
+
+
+def _over(done: Rows, parts: tuple[str, ...], x: str, at: Callable[[Result], Interval]) -> Figure | None:
+    """R8's test accuracy over a quantity, of all methods of these parts but the head alone; None without any."""
+    groups = [group for part in parts for group in plan.parts()[part] if group.at.method != "head"]
+    if not (found := list(results(done, groups).values())):
         return None
-    figure, axes = _figure("drift on newsgroup texts (nats per token)", "accuracy on R8's test texts (%)")
+    figure, axes = _figure(x, "accuracy on R8's test texts (%)")
     axes.set_xscale("log")
     for result in found:
-        interval = over_seeds(result.values("drift"))
-        _point(axes, result, interval.mean, interval.half)
+        _point(axes, result, *at(result))
     _legend(axes)
     return figure
 
@@ -100,13 +97,13 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _point(axes: Axes, result: Result, x: float, around: float | None = None) -> None:
+def _point(axes: Axes, result: Result, x: float, around: float = 0.0) -> None:
     method, test = result.group.at.method, over_seeds(result.values("test"))
     axes.errorbar(
         x,
         100 * test.mean,
         yerr=100 * test.half,
-        xerr=around,
+        xerr=around or None,
         color=COLORS[method],
         marker=MARKERS[method],
         markerfacecolor="white" if result.group.at.keep else COLORS[method],

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import adapterkern as ak
 from adapterkern.recipes.qa.squad import exact_match, f1
-from adapterkern.training.optimization import make_schedule
+from adapterkern.training.drift import kl
+from adapterkern.training.optimization import decay_groups, make_schedule
 from experiments.common import backbone
 from experiments.quality import sets
 from experiments.quality.methods import Applied, apply
@@ -110,17 +111,12 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     """Train and evaluate; the measured columns of the CSV."""
     started = time.perf_counter()
     place = spec.layers, spec.first
-    llama, found = world.llama(spec.layers), world.set(spec.data)
-    torch.manual_seed(spec.seed)
-    total = llama.num_parameters()
-    applied = apply(spec.method, suffix(llama, spec.first, share=spec.method != "full"), round(spec.budget * total))
-    head = nn.Linear(llama.config.hidden_size, found.labels or 2)
-    model = Model(applied, head, bool(found.labels))
-    order = np.random.default_rng(spec.seed)
-    pool = order.permutation(len(found.train))[: spec.texts or None]
+    model = begin(world, spec)
+    applied, order = model.applied, np.random.default_rng(spec.seed)
+    pool = order.permutation(len(world.set(spec.data).train))[: spec.texts or None]
     train, validation = (Texts(world, spec.data, part, *place) for part in ("train", "validation"))
     steps = -(-len(pool) // BATCH) * spec.epochs
-    optimizer = optimizer_of(applied, head, spec.lr)
+    optimizer = optimizer_of(applied, model.head, spec.lr)
     schedule = make_schedule(optimizer, ak.TrainConfig(lr=spec.lr, warmup=spec.warmup), steps)
     keep = _Keep(world, spec) if spec.keep else None
     curve: list[float] = []
@@ -168,17 +164,21 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     return result | {"seconds": time.perf_counter() - started}
 
 
+def begin(world: World, spec: Spec) -> "Model":
+    """The method and a new head, with weights drawn from the seed."""
+    llama, labels = world.llama(spec.layers), world.set(spec.data).labels
+    torch.manual_seed(spec.seed)
+    budget = round(spec.budget * llama.num_parameters())
+    applied = apply(spec.method, suffix(llama, spec.first, share=spec.method != "full"), budget)
+    return Model(applied, nn.Linear(llama.config.hidden_size, labels or 2), bool(labels))
+
+
 def optimizer_of(applied: Applied, head: nn.Module, lr: float) -> ak.ClippedAdamW:
     """AdamW of a method's parameters at the rate ``lr``, and the head's at no less than ``HEAD_LR``."""
-    groups = []
-    for parameters, rate in ((list(applied.parameters.values()), lr), (list(head.parameters()), max(lr, HEAD_LR))):
-        for decay, chosen in (
-            (0.01, [p for p in parameters if p.dim() >= 2]),
-            (0.0, [p for p in parameters if p.dim() < 2]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    return ak.ClippedAdamW(groups, lr=lr, max_norm=1.0)
+    config = ak.TrainConfig()
+    groups = decay_groups(applied.parameters, config)
+    groups += [group | {"lr": max(lr, HEAD_LR)} for group in decay_groups(dict(head.named_parameters()), config)]
+    return ak.ClippedAdamW([group for group in groups if group["params"]], lr=lr, max_norm=config.max_norm)
 
 
 class Model:
@@ -260,8 +260,8 @@ class Drift:
 
 def divergence(states: Tensor, untouched: Tensor, lm_head: Any, before: Any) -> Tensor:
     """The summed KL(untouched ‖ trained) over tokens, in nats, of states (T, d) after the final norm."""
-    p, q = F.log_softmax(before(untouched), -1), F.log_softmax(lm_head(states), -1)
-    return F.kl_div(q, p, reduction="sum", log_target=True)
+    log_p, log_q = F.log_softmax(before(untouched), -1), F.log_softmax(lm_head(states), -1)
+    return kl(log_p, log_q, log_p.exp()).sum()
 
 
 @torch.no_grad()

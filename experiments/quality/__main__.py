@@ -1,11 +1,14 @@
 """Adapters, LoRA and fine-tuning at equal parameters.
 
 ``run`` does the runs that have no row in runs.csv yet; stop it and call it again as you like. ``left`` counts them.
-``costs`` times a step of each method: call it on a quiet machine. ``report`` prints the tables and draws the pictures.
+``costs`` times a step of each method: call it on a quiet machine. ``report`` prints the tables, draws the pictures, and
+puts the tables into a page.
 """
 
 import os
+from pathlib import Path
 
+from adapterkern.files import write_text
 from experiments.common import make_parser, parse
 from experiments.quality import costs, pictures, plan, report, rows, work
 
@@ -18,6 +21,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="run: how many at a time, of one thread")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="run: begin none after this time")
     parser.add_argument("--rounds", type=int, default=15, help="costs: at most this many")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="report: Markdown with places for the tables")
     arguments = parse(parser)
     if unknown := set(arguments.parts) - set(plan.parts()):
         parser.error(f"part: expected some of {', '.join(plan.parts())}, got {', '.join(sorted(unknown))}")
@@ -29,17 +33,25 @@ def main() -> None:
         costs.measure(arguments.output, arguments.rounds, seconds=180.0)
         return
     done = rows.read(path)
-    for name in chosen:
-        if arguments.action == "left":
+    if arguments.action == "left":
+        for name in chosen:
             groups = plan.parts()[name]
-            complete = len(report.results(done, groups))
-            print(
-                f"{name}: {complete} of {len(groups)} complete, {len(list(plan.pending(done, [name])))} runs to do now"
-            )
-        else:
-            print(f"\n{name}\n\n{report.table(done, name)}")
-    if arguments.action == "report":
-        pictures.draw(done, arguments.output)
+            complete, now = len(report.results(done, groups)), len(list(plan.pending(done, [name])))
+            print(f"{name}: {complete} of {len(groups)} complete, {now} runs to do now")
+        return
+    shown, others = tables(arguments.output), set(plan.parts()) - set(chosen)
+    for name in (name for name in shown if name not in others):
+        print(f"\n{name}\n\n{shown[name]}")
+    pictures.draw(done, arguments.output)
+    if arguments.page is not None:
+        write_text(arguments.page, report.fill(arguments.page.read_text(encoding="utf-8"), shown))
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """The tables of a folder's results, by their names in the page."""
+    done, path = rows.read(folder / rows.NAME), folder / costs.NAME
+    found = {name: report.table(done, name) for name in plan.parts()} | {"taken": report.taken(done)}
+    return found | ({"costs": costs.table(path)} if path.exists() else {})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ study goes on where it was.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from experiments.quality.methods import INITS, METHODS
 from experiments.quality.rows import Rows
@@ -44,8 +45,9 @@ class Group:
 
     def searched(self, done: Rows) -> tuple[list[Spec], float | None]:
         """The runs that the search still needs, and if it needs none the best rate."""
-        middle = MIDDLE[self.at.method]
-        if self.like is not None:
+        if self.like is None:
+            middle = MIDDLE[self.at.method]
+        else:
             missing, found = self.like.searched(done)
             if found is None:
                 return missing, None
@@ -85,9 +87,9 @@ def _validation(done: Rows, spec: Spec) -> tuple[float, float]:
     return float(row["validation"]), -float(row["validation_loss"])
 
 
-def _at(data: str, place: tuple[int, int], method: str, budget: float, texts: int = 400, keep: float = 0.0) -> Spec:
+def _at(data: str, place: tuple[int, int], method: str, budget: float, texts: int = 400, **more: Any) -> Spec:
     place = (LAYERS, 0) if method == "full" else place
-    return Spec(data, *place, method, budget, texts, EPOCHS[texts], lr=0.0, seed=0, keep=keep)
+    return Spec(data, *place, method, budget, texts, **{"epochs": EPOCHS[texts], "lr": 0.0, "seed": 0} | more)
 
 
 def parts() -> dict[str, list[Group]]:
@@ -98,32 +100,33 @@ def parts() -> dict[str, list[Group]]:
     many = {method: Group(_at("r8", HALF, method, LOW, 1600), 3, 1, main[method]) for method in MAIN[:3]}
     return {
         "r8": [main[method] for method in (*MAIN, *(m for m in METHODS if m not in MAIN and m != "full"), "full")],
-        "whole": list(whole.values()),
-        "keep": [
-            Group(_at("r8", WHOLE, method, LOW, keep=keep), 3, 0, whole[method])
-            for method in ("lora", "adapter")
-            for keep in (0.3, 3.0)
-        ],
+        "epochs": [Group(_at("r8", HALF, method, LOW, epochs=6), 3, 1, main[method]) for method in MAIN[1:]],
         "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
-        "questions": [Group(_at("questions", HALF, method, LOW, 800), 3, 1, main[method]) for method in WIDE],
-        "20news": [Group(_at("20news", HALF, method, LOW), 3, 1, main[method]) for method in WIDE],
+        "whole": list(whole.values()),
         "sizes": [
             Group(_at("r8", HALF, method, budget), 0, 2, main[method])
             for budget in (0.0003, 0.001, 0.01)
             for method in ("adapter", "lora")
         ],
-        "texts": [
-            *(Group(_at("r8", HALF, method, LOW, 100), 3, 1, main[method]) for method in many),
-            *many.values(),
-            *(Group(_at("r8", HALF, method, LOW, 0), 3, 0, group) for method, group in many.items()),
-        ],
+        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
+        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
         "layers": [
             Group(_at("r8", (LAYERS, first), method, LOW), 3, 1, main[method])
             for first in (LAYERS - 2, LAYERS - 1)
             for method in ("adapter", "lora")
         ],
-        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
-        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
+        "keep": [
+            Group(_at("r8", WHOLE, method, LOW, keep=keep), 3, 0, whole[method])
+            for method in ("lora", "adapter")
+            for keep in (0.3, 3.0)
+        ],
+        "questions": [Group(_at("questions", HALF, method, LOW, 800), 3, 1, main[method]) for method in WIDE],
+        "20news": [Group(_at("20news", HALF, method, LOW), 3, 1, main[method]) for method in WIDE],
+        "texts": [
+            *(Group(_at("r8", HALF, method, LOW, 100), 3, 1, main[method]) for method in many),
+            *many.values(),
+            *(Group(_at("r8", HALF, method, LOW, 0), 3, 0, group) for method, group in many.items()),
+        ],
         "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 1, main[method]) for method in MAIN[1:]],
     }
 

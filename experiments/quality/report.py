@@ -1,8 +1,10 @@
-"""Tables in Markdown from the rows of the CSV; the pictures are in ``pictures``."""
+"""Tables in Markdown from the rows of the CSV, also in a page; the pictures are in ``pictures``."""
 
 import dataclasses
+import itertools
+import re
 import statistics as stdlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -62,14 +64,15 @@ def results(done: Rows, groups: Iterable[Group]) -> dict[Group, Result]:
 
 def table(done: Rows, part: str) -> str:
     """A part's rows: size, rate, accuracy, its difference to LoRA, drift."""
-    found = list(results(done, plan.parts()[part]).values())
+    parts = plan.parts()
+    found, all_found = results(done, parts[part]).values(), results(done, itertools.chain(*parts.values())).values()
     lines = [
         "| | parameters | rate | best epoch | test | minus LoRA | over texts | drift |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for result in found:
         at, rows = result.group.at, result.rows
-        other = next((o for o in found if _same_but_method(o.group, result.group)), None)
+        other = next((o for o in all_found if _same_but_method(o.group, result.group)), None)
         suffix = f", kept ×{at.keep:g}" if at.keep else ""
         suffix += f", warmup {at.warmup:g}" if part == "warmup" else ""
         suffix += f", layers from {at.first}" if part in ("layers", "all-layers") else ""
@@ -85,6 +88,27 @@ def table(done: Rows, part: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """A Markdown page with each table, by its name, between ``<!-- NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: the page has a place for a table that there is not.
+    """
+
+    def put(place: re.Match[str]) -> str:
+        if place[1] not in tables:
+            raise ValueError(f"page: expected tables of {', '.join(tables)}, got a place for {place[1]}")
+        return f"<!-- {place[1]} -->\n{tables[place[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n(?:(?!<!--).)*<!-- end -->", put, page, flags=re.DOTALL)
+
+
+def taken(done: Rows) -> str:
+    """How many runs there are, and the hours of one core that they took."""
+    hours = sum(float(row["seconds"] or 0) for row in done.values()) / 3600
+    return f"{len(done)} runs, {hours:.1f} hours of one core."
 
 
 def _same_but_method(group: Group, other: Group) -> bool:

@@ -186,6 +186,14 @@ def test_what_follows_another_search_waits_for_it() -> None:
     assert [spec.lr for spec in group.missing(done)] == [6e-4, 2e-3, 6e-3]
 
 
+def test_every_part_can_be_done_from_the_start_to_the_end() -> None:
+    for name, groups in plan.parts().items():
+        done = rows.Rows()
+        while missing := list(plan.pending(done, [name])):
+            done |= {spec: _row(spec, 0.5) for spec in missing}
+        assert len(report.results(done, groups)) == sum(group.seeds > 0 for group in groups), name
+
+
 def test_a_run_that_diverged_is_not_chosen() -> None:
     group, done = plan.parts()["r8"][0], rows.Rows()
     _finish(group, done, 2e-2)
@@ -200,6 +208,18 @@ def test_rows_come_back(tmp_path: Path) -> None:
     rows.write(tmp_path / "runs.csv", written)
     assert rows.read(tmp_path / "runs.csv") == written
     assert rows.read(tmp_path / "none.csv") == {}
+
+
+# The page
+
+
+def test_a_page_gets_its_tables() -> None:
+    page = "a\n<!-- r8 -->\nold\nold\n<!-- end -->\nb\n<!-- costs -->\n<!-- end -->\nc\n"
+    assert report.fill(page, {"r8": "| 1 |", "costs": "| 2 |"}) == page.replace("old\nold", "| 1 |").replace(
+        "costs -->\n", "costs -->\n| 2 |\n"
+    )
+    with pytest.raises(ValueError, match="page: expected tables of r8, got a place for costs"):
+        report.fill(page, {"r8": ""})
 
 
 # Intervals

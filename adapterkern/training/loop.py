@@ -37,7 +37,6 @@ from adapterkern.training.run.callbacks import Callbacks, RunInfo
 from adapterkern.training.run.folder import newest_checkpoint, remove_earlier_run, write_run_card
 from adapterkern.training.run.interrupt import StopRequest
 from adapterkern.training.run.meter import Meter, Step
-from adapterkern.training.run.plot import plot_history
 from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter
 from adapterkern.training.run.results import NonFiniteError, TrainResult, counted
 from adapterkern.training.saved import Sources, save_sources
@@ -411,4 +410,6 @@ class Run(Generic[E]):
             self._save_model(self.output_dir)
             write_json(self.output_dir / DATA_NAME, {name: s.to_dict() for name, s in self.data.summaries.items()})
             if self.config.plot:
+                from adapterkern.training.run.plot import plot_history  # matplotlib takes a second to import
+
                 plot_history(reporter.history, self.output_dir / PLOT_NAME, self.config.task)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from adapterkern.model.config import AdapterConfig
 from adapterkern.optim.clipped_adamw import ClippedAdamW
@@ -74,6 +73,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_s
     Raises:
         ValueError: the warmup is longer than the run, or no step has a learning rate above 0.
     """
+    from transformers import get_scheduler  # imports PEFT and bitsandbytes where they are installed, for seconds
+
     check_lr(config)
     warmup = warmup_steps(config, total_steps)
     if warmup > total_steps:

@@ -1,5 +1,6 @@
 """What a step of each method costs: time, interleaved with the others; memory; bytes on disk."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ BASE = "lora"
 
 
 def measure(folder: Path, rounds: int, seconds: float) -> None:
-    """Time a step of each method on 16 texts of R8, in turns; write ``costs.json``."""
+    """Time a step of each method on a batch of R8, in turns; write ``costs.json``."""
     world = World()
     variants = [_variant(world, method) for method in METHODS]
     times = interleave(Case("quality", "", {}, wall=True), variants, CPU, rounds, seconds)
@@ -41,7 +42,7 @@ def _variant(world: World, method: str) -> Variant:
     spec = next(group.at for group in plan.parts()["r8"] if group.at.method == method)
     model, texts = begin(world, spec), Texts(world, spec.data, "train", spec.layers, spec.first)
     applied = model.applied
-    optimizer = optimizer_of(applied, model.head, 1e-4)
+    optimizer = optimizer_of(applied, model.head, dataclasses.replace(spec, lr=1e-4, head_lr=1e-4))
     rows = np.arange(BATCH)
 
     def step() -> None:
@@ -50,7 +51,9 @@ def _variant(world: World, method: str) -> Variant:
         optimizer.step()
 
     frozen = [p for p in applied.suffix.parameters() if not p.requires_grad]
-    kept = kept_for_backward(lambda: model.loss(texts, rows), [*frozen, *model.trained.values()])["kept_bytes"]
+    kept = kept_for_backward(
+        lambda: model.loss(texts, rows), [*frozen, *applied.parameters.values(), *model.head.parameters()]
+    )["kept_bytes"]
     info: dict[str, Any] = {
         "parameters": applied.size,
         "kept_bytes": kept,

@@ -1,5 +1,6 @@
 """The four pictures of docs/compared.md."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from adapterkern.files import replacing
 from experiments.quality import plan
 from experiments.quality.report import NAMES, Result, results
 from experiments.quality.rows import Rows
-from experiments.quality.statistics import Interval, over_seeds
+from experiments.quality.statistics import over_seeds
 
 COLORS = {method: f"C{i}" for i, method in enumerate(NAMES)}
 MARKERS = dict(zip(NAMES, "oXPDv^s>*dph<12", strict=True))
@@ -28,17 +29,25 @@ def draw(done: Rows, folder: Path) -> None:
 def parameters(done: Rows) -> Figure | None:
     """Test accuracy over trained parameters, R8."""
     x = "parameters trained besides the head"
-    return _over(done, ("r8", "high"), x, lambda result: Interval(float(result.rows[0]["parameters"]), 0.0))
+    return _over(done, ("r8", "high"), x, lambda result: (float(result.rows[0]["parameters"]), 1.0))
 
 
 def drift(done: Rows) -> Figure | None:
     """Test accuracy over drift; filled without, open with the drift as a part of the loss."""
     x = "drift on newsgroup texts (nats per token)"
-    return _over(done, ("whole", "keep"), x, lambda result: over_seeds(result.values("drift")))
+
+    def at(result: Result) -> tuple[float, float]:
+        mean, half = over_seeds([math.log(value) for value in result.values("drift")])
+        return math.exp(mean), math.exp(half)
+
+    return _over(done, ("whole", "keep"), x, at)
 
 
-def _over(done: Rows, parts: tuple[str, ...], x: str, at: Callable[[Result], Interval]) -> Figure | None:
-    """R8's test accuracy over a quantity, of all methods of these parts but the head alone; None without any."""
+def _over(done: Rows, parts: tuple[str, ...], x: str, at: Callable[[Result], tuple[float, float]]) -> Figure | None:
+    """R8's test accuracy over a quantity, of all methods of these parts but the head alone; None without any.
+
+    ``at``: the quantity, and the factor up to which its interval goes on both sides.
+    """
     groups = [group for part in parts for group in plan.parts()[part] if group.at.method != "head"]
     if not (found := list(results(done, groups).values())):
         return None
@@ -56,12 +65,13 @@ def texts(done: Rows) -> Figure | None:
     found = list(results(done, groups["texts"]).values())
     if not found:
         return None
-    found += [r for r in results(done, groups["r8"]).values() if r.group.at.method in plan.MAIN]
+    methods = dict.fromkeys(result.group.at.method for result in found)
+    found += [r for r in results(done, groups["r8"]).values() if r.group.at.method in methods]
     figure, axes = _figure("training texts of R8", "accuracy on R8's test texts (%)")
     axes.set_xscale("log")
-    for method in plan.MAIN:
+    for method in methods:
         of_method = [r for r in found if r.group.at.method == method]
-        counts = {result.group.at.texts or plan.ALL_TEXTS: result for result in of_method}
+        counts = {int(result.rows[0]["train_texts"]): result for result in of_method}
         for count in sorted(counts):
             _point(axes, counts[count], count)
         means = [100 * over_seeds(counts[count].values("test")).mean for count in sorted(counts)]
@@ -85,7 +95,7 @@ def rates(done: Rows) -> Figure | None:
                     axes.plot(*zip(*points, strict=True), "o-", label=f"{int(tried[0][1]['parameters']):,} parameters")
         axes.set(xscale="log", xlabel="learning rate", title=NAMES[method])
         axes.legend(fontsize="small")
-    figure.axes[0].set_ylabel("accuracy on 400 validation texts of R8 (%)")
+    figure.axes[0].set_ylabel("accuracy on 800 validation texts of R8 (%)")
     return figure if some else None
 
 
@@ -97,13 +107,13 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _point(axes: Axes, result: Result, x: float, around: float = 0.0) -> None:
+def _point(axes: Axes, result: Result, x: float, factor: float = 1.0) -> None:
     method, test = result.group.at.method, over_seeds(result.values("test"))
     axes.errorbar(
         x,
         100 * test.mean,
         yerr=100 * test.half,
-        xerr=around or None,
+        xerr=[[x - x / factor], [x * factor - x]] if factor > 1 else None,
         color=COLORS[method],
         marker=MARKERS[method],
         markerfacecolor="white" if result.group.at.keep else COLORS[method],

@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import re
-import statistics as stdlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from experiments.quality import plan
 from experiments.quality.plan import Group
 from experiments.quality.rows import Rows
 from experiments.quality.statistics import Interval, over_seeds, over_texts, unpacked
+from experiments.quality.training import LAYERS, Spec
 
-TESTS = {"r8": 2189, "r52": 2568, "20news": 7528}  # texts; of questions as many as there are
 NAMES = {
     "head": "head alone",
     "norms-biases": "norms and biases (BitFit)",
@@ -31,7 +31,9 @@ NAMES = {
     "adapter-xavier": "adapter, Xavier init",
     "adapter-svd": "adapter, SVD init",
 }
-AGAINST = "lora"
+# Whom a part's rows are compared with: the same in all but the method, or these fields too
+AGAINST: dict[str, dict[str, Any]] = {"init": {"method": "adapter"}, "warmup": {"warmup": Spec.warmup}}
+AGAINST_ALL = {"method": "lora"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,7 @@ class Result:
 
     def right(self) -> np.ndarray:
         """(seeds, N)."""
-        packed = [row["right"] for row in self.rows]
-        count = TESTS.get(self.group.at.data) or len(packed[0]) * 6
-        return np.array([unpacked(right, count) for right in packed])
+        return np.array([unpacked(row["right"], int(row["test_texts"])) for row in self.rows])
 
 
 def results(done: Rows, groups: Iterable[Group]) -> dict[Group, Result]:
@@ -63,31 +63,45 @@ def results(done: Rows, groups: Iterable[Group]) -> dict[Group, Result]:
 
 
 def table(done: Rows, part: str) -> str:
-    """A part's rows: size, rate, accuracy, its difference to LoRA, drift."""
+    """A part's rows: size, rate, accuracy, its difference to another row's, drift."""
     parts = plan.parts()
-    found, all_found = results(done, parts[part]).values(), results(done, itertools.chain(*parts.values())).values()
-    lines = [
-        "| | parameters | rate | best epoch | test | minus LoRA | over texts | drift |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for result in found:
-        at, rows = result.group.at, result.rows
-        other = next((o for o in all_found if _same_but_method(o.group, result.group)), None)
-        suffix = f", kept ×{at.keep:g}" if at.keep else ""
-        suffix += f", warmup {at.warmup:g}" if part == "warmup" else ""
-        suffix += f", layers from {at.first}" if part in ("layers", "all-layers") else ""
-        texts = "" if part != "texts" else f"{at.texts or 'all'} texts: "
-        cells = [
-            f"{texts}{NAMES[at.method]}{suffix}",
-            f"{int(rows[0]['parameters']):,}",
-            rows[0]["lr"],
-            f"{stdlib.median(result.values('best_epoch')):g} of {at.epochs}",
-            percent(over_seeds(result.values("test"))),
-            *_difference(result, other),
-            _drift(over_seeds(result.values("drift"))),
-        ]
+    found, all_found = results(done, parts[part]), results(done, itertools.chain(*parts.values()))
+    if not found:
+        return "Not done yet."
+    fields = AGAINST.get(part, AGAINST_ALL)
+    drifts = any(group.at.layers > LAYERS for group in parts[part])
+    than = NAMES[str(fields.get("method", "adapter"))].split(",")[0]
+    head = ["", "parameters", "rate", "test", f"minus {than}", "over texts"]
+    head += ["drift", "drift elsewhere"] * drifts
+    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+    for result in found.values():
+        cells = [_name(result.group.at, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
+        cells += [percent(over_seeds(result.values("test"))), *_difference(result, all_found, fields)]
+        cells += [_drift(over_seeds(result.values(name))) for name in ("drift", "drift_elsewhere") if drifts]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _name(at: Spec, part: str) -> str:
+    name = NAMES[at.method]
+    if part == "texts":
+        name = f"{at.texts or 'all'} texts: {name}"
+    name += f", kept ×{at.keep:g}" if at.keep else ""
+    name += f", warmup {at.warmup:g}" if part == "warmup" else ""
+    return name + (f", layers from {at.first}" if part in ("layers", "all-layers") else "")
+
+
+def _difference(result: Result, all_found: Mapping[Group, Result], fields: Mapping[str, Any]) -> Sequence[str]:
+    at = dataclasses.replace(result.group.at, **fields)
+    if at.method != "full" and result.group.at.method == "full":  # which alone changes the lower layers
+        at = dataclasses.replace(at, first=plan.HALF[1])
+    other = next((found for group, found in all_found.items() if group.at == at), None)
+    if other is None or at == result.group.at:
+        return "", ""
+    seeds = min(len(result.rows), len(other.rows))
+    pairs = [a - b for a, b in zip(result.values("test")[:seeds], other.values("test")[:seeds], strict=True)]
+    low, high = over_texts(result.right()[:seeds], other.right()[:seeds])
+    return percent(over_seeds(pairs), sign="+"), f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def fill(page: str, tables: Mapping[str, str]) -> str:
@@ -109,21 +123,6 @@ def taken(done: Rows) -> str:
     """How many runs there are, and the hours of one core that they took."""
     hours = sum(float(row["seconds"] or 0) for row in done.values()) / 3600
     return f"{len(done)} runs, {hours:.1f} hours of one core."
-
-
-def _same_but_method(group: Group, other: Group) -> bool:
-    at = dataclasses.replace(other.at, method=AGAINST)
-    if other.at.method == "full":  # which alone changes the lower layers
-        at = dataclasses.replace(at, first=group.at.first)
-    return group.at == at and other.at.method != AGAINST
-
-
-def _difference(result: Result, other: Result | None) -> Sequence[str]:
-    if other is None:
-        return "", ""
-    pairs = [a - b for a, b in zip(result.values("test"), other.values("test"), strict=False)]
-    low, high = over_texts(result.right(), other.right())
-    return percent(over_seeds(pairs), sign="+"), f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def percent(interval: Interval, sign: str = "") -> str:

@@ -15,25 +15,32 @@ import adapterkern as ak
 from adapterkern.files import replacing
 from bench.measure import device_name
 from experiments.common import commit
-from experiments.quality.training import Spec
+from experiments.quality.training import PROTOCOL, Spec
 
 NAME = "runs.csv"
 FIELDS = tuple(field.name for field in dataclasses.fields(Spec))
 MEASURED = (
-    *("status", "parameters", "steps", "best_epoch", "validation", "validation_loss", "curve", "drift", "test"),
-    *("test_f1", "right", "train_seconds", "seconds"),
+    *("status", "digest", "parameters", "train_texts", "steps", "validation", "validation_loss", "drift"),
+    *("drift_elsewhere", "test", "test_f1", "test_texts", "right", "train_seconds", "seconds"),
 )
-ABOUT = ("date", "device", "commit", "adapterkern", "torch", "transformers", "peft")
+ABOUT = ("protocol", "date", "device", "commit", "adapterkern", "torch", "transformers", "peft")
 COLUMNS = (*FIELDS, *MEASURED, *ABOUT)
 Rows = dict[Spec, dict[str, str]]
 
 
 def read(path: Path) -> Rows:
-    """The rows by what was run; none if there is no file."""
+    """The rows by what was run; none if there is no file.
+
+    Raises:
+        ValueError: a row is of another protocol.
+    """
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
-        return {spec_of(row): row for row in csv.DictReader(file)}
+        found = list(csv.DictReader(file))
+    if odd := {row.get("protocol") for row in found} - {str(PROTOCOL)}:
+        raise ValueError(f"{path}: expected rows of protocol {PROTOCOL}, got some of {odd.pop()}; move the file away")
+    return {spec_of(row): row for row in found}
 
 
 def spec_of(row: Mapping[str, str]) -> Spec:
@@ -56,6 +63,7 @@ def write(path: Path, rows: Rows) -> None:
 def row_of(spec: Spec, result: Mapping[str, Any]) -> dict[str, str]:
     """A run's row, as it is read again."""
     about = {
+        "protocol": PROTOCOL,
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(torch.device("cpu")),
         "commit": commit(),

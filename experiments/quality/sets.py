@@ -1,11 +1,11 @@
 """The texts: Reuters R8 and R52, 20 newsgroups, and short span questions, each split into three.
 
 The test sets of R8, R52 and 20 newsgroups are the published ones, whole. A training text that is also in the test set
-is left out, so is a repeated one. Of what is left 400 texts are for validation; all choices are made on these.
+is left out, so is a repeated one. Of what is left 800 texts are for validation; all choices are made on these.
 
 The questions are those of BIG-bench's "contextual parametric knowledge conflicts" (Neeman et al. 2022,
 arXiv:2211.05655; Natural Questions whose answers were replaced by other names, so that they must be read from the
-context) of at most 64 tokens. No two of the three parts share a question.
+context) of at most 64 tokens. No two of the three parts share a question or a passage, whatever its answer.
 """
 
 import csv
@@ -28,7 +28,7 @@ from adapterkern.files import replacing, sha256
 from adapterkern.recipes.demo import corpora
 from adapterkern.recipes.demo.corpora import DownloadError, Member
 
-VALIDATION = 400
+VALIDATION, VALIDATION_QUESTIONS = 800, 400
 TABLES = {
     "r8": (corpora.R8_TRAIN, corpora.R8_TEST),
     "r52": (
@@ -133,14 +133,28 @@ def _questions(tokenizer: Any) -> Set:
             inside = [i for i, (first, last) in enumerate(offsets) if first < at + len(answer) and last > at]
             span = len(ids) + inside[0], len(ids) + inside[-1]
             rows.append((ids + read, len(ids), span, (context, answer, tuple(offsets))))
-    random.Random(0).shuffle(rows)
+    passages: dict[str, list[Any]] = {}
+    for row in rows:
+        context, answer, _ = row[3]
+        passages.setdefault(context.replace(answer, ""), []).append(row)
+    groups = list(passages.values())
+    random.Random(0).shuffle(groups)
 
     def part(chosen: list[Any]) -> Part:
         ids, begins, spans, texts = zip(*chosen, strict=True)
         return dataclasses.replace(_padded(ids, np.array(spans), np.array(begins)), texts=texts)
 
-    train, rest = rows[:TRAINING_QUESTIONS], rows[TRAINING_QUESTIONS:]
-    return Set("questions", 0, part(train), part(rest[:VALIDATION]), part(rest[VALIDATION:]))
+    return Set("questions", 0, *map(part, _cut(groups, TRAINING_QUESTIONS, VALIDATION_QUESTIONS)))
+
+
+def _cut(groups: list[list[Any]], *counts: int) -> list[list[Any]]:
+    """The members of the groups in parts of at least so many each, and the rest; no group is divided."""
+    parts: list[list[Any]] = [[]]
+    for group in groups:
+        if len(parts) <= len(counts) and len(parts[-1]) >= counts[len(parts) - 1]:
+            parts.append([])
+        parts[-1] += group
+    return parts
 
 
 def _padded(rows: Any, targets: np.ndarray, begins: np.ndarray) -> Part:

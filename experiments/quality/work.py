@@ -1,5 +1,7 @@
 """Doing the runs: one thread each, as many at a time as there are cores."""
 
+import fcntl
+import os
 import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,25 +20,43 @@ _world: list[World] = []  # of a worker
 def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
     """Do all runs of these parts that have no row, several at a time.
 
-    Ctrl-C and SIGTERM let those under way end, and begin no other.
+    Ctrl-C, SIGTERM and a run that raises let those under way end, and begin no other.
+
+    Raises:
+        RuntimeError: a run has raised, or another process is doing runs for this folder.
     """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _run_all(path, chosen, workers, minutes)
+    except BlockingIOError as error:
+        raise RuntimeError(f"{path.parent}: another process is doing runs for it") from error
+    finally:
+        os.close(folder)
+
+
+def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
     asked: list[int] = []
+    failed: list[tuple[Spec, BaseException]] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: asked.append(number))
     done, until = rows.read(path), time.monotonic() + 60 * minutes
     with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
         under_way: dict[Future[dict[str, Any]], Spec] = {}
         while True:
-            if time.monotonic() < until and not asked:
+            if time.monotonic() < until and not asked and not failed:
                 taken = set(under_way.values())
                 free = (spec for spec in plan.pending(done, chosen) if spec not in taken)
                 for spec, _ in zip(free, range(workers - len(under_way)), strict=False):
                     under_way[pool.submit(_run, spec)] = spec
             if not under_way:
-                return
+                break
             finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in finished:
                 spec = under_way.pop(future)
+                if (error := future.exception()) is not None:
+                    failed.append((spec, error))
+                    continue
                 done[spec] = row = rows.row_of(spec, future.result())
                 rows.write(path, done)
                 place = f"{spec.data} {spec.layers}-{spec.first} n={spec.texts}"
@@ -46,6 +66,8 @@ def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None
                     f"{shown} seed {spec.seed}: {row['status']}, {scores}, {float(row['seconds'] or 0):.0f} s",
                     flush=True,
                 )
+    for spec, error in failed:
+        raise RuntimeError(f"{spec} raised") from error
 
 
 def _start() -> None:

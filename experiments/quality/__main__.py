@@ -50,7 +50,8 @@ def main() -> None:
 def tables(folder: Path) -> dict[str, str]:
     """The tables of a folder's results, by their names in the page."""
     done, path = rows.read(folder / rows.NAME), folder / costs.NAME
-    found = {name: report.table(done, name) for name in plan.parts()} | {"taken": report.taken(done)}
+    found = {name: report.table(done, name) for name in plan.parts()}
+    found |= {"short": report.short(done), "taken": report.taken(done)}
     return found | ({"costs": costs.table(path)} if path.exists() else {})
 
 

@@ -34,6 +34,7 @@ NAMES = {
 # Whom a part's rows are compared with: the same in all but the method, or these fields too
 AGAINST: dict[str, dict[str, Any]] = {"init": {"method": "adapter"}, "warmup": {"warmup": Spec.warmup}}
 AGAINST_ALL = {"method": "lora"}
+SHORT = ("head", "lora", "adapter", "adapter-parallel", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,22 +65,36 @@ def results(done: Rows, groups: Iterable[Group]) -> dict[Group, Result]:
 
 def table(done: Rows, part: str) -> str:
     """A part's rows: size, rate, accuracy, its difference to another row's, drift."""
+    return _markdown(_cells(done, part)) or "Not done yet."
+
+
+def short(done: Rows) -> str:
+    """Some rows and columns of the first part."""
+    cells = _cells(done, "r8")
+    return _markdown([[row[i] for i in (0, 1, 3, 4)] for row in cells if row[0] in ("", *map(NAMES.get, SHORT))])
+
+
+def _cells(done: Rows, part: str) -> list[list[str]]:
+    """The head and the rows of a part's table; nothing without a row."""
     parts = plan.parts()
     found, all_found = results(done, parts[part]), results(done, itertools.chain(*parts.values()))
     if not found:
-        return "Not done yet."
+        return []
     fields = AGAINST.get(part, AGAINST_ALL)
     drifts = any(group.at.layers > LAYERS for group in parts[part])
     than = NAMES[str(fields.get("method", "adapter"))].split(",")[0]
-    head = ["", "parameters", "rate", "test", f"minus {than}", "over texts"]
-    head += ["drift", "drift elsewhere"] * drifts
-    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+    lines = [["", "parameters", "rate", "test", f"minus {than}", "over texts"] + ["drift", "drift elsewhere"] * drifts]
     for result in found.values():
         cells = [_name(result.group.at, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
         cells += [percent(over_seeds(result.values("test"))), *_difference(result, all_found, fields)]
         cells += [_drift(over_seeds(result.values(name))) for name in ("drift", "drift_elsewhere") if drifts]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return lines
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    ruled = [*lines[:1], ["---", *["--:"] * (len(lines[0]) - 1)], *lines[1:]] if lines else []
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
 
 
 def _name(at: Spec, part: str) -> str:
@@ -101,7 +116,7 @@ def _difference(result: Result, all_found: Mapping[Group, Result], fields: Mappi
     seeds = min(len(result.rows), len(other.rows))
     pairs = [a - b for a, b in zip(result.values("test")[:seeds], other.values("test")[:seeds], strict=True)]
     low, high = over_texts(result.right()[:seeds], other.right()[:seeds])
-    return percent(over_seeds(pairs), sign="+"), f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return percent(over_seeds(pairs), sign="+"), f"{_tenths(low)} to {_tenths(high)}"
 
 
 def fill(page: str, tables: Mapping[str, str]) -> str:
@@ -127,7 +142,13 @@ def taken(done: Rows) -> str:
 
 def percent(interval: Interval, sign: str = "") -> str:
     """``91.2 ± 0.4``."""
-    return f"{100 * interval.mean:{sign}.1f} ± {100 * interval.half:.1f}"
+    return f"{_tenths(interval.mean, sign)} ± {100 * interval.half:.1f}"
+
+
+def _tenths(value: float, sign: str = "+") -> str:
+    """In percent; 0 has no sign."""
+    rounded = round(100 * value, 1)
+    return f"{rounded:{sign}.1f}" if rounded else "0.0"
 
 
 def _drift(interval: Interval) -> str:

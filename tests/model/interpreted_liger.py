@@ -240,7 +240,7 @@ def test_a_training_run(task: str) -> None:
         model = tiny_run.model()
         model.liger = kernels
         config = tiny_run.quiet(task=task, max_steps=2, log_every=1)
-        rows = tiny_run.rows(2, low=1, high=1)
+        rows = tiny_run.rows(2, seed=1, low=1, high=1)
         result = ak.train(model, rows, config, tokenizer=tiny_run.tokenizer(), eval_data=rows)
         assert result.metrics is not None
         losses = [record["loss"] for record in result.history if record["kind"] == "train"]

@@ -39,17 +39,18 @@ def main() -> None:
             complete, now = len(report.results(done, groups)), len(list(plan.pending(done, [name])))
             print(f"{name}: {complete} of {len(groups)} complete, {now} runs to do now")
         return
-    shown, others = tables(arguments.output), set(plan.parts()) - set(chosen)
-    for name in (name for name in shown if name not in others):
-        print(f"\n{name}\n\n{shown[name]}")
+    shown = tables(done, arguments.output)
+    for name, table in shown.items():
+        if name in chosen or name not in plan.parts():
+            print(f"\n{name}\n\n{table}")
     pictures.draw(done, arguments.output)
     if arguments.page is not None:
         write_text(arguments.page, report.fill(arguments.page.read_text(encoding="utf-8"), shown))
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """The tables of a folder's results, by their names in the page."""
-    done, path = rows.read(folder / rows.NAME), folder / costs.NAME
+def tables(done: rows.Rows, folder: Path) -> dict[str, str]:
+    """The tables of the rows and of a folder's costs, by their names in the page."""
+    path = folder / costs.NAME
     found = {name: report.table(done, name) for name in plan.parts()}
     found |= {"short": report.short(done), "taken": report.taken(done)}
     return found | ({"costs": costs.table(path)} if path.exists() else {})

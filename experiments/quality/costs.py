@@ -13,7 +13,7 @@ from bench.measure import interleave, kept_for_backward, paired_ratio, quartiles
 from experiments.common import CPU, record, show
 from experiments.quality import plan
 from experiments.quality.methods import METHODS
-from experiments.quality.report import NAMES
+from experiments.quality.report import NAMES, markdown
 from experiments.quality.training import BATCH, Texts, World, begin, optimizer_of
 
 NAME = "costs.json"
@@ -65,12 +65,9 @@ def _variant(world: World, method: str) -> Variant:
 
 def table(path: Path) -> str:
     """``costs.json`` in Markdown."""
-    lines = [
-        f"| | parameters | ms per step | times {BASE} | kept, MB | trained with its state, MB | file, MB |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = [["", "parameters", "ms per step", f"times {BASE}", "kept, MB", "trained with its state, MB", "file, MB"]]
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         bytes_ = (f"{row[name] / 1e6:.2f}" for name in ("kept_bytes", "state_bytes", "saved_bytes"))
-        time = f"{1e3 * row['seconds']['median']:.0f} | {row[f'times_of_{BASE}']:.2f}"
-        lines.append(f"| {NAMES[row['method']]} | {row['parameters']:,} | {time} | {' | '.join(bytes_)} |")
-    return "\n".join(lines)
+        times = f"{1e3 * row['seconds']['median']:.0f}", f"{row[f'times_of_{BASE}']:.2f}"
+        lines.append([NAMES[row["method"]], f"{row['parameters']:,}", *times, *bytes_])
+    return markdown(lines)

@@ -65,26 +65,27 @@ def results(done: Rows, groups: Iterable[Group]) -> dict[Group, Result]:
 
 def table(done: Rows, part: str) -> str:
     """A part's rows: size, rate, accuracy, its difference to another row's, drift."""
-    return _markdown(_cells(done, part)) or "Not done yet."
+    return markdown(_cells(done, part)) or "Not done yet."
 
 
 def short(done: Rows) -> str:
     """Some rows and columns of the first part."""
     cells = _cells(done, "r8")
-    return _markdown([[row[i] for i in (0, 1, 3, 4)] for row in cells if row[0] in ("", *map(NAMES.get, SHORT))])
+    return markdown([[row[i] for i in (0, 1, 3, 4)] for row in cells if row[0] in ("", *map(NAMES.get, SHORT))])
 
 
 def _cells(done: Rows, part: str) -> list[list[str]]:
     """The head and the rows of a part's table; nothing without a row."""
     parts = plan.parts()
-    found, all_found = results(done, parts[part]), results(done, itertools.chain(*parts.values()))
+    all_found = results(done, itertools.chain(*parts.values()))
+    found = [all_found[group] for group in parts[part] if group in all_found]
     if not found:
         return []
     fields = AGAINST.get(part, AGAINST_ALL)
     drifts = any(group.at.layers > LAYERS for group in parts[part])
     than = NAMES[str(fields.get("method", "adapter"))].split(",")[0]
     lines = [["", "parameters", "rate", "test", f"minus {than}", "over texts"] + ["drift", "drift elsewhere"] * drifts]
-    for result in found.values():
+    for result in found:
         cells = [_name(result.group.at, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
         cells += [percent(over_seeds(result.values("test"))), *_difference(result, all_found, fields)]
         cells += [_drift(over_seeds(result.values(name))) for name in ("drift", "drift_elsewhere") if drifts]
@@ -92,7 +93,8 @@ def _cells(done: Rows, part: str) -> list[list[str]]:
     return lines
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of a head and rows; nothing without them."""
     ruled = [*lines[:1], ["---", *["--:"] * (len(lines[0]) - 1)], *lines[1:]] if lines else []
     return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
 

@@ -41,6 +41,11 @@ def over_texts(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def packed(right: np.ndarray) -> str:
+    """Which texts are right, (N,) bool, as the CSV's column."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
 def unpacked(right: str, count: int) -> np.ndarray:
     """Which of ``count`` texts are right, (N,) bool, from the CSV's column."""
     return np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8), count=count).astype(bool)

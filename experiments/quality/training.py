@@ -9,7 +9,6 @@ Seeds draw the training texts from the pool, their order, the head's initial wei
 methods, and then the method's; methods are compared seed by seed.
 """
 
-import base64
 import dataclasses
 import functools
 import time
@@ -28,6 +27,7 @@ from experiments.common import backbone
 from experiments.quality import sets
 from experiments.quality.methods import Applied, apply
 from experiments.quality.sets import Part, Set
+from experiments.quality.statistics import packed
 from experiments.quality.stream import mean, stream, suffix
 
 PROTOCOL = 2  # a row of another one is refused: what is a constant in this package is not in its description
@@ -124,9 +124,9 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     result |= {"status": "finished", "train_seconds": time.process_time() - started}
     score = model.evaluate(Texts(world, spec.data, "test" if spec.final else "validation", *place))
     if spec.final:
-        right = base64.b64encode(np.packbits(score["right"]).tobytes()).decode()
-        result |= {"test": score["accuracy"], "test_f1": score.get("f1", ""), "right": right}
-        result["test_texts"] = len(score["right"])
+        right = score["right"]
+        result |= {"test": score["accuracy"], "test_f1": score.get("f1", "")}
+        result |= {"right": packed(right), "test_texts": len(right)}
     else:
         result |= {"validation": score["accuracy"], "validation_loss": score["loss"]}
     if spec.layers > LAYERS:  # the first few alone are no language model

@@ -1,7 +1,5 @@
 """Doing the runs: one thread each, as many at a time as there are cores."""
 
-import fcntl
-import os
 import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adapterkern.training.run.lock import locked
 from experiments.quality import plan, rows
 from experiments.quality.training import Spec, World, run
 
@@ -25,14 +24,11 @@ def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None
     Raises:
         RuntimeError: a run has raised, or another process is doing runs for this folder.
     """
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _run_all(path, chosen, workers, minutes)
+        with locked(path.parent):
+            _run_all(path, chosen, workers, minutes)
     except BlockingIOError as error:
         raise RuntimeError(f"{path.parent}: another process is doing runs for it") from error
-    finally:
-        os.close(folder)
 
 
 def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:

@@ -1,10 +1,7 @@
 """The comparison at equal parameters: sizes, starts, one loop for all, choices by validation alone, intervals."""
 
-import base64
 import dataclasses
-import fcntl
 import functools
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from adapterkern.training.run.lock import locked
 from experiments.quality import plan, report, rows, training, work
 from experiments.quality.__main__ import tables
 from experiments.quality.methods import METHODS, OWN_SIZE, apply
 from experiments.quality.sets import Part, Set, _cut
-from experiments.quality.statistics import over_seeds, over_texts, unpacked
+from experiments.quality.statistics import over_seeds, over_texts, packed, unpacked
 from experiments.quality.stream import suffix
 from experiments.quality.training import LONGEST_ANSWER, Spec, World, begin, best_spans, divergence, drift, others, run
 from tests.support.tiny_llama import tiny
@@ -267,11 +265,11 @@ def test_a_page_gets_its_tables() -> None:
 
 def test_the_page_has_the_tables_of_the_rows() -> None:
     """And what the rows have been chosen by is in them."""
-    shown = tables(RESULTS)
+    done = rows.read(RESULTS / rows.NAME)
+    shown = tables(done, RESULTS)
     for name in ("docs/compared.md", "README.md"):
         page = (ROOT / name).read_text(encoding="utf-8")
         assert report.fill(page, shown) == page, f"python -m experiments.quality report --page {name}"
-    done = rows.read(RESULTS / rows.NAME)
     assert plan.parts()["r8"][0].searched(done) == ([], plan.HEAD_LR)
     for name in {spec.data for spec in done}:
         assert len({row["digest"] for spec, row in done.items() if spec.data == name}) == 1, name
@@ -298,9 +296,8 @@ def test_a_table_has_a_line_per_group_that_is_done() -> None:
         _finish(group, done, 6e-3)
         for spec in group.final(done):
             odd = (spec.method == "lora") * (spec.seed % 2) / 100
-            right = np.packbits(np.arange(100) < 50 + 100 * odd)
-            encoded = base64.b64encode(right.tobytes()).decode()
-            done[spec] |= {"test": str(0.5 + odd), "right": encoded, "test_texts": "100"}
+            right = packed(np.arange(100) < 50 + 100 * odd)
+            done[spec] |= {"test": str(0.5 + odd), "right": right, "test_texts": "100"}
     shown = report.table(done, "r8").splitlines()
     assert len(shown) == 4
     assert shown[2] == "| head alone | 1 | 0.006 | 50.0 ± 0.0 | -0.6 ± 0.7 | -1.8 to 0.0 |"
@@ -316,8 +313,7 @@ def test_a_difference_pairs_the_seeds_that_both_have() -> None:
     for group in (adapter, other):
         for spec in group.final(done):
             right = np.arange(100) < 50 + 10 * (group is other and spec.seed < 4) + 40 * (spec.seed > 3)
-            encoded = base64.b64encode(np.packbits(right).tobytes()).decode()
-            done[spec] |= {"test": str(right.mean()), "right": encoded, "test_texts": "100"}
+            done[spec] |= {"test": str(right.mean()), "right": packed(right), "test_texts": "100"}
     line = report.table(done, "init").splitlines()[2]
     difference, over_texts = line.split(" | ")[-2:]
     assert difference == "+10.0 ± 0.0"
@@ -343,8 +339,5 @@ def test_a_run_that_raises_ends_the_study_after_the_others(tmp_path: Path, monke
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(RuntimeError, match="another process is doing runs for it"):
+    with locked(tmp_path), pytest.raises(RuntimeError, match="another process is doing runs for it"):
         work.run_all(tmp_path / "runs.csv", [], 1, 1.0)
-    os.close(folder)

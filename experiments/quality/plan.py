@@ -3,15 +3,21 @@
 A group is a method in one place with one budget. First its learning rates are tried with seed 0 and judged on the
 validation texts; while the best is the first or the last, one more is tried beyond it. Then the seeds from 1 on run at
 the best rate, and only they see the test set. So a choice is a function of the rows of the search, and an interrupted
-study goes on where it was. The head's rate is in all groups the one that the search of the head alone has found on R8.
+study goes on where it was. The head's rate is in all groups of a set and a backbone the one that the search of the head
+alone has found there.
+
+The best rate is the one of the lowest loss among those whose accuracy is within one standard error of the highest:
+a few texts more of a few hundred are chance, and the loss is the steadier measure (Breiman et al. 1984, section 3.4).
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.quality.methods import INITS, METHODS
 from experiments.quality.rows import Rows
+from experiments.quality.sets import SETS, VALIDATION, VALIDATION_QUESTIONS
 from experiments.quality.training import LAYERS, Spec
 
 LADDER = tuple(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit in (2, 6))  # 2e-6, 6e-6, …, 0.6
@@ -19,12 +25,13 @@ LADDER = tuple(float(f"{digit}e-{power}") for power in range(6, 0, -1) for digit
 MIDDLE = dict.fromkeys(METHODS, 6e-3) | {"head": 2e-2, "ia3": 2e-2, "prompts": 2e-2, "last-layer": 6e-4, "full": 2e-4}
 MOST_RATES = 9
 HEAD_LR = 6e-3  # the best of the head alone on R8
+VALIDATED = dict.fromkeys(SETS, VALIDATION) | {"questions": VALIDATION_QUESTIONS}  # texts
 LOW, HIGH = 0.003, 0.03  # budgets, as shares of the backbone's parameters
 HALF, ALL_LAYERS, WHOLE = (LAYERS, LAYERS // 2), (LAYERS, 0), (30, 22)  # layers of the backbone, the first changed
 EPOCHS = {100: 16, 400: 4, 800: 4, 1600: 2, 0: 1}  # by texts; 0 is all
-MAIN = ("head", "lora", "adapter", "adapter-parallel")
-WIDE = (*MAIN, "last-layer", "prompts")
-SIZED = ("lora", "lora-attention", "adapter", "adapter-attention", "adapter-parallel", "adapter-low-rank")
+MAIN = ("head", "lora", "adapter")
+WIDE = (*MAIN, "last-layer")
+SIZED = ("lora", "adapter", "adapter-parallel", "lora-attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,49 +41,52 @@ class Group:
     ``width`` 0 takes the best rate of ``like`` without a search.
     """
 
-    at: Spec  # rate, seed and final are those of each run
+    at: Spec  # rates, seed and final are those of each run
     seeds: int  # that see the test set
     width: int = 2  # rates on each side of the middle, at first
     like: "Group | None" = None  # whose best rate is the middle
+    head: "Group | None" = None  # whose best rate is the head's; None: ``HEAD_LR``
 
-    def tried(self, rate: float) -> Spec:
+    def tried(self, rate: float, head_lr: float = HEAD_LR) -> Spec:
         """The run of the search at a rate."""
-        return dataclasses.replace(self._at(rate), seed=0, final=False)
+        head_lr = rate if self.at.method == "head" else head_lr
+        return dataclasses.replace(self.at, lr=rate, head_lr=head_lr, seed=0, final=False)
 
-    def _at(self, rate: float) -> Spec:
-        head_lr = rate if self.at.method == "head" else HEAD_LR
-        return dataclasses.replace(self.at, lr=rate, head_lr=head_lr)
-
-    def searched(self, done: Rows) -> tuple[list[Spec], float | None]:
-        """The runs that the search still needs, and if it needs none the best rate."""
+    def searched(self, done: Rows) -> tuple[list[Spec], Spec | None]:
+        """The runs that the search still needs, and if it needs none the best of them."""
         if self.like is None:
             middle = MIDDLE[self.at.method]
         else:
             missing, found = self.like.searched(done)
+            if found is None or not self.width:
+                return missing, found
+            middle = found.lr
+        head_lr = HEAD_LR
+        if self.head is not None:
+            missing, found = self.head.searched(done)
             if found is None:
                 return missing, None
-            middle = found
-            if not self.width:
-                return [], found
+            head_lr = found.lr
         at = LADDER.index(middle)
         low, high = max(at - self.width, 0), min(at + self.width, len(LADDER) - 1)
         while True:
-            rates = LADDER[low : high + 1]
-            if missing := [spec for spec in map(self.tried, rates) if spec not in done]:
+            tried = [self.tried(rate, head_lr) for rate in LADDER[low : high + 1]]
+            if missing := [spec for spec in tried if spec not in done]:
                 return missing, None
-            best = max(rates, key=lambda rate: _validation(done, self.tried(rate)))
-            if high - low + 1 >= MOST_RATES or best not in (rates[0], rates[-1]):
-                return [], best
-            low, high = max(low - (best == rates[0]), 0), min(high + (best == rates[-1]), len(LADDER) - 1)
-            if LADDER[low : high + 1] == rates:  # the ladder's end
-                return [], best
+            found = best(done, tried)
+            if len(tried) >= MOST_RATES or found not in (tried[0], tried[-1]):
+                return [], found
+            low, high = max(low - (found == tried[0]), 0), min(high + (found == tried[-1]), len(LADDER) - 1)
+            if high - low + 1 == len(tried):  # the ladder's end
+                return [], found
 
     def final(self, done: Rows) -> list[Spec]:
         """The runs that see the test set, once the search is done."""
-        _, rate = self.searched(done)
-        if rate is None:
+        _, found = self.searched(done)
+        if found is None:
             return []
-        return [dataclasses.replace(self._at(rate), seed=seed, final=True) for seed in range(1, self.seeds + 1)]
+        at = dataclasses.replace(self.at, lr=found.lr, head_lr=found.head_lr, final=True)
+        return [dataclasses.replace(at, seed=seed) for seed in range(1, self.seeds + 1)]
 
     def missing(self, done: Rows) -> list[Spec]:
         """The runs that can be done now."""
@@ -84,11 +94,16 @@ class Group:
         return searching or [spec for spec in self.final(done) if spec not in done]
 
 
-def _validation(done: Rows, spec: Spec) -> tuple[float, float]:
-    row = done[spec]
-    if row["status"] != "finished":
-        return -1.0, 0.0
-    return float(row["validation"]), -float(row["validation_loss"])
+def best(done: Rows, tried: Sequence[Spec]) -> Spec:
+    """Of runs that have rows the lowest loss within one standard error of the highest accuracy; the first of none."""
+    finished = [spec for spec in tried if done[spec]["status"] == "finished"]
+    if not finished:
+        return tried[0]
+    accuracy = {spec: float(done[spec]["validation"]) for spec in finished}
+    highest = max(accuracy.values())
+    error = math.sqrt(highest * (1 - highest) / VALIDATED[tried[0].data])
+    near = [spec for spec in finished if accuracy[spec] >= highest - error]
+    return min(near, key=lambda spec: float(done[spec]["validation_loss"]))
 
 
 def _at(data: str, place: tuple[int, int], method: str, budget: float, texts: int = 400, **more: Any) -> Spec:
@@ -100,41 +115,48 @@ def _at(data: str, place: tuple[int, int], method: str, budget: float, texts: in
 
 def parts() -> dict[str, list[Group]]:
     """The groups of each part of the study, in the order in which they run."""
-    main = {method: Group(_at("r8", HALF, method, LOW), 5) for method in METHODS}
-    whole = {method: Group(_at("r8", WHOLE, method, LOW), 3, 1, main[method]) for method in (*MAIN, "last-layer")}
+    main = {method: Group(_at("r8", HALF, method, LOW), 3 if method == "full" else 5) for method in METHODS}
     adapter = main["adapter"]
-    many = {method: Group(_at("r8", HALF, method, LOW, 1600), 3, 1, main[method]) for method in MAIN[:3]}
+    whole = _with_head(main, WIDE, lambda method: _at("r8", WHOLE, method, LOW))
+    few = _with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, 100))
+    many = _with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, 1600))
     return {
-        "r8": [main[method] for method in (*MAIN, *(m for m in METHODS if m not in MAIN and m != "full"), "full")],
-        "epochs": [Group(_at("r8", HALF, method, LOW, epochs=8), 3, 1, main[method]) for method in (*MAIN, "full")],
-        "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
+        "r8": [main[method] for method in dict.fromkeys((*MAIN, *SIZED, *(m for m in METHODS if m != "full"), "full"))],
         "whole": list(whole.values()),
-        "sizes": [
-            Group(_at("r8", HALF, method, budget), 0, 2, main[method])
-            for budget in (0.001, 0.01)
-            for method in ("adapter", "lora")
-        ],
-        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
-        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
-        "layers": [
-            Group(_at("r8", (LAYERS, first), method, LOW), 3, 1, main[method])
-            for first in (LAYERS - 2, LAYERS - 1)
-            for method in ("adapter", "lora")
-        ],
         "keep": [
             Group(_at("r8", WHOLE, method, LOW, keep=keep), 3, 0, whole[method])
             for method in ("lora", "adapter")
             for keep in (0.3, 3.0)
         ],
-        "questions": [Group(_at("questions", HALF, method, LOW, 800), 3, 1, main[method]) for method in WIDE],
-        "20news": [Group(_at("20news", HALF, method, LOW), 3, 1, main[method]) for method in WIDE],
+        "20news": list(_with_head(main, WIDE, lambda method: _at("20news", HALF, method, LOW)).values()),
+        "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
+        "sizes": [
+            Group(_at("r8", HALF, method, budget), 0, 1, main[method])
+            for budget in (0.001, 0.01)
+            for method in ("adapter", "lora")
+        ],
+        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
+        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
+        "epochs": list(_with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, epochs=8)).values()),
+        "layers": [
+            Group(_at("r8", (LAYERS, first), method, LOW), 3, 1, main[method])
+            for first in (LAYERS - 2, LAYERS - 1)
+            for method in ("adapter", "lora")
+        ],
+        "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
         "texts": [
-            *(Group(_at("r8", HALF, method, LOW, 100), 3, 1, main[method]) for method in many),
+            *few.values(),
             *many.values(),
             *(Group(_at("r8", HALF, method, LOW, 0), 3, 0, group) for method, group in many.items()),
         ],
-        "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 1, main[method]) for method in MAIN[1:]],
+        "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 1, main[method]) for method in ("lora", "adapter")],
     }
+
+
+def _with_head(main: Mapping[str, Group], methods: Sequence[str], at: Callable[[str], Spec]) -> dict[str, Group]:
+    """Groups at another set, backbone or number of steps, with the head's rate found there."""
+    head = Group(at("head"), 3, 1, main["head"])
+    return {m: head if m == "head" else Group(at(m), 3, 1, main[m], head) for m in methods}
 
 
 def pending(done: Rows, chosen: list[str]) -> Iterator[Spec]:

@@ -147,7 +147,7 @@ def _train(world: World, spec: Spec, model: "Model", order: np.random.Generator,
         for start in range(0, len(shuffled), BATCH):
             loss = model.loss(texts, shuffled[start : start + BATCH])
             if keep is not None:
-                loss = loss + spec.keep * keep(model.applied, order)
+                loss = loss + spec.keep * keep(model.applied)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -240,7 +240,7 @@ def others(data: str) -> list[str]:
 
 
 class Drift:
-    """KL(untouched ‖ trained) on the first validation texts of another set."""
+    """KL(untouched ‖ trained) on the first validation texts of another set, after each token that has a next one."""
 
     def __init__(self, world: World, spec: Spec, count: int, other: str) -> None:
         place = spec.layers, spec.first
@@ -251,7 +251,7 @@ class Drift:
     def __call__(self, applied: Applied, rows: Any) -> tuple[Tensor, int]:
         """Its sum over the tokens of these rows, in nats, and their number."""
         x, lengths = self._texts(rows, applied)
-        real = torch.arange(x.shape[1]) < lengths[:, None]
+        real = torch.arange(x.shape[1]) < lengths[:, None] - 1
         states, old = applied.hidden(x, lengths)[real], self._untouched[rows][:, : x.shape[1]][real]
         chunks = zip(states.split(CHUNK), old.split(CHUNK), strict=True)
         total = sum(divergence(*chunk, applied.suffix.lm_head, self._before) for chunk in chunks)
@@ -277,7 +277,9 @@ class _Keep:
 
     def __init__(self, world: World, spec: Spec) -> None:
         self._drift = Drift(world, spec, KEPT_TEXTS, others(spec.data)[0])
+        self._draws = np.random.default_rng((spec.seed, 1))  # its own: the order of the texts is that without it
 
-    def __call__(self, applied: Applied, order: np.random.Generator) -> Tensor:
-        total, tokens = self._drift(applied, order.choice(np.arange(DRIFT_TEXTS, KEPT_TEXTS), KEPT_PER_STEP, False))
-        return total / tokens
+    def __call__(self, applied: Applied) -> Tensor:
+        rows = self._draws.choice(np.arange(DRIFT_TEXTS, KEPT_TEXTS), KEPT_PER_STEP, False)
+        total, tokens = self._drift(applied, rows)
+        return total / max(tokens, 1)

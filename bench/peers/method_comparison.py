@@ -83,13 +83,19 @@ def get_model(otherwise: Callable[..., Any], *, peft_config: Any, **how: Any) ->
 def get_file_size(
     otherwise: Callable[..., int], model: Any, *, clean: bool, print_fn: Callable[..., None], **more: Any
 ) -> int:
-    """Bytes of the weights that ``save_pretrained`` writes; the folder stays unless ``clean``."""
+    """Bytes of the weights that ``save_pretrained`` writes; the folder stays unless ``clean``.
+
+    0 if they cannot be written, after a line that says so: the suite writes its results later.
+    """
     if not isinstance(model, ak.LlamaAdapter):
         return otherwise(model, clean=clean, print_fn=print_fn, **more)
     folder = Path(tempfile.mkdtemp())
     try:
         model.save_pretrained(folder)
         return (folder / WEIGHTS_NAME).stat().st_size
+    except OSError as error:
+        print_fn(f"adapterkern: the weights could not be written, {error}")
+        return 0
     finally:
         if clean:
             shutil.rmtree(folder)

@@ -36,7 +36,7 @@ def main() -> None:
     if arguments.action == "left":
         for name in chosen:
             groups = plan.parts()[name]
-            complete, now = len(report.results(done, groups)), len(list(plan.pending(done, [name])))
+            complete, now = sum(not g.missing(done) for g in groups), len(list(plan.pending(done, [name])))
             print(f"{name}: {complete} of {len(groups)} complete, {now} runs to do now")
         return
     shown = tables(done, arguments.output)

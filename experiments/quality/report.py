@@ -63,6 +63,11 @@ def results(done: Rows, groups: Iterable[Group]) -> dict[Group, Result]:
     return found
 
 
+def _diverged(done: Rows, group: Group) -> list[Spec]:
+    """A group's final runs that did not stay finite."""
+    return [spec for spec in group.final(done) if spec in done and done[spec]["status"] != "finished"]
+
+
 def table(done: Rows, part: str) -> str:
     """A part's rows: size, rate, accuracy, its difference to another row's, drift."""
     return markdown(_cells(done, part)) or "Not done yet."
@@ -78,14 +83,19 @@ def _cells(done: Rows, part: str) -> list[list[str]]:
     """The head and the rows of a part's table; nothing without a row."""
     parts = plan.parts()
     all_found = results(done, itertools.chain(*parts.values()))
-    found = [all_found[group] for group in parts[part] if group in all_found]
-    if not found:
+    shown = [group for group in parts[part] if group in all_found or _diverged(done, group)]
+    if not shown:
         return []
     fields = AGAINST.get(part, AGAINST_ALL)
     drifts = any(group.at.layers > LAYERS for group in parts[part])
     than = NAMES[str(fields.get("method", "adapter"))].split(",")[0]
     lines = [["", "parameters", "rate", "test", f"minus {than}", "over texts"] + ["drift", "drift elsewhere"] * drifts]
-    for result in found:
+    for group in shown:
+        if lost := _diverged(done, group):
+            told = f"{len(lost)} of {group.seeds} seeds did not stay finite"
+            lines.append([_name(group.at, part), "", f"{lost[0].lr:g}", told, *[""] * (len(lines[0]) - 4)])
+            continue
+        result = all_found[group]
         cells = [_name(result.group.at, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
         cells += [percent(over_seeds(result.values("test"))), *_difference(result, all_found, fields)]
         cells += [_drift(over_seeds(result.values(name))) for name in ("drift", "drift_elsewhere") if drifts]
@@ -110,7 +120,7 @@ def _name(at: Spec, part: str) -> str:
 
 def _difference(result: Result, all_found: Mapping[Group, Result], fields: Mapping[str, Any]) -> Sequence[str]:
     at = dataclasses.replace(result.group.at, **fields)
-    if at.method != "full" and result.group.at.method == "full":  # which alone changes the lower layers
+    if result.group.at.method == "full":  # a row of the half's table, though it changes all layers
         at = dataclasses.replace(at, first=plan.HALF[1])
     other = next((found for group, found in all_found.items() if group.at == at), None)
     if other is None or at == result.group.at:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.support.interpreter import quicken
+    from bench.interpreter import quicken
 
     quicken()
 

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.quality import plan
 from experiments.quality.plan import Group
 from experiments.quality.rows import Rows
-from experiments.quality.statistics import Interval, over_seeds, over_texts, unpacked
+from experiments.quality.statistics import Interval, over_both, over_seeds, over_texts, unpacked
 from experiments.quality.training import LAYERS, Spec
 
 NAMES = {
@@ -89,7 +89,8 @@ def _cells(done: Rows, part: str) -> list[list[str]]:
     fields = AGAINST.get(part, AGAINST_ALL)
     drifts = any(group.at.layers > LAYERS for group in parts[part])
     than = NAMES[str(fields.get("method", "adapter"))].split(",")[0]
-    lines = [["", "parameters", "rate", "test", f"minus {than}", "over texts"] + ["drift", "drift elsewhere"] * drifts]
+    lines = [["", "parameters", "rate", "test", f"minus {than}", "over seeds", "over texts"]]
+    lines[0] += ["drift", "drift elsewhere"] * drifts
     for group in shown:
         if lost := _diverged(done, group):
             told = f"{len(lost)} of {group.seeds} seeds did not stay finite"
@@ -124,11 +125,12 @@ def _difference(result: Result, all_found: Mapping[Group, Result], fields: Mappi
         at = dataclasses.replace(at, first=plan.HALF[1])
     other = next((found for group, found in all_found.items() if group.at == at), None)
     if other is None or at == result.group.at:
-        return "", ""
+        return "", "", ""
     seeds = min(len(result.rows), len(other.rows))
-    pairs = [a - b for a, b in zip(result.values("test")[:seeds], other.values("test")[:seeds], strict=True)]
-    low, high = over_texts(result.right()[:seeds], other.right()[:seeds])
-    return percent(over_seeds(pairs), sign="+"), f"{_tenths(low)} to {_tenths(high)}"
+    ours, theirs = result.right()[:seeds], other.right()[:seeds]
+    low, high = over_texts(ours, theirs)
+    alone = 100 * over_seeds((ours.mean(1) - theirs.mean(1)).tolist()).half
+    return percent(over_both(ours, theirs), sign="+"), f"± {alone:.1f}", f"{_tenths(low)} to {_tenths(high)}"
 
 
 def fill(page: str, tables: Mapping[str, str]) -> str:

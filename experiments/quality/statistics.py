@@ -1,4 +1,4 @@
-"""Intervals of 95 %: over seeds by Student's t, over texts by the bootstrap."""
+"""Intervals of 95 %: over seeds by Student's t, over texts by the bootstrap, and over both."""
 
 import base64
 from collections.abc import Sequence
@@ -39,6 +39,20 @@ def over_texts(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     drawn = np.random.default_rng(0).multinomial(total, counts / total, RESAMPLED) @ values / total
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(low), float(high)
+
+
+def over_both(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """The difference of two accuracies, right (seeds, N) of each, if other seeds and other texts had been drawn.
+
+    Both variances of the mean, added; Student's t with the degrees of freedom of the sum (Satterthwaite 1946).
+    """
+    difference = ours.astype(float) - theirs
+    terms = [(len(of), np.var(of, ddof=1) / len(of)) for of in (difference.mean(1), difference.mean(0))]
+    total = sum(variance for _, variance in terms)
+    if not total:
+        return Interval(float(difference.mean()), 0.0)
+    freedom = total**2 / sum(variance**2 / (count - 1) for count, variance in terms)
+    return Interval(float(difference.mean()), float(stats.t.ppf(0.975, freedom) * np.sqrt(total)))
 
 
 def packed(right: np.ndarray) -> str:

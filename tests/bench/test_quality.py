@@ -325,15 +325,15 @@ def test_a_table_has_a_line_per_group_that_is_done() -> None:
             done[spec] |= {"test": str(0.5 + odd), "right": right, "test_texts": "100"}
     shown = report.table(done, "r8").splitlines()
     assert len(shown) == 4
-    assert shown[2] == "| head alone | 1 | 0.006 | 50.0 ± 0.0 | -0.6 ± 0.7 | -1.8 to 0.0 |"
-    assert shown[3] == "| LoRA, all matrices (PEFT) | 1 | 0.006 | 50.6 ± 0.7 |  |  |"
+    assert shown[2] == "| head alone | 1 | 0.006 | 50.0 ± 0.0 | -0.6 ± 1.3 | ± 0.7 | -1.8 to 0.0 |"
+    assert shown[3] == "| LoRA, all matrices (PEFT) | 1 | 0.006 | 50.6 ± 0.7 |  |  |  |"
 
 
 def test_a_seed_that_diverged_is_in_the_table() -> None:
     group, done = plan.parts()["r8"][1], rows.Rows()
     _finish(group, done, 6e-3)
     done[group.final(done)[2]]["status"] = "not finite"
-    line = "| LoRA, all matrices (PEFT) |  | 0.006 | 1 of 5 seeds did not stay finite |  |  |"
+    line = "| LoRA, all matrices (PEFT) |  | 0.006 | 1 of 5 seeds did not stay finite |  |  |  |"
     assert report.table(done, "r8").splitlines()[2:] == [line]
 
 
@@ -348,8 +348,9 @@ def test_a_difference_pairs_the_seeds_that_both_have() -> None:
             right = np.arange(100) < 50 + 10 * (group is other and spec.seed < 4) + 40 * (spec.seed > 3)
             done[spec] |= {"test": str(right.mean()), "right": packed(right), "test_texts": "100"}
     line = report.table(done, "init").splitlines()[2]
-    difference, over_texts = line.split(" | ")[-2:]
-    assert difference == "+10.0 ± 0.0"
+    difference, over_seeds, over_texts = line.split(" | ")[-3:]
+    assert difference == "+10.0 ± 6.0"  # 1.984 sqrt(0.09 / 99)
+    assert over_seeds == "± 0.0"
     low, high = (float(value) for value in over_texts.strip(" |").split(" to "))
     assert low < 10 < high < 17
 

@@ -129,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     checks.integer("--depth", arguments.depth, 1, MAX_DEPTH)
     if arguments.max_params is None and arguments.memory is None:
         raise ValueError("--max-params, --memory: expected at least one of them, got none")
+    if arguments.memory == 0:
+        raise ValueError("--memory: expected a size > 0, got 0")
     if arguments.gpus is not None:
         clusters(arguments)  # checks them
     if arguments.max_params is not None:

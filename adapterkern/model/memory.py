@@ -167,14 +167,19 @@ class Training(NamedTuple):
         kept += 0 if choice.offloaded else layers
         kept += 0 if choice.checkpointed else above * inputs
         matrix = 0 if choice.load_in is None else width * max(out * into for out, into in shape.matrices)
-        in_layer = again + tokens * (3 * f * width + 4 * d) + matrix
         return Memory(
             weights=shape.weights(width, choice.load_in),
             trained=16 * self.trained_params,
             kept=kept,
-            workspace=max(8 * rows * self.learned * shape.vocab_size, in_layer),
+            workspace=self.workspace(rows, again + matrix),
             host=layers if choice.offloaded else 0,
         )
+
+    def workspace(self, rows: int, again: int) -> int:
+        """The most bytes that come on top at a time; in a layer with ``again`` bytes that it has back."""
+        shape, width = self.shape, WIDTHS[self.dtype]
+        in_layer = again + rows * self.length * (3 * shape.intermediate_size * width + 4 * shape.hidden_size)
+        return max(8 * rows * self.learned * shape.vocab_size, in_layer)
 
     def most_rows(self, memory: int, choice: Choice = CHOICES[0]) -> int:
         """The most rows per forward that fit into ``memory`` bytes; 0 if none do."""

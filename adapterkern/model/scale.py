@@ -18,12 +18,16 @@ FSDP2       (``--shard``) each parameter is cut along its first dimension into n
                         reduce-scatter, padded. The most of these.
 ZeRO-3      each parameter is flattened and cut, unless it has at most 100,000 elements (DeepSpeed's
             ``stage3_param_persistence_threshold``): those stay whole, and all are gathered once after the step.
-            forward     gathers what it uses
-            backward    the LM head, the layers above the first adapter, and the adapters again. DeepSpeed keeps up to
-                        10⁹ parameters gathered (``stage3_max_live_parameters``), so that of a smaller model it may
+            forward     gathers what it uses; with prompts W_k and W_v twice
+            backward    the LM head, the layers above the first adapter, and the adapters again; checkpointed, also the
+                        layers that run again, from the first adapter's on, but of each what its backward begins with,
+                        which is there already: an adapter after the layer, or else W_down. DeepSpeed keeps up to 10⁹
+                        parameters gathered (``stage3_max_live_parameters``), so that of a smaller model it may
                         gather fewer: what is counted is the most.
             gradients   one reduce-scatter, in w: DeepSpeed casts the adapters as well
-            buffers     w for each of those 10⁹, or of all parameters if these are fewer
+            buffers     w for each of those 10⁹, or of all parameters if these are fewer, or of the embeddings if these
+                        are more; and for each element of the bucket of gradients, 5·10⁸ (``reduce_bucket_size``),
+                        however few are trained
             trained     16 + w per parameter, since it casts fp32 ones, cut into n
 
 Full fine-tuning, beside it, trains all N in mixed precision: value, gradient and moments in fp32, 16N, computed and
@@ -32,17 +36,8 @@ what ``memory.py`` counts per layer, the inputs of the matrices and of the norms
 final norm's weight dw; and of the LM head dw per learned token. FSDP2 also holds gradients, in w: the root's, and a
 layer's twice, as in its reduce-scatter.
 
-Compute: a product of t tokens by a matrix of m parameters is 2tm floating-point operations, causal attention 2·length·a
-per token and layer forward. Backward, a frozen matrix has the gradient of its input alone (as much as the forward), a
-trained one that of its weight too; attention twice its forward; checkpointed layers run once more. The layer of the
-first adapter counts whole, unless that follows it. With the prefix cache the layers below the adapter do not run.
-
-Exposed: what no computation hides. DDP's all-reduce runs beside the backward but for its last bucket (25 MiB). FSDP2
-and ZeRO-3 gather a layer while the one before runs: exposed are the root, the first layer of the forward and the
-backward, what is longer than a layer's computation, and the adapters' gradients at the end. All at the bandwidth of the
-links, without latency; of the collectives only these: no loss, norm or flag (4 or 8 bytes), no positional buffers.
-
-Not counted: the optimizer's time, a cache's transfer from the host, evaluations, checkpoints, a classification's head.
+``speed.py`` says how long it takes. Not counted: of the collectives a loss, norm or flag (4 or 8 bytes), and positional
+buffers; evaluations, checkpoints, a classification's head.
 """
 
 import bisect
@@ -51,40 +46,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from adapterkern.model.adapter import Adapter
-from adapterkern.model.config import PROMPT
+from adapterkern.model.config import PROMPT, prefix_length
 from adapterkern.model.memory import MOST_ROWS, WIDTHS, Choice, Training
 
 ENGINES = DDP, FSDP2, ZERO3 = "DDP", "FSDP2", "ZeRO-3"
 PERSISTENT = 100_000  # elements of a parameter that ZeRO-3 does not cut
 LIVE = 10**9  # parameters that it keeps gathered
-BUCKET = 25 << 20  # bytes, of DDP
+REDUCED = 5 * 10**8  # elements of the bucket that its gradients are reduced in
 
 Sizes = Iterable[tuple[int, ...]]
-
-
-class Cluster(NamedTuple):
-    """GPUs and what joins them.
-
-    Attributes:
-        gpus: n, one process each.
-        per_node: GPUs of a node.
-        link: bytes per second that a GPU sends within its node.
-        network: bytes per second that a node sends to the others.
-        flops: floating-point operations per second of a GPU, its peak.
-        utilization: the share of them that the products of a step reach.
-    """
-
-    gpus: int
-    per_node: int = 8
-    link: float = 450e9
-    network: float = 400e9
-    flops: float = 989e12
-    utilization: float = 0.4
-
-    @property
-    def bandwidth(self) -> float:
-        """Of all rings together: each enters and leaves a node once, by a network adapter of its own."""
-        return self.link if self.gpus <= self.per_node else min(self.link, self.network)
 
 
 class PerGpu(NamedTuple):
@@ -106,14 +76,6 @@ class Exchanged(NamedTuple):
 
     gathered: int
     reduced: int
-
-
-class Step(NamedTuple):
-    """Seconds of a step, and the tokens per second of all GPUs; derived, not measured."""
-
-    compute: float
-    exposed: float
-    tokens_per_second: float
 
 
 class Scale(NamedTuple):
@@ -139,7 +101,10 @@ class Scale(NamedTuple):
         """Of one GPU of ``gpus``; with one the engine makes no difference."""
         taken = self.training.memory(self.rows, Choice(checkpointed=self.checkpointed))
         held = self._weights(engine, gpus), self._trained(engine, gpus), self._buffers(engine, gpus)
-        return PerGpu(*held, self._kept() if self.full else taken.kept, self._workspace(taken.workspace))
+        if not self.full:
+            return PerGpu(*held, taken.kept, taken.workspace)
+        again = self._layer_kept() if self.checkpointed else 0
+        return PerGpu(*held, self._kept(), self.training.workspace(self.rows, self.rows * self.training.length * again))
 
     def most_rows(self, memory: int, engine: str, gpus: int) -> int:
         """The most rows per forward that fit into ``memory`` bytes of each GPU; 0 if none do."""
@@ -148,7 +113,7 @@ class Scale(NamedTuple):
 
     def _weights(self, engine: str, gpus: int) -> int:
         """Of the backbone; in full fine-tuning copies in w of what is counted as trained."""
-        width, shape = self._width, self.training.shape
+        width, shape = self.width, self.training.shape
         if engine == ZERO3 and gpus > 1:
             whole = sum(map(math.prod, self._small()))
             return width * (sum(_pieces(self._frozen(), gpus)) + whole)
@@ -161,7 +126,7 @@ class Scale(NamedTuple):
             return 16 * self.trained_params
         if engine == FSDP2:
             return 16 * _rows(self._learned(), gpus)
-        return (16 + (0 if self.full else self._width)) * sum(_pieces(self._learned(), gpus))
+        return (16 + (0 if self.full else self.width)) * sum(_pieces(self._learned(), gpus))
 
     def _buffers(self, engine: str, gpus: int) -> int:
         if gpus == 1:
@@ -169,7 +134,8 @@ class Scale(NamedTuple):
         if engine == DDP:
             return 4 * self.trained_params
         if engine == ZERO3:
-            return self._width * min(LIVE, self.training.shape.num_params + (0 if self.full else self.trained_params))
+            sizes = [math.prod(size) for size in self._frozen() + ([] if self.full else self._adapters())]
+            return self.width * (max(min(LIVE, sum(sizes)), *sizes) + REDUCED)
         root, layer = self.units(gpus)
         if self.full:  # the root's gradients from the LM head's on, a layer's before and in its reduce-scatter
             return max(self.gathered(gpus), 2 * root + max(4 * layer, root))
@@ -183,7 +149,7 @@ class Scale(NamedTuple):
 
     def _kept(self) -> int:
         """Of full fine-tuning."""
-        training, width = self.training, self._width
+        training, width = self.training, self.width
         d, vocabulary = training.shape.hidden_size, training.shape.vocab_size
         tokens, learned = self.rows * training.length, self.rows * training.learned
         layer = d * width if self.checkpointed else self._layer_kept()
@@ -192,12 +158,7 @@ class Scale(NamedTuple):
 
     def _layer_kept(self) -> int:
         d, f = self.training.shape.hidden_size, self.training.shape.intermediate_size
-        return self.training.layer() + (4 * d + f) * self._width
-
-    def _workspace(self, workspace: int) -> int:
-        if not (self.full and self.checkpointed):
-            return workspace
-        return workspace + self.rows * self.training.length * (self._layer_kept() - self.training.layer())
+        return self.training.layer() + (4 * d + f) * self.width
 
     # Bytes
 
@@ -207,81 +168,31 @@ class Scale(NamedTuple):
             return Exchanged(0, 2 * 4 * self.trained_params * (gpus - 1) // gpus)
         if engine == FSDP2:
             root, layer = self.units(gpus)
-            forward, backward = self._layers_gathered()
-            learned = _rows(self._learned(), gpus) * (self._width if self.full else 4)
+            forward, backward = self.layers_gathered()
+            learned = _rows(self._learned(), gpus) * (self.width if self.full else 4)
             gathered = root + (forward + backward) * layer
             return Exchanged(gathered * (gpus - 1) // gpus, learned * (gpus - 1))
-        cut = sum(_pieces(self._used(backward=False), gpus, persistent))
-        cut += sum(_pieces(self._used(backward=True), gpus, persistent))
-        cut += sum(_pieces(self._small(persistent), gpus))
+        used = self._used(backward=False) + self._used(backward=True) + self.recomputed()
+        cut = sum(_pieces(used, gpus, persistent)) + sum(_pieces(self._small(persistent), gpus))
         learned = sum(_pieces(self._learned(), gpus))
-        return Exchanged(cut * self._width * (gpus - 1), learned * self._width * (gpus - 1))
+        return Exchanged(cut * self.width * (gpus - 1), learned * self.width * (gpus - 1))
 
-    def _layers_gathered(self) -> tuple[int, int]:
+    def layers_gathered(self) -> tuple[int, int]:
         """By FSDP2, in the forward and in the backward."""
-        layers, first = self.training.shape.num_layers, self._first
+        layers, first = self.training.shape.num_layers, self.first
         return layers, layers - first + (first > 0)
-
-    # Time
-
-    def step(self, engine: str, cluster: Cluster) -> Step:
-        """Of a step, derived from operations and bytes."""
-        speed, layers = cluster.flops * cluster.utilization, self.training.shape.num_layers
-        forward, backward = (flops / speed for flops in self._layer_flops())
-        ends = self._end_flops() / speed
-        compute = ends + (self._through if self.cached else layers) * forward + self._through * backward
-        exposed = self._exposed(engine, cluster, forward, backward) if cluster.gpus > 1 else 0.0
-        tokens = cluster.gpus * self.rows * self.training.length
-        return Step(compute, exposed, tokens / (compute + exposed))
-
-    def _exposed(self, engine: str, cluster: Cluster, forward: float, backward: float) -> float:
-        """Seconds; ``forward`` and ``backward`` are those of a layer."""
-        gpus = cluster.gpus
-        seconds = (gpus - 1) / gpus / cluster.bandwidth  # per byte
-        received = self.exchanged(engine, gpus)
-        if engine == DDP:
-            all_of_it = received.reduced / cluster.bandwidth
-            return max(min(all_of_it, 2 * seconds * BUCKET), all_of_it - self._through * backward)
-        root, layer = self.units(gpus)
-        first, again = self._layers_gathered()
-        if engine == ZERO3:
-            first, again = self.training.shape.num_layers, self._through
-            layer = self._width * gpus * sum(_pieces(self._layer(), gpus))
-            root = max(0, received.gathered * gpus // (gpus - 1) - layer * (first + again))
-        gather, reduce, end = seconds * layer, 0.0, received.reduced / cluster.bandwidth
-        if self.full:  # a layer's gradients while the one below runs, the root's at the end
-            share = layer / (layer * self.training.shape.num_layers + root)
-            reduce, end = end * share, end * (1 - self.training.shape.num_layers * share)
-        hidden = (first - 1) * max(0.0, gather - forward)
-        hidden += max(0, again - 1) * max(0.0, gather + reduce - backward)
-        return seconds * root + gather * (1 + (again > 0)) + hidden + reduce + end
-
-    def _layer_flops(self) -> tuple[int, int]:
-        """Of a layer, forward and backward."""
-        shape, tokens = self.training.shape, self.rows * self.training.length
-        products = 2 * tokens * sum(out * into for out, into in shape.matrices)
-        attention = 2 * tokens * self.training.length * shape.attention
-        forward = products + attention
-        backward = products * (2 if self.full else 1) + 2 * attention
-        return forward, backward + (forward if self.checkpointed else 0)
-
-    def _end_flops(self) -> int:
-        """Of LM head and adapters, forward and backward."""
-        shape, tokens = self.training.shape, self.rows * self.training.length
-        head = 2 * self.rows * self.training.learned * shape.hidden_size * shape.vocab_size
-        return 3 * head if self.full else 2 * head + 6 * tokens * self.trained_params
 
     # What there is
 
     @property
     def cached_layers(self) -> int:
         """Layers that do not run with the prefix cache."""
-        return self.training.shape.num_layers - self._through
+        return prefix_length(self.training.adapter)
 
     @property
     def cached_bytes(self) -> int:
         """Of the host's memory, per token."""
-        return self._width * self.training.shape.hidden_size
+        return self.width * self.training.shape.hidden_size
 
     @property
     def trained_params(self) -> int:
@@ -289,21 +200,27 @@ class Scale(NamedTuple):
         return self.training.shape.num_params if self.full else self.training.trained_params
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Bytes per element of the backbone."""
         return WIDTHS[self.training.dtype]
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         """The first layer with something to learn."""
         return 0 if self.full else self.training.first
 
     @property
-    def _through(self) -> int:
-        """Layers through which the backward goes."""
-        after = not self.full and self.training.adapter.place == "layer" and not self.training.adapter.bias_scale
-        return self.training.shape.num_layers - self._first - after
+    def _after(self) -> bool:
+        """Whether the adapters are after their layers."""
+        return not self.full and self.training.adapter.place == "layer" and not self.training.adapter.bias_scale
 
-    def _layer(self) -> list[tuple[int, ...]]:
+    @property
+    def through(self) -> int:
+        """Layers through which the backward goes."""
+        return self.training.shape.num_layers - self.first - self._after
+
+    def layer(self) -> list[tuple[int, ...]]:
+        """The sizes of a layer's parameters."""
         d = self.training.shape.hidden_size
         return [*self.training.shape.matrices, (d,), (d,)]
 
@@ -315,7 +232,7 @@ class Scale(NamedTuple):
 
     def _frozen(self) -> list[tuple[int, ...]]:
         """All of the backbone's parameters."""
-        return self._layer() * self.training.shape.num_layers + self._ends()
+        return self.layer() * self.training.shape.num_layers + self._ends()
 
     def _adapters(self) -> list[tuple[int, ...]]:
         """What an adapter run trains."""
@@ -347,16 +264,36 @@ class Scale(NamedTuple):
     def _used(self, backward: bool) -> list[tuple[int, ...]]:
         """The parameters that a forward or a backward uses."""
         shape = self.training.shape
-        layers = self._layer() * (self._through if backward else shape.num_layers)
+        layers = self.layer() * (self.through if backward else shape.num_layers)
         table: tuple[int, ...] = (shape.vocab_size, shape.hidden_size)
         tables = [table] * ((self.full or not backward) + (self.training.learned > 0))
-        return layers + tables + [(shape.hidden_size,)] + ([] if self.full else self._adapters())
+        return layers + tables + [(shape.hidden_size,)] + self._of_adapters()
+
+    def recomputed(self) -> list[tuple[int, ...]]:
+        """What ZeRO-3 gathers to recompute."""
+        if not self.checkpointed:
+            return []
+        adapter, shape = self.training.adapter, self.training.shape
+        begins = not self.full and (adapter.place == "layer" or adapter.bias_scale)  # the backward of its layers
+        after, layers = len(adapter.layers or ()) if begins else 0, shape.num_layers - self.first
+        others = [(shape.hidden_size,)] * 2 + shape.matrices[:-1]
+        inside = self._of_adapters()
+        if self._after:  # of several at a site all but the last
+            inside = inside[: len(inside) * (adapter.depth - 1) // adapter.depth]
+        return self.layer() * after + others * (layers - after) + inside
+
+    def _of_adapters(self) -> list[tuple[int, ...]]:
+        """What adapters use: their own, and prompts once more the layer's matrices of keys and values."""
+        if self.full:
+            return []
+        again = self.training.shape.matrices[1:3] * len(self.training.adapter.layers or ())
+        return self._adapters() + (again if self.training.adapter.kind == PROMPT else [])
 
     def units(self, gpus: int) -> tuple[int, int]:
         """Padded bytes of FSDP2's root, and of a layer."""
-        root = self._width * _rows(self._ends(), gpus)
+        root = self.width * _rows(self._ends(), gpus)
         root += 0 if self.full else 4 * _rows(self._adapters(), gpus)
-        return gpus * root, gpus * self._width * _rows(self._layer(), gpus)
+        return gpus * root, gpus * self.width * _rows(self.layer(), gpus)
 
 
 def _rows(sizes: Sizes, gpus: int) -> int:

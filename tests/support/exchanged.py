@@ -26,7 +26,7 @@ DDP = {
     "plain": {"adapter_dim": 7, "layers": (2, 3)},
     "two forwards": {"adapter_dim": 7, "layers": (2, 3)},
 }
-ZERO, PERSISTENT = ("plain", "all layers"), (0, 300)
+ZERO, PERSISTENT = ("plain", "all layers", "checkpointed"), (0, 300)
 SHARDED: dict[str, dict[str, Any]] = DDP | {
     "bf16": {"adapter_dim": 7, "layers": (1, 3)},
     "checkpointed": {"adapter_dim": 7, "layers": (1, 3)},

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adapterkern.model.scale import LIVE, PERSISTENT, REDUCED
 from tests.support import exchanged, pair, two_processes, zero_processes
 from tests.support.pair import found
 from tests.support.runs import cut, records, same
@@ -87,9 +88,17 @@ def test_bytes_that_a_step_exchanges(folder: Path, persistent: int) -> None:
     """Of ZeRO-3 that keeps nothing gathered; see ``model/scale.py``."""
     for rank in range(2):
         for name, got in found(folder, rank)["exchanged"][persistent].items():
-            scale = exchanged.scale(exchanged.SHARDED[name])
+            scale = exchanged.scale(exchanged.SHARDED[name])._replace(checkpointed=name == "checkpointed")
             gathered, reduced = scale.exchanged("ZeRO-3", 2, persistent)
             assert got["received"] == {"allgather_base": gathered, "reduce_scatter_base": reduced}
+
+
+def test_the_defaults_that_are_counted() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig(stage=3)
+    assert (zero.param_persistence_threshold, zero.max_live_parameters) == (PERSISTENT, LIVE)
+    assert (zero.contiguous_gradients, zero.reduce_bucket_size) == (True, REDUCED)
 
 
 def test_refuses_what_would_be_done_twice_or_wrongly(folder: Path) -> None:

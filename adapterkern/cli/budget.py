@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ SHAPES = {
     "smollm2-135m": Shape(576, 30, 1536, 9, 3, 64, 49152, tied=True),
     "smollm2-1.7b": Shape(2048, 24, 8192, 32, 32, 64, 49152, tied=True),
 }
+logger = logging.getLogger(__name__)
+
 _OF_MEMORY = ("task", "batch_size", "max_length")
 _OF_ADAPTER = ("adapter_dim", "prompt_length", "position", "every", "layers")
 # What an adapter has, with --max-params and with --memory
@@ -107,9 +110,33 @@ def model_shape(name: str, whole: bool = False) -> Shape:
     if experts := next((key for key in config if "expert" in key and config[key]), None):
         raise ValueError(f"--memory: expected a decoder without experts, got {experts}={config[experts]} in {path}")
     f, heads, vocabulary = _integers(path, config, "intermediate_size", "num_attention_heads", "vocab_size")
+    if config.get("quantization_config"):
+        raise ValueError(f"--model-config: expected weights that are not quantized, got quantization_config in {path}")
+    name, made, params = _made(path, config)
     others = {"num_key_value_heads": heads, "head_dim": d // heads}
-    kv_heads, head_dim = _integers(path, others | {k: config[k] for k in others if config.get(k)}, *others)
-    return Shape(d, layers, f, heads, kv_heads, head_dim, vocabulary, bool(config.get("tie_word_embeddings")))
+    given = {key: getattr(made, key, None) for key in others}
+    kv_heads, head_dim = _integers(path, others | {key: value for key, value in given.items() if value}, *others)
+    shape = Shape(d, layers, f, heads, kv_heads, head_dim, vocabulary, bool(made.tie_word_embeddings))
+    if params != shape.num_params:
+        logger.warning(
+            "--model-config: %s of %s has %s parameters; those of a LLaMA of its sizes are counted, %s",
+            *(name, path, f"{params:,}", f"{shape.num_params:,}"),
+        )
+    return shape
+
+
+def _made(path: Path, config: dict[str, Any]) -> tuple[str, Any, int]:
+    """What transformers makes of a ``config.json``: class, configuration with its defaults, number of parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": "llama"} | config))
+    except Exception as error:  # transformers has many kinds of them
+        problem = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--model-config: expected a causal language model, got {path}: {problem:.200}") from error
+    return type(model).__name__, model.config, sum(p.numel() for p in model.parameters())
 
 
 def _integers(path: Path, config: Any, *names: str) -> list[int]:

@@ -1,5 +1,6 @@
 """What ``budget --gpus`` says of a step on several GPUs, against numbers by hand; test_distributed.py measures."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -232,6 +233,37 @@ def test_all_kinds_of_adapter(more: str, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     trained = int(re.search(r"([\d,]+) in adapters", printed)[1].replace(",", ""))
     assert re.search(rf"2 adapter DDP +0.000 +{4 * trained / 1e9:.3f}", printed)
+
+
+def test_what_transformers_makes_of_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tied embeddings are a family's default; what a LLaMA does not have is named; quantized weights are refused."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 500}
+    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96 + 2 * 64
+
+    def said(**more: Any) -> tuple[int, str]:
+        caplog.clear()
+        (tmp_path / "config.json").write_text(json.dumps(sizes | more))
+        status = cli.main(["budget", "--model-config", str(tmp_path), "--gpus", "2", "--memory", "1GB"])
+        return status, "".join(capsys.readouterr()) + caplog.text
+
+    for model_type, tables in (("gemma2", 1), ("llama", 2)):
+        status, text = said(model_type=model_type)
+        params = 2 * layer + 64 + tables * 500 * 64
+        assert status == 0
+        assert f": {params:,} parameters in bf16" in text
+        # two norms more in each of its layers
+        named = f"Gemma2ForCausalLM of {tmp_path / 'config.json'} has {params + 2 * 128:,} parameters"
+        assert (named in text) == (model_type == "gemma2")
+    status, text = said(attention_bias=True, mlp_bias=True)
+    assert f"has {2 * layer + 64 + 2 * 500 * 64 + 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64):,} parameters" in text
+    assert status == 0
+    status, text = said(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert (status, "expected weights that are not quantized, got quantization_config in" in text) == (1, True)
+    status, text = said(model_type="nosuch")
+    assert (status, "--model-config: expected a causal language model, got" in text) == (1, True)
 
 
 def test_the_peak_is_that_of_the_dtype_and_columns_are_under_their_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,6 +280,7 @@ def test_a_run_that_diverged_is_not_chosen() -> None:
     _finish(group, done, 2e-2)
     spec = group.tried(2e-2)
     done[spec] = rows.row_of(spec, {"status": "not finite in epoch 1", "parameters": 1})
+    _finish(group, done, 2e-2)
     assert group.final(done)[0].lr != 2e-2
 
 

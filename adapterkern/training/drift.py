@@ -9,9 +9,14 @@ over the N tokens whose next one a causal-lm training on these rows would learn:
 what fine-tuning forgets, if the texts are of another kind than those that are learned.
 
 The untouched model's last hidden states (N, d) are computed once and kept on the host. An evaluation then is one pass
-with the adapters on, of the layers above the frozen prefix alone if the prefix cache has the texts. One token's
-probabilities are as wide as the vocabulary, 85 times its hidden state in SmolLM2-135M, so those of both models are made
-from the states for a chunk of tokens at a time.
+with the adapters on, of the layers above the frozen prefix alone if the prefix cache has the texts, and two products of
+each token with the LM head, 4·V·d operations, which are most of it where few layers run. One token's probabilities are
+as wide as the vocabulary, 85 times its hidden state in SmolLM2-135M, so those of both models are made from the states
+for a chunk of tokens at a time.
+
+A small KL is a sum of differences that nearly cancel: logits that are rounded to bf16 have differences of their own,
+which are no drift and always add to it. So the LM head multiplies in fp32 at least, whatever the precision of the run
+and of its weights. The states are those that the run computes: with bf16 their rounding remains.
 """
 
 import dataclasses
@@ -21,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from adapterkern.model.decoder import eval_mode
 from adapterkern.model.llama import LlamaAdapter
@@ -35,6 +41,7 @@ from adapterkern.training.task import Bar, Feed, Task, eval_batches, evaluating
 
 NAME = "drift"  # of the metric; of several adapters each has one, such as reviews/drift
 _CHUNK = 256  # tokens whose logits exist at a time
+_WIDENED = 1 << 25  # weights of a half-precision LM head that exist in fp32 at a time: 128 MiB
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # under DeepSpeed accelerate has none
 
 
@@ -101,21 +108,52 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+class WideProducts(TorchFunctionMode):
+    """Inside, linear layers multiply in fp32 at least: of half-precision weights a slice of rows at a time is widened.
+
+    By way of ``F.linear``, so that hooks that move or gather a layer's weights run as ever, and so does what a model
+    makes of its logits, as a cap.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_wide_linear if func is F.linear else func)(*args, **kwargs or {})
+
+
+def _wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = max(_WIDENED // weight.shape[1], 1) if weight.element_size() < 4 else len(weight)
+    parts = [
+        F.linear(wide(input), wide(weight[part]), None if bias is None else wide(bias[part]))
+        for part in (slice(start, start + rows) for start in range(0, len(weight), rows))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def kl(log_p: Tensor, log_q: Tensor, p: Tensor) -> Tensor:
-    """KL(p‖q) (n,) of each token, in nats, from logarithms of probabilities (n, V), and ``p`` itself."""
-    return (log_p - log_q).mul_(p).sum(-1)
+    """KL(p‖q) (n,) of each token, in nats, from logarithms of probabilities (n, V), and ``p`` itself.
+
+    A term with p = 0 is 0, as its limit is, also where an LM head masks a token in both.
+    """
+    return (log_p - log_q).mul_(p).masked_fill_(p == 0, 0).sum(-1)
 
 
 def kl_sums(model: LlamaAdapter, bare: Tensor, adapted: Sequence[Tensor]) -> Tensor:
-    """Σ KL(p‖q) over tokens, (k,) in nats, from ``untouched`` states (N, d) and from each of k ``adapted`` ones."""
+    """Σ KL(p‖q) over tokens, (k,) in nats, from ``untouched`` states (N, d) and from each of k ``adapted`` ones.
+
+    Whatever their dtype and autocast, logits and their sums are in fp32 at least.
+    """
     sums = torch.zeros(len(adapted), dtype=wide(bare.new_empty(0)).dtype, device=bare.device)
-    for start in range(0, len(bare), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        with model.disable_adapter():  # its modules_to_save may have the LM head
-            log_p = F.log_softmax(wide(model.logits_of(bare[part])), -1)
-        p = log_p.exp()
-        for number, states in enumerate(adapted):
-            sums[number] += kl(log_p, F.log_softmax(wide(model.logits_of(states[part])), -1), p).sum()
+
+    def logarithms(states: Tensor) -> Tensor:
+        return F.log_softmax(wide(model.logits_of(states)), -1)
+
+    with torch.autocast(bare.device.type, enabled=False), WideProducts():
+        for start in range(0, len(bare), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            with model.disable_adapter():  # its modules_to_save may have the LM head
+                log_p = logarithms(bare[part])
+            p = log_p.exp()
+            for number, states in enumerate(adapted):
+                sums[number] += kl(log_p, logarithms(states[part]), p).sum()
     return sums
 
 

@@ -324,9 +324,10 @@ class Run(Generic[E]):
         started = time.perf_counter()
         metrics |= {} if self.drift is None else self.drift.measure(self.engine.run)
         self.meter.eval_seconds += metrics["seconds"] + time.perf_counter() - started
-        if not math.isfinite(metrics["loss"]):
-            problem = f"the evaluation's loss is {metrics['loss']}"
-            raise NonFiniteError(self.state.step, problem, self.checkpoint)
+        for name in ("loss", *([] if self.drift is None else self.drift.names)):
+            if not math.isfinite(metrics[name]):
+                problem = f"the evaluation's {name} is {metrics[name]}"
+                raise NonFiniteError(self.state.step, problem, self.checkpoint)
         step, best = self.state.step, self.state.best
         self.metrics, self.metrics_step = metrics, step
         improved = best is not None and best.update(step, metrics, lambda: self.engine.gathered().parameters)

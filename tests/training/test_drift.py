@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.training import CheckpointError, drift, train
-from adapterkern.training.drift import Drift, kl
+from adapterkern.training import CheckpointError, NonFiniteError, drift, train
+from adapterkern.training.drift import Drift, kl, kl_sums
 from tests.support import tiny_run
 from tests.support.runs import records
 from tests.support.tiny_llama import adapted, tiny
@@ -87,6 +87,50 @@ def test_it_is_zero_to_the_bit_where_nothing_was_learned_and_small_where_little_
     expected, _ = whole(model)
     assert 1e-7 < expected < 1e-4
     assert measured(model) == pytest.approx(expected, rel=1e-2, abs=2e-8)
+
+
+FAR: dict[str, Any] = {"initializer_range": 1.0, "tie_word_embeddings": False}  # logits of ±50, of which bf16 keeps 8 bits
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "cap"),
+    [
+        ("Llama", {}, lambda logits: logits),
+        ("Gemma2", {"final_logit_softcapping": 30.0, "head_dim": 8}, lambda logits: 30 * torch.tanh(logits / 30)),
+        ("Cohere", {"logit_scale": 0.5}, lambda logits: logits / 2),
+    ],
+)
+def test_a_small_one_is_not_the_rounding_of_the_lm_head(
+    family: str, fields: dict[str, Any], cap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "_WIDENED", 40 * 32)  # the last slice of rows is smaller
+    model = ak.LlamaAdapter(tiny(family, **FAR, **fields), ak.AdapterConfig(adapter_dim=4))
+    draw = torch.Generator().manual_seed(0)
+    bare = 2 * torch.randn(20, 32, generator=draw)
+    states = [s.bfloat16() for s in (bare, bare * (1 + 0.004 * torch.randn(bare.shape, generator=draw)))]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.base.to(dtype)
+        head = model.get_output_embeddings().weight.double()
+        log_p, log_q = (cap(s.double() @ head.T).log_softmax(-1) for s in states)
+        expected = (log_p.exp() * (log_p - log_q)).sum().item()
+        assert 1e-5 < expected / 20 < 1e-3  # rounded logits would make it two or three times as much
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, dtype == torch.float32):
+            found = kl_sums(model, states[0], states[1:])
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_token_that_the_head_masks_adds_nothing_and_an_infinite_one_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = torch.tensor([[0.0, 0.25, 0.75]])
+    for masked in (-math.inf, -3.0):
+        log_q = torch.tensor([[masked, math.log(0.5), math.log(0.5)]])
+        assert kl(p.log(), log_q, p).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    monkeypatch.setattr(drift, "kl", lambda log_p, log_q, p: torch.full(log_p.shape[:1], math.inf))
+    with pytest.raises(NonFiniteError, match="step 1: the evaluation's drift is inf"):
+        config = tiny_run.quiet(max_steps=1)
+        train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=TEXTS)
 
 
 def test_all_adapters_of_a_stack_are_off_in_the_untouched_model() -> None:

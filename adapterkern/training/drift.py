@@ -20,6 +20,8 @@ and of its weights. The states are those that the run computes: with bf16 their 
 """
 
 import dataclasses
+import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +35,7 @@ from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import ask_for_logits
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.data.batches import Batch, collate, inputs
+from adapterkern.training.data.batches import Batch, collate, count_tokens, inputs
 from adapterkern.training.data.examples import Example, check_vocabulary, load_examples, numbered
 from adapterkern.training.data.rows import source_name
 from adapterkern.training.data.summary import Summary, summarize
@@ -196,21 +198,42 @@ class Drift:
 
     def measure(self, run: Any) -> dict[str, float]:
         """``drift``; of a task with several adapters their mean, and ``NAME/drift`` of each."""
-        device = self.task.model.device
-
-        def of(batch: Sequence[Example]) -> Tensor:
-            bare = self._untouched(run, batch).to(device)
-
-            def sums(fed: Batch) -> Tensor:
-                hidden = [one(fed) for one in self.task.behaviors().values()]
-                return kl_sums(self.task.model, bare, [h.flatten(0, 1)[fed["positions"]] for h in hidden])
-
-            return self._run(run, batch, sums)
-
+        of, device = functools.partial(self._sums, run), self.task.model.device
         with evaluating(run):
             sums = processes.sum_over_batches(self.batches, of, device)
         found = (sums / self.tokens).tolist()
         return dict(zip(self.names, [sum(found) / len(found), *found][-len(self.names) :], strict=True))
+
+    def rehearse(self, run: Any) -> tuple[float, float]:
+        """Seconds that ``prepare`` and each ``measure`` are expected to take, from those of ``sample``."""
+        found = []
+        with evaluating(run):
+            for _ in range(2):  # the first may make what the second has
+                self._kept.clear()
+                begun = time.perf_counter()
+                self._untouched(run, self.sample)
+                between = time.perf_counter()
+                self._sums(run, self.sample).cpu()
+                found.append((between - begun, time.perf_counter() - between))
+        share = count_tokens(self.sample) / sum(map(count_tokens, self.batches))
+        once, each = (min(seconds) / share for seconds in zip(*found, strict=True))
+        return once, each
+
+    @property
+    def sample(self) -> list[Example]:
+        """A batch neither of the shortest texts nor of the longest."""
+        return self.batches[len(self.batches) // 2]
+
+    def _sums(self, run: Any, batch: Sequence[Example]) -> Tensor:
+        """Σ KL over a batch's tokens, of each adapter that the task learns."""
+        model = self.task.model
+        bare = self._untouched(run, batch).to(model.device)
+
+        def sums(fed: Batch) -> Tensor:
+            hidden = [one(fed) for one in self.task.behaviors().values()]
+            return kl_sums(model, bare, [h.flatten(0, 1)[fed["positions"]] for h in hidden])
+
+        return self._run(run, batch, sums)
 
     def _untouched(self, run: Any, batch: Sequence[Example]) -> Tensor:
         """The untouched model's states (n, d) of a batch's tokens, on the host."""

@@ -123,8 +123,9 @@ class Rehearsal(Run[E]):
         if not use or self.feed.cache is None:
             return
         steps = range(self.first, self.last)
-        needed = self.task.reread([e for step in steps for e in self._examples(step)]) + self._to_evaluate()
-        needed += [e for examples in self._samples() for e in examples]
+        needed: list[Example] = [*self.task.reread([e for step in steps for e in self._examples(step)])]
+        needed += [e for examples in (self._to_evaluate(), *self._samples()) for e in examples]
+        needed += self.drift.sample if self.drift else []
         needed = list({example.row: example for example in needed}.values())
         times = [(time.perf_counter(), 0)]
 
@@ -143,7 +144,7 @@ class Rehearsal(Run[E]):
         """Nothing: it would be written."""
 
     def _prepare_drift(self, reporter: Reporter, stop: StopRequest) -> None:
-        """Nothing: no evaluation follows."""
+        """Nothing: ``_finish`` measures a batch."""
 
     def _samples(self) -> list[list[E]]:
         return super()._samples()[:1] if self.config.best else []
@@ -182,7 +183,8 @@ class Rehearsal(Run[E]):
         remaining = self.total_steps - self.first  # none of a finished run, which evaluates once more
         rate, beginning = self._step_rate()
         step_seconds = rate * count_tokens(self.data.train) / self.steps_per_epoch
-        eval_seconds = self._eval_rate() * count_tokens([*self.data.eval, *self.data.texts])
+        untouched, drift = self.drift.rehearse(self.engine.run) if self.drift else (0.0, 0.0)
+        eval_seconds = self._eval_rate() * count_tokens(self.data.eval) + drift
         every = self.config.eval_every or self.steps_per_epoch
         between = max((self.total_steps - 1) // every - self.first // every, 0)
         evaluations = between + 1 if self.data.eval else 0
@@ -199,7 +201,7 @@ class Rehearsal(Run[E]):
             evaluations=evaluations,
             eval_seconds=eval_seconds,
             prefix_seconds=prefix_seconds,
-            seconds=beginning + remaining * step_seconds + evaluations * eval_seconds + prefix_seconds,
+            seconds=beginning + remaining * step_seconds + evaluations * eval_seconds + prefix_seconds + untouched,
             peak_bytes=torch.cuda.max_memory_allocated(self.model.device) if on_gpu else peak_resident(),
             weights_bytes=sum(p.numel() * p.element_size() for p in self.task.parameters()),
             trained_bytes=sum(p.numel() * (p.element_size() + 8) for p in trained),

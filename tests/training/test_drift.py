@@ -1,10 +1,12 @@
 """Drift: the KL divergence from the untouched model, against whole fp64 logits; what it costs, and where it is said."""
 
 import copy
+import itertools
 import math
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +91,7 @@ def test_it_is_zero_to_the_bit_where_nothing_was_learned_and_small_where_little_
     assert measured(model) == pytest.approx(expected, rel=1e-2, abs=2e-8)
 
 
-FAR: dict[str, Any] = {"initializer_range": 1.0, "tie_word_embeddings": False}  # logits of ±50, of which bf16 keeps 8 bits
+FAR: dict[str, Any] = {"initializer_range": 1.0, "tie_word_embeddings": False}  # logits of ±50
 
 
 @pytest.mark.parametrize(
@@ -128,8 +130,8 @@ def test_a_token_that_the_head_masks_adds_nothing_and_an_infinite_one_ends_the_r
         log_q = torch.tensor([[masked, math.log(0.5), math.log(0.5)]])
         assert kl(p.log(), log_q, p).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     monkeypatch.setattr(drift, "kl", lambda log_p, log_q, p: torch.full(log_p.shape[:1], math.inf))
+    config = tiny_run.quiet(max_steps=1)
     with pytest.raises(NonFiniteError, match="step 1: the evaluation's drift is inf"):
-        config = tiny_run.quiet(max_steps=1)
         train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=TEXTS)
 
 
@@ -211,12 +213,35 @@ def test_the_best_by_drift_is_the_lowest() -> None:
     config = tiny_run.quiet(eval_every=1, max_steps=3, warmup=0, best="drift")
     result = train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=TEXTS)
     assert result.best_step == 1
-    rehearsed = train(
-        tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=TEXTS, dry_run=True
-    )
-    assert rehearsed.dry_run is not None
     with pytest.raises(ValueError, match="best: expected a metric of the evaluations: loss or accuracy; got 'drift'"):
         train(tiny_run.model(), ROWS, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS)
+
+
+def test_a_dry_run_measures_a_batch_of_it_from_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: Counter[int] = Counter()
+    model = tiny_run.model()
+    rehearsals: list[Counter[int]] = []
+    original = Drift.rehearse
+
+    def counted(self: Drift, run: Any) -> Any:
+        before = ran.copy()
+        found = original(self, run)
+        rehearsals.append(ran - before)
+        lengths = sorted(min(len(row["text"].split()) + 1, 16) for row in TEXTS)
+        assert found == pytest.approx(2 * [sum(lengths) / sum(lengths[4:])])  # of two batches, at a tick per part
+        return found
+
+    monkeypatch.setattr(Drift, "rehearse", counted)
+    monkeypatch.setattr(drift, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.update([number]))
+    config = tiny_run.quiet(eval_every=1, max_steps=3, warmup=0, best="drift", prefix_cache=True)
+    data = {"eval_data": EVAL_ROWS, "drift_data": TEXTS}
+    dry = train(model, ROWS, config, tokenizer=TOKENIZER, **data, dry_run=True).dry_run
+    assert dry is not None
+    assert rehearsals == [Counter({3: 4})]  # twice, untouched and adapted
+    assert dry.eval_seconds > 1
+    assert dry.seconds > 3 * dry.eval_seconds + 1
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ class DryRun:
         steps: from the first, or the one that is resumed after, to the last.
         step_seconds: of one step.
         evaluations: how many.
-        eval_seconds: of one evaluation.
+        eval_seconds: of one evaluation, with its drift.
         prefix_seconds: to fill the prefix cache; 0 without it.
-        seconds: of all this.
+        seconds: of all this, and of the untouched model's pass that drift needs once.
         peak_bytes: the most that was allocated on the GPU, or resident of the process, in a step of the longest rows.
         weights_bytes: of these, the weights of backbone, adapters and head.
         trained_bytes: of these, fp32 gradients and AdamW's moments.

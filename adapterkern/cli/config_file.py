@@ -50,7 +50,7 @@ def typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
             value = getattr(arguments, action.dest)
             if isinstance(action, argparse._AppendAction):
                 value = [os.path.abspath(one) if isinstance(one, Path) else one for one in value]
-            elif (action.metavar in ("FILE", "DIR") or action.dest == "model") and os.path.exists(value):
+            elif value and (action.metavar in ("FILE", "DIR") or action.dest == "model") and os.path.exists(value):
                 value = os.path.abspath(value)
             found[action.dest] = str(value) if isinstance(value, Path) or value == math.inf else value
     return found

@@ -201,6 +201,12 @@ def layer_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected layer numbers such as 0,3 or -2,-1, got {text!r}") from None
 
 
+def none_or(text: str) -> str | None:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a file, or none, got ''")
+    return None if text == "none" else text
+
+
 def folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected the name of a folder, got ''")
@@ -303,7 +309,8 @@ def add_data_options(parser: argparse.ArgumentParser, format: str = FORMATS) -> 
 
 def add_drift_option(parser: argparse.ArgumentParser) -> None:
     help = "texts of another kind: evaluations measure how far the adapters take the model's next tokens from its own"
-    parser.add_argument("--drift", metavar="FILE", help=f"{help}, in nats per token; 64 are enough; {FORMATS}")
+    help += f", in nats per token; 64 are enough; {FORMATS}; none: no texts, of a run that is resumed"
+    parser.add_argument("--drift", type=none_or, metavar="FILE", help=help)
 
 
 OF_PLAIN_LOSS = ("label_smoothing", "class_weights")  # which a task with a loss of its own does not have

@@ -85,7 +85,6 @@ def train_run(
     from adapterkern.model.backbone import check_source
     from adapterkern.model.liger import check_installed
     from adapterkern.training import Task, train
-    from adapterkern.training.drift import as_texts
     from adapterkern.training.optimization import check_lr
     from adapterkern.training.run.folder import check_output
     from adapterkern.training.run.trackers import tracker_names
@@ -104,7 +103,7 @@ def train_run(
         check(config)
     else:
         check_train_and_eval(arguments.train, arguments.eval, config)
-    check_rows("--drift", arguments.drift, as_texts(config))
+    check_drift_file(arguments.drift, config, arguments.num_layers)
     arguments.dtype = dtype.of_arguments(arguments)
     check_attention(arguments, config)
     llama, tokenizer = load(arguments)
@@ -154,6 +153,22 @@ def check_rows(
     check_file(option, path)
     with named(option):
         return check_data(path, config, labels)
+
+
+def check_drift_file(path: str | None, config: TrainConfig, num_layers: int | None) -> None:
+    """``check_rows`` of ``--drift``; warn where the backbone is its first ``num_layers`` alone."""
+    from adapterkern.training.drift import as_texts
+
+    try:
+        check_rows("--drift", path, as_texts(config))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; --drift none goes on without" if config.resume else str(error)) from error
+    if path is not None and num_layers is not None:
+        logger.warning(
+            "--drift: does not say what is forgotten with --backbone-layers %d: the first layers of a backbone are no "
+            "language model",
+            num_layers,
+        )
 
 
 def check_questions(option: str, path: str | None, config: TrainConfig, labeled: bool = True) -> None:

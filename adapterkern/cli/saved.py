@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkern import checks
 from adapterkern.cli.backbone import backbone_options, check_saved_backbone
 from adapterkern.cli.options import COLUMNS, as_asked, model_flags
-from adapterkern.cli.run import check_questions, check_rows, print_metrics, say
+from adapterkern.cli.run import check_drift_file, check_questions, check_rows, print_metrics, say
 from adapterkern.cli.together import check_together
 from adapterkern.cli.words import command
 from adapterkern.training.config import LABELED, TrainConfig
@@ -165,12 +165,13 @@ def write_rows(
 
 def _check_drift(arguments: argparse.Namespace, run: "SavedRun") -> None:
     """Raise what can be known of ``--drift`` without the backbone."""
-    from adapterkern.training.drift import as_texts, check_drift
+    from adapterkern.training.drift import check_drift
 
     if (path := getattr(arguments, "drift", None)) is not None:  # predictions have no such option
         config = as_asked(arguments, run.config)
         check_drift(config, path)
-        check_rows("--drift", path, as_texts(config))
+        trained = None if run.sources is None else run.sources.num_layers
+        check_drift_file(path, config, trained if arguments.num_layers is None else arguments.num_layers)
 
 
 def _data_of_tasks(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:

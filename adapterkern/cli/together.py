@@ -67,7 +67,7 @@ def check_together(arguments: argparse.Namespace, **of_run: Any) -> None:
     typed, values = arguments.parser.typed, vars(arguments) | of_run
     actions = {action.dest: action for action in arguments.parser._actions if action.option_strings}
     for rule in _RULES:
-        given = [name for name in rule.ignored if name in typed]
+        given = [name for name in rule.ignored if name in typed and values[name] is not None]  # --drift none
         if not given or rule.other not in values:
             continue
         value = values[rule.other]

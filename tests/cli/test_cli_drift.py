@@ -13,7 +13,11 @@ from tests.support.runs import records
 
 
 def test_a_run_measures_it_and_so_does_eval(
-    model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run, texts = tmp_path / "run", write_texts(tmp_path / "texts.jsonl", 6, 2)
     data = ["--model", str(model_folder), "--train", str(files[0]), "--eval", str(files[1]), "--drift", str(texts)]
@@ -35,6 +39,20 @@ def test_a_run_measures_it_and_so_does_eval(
     assert f"drift              {last:.4f}\n" in capsys.readouterr().out
     assert cli.main(["train", "--resume", "--output", str(run), "--max-steps", "4"]) == 0  # by the same words
     assert [r["drift"] > 0 for r in records(run) if r["kind"] == "eval"] == [True] * 4
+    resume = ["train", "--resume", "--output", str(run), "--max-steps", "5"]
+    assert cli.main([*resume, "--drift", str(files[1])]) == 1
+    assert "resume with the same, or with --drift none\n" in capsys.readouterr().err
+    lost = texts.rename(tmp_path / "elsewhere.jsonl")
+    assert cli.main(resume) == 1
+    assert f"train: --drift: no file {texts}; --drift none goes on without\n" in capsys.readouterr().err
+    assert cli.main([*resume, "--drift", "none"]) == 0
+    assert cli.main(["train", "--resume", "--output", str(run), "--max-steps", "6"]) == 0  # by the same words
+    assert ["drift" in r for r in records(run) if r["kind"] == "eval"] == [True] * 4 + [False] * 2
+    texts = lost.rename(texts)
+    capsys.readouterr()
+    assert cli.main(["eval", str(run), "--drift", str(texts), "--backbone-layers", "4"]) == 0
+    warning = "--drift: does not say what is forgotten with --backbone-layers 4: the first layers of a backbone are no "
+    assert any(message.startswith(warning) for message in caplog.messages)
 
     tasks = ["--data", "a", str(files[0]), str(files[1]), "--data", "b", str(files[0]), "--no-plot"]
     options = ["--model", str(model_folder), "--output", str(tmp_path / "many"), "--max-steps", "2"]

@@ -201,12 +201,18 @@ def test_each_evaluation_of_a_run_has_it_for_one_pass_of_the_layers_above_the_pr
     }
     assert tiny_run.same_bits(tiny_run.weights(without), tiny_run.weights(model))
 
-    # Resumed, it goes on as it was; other texts are another series.
-    with pytest.raises(CheckpointError, match="other texts to measure drift on: resume with the same, or with none"):
-        run(tiny_run.model(), TEXTS[1:], resume=True)
+    # Resumed, it goes on as it was; other texts are another series, also after steps without any.
+    def refuse_others(**values: Any) -> None:
+        with pytest.raises(CheckpointError, match="measured on other texts so far: resume with the same, or with drif"):
+            run(tiny_run.model(), TEXTS[1:], resume=True, **values)
+
+    refuse_others()
     shutil.rmtree(result.checkpoint)
     resumed = run(tiny_run.model(), resume=True)
     assert [r["drift"] for r in resumed.history if r["kind"] == "eval"] == [r["drift"] for r in evaluations]
+    assert "drift" not in run(tiny_run.model(), None, resume=True, max_steps=8).metrics
+    refuse_others(max_steps=10)
+    assert run(tiny_run.model(), resume=True, max_steps=10).metrics["drift"] > 0
 
 
 def test_the_best_by_drift_is_the_lowest() -> None:

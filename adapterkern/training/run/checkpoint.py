@@ -245,6 +245,8 @@ def load_checkpoint(directory: Path, state: TrainingState) -> None:
     if state.scaler is not None:
         state.scaler.load_state_dict(saved["scaler"])
     _set_generators(tensors)
+    if (measured := saved.get("drift_fingerprint")) is not None:  # also of a run that goes on without
+        state.origin["drift_fingerprint"] = measured
     state.step = saved["step"]
     state.skipped_steps = saved["skipped_steps"]
     state.skipped_in_a_row = saved["skipped_in_a_row"]

@@ -108,7 +108,7 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
     both_measured = saved.get("drift_fingerprint"), origin.get("drift_fingerprint")
     if None not in both_measured and both_measured[0] != both_measured[1]:
         raise CheckpointError(
-            f"{path}: the run was begun with other texts to measure drift on: resume with the same, or with none"
+            f"{path}: drift was measured on other texts so far: resume with the same, or with drift_data none"
         )
     before_is, backbone = saved.get("backbone", {}), origin.get("backbone", {})
     for name in sorted(backbone.keys() & before_is.keys() - {"weights"}):  # first, since adapters follow its layers

@@ -24,9 +24,9 @@ from adapterkern.training.data.prefix import PrefixCache, choose_cache
 from adapterkern.training.data.rows import source_name
 from adapterkern.training.data.sets import Data
 from adapterkern.training.data.split import HeldOut, check_unchanged, is_share, split
-from adapterkern.training.data.summary import Summary, warn_of_overlap
+from adapterkern.training.data.summary import Summary, warn_of_learned, warn_of_overlap
 from adapterkern.training.data.targets import TARGETS, OneLabel
-from adapterkern.training.drift import Drift, check_drift, load_texts, summary_of
+from adapterkern.training.drift import Drift, check_drift, load_texts, summary_of, texts_name
 from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
@@ -92,8 +92,9 @@ def train(
         model: on the device to train on. The backbone stays frozen.
         train_data, eval_data: see ``load_examples``; or whatever ``task.load`` reads. ``eval_data="10%"`` holds out
             this share of the training rows, the same ones for the same seed: see data/split.py.
-        drift_data: texts of another kind, on which each evaluation measures ``drift``, how far the model has gone from
-            what it was before (nats per token): see drift.py. Whatever ``load_examples`` reads; 64 texts are enough.
+        drift_data: texts of another kind, on which each evaluation measures ``drift``, how far the model with its
+            adapters has gone from the backbone alone (nats per token), also where an adapter was trained before, or
+            runs on others of a stack: see drift.py. Whatever ``load_examples`` reads; 64 texts are enough.
         config: see ``TrainConfig``.
         tokenizer: the backbone's transformers tokenizer; not needed for rows of ``input_ids``.
         head: a head to train further; by default a new one for the labels in the training data.
@@ -117,7 +118,7 @@ def train(
 
     Raises:
         DataError: unusable rows; the message names file and line.
-        NonFiniteError: a loss or gradient is not finite; the message names the step.
+        NonFiniteError: a loss, gradient or drift is not finite; the message names the step.
         CheckpointError: with ``resume``, the checkpoint is damaged or belongs to another run.
         FileExistsError: ``output_dir`` holds an earlier run.
         BlockingIOError: another run is writing to ``output_dir``.
@@ -163,7 +164,8 @@ def train(
         with accelerator.autocast():
             processes.on_every_rank(lambda: check_backbones(task, config, [*train_set, *eval_set], texts))
         warn_of_overlap(train_set, eval_set)
-        data = Data(train_set, eval_set, *names, summaries, texts=texts, texts_name=source_name(drift_data))
+        warn_of_learned(train_set, texts, "drift_data")
+        data = Data(train_set, eval_set, *names, summaries, texts=texts, texts_name=texts_name(drift_data))
         set_seed(config.seed)
         with left_as_found(task), task.running(config), contextlib.ExitStack() as stack:
             order = data.order(task, config, 0)  # may raise: before an earlier run is removed

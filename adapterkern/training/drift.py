@@ -19,10 +19,11 @@ which are no drift and always add to it. So the LM head multiplies in fp32 at le
 and of its weights. The states are those that the run computes: with bf16 their rounding remains.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import Batch, collate, count_tokens, inputs
 from adapterkern.training.data.examples import Example, check_vocabulary, load_examples, numbered
-from adapterkern.training.data.rows import source_name
+from adapterkern.training.data.rows import DataError, source_name
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.task import Bar, Feed, Task, eval_batches, evaluating
 
@@ -78,16 +79,36 @@ def load_texts(model: LlamaAdapter, data: Any, config: TrainConfig, tokenizer: A
     """
     if data is None:
         return []
-    examples, _ = load_examples(data, as_texts(config), tokenizer)
+    with _named():
+        examples, _ = load_examples(data, as_texts(config), tokenizer)
     check_vocabulary(examples, model.get_input_embeddings().num_embeddings)
     if obstacle := ask_for_logits(model).obstacle:
         raise ValueError(f"drift_data: expected a backbone with an LM head, but {obstacle}")
     return numbered(examples, start)
 
 
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Name the argument in errors about its data."""
+    try:
+        yield
+    except (DataError, OSError, ImportError, TypeError) as error:
+        if not (isinstance(error, DataError) or str(error).startswith("data: ")):
+            raise
+        raise type(error)(f"drift_data: {str(error).removeprefix('data: ')}") from error
+
+
+def texts_name(data: Any) -> str:
+    """``source_name`` of the texts, for the model card; of Python's objects the argument."""
+    return "drift_data" if (name := source_name(data)) == source_name(None) else name
+
+
 def summary_of(texts: Sequence[Example], config: TrainConfig) -> dict[str, Summary]:
     """What the texts are, for a reader; nothing without texts."""
-    return {NAME: dataclasses.replace(summarize(texts, config.max_length), learned=0)} if texts else {}
+    if not texts:
+        return {}
+    found = summarize(texts, config.max_length)
+    return {NAME: dataclasses.replace(found, learned=0, measured=found.learned)}
 
 
 # The measure

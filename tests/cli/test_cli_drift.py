@@ -29,10 +29,11 @@ def test_a_run_measures_it_and_so_does_eval(
     assert min(first, last) > 0
     assert f"drift {first:.3g}\n" in process.stderr
     assert f"drift              {last:.4f}\n" in process.stdout
-    assert "drift  6 texts; 36 tokens; a text has 6 (median), 6 (longest)\n" in process.stderr
+    assert "drift  6 texts; 36 tokens, 30 measured; a text has 6 (median), 6 (longest)\n" in process.stderr
     assert "warning: 6 of 6 texts are cut to the maximum length of 6 tokens" in process.stderr
     assert process.stderr.count("texts.jsonl: column not used: 'label'\n") == 1
     assert json.loads((run / "data_summary.json").read_text())["drift"]["counts"] == {"texts": 6}
+    assert json.loads((run / "data_summary.json").read_text())["drift"]["measured"] == 30
     assert (run / "training.png").exists()
 
     assert cli.main(["eval", str(run), "--drift", str(texts)]) == 0

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.training import CheckpointError, NonFiniteError, drift, train
+from adapterkern.training import CheckpointError, DataError, NonFiniteError, drift, train
 from adapterkern.training.drift import Drift, kl, kl_sums
 from tests.support import tiny_run
 from tests.support.runs import records
@@ -184,7 +184,7 @@ def test_each_evaluation_of_a_run_has_it_for_one_pass_of_the_layers_above_the_pr
     assert result.metrics["drift"] == evaluations[-1]["drift"] == pytest.approx(whole(model)[0], rel=1e-4)
     card: Any = ModelCard.load(tmp_path / "run" / "README.md")
     assert f"| drift | {result.metrics['drift']:.6g} |" in card.text
-    assert "in nats per token, is measured on data: 7 texts." in card.text
+    assert "in nats per token, is measured on ``drift_data``: 7 texts." in card.text
     scores = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert scores["drift"] == pytest.approx(result.metrics["drift"], abs=1e-6)
 
@@ -260,3 +260,26 @@ def test_a_dry_run_measures_a_batch_of_it_from_the_prefix(monkeypatch: pytest.Mo
 def test_refusals(values: dict[str, Any], data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_run.model(), ROWS, tiny_run.quiet(**values), tokenizer=TOKENIZER, eval_data=data, drift_data=TEXTS)
+
+
+def test_texts_that_are_learned_are_named_and_so_is_the_argument_of_bad_ones(caplog: pytest.LogCaptureFixture) -> None:
+    learned = [{"text": f"w{number} w7 w9"} for number in (60, 61, 62)]
+    labeled = [{**row, "label": "a"} for row in learned] + ROWS  # without the token that ends a text
+    long = {"text": " ".join(["w3"] * 40)}  # two that are cut may differ
+
+    def run(rows: Any, texts: Any, **values: Any) -> None:
+        config = tiny_run.quiet(max_steps=1, **values)
+        train(tiny_run.model(), rows, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=texts, dry_run=True)
+
+    run([*labeled, {**long, "label": "a"}], [*TEXTS[:2], *learned[1:], long])
+    assert "drift_data: 2 of 5 texts are training texts, too (row 2)" in caplog.messages
+    run(learned, [*TEXTS[:2], *learned], task="causal-lm")
+    assert "drift_data: 3 of 5 texts are training texts, too (row 2)" in caplog.messages
+    caplog.clear()
+    run(labeled, TEXTS)
+    assert not [message for message in caplog.messages if "training texts" in message]
+    for texts, message in ([{"a": 1}], "column 'text' is missing"), ([{"text": ""}], "1 bad row:\n  row 0: "):
+        with pytest.raises(DataError, match=f"^drift_data: {message}"):
+            run(ROWS, texts)
+    with pytest.raises(TypeError, match=r"^drift_data: expected a path or a list of rows, got int"):
+        run(ROWS, 3)

@@ -30,6 +30,7 @@ class Summary:
         longest_cut: the longest of these, for a message; "" if none.
         suspicious: what looks wrong about the labels, one line each.
         part: the name of the part of a file that the examples are; "" where they are all of it.
+        measured: tokens whose next one's distribution is measured, of texts that are not learned; else 0.
     """
 
     counts: Mapping[str, int]
@@ -46,17 +47,20 @@ class Summary:
     suspicious: tuple[str, ...] = ()
     part: str = ""
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    measured: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values. Messages are left out: they may name a path."""
         values = dataclasses.asdict(self)
-        left_out = ("longest_cut", "suspicious", "part", *(() if self.numbers else ("numbers",)))
+        left_out = ["longest_cut", "suspicious", "part"]
+        left_out += [name for name in ("numbers", "measured") if not values[name]]
         return {name: value for name, value in values.items() if name not in left_out}
 
     def lines(self) -> list[str]:
         """For a reader, without what looks wrong."""
         counts = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
         learned = f", {self.learned:,} learned" if self.learned else ""
+        learned += f", {self.measured:,} measured" if self.measured else ""
         length = f"a {self.unit} has {self.median:,g} (median), {self.longest:,} (longest)"
         part = f"{self.part}: " if self.part else ""
         found = [f"{part}{counts}; {self.tokens:,} tokens{learned}; {length}"]
@@ -125,10 +129,23 @@ def warn_of_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> 
     Texts that are cut are not compared: they may differ in what is gone.
     """
     learned = {_hash(example) for example in train if not any(example.cuts)}
-    both = [example for example in evaluation if not any(example.cuts) and _hash(example) in learned]
-    if both:
+    _name("eval", [example for example in evaluation if _hash(example) in learned], evaluation)
+
+
+def warn_of_learned(train: Sequence[Example], texts: Sequence[Example], name: str) -> None:
+    """Warn of causal-lm ``texts`` that are learned, too, as these or as others, of a label for example.
+
+    Their tokens are compared, with and without the last one, which may end a text that has no end where it is labeled.
+    """
+    learned = {example.input_ids.tobytes() for example in train if not any(example.cuts)}
+    ids = ((text, text.input_ids) for text in texts)
+    _name(name, [t for t, found in ids if {found.tobytes(), found[:-1].tobytes()} & learned], texts)
+
+
+def _name(name: str, both: Sequence[Example], of: Sequence[Example]) -> None:
+    if both := [example for example in both if not any(example.cuts)]:
         place = f" ({both[0].place})" if both[0].place else ""
-        warn_once(f"eval: {len(both):,} of {len(evaluation):,} texts are training texts, too{place}")
+        warn_once(f"{name}: {len(both):,} of {len(of):,} texts are training texts, too{place}")
 
 
 def _hash(example: Example) -> int:

@@ -8,7 +8,7 @@ from adapterkern.training.heads import Head
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is not finite. ``step`` counts from 1; that step has changed no parameter."""
+    """A loss, gradient or drift that is not finite. ``step`` counts from 1; that step has changed no parameter."""
 
     def __init__(self, step: int, problem: str, checkpoint: Path | None) -> None:
         where = f" The newest checkpoint is {checkpoint}." if checkpoint else ""

@@ -131,8 +131,6 @@ def parts() -> dict[str, list[Group]]:
     main = {method: Group(_at("r8", HALF, method, LOW), 3 if method == "full" else 5) for method in METHODS}
     adapter = main["adapter"]
     whole = _with_head(main, WIDE, lambda method: _at("r8", WHOLE, method, LOW))
-    few = _with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, 100))
-    many = _with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, 1600))
     return {
         "r8": [main[method] for method in dict.fromkeys((*MAIN, *SIZED, *(m for m in METHODS if m != "full"), "full"))],
         "whole": list(whole.values()),
@@ -152,17 +150,15 @@ def parts() -> dict[str, list[Group]]:
         "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
         "epochs": list(_with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, epochs=8)).values()),
         "layers": [
-            Group(_at("r8", (LAYERS, first), method, LOW), 3, 1, main[method])
-            for first in (LAYERS - 2, LAYERS - 1)
-            for method in ("adapter", "lora")
+            Group(_at("r8", (LAYERS, first), "adapter", LOW), 3, 1, adapter) for first in (LAYERS - 2, LAYERS - 1)
         ],
         "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
         "texts": [
-            *few.values(),
-            *many.values(),
-            *(Group(_at("r8", HALF, method, LOW, 0), 3, 0, group) for method, group in many.items()),
+            Group(_at("r8", HALF, method, LOW, texts), 3, 0, main[method])
+            for texts in (100, 1600, 0)
+            for method in MAIN
         ],
-        "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 1, main[method]) for method in ("lora", "adapter")],
+        "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 0, main[method]) for method in ("lora", "adapter")],
     }
 
 

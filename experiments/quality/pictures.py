@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from adapterkern.files import replacing
 from experiments.quality import plan
@@ -52,7 +53,7 @@ def _over(done: Rows, parts: tuple[str, ...], x: str, at: Callable[[Result], tup
     if not (found := list(results(done, groups).values())):
         return None
     figure, axes = _figure(x, "accuracy on R8's test texts (%)")
-    axes.set_xscale("log")
+    _logarithmic(axes)
     for result in found:
         _point(axes, result, *at(result))
     _legend(axes)
@@ -68,7 +69,7 @@ def texts(done: Rows) -> Figure | None:
     methods = dict.fromkeys(result.group.at.method for result in found)
     found += [r for r in results(done, groups["r8"]).values() if r.group.at.method in methods]
     figure, axes = _figure("training texts of R8", "accuracy on R8's test texts (%)")
-    axes.set_xscale("log")
+    _logarithmic(axes)
     for method in methods:
         of_method = [r for r in found if r.group.at.method == method]
         counts = {int(result.rows[0]["train_texts"]): result for result in of_method}
@@ -105,6 +106,13 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _point(axes: Axes, result: Result, x: float, factor: float = 1.0) -> None:

@@ -1,6 +1,5 @@
 """Triton's interpreter without what it repeats: the same results in half of the time."""
 
-import functools
 import operator
 from typing import Any
 
@@ -10,7 +9,6 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
-@functools.cache
 def quicken() -> None:
     """Patch the language once per launch, and keep what depends on types and shapes alone."""
     _keep_types()

@@ -19,10 +19,7 @@ import hypothesis
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from bench.interpreter import quicken
-
-    quicken()
+import bench  # noqa: F401  # which quickens Triton's interpreter where that runs
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("fixed")

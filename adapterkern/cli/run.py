@@ -162,7 +162,9 @@ def check_drift_file(path: str | None, config: TrainConfig, num_layers: int | No
     try:
         check_rows("--drift", path, as_texts(config))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; --drift none goes on without" if config.resume else str(error)) from error
+        if not config.resume:
+            raise
+        raise FileNotFoundError(f"{error}; --drift none goes on without") from error
     if path is not None and num_layers is not None:
         logger.warning(
             "--drift: does not say what is forgotten with --backbone-layers %d: the first layers of a backbone are no "

@@ -86,10 +86,11 @@ class Group:
         near = [spec for spec in tried if _score(done, [spec])[0] >= _score(done, [best])[0] - _error(done, best)]
         if self.like is not None:
             return [], next((spec for spec in near if spec.lr == middle), best)
-        again = {spec: [spec, *(dataclasses.replace(spec, seed=seed) for seed in AGAIN)] for spec in near}
-        if len(near) > 1 and (missing := [run for runs in again.values() for run in runs if run not in done]):
+        seeds = (0, *AGAIN) if len(near) > 1 else (0,)
+        runs = {spec: [dataclasses.replace(spec, seed=seed) for seed in seeds] for spec in near}
+        if missing := [run for of_rate in runs.values() for run in of_rate if run not in done]:
             return missing, None
-        return [], max(near, key=lambda spec: _score(done, again[spec] if len(near) > 1 else [spec]))
+        return [], max(near, key=lambda spec: _score(done, runs[spec]))
 
     def final(self, done: Rows) -> list[Spec]:
         """The runs that see the test set, once the search is done."""

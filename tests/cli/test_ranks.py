@@ -17,7 +17,6 @@ from tests.support import pair, tiny_qa
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
-
 COMMANDS = ["train", "route train", "distill", "qa train", "multitask"]
 
 
@@ -39,16 +38,8 @@ def printed(
     for command, read in data.items():
         model = spans if command == "qa train" else model_folder
         asked[command] = [*command.split(), "--model", str(model), *read, "--output", str(folder / command)]
-        asked[command] += [
-            "--adapter-dim",
-            "4",
-            "--max-steps",
-            "2",
-            "--no-progress",
-            "--no-plot",
-            "--max-length",
-            "128",
-        ]
+        asked[command] += ["--adapter-dim", "4", "--max-steps", "2", "--max-length", "128"]
+        asked[command] += ["--no-progress", "--no-plot"]
     (folder / "asked.json").write_text(json.dumps({name: words for name, words in asked.items() if name != "train"}))
     pair.start(_run_all, folder)
     ranks = [pair.found(folder, rank) for rank in range(2)]

@@ -41,7 +41,7 @@ def drift(done: Rows) -> Figure | None:
         mean, half = over_seeds([math.log(value) for value in result.values("drift")])
         return math.exp(mean), math.exp(half)
 
-    return _over(done, ("whole", "keep"), x, at)
+    return _over(done, ("whole", "keep", "keep-more"), x, at)
 
 
 def _over(done: Rows, parts: tuple[str, ...], x: str, at: Callable[[Result], tuple[float, float]]) -> Figure | None:

@@ -132,34 +132,37 @@ def parts() -> dict[str, list[Group]]:
     main = {method: Group(_at("r8", HALF, method, LOW), 3 if method == "full" else 5) for method in METHODS}
     adapter = main["adapter"]
     whole = _with_head(main, WIDE, lambda method: _at("r8", WHOLE, method, LOW))
+
+    def kept(weight: float) -> list[Group]:
+        return [
+            Group(_at("r8", WHOLE, method, LOW, keep=weight), 3, 0, whole[method]) for method in ("lora", "adapter")
+        ]
+
     return {
         "r8": [main[method] for method in dict.fromkeys((*MAIN, *SIZED, *(m for m in METHODS if m != "full"), "full"))],
         "whole": list(whole.values()),
-        "keep": [
-            Group(_at("r8", WHOLE, method, LOW, keep=keep), 3, 0, whole[method])
-            for method in ("lora", "adapter")
-            for keep in (0.3, 3.0)
-        ],
+        "keep": kept(0.3),
         "20news": list(_with_head(main, WIDE, lambda method: _at("20news", HALF, method, LOW)).values()),
         "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
+        "epochs": list(_with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, epochs=8)).values()),
+        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
+        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
+        "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
         "sizes": [
             Group(_at("r8", HALF, method, budget), 0, 1, main[method])
             for budget in (0.001, 0.01)
             for method in ("adapter", "lora")
         ],
-        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
-        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
-        "epochs": list(_with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, epochs=8)).values()),
         "layers": [
             Group(_at("r8", (LAYERS, first), "adapter", LOW), 3, 1, adapter) for first in (LAYERS - 2, LAYERS - 1)
         ],
-        "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
         "texts": [
             Group(_at("r8", HALF, method, LOW, texts), 3, 0, main[method])
             for texts in (100, 1600, 0)
             for method in MAIN
         ],
         "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 0, main[method]) for method in ("lora", "adapter")],
+        "keep-more": kept(3.0),
     }
 
 

@@ -50,6 +50,7 @@ class Group:
     width: int = 2  # rates on each side of the middle, at first
     like: "Group | None" = None  # whose best rate is the middle
     head: "Group | None" = None  # whose best rate is the head's; None: ``HEAD_LR``
+    together: bool = False  # the head learns at the method's rate
 
     def tried(self, rate: float, head_lr: float = HEAD_LR) -> Spec:
         """The first run of the search at a rate."""
@@ -97,7 +98,7 @@ class Group:
         _, found = self.searched(done)
         if found is None:
             return []
-        at = dataclasses.replace(self.at, lr=found.lr, head_lr=found.head_lr, final=True)
+        at = dataclasses.replace(self.at, lr=found.lr, head_lr=found.lr if self.together else found.head_lr, final=True)
         return [dataclasses.replace(at, seed=seed) for seed in range(1, self.seeds + 1)]
 
     def missing(self, done: Rows) -> list[Spec]:
@@ -145,6 +146,10 @@ def parts() -> dict[str, list[Group]]:
         "20news": list(_with_head(main, WIDE, lambda method: _at("20news", HALF, method, LOW)).values()),
         "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
         "epochs": list(_with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, epochs=8)).values()),
+        "steps": [
+            Group(_at("r8", HALF, "adapter", LOW, epochs=epochs), 3, 0, adapter, together=together)
+            for epochs, together in ((1, False), (1, True), (2, False), (2, True), (4, True))
+        ],
         "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
         "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
         "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),

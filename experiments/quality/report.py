@@ -32,7 +32,11 @@ NAMES = {
     "adapter-svd": "adapter, SVD init",
 }
 # Whom a part's rows are compared with: the same in all but the method, or these fields too
-AGAINST: dict[str, dict[str, Any]] = {"init": {"method": "adapter"}, "warmup": {"warmup": Spec.warmup}}
+AGAINST: dict[str, dict[str, Any]] = {
+    "init": {"method": "adapter"},
+    "warmup": {"warmup": Spec.warmup},
+    "steps": {"epochs": plan.EPOCHS[400]},
+}
 AGAINST_ALL = {"method": "lora"}
 SHORT = ("head", "lora", "adapter", "adapter-parallel", "full")
 
@@ -94,10 +98,10 @@ def _cells(done: Rows, part: str) -> list[list[str]]:
     for group in shown:
         if lost := _diverged(done, group):
             told = f"{len(lost)} of {group.seeds} seeds did not stay finite"
-            lines.append([_name(group.at, part), "", f"{lost[0].lr:g}", told, *[""] * (len(lines[0]) - 4)])
+            lines.append([_name(group, part), "", f"{lost[0].lr:g}", told, *[""] * (len(lines[0]) - 4)])
             continue
         result = all_found[group]
-        cells = [_name(result.group.at, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
+        cells = [_name(result.group, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
         cells += [percent(over_seeds(result.values("test"))), *_difference(result, all_found, fields)]
         cells += [_drift(over_seeds(result.values(name))) for name in ("drift", "drift_elsewhere") if drifts]
         lines.append(cells)
@@ -128,12 +132,15 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
 
 
-def _name(at: Spec, part: str) -> str:
+def _name(group: Group, part: str) -> str:
+    at = group.at
     name = NAMES[at.method]
     if part == "texts":
         name = f"{at.texts or 'all'} texts: {name}"
     name += f", kept ×{at.keep:g}" if at.keep else ""
     name += f", warmup {at.warmup:g}" if part == "warmup" else ""
+    if part == "steps":
+        name += f", {at.epochs} epochs, the head at {'that rate, too' if group.together else plan.HEAD_LR}"
     return name + (f", layers from {at.first}" if part in ("layers", "all-layers") else "")
 
 
@@ -142,7 +149,7 @@ def _difference(result: Result, all_found: Mapping[Group, Result], fields: Mappi
     if result.group.at.method == "full":  # a row of the half's table, though it changes all layers
         at = dataclasses.replace(at, first=plan.HALF[1])
     other = next((found for group, found in all_found.items() if group.at == at), None)
-    if other is None or at == result.group.at:
+    if other is None or other.rows[0] == result.rows[0]:
         return "", "", ""
     seeds = min(len(result.rows), len(other.rows))
     ours, theirs = result.right()[:seeds], other.right()[:seeds]

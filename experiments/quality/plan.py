@@ -145,26 +145,26 @@ def parts() -> dict[str, list[Group]]:
         "keep": kept(0.3),
         "20news": list(_with_head(main, WIDE, lambda method: _at("20news", HALF, method, LOW)).values()),
         "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
-        "epochs": list(_with_head(main, MAIN, lambda method: _at("r8", HALF, method, LOW, epochs=8)).values()),
+        "epochs": [Group(_at("r8", HALF, method, LOW, epochs=8), 3, 0, main[method]) for method in MAIN],
         "steps": [
             Group(_at("r8", HALF, "adapter", LOW, epochs=epochs), 3, 0, adapter, together=together)
             for epochs, together in ((1, False), (1, True), (2, False), (2, True), (4, True))
-        ],
-        "init": [Group(_at("r8", HALF, method, LOW), 3, 1, adapter) for method in INITS],
-        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 1, adapter) for warmup in (0.0, 0.3)],
-        "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
-        "sizes": [
-            Group(_at("r8", HALF, method, budget), 0, 1, main[method])
-            for budget in (0.001, 0.01)
-            for method in ("adapter", "lora")
-        ],
-        "layers": [
-            Group(_at("r8", (LAYERS, first), "adapter", LOW), 3, 1, adapter) for first in (LAYERS - 2, LAYERS - 1)
         ],
         "texts": [
             Group(_at("r8", HALF, method, LOW, texts), 3, 0, main[method])
             for texts in (100, 1600, 0)
             for method in MAIN
+        ],
+        "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
+        "init": [Group(_at("r8", HALF, method, LOW), 3, 0, adapter) for method in INITS],
+        "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 0, adapter) for warmup in (0.0, 0.3)],
+        "layers": [
+            Group(_at("r8", (LAYERS, first), "adapter", LOW), 3, 0, adapter) for first in (LAYERS - 2, LAYERS - 1)
+        ],
+        "sizes": [
+            Group(_at("r8", HALF, method, budget), 0, 1, main[method])
+            for budget in (0.001, 0.01)
+            for method in ("adapter", "lora")
         ],
         "all-layers": [Group(_at("r8", ALL_LAYERS, method, LOW), 3, 0, main[method]) for method in ("lora", "adapter")],
         "keep-more": kept(3.0),

@@ -42,10 +42,10 @@ SIZED = ("lora", "adapter", "adapter-parallel", "lora-attention")
 class Group:
     """A method in one place with one budget.
 
-    ``width`` 0 takes the best rate of ``like`` without a search.
+    ``width`` 0 takes the best rate of ``like`` without a search; rates in ``at`` are taken as they are.
     """
 
-    at: Spec  # rates, seed and final are those of each run
+    at: Spec  # rates, if there are none, seed and final are those of each run
     seeds: int  # that see the test set
     width: int = 2  # rates on each side of the middle, at first
     like: "Group | None" = None  # whose best rate is the middle
@@ -59,6 +59,8 @@ class Group:
 
     def searched(self, done: Rows) -> tuple[list[Spec], Spec | None]:
         """The runs that the search still needs, and if it needs none the first one at the best rate."""
+        if self.at.lr:
+            return [], self.tried(self.at.lr, self.at.head_lr)
         if self.like is None:
             middle = MIDDLE[self.at.method]
         else:
@@ -143,12 +145,18 @@ def parts() -> dict[str, list[Group]]:
         "r8": [main[method] for method in dict.fromkeys((*MAIN, *SIZED, *(m for m in METHODS if m != "full"), "full"))],
         "whole": list(whole.values()),
         "keep": kept(0.3),
-        "20news": list(_with_head(main, WIDE, lambda method: _at("20news", HALF, method, LOW)).values()),
+        "20news": [
+            *_with_head(main, WIDE, lambda method: _at("20news", HALF, method, LOW)).values(),
+            Group(_at("20news", HALF, "adapter", LOW, lr=6e-3, head_lr=2e-2), 3),
+        ],
         "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
         "epochs": [Group(_at("r8", HALF, method, LOW, epochs=8), 3, 0, main[method]) for method in MAIN],
         "steps": [
             Group(_at("r8", HALF, "adapter", LOW, epochs=epochs), 3, 0, adapter, together=together)
             for epochs, together in ((1, False), (1, True), (2, False), (2, True), (4, True))
+        ],
+        "defaults": [
+            Group(_at("r8", HALF, "adapter", LOW, epochs=epochs, lr=3e-3, head_lr=1e-2), 3) for epochs in (1, 2, 4)
         ],
         "texts": [
             Group(_at("r8", HALF, method, LOW, texts), 3, 0, main[method])

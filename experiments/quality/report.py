@@ -36,8 +36,9 @@ AGAINST: dict[str, dict[str, Any]] = {
     "init": {"method": "adapter"},
     "warmup": {"warmup": Spec.warmup},
     "steps": {"epochs": plan.EPOCHS[400]},
+    "defaults": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
 }
-AGAINST_ALL = {"method": "lora"}
+AGAINST_ALL = {"method": "lora", "lr": 0.0, "head_lr": 0.0}
 SHORT = ("head", "lora", "adapter", "adapter-parallel", "full")
 
 
@@ -139,8 +140,9 @@ def _name(group: Group, part: str) -> str:
         name = f"{at.texts or 'all'} texts: {name}"
     name += f", kept ×{at.keep:g}" if at.keep else ""
     name += f", warmup {at.warmup:g}" if part == "warmup" else ""
-    if part == "steps":
-        name += f", {at.epochs} epochs, the head at {'that rate, too' if group.together else plan.HEAD_LR}"
+    if part in ("steps", "defaults"):
+        at_rate = at.head_lr or ("the same rate" if group.together else plan.HEAD_LR)
+        name += f", {at.epochs} epoch{'s' * (at.epochs > 1)}, the head at {at_rate}"
     return name + (f", layers from {at.first}" if part in ("layers", "all-layers") else "")
 
 

@@ -18,7 +18,7 @@ parser.add_argument("--eval", required=True, help="the same, to evaluate on")
 parser.add_argument("--output", default="runs/classify", help="the folder for what is trained")
 parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in that folder")
 parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--lr", type=float, help="default: by the width of the backbone")
 parser.add_argument("--texts", nargs="+", default=["The team won again.", "Shares fell by 3 %."], help="to label")
 args = parser.parse_args()
 

@@ -21,7 +21,7 @@ parser.add_argument("--prompt", required=True, help="to answer before and after"
 parser.add_argument("--output", default="runs/instruct", help="the folder for what is trained")
 parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in that folder")
 parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--lr", type=float, help="default: by the width of the backbone")
 parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the training")
 args = parser.parse_args()
 

@@ -129,7 +129,7 @@ def ways(llama: Any, tasks: int, rows: int, length: int, train: bool) -> list[Va
     """Each way to make a step (forward, backward, optimizer) or a forward of ``rows`` rows of ``tasks`` tasks."""
     names = [f"task{n}" for n in range(tasks)]
     configs = {name: ak.AdapterConfig(adapter_dim=64, layers=[-3, -2, -1]) for name in names}
-    config = TrainConfig(batch_size=rows, max_length=length)
+    config = TrainConfig(batch_size=rows, max_length=length, lr=1e-3)
     every = examples(names, rows, length, llama.config.vocab_size)
 
     def head() -> ClassificationHead:

@@ -32,7 +32,7 @@ _RULES = (
     _Rule(adapter_fields(), "start", why="a saved adapter is as it was made"),
     _Rule(("epochs",), "max_steps", why="each says how long to train"),
     _Rule(adapter_fields(), "train_adapters", lambda on: not on, "which trains the head alone"),
-    _Rule(("pooling", "label_column"), "task", lambda task: task == "causal-lm", "which has no labels"),
+    _Rule(("pooling", "label_column", "head_lr"), "task", lambda task: task == "causal-lm", "which has no labels"),
     _Rule(("prompt_column", "completion_column"), "task", lambda task: task in LABELED, "which has no prompts"),
     _Rule(COLUMNS, "task", lambda task: task == "question answering", "whose columns have fixed names"),
     _Rule(("group_by_length",), "padding", lambda padding: padding == "max_length", "to which all rows are padded"),
@@ -40,7 +40,7 @@ _RULES = (
     _Rule(("prefix_cache_bytes",), "prefix_cache", lambda on: on is False),
     _Rule(("class_weights",), "task", lambda task: task != "classification", "which has no classes"),
     _Rule(("eval_every", "eval_batch_size", "best", "patience", "drift"), "eval", lambda file: file is None),
-    _Rule(("drift", *_OF_STEPS), "train_adapters", lambda on: not on, "which trains the head alone"),
+    _Rule(("drift", "head_lr", *_OF_STEPS), "train_adapters", lambda on: not on, "which trains the head alone"),
     _Rule(
         (
             *("dtype", "attn", "task", "batch_size", "max_length"),

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -31,7 +32,7 @@ from adapterkern.training.dry_run import Rehearsal, unchanged
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
 from adapterkern.training.losses import check_loss, trained_with
-from adapterkern.training.optimization import check_drop
+from adapterkern.training.optimization import check_drop, with_rates
 from adapterkern.training.padding import padding_line
 from adapterkern.training.parallel.accelerator import left_as_found, make_accelerator
 from adapterkern.training.parallel.deepspeed import Zero
@@ -40,8 +41,8 @@ from adapterkern.training.parallel.frozen import cast_once
 from adapterkern.training.prediction import answers_kept
 from adapterkern.training.run.best import Best
 from adapterkern.training.run.callbacks import Callback, Callbacks, check_callbacks
-from adapterkern.training.run.checkpoint import TrainingState, describe_backbone
-from adapterkern.training.run.folder import run_folder
+from adapterkern.training.run.checkpoint import TrainingState, describe_backbone, read_state
+from adapterkern.training.run.folder import newest_checkpoint, run_folder
 from adapterkern.training.run.lock import in_one_thread
 from adapterkern.training.run.report import show_data
 from adapterkern.training.run.results import TrainResult
@@ -156,6 +157,7 @@ def train(
     if checks.flag("dry_run", dry_run) and accelerator.distributed_type is DistributedType.DEEPSPEED:
         raise NotImplementedError("dry_run: expected a run without DeepSpeed")
     with in_one_thread(model), unchanged(task, config) if dry_run else run_folder(config, task.files):
+        config = _with_rates(config, model)
         train_set, eval_set, names = _load_both(task, train_data, eval_data, config, tokenizer)
         texts = load_texts(model, drift_data, config, tokenizer, len(train_set) + len(eval_set))
         summaries = _summaries(task, config, {"train": train_set, "eval": eval_set}, names if share else ())
@@ -194,6 +196,14 @@ def train(
                 Callbacks(() if dry_run else (*callbacks, *([Trackers(config)] if config.log_with else ())))
             )
             return run(task, data, config, engine, state, feed, order, sources, called).go()
+
+
+def _with_rates(config: TrainConfig, model: LlamaAdapter) -> TrainConfig:
+    begun = None
+    if config.resume:
+        assert config.output_dir is not None  # TrainConfig has checked it
+        begun = read_state(newest_checkpoint(Path(config.output_dir)))["config"]
+    return with_rates(config, model.decoder.config.hidden_size, begun)
 
 
 def _load_both(

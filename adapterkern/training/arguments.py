@@ -42,13 +42,13 @@ def warn_of_no_effect(config: TrainConfig, task: Task[Any] | None, evaluates: bo
     """Name the settings of a training that were made and change nothing."""
     found: dict[str, str] = {}
     if type(task) in (Task, type(None)):  # others may read other rows, too
-        names = ("prompt_column", "completion_column") if config.labeled else ("label_column", "pooling")
+        names = ("prompt_column", "completion_column") if config.labeled else ("label_column", "pooling", "head_lr")
         found |= dict.fromkeys(names, f"with task={config.task!r}")
     if not evaluates:
         found["eval_every"] = "without eval_data"
     if not config.train_adapters:  # the backbone runs without gradients
         found |= dict.fromkeys(
-            ("adapter_drop", "checkpoint_activations", "offload_activations"), "without adapters to train"
+            ("adapter_drop", "head_lr", "checkpoint_activations", "offload_activations"), "without adapters to train"
         )
     if config.output_dir is None:
         found |= dict.fromkeys(("checkpoint_every", "keep_checkpoints"), "without output_dir")

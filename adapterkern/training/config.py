@@ -135,7 +135,10 @@ class TrainConfig:
 
     Args: Steps
         epochs: passes over the data, unless ``max_steps`` gives the number of steps.
-        lr, weight_decay, beta1, beta2, eps: AdamW's. Vectors (biases, norms) do not decay.
+        lr, weight_decay, beta1, beta2, eps: AdamW's. Vectors (biases, norms) do not decay. No ``lr`` is 3e-3, less
+            in a backbone wider than 576: see ``optimization.default_lr``; a resumed run keeps its own.
+        head_lr: the learning rate of a head beside adapters; none is ``lr`` if that is given, else 1e-2, less in a
+            wider backbone. A head alone has ``lr``, and by default that of a head.
         max_norm: largest global norm of the gradient; ``math.inf`` does not clip.
         schedule: after the warmup ``"linear"`` or ``"cosine"`` decay to 0 at the last step, or ``"constant"``.
         warmup: steps of linear warmup; a value below 1 is their share of all steps.
@@ -219,7 +222,14 @@ class TrainConfig:
 
     epochs: int = checks.option(3, "passes over the data")
     max_steps: int | None = checks.option(None, "optimizer steps, instead of epochs")
-    lr: float = checks.option(1e-3, "AdamW's learning rate after the warmup")
+    lr: float | None = checks.option(
+        None,
+        "AdamW's learning rate after the warmup; default: 3e-3 of adapters, or 1.73 / the width where that is less",
+    )
+    head_lr: float | None = checks.option(
+        None,
+        "learning rate of a head beside adapters; default: lr if given, else 1e-2, or 5.76 / the width if less",
+    )
     weight_decay: float = checks.option(0.01, "decoupled decay of matrices; biases and norms do not decay")
     beta1: float = checks.option(0.9, "decay rate of AdamW's first moment")
     beta2: float = checks.option(0.999, "decay rate of AdamW's second moment")
@@ -302,8 +312,9 @@ class TrainConfig:
                 checks.integer(name, getattr(self, name), 1)
         for name in ("seed", "adapter_drop", "max_skipped_steps", "prefix_cache_bytes"):
             checks.integer(name, getattr(self, name), 0)
-        for name in ("lr", "weight_decay", "eps", "warmup"):
-            checks.number(name, getattr(self, name), "[0, inf)")
+        for name in ("lr", "head_lr", "weight_decay", "eps", "warmup"):
+            if getattr(self, name) is not None or name not in ("lr", "head_lr"):
+                checks.number(name, getattr(self, name), "[0, inf)")
         checks.number("max_norm", self.max_norm, "[0, inf]")
         for name in ("beta1", "beta2"):
             checks.number(name, getattr(self, name), "[0, 1)")

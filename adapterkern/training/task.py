@@ -198,7 +198,10 @@ class Task(nn.Module, Generic[E]):
         return ""
 
     def trained(self, config: TrainConfig) -> dict[str, nn.Parameter]:
-        """The parameters that a run trains, by names that do not depend on the adapter's name."""
+        """The parameters that a run trains, by names that do not depend on the adapter's name.
+
+        A head's begin with ``head.`` or ``NAME.head.``, and have ``TrainConfig.head_lr``.
+        """
         parameters: dict[str, nn.Parameter] = {}
         if config.train_adapters:
             name = self.model.active_adapter

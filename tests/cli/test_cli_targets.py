@@ -127,7 +127,17 @@ def test_it_goes_on_from_its_head_and_from_a_checkpoint(
     run: tuple[str, Path, Path], model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     task, data, folder = run
-    options = ["--train", str(data), "--dtype", "fp32", "--no-progress", "--max-steps", "1", "--lr", "1e-30"]
+    options = [
+        "--train",
+        str(data),
+        "--dtype",
+        "fp32",
+        "--no-progress",
+        "--max-steps",
+        "1",
+        "--lr=1e-30",
+        "--head-lr=1e-30",
+    ]
     more = ["train", "--model", str(model_folder), "--from", str(folder), *options]
     assert cli.main([*more, "--output", str(tmp_path / "next"), "--task", task]) == 0
     (_, before), (_, after) = load_run(folder), load_run(tmp_path / "next")

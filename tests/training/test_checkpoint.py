@@ -53,8 +53,9 @@ def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
         {"train_adapters": False, "prefix_cache": False},
         {"precision": "fp16", "max_steps": 6},
         {"log_every": 3},
+        {"lr": 1e-3, "head_lr": 5e-3},
     ],
-    ids=["classification", "causal-lm", "head", "fp16", "log window"],
+    ids=["classification", "causal-lm", "head", "fp16", "log window", "a head's rate"],
 )
 def test_resumes_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int, values: dict[str, Any]
@@ -183,6 +184,18 @@ def test_another_configuration_is_refused(tmp_path: Path, values: dict[str, Any]
     name = next(iter(values))
     with pytest.raises(CheckpointError, match=rf"begun with {name}=.*, not {values[name]}"):
         run(tmp_path, max_steps=2, resume=True, **values)
+
+
+def test_no_learning_rate_is_the_default_and_on_resuming_the_run_s_own(tmp_path: Path) -> None:
+    for name, lr, used, of_head in [("default", None, 3e-3, 1e-2), ("own", 1e-3, 1e-3, None)]:
+        run(tmp_path / name, lr=lr, max_steps=2)
+        assert load_run(tmp_path / name)[0].lr == used
+        assert load_run(tmp_path / name)[0].head_lr == of_head
+        again = run(tmp_path / name, lr=None, max_steps=4, resume=True)
+        assert (again.steps, load_run(tmp_path / name)[0].lr) == (4, used)
+    for values in ({"lr": 1e-3}, {"lr": None, "head_lr": 1e-3}):
+        with pytest.raises(CheckpointError, match=r"begun with (lr=0\.003|head_lr=0\.01), not 0\.001"):
+            run(tmp_path / "default", max_steps=6, resume=True, **values)
 
 
 def test_what_changes_no_number_may_change(tmp_path: Path) -> None:

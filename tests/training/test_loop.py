@@ -191,6 +191,22 @@ def test_rows_fewer_than_a_step_s_are_said(capsys: pytest.CaptureFixture[str]) -
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("values", "few"),
+    [
+        ({"epochs": 1}, "6 steps are few to learn new labels: 200 are 34 epochs here"),  # of 24 rows, 4 per step
+        ({"epochs": 1, "batch_size": 30}, "1 step is few to learn new labels: 200 are 200 epochs here"),
+        ({"max_steps": 6}, None),
+        ({"epochs": 34}, None),
+        ({"epochs": 1, "task": "causal-lm"}, None),
+    ],
+)
+def test_few_steps_are_said(values: dict[str, Any], few: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    run(progress=True, **values)
+    said = capsys.readouterr().err
+    assert (few in said) if few else ("to learn new labels" not in said)
+
+
 # Numbers that are not finite
 
 
@@ -314,6 +330,21 @@ def test_clipping_bounds_the_first_step() -> None:
         return sum(((a - b) ** 2).sum().item() for a, b in zip(before, tiny_run.weights(model), strict=True)) ** 0.5
 
     assert moved(1e-3) == pytest.approx(10 * moved(1e-4), rel=1e-2)
+
+
+def test_a_head_learns_at_its_own_rate() -> None:
+    heads, adapters = [], []
+    for head_lr in (1e-30, 1e-3, 1e-2):
+        model = tiny_run.model()
+        head = run(model, max_steps=1, warmup=0, eps=1e3, weight_decay=0.0, lr=2e-2, head_lr=head_lr).head
+        assert head is not None
+        heads.append(torch.cat([p.detach().double().flatten() for p in head.parameters()]))
+        adapters.append(tiny_run.weights(model))
+    assert tiny_run.same_bits(adapters[0], adapters[1])
+    assert tiny_run.same_bits(adapters[0], adapters[2])
+    untrained, slow, fast = heads
+    assert (fast - untrained).norm().item() == pytest.approx(10 * (slow - untrained).norm().item(), rel=1e-2)
+    assert (slow - untrained).norm() > 0
 
 
 # Files

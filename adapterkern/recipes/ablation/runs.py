@@ -51,12 +51,12 @@ from adapterkern.training.run.results import NonFiniteError, TrainResult
 
 CSV_NAME, STUDY_NAME = "ablation.csv", "study.json"
 
-# Columns that older files do not have
+# Columns that older files do not have; nor have they head_lr
 _ADDED = ("kind", "prompt_length", "layer_norm", "scale", "learned_scale", "dropout", "prompt_gate", "bias_scale")
 _SHOWN_ADAPTER = ("position", "layers", "depth", "adapter_dim", "activation", "init", *_ADDED)
 _SHOWN_TRAINING = (
-    *("train_adapters", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "lr", "schedule", "warmup"),
-    *("max_norm", "weight_decay", "precision", "seed"),
+    *("train_adapters", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "lr", "head_lr", "schedule"),
+    *("warmup", "max_norm", "weight_decay", "precision", "seed"),
 )
 _MEASURED = (
     *("status", "steps", "skipped_steps", "trainable_parameters", "prefix_layers", "seconds", "prefix_seconds"),
@@ -252,7 +252,9 @@ def run_key(variant: Variant, seed: int, shared: str) -> str:
     training = dataclasses.replace(variant.training, seed=seed).to_dict()
     defaults = TrainConfig().to_dict()
     training = {name: value for name, value in training.items() if name not in _NEW or value != defaults[name]}
-    floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    if training["head_lr"] in (None, training["lr"]):  # as in earlier versions, which had one rate
+        del training["head_lr"]
+    floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type in (float, float | None)}
     added = {MODULES: None, **ADDED}
     adapter = variant.adapter.to_dict()
     adapter = {name: value for name, value in adapter.items() if name not in added or value != added[name]}
@@ -327,7 +329,7 @@ def read_results(path: Path) -> dict[str, dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from error
     columns = rows[0] if rows else []
-    if [name for name in COLUMNS if name in columns or name not in _ADDED] != columns:
+    if [name for name in COLUMNS if name in columns or name not in (*_ADDED, "head_lr")] != columns:
         raise ValueError(f"{path}: expected the columns {','.join(COLUMNS)}, got {','.join(columns):.80}")
     found: dict[str, dict[str, str]] = {}
     for number, values in enumerate(rows[1:], start=1):

@@ -10,6 +10,7 @@ from adapterkern.model.config import MODULES, AdapterConfig, applicable
 from adapterkern.model.inside import Inside
 from adapterkern.recipes.ablation.kinds import check_apart, kind_fields
 from adapterkern.training.config import FREE_ON_RESUME, TrainConfig
+from adapterkern.training.optimization import with_rates
 
 _SITES = ("layers", "every")  # two ways to choose layers, so they form one axis
 _SIZES = ("adapter_dim", "prompt_length")  # which a budget decides
@@ -113,10 +114,13 @@ class Study:
         found = []
         for point, changed, adapter, training in self._points():
             adapter = adapter.resolve(hidden_size, num_layers, inside)
+            training = with_rates(training, hidden_size)
             label = ", ".join(show_setting(point[i], num_layers) for i in sorted(changed)) or "base"
             found.append(Variant(label, point, changed, adapter, training))
         if self.head_alone and self.training.labeled:
-            alone = dataclasses.replace(found[0].training, train_adapters=False)
+            training = found[0].training
+            rate = training.lr if training.head_lr is None else training.head_lr
+            alone = dataclasses.replace(training, train_adapters=False, lr=rate, head_lr=None)
             found.append(found[0]._replace(label="head alone", training=alone))
         return found
 

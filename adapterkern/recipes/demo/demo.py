@@ -31,7 +31,7 @@ from adapterkern.training.saved import Sources
 NUM_LAYERS = 8
 TRAIN_TEXTS, EVAL_TEXTS = 1600, 600
 ADAPTERS = AdapterConfig(adapter_dim=64, layers=(-3, -2, -1))
-TRAINING = TrainConfig(epochs=3, batch_size=16, lr=2e-3, max_length=48, seed=0)
+TRAINING = TrainConfig(epochs=3, batch_size=16, max_length=48, seed=0)
 
 
 class Run(NamedTuple):
@@ -56,7 +56,7 @@ def run_demo(
     dtype: str = "fp32",
     progress: bool = True,
 ) -> list[Run]:
-    """Train head + adapters, then a head alone with the same settings; print their table and save both in ``output``.
+    """Train head + adapters, then a head alone at its own rate; print their table and save both in ``output``.
 
     ``adapterkern eval output/adapters`` evaluates the first. With several processes rank 0 prints.
 

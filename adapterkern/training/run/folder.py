@@ -174,7 +174,18 @@ def newest_checkpoint(output_dir: Path) -> Path:
     return found[-1]
 
 
-_SETTINGS = ("epochs", "lr", "schedule", "warmup", "weight_decay", "max_norm", "max_length", "precision", "seed")
+_SETTINGS = (
+    "epochs",
+    "lr",
+    "head_lr",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "max_norm",
+    "max_length",
+    "precision",
+    "seed",
+)
 
 
 def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, training: dict[str, Any]) -> None:
@@ -185,7 +196,8 @@ def write_run_card(directory: Path, model: LlamaAdapter, config: TrainConfig, tr
     """
     if config.train_adapters and adapter_files(directory) is None:
         return
-    settings = {"rows per step": config.rows_per_step} | {name: getattr(config, name) for name in _SETTINGS}
+    settings = {"rows per step": config.rows_per_step}
+    settings |= {name: value for name in _SETTINGS if (value := getattr(config, name)) is not None}
     adapter = model.adapter_config() if config.train_adapters else None
     below = model.adapters_below() if config.train_adapters else ()
     write_card(directory, model.base, adapter, Training(settings=settings, **training), below)

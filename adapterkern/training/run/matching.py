@@ -141,7 +141,9 @@ def check_same_run(path: Path, saved: dict[str, Any], state: "TrainingState") ->
 def check_settings(path: Path, before: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise ``CheckpointError`` for a setting with another value than the run was begun with."""
     # Earlier versions had fewer settings, which were as their defaults are.
-    _check_same_values(path, TrainConfig().to_dict() | dict(before), config.to_dict(), FREE_ON_RESUME | LENGTHS)
+    then = TrainConfig().to_dict() | dict(before)
+    not_given = {name for name in ("lr", "head_lr") if getattr(config, name) is None}
+    _check_same_values(path, then, config.to_dict(), FREE_ON_RESUME | LENGTHS | not_given)
 
 
 def check_adapter(path: Path, before: Mapping[str, Any], backbone: Mapping[str, Any], adapter: AdapterConfig) -> None:

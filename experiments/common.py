@@ -24,16 +24,20 @@ Rows = list[dict[str, str]]
 T = TypeVar("T")
 
 
-def make_parser(study: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m experiments.STUDY``, with ``--output``."""
+def make_parser(study: str, description: str | None, by_device: bool = True) -> argparse.ArgumentParser:
+    """The parser of ``python -m experiments.STUDY``, with ``--output``.
+
+    Args:
+        by_device: the results are of one device, whose folder is the default; others name the device of each row.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{study}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    folder = results_folder(CPU) / study.replace("_", "-")
-    text = "folder of the results; default bench/results/<device>/<study>"
-    parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=text)
+    folder = results_folder(CPU) if by_device else results_folder(CPU).parent
+    text = f"folder of the results; default bench/results{'/<device>' * by_device}/<study>"
+    parser.add_argument("--output", type=Path, default=folder / study.replace("_", "-"), metavar="DIR", help=text)
     return parser
 
 

@@ -15,7 +15,7 @@ from experiments.quality import costs, pictures, plan, report, rows, work
 
 def main() -> None:
     """Run, count, time or report."""
-    parser = make_parser("quality", __doc__)
+    parser = make_parser("quality", __doc__, by_device=False)
     parser.add_argument("action", choices=("run", "left", "costs", "report"))
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(plan.parts())}; default all")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="run: how many at a time, of one thread")

@@ -126,7 +126,7 @@ def _point(axes: Axes, result: Result, x: float, factor: float = 1.0) -> None:
         marker=MARKERS[method],
         markerfacecolor="white" if result.group.at.keep else COLORS[method],
         capsize=2,
-        label=NAMES[method],
+        label=NAMES[method] + ", behavior kept" * bool(result.group.at.keep),
         linestyle="",
     )
 

@@ -36,6 +36,7 @@ AGAINST: dict[str, dict[str, Any]] = {
     "init": {"method": "adapter"},
     "warmup": {"warmup": Spec.warmup},
     "steps": {"epochs": plan.EPOCHS[400]},
+    "layers": {"first": plan.HALF[1]},
     "defaults": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
 }
 AGAINST_ALL = {"method": "lora", "lr": 0.0, "head_lr": 0.0}
@@ -118,7 +119,11 @@ def other_rates(done: Rows) -> str:
         chosen = {spec.lr for spec in group.final(done)}
         tested: dict[float, list[dict[str, str]]] = {}
         for spec in sorted(done):
-            if spec.final and dataclasses.replace(spec, lr=0.0, head_lr=0.0, seed=0, final=False) == group.at:
+            if (
+                spec.final
+                and spec.head_lr == plan.HEAD_LR
+                and dataclasses.replace(spec, lr=0.0, head_lr=0.0, seed=0, final=False) == group.at
+            ):
                 tested.setdefault(spec.lr, []).append(done[spec])
         for rate in sorted(tested.keys() - chosen if chosen else ()):
             result = Result(group, tested[rate])

@@ -25,7 +25,7 @@ from tests.support.tiny_llama import tiny
 pytest.importorskip("peft", reason="LoRA, IA³ and prompts are PEFT's")
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results" / "AMD-EPYC" / "quality"
+RESULTS = ROOT / "bench" / "results" / "quality"
 SPEC = Spec("r8", 4, 2, "adapter", 0.02, 48, 2, 2e-2, 2e-2, 1, final=True)
 D = 32
 

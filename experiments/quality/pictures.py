@@ -53,9 +53,9 @@ def _over(done: Rows, parts: tuple[str, ...], x: str, at: Callable[[Result], tup
     if not (found := list(results(done, groups).values())):
         return None
     figure, axes = _figure(x, "accuracy on R8's test texts (%)")
-    _logarithmic(axes)
     for result in found:
         _point(axes, result, *at(result))
+    _logarithmic(axes)
     _legend(axes)
     return figure
 
@@ -69,7 +69,6 @@ def texts(done: Rows) -> Figure | None:
     methods = dict.fromkeys(result.group.at.method for result in found)
     found += [r for r in results(done, groups["r8"]).values() if r.group.at.method in methods]
     figure, axes = _figure("training texts of R8", "accuracy on R8's test texts (%)")
-    _logarithmic(axes)
     for method in methods:
         of_method = [r for r in found if r.group.at.method == method]
         counts = {int(result.rows[0]["train_texts"]): result for result in of_method}
@@ -77,6 +76,7 @@ def texts(done: Rows) -> Figure | None:
             _point(axes, counts[count], count)
         means = [100 * over_seeds(counts[count].values("test")).mean for count in sorted(counts)]
         axes.plot(sorted(counts), means, color=COLORS[method], linewidth=1)
+    _logarithmic(axes)
     _legend(axes)
     return figure
 
@@ -110,7 +110,8 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
 
 def _logarithmic(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_locator(NullLocator())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import cost, engine, published, report
+from bench.cases import relative_error
 from bench.llama_step import Step, StepSpec, make_llama
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,7 @@ def test_an_update_takes_the_mean_of_its_batches_gradients() -> None:
         step()
         assert len(seen) == updates
     for got, one in zip(seen[1], expected, strict=True):
-        torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-7)
+        assert relative_error(got, one) < 1e-6  # element by element the rounding depends on the CPU
     assert all(p.grad is None for p in step.trained)
 
 

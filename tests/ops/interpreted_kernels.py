@@ -71,10 +71,11 @@ def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, sms: int, monke
     set_sms(monkeypatch, sms)
     x, w, dy = draw("normal", dtype)
     x[5, 100], x[9, 0], x[66], dy[20, 3] = float("nan"), float("inf"), float("-inf"), float("nan")
-    for ours, theirs in zip(value_and_grads(x, w, dy)[:2], value_and_grads(x, w, dy, fused=False)[:2], strict=True):
+    # Not eager in the same dtype: with AMX oneDNN's bf16 product spoils the row above, too.
+    for ours, theirs in zip(value_and_grads(x, w, dy)[:2], exact(x, w, dy)[:2], strict=True):
         finite = theirs.isfinite().all(1)
         assert torch.equal(ours.isfinite().all(1), finite)
-        assert relative_error(ours[finite], theirs[finite].double()) < 8 * torch.finfo(dtype).eps
+        assert relative_error(ours[finite], theirs[finite]) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

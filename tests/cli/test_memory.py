@@ -67,8 +67,8 @@ def test_a_checkpoint_that_is_quantized_already(model_folder: Path, tmp_path: Pa
         load_backbone(tmp_path, load_in="8bit")
     again, _ = load_backbone(tmp_path, attn="eager")
     ids = torch.arange(1, 9)[None]
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, llama(ids).logits)
+    # With gradients: without, bitsandbytes packs the weights anew where it finds AVX512-BF16, from 64 columns on.
+    assert torch.equal(again(ids).logits, llama(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_operator_and_the_modules_agree(
     exact = run(False, copy.deepcopy(module).double(), torch.float64)
     for fused, stock, true in zip(run(True), run(False), exact, strict=True):
         assert fused.dtype == stock.dtype
-        assert relative_error(fused, true) <= 2 * relative_error(stock, true) + 4 * torch.finfo(dtype).eps
+        assert relative_error(fused, true) <= 8 * torch.finfo(dtype).eps
     scale = float(torch.as_tensor(module.scale).detach())
     by_hand = residual + scale * module.up(torch.nn.functional.silu(module.down(module.norm(x.float()))))
     assert relative_error(run(True)[0], by_hand) <= 2 * torch.finfo(dtype).eps

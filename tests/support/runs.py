@@ -51,7 +51,8 @@ def check_learned(folder: Path, **fields: Any) -> tuple[ak.LlamaAdapter, Callabl
     rows = tiny_run.rows(12)
 
     def run(model: ak.LlamaAdapter, **values: Any) -> Any:
-        config = tiny_run.quiet(output_dir=folder, checkpoint_every=2, **values)
+        # eps: without it Adam makes a full step of a gradient that is 0 but for rounding, which depends on the CPU
+        config = tiny_run.quiet(output_dir=folder, checkpoint_every=2, eps=1e-4, **values)
         return ak.train(model, rows, config, tokenizer=tiny_run.tokenizer())
 
     model, uncached = tiny_run.model(**fields), tiny_run.model(**fields)
@@ -60,9 +61,7 @@ def check_learned(folder: Path, **fields: Any) -> tuple[ak.LlamaAdapter, Callabl
     result = run(model, prefix_cache=True, overwrite=True)
     assert result.prefix_layers == 1
     assert all((p != q).any() for p, q in zip(tiny_run.weights(model), before, strict=True))
-    # As a whole: Adam makes a full step of a gradient that is 0 but for rounding, which depends on the CPU
-    for p, q in zip(tiny_run.weights(model), tiny_run.weights(uncached), strict=True):
-        assert (p - q).norm() <= 1e-4 * q.norm() + 1e-5 * q.numel() ** 0.5
+    torch.testing.assert_close(tiny_run.weights(model), tiny_run.weights(uncached), rtol=1e-4, atol=1e-5)
 
     loaded = ak.LlamaAdapter.from_pretrained(tiny_run.model().unload(), folder)
     assert loaded.adapter_config() == model.adapter_config()

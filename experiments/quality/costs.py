@@ -14,7 +14,7 @@ from experiments.common import CPU, record, show
 from experiments.quality import plan
 from experiments.quality.methods import METHODS
 from experiments.quality.report import NAMES, markdown
-from experiments.quality.training import BATCH, Texts, World, begin, optimizer_of
+from experiments.quality.training import BATCH, World, begin, optimizer_of
 
 NAME = "costs.json"
 BASE = "lora"
@@ -40,7 +40,7 @@ def measure(folder: Path, rounds: int, seconds: float) -> None:
 
 def _variant(world: World, method: str) -> Variant:
     spec = next(group.at for group in plan.parts()["r8"] if group.at.method == method)
-    model, texts = begin(world, spec), Texts(world, spec.data, "train", spec.layers, spec.first)
+    model, texts = begin(world, spec), world.texts(spec.data, "train", spec.layers, spec.first)
     applied = model.applied
     optimizer = optimizer_of(applied, model.head, dataclasses.replace(spec, lr=1e-4, head_lr=1e-4))
     rows = np.arange(BATCH)

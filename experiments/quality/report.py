@@ -32,14 +32,15 @@ NAMES = {
     "adapter-svd": "adapter, SVD init",
 }
 # Whom a part's rows are compared with: the same in all but the method, or these fields too
+AGAINST_ALL: dict[str, Any] = {"method": "lora", "lr": 0.0, "head_lr": 0.0}
 AGAINST: dict[str, dict[str, Any]] = {
+    "instructions": AGAINST_ALL | {"epochs": plan.EPOCHS[400]},
     "init": {"method": "adapter"},
     "warmup": {"warmup": Spec.warmup},
     "steps": {"epochs": plan.EPOCHS[400]},
     "layers": {"first": plan.HALF[1]},
     "defaults": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
 }
-AGAINST_ALL = {"method": "lora", "lr": 0.0, "head_lr": 0.0}
 SHORT = ("head", "lora", "adapter", "adapter-parallel", "full")
 
 
@@ -140,7 +141,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def _name(group: Group, part: str) -> str:
     at = group.at
-    name = NAMES[at.method]
+    name = NAMES[at.method] if at.epochs else "untouched model"
     if part == "texts":
         name = f"{at.texts or 'all'} texts: {name}"
     name += f", kept ×{at.keep:g}" if at.keep else ""

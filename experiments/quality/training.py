@@ -1,9 +1,9 @@
 """One run: a method on one set, from one seed. All methods share this loop, the head, the optimizer and the schedule.
 
 AdamW with global-norm clipping (``ak.ClippedAdamW``, the defaults of ``ak.TrainConfig``: weight decay 0.01 of matrices,
-norm 1, warmup, then linear decay), 8 texts per step, fp32. The head is on the mean of the last hidden states, or for
-questions on every token's; it learns at a rate of its own, the same for all methods. The last parameters count: the
-number of epochs is a part of the description. A run is judged on the validation texts, a final one on the test texts.
+norm 1, warmup, then linear decay), 8 texts per step, fp32. The head, if the set needs one, learns at a rate of its own,
+the same for all methods. The last parameters count: the number of epochs is a part of the description. A run is judged
+on the validation texts, a final one on the test texts.
 
 Seeds draw the training texts from the pool, their order, the head's initial weights, in this order and alike for all
 methods, and then the method's; methods are compared seed by seed.
@@ -20,22 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adapterkern as ak
-from adapterkern.recipes.qa.squad import exact_match, f1
 from adapterkern.training.drift import kl
 from adapterkern.training.optimization import decay_groups, make_schedule
 from experiments.common import backbone
 from experiments.quality import sets
 from experiments.quality.methods import Applied, apply
-from experiments.quality.sets import Part, Set
+from experiments.quality.models import MODELS, Model, Texts
+from experiments.quality.sets import Set
 from experiments.quality.statistics import packed
-from experiments.quality.stream import mean, stream, suffix
+from experiments.quality.stream import stream, suffix
 
 PROTOCOL = 2  # a row of another one is refused: what is a constant in this package is not in its description
-BATCH, LONGEST_ANSWER = 8, 12
+BATCH = 8
 DRIFT_TEXTS, KEPT_TEXTS, KEPT_PER_STEP = 32, 400, 4  # of a set's validation texts the first 32 and the next
 LAYERS = 8  # of the smaller backbone
 CHUNK = 256  # tokens whose logits exist at a time
-TEST_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -81,33 +80,21 @@ class World:
         found, name = self.set(data), f"{data}-{part}-{self.set(data).digest}-{layers}"
         return stream(self.llama(layers), first, getattr(found, part), name)
 
+    def texts(self, data: str, part: str, layers: int, first: int) -> Texts:
+        """A part, as what a suffix from ``first`` on reads."""
+        return Texts(getattr(self.set(data), part), self.stream(data, part, layers, first))
+
     @functools.cache  # noqa: B019
     def untouched(self, data: str, count: int, layers: int, first: int) -> Tensor:
         """The untouched model's states (N, L, d) after the final norm on the first validation texts."""
         applied = apply("head", suffix(self.llama(layers), first), 0)
-        texts = Texts(self, data, "validation", layers, first)
+        texts = self.texts(data, "validation", layers, first)
         found = torch.zeros(count, texts.part.ids.shape[1], applied.suffix.config.hidden_size)
         with torch.no_grad():
             for rows in np.split(np.arange(count), count // 8):
                 x, lengths = texts(rows, applied)
                 found[rows, : x.shape[1]] = applied.hidden(x, lengths)
         return found
-
-
-class Texts:
-    """A part's rows as what a suffix reads."""
-
-    def __init__(self, world: World, data: str, part: str, layers: int, first: int) -> None:
-        self.part: Part = getattr(world.set(data), part)
-        self._stream = world.stream(data, part, layers, first)
-
-    def __call__(self, rows: Any, applied: Applied) -> tuple[Tensor, Tensor]:
-        """The stream (B, L, d) and the lengths (B,), as long as the longest."""
-        lengths = torch.from_numpy(self.part.lengths[rows])
-        longest = int(lengths.max())
-        if self._stream is not None:
-            return torch.from_numpy(self._stream[rows, :longest]), lengths
-        return applied.suffix.model.embed_tokens(torch.from_numpy(self.part.ids[rows, :longest]).long()), lengths
 
 
 def run(world: World, spec: Spec) -> dict[str, Any]:
@@ -122,7 +109,7 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     if not _train(world, spec, model, order, pool, steps):
         return result | {"status": "not finite"}
     result |= {"status": "finished", "train_seconds": time.process_time() - started}
-    score = model.evaluate(Texts(world, spec.data, "test" if spec.final else "validation", *place))
+    score = model.evaluate(world.texts(spec.data, "test" if spec.final else "validation", *place))
     if spec.final:
         right = score["right"]
         result |= {"test": score["accuracy"], "test_f1": score.get("f1", "")}
@@ -135,9 +122,11 @@ def run(world: World, spec: Spec) -> dict[str, Any]:
     return result | {"seconds": time.process_time() - started}
 
 
-def _train(world: World, spec: Spec, model: "Model", order: np.random.Generator, pool: np.ndarray, steps: int) -> bool:
+def _train(world: World, spec: Spec, model: Model, order: np.random.Generator, pool: np.ndarray, steps: int) -> bool:
     """Whether the losses stayed finite."""
-    texts = Texts(world, spec.data, "train", spec.layers, spec.first)
+    if not steps:  # a model as it is, which may have nothing to train
+        return True
+    texts = world.texts(spec.data, "train", spec.layers, spec.first)
     optimizer = optimizer_of(model.applied, model.head, spec)
     schedule = make_schedule(optimizer, ak.TrainConfig(lr=spec.lr, warmup=spec.warmup), steps)
     keep = _Keep(world, spec) if spec.keep else None
@@ -158,14 +147,14 @@ def _train(world: World, spec: Spec, model: "Model", order: np.random.Generator,
     return True
 
 
-def begin(world: World, spec: Spec) -> "Model":
+def begin(world: World, spec: Spec) -> Model:
     """A new head and the method, with weights drawn from the seed."""
-    llama, labels = world.llama(spec.layers), world.set(spec.data).labels
+    llama, found = world.llama(spec.layers), world.set(spec.data)
     torch.manual_seed(spec.seed)
-    head = nn.Linear(llama.config.hidden_size, labels or 2)
+    head = nn.Linear(llama.config.hidden_size, found.outputs) if found.outputs else nn.Identity()
     budget = round(spec.budget * llama.num_parameters())
     applied = apply(spec.method, suffix(llama, spec.first, share=spec.method != "full"), budget)
-    return Model(applied, head, bool(labels))
+    return MODELS[found.asks](applied, head)
 
 
 def optimizer_of(applied: Applied, head: nn.Module, spec: Spec) -> ak.ClippedAdamW:
@@ -175,60 +164,6 @@ def optimizer_of(applied: Applied, head: nn.Module, spec: Spec) -> ak.ClippedAda
     groups = decay_groups(applied.parameters, config)
     groups += [group | {"lr": spec.head_lr} for group in decay_groups(dict(head.named_parameters()), config)]
     return ak.ClippedAdamW([group for group in groups if group["params"]], lr=spec.lr, max_norm=config.max_norm)
-
-
-class Model:
-    """A method, and the head on it: logits of labels, or of the first and the last token of an answer."""
-
-    def __init__(self, applied: Applied, head: nn.Linear, classifies: bool) -> None:
-        self.applied, self.head, self.classifies = applied, head, classifies
-
-    def loss(self, texts: Texts, rows: Any) -> Tensor:
-        """Of some rows, to train with."""
-        return self._loss(self._scores(texts, rows), texts.part, rows) + self.applied.extra()
-
-    def _scores(self, texts: Texts, rows: Any) -> Tensor:
-        """(B, labels), or of questions (B, 2, L), −inf outside the context."""
-        x, lengths = texts(rows, self.applied)
-        hidden = self.applied.hidden(x, lengths)
-        if self.classifies:
-            return self.head(mean(hidden, lengths))
-        at = torch.arange(hidden.shape[1])
-        outside = (at >= lengths[:, None]) | (at < torch.from_numpy(texts.part.begins[rows])[:, None])
-        return self.head(hidden).transpose(1, 2).masked_fill(outside[:, None], float("-inf"))
-
-    @staticmethod
-    def _loss(scores: Tensor, part: Part, rows: Any) -> Tensor:
-        return F.cross_entropy(scores.flatten(0, scores.dim() - 2), torch.from_numpy(part.targets[rows]).flatten())
-
-    @torch.no_grad()
-    def evaluate(self, texts: Texts) -> dict[str, Any]:
-        """accuracy (questions: exact match), loss, right (N,) bool, and of questions f1; all from 0 to 1."""
-        part, right, overlap, loss = texts.part, [], [], 0.0
-        for start in range(0, len(part), TEST_BATCH):
-            rows = np.arange(start, min(start + TEST_BATCH, len(part)))
-            scores = self._scores(texts, rows)
-            loss += float(self._loss(scores, part, rows)) * len(rows)
-            if self.classifies:
-                right += (scores.argmax(1).numpy() == part.targets[rows]).tolist()
-                continue
-            for row, predicted in zip(rows, best_spans(scores), strict=True):
-                context, answer, offsets = part.texts[row]
-                first, last = (int(i) - int(part.begins[row]) for i in predicted)
-                given = context[offsets[first][0] : offsets[last][1]]
-                right.append(exact_match(answer, given) == 1)
-                overlap.append(f1(answer, given))
-        found = {"accuracy": sum(right) / len(right), "loss": loss / len(part), "right": np.array(right)}
-        return found | ({"f1": sum(overlap) / len(overlap)} if overlap else {})
-
-
-def best_spans(scores: Tensor) -> np.ndarray:
-    """The first and last token (B, 2) of the likeliest spans of at most ``LONGEST_ANSWER``, of scores (B, 2, L)."""
-    length = scores.shape[-1]
-    may = torch.ones(length, length).triu().tril(LONGEST_ANSWER - 1)
-    pairs = (scores[:, 0, :, None] + scores[:, 1, None, :]).masked_fill(may == 0, float("-inf"))
-    best = pairs.flatten(1).argmax(1)
-    return torch.stack([best // length, best % length], 1).numpy()
 
 
 # What a model has forgotten
@@ -244,7 +179,7 @@ class Drift:
 
     def __init__(self, world: World, spec: Spec, count: int, other: str) -> None:
         place = spec.layers, spec.first
-        self._texts = Texts(world, other, "validation", *place)
+        self._texts = world.texts(other, "validation", *place)
         self._untouched = world.untouched(other, count, *place)
         self._before = world.llama(spec.layers).lm_head
 

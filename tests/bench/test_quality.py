@@ -16,10 +16,11 @@ from adapterkern.training.run.lock import locked
 from experiments.quality import plan, report, rows, training, work
 from experiments.quality.__main__ import tables
 from experiments.quality.methods import METHODS, OWN_SIZE, apply
+from experiments.quality.models import LONGEST_ANSWER, best_spans
 from experiments.quality.sets import Part, Set, _cut
 from experiments.quality.statistics import over_seeds, over_texts, packed, unpacked
 from experiments.quality.stream import suffix
-from experiments.quality.training import LONGEST_ANSWER, Spec, World, begin, best_spans, divergence, drift, others, run
+from experiments.quality.training import Spec, World, begin, divergence, drift, others, run
 from tests.support.tiny_llama import tiny
 
 pytest.importorskip("peft", reason="LoRA, IA³ and prompts are PEFT's")
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "quality"
 SPEC = Spec("r8", 4, 2, "adapter", 0.02, 48, 2, 2e-2, 2e-2, 1, final=True)
 D = 32
+ASKS: dict[str, Any] = {"questions": "span", "instructions": "text"}
 
 
 class Small(World):
@@ -39,7 +41,8 @@ class Small(World):
 
     @functools.cache  # noqa: B019
     def set(self, name: str) -> Set:
-        return Set(name, 0 if name == "questions" else 2, *(_part(name, i, n) for i, n in enumerate((400, 400, 50))))
+        parts = (_part(name, i, n) for i, n in enumerate((400, 400, 50)))
+        return Set(name, ASKS.get(name, "label"), 0 if name == "instructions" else 2, *parts)
 
 
 def _part(name: str, seed: int, count: int) -> Part:
@@ -49,6 +52,9 @@ def _part(name: str, seed: int, count: int) -> Part:
     if name != "questions":
         labels = drawn.integers(0, 2, count)
         ids[labels > 0, 1] = 3
+        if name == "instructions":  # 5 or 6 twice, and the end
+            ids[:, 9:] = np.stack([5 + labels, 5 + labels, np.full(count, 2)], 1)
+            return Part(ids, np.full(count, 12), np.zeros((count, 0), int), np.full(count, 9))
         return Part(ids, lengths, labels, np.zeros(count, int))
     at = drawn.integers(4, 7, count)
     ids[np.arange(count), at] = 3
@@ -161,6 +167,34 @@ def test_questions(world: Small) -> None:
     found = run(world, dataclasses.replace(SPEC, data="questions", method="lora", texts=0, epochs=2))
     assert found["test"] > 0.5
     assert found["test_f1"] >= found["test"]
+
+
+def test_an_answer_is_right_if_it_is_what_greedy_decoding_writes(world: Small) -> None:
+    spec = dataclasses.replace(SPEC, data="instructions", method="full", first=0, texts=0, epochs=2, lr=2e-3)
+    model, found = begin(world, spec), world.set(spec.data)
+    assert training._train(world, spec, model, np.random.default_rng(0), np.arange(400), 100)
+    texts = world.texts("instructions", "test", 4, 0)
+    ids = found.test.ids.copy()
+    ids[:10, 10], ids[10:20, 9] = 7, 7  # whose answers it has not learned
+    texts.part = dataclasses.replace(found.test, ids=ids)
+    right = model.evaluate(texts)["right"]
+    assert right.mean() == 0.6
+    written = torch.from_numpy(ids[:, :9]).long()
+    for _ in range(3):
+        logits = model.applied.suffix(input_ids=written).logits[:, -1]
+        written = torch.cat([written, logits.argmax(1, keepdim=True)], 1)
+    assert right.tolist() == (written.numpy() == ids).all(1).tolist()
+    rows = np.arange(8)
+    logits = model.applied.suffix(input_ids=torch.from_numpy(ids[rows]).long()).logits
+    answers = torch.from_numpy(ids[rows, 9:]).long()
+    expected = F.cross_entropy(logits[:, 8:11].flatten(0, 1), answers.flatten())
+    torch.testing.assert_close(model.loss(texts, rows), expected)
+
+
+def test_a_model_as_it_is_has_a_row(world: Small) -> None:
+    found = run(world, dataclasses.replace(SPEC, data="instructions", method="head", epochs=0))
+    assert (found["parameters"], found["steps"], found["status"]) == (0, 0, "finished")
+    assert "validation" not in found
 
 
 def test_best_span_is_that_of_a_loop() -> None:

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from adapterkern.files import replacing
 from experiments.quality import plan
-from experiments.quality.report import NAMES, Result, results
+from experiments.quality.report import NAMES, Result, results, searches
 from experiments.quality.rows import Rows
 from experiments.quality.statistics import over_seeds
 
@@ -83,21 +83,18 @@ def texts(done: Rows) -> Figure | None:
 
 def rates(done: Rows) -> Figure | None:
     """Validation accuracy over the learning rate, by size, of the search's runs."""
-    methods, groups = ("adapter", "lora"), plan.parts()
+    found = {method: searches(done, method) for method in ("adapter", "lora")}
+    if not any(found.values()):
+        return None
     figure = Figure(figsize=(10, 4), layout="constrained")
-    some = False
-    for axes, method in zip(figure.subplots(1, 2, sharey=True), methods, strict=True):
-        for name in ("sizes", "r8", "high"):
-            for group in (g for g in groups[name] if g.at.method == method):
-                tried = sorted((spec.lr, done[spec]) for spec in done if spec == group.tried(spec.lr))
-                points = [(lr, 100 * float(row["validation"])) for lr, row in tried if row["status"] == "finished"]
-                if points:
-                    some = True
-                    axes.plot(*zip(*points, strict=True), "o-", label=f"{int(tried[0][1]['parameters']):,} parameters")
+    for axes, (method, of_method) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
+        for parameters, points in of_method.items():
+            shown = [100 * accuracy for accuracy in points.values()]
+            axes.plot(list(points), shown, "o-", label=f"{parameters:,} parameters")
         axes.set(xscale="log", xlabel="learning rate", title=NAMES[method])
         axes.legend(fontsize="small")
     figure.axes[0].set_ylabel("accuracy on 800 validation texts of R8 (%)")
-    return figure if some else None
+    return figure
 
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:

@@ -50,7 +50,6 @@ class Group:
     width: int = 2  # rates on each side of the middle, at first
     like: "Group | None" = None  # whose best rate is the middle
     head: "Group | None" = None  # whose best rate is the head's; None: ``HEAD_LR``
-    together: bool = False  # the head learns at the method's rate
 
     def tried(self, rate: float, head_lr: float = HEAD_LR) -> Spec:
         """The first run of the search at a rate."""
@@ -100,7 +99,7 @@ class Group:
         _, found = self.searched(done)
         if found is None:
             return []
-        at = dataclasses.replace(self.at, lr=found.lr, head_lr=found.lr if self.together else found.head_lr, final=True)
+        at = dataclasses.replace(self.at, lr=found.lr, head_lr=found.head_lr, final=True)
         return [dataclasses.replace(at, seed=seed) for seed in range(1, self.seeds + 1)]
 
     def missing(self, done: Rows) -> list[Spec]:
@@ -152,8 +151,8 @@ def parts() -> dict[str, list[Group]]:
         "high": [Group(_at("r8", HALF, method, HIGH), 3, 1, main[method]) for method in SIZED],
         "epochs": [Group(_at("r8", HALF, method, LOW, epochs=8), 3, 0, main[method]) for method in MAIN],
         "steps": [
-            Group(_at("r8", HALF, "adapter", LOW, epochs=epochs), 3, 0, adapter, together=together)
-            for epochs, together in ((1, False), (1, True), (2, False), (2, True), (4, True))
+            Group(_at("r8", HALF, "adapter", LOW, epochs=epochs, lr=2e-3, head_lr=head_lr), 3)
+            for epochs, head_lr in ((1, HEAD_LR), (1, 2e-3), (2, HEAD_LR), (2, 2e-3), (4, 2e-3))
         ],
         "defaults": [
             Group(_at("r8", HALF, "adapter", LOW, epochs=epochs, lr=3e-3, head_lr=1e-2), 3) for epochs in (1, 2, 4)

@@ -37,7 +37,7 @@ AGAINST: dict[str, dict[str, Any]] = {
     "instructions": AGAINST_ALL | {"epochs": plan.EPOCHS[400]},
     "init": {"method": "adapter"},
     "warmup": {"warmup": Spec.warmup},
-    "steps": {"epochs": plan.EPOCHS[400]},
+    "steps": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
     "layers": {"first": plan.HALF[1]},
     "defaults": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
 }
@@ -133,6 +133,30 @@ def other_rates(done: Rows) -> str:
     return markdown(lines)
 
 
+def searches(done: Rows, method: str) -> dict[int, dict[float, float]]:
+    """Validation accuracy on R8 with seed 0, by the number of parameters and the learning rate, in order."""
+    found: dict[int, dict[float, float]] = {}
+    groups = (group for part in ("r8", "high", "sizes") for group in plan.parts()[part])
+    for group in sorted((g for g in groups if g.at.method == method), key=lambda group: group.at.budget):
+        tried = sorted((spec.lr, done[spec]) for spec in done if spec == group.tried(spec.lr))
+        points = {lr: float(row["validation"]) for lr, row in tried if row["status"] == "finished"}
+        if points:
+            found[int(tried[0][1]["parameters"])] = points
+    return found
+
+
+def sizes(done: Rows) -> str:
+    """What ``searches`` has found for LoRA and for adapters."""
+    found = {method: searches(done, method) for method in ("lora", "adapter")}
+    rates = sorted({rate for of_method in found.values() for points in of_method.values() for rate in points})
+    lines = [["", "parameters", *(f"{rate:g}" for rate in rates)]]
+    for method, of_method in found.items():
+        for parameters, points in of_method.items():
+            shown = (_tenths(points[rate], "") if rate in points else "" for rate in rates)
+            lines.append([NAMES[method], f"{parameters:,}", *shown])
+    return markdown(lines)
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A table of a head and rows; nothing without them."""
     ruled = [*lines[:1], ["---", *["--:"] * (len(lines[0]) - 1)], *lines[1:]] if lines else []
@@ -147,8 +171,7 @@ def _name(group: Group, part: str) -> str:
     name += f", kept ×{at.keep:g}" if at.keep else ""
     name += f", warmup {at.warmup:g}" if part == "warmup" else ""
     if part in ("steps", "defaults"):
-        at_rate = at.head_lr or ("the same rate" if group.together else plan.HEAD_LR)
-        name += f", {at.epochs} epoch{'s' * (at.epochs > 1)}, the head at {at_rate}"
+        name += f", {at.epochs} epoch{'s' * (at.epochs > 1)}, the head at {at.head_lr:g}"
     return name + (f", layers from {at.first}" if part in ("layers", "all-layers") else "")
 
 

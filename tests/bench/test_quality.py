@@ -408,6 +408,20 @@ def test_what_was_tested_at_another_rate_is_in_a_table_of_its_own() -> None:
     assert report.other_rates(done).splitlines()[2].startswith(line)
 
 
+def test_validation_accuracy_by_size_and_rate() -> None:
+    done = rows.Rows()
+    for group, parameters in ((plan.parts()["r8"][1], 200), (plan.parts()["sizes"][1], 60)):
+        for rate, accuracy in ((2e-3, 0.9), (2e-2, 0.5)):
+            done[group.tried(rate)] = _row(group.tried(rate), accuracy) | {"parameters": str(parameters)}
+    done[group.tried(6e-2)] = _row(group.tried(6e-2), 0.0) | {"status": "not finite"}
+    final = dataclasses.replace(group.tried(6e-3), final=True)
+    done[final] = _row(final, 0.7)
+    assert report.sizes(done).splitlines()[0] == "|  | parameters | 0.002 | 0.02 |"
+    assert report.sizes(done).splitlines()[2:] == [
+        f"| LoRA, all matrices (PEFT) | {count} | 90.0 | 50.0 |" for count in (60, 200)
+    ]
+
+
 def test_a_difference_pairs_the_seeds_that_both_have() -> None:
     """Three seeds of another init with the first three of the adapter's five."""
     adapter, done = plan.parts()["r8"][2], rows.Rows()

@@ -135,7 +135,7 @@ class TrainConfig:
 
     Args: Steps
         epochs: passes over the data, unless ``max_steps`` gives the number of steps.
-        lr, weight_decay, beta1, beta2, eps: AdamW's. Vectors (biases, norms) do not decay. No ``lr`` is 3e-3, less
+        lr, weight_decay, beta1, beta2, eps: AdamW's. Vectors (biases, norms) do not decay. No ``lr`` is 6e-3, less
             in a backbone wider than 576: see ``optimization.default_lr``; a resumed run keeps its own.
         head_lr: the learning rate of a head beside adapters; none is ``lr`` if that is given, else 1e-2, less in a
             wider backbone. A head alone has ``lr``, and by default that of a head.
@@ -224,7 +224,7 @@ class TrainConfig:
     max_steps: int | None = checks.option(None, "optimizer steps, instead of epochs")
     lr: float | None = checks.option(
         None,
-        "AdamW's learning rate after the warmup; default: 3e-3 of adapters, or 1.73 / the width where that is less",
+        "AdamW's learning rate after the warmup; default: 6e-3 of adapters, or 3.46 / the width where that is less",
     )
     head_lr: float | None = checks.option(
         None,

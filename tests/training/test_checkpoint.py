@@ -187,7 +187,7 @@ def test_another_configuration_is_refused(tmp_path: Path, values: dict[str, Any]
 
 
 def test_no_learning_rate_is_the_default_and_on_resuming_the_run_s_own(tmp_path: Path) -> None:
-    for name, lr, used, of_head in [("default", None, 3e-3, 1e-2), ("own", 1e-3, 1e-3, None)]:
+    for name, lr, used, of_head in [("default", None, 6e-3, 1e-2), ("own", 1e-3, 1e-3, None)]:
         run(tmp_path / name, lr=lr, max_steps=2)
         assert load_run(tmp_path / name)[0].lr == used
         assert load_run(tmp_path / name)[0].head_lr == of_head

@@ -265,16 +265,19 @@ def test_refusals(values: dict[str, Any], data: Any, message: str) -> None:
 def test_texts_that_are_learned_are_named_and_so_is_the_argument_of_bad_ones(caplog: pytest.LogCaptureFixture) -> None:
     learned = [{"text": f"w{number} w7 w9"} for number in (60, 61, 62)]
     labeled = [{**row, "label": "a"} for row in learned] + ROWS  # without the token that ends a text
-    long = {"text": " ".join(["w3"] * 40)}  # two that are cut may differ
+    long, longer = ({"text": " ".join(["w3"] * count)} for count in (40, 41))  # the same after the cut
 
     def run(rows: Any, texts: Any, **values: Any) -> None:
         config = tiny_run.quiet(max_steps=1, **values)
         train(tiny_run.model(), rows, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=texts, dry_run=True)
 
-    run([*labeled, {**long, "label": "a"}], [*TEXTS[:2], *learned[1:], long])
+    run([*labeled, {**long, "label": "a"}], [*TEXTS[:2], *learned[1:], longer])
     assert "drift_data: 2 of 5 texts are training texts, too (row 2)" in caplog.messages
     run(learned, [*TEXTS[:2], *learned], task="causal-lm")
     assert "drift_data: 3 of 5 texts are training texts, too (row 2)" in caplog.messages
+    caplog.clear()
+    run([*labeled, {**long, "label": "a"}], [*TEXTS[:2], long])
+    assert "drift_data: 1 of 3 texts are training texts, too (row 2)" in caplog.messages
     caplog.clear()
     run(labeled, TEXTS)
     assert not [message for message in caplog.messages if "training texts" in message]

@@ -37,7 +37,7 @@ def test_rates(name: str, after) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     ("width", "lr", "head_lr"),
-    [(64, 3e-3, 1e-2), (576, 3e-3, 1e-2), (1152, 1.5e-3, 5e-3), (4096, 4.2e-4, 1.4e-3)],
+    [(64, 6e-3, 1e-2), (576, 6e-3, 1e-2), (1152, 3e-3, 5e-3), (4096, 8.4e-4, 1.4e-3)],
 )
 def test_the_default_rates(width: int, lr: float, head_lr: float) -> None:
     assert (default_lr(width), default_lr(width, head=True)) == (lr, head_lr)
@@ -46,11 +46,11 @@ def test_the_default_rates(width: int, lr: float, head_lr: float) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, (1.5e-3, 5e-3)),
+        ({}, (3e-3, 5e-3)),
         ({"lr": 1e-4}, (1e-4, None)),
         ({"lr": 1e-4, "head_lr": 2e-4}, (1e-4, 2e-4)),
-        ({"head_lr": 1e-4}, (1.5e-3, 1e-4)),
-        ({"task": "causal-lm"}, (1.5e-3, None)),
+        ({"head_lr": 1e-4}, (3e-3, 1e-4)),
+        ({"task": "causal-lm"}, (3e-3, None)),
         ({"train_adapters": False}, (5e-3, None)),
         ({"train_adapters": False, "lr": 1e-4}, (1e-4, None)),
     ],

@@ -50,6 +50,7 @@ class Example:
     place: str = dataclasses.field(default="", kw_only=True)  # of its row: file and line
     starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
     cuts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # the tokens of each beyond max_length
+    beyond: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # a hash of these tokens, of each
     given: bool = dataclasses.field(default=False, kw_only=True)  # whether its row was tokenized already
     chat: bool = dataclasses.field(default=False, kw_only=True)  # whether the chat template has made its text
 
@@ -74,7 +75,8 @@ def unpacked(examples: Iterable[E]) -> Iterator[E]:
     """The examples, those of several packed texts as one example per text: no text attends to another."""
     for example in examples:
         ends = (*example.starts[1:], len(example.input_ids))
-        for start, end, cut in zip(example.starts, ends, example.cuts, strict=True) if len(ends) > 1 else ():
+        parts = zip(example.starts, ends, example.cuts, example.beyond, strict=True)
+        for start, end, cut, beyond in parts if len(ends) > 1 else ():
             inside = (example.positions >= start) & (example.positions < end)
             yield dataclasses.replace(
                 example,
@@ -83,6 +85,7 @@ def unpacked(examples: Iterable[E]) -> Iterator[E]:
                 positions=example.positions[inside] - start,
                 starts=(0,),
                 cuts=(cut,),
+                beyond=(beyond,),
             )
         if len(ends) == 1:
             yield example
@@ -204,7 +207,12 @@ def _of_text(row: Row, text: Text, targets: np.ndarray, config: TrainConfig) -> 
     """The example of a row with one text, cut to the maximum length, and its targets."""
     ids = text.ids[: config.max_length]
     none, cuts = np.empty(0, dtype=np.int64), (len(text.ids) - len(ids),)
-    return Example(ids, targets, none, cuts=cuts, place=row.place, given=is_given(row))
+    beyond = (_beyond(text, config),)
+    return Example(ids, targets, none, cuts=cuts, beyond=beyond, place=row.place, given=is_given(row))
+
+
+def _beyond(text: Text, config: TrainConfig) -> int:
+    return hash(np.asarray(text.ids[config.max_length :]).tobytes())
 
 
 def _causal_lm(
@@ -226,6 +234,7 @@ def _causal_lm(
         if parts:
             lost += [row.place] * (len(learned_from) - len(parts))
             cuts = tuple(max(len(part.ids) - config.max_length, 0) for part in parts)
+            beyond = tuple(_beyond(part, config) for part in parts)
             parts = [Text(part.ids[: config.max_length], part.labels[: config.max_length]) for part in parts]
             ends = np.cumsum([len(part.ids) for part in parts])
             starts = (0, *ends[:-1].tolist())
@@ -233,7 +242,8 @@ def _causal_lm(
             labels[list(starts)] = IGNORE
             learned = np.flatnonzero(labels != IGNORE)
             ids = np.concatenate([part.ids for part in parts])
-            more: Any = {"place": row.place, "starts": starts, "cuts": cuts, "given": is_given(row)}
+            more: Any = {"place": row.place, "starts": starts, "cuts": cuts, "beyond": beyond}
+            more["given"] = is_given(row)
             more["chat"] = not more["given"] and (shape.chat or (templated and shape.columns == ALPACA.columns))
             examples.append(Example(ids, labels[learned], learned - 1, **more))
         elif texts:

@@ -126,27 +126,33 @@ def summarize(
 def warn_of_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
     """Warn of texts to evaluate on that are learned, too: their scores say nothing about others.
 
-    Texts that are cut are not compared: they may differ in what is gone.
+    Texts that are cut are compared as they were before.
     """
-    learned = {_hash(example) for example in train if not any(example.cuts)}
+    learned = {_hash(example) for example in train}
     _name("eval", [example for example in evaluation if _hash(example) in learned], evaluation)
 
 
 def warn_of_learned(train: Sequence[Example], texts: Sequence[Example], name: str) -> None:
     """Warn of causal-lm ``texts`` that are learned, too, as these or as others, of a label for example.
 
-    Their tokens are compared, with and without the last one, which may end a text that has no end where it is labeled.
+    Their tokens are compared, with and without the last one, which may end a text that has no end where it is labeled;
+    of texts that are cut those that are left, and how many are gone.
     """
-    learned = {example.input_ids.tobytes() for example in train if not any(example.cuts)}
-    ids = ((text, text.input_ids) for text in texts)
-    _name(name, [t for t, found in ids if {found.tobytes(), found[:-1].tobytes()} & learned], texts)
+
+    def read(text: Example, ends: int = 0) -> tuple[bytes, int]:
+        gone = sum(text.cuts)
+        kept = len(text.input_ids) - (ends if not gone else 0)
+        return text.input_ids[:kept].tobytes(), max(gone - ends, 0)
+
+    learned = {read(example) for example in train}
+    _name(name, [text for text in texts if {read(text), read(text, 1)} & learned], texts)
 
 
 def _name(name: str, both: Sequence[Example], of: Sequence[Example]) -> None:
-    if both := [example for example in both if not any(example.cuts)]:
+    if both:
         place = f" ({both[0].place})" if both[0].place else ""
         warn_once(f"{name}: {len(both):,} of {len(of):,} texts are training texts, too{place}")
 
 
 def _hash(example: Example) -> int:
-    return hash(tuple(array.tobytes() for array in example.arrays()))
+    return hash((example.cuts, example.beyond, *(array.tobytes() for array in example.arrays())))

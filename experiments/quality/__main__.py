@@ -25,6 +25,10 @@ def main() -> None:
     arguments = parse(parser)
     if unknown := set(arguments.parts) - set(plan.parts()):
         parser.error(f"part: expected some of {', '.join(plan.parts())}, got {', '.join(sorted(unknown))}")
+    if arguments.workers < 1:
+        parser.error(f"--workers: expected at least 1, got {arguments.workers}")
+    if arguments.page is not None and not arguments.page.is_file():
+        parser.error(f"--page: expected a file, got {arguments.page}")
     path, chosen = arguments.output / rows.NAME, arguments.parts or list(plan.parts())
     if arguments.action == "run":
         work.run_all(path, chosen, arguments.workers, arguments.minutes)

@@ -155,7 +155,9 @@ def parts() -> dict[str, list[Group]]:
             for epochs, head_lr in ((1, HEAD_LR), (1, 2e-3), (2, HEAD_LR), (2, 2e-3), (4, 2e-3))
         ],
         "defaults": [
-            Group(_at("r8", HALF, "adapter", LOW, epochs=epochs, lr=3e-3, head_lr=1e-2), 3) for epochs in (1, 2, 4)
+            Group(_at("r8", HALF, "adapter", LOW, epochs=epochs, lr=lr, head_lr=1e-2), 3)
+            for lr in (3e-3, 6e-3)
+            for epochs in (1, 2, 4)
         ],
         "texts": [
             Group(_at("r8", HALF, method, LOW, texts), 3, 0, main[method])

@@ -104,7 +104,8 @@ def _cells(done: Rows, part: str) -> list[list[str]]:
             lines.append([_name(group, part), "", f"{lost[0].lr:g}", told, *[""] * (len(lines[0]) - 4)])
             continue
         result = all_found[group]
-        cells = [_name(result.group, part), f"{int(result.rows[0]['parameters']):,}", result.rows[0]["lr"]]
+        cells = [_name(result.group, part), f"{int(result.rows[0]['parameters']):,}"]
+        cells.append(result.rows[0]["lr"] if group.at.epochs else "")
         cells += [percent(over_seeds(result.values("test"))), *_difference(result, all_found, fields)]
         cells += [_drift(over_seeds(result.values(name))) for name in ("drift", "drift_elsewhere") if drifts]
         lines.append(cells)

@@ -34,7 +34,7 @@ def test_the_best_is_saved_and_a_resumed_run_is_longer(
     assert cli.main(["train", "--resume", "--output", str(run), "--epochs", "2", "--lr=1e-2"]) == 1
     assert "begun with --lr 0.006, not 0.01: resume with the same value" in capsys.readouterr().err
     assert cli.main(["train", "--resume", "--output", str(run), "--epochs", "2"]) == 0
-    goes_on = "the linear schedule goes on as that of 8, and the learning rate jumps from 0 to 0.0015"
+    goes_on = "the linear schedule goes on as that of 8, and the learning rate jumps from 0 to 0.003"
     assert f"resumed from step 4 of 4, extended to 8 steps: {goes_on}" in caplog.messages
     settings = json.loads((run / "task.json").read_text())["config"]
     assert (settings["epochs"], settings["max_steps"], settings["best"]) == (2, None, "accuracy")

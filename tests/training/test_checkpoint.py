@@ -194,7 +194,7 @@ def test_no_learning_rate_is_the_default_and_on_resuming_the_run_s_own(tmp_path:
         again = run(tmp_path / name, lr=None, max_steps=4, resume=True)
         assert (again.steps, load_run(tmp_path / name)[0].lr) == (4, used)
     for values in ({"lr": 1e-3}, {"lr": None, "head_lr": 1e-3}):
-        with pytest.raises(CheckpointError, match=r"begun with (lr=0\.003|head_lr=0\.01), not 0\.001"):
+        with pytest.raises(CheckpointError, match=r"begun with (lr=0\.006|head_lr=0\.01), not 0\.001"):
             run(tmp_path / "default", max_steps=6, resume=True, **values)
 
 

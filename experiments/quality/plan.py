@@ -165,10 +165,14 @@ def parts() -> dict[str, list[Group]]:
             for method in MAIN
         ],
         "questions": list(_with_head(main, MAIN, lambda method: _at("questions", HALF, method, LOW, 800)).values()),
-        "r52": list(_with_head(main, MAIN, lambda method: _at("r52", HALF, method, LOW)).values()),
+        "r52": [
+            *_with_head(main, MAIN, lambda method: _at("r52", HALF, method, LOW)).values(),
+            Group(_at("r52", HALF, "adapter", LOW, lr=6e-3, head_lr=2e-2), 3),
+        ],
         "instructions": [
             Group(_at("instructions", WHOLE, "head", LOW, epochs=0, lr=1.0), 3),  # the model as it is
             *(Group(_at("instructions", WHOLE, method, LOW), 3, 1, whole[method]) for method in WIDE[1:]),
+            Group(_at("instructions", WHOLE, "lora", LOW, lr=6e-3), 3),
         ],
         "init": [Group(_at("r8", HALF, method, LOW), 3, 0, adapter) for method in INITS],
         "warmup": [Group(dataclasses.replace(adapter.at, warmup=warmup), 3, 0, adapter) for warmup in (0.0, 0.3)],

@@ -271,9 +271,9 @@ def test_texts_that_are_learned_are_named_and_so_is_the_argument_of_bad_ones(cap
         config = tiny_run.quiet(max_steps=1, **values)
         train(tiny_run.model(), rows, config, tokenizer=TOKENIZER, eval_data=EVAL_ROWS, drift_data=texts, dry_run=True)
 
-    run([*labeled, {**long, "label": "a"}], [*TEXTS[:2], *learned[1:], longer])
-    assert "drift_data: 2 of 5 texts are training texts, too (row 2)" in caplog.messages
-    run(learned, [*TEXTS[:2], *learned], task="causal-lm")
+    run([*labeled, {**long, "label": "a"}], [*TEXTS[:1], *learned[1:], longer, {"text": long["text"][:-2] + "w4"}])
+    assert "drift_data: 2 of 5 texts are training texts, too (row 1)" in caplog.messages
+    run([*learned, longer], [*TEXTS[:1], long, *learned], task="causal-lm")
     assert "drift_data: 3 of 5 texts are training texts, too (row 2)" in caplog.messages
     caplog.clear()
     run([*labeled, {**long, "label": "a"}], [*TEXTS[:2], long])

@@ -67,7 +67,8 @@ class KeepBehaviour(Taught):
         kept, _ = load_examples(rows.kept, as_texts(config), tokenizer)
         check_vocabulary(kept, self.model.get_input_embeddings().num_embeddings)
         texts = (
-            KeptText(e.input_ids, np.array([IGNORE]), e.positions, place=e.place, cuts=e.cuts) for e in unpacked(kept)
+            KeptText(e.input_ids, np.array([IGNORE]), e.positions, place=e.place, cuts=e.cuts, beyond=e.beyond)
+            for e in unpacked(kept)
         )
         return [*examples, *texts]
 

@@ -50,7 +50,8 @@ class Example:
     place: str = dataclasses.field(default="", kw_only=True)  # of its row: file and line
     starts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # where its packed texts begin
     cuts: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # the tokens of each beyond max_length
-    beyond: tuple[int, ...] = dataclasses.field(default=(0,), kw_only=True)  # a hash of these tokens, of each
+    # hashes of these tokens with and without their last one, in this process
+    beyond: tuple[tuple[int, int], ...] = dataclasses.field(default=((0, 0),), kw_only=True)
     given: bool = dataclasses.field(default=False, kw_only=True)  # whether its row was tokenized already
     chat: bool = dataclasses.field(default=False, kw_only=True)  # whether the chat template has made its text
 
@@ -211,8 +212,9 @@ def _of_text(row: Row, text: Text, targets: np.ndarray, config: TrainConfig) -> 
     return Example(ids, targets, none, cuts=cuts, beyond=beyond, place=row.place, given=is_given(row))
 
 
-def _beyond(text: Text, config: TrainConfig) -> int:
-    return hash(np.asarray(text.ids[config.max_length :]).tobytes())
+def _beyond(text: Text, config: TrainConfig) -> tuple[int, int]:
+    gone = np.asarray(text.ids[config.max_length :], dtype=np.int64)
+    return hash(gone.tobytes()), hash(gone[:-1].tobytes())  # of none 0
 
 
 def _causal_lm(

@@ -135,17 +135,17 @@ def warn_of_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> 
 def warn_of_learned(train: Sequence[Example], texts: Sequence[Example], name: str) -> None:
     """Warn of causal-lm ``texts`` that are learned, too, as these or as others, of a label for example.
 
-    Their tokens are compared, with and without the last one, which may end a text that has no end where it is labeled;
-    of texts that are cut those that are left, and how many are gone.
+    Their tokens are compared, with and without the last one, which may end a text that has no end where it is labeled.
     """
 
-    def read(text: Example, ends: int = 0) -> tuple[bytes, int]:
-        gone = sum(text.cuts)
-        kept = len(text.input_ids) - (ends if not gone else 0)
-        return text.input_ids[:kept].tobytes(), max(gone - ends, 0)
+    def whole(text: Example) -> tuple[bytes, int]:
+        return text.input_ids.tobytes(), text.beyond[0][0]
 
-    learned = {read(example) for example in train}
-    _name(name, [text for text in texts if {read(text), read(text, 1)} & learned], texts)
+    def without_last(text: Example) -> tuple[bytes, int]:
+        return (text.input_ids if any(text.cuts) else text.input_ids[:-1]).tobytes(), text.beyond[0][1]
+
+    learned = {whole(example) for example in train}
+    _name(name, [text for text in texts if {whole(text), without_last(text)} & learned], texts)
 
 
 def _name(name: str, both: Sequence[Example], of: Sequence[Example]) -> None:

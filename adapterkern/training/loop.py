@@ -42,7 +42,7 @@ from adapterkern.training.run.results import NonFiniteError, TrainResult, counte
 from adapterkern.training.saved import Sources, save_sources
 from adapterkern.training.task import Feed, Task, eval_batches, run_evaluation
 
-# With half of them SmolLM2-135M, adapted to 400 texts of 8 labels, was 3 points worse: docs/compared.md
+# With half of them SmolLM2-135M, adapted to 400 texts of 8 labels, was 1.3 points worse: docs/compared.md
 FEW_STEPS = 200
 
 

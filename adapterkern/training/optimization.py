@@ -15,7 +15,7 @@ from adapterkern.model.config import AdapterConfig
 from adapterkern.optim.clipped_adamw import ClippedAdamW
 from adapterkern.training.config import TrainConfig
 
-# The middle of what validation could not tell apart on SmolLM2-135M, which is so wide: docs/compared.md
+# Of adapters and of heads on SmolLM2-135M, which is so wide; from validation: docs/compared.md
 _LR, _HEAD_LR, _WIDTH = 6e-3, 1e-2, 576
 _HEAD = re.compile(r"([^.]+\.)?head\.(?!adapter\.)")  # as tasks name the parameters of their heads
 _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -26,7 +26,7 @@ def default_lr(hidden_size: int, head: bool = False) -> float:
 
     These were measured there. Above it they are in inverse proportion to the width, which is derived, not measured: a
     matrix that reads the residual stream wants this with Adam (Yang et al. 2022, arXiv:2203.03466, table 3). At 4096
-    adapters have 8.4e-4, where LLM-Adapters (Hu et al. 2023, arXiv:2304.01933) trains with 3e-4.
+    adapters have 8.4e-4; LLM-Adapters (Hu et al. 2023, arXiv:2304.01933) trains them with 3e-4 there.
     """
     return float(f"{(_HEAD_LR if head else _LR) * min(1.0, _WIDTH / hidden_size):.2g}")
 

@@ -56,7 +56,7 @@ def tables(done: rows.Rows, folder: Path) -> dict[str, str]:
     """The tables of the rows and of a folder's costs, by their names in the page."""
     path = folder / costs.NAME
     found = {name: report.table(done, name) for name in plan.parts()}
-    found |= {"short": report.short(done), "other-rates": report.other_rates(done), "taken": report.taken(done)}
+    found |= {"short": report.short(done), "taken": report.taken(done)}
     found["sizes"] = report.sizes(done)  # has no runs on the test set
     return found | ({"costs": costs.table(path)} if path.exists() else {})
 

@@ -35,6 +35,9 @@ HALF, ALL_LAYERS, WHOLE = (LAYERS, LAYERS // 2), (LAYERS, 0), (30, 22)  # layers
 EPOCHS = {100: 16, 400: 4, 800: 4, 1600: 2, 0: 1}  # by texts; 0 is all
 MAIN = ("head", "lora", "adapter")
 WIDE = (*MAIN, "last-layer")
+# Those that earlier versions of the search have chosen
+OTHER_RATES = dict.fromkeys(("adapter", "adapter-parallel"), 6e-3) | dict.fromkeys(("last-layer", "prompts"), 2e-3)
+OTHER_RATES |= {"ia3": 0.2, "full": 6e-4}
 SIZED = ("lora", "adapter", "adapter-parallel", "lora-attention")
 
 
@@ -142,6 +145,10 @@ def parts() -> dict[str, list[Group]]:
 
     return {
         "r8": [main[method] for method in dict.fromkeys((*MAIN, *SIZED, *(m for m in METHODS if m != "full"), "full"))],
+        "other-rates": [
+            Group(_at("r8", HALF, method, LOW, lr=lr, head_lr=HEAD_LR), main[method].seeds)
+            for method, lr in OTHER_RATES.items()
+        ],
         "whole": list(whole.values()),
         "keep": kept(0.3),
         "20news": [

@@ -112,28 +112,6 @@ def _cells(done: Rows, part: str) -> list[list[str]]:
     return lines
 
 
-def other_rates(done: Rows) -> str:
-    """The first part's groups at rates that were tested too, and that the search does not choose."""
-    groups = plan.parts()["r8"]
-    all_found = results(done, groups)
-    lines = [["", "rate", "test", f"minus {NAMES['lora'].split(',')[0]}", "over seeds", "over texts"]]
-    for group in groups:
-        chosen = {spec.lr for spec in group.final(done)}
-        tested: dict[float, list[dict[str, str]]] = {}
-        for spec in sorted(done):
-            if (
-                spec.final
-                and spec.head_lr == plan.HEAD_LR
-                and dataclasses.replace(spec, lr=0.0, head_lr=0.0, seed=0, final=False) == group.at
-            ):
-                tested.setdefault(spec.lr, []).append(done[spec])
-        for rate in sorted(tested.keys() - chosen if chosen else ()):
-            result = Result(group, tested[rate])
-            cells = [NAMES[group.at.method], f"{rate:g}", percent(over_seeds(result.values("test")))]
-            lines.append([*cells, *_difference(result, all_found, AGAINST_ALL)])
-    return markdown(lines)
-
-
 def searches(done: Rows, method: str) -> dict[int, dict[float, float]]:
     """Validation accuracy on R8 with seed 0, by the number of parameters and the learning rate, in order."""
     found: dict[int, dict[float, float]] = {}

@@ -25,7 +25,7 @@ WHERE = Study(
     },
 )
 
-# Seven times the default learning rate here: the other defaults should survive a user's wrong guess of it.
+# Three times the default learning rate here: the other defaults should survive a user's wrong guess of it.
 STABILITY = Study(
     adapter=AdapterConfig(adapter_dim=64, layers=(-2, -1)),
     training=TrainConfig(epochs=2, batch_size=16, lr=2e-2, max_length=32, log_every=1),

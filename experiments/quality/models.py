@@ -44,7 +44,7 @@ class Model:
 
     def loss(self, texts: Texts, rows: Any) -> Tensor:
         """Of some rows, to train with."""
-        return self._loss(self._scored(texts, rows), texts.part.take(rows)) + self.applied.extra()
+        return self._loss(*self._scored(texts, rows)) + self.applied.extra()
 
     @torch.no_grad()
     def evaluate(self, texts: Texts) -> dict[str, Any]:
@@ -54,16 +54,17 @@ class Model:
         loss, count = 0.0, len(texts.part)
         for start in range(0, count, TEST_BATCH):
             rows = np.arange(start, min(start + TEST_BATCH, count))
-            scores, part = self._scored(texts, rows), texts.part.take(rows)
+            scores, part = self._scored(texts, rows)
             loss += float(self._loss(scores, part)) * len(part)
-            right += self._right(scores, part)
-            overlap += self._overlap(scores, part)
+            of_right, of_overlap = self._judged(scores, part)
+            right += of_right
+            overlap += of_overlap
         found = {"accuracy": sum(right) / count, "loss": loss / count, "right": np.array(right)}
         return found | ({"f1": sum(overlap) / count} if overlap else {})
 
-    def _scored(self, texts: Texts, rows: Any) -> Tensor:
-        x, lengths = texts(rows, self.applied)
-        return self._scores(self.applied.hidden(x, lengths), lengths, texts.part.take(rows))
+    def _scored(self, texts: Texts, rows: Any) -> tuple[Tensor, Part]:
+        (x, lengths), part = texts(rows, self.applied), texts.part.take(rows)
+        return self._scores(self.applied.hidden(x, lengths), lengths, part), part
 
     def _scores(self, hidden: Tensor, lengths: Tensor, part: Part) -> Tensor:
         raise NotImplementedError
@@ -71,11 +72,9 @@ class Model:
     def _loss(self, scores: Tensor, part: Part) -> Tensor:
         return F.cross_entropy(scores.flatten(0, scores.dim() - 2), torch.from_numpy(part.targets).flatten())
 
-    def _right(self, scores: Tensor, part: Part) -> list[bool]:
+    def _judged(self, scores: Tensor, part: Part) -> tuple[list[bool], list[float]]:
+        """Which texts are right, and of spans their F1."""
         raise NotImplementedError
-
-    def _overlap(self, scores: Tensor, part: Part) -> list[float]:
-        return []
 
 
 class Labels(Model):
@@ -85,9 +84,8 @@ class Labels(Model):
         scores: Tensor = self.head(mean(hidden, lengths))
         return scores
 
-    def _right(self, scores: Tensor, part: Part) -> list[bool]:
-        right: list[bool] = (scores.argmax(1).numpy() == part.targets).tolist()
-        return right
+    def _judged(self, scores: Tensor, part: Part) -> tuple[list[bool], list[float]]:
+        return (scores.argmax(1).numpy() == part.targets).tolist(), []
 
 
 class Spans(Model):
@@ -99,19 +97,14 @@ class Spans(Model):
         scores: Tensor = self.head(hidden).transpose(1, 2)
         return scores.masked_fill(outside[:, None], float("-inf"))
 
-    def _answers(self, scores: Tensor, part: Part) -> list[tuple[str, str]]:
-        """Each text's own answer, and the one that is given."""
-        found = []
+    def _judged(self, scores: Tensor, part: Part) -> tuple[list[bool], list[float]]:
+        right, overlap = [], []
         for (context, answer, offsets), begin, span in zip(part.texts, part.begins, best_spans(scores), strict=True):
             first, last = (int(i) - int(begin) for i in span)
-            found.append((answer, context[offsets[first][0] : offsets[last][1]]))
-        return found
-
-    def _right(self, scores: Tensor, part: Part) -> list[bool]:
-        return [exact_match(*answers) == 1 for answers in self._answers(scores, part)]
-
-    def _overlap(self, scores: Tensor, part: Part) -> list[float]:
-        return [f1(*answers) for answers in self._answers(scores, part)]
+            given = context[offsets[first][0] : offsets[last][1]]
+            right.append(exact_match(answer, given) == 1)
+            overlap.append(f1(answer, given))
+        return right, overlap
 
 
 class Written(Model):
@@ -124,10 +117,10 @@ class Written(Model):
     def _loss(self, scores: Tensor, part: Part) -> Tensor:
         return F.cross_entropy(scores, _tokens(part))
 
-    def _right(self, scores: Tensor, part: Part) -> list[bool]:
+    def _judged(self, scores: Tensor, part: Part) -> tuple[list[bool], list[float]]:
         wrong = scores.argmax(1) != _tokens(part)
         texts = _of_answers(part).nonzero()[:, 0]
-        return (torch.zeros(len(part)).index_add(0, texts, wrong.float()) == 0).tolist()
+        return (torch.zeros(len(part)).index_add(0, texts, wrong.float()) == 0).tolist(), []
 
 
 MODELS: dict[str, type[Model]] = {"label": Labels, "span": Spans, "text": Written}

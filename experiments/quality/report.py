@@ -31,15 +31,15 @@ NAMES = {
     "adapter-xavier": "adapter, Xavier init",
     "adapter-svd": "adapter, SVD init",
 }
-# Whom a part's rows are compared with: the same in all but the method, or these fields too
-AGAINST_ALL: dict[str, Any] = {"method": "lora", "lr": 0.0, "head_lr": 0.0}
+# Whom a part's rows are compared with, at the rates of its search: the same in all but the method, or but these fields
+AGAINST_ALL: dict[str, Any] = {"method": "lora"}
 AGAINST: dict[str, dict[str, Any]] = {
     "instructions": AGAINST_ALL | {"epochs": plan.EPOCHS[400]},
     "init": {"method": "adapter"},
     "warmup": {"warmup": Spec.warmup},
-    "steps": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
+    "steps": {"epochs": plan.EPOCHS[400]},
     "layers": {"first": plan.HALF[1]},
-    "defaults": {"epochs": plan.EPOCHS[400], "lr": 0.0, "head_lr": 0.0},
+    "defaults": {"epochs": plan.EPOCHS[400]},
 }
 SHORT = ("head", "lora", "adapter", "adapter-parallel", "full")
 
@@ -155,7 +155,7 @@ def _name(group: Group, part: str) -> str:
 
 
 def _difference(result: Result, all_found: Mapping[Group, Result], fields: Mapping[str, Any]) -> Sequence[str]:
-    at = dataclasses.replace(result.group.at, **fields)
+    at = dataclasses.replace(result.group.at, lr=0.0, head_lr=0.0, **fields)
     if result.group.at.method == "full":  # a row of the half's table, though it changes all layers
         at = dataclasses.replace(at, first=plan.HALF[1])
     other = next((found for group, found in all_found.items() if group.at == at), None)

@@ -1,5 +1,9 @@
 """Accelerate, set up for several runs in one process."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -37,3 +41,21 @@ def test_engines_that_would_not_work_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(engine))
     with pytest.raises(NotImplementedError, match=f"got {engine}: .* set shard=True"):
         make_accelerator("fp32", CPU)
+
+
+LAST = """
+import atexit, torch, torch.distributed as dist
+atexit.register(lambda: print(dist.is_initialized()))  # runs after all that are registered later
+from adapterkern.training.parallel.accelerator import make_accelerator
+{before}
+make_accelerator("fp32", torch.device("cpu"))
+assert dist.is_initialized()
+"""
+
+
+@pytest.mark.parametrize(("before", "left"), [("", False), ("dist.init_process_group('gloo')", True)])
+def test_a_group_that_a_run_has_made_is_left_before_the_interpreter_ends(before: str, left: bool) -> None:
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    started = [sys.executable, "-c", LAST.format(before=before)]
+    done = subprocess.run(started, env=os.environ | one, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{left}\n"

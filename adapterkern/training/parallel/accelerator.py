@@ -1,9 +1,11 @@
 """Accelerate set up for one run: autocast and the gradient scaler, on the device that the model is on."""
 
+import atexit
 import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
@@ -34,10 +36,13 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     cpu = device.type == "cpu" and not deepspeed
     # Overrides ACCELERATE_GRADIENT_ACCUMULATION_STEPS, by which accelerate would divide every gradient.
     undivided = GradientAccumulationPlugin(num_steps=1)
+    grouped = _in_group()
     with waits_told() if deepspeed else contextlib.nullcontext():  # DeepSpeed compiles its collectives
         accelerator = Accelerator(
             mixed_precision=mixed, cpu=cpu, device_placement=False, gradient_accumulation_plugin=undivided
         )
+    if _in_group() and not grouped:
+        atexit.register(_leave_group)
     accelerator.sync_gradients = True  # process-wide state; a user's own loop may have left it False
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         engine = accelerator.distributed_type.value
@@ -50,6 +55,20 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler(device.type)
     return accelerator
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _leave_group() -> None:
+    """End gloo's threads before Python's interpreter ends.
+
+    One that then lets go of the last collective's tensors aborts the process (pytorch issue 190489). A mesh's group
+    outlives this, in DTensor's caches. NCCL has no such threads, and its groups wait for each other.
+    """
+    if _in_group() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

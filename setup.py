@@ -26,7 +26,10 @@ from setuptools.errors import CompileError
 HERE = Path(__file__).resolve().parent
 # No contraction and no reassociation: see csrc/clipped_adamw.h. Square roots are vectorized only without errno.
 CXX_FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -fvisibility=hidden -Wall"
-NVCC_FLAGS = "-std=c++17 -O3 -fmad=false --threads 0 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = "-std=c++17 -O3 --threads 0 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
+OPTIMIZER_FLAGS = "-fmad=false"
+# Architectures with the clusters that csrc/adapter_cluster_kernel.h is written for. Their code runs on no other.
+CLUSTER_ARCHITECTURES = (90, 100)
 # The adapter's kernels for a CPU, once per instruction set (csrc/adapter_cpu.h); one that the compiler does not know is
 # left out. Contraction is what the products are made of. gcc 12 warns of its own intrinsics; clang lacks some warnings.
 _AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
@@ -47,7 +50,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {nvcc} {nvcc_flags} -MD -MF $out.d -c $in -o $out
+  command = {nvcc} {nvcc_flags} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -134,12 +137,18 @@ class BuildWithNinja(build_ext):
         flags = f"{CXX_FLAGS} -I{sysconfig.get_path('include')} -I{pybind11.get_include()} {more}"
         link = f"{cxx} -shared -pthread {more}"
         nvcc_flags = ""
+        own_flags: dict[str, str] = {}  # of a source, by its name
         if nvcc:
             flags += " -DADAPTERKERN_WITH_CUDA"
             known = architectures(nvcc)
             code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in known]
             code.append(f"-gencode arch=compute_{known[-1]},code=compute_{known[-1]}")
-            nvcc_flags = f"-ccbin {cxx} {NVCC_FLAGS} {' '.join(code)}"
+            nvcc_flags = f"-ccbin {cxx} {NVCC_FLAGS}"
+            own_flags["clipped_adamw_cuda"] = f"{OPTIMIZER_FLAGS} {' '.join(code)}"
+            if clusters := [arch for arch in known if arch in CLUSTER_ARCHITECTURES]:
+                flags += " -DADAPTERKERN_WITH_CLUSTERS"
+                code = [f"-gencode arch=compute_{arch}a,code=sm_{arch}a" for arch in clusters]
+                own_flags["adapter_cluster"] = " ".join(code)
             # Linked by nvcc, which finds its own libraries. The runtime is static and hidden: the module loads without
             # a driver, and beside a torch with another version of the runtime.
             link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xlinker --exclude-libs,ALL,-s -Xcompiler -pthread"
@@ -147,13 +156,15 @@ class BuildWithNinja(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         kernels = self.instruction_sets(cxx, flags)
         flags += "".join(f" -DAK_WITH_{name.upper()}" for name in kernels)
-        sources = [HERE / source for source in ext.sources if nvcc or not source.endswith(".cu")]
+        own_flags |= {f"adapter_cpu_{name}": f"{KERNEL_FLAGS} {own}" for name, own in kernels.items()}
+        sources = [HERE / source for source in ext.sources]
+        sources = [source for source in sources if source.suffix != ".cu" or source.stem in own_flags]
         sources += [HERE / f"csrc/adapter_cpu_{name}.cpp" for name in kernels]
         edges = []
         for source in sources:
             edges.append(f"build {source.name}.o: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
-            if (own := kernels.get(source.stem.removeprefix("adapter_cpu_"))) is not None:
-                edges.append(f"  flags = {KERNEL_FLAGS} {own}")
+            if source.stem in own_flags:
+                edges.append(f"  flags = {own_flags[source.stem]}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(
@@ -178,6 +189,7 @@ setup(
             [
                 *("csrc/bindings.cpp", "csrc/clipped_adamw_cpu.cpp", "csrc/clipped_adamw_cuda.cu"),
                 *("csrc/adapter_bindings.cpp", "csrc/adapter_cpu.cpp"),
+                *("csrc/cluster_bindings.cpp", "csrc/adapter_cluster.cu"),
             ],
             depends=sorted(f"csrc/{p.name}" for p in HERE.glob("csrc/*") if p.suffix == ".h" or "_cpu_" in p.name),
         )

@@ -74,12 +74,15 @@ const char* cuda_unavailable([[maybe_unused]] int device) {
 }  // namespace
 
 void bind_adapter(py::module_& m);
+void bind_clusters(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Over raw pointers: clipped AdamW, see csrc/clipped_adamw.h and adapterkern/optim/backends.py; the adapter on a "
-      "CPU, see csrc/adapter_cpu.h and adapterkern/ops/native.py.";
+      "CPU, see csrc/adapter_cpu.h and adapterkern/ops/native.py; its forward by clusters, see csrc/adapter_cluster.h and "
+      "adapterkern/ops/kernels/clusters.py.";
   bind_adapter(m);
+  bind_clusters(m);
   m.attr("TILE") = kTile;
   m.attr("WITH_CUDA") = kWithCuda;
 

@@ -124,6 +124,7 @@ def _run(argv: Sequence[str]) -> int:
 def _check_machine(command: str) -> None:
     """Refuse environment variables that no adapter could run under, and warn of too many threads."""
     ops.fused_enabled()
+    ops.kernels_asked()
     native.instruction_set()
     if command not in (budget.NAME, doctor.NAME):  # one computes nothing, and the other says more
         warn_of_threads()

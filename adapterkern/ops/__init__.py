@@ -11,14 +11,14 @@ native.py        the CPU kernel's door (csrc/adapter_cpu.h)
 readable.py      tensors as that kernel reads them
 rows.py          from any shape and several adapters to the rows of one, for these two
 kept.py          what is made of parameters, kept until they change
-kernels/         Triton
+kernels/         Triton, and the door of csrc/adapter_cluster.h
 index.py         whose index values are known, so that no call checks or sorts them again
 dropout.py       the mask of dropout, from a seed and a position
 graphs.py        whether a CUDA graph is being recorded
 """
 
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
-from adapterkern.ops.choice import backend, fused_enabled
+from adapterkern.ops.choice import backend, fused_enabled, kernels_asked
 from adapterkern.ops.operator import adapter
 
-__all__ = ["MAX_ADAPTER_DIM", "adapter", "backend", "fused_enabled"]
+__all__ = ["MAX_ADAPTER_DIM", "adapter", "backend", "fused_enabled", "kernels_asked"]

@@ -3,6 +3,8 @@
 eager         ``reference.adapter_eager``, around the operator: ``fused=False``, ``ADAPTERKERN_FUSED=0``, inputs on
               a CPU that are too small for the operator to pay, forward-mode AD and torch.func's transforms
 Triton        kernels/: CUDA tensors, and under ``TRITON_INTERPRET=1`` CPU tensors
+clusters      kernels/clusters.py: a second generation of some of the Triton kernels, in CUDA, where it is asked for or
+              has been seen right and faster
 native        native.py: other CPU tensors, where the extension has kernels for the machine
 closed form   closed_form.py: where it has none, and on any device fp64, which no kernels have
 """
@@ -29,6 +31,10 @@ NATIVE = "native CPU kernels"
 CLOSED_FORM = "closed form in PyTorch operations"
 TRITON = "Triton kernels"
 TRITON_INTERPRETED = "Triton kernels in the interpreter"
+CLUSTERS = "Triton kernels, the forward by clusters in CUDA"
+
+# By a card's name: the result under bench/results that shows the forward by clusters right and faster there.
+CLUSTERS_PROVEN: dict[str, str] = {}
 
 
 def fused_enabled() -> bool:
@@ -50,7 +56,8 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> t
     if kind == "cuda":
         if importlib.util.find_spec("triton") is None:
             return CLOSED_FORM, "triton is not installed"
-        return TRITON, "it is a GPU"
+        by_clusters, why = clusters(torch.device(device))
+        return (CLUSTERS, why) if by_clusters else (TRITON, f"it is a GPU; no forward by clusters: {why}")
     if INTERPRETED:
         return TRITON_INTERPRETED, "TRITON_INTERPRET=1 is set"
     if kind == "cpu":
@@ -61,12 +68,51 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> t
     return CLOSED_FORM, "it is not a GPU"
 
 
+def kernels_asked() -> str | None:
+    """The generation of GPU kernels that ``ADAPTERKERN_KERNELS`` asks for; None: the best that has been proven.
+
+    Raises:
+        ValueError: it is neither triton nor cluster.
+    """
+    asked = os.environ.get("ADAPTERKERN_KERNELS")
+    if asked not in (None, "triton", "cluster"):
+        raise ValueError(f"ADAPTERKERN_KERNELS: expected triton or cluster, got {asked!r}")
+    return asked
+
+
+def clusters(device: torch.device) -> tuple[bool, str]:
+    """Whether the forward on a GPU runs by clusters where it can, and why."""
+    asked = kernels_asked()
+    if asked == "triton":
+        return False, "ADAPTERKERN_KERNELS=triton is set"
+    proof = CLUSTERS_PROVEN.get(torch.cuda.get_device_name(device)) if CLUSTERS_PROVEN else None
+    if asked is None and proof is None:
+        return False, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
+    from adapterkern.ops.kernels.clusters import capacity  # Triton takes a third of a second to import
+
+    found, why_not = capacity(64, 4096, device)
+    if not found:
+        return False, why_not
+    return True, "ADAPTERKERN_KERNELS=cluster is set" if asked else f"bench/results/{proof}"
+
+
+@cache
+def runs_clusters(device: torch.device) -> bool:
+    """Whether the forward on ``device`` runs by clusters where it can; says so once if it was asked for in vain."""
+    if device.type != "cuda":
+        return False
+    found, why = clusters(device)
+    if not found and kernels_asked() == "cluster":
+        logger.warning("ADAPTERKERN_KERNELS=cluster: the Triton kernels run: %s", why)
+    return found
+
+
 @cache
 def runs_triton(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the operator runs as Triton kernels rather than the closed form; logged once per kind of x."""
     name, reason = backend(device_type, dtype)
     logger.info("fused adapters on %s in %s run as %s: %s", device_type, dtype, name, reason)
-    return name in (TRITON, TRITON_INTERPRETED)
+    return name in (TRITON, CLUSTERS, TRITON_INTERPRETED)
 
 
 @cache

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from adapterkern.ops import closed_form, native, rows
+from adapterkern.ops import choice, closed_form, native, rows
 from adapterkern.ops.choice import keys, keys_of_plain_tensors, operand_dtype, runs_native, runs_triton
 from adapterkern.ops.dropout import Drop
 
@@ -97,6 +97,7 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
     return launch.adapter_forward(
         x, weights, index, eps=eps, activation=activation, compute=compute_dtype or x.dtype, save=save,
         carried=prepared, residual=residual, factor=factor, gate=gate, dropout=dropout, seed=seed,
+        by_clusters=choice.runs_clusters(x.device),
     )  # fmt: skip
 
 

@@ -13,6 +13,9 @@ import torch
 from adapterkern.ops import choice, native
 
 HERE = "avx2, the best of avx2; small inputs run as eager PyTorch"
+GPU = (
+    "it is a GPU; no forward by clusters: no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
+)
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def _undecided() -> Iterator[None]:
         ("cpu", torch.float32, False, True, ("native CPU kernels", HERE)),
         ("cpu", torch.float32, True, True, ("Triton kernels in the interpreter", "TRITON_INTERPRET=1 is set")),
         ("cpu", torch.float64, True, True, ("closed form in PyTorch operations", "the kernels have no fp64")),
-        ("cuda:0", torch.bfloat16, False, True, ("Triton kernels", "it is a GPU")),
+        ("cuda:0", torch.bfloat16, False, True, ("Triton kernels", GPU)),
         ("cuda", torch.bfloat16, False, False, ("closed form in PyTorch operations", "triton is not installed")),
         ("cuda", torch.float64, False, True, ("closed form in PyTorch operations", "the kernels have no fp64")),
     ],
@@ -43,7 +46,8 @@ def test_the_choice_and_its_log_line(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.delenv("ADAPTERKERN_FUSED", raising=False)
+    for name in ("ADAPTERKERN_FUSED", "ADAPTERKERN_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(choice, "INTERPRETED", interpreted)
     monkeypatch.setattr(native, "instruction_set", lambda: ("avx2", "the best of avx2"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
@@ -56,6 +60,45 @@ def test_the_choice_and_its_log_line(
     assert [r.message for r in caplog.records] == [f"fused adapters on {kind} in {dtype} run as {name}: {reason}"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "proven", "capacity", "expected"),
+    [
+        (None, {}, (15, ""), (False, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)")),
+        (None, {"a card": "a-card/x.json"}, (15, ""), (True, "bench/results/a-card/x.json")),
+        (None, {"a card": "a-card/x.json"}, (0, "no driver"), (False, "no driver")),
+        ("triton", {"a card": "a-card/x.json"}, (15, ""), (False, "ADAPTERKERN_KERNELS=triton is set")),
+        ("cluster", {}, (15, ""), (True, "ADAPTERKERN_KERNELS=cluster is set")),
+        ("cluster", {}, (0, "no driver"), (False, "no driver")),
+    ],
+)
+def test_where_the_forward_runs_by_clusters(
+    asked: str | None,
+    proven: dict[str, str],
+    capacity: tuple[int, str],
+    expected: tuple[bool, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if asked is not None:
+        monkeypatch.setenv("ADAPTERKERN_KERNELS", asked)
+    monkeypatch.setattr(choice, "CLUSTERS_PROVEN", proven)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr("adapterkern.ops.kernels.clusters.capacity", lambda *_: capacity)
+    device = torch.device("cuda", 0)
+    assert choice.clusters(device) == expected
+    choice.runs_clusters.cache_clear()
+    for _ in range(2):
+        assert choice.runs_clusters(device) == expected[0]
+    choice.runs_clusters.cache_clear()
+    in_vain = ["ADAPTERKERN_KERNELS=cluster: the Triton kernels run: no driver"]
+    assert [r.message for r in caplog.records] == (in_vain if asked == "cluster" and not expected[0] else [])
+
+
+def test_no_card_is_said_to_be_proven_without_its_results() -> None:
+    results = Path(__file__).parents[2] / "bench" / "results"
+    assert all((results / file).is_file() for file in choice.CLUSTERS_PROVEN.values())
+
+
 def test_the_environment_turns_fused_adapters_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERKERN_FUSED", "0")
     assert choice.backend("cuda", torch.float64) == ("eager PyTorch", "ADAPTERKERN_FUSED=0 is set")
@@ -65,6 +108,12 @@ def test_another_word_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ADAPTERKERN_FUSED", "no")
     with pytest.raises(ValueError, match=r"^ADAPTERKERN_FUSED: expected 0 or 1, got 'no'$"):
         choice.backend("cpu")
+
+
+def test_another_generation_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKERN_KERNELS", "clusters")
+    with pytest.raises(ValueError, match=r"^ADAPTERKERN_KERNELS: expected triton or cluster, got 'clusters'$"):
+        choice.backend("cuda", torch.bfloat16)
 
 
 def test_without_kernels_the_closed_form_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import clusters
 from .dropout import NO_DROPOUT, Dropout, kept
 from .primitives import activate, dot, follow, narrow, partial_stages
 from .projection import block_moments, merge, project, project_plain, project_raw, row_shift
@@ -342,15 +343,19 @@ def forward(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     drop: Dropout = NO_DROPOUT,
+    by_clusters: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``.
 
-    Without LayerNorm mean and rstd are always None. ``gate`` is (T,), fp32.
+    Without LayerNorm mean and rstd are always None. ``gate`` is (T,), fp32. ``by_clusters``: as clusters.py does,
+    where it can.
     """
     T, d = x.shape
     tiles = tiles.reading(x, vec, prepared.A.dtype)
     sms = multiprocessors(x.device) if sms is None else sms
     of = routing(index, T, prepared.A, tiles.BT, sms)
+    if by_clusters and clusters.fit(x, prepared, of, residual, gate, drop.seed):
+        return clusters.forward(x, of, prepared, r=r, eps=eps, activation=activation, save=save)
     n_tiles = of.tiles(tiles.BT)
     splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)
 

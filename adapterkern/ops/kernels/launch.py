@@ -77,11 +77,13 @@ def adapter_forward(
     gate: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    by_clusters: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
 
     Without LayerNorm mean and rstd are always empty. ``carried``: the fields of a ``Prepared``; without it the weights
     are prepared, or found in the cache. ``gate`` is (T,), fp32; without a ``seed`` there is no dropout.
+    ``by_clusters`` as ``forward.forward`` takes it.
     """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d
@@ -106,6 +108,7 @@ def adapter_forward(
             residual=None if residual is None else _rows(residual, dense=False),
             gate=None if gate is None else gate.contiguous(),
             drop=NO_DROPOUT if seed is None else of_dropout(dropout, seed),
+            by_clusters=by_clusters,
         )
     none = torch.float32 if save else x.dtype
     z, mean, rstd = (x.new_empty(0, dtype=none) if t is None else t for t in saved)

@@ -1,0 +1,209 @@
+"""The forward by clusters, run on the host in random order (tests/ops/host_cluster), against fp64."""
+
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adapterkern.ops.kernels import clusters
+from adapterkern.ops.kernels.rows import Routing
+from adapterkern.ops.kernels.weights import padded_adapter_dim
+from adapterkern.ops.reference import ACTIVATIONS, Weights, adapter_eager, adapter_forward
+from tests.support import host_cluster
+from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
+
+FLOOR = 4 * torch.finfo(torch.bfloat16).eps
+# A mean of 15 deviations is just below the bound up to which rows go into the products unchanged.
+TABLE = {
+    **DISTRIBUTIONS,
+    "constant 6e4": lambda x: torch.full_like(x, 6e4),
+    "mean 15 sigma": lambda x: x + 15,
+    "one block's mean 1000 sigma": lambda x: torch.cat([x[:, :64] + 1000, x[:, 64:]], 1),
+    "squares that overflow": lambda x: 1e18 * (x + 3),
+}
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return host_cluster.build(tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(autouse=True)
+def on_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(clusters, "_C", host)
+    clusters.capacity.cache_clear()
+    yield
+    clusters.capacity.cache_clear()
+
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def run(
+    host: ModuleType, x: Tensor, weights: Weights, index: Tensor | None = None, *, narrow: bool = True, seed: int = 0,
+    ignored: int = -1, activation: str = "silu", save: bool = True,
+) -> Any:  # fmt: skip
+    """y, z, mean and rstd by the door that a GPU's tensors take. ``weights`` are (n, …) with an index."""
+    host.set(narrow, seed, ignored)
+    clusters.capacity.cache_clear()
+    prepared = host_cluster.prepared(weights if index is not None else Weights(*(w[None] for w in weights)))
+    of = Routing(len(x), len(x) if index is None else len(x) // len(index), index)
+    assert clusters.fit(x, prepared, of, None)
+    r = weights.down_weight.shape[-2]
+    return clusters.forward(x, of, prepared, r=r, eps=1e-5, activation=activation, save=save)
+
+
+def exact(x: Tensor, weights: Weights, activation: str = "silu") -> Result:
+    return adapter_forward(x.double(), Weights(*(w.double() for w in weights)), activation=activation)
+
+
+def same(a: Result, b: Result) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("distribution", TABLE)
+def test_error_table(host: ModuleType, distribution: str) -> None:
+    x, weights = TABLE[distribution](torch.randn(70, 240, dtype=torch.float64)).bfloat16(), make_weights(240, 20)
+    true = exact(x, weights)
+    eager = adapter_eager(x, Weights(*(w.bfloat16() for w in weights)))
+    y, z, mean, rstd = run(host, x, weights)
+    assert relative_error(y, true[0]) <= 2 * relative_error(eager, true[0]) + FLOOR
+    assert relative_error(z, true[1]) <= 8e-3
+    assert ((mean - true[2]) * true[3]).abs().max() <= 1e-3
+    assert relative_error(rstd, true[3]) <= 1e-4
+
+
+def test_what_is_not_finite_stays_in_its_row(host: ModuleType) -> None:
+    x, weights = torch.randn(70, 240).bfloat16(), make_weights(240, 20)
+    clean = run(host, x, weights)[0]
+    x[5, 100], x[9, 0], x[66] = float("nan"), float("inf"), float("-inf")
+    y = run(host, x, weights, seed=1)[0]
+    others = [row for row in range(70) if row not in (5, 9, 66)]
+    assert torch.equal(y[others], clean[others])
+    assert not y[[5, 9, 66]].isfinite().all(1).any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(host: ModuleType, activation: str) -> None:
+    x, weights = 3 * torch.randn(33, 128).bfloat16(), make_weights(128, 16)
+    y = run(host, x, weights, activation=activation)[0]
+    assert relative_error(y, exact(x, weights, activation)[0]) <= FLOOR
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 200),
+    units=st.integers(1, 40),
+    r=st.integers(1, 128),
+    gap=st.sampled_from([0, 8, 24]),
+    seed=st.integers(0, 1000),
+    save=st.booleans(),
+)
+def test_any_shape_and_order(host: ModuleType, rows: int, units: int, r: int, gap: int, seed: int, save: bool) -> None:
+    d = 16 * units
+    assume(clusters.shape(d, host.cluster_columns(padded_adapter_dim(r))) is not None)
+    torch.manual_seed(0)
+    x, weights = torch.randn(rows, d + gap).bfloat16()[:, :d], make_weights(d, r)
+    got = run(host, x, weights, seed=seed, save=save)
+    true = exact(x, weights)
+    error = (got[0].double() - true[0]).norm() / true[0].norm()
+    assert error <= FLOOR
+    assert all((t is not None) == save for t in got[1:])
+    if save:
+        assert same(got, run(host, x.contiguous(), weights, seed=seed + 1))
+
+
+@pytest.mark.parametrize(("d", "r"), [(4096, 64), (4096, 128), (1024, 32), (576, 16)])
+def test_the_configurations_that_a_gpu_gets(host: ModuleType, d: int, r: int) -> None:
+    x, weights = torch.randn(150, d).bfloat16(), make_weights(d, r)
+    x[40] += 100
+    got, true = run(host, x, weights, narrow=False), exact(x, weights)
+    assert relative_error(got[0], true[0]) <= FLOOR
+    assert relative_error(got[1], true[1]) <= FLOOR
+    assert same(got, run(host, x, weights, narrow=False, seed=1))
+
+
+def grouped(rows_each: int, index: list[int]) -> tuple[Tensor, Weights, Tensor]:
+    weights = Weights(*(torch.stack(w) for w in zip(*(make_weights(240, 20) for _ in range(3)), strict=True)))
+    x = torch.randn(rows_each * len(index), 240)
+    x[5::60] += 40  # shifted
+    return x.bfloat16(), weights, torch.tensor(index)
+
+
+# An adapter that changes within a cluster's rows, from tile to tile, and sequences without one in a row.
+GROUPS = {
+    "long": (37, [0, 0, 2, -1, 1, 1, 0, 2, 1]),
+    "short": (32, [0, 1, 2, -1, -1, -1, -1, -1, -1, 2, 1, 0, 1, 2] * 2),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_an_adapter_per_sequence(host: ModuleType, name: str) -> None:
+    rows_each, adapters = GROUPS[name]
+    x, weights, index = grouped(rows_each, adapters)
+    got = run(host, x, weights, index)
+    for i, e in enumerate(adapters):
+        rows = slice(i * rows_each, (i + 1) * rows_each)
+        if e < 0:
+            assert torch.equal(got[0][rows], x[rows])
+            assert not any(t[rows].any() for t in got[1:])
+        else:
+            alone = run(host, x[rows], Weights(*(w[e] for w in weights)), seed=e)
+            assert same(tuple(t[rows] for t in got), alone)
+
+
+BARRIER = re.compile(r"\b(wait|wait_read|fence_async|sync_warp|sync_threads|sync_cluster)\(")
+# A warp's instructions meet on the host, which is what these wait for; and no block's memory goes away there.
+UNSEEN = {
+    "sync_warp();  // before others of the warp read the bias",
+    "sync_warp();  // the cluster's barrier takes whole warps",
+    "sync_cluster();  // no block ends while another may still write into its shared memory",
+}
+
+
+@pytest.mark.slow
+def test_no_barrier_can_be_left_out(host: ModuleType) -> None:
+    """Each barrier of the kernel in turn: some order of events then ends in a wrong result, or in none."""
+    cases = [grouped(*GROUPS[name]) for name in GROUPS]
+    right = [run(host, *case) for case in cases]
+    lines = host_cluster.KERNEL.read_text().splitlines()
+    barriers = {n: line.strip() for n, line in enumerate(lines, 1) if BARRIER.search(line.partition("//")[0])}
+    assert len(barriers) > 15
+    assert set(barriers.values()) >= UNSEEN
+
+    def noticed(line: int) -> bool:
+        for seed in range(40):
+            for case, result in zip(cases, right, strict=True):
+                try:
+                    if not same(run(host, *case, seed=seed, ignored=line), result):
+                        return True
+                except RuntimeError:
+                    return True
+        return False
+
+    unseen = {text for n, text in barriers.items() if text not in UNSEEN and not noticed(n)}
+    assert not unseen
+
+
+def test_what_the_kernel_does_not_compute(host: ModuleType) -> None:
+    x, weights = torch.randn(64, 256).bfloat16(), Weights(*(w[None] for w in make_weights(256, 16)))
+    prepared, plain = host_cluster.prepared(weights), Routing(64, 64, None)
+    host.set(False, 0, -1)
+    assert clusters.fit(x, prepared, plain)
+    assert not clusters.fit(x.half(), prepared, plain)
+    assert not clusters.fit(x, prepared, plain, x)
+    assert not clusters.fit(x, prepared, Routing(64, 16, torch.zeros(4, dtype=torch.int64)))
+    assert not clusters.fit(x, prepared, Routing(64, 64, torch.arange(64), torch.tensor([0, 64])))
+    assert not clusters.fit(torch.randn(64, 260).bfloat16()[:, :256], prepared, plain)
+    assert all(clusters.shape(d, 512) is not None for d in range(16, 8193, 16))
+    assert next(d for d in range(16, 4097, 16) if clusters.shape(d, 256) is None) == 2064
+    assert clusters.shape(8192, 512) == clusters.Shape(16, 512)
+    assert clusters.shape(8208, 512) is None
+    assert clusters.shape(577, 512) is None
+    assert clusters.shape(4096, 0) is None

@@ -6,10 +6,10 @@
 //   update        m += (1-β1)(ĝ - m)    v = β2·v + (1-β2)·ĝ²    p -= lr·(wd·p + m / bc1 / (√v / √bc2 + eps))
 //                 with ĝ = scale·g, scale = ±inv_scale·min(1, max_norm / (norm + 1e-6)) and bc = 1 - βᵗ
 //
-// A float's square is exact in fp64, so neither the instruction set nor fused multiply-adds can change a sum whose
-// order is fixed: element e of a tile adds to lane e % kLanes, lanes fold in a tree, and slots likewise. The norm is
-// therefore the same to the bit on every device, grid and thread count. The update compiles without contraction on
-// both sides (-ffp-contract=off, -fmad=false): it is bound by memory, and all instruction sets then agree.
+// A tile's squares add up in two fp32 terms, because many GPUs have one fp64 unit for 64 of fp32; the slots, few, in fp64.
+// The order is fixed: element e of a tile adds to lane e % kLanes, lanes fold in a tree, and slots likewise. The norm is
+// therefore the same to the bit on every device, grid and thread count. Both sides compile without contraction
+// (-ffp-contract=off, -fmad=false): the update is bound by memory, and all instruction sets then agree.
 #pragma once
 
 #include <cmath>
@@ -137,6 +137,32 @@ AK_INLINE void from_float_stochastic(float x, uint32_t random, Bfloat16& out) {
   const bool finite = (bits & 0x7f800000) != 0x7f800000;
   out.bits = uint16_t((finite ? bits + (random & 0xffff) : bits) >> 16);
 }
+
+// ---- the sum of squares ----
+
+// A sum hi + lo: what rounding takes from hi is kept in lo. Of a tile's squares it is good to 2⁻³⁶, in practice to 2⁻⁴⁷.
+struct TwoTerms { float hi, lo; };
+
+AK_INLINE double add(double a, double b) { return a + b; }
+
+AK_INLINE TwoTerms add(TwoTerms a, TwoTerms b) {
+  const float hi = a.hi + b.hi, added = hi - a.hi;
+  const float lost = (a.hi - (hi - added)) + (b.hi - added);  // exact, whichever is larger: Knuth's TwoSum
+  return {hi, lost + (a.lo + b.lo)};
+}
+
+AK_INLINE double total(TwoTerms sum) { return double(sum.hi) + sum.lo; }
+
+// x², exact unless lo underflows. Without an FMA instruction it goes through fp64, where x² is exact too: the same bits.
+template <bool kFma>
+AK_INLINE TwoTerms square(float x) {
+  const float hi = x * x;
+  return {hi, kFma ? fmaf(x, x, -hi) : float(double(x) * x - hi)};
+}
+
+// Whether fp32's range held a tile's sum: no square overflowed (that leaves infinity or NaN), and what underflowed, up to
+// 2⁻¹⁵⁰ per element, is below 2⁻⁴⁷ of the sum. Otherwise (a tile of zeros, too) it is added up again, in fp64.
+AK_INLINE bool in_range(double sum) { return sum >= 0x1p-90 && sum < 0x1p128; }
 
 // ---- scalars ----
 

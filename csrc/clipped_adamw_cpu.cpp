@@ -61,25 +61,55 @@ AK_INLINE void prefetch(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + 8192 + byte);
 }
 
-AK_CLONES double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
-  double lane[kLanes] = {};
+// Calls f(lane, x) for each element of a tile, in order.
+template <typename F>
+AK_INLINE void for_each_element(const Tensor& t, int64_t begin, int n, float inv_scale, F f) {
   dispatch(t.kind, [&](auto rule) __attribute__((always_inline)) {
     const auto* grad = static_cast<const typename decltype(rule)::Gradient*>(t.grad) + begin;
-    const auto add = [&](int e, int i) __attribute__((always_inline)) {
-      const double x = to_float(grad[e + i]) * inv_scale;
-      lane[i] += x * x;
-    };
     int e = 0;
     for (; e + kLanes <= n; e += kLanes) {
       prefetch<kLanes>(grad + e);
-      for (int i = 0; i < kLanes; ++i) add(e, i);
+      for (int i = 0; i < kLanes; ++i) f(i, to_float(grad[e + i]) * inv_scale);
     }
-    for (int i = 0; e + i < n; ++i) add(e, i);
+    for (int i = 0; e + i < n; ++i) f(i, to_float(grad[e + i]) * inv_scale);
   });
-  double quad[kLanes / 4];  // a thread's four lanes first, then across the warp
-  for (int i = 0; i < kLanes / 4; ++i) quad[i] = (lane[4 * i] + lane[4 * i + 1]) + (lane[4 * i + 2] + lane[4 * i + 3]);
-  return fold<kLanes / 4>(quad);
 }
+
+// Sums side by side, the terms apart, to be vectorized.
+template <int kCount>
+struct Sums {
+  float hi[kCount], lo[kCount];
+  AK_INLINE TwoTerms at(int i) const { return {hi[i], lo[i]}; }
+  AK_INLINE void set(int i, TwoTerms sum) { hi[i] = sum.hi, lo[i] = sum.lo; }
+};
+
+template <bool kFma>
+AK_INLINE double add_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  Sums<kLanes> lanes{};
+  for_each_element(t, begin, n, inv_scale, [&](int i, float x) __attribute__((always_inline)) {
+    lanes.set(i, add(lanes.at(i), square<kFma>(x)));
+  });
+  Sums<kLanes / 4> quads;  // a thread's four lanes first, then across the warp
+  for (int i = 0; i < kLanes / 4; ++i)
+    quads.set(i, add(add(lanes.at(4 * i), lanes.at(4 * i + 1)), add(lanes.at(4 * i + 2), lanes.at(4 * i + 3))));
+  for (int half = kLanes / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) quads.set(i, add(quads.at(i), quads.at(i + half)));
+  const double sum = total(quads.at(0));
+  if (in_range(sum)) return sum;
+
+  double lane[kLanes] = {};
+  for_each_element(t, begin, n, inv_scale, [&](int i, float x) __attribute__((always_inline)) {
+    lane[i] += double(x) * x;
+  });
+  for (int i = 0; i < kLanes / 4; ++i) lane[i] = (lane[4 * i] + lane[4 * i + 1]) + (lane[4 * i + 2] + lane[4 * i + 3]);
+  return fold<kLanes / 4>(lane);
+}
+
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+constexpr bool kBaseFma = true;  // the instruction set that all of this is compiled for has it
+#else
+constexpr bool kBaseFma = false;
+#endif
 
 AK_CLONES void update_tile(const Tensor& t, int64_t begin, int n, const Step& step) {
   dispatch(t.kind, [&](auto rule) __attribute__((always_inline)) {
@@ -102,6 +132,21 @@ void clear_tile(const Tensor& t, int64_t begin, int n) {
 }
 
 }  // namespace
+
+// Clones by hand: target_clones cannot name AVX2 and FMA together. Outside of the unnamed namespace, where clang would take
+// the first two for unused.
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+__attribute__((target("avx512f"))) double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  return add_squares<true>(t, begin, n, inv_scale);
+}
+__attribute__((target("avx2,fma"))) double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  return add_squares<true>(t, begin, n, inv_scale);
+}
+__attribute__((target("default")))
+#endif
+double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  return add_squares<kBaseFma>(t, begin, n, inv_scale);
+}
 
 void sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* scalars, int threads) {
   const float inv_scale = inverse(clip.grad_scale);

@@ -93,13 +93,22 @@ __device__ __forceinline__ void store(T* p, const Quad<T>& q, bool wide, int n) 
 }
 __device__ __forceinline__ void store(Nothing*, const Quad<Nothing>&, bool, int) {}
 
-// kFull: the tile is full and aligned. A warp then keeps kBatch loads in flight, 4 KiB. Otherwise the two blocks per SM
-// that 8 M parameters give would not cover the latency of device memory.
-template <bool kFull, typename Grad>
-__device__ double tile_squares(const Grad* grad, int n, float inv_scale) {
+__device__ __forceinline__ double exchange(double sum, int offset) { return __shfl_xor_sync(~0u, sum, offset); }
+__device__ __forceinline__ TwoTerms exchange(TwoTerms sum, int offset) {
+  return {__shfl_xor_sync(~0u, sum.hi, offset), __shfl_xor_sync(~0u, sum.lo, offset)};
+}
+
+__device__ __forceinline__ void add_square(double& sum, float x) { sum += double(x) * x; }
+__device__ __forceinline__ void add_square(TwoTerms& sum, float x) { sum = add(sum, square<true>(x)); }
+
+// The sum of a tile's squares, in every thread of the warp: add() commutes. kFull: the tile is full and aligned. A warp
+// then keeps kBatch loads in flight, 4 KiB. Otherwise the two blocks per SM that 8 M parameters give would not cover the
+// latency of device memory.
+template <typename Sum, bool kFull, typename Grad>
+__device__ Sum tile_squares(const Grad* grad, int n, float inv_scale) {
   constexpr int kBatch = kFull ? 8 : 1;
   const bool wide = kFull || aligned(grad);
-  double lane[4] = {};
+  Sum lane[4] = {};
   for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kTile : n); e += kBatch * kLanes) {
     Quad<Grad> g[kBatch];
 #pragma unroll
@@ -107,18 +116,16 @@ __device__ double tile_squares(const Grad* grad, int n, float inv_scale) {
     if constexpr (kFull) __syncwarp();  // keeps ptxas from moving each load back to its use, to save registers
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
-      for (int i = 0; i < 4; ++i) {
-        const double x = to_float(g[j].at[i]) * inv_scale;  // absent elements add +0, which changes no sum of squares
-        lane[i] += x * x;
-      }
+      for (int i = 0; i < 4; ++i) add_square(lane[i], to_float(g[j].at[i]) * inv_scale);  // absent elements add 0
   }
-  double sum = (lane[0] + lane[1]) + (lane[2] + lane[3]);
-  for (int offset = 16; offset; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
+  Sum sum = add(add(lane[0], lane[1]), add(lane[2], lane[3]));
+  for (int offset = 16; offset; offset /= 2) sum = add(sum, exchange(sum, offset));
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_squares_kernel(const __grid_constant__ Chunk chunk, const Clip clip,
-                                                               double* slots, Scalars* scalars, bool last_chunk) {
+// Three blocks per SM: with room for four ptxas spills on sm_80.
+__global__ void __launch_bounds__(kThreads, 3) sum_squares_kernel(const __grid_constant__ Chunk chunk, const Clip clip,
+                                                                  double* slots, Scalars* scalars, bool last_chunk) {
   const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32;
   if (index < chunk.tiles) {
     const uint32_t tile = chunk.first_tile + index;
@@ -129,8 +136,9 @@ __global__ void __launch_bounds__(kThreads) sum_squares_kernel(const __grid_cons
       using Grad = typename decltype(rule)::Gradient;
       const Grad* grad = static_cast<const Grad*>(t.grad) + begin;
       const float inv_scale = inverse(clip.grad_scale);
-      const double sum = n == kTile && aligned(grad) ? tile_squares<true>(grad, n, inv_scale)
-                                                     : tile_squares<false>(grad, n, inv_scale);
+      double sum = total(n == kTile && aligned(grad) ? tile_squares<TwoTerms, true>(grad, n, inv_scale)
+                                                     : tile_squares<TwoTerms, false>(grad, n, inv_scale));
+      if (!in_range(sum)) sum = tile_squares<double, false>(grad, n, inv_scale);
       if (threadIdx.x % 32 == 0) slots[tile] = sum;
     });
     if (begin == 0 && threadIdx.x % 32 == 0) *t.step += 1;  // update() takes it back if the step is skipped

@@ -1,6 +1,6 @@
 """ClippedAdamW: clip_grad_norm_ and AdamW in two passes over the parameters, without a host synchronization.
 
-    norm = √(Σ g²)                 over all parameters, in fp64, in a fixed order
+    norm = √(Σ g²)                 over all parameters, in two fp32 terms per tile and fp64, in a fixed order
     ĝ    = g · min(1, max_norm / (norm + 1e-6))
     m   += (1 − β₁)(ĝ − m)         v = β₂·v + (1 − β₂)·ĝ²
     p   −= lr · (weight_decay·p + m / (1 − β₁ᵗ) / (√(v / (1 − β₂ᵗ)) + eps))

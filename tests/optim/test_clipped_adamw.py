@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapterkern.optim import ClippedAdamW, backend, backends
-from tests.support.optim_oracle import TILE, Oracle, parameters, set_grads, worst
+from tests.support.optim_oracle import TILE, Oracle, hostile_gradients, parameters, set_grads, worst
 
 SIZES = [0, 1, 3, TILE - 1, TILE, TILE + 1, 65535, 65536, 65537]
 needs_extension = pytest.mark.skipif(
@@ -107,38 +107,60 @@ def test_five_hundred_tensors_and_as_many_groups(any_backend: str) -> None:
 # ---- the order of summation ----
 
 
+def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sums in fp64, or in two fp32 terms, which lie along the first axis."""
+    if a.dtype == np.float64:
+        return a + b
+    hi = a[0] + b[0]
+    added = hi - a[0]
+    return np.stack([hi, ((a[0] - (hi - added)) + (b[0] - added)) + (a[1] + b[1])])
+
+
 def fold(lanes: np.ndarray) -> np.ndarray:
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
+        lanes = add(lanes[..., :half], lanes[..., half:])
     return lanes[..., 0]
 
 
-def documented_norm(grads: list[torch.Tensor]) -> np.float32:
-    """The norm in the order that clipped_adamw.h documents, in numpy."""
+def fold_tile(rows: np.ndarray) -> np.ndarray:
+    lanes = np.zeros_like(rows[0])
+    for row in rows:
+        lanes = add(lanes, row)
+    a, b, c, d = (lanes[..., i::4] for i in range(4))
+    return fold(add(add(a, b), add(c, d)))
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def documented_square(grads: list[torch.Tensor]) -> float:
+    """The squared norm in the order that clipped_adamw.h documents, in numpy."""
     slots = []
     for grad in grads:
-        squares = grad.numpy().astype(np.float64) ** 2
-        tiles = max(1, -(-squares.size // TILE))
-        padded = np.zeros(tiles * TILE)
-        padded[: squares.size] = squares
+        tiles = max(1, -(-grad.numel() // TILE))
+        padded = np.zeros(tiles * TILE, np.float32)
+        padded[: grad.numel()] = grad.numpy()
         for tile in padded.reshape(tiles, TILE // 128, 128):
-            lanes = np.zeros(128)
-            for row in tile:
-                lanes = lanes + row
-            quads = lanes.reshape(32, 4)
-            slots.append(fold((quads[:, 0] + quads[:, 1]) + (quads[:, 2] + quads[:, 3])))
+            squares = tile.astype(np.float64) ** 2  # exact
+            hi = squares.astype(np.float32)
+            terms = fold_tile(np.stack([hi, (squares - hi).astype(np.float32)], axis=1)).astype(np.float64)
+            held = 2.0**-90 <= terms.sum() < 2.0**128
+            slots.append(terms.sum() if held else fold_tile(squares))
     lanes = np.zeros(256)
     for i, slot in enumerate(slots):
         lanes[i % 256] += slot
-    return np.float32(np.sqrt(fold(lanes)))
+    return float(fold(lanes))
+
+
+def squared_norm(optimizer: ClippedAdamW) -> float:
+    assert optimizer._plan is not None
+    return optimizer._plan.buckets[0].passes.squared_norm.item()
 
 
 @needs_extension
 def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads() -> None:
     params = parameters([*SIZES, 1_300_000])
     assert backends._C.TILE == TILE
-    norms, results = [], []
+    norms, squares, results = [], [], []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5):
@@ -148,11 +170,29 @@ def test_norm_follows_the_documented_order_to_the_bit_on_any_number_of_threads()
             grads = set_grads(copies, 0)
             optimizer.step()
             norms.append(optimizer.grad_norm.item())
+            squares.append(squared_norm(optimizer))
             results.append(torch.cat([p.detach() for p in copies]))
     finally:
         torch.set_num_threads(before)
-    assert set(norms) == {float(documented_norm(grads))}
+    assert set(squares) == {documented_square(grads)}
+    assert set(norms) == {float(np.float32(np.sqrt(squares[0])))}
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_extension
+@pytest.mark.parametrize("name", hostile_gradients())
+def test_the_norm_of_hostile_gradients_is_fp64s(name: str) -> None:
+    grad = hostile_gradients()[name]
+    exact = math.fsum((grad.double() ** 2).tolist())  # a float's square is exact in fp64
+    p = nn.Parameter(torch.zeros_like(grad))
+    optimizer = ClippedAdamW([p])
+    p.grad = grad
+    optimizer.step()
+    assert squared_norm(optimizer) == documented_square([grad])
+    assert squared_norm(optimizer) == pytest.approx(exact, rel=2.0**-44, abs=0)
+    # The terms' error, up to 2⁻³⁶, moves fp32's rounding of the norm only where it lies between two floats.
+    assert optimizer.grad_norm.item() == pytest.approx(math.sqrt(exact), rel=2.0**-23)
+    assert optimizer.skipped == 0
 
 
 @needs_extension

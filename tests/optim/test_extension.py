@@ -14,6 +14,7 @@ import pybind11
 import pytest
 
 from adapterkern.optim import backend
+from tests.support.optim_oracle import hostile_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = shutil.which("g++")
@@ -34,13 +35,13 @@ if sys.argv[1] != "twin":
     spec.loader.exec_module(kernels)
     on_device_0 = vars(kernels) | {"Where": lambda *_: kernels.Where(0, 1, 0)}
     sys.modules["adapterkern._C"] = types.SimpleNamespace(**on_device_0)
-from tests.support.optim_oracle import TILE, parameters, set_grads
+from tests.support.optim_oracle import TILE, hostile_gradients, parameters, set_grads
 from adapterkern.optim import ClippedAdamW, backend
 assert backend("cpu")[0] == "cpu twin"
 
 def digest(params, optimizer):
     kept = [t for p in params for t in (p.detach(), p.grad, *optimizer.state[p].values())]
-    kept += [optimizer.grad_norm, optimizer.skipped]
+    kept += [optimizer.grad_norm, optimizer.skipped, optimizer._plan.buckets[0].passes.squared_norm]
     flat = [t.contiguous().view(-1).view(torch.uint8) for t in kept]
     return hashlib.sha256(torch.cat(flat).numpy().tobytes()).hexdigest()
 
@@ -55,6 +56,12 @@ for (dtype, how), misaligned in itertools.product([(torch.float32, "master"), *l
             grads[-1][TILE] = float("inf")
         optimizer.step()
     print(dtype, how, misaligned, digest(params, optimizer))
+for name, grad in hostile_gradients().items():
+    params = parameters([grad.numel()])
+    optimizer = ClippedAdamW(params)
+    params[0].grad = grad
+    optimizer.step()
+    print(name, digest(params, optimizer))
 params = parameters([i % 7 for i in range(900)])
 optimizer = ClippedAdamW([{"params": [p], "lr": 1e-3 * (1 + i // 3)} for i, p in enumerate(params)])
 for step in range(2):
@@ -99,5 +106,28 @@ def test_the_cuda_kernels_and_the_twin_agree_to_the_bit(emulated: Path) -> None:
         return done.stdout.splitlines()
 
     on_kernels, on_twin = run(emulated), run("twin")
-    assert len(on_twin) == 9
+    assert len(on_twin) == 9 + len(hostile_gradients())
     assert on_kernels == on_twin
+
+
+SQUARES = """
+#include <cstdio>
+#include "clipped_adamw.h"
+using namespace adapterkern;
+int main() {
+  for (uint32_t i = 0; i < 1u << 22; ++i) {
+    const float x = bits_float(mix(i) & 0x7fffffff);
+    const TwoTerms with = square<true>(x), without = square<false>(x);
+    if (memcmp(&with, &without, sizeof with) && x <= 0x1.fffffep127f) return printf("%a", x), 1;
+  }
+}
+"""
+
+
+def test_squares_are_the_same_with_and_without_fma(tmp_path: Path) -> None:
+    """The twin takes one way or the other, by the CPU's instruction set."""
+    (tmp_path / "squares.cpp").write_text(SQUARES)
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([str(CXX), *flags, tmp_path / "squares.cpp", "-o", tmp_path / "squares"], check=True)
+    ran = subprocess.run([tmp_path / "squares"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"differs at {ran.stdout}"

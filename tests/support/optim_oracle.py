@@ -61,6 +61,38 @@ def set_grads(params: Sequence[nn.Parameter], step: int, scale: float = 1.0) -> 
     return [p.grad for p in params]  # type: ignore[misc]  # set above
 
 
+def hostile_gradients() -> dict[str, Tensor]:
+    """Gradients that a sum of squares in fp32 gets wrong or cannot hold, by what is hard about them."""
+    generator = torch.Generator().manual_seed(7)
+    count = 2 * TILE + 77
+
+    def of_exponents(low: int, high: int) -> Tensor:
+        mantissa = 1 + torch.rand(count, generator=generator, dtype=torch.float64)
+        exponent = torch.randint(low, high + 1, (count,), generator=generator)
+        return torch.ldexp(mantissa, exponent).float()
+
+    ordinary = of_exponents(-60, 50)
+    top = 2.0 - 2.0**-23  # its square has the most bits that one term cannot hold
+    tiles = [1e25, 1.0, 1e-45, 0.0, 1e-25, 1e36, 1e-12]
+    return {
+        "ordinary exponents": ordinary,
+        "ascending": ordinary.sort().values,
+        "descending": ordinary.sort(descending=True).values,
+        "every exponent": of_exponents(-149, 110),
+        "subnormals": of_exponents(-149, -127),
+        "one large": torch.cat([torch.ones(1), torch.full((count,), 2.0**-25)]),
+        "one large, squares that underflow": torch.cat([torch.ones(1), torch.full((count,), 1e-30)]),
+        "large with each small": torch.tensor([top, top * 2.0**-13]).repeat(count),
+        "all equal": torch.full((count,), top),
+        "sums just held": torch.full((TILE,), top * 2.0**56),
+        "sums just not held": torch.full((TILE,), 2.0**58),
+        "sums large enough": torch.full((TILE,), 2.0**-51),
+        "sums too small": torch.full((TILE,), top * 2.0**-52),
+        "a tile of each": torch.cat([torch.full((TILE,), value) for value in tiles]),
+        "an element of each": torch.tensor(tiles).repeat(count),
+    }
+
+
 def worst(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest error over all elements, relative to the largest expected value."""
     top = max((e.abs().max().item() for e in expected if e.numel()), default=0.0)

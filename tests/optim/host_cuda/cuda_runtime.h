@@ -13,7 +13,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
 
@@ -42,11 +42,11 @@ template <typename T> T __ldcs(const T* p) { return *p; }
 template <typename T> T __ldcg(const T* p) { return *p; }
 template <typename T> void __stcs(T* p, T v) { *p = v; }
 
-inline double __shfl_down_sync(unsigned, double v, int offset) {
-  const unsigned t = threadIdx.x;
-  host_cuda::exchanged[t] = v;
+template <typename T>
+T __shfl_xor_sync(unsigned, T v, int offset) {
+  host_cuda::exchanged[threadIdx.x] = v;
   __syncwarp();
-  const double got = t % 32 + offset < 32 ? host_cuda::exchanged[t + offset] : v;
+  const T got = T(host_cuda::exchanged[threadIdx.x ^ unsigned(offset)]);
   __syncwarp();
   return got;
 }

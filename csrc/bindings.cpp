@@ -28,10 +28,12 @@ constexpr bool kWithCuda = false;
   if (error) throw std::runtime_error(std::string("adapterkern's CUDA kernels: ") + error);
 }
 
-// Where to run: on the CPU with `threads` if device < 0, otherwise on a CUDA device and its stream.
+// Where to run: on the CPU with `threads` if device < 0, otherwise on a CUDA device and its stream. `early`: the update may
+// start before the norm's pass is complete, where launches_early(device).
 struct Where {
   int device, threads;
   uintptr_t stream;
+  bool early;
 };
 
 void sum_squares(const Table& table, const Clip& clip, uintptr_t slots, uintptr_t scalars, const Where& at) {
@@ -56,7 +58,7 @@ void update(const Table& table, const std::vector<Group>& groups, uintptr_t scal
   py::gil_scoped_release release;
 #ifdef ADAPTERKERN_WITH_CUDA
   if (at.device >= 0)
-    return check(cuda::update(table, groups, pointer<Scalars>(scalars), clear_grads, seed, at.device,
+    return check(cuda::update(table, groups, pointer<Scalars>(scalars), clear_grads, seed, at.early, at.device,
                               pointer<void>(at.stream)));
 #endif
   cpu::update(table, groups, pointer<Scalars>(scalars), clear_grads, seed, at.threads);
@@ -68,6 +70,15 @@ const char* cuda_unavailable([[maybe_unused]] int device) {
   return cuda::unavailable(device);
 #else
   return "the extension was built without CUDA kernels, because no CUDA toolkit was found or it failed";
+#endif
+}
+
+// Whether the update's launch on CUDA device `device` may be early.
+bool launches_early([[maybe_unused]] int device) {
+#ifdef ADAPTERKERN_WITH_CUDA
+  return cuda::launches_early(device);
+#else
+  return false;
 #endif
 }
 
@@ -118,12 +129,13 @@ PYBIND11_MODULE(_C, m) {
                     float(max_norm)};
       }));
 
-  py::class_<Where>(m, "Where").def(py::init([](int device, int threads, uintptr_t stream) {
-    return Where{device, threads, stream};
+  py::class_<Where>(m, "Where").def(py::init([](int device, int threads, uintptr_t stream, bool early) {
+    return Where{device, threads, stream, early};
   }));
 
   m.def("sum_squares", &sum_squares);
   m.def("finish", &finish_scalars);
   m.def("update", &update);
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("device"));
+  m.def("launches_early", &launches_early, py::arg("device"));
 }

@@ -277,9 +277,10 @@ void update(const Table&, const std::vector<Group>&, const Scalars*, bool clear_
 namespace cuda {
 const char* sum_squares(const Table&, const Clip&, double* slots, Scalars*, int device, void* stream);
 const char* finish(const Clip&, Scalars*, int device, void* stream);
-const char* update(const Table&, const std::vector<Group>&, const Scalars*, bool clear_grads, uint32_t seed, int device,
-                   void* stream);
+const char* update(const Table&, const std::vector<Group>&, const Scalars*, bool clear_grads, uint32_t seed, bool early,
+                   int device, void* stream);
 const char* unavailable(int device);
+bool launches_early(int device);
 }  // namespace cuda
 
 }  // namespace adapterkern

@@ -5,6 +5,11 @@
 // everything else that it touches for early eviction: with plain loads, p, m and v would push out all but the last 2.5 M
 // gradients of a 50 MB L2.
 // Two launches for up to kMaxTensors tensors; more go in chunks, which changes no bit of the result.
+//
+// From sm_90 on, K2 may be launched early (programmatic dependent launch): its blocks start where K1 leaves room, find
+// their tensors and load their first elements. Only what K1 writes (steps, scalars) and whatever K2 writes waits for K1:
+// K1 itself is launched normally, so that all that came before it, gradients and the last K2 among them, is complete. K2
+// never triggers, so that what follows it waits for all of it, a further chunk's K2 included.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -30,6 +35,20 @@ struct Chunk {
   uint32_t first_tensor, first_tile, tiles;
 };
 static_assert(sizeof(Chunk) + sizeof(Clip) + 64 <= 32764, "a chunk must fit the kernel parameters");
+
+// Lets the next kernel of the stream start, if it is launched early. It must call wait_for_previous_kernel().
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// Until the kernels before this one are complete and what they wrote can be read; no wait if it was launched normally.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
 
 // The tensor that owns `tile`: the last one that starts at or before it.
 __device__ __forceinline__ int owner(const Chunk& chunk, uint32_t tile) {
@@ -126,6 +145,7 @@ __device__ Sum tile_squares(const Grad* grad, int n, float inv_scale) {
 // Three blocks per SM: with room for four ptxas spills on sm_80.
 __global__ void __launch_bounds__(kThreads, 3) sum_squares_kernel(const __grid_constant__ Chunk chunk, const Clip clip,
                                                                   double* slots, Scalars* scalars, bool last_chunk) {
+  let_next_kernel_start();
   const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32;
   if (index < chunk.tiles) {
     const uint32_t tile = chunk.first_tile + index;
@@ -192,20 +212,41 @@ struct Pointers {
   }
 };
 
-template <bool kFull, typename Rule>
-__device__ void update_share(const Pointers<Rule>& at, uint32_t begin, int n, const Step& s) {
+// Four adjacent elements of everything that K2 reads.
+template <typename Rule>
+struct Elements {
+  Quad<typename Rule::Main> main;
+  Quad<typename Rule::Gradient> grad;
+  Quad<float> exp_avg, exp_avg_sq;
+  Quad<typename Rule::Rounded> rounded;
+
+  __device__ void read(const Pointers<Rule>& at, int e, bool wide, int n) {
+    main = load<true>(at.main + e, wide, n - e);
+    grad = load<true>(at.grad + e, wide, n - e);
+    exp_avg = load<true>(at.exp_avg + e, wide, n - e);
+    exp_avg_sq = load<true>(at.exp_avg_sq + e, wide, n - e);
+    rounded = load<true>(at.rounded + e, wide, n - e);
+  }
+};
+
+// `ready(s)` waits for K1 and sets s; false: the step is skipped. Only a full share is read from before: registers.
+template <bool kFull, typename Rule, typename Ready>
+__device__ void update_share(const Pointers<Rule>& at, uint32_t begin, int n, Ready ready) {
+  const int first = 4 * (threadIdx.x % 32);
+  Elements<Rule> x{};
+  if (kFull) x.read(at, first, true, n);
+  Step s;
+  if (!ready(s)) return;
   const bool all_aligned = kFull || at.all_aligned();
-  for (int e = 4 * (threadIdx.x % 32); e < (kFull ? kShare : n); e += kLanes) {
+  for (int e = first; e < (kFull ? kShare : n); e += kLanes) {
     const bool wide = kFull || (all_aligned && e + 4 <= n);
-    auto p = load<true>(at.main + e, wide, n - e);
-    const auto g = load<true>(at.grad + e, wide, n - e);
-    auto m = load<true>(at.exp_avg + e, wide, n - e), v = load<true>(at.exp_avg_sq + e, wide, n - e);
-    auto r = load<true>(at.rounded + e, wide, n - e);
-    for (int i = 0; i < 4; ++i) Rule::apply(s, begin + e + i, p.at[i], g.at[i], m.at[i], v.at[i], r.at[i]);
-    store(at.main + e, p, wide, n - e);
-    store(at.exp_avg + e, m, wide, n - e);
-    store(at.exp_avg_sq + e, v, wide, n - e);
-    store(at.rounded + e, r, wide, n - e);
+    if (!kFull || e != first) x.read(at, e, wide, n);
+    for (int i = 0; i < 4; ++i)
+      Rule::apply(s, begin + e + i, x.main.at[i], x.grad.at[i], x.exp_avg.at[i], x.exp_avg_sq.at[i], x.rounded.at[i]);
+    store(at.main + e, x.main, wide, n - e);
+    store(at.exp_avg + e, x.exp_avg, wide, n - e);
+    store(at.exp_avg_sq + e, x.exp_avg_sq, wide, n - e);
+    store(at.rounded + e, x.rounded, wide, n - e);
   }
 }
 
@@ -224,17 +265,21 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   const Tensor& t = chunk.tensors[ordinal];
   const int64_t begin = int64_t(tile - t.first_tile) * kTile + (last - index) % kShares * kShare;
   const int n = int(min(int64_t(kShare), t.count - begin));  // <= 0 past the tensor's end
-  const Scalars s = *scalars;
-  if (s.skipped != 0 && begin == 0 && threadIdx.x % 32 == 0) *t.step -= 1;
+  const auto ready = [&](Step& step) {
+    wait_for_previous_kernel();
+    const Scalars s = *scalars;
+    if (s.skipped == 0)
+      step = make_step(chunk.groups[t.group], s, *t.step, seed, chunk.first_tensor + ordinal);
+    else if (begin == 0 && threadIdx.x % 32 == 0)
+      *t.step -= 1;
+    return s.skipped == 0;
+  };
   dispatch(t.kind, [&](auto rule) {
     const Pointers<decltype(rule)> at(t, begin);
-    if (s.skipped == 0) {
-      const Step step = make_step(chunk.groups[t.group], s, *t.step, seed, chunk.first_tensor + ordinal);
-      if (n == kShare && at.all_aligned())
-        update_share<true>(at, uint32_t(begin), n, step);
-      else
-        update_share<false>(at, uint32_t(begin), n, step);
-    }
+    if (n == kShare && at.all_aligned())
+      update_share<true>(at, uint32_t(begin), n, ready);
+    else
+      update_share<false>(at, uint32_t(begin), n, ready);
     if (clear_grads) clear_share(at.grad, n);
   });
 }
@@ -272,10 +317,15 @@ struct DeviceGuard {
 
 const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// One thread for each lane of `warps` warps.
+// One thread for each lane of `warps` warps. `early`: the kernel may start before the previous one is complete.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), uint32_t warps, void* stream, Args&&... args) {
+cudaError_t launch(void (*kernel)(Params...), uint32_t warps, void* stream, bool early, Args&&... args) {
+  cudaLaunchAttribute serialization{};
+  serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  serialization.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
+  config.attrs = &serialization;
+  config.numAttrs = early;
   config.gridDim = dim3((warps + kWarps - 1) / kWarps);
   config.blockDim = dim3(kThreads);
   config.stream = cudaStream_t(stream);
@@ -292,24 +342,24 @@ const char* sum_squares(const Table& table, const Clip& clip, double* slots, Sca
   for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
     first = fill(chunk, table, nullptr, first);
     const bool last_chunk = first == table.tensors.size();
-    error = launch(sum_squares_kernel, chunk.tiles, stream, chunk, clip, slots, scalars, last_chunk);
+    error = launch(sum_squares_kernel, chunk.tiles, stream, false, chunk, clip, slots, scalars, last_chunk);
   }
   return describe(error);
 }
 
 const char* finish(const Clip& clip, Scalars* scalars, int device, void* stream) {
   const DeviceGuard guard(device);
-  return describe(launch(finish_kernel, 1, stream, clip, scalars));
+  return describe(launch(finish_kernel, 1, stream, false, clip, scalars));
 }
 
 const char* update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
-                   uint32_t seed, int device, void* stream) {
+                   uint32_t seed, bool early, int device, void* stream) {
   const DeviceGuard guard(device);
   Chunk chunk;
   cudaError_t error = cudaSuccess;
   for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
     first = fill(chunk, table, &groups, first);
-    error = launch(update_kernel, chunk.tiles * kShares, stream, chunk, scalars, clear_grads, seed);
+    error = launch(update_kernel, chunk.tiles * kShares, stream, early, chunk, scalars, clear_grads, seed);
   }
   return describe(error);
 }
@@ -320,6 +370,15 @@ const char* unavailable(int device) {
   const cudaError_t error = cudaFuncGetAttributes(&attributes, update_kernel);
   cudaGetLastError();  // a missing driver or architecture is an answer here, not an error for the next caller
   return describe(error);
+}
+
+bool launches_early(int device) {
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes{};
+  int driver = 0;
+  // Code for sm_80 that runs on a newer device does not wait. Older drivers do not capture such launches in graphs.
+  return cudaFuncGetAttributes(&attributes, update_kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+         cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
 }
 
 }  // namespace adapterkern::cuda

@@ -136,13 +136,15 @@ class KernelPasses:
         self.squared_norm = self._scalars[0]
         floats = self._scalars.view(torch.float32)
         self.norm, self.skipped = floats[2], floats[4]
+        early = device.type == "cuda" and switch("ADAPTERKERN_EARLY_LAUNCH")  # 0 turns it off, for bisecting
+        self._early = early and _C.launches_early(device.index)
 
     def _prepare(self, options: StepOptions) -> None:
         """Turn the options into the kernels' arguments. All that can fail does so here, before the first launch."""
         index, stream = -1, 0
         if self.device.type == "cuda":
             index, stream = self.device.index, torch.cuda.current_stream(self.device).cuda_stream
-        self._where = _C.Where(index, torch.get_num_threads(), stream)
+        self._where = _C.Where(index, torch.get_num_threads(), stream, self._early)
         max_norm = _scalar_on(options.max_norm, self.device, "max_norm")
         scale, found_inf = options.grad_scale, options.found_inf
         amp = [None if t is None else to_device(t, self.device, torch.float32) for t in (scale, found_inf)]

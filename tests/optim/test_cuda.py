@@ -76,6 +76,22 @@ def test_more_tensors_and_groups_than_one_launch_holds() -> None:
     assert worst([p.cpu() for p in on_gpu], [q.detach().double() for q in params]) < 1e-6
 
 
+@pytest.mark.parametrize("sizes", [[3 * TILE + 5, 7], [1_000_000] * 9, [(37 * i) % 5000 for i in range(1300)]])
+def test_an_early_launch_changes_no_bit(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = [to_cuda(parameters(sizes, seed=10 + step)) for step in range(10)]
+    results = []
+    for early in "01":
+        monkeypatch.setenv("ADAPTERKERN_EARLY_LAUNCH", early)
+        params = to_cuda(parameters(sizes))
+        optimizer = ClippedAdamW(params, lr=1e-2, clear_grads=True)
+        for given in grads:  # back to back: no wait between the steps
+            for p, g in zip(params, given, strict=True):
+                p.grad = g.detach().clone()
+            optimizer.step()
+        results.append(torch.cat([p.detach() for p in params]))
+    assert torch.equal(*results)
+
+
 def test_two_hundred_steps_against_float64() -> None:
     params = to_cuda(parameters(SIZES))
     optimizer, oracle = ClippedAdamW(params, lr=1e-3), Oracle([p.cpu() for p in params])

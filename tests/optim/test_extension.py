@@ -1,7 +1,8 @@
 """The CUDA source itself, compiled for the host and run: what can be tested of the kernels without a GPU.
 
 tests/optim/host_cuda/cuda_runtime.h runs one thread per CUDA thread. Indexing, chunks, barriers and the order of
-summation are those of the GPU; speed, registers and the memory model are not tested here.
+summation are those of the GPU, and so is what an early launch may read; speed, registers and the memory model are not
+tested here.
 """
 
 import shutil
@@ -33,7 +34,7 @@ if sys.argv[1] != "twin":
     spec = importlib.util.spec_from_file_location("adapterkern._C", sys.argv[1])
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
-    on_device_0 = vars(kernels) | {"Where": lambda *_: kernels.Where(0, 1, 0)}
+    on_device_0 = vars(kernels) | {"Where": lambda *_: kernels.Where(0, 1, 0, True)}
     sys.modules["adapterkern._C"] = types.SimpleNamespace(**on_device_0)
 from tests.support.optim_oracle import TILE, hostile_gradients, parameters, set_grads
 from adapterkern.optim import ClippedAdamW, backend

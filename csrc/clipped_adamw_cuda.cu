@@ -4,7 +4,7 @@
 // (update_kernel) walks the tiles backwards: the gradients that K1 read last are still in L2 and are read first. It marks
 // everything else that it touches for early eviction: with plain loads, p, m and v would push out all but the last 2.5 M
 // gradients of a 50 MB L2.
-// Two launches for up to kMaxTensors tensors; more go in chunks, which changes no bit of the result.
+// Two launches for up to kMany tensors; more go in chunks, which changes no bit of the result.
 //
 // From sm_90 on, K2 may be launched early (programmatic dependent launch): its blocks start where K1 leaves room, find
 // their tensors and load their first elements. Only what K1 writes (steps, scalars) and whatever K2 writes waits for K1:
@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include "clipped_adamw.h"
@@ -24,17 +25,19 @@ constexpr int kThreads = kSlotLanes;
 constexpr int kWarps = kThreads / 32;
 constexpr int kShare = 1024;  // K2's elements per warp: 8 turns of 128, so that 3 M parameters still fill a large GPU
 constexpr int kShares = kTile / kShare;
-constexpr int kMaxTensors = 400;
-constexpr int kMaxGroups = 100;
+constexpr int kFew = 100, kMany = 400;
 
-// Consecutive tensors of the table that fit into a kernel's parameters (32,764 bytes since CUDA 12.1).
+// Consecutive tensors of the table that fit into a kernel's parameters (32,764 bytes since CUDA 12.1). Every launch copies
+// all of a chunk: 7.8 KB with room for kFew tensors, 31 KB for kMany.
+template <int kTensors>
 struct Chunk {
-  Tensor tensors[kMaxTensors];  // .group counts within the chunk
-  Group groups[kMaxGroups];
+  static constexpr int kGroups = kTensors / 4;
+  Tensor tensors[kTensors];  // .group counts within the chunk
+  Group groups[kGroups];
   int count;
   uint32_t first_tensor, first_tile, tiles;
 };
-static_assert(sizeof(Chunk) + sizeof(Clip) + 64 <= 32764, "a chunk must fit the kernel parameters");
+static_assert(sizeof(Chunk<kMany>) + sizeof(Clip) + 64 <= 32764, "a chunk must fit the kernel parameters");
 
 // Lets the next kernel of the stream start, if it is launched early. It must call wait_for_previous_kernel().
 __device__ __forceinline__ void let_next_kernel_start() {
@@ -51,6 +54,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 // The tensor that owns `tile`: the last one that starts at or before it.
+template <typename Chunk>
 __device__ __forceinline__ int owner(const Chunk& chunk, uint32_t tile) {
   int low = 0, high = chunk.count;
   while (high - low > 1) {
@@ -143,6 +147,7 @@ __device__ Sum tile_squares(const Grad* grad, int n, float inv_scale) {
 }
 
 // Three blocks per SM: with room for four ptxas spills on sm_80.
+template <typename Chunk>
 __global__ void __launch_bounds__(kThreads, 3) sum_squares_kernel(const __grid_constant__ Chunk chunk, const Clip clip,
                                                                   double* slots, Scalars* scalars, bool last_chunk) {
   let_next_kernel_start();
@@ -256,6 +261,7 @@ __device__ void clear_share(Grad* grad, int n) {
   for (int e = 4 * (threadIdx.x % 32); e < n; e += kLanes) store(grad + e, Quad<Grad>{}, wide && e + 4 <= n, n - e);
 }
 
+template <typename Chunk>
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Chunk chunk, const Scalars* scalars,
                                                           bool clear_grads, uint32_t seed) {
   const uint32_t index = blockIdx.x * kWarps + threadIdx.x / 32, last = chunk.tiles * kShares - 1;
@@ -285,17 +291,18 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
 }
 
 // Fills `chunk` with tensors, starting at `first`; returns the start of the next chunk. K1 needs no groups: null.
+template <typename Chunk>
 size_t fill(Chunk& chunk, const Table& table, const std::vector<Group>* groups, size_t first) {
   chunk.count = 0;
   chunk.first_tensor = uint32_t(first);
   chunk.first_tile = table.tensors[first].first_tile;
   int local = 0;
   size_t i = first;
-  for (; i < table.tensors.size() && chunk.count < kMaxTensors; ++i) {
+  for (; i < table.tensors.size() && chunk.count < int(std::size(chunk.tensors)); ++i) {
     Tensor t = table.tensors[i];
     if (i == first || t.group != table.tensors[i - 1].group) {
       local = i == first ? 0 : local + 1;
-      if (local == kMaxGroups) break;
+      if (local == Chunk::kGroups) break;
       if (groups) chunk.groups[local] = (*groups)[t.group];
     }
     t.group = uint16_t(local);
@@ -303,6 +310,25 @@ size_t fill(Chunk& chunk, const Table& table, const std::vector<Group>* groups, 
   }
   chunk.tiles = uint32_t((i < table.tensors.size() ? table.tensors[i].first_tile : table.tiles) - chunk.first_tile);
   return i;
+}
+
+// Calls f(chunk, last) for each chunk, until one returns an error.
+template <int kTensors, typename F>
+cudaError_t for_each_chunk_of(const Table& table, const std::vector<Group>* groups, F f) {
+  Chunk<kTensors> chunk;
+  cudaError_t error = cudaSuccess;
+  for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
+    first = fill(chunk, table, groups, first);
+    error = f(chunk, first == table.tensors.size());
+  }
+  return error;
+}
+
+template <typename F>
+cudaError_t for_each_chunk(const Table& table, const std::vector<Group>* groups, F f) {
+  const size_t count = table.tensors.size();
+  const bool few = count <= kFew && (!count || table.tensors.back().group < Chunk<kFew>::kGroups);  // in their groups' order
+  return few ? for_each_chunk_of<kFew>(table, groups, f) : for_each_chunk_of<kMany>(table, groups, f);
 }
 
 // Makes `device` current for one launch, then restores the caller's.
@@ -337,14 +363,10 @@ cudaError_t launch(void (*kernel)(Params...), uint32_t warps, void* stream, bool
 const char* sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* scalars, int device,
                         void* stream) {
   const DeviceGuard guard(device);
-  Chunk chunk;
-  cudaError_t error = cudaSuccess;
-  for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
-    first = fill(chunk, table, nullptr, first);
-    const bool last_chunk = first == table.tensors.size();
-    error = launch(sum_squares_kernel, chunk.tiles, stream, false, chunk, clip, slots, scalars, last_chunk);
-  }
-  return describe(error);
+  return describe(for_each_chunk(table, nullptr, [&](const auto& chunk, bool last) {
+    return launch(sum_squares_kernel<std::decay_t<decltype(chunk)>>, chunk.tiles, stream, false, chunk, clip, slots,
+                  scalars, last);
+  }));
 }
 
 const char* finish(const Clip& clip, Scalars* scalars, int device, void* stream) {
@@ -355,19 +377,16 @@ const char* finish(const Clip& clip, Scalars* scalars, int device, void* stream)
 const char* update(const Table& table, const std::vector<Group>& groups, const Scalars* scalars, bool clear_grads,
                    uint32_t seed, bool early, int device, void* stream) {
   const DeviceGuard guard(device);
-  Chunk chunk;
-  cudaError_t error = cudaSuccess;
-  for (size_t first = 0; first < table.tensors.size() && error == cudaSuccess;) {
-    first = fill(chunk, table, &groups, first);
-    error = launch(update_kernel, chunk.tiles * kShares, stream, early, chunk, scalars, clear_grads, seed);
-  }
-  return describe(error);
+  return describe(for_each_chunk(table, &groups, [&](const auto& chunk, bool) {
+    return launch(update_kernel<std::decay_t<decltype(chunk)>>, chunk.tiles * kShares, stream, early, chunk, scalars,
+                  clear_grads, seed);
+  }));
 }
 
 const char* unavailable(int device) {
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, update_kernel);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, update_kernel<Chunk<kMany>>);
   cudaGetLastError();  // a missing driver or architecture is an answer here, not an error for the next caller
   return describe(error);
 }
@@ -377,8 +396,8 @@ bool launches_early(int device) {
   cudaFuncAttributes attributes{};
   int driver = 0;
   // Code for sm_80 that runs on a newer device does not wait. Older drivers do not capture such launches in graphs.
-  return cudaFuncGetAttributes(&attributes, update_kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
-         cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  return cudaFuncGetAttributes(&attributes, update_kernel<Chunk<kMany>>) == cudaSuccess &&
+         attributes.ptxVersion >= 90 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
 }
 
 }  // namespace adapterkern::cuda

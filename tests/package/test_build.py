@@ -109,6 +109,6 @@ def test_the_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
     command += ["-o", tmp_path / "kernels.cubin", ROOT / "csrc" / "clipped_adamw_cuda.cu"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(stacks) == 3
+    assert len(stacks) == 5  # both passes, with room for few tensors and for many, and finish
     assert set(stacks) == {("0", "0", "0")}
     assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 80  # three blocks of 256 threads on an SM

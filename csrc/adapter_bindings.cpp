@@ -188,7 +188,6 @@ void bind_adapter(py::module_& m) {
       py::dict(py::arg("silu") = int(Activation::kSilu), py::arg("gelu") = int(Activation::kGelu),
                py::arg("relu") = int(Activation::kRelu), py::arg("tanh") = int(Activation::kTanh),
                py::arg("identity") = int(Activation::kIdentity));
-  m.attr("ADAPTER_VERSION") = 3;  // adapterkern/ops/native.py asks for it
   m.def("instruction_sets", &instruction_sets);
   m.def("left_out", &left_out);
   m.attr("LEFT_OUT_BECAUSE") = kLeftOutBecause;

@@ -30,7 +30,7 @@ except ImportError as error:  # no error: closed_form.py runs
     MISSING = f"the extension adapterkern._C cannot be imported ({error})"
 else:
     MISSING = ""
-    if getattr(_C, "ADAPTER_VERSION", 0) < 3:
+    if getattr(_C, "VERSION", 0) < 4:
         _C = None
         MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
 

@@ -29,6 +29,9 @@ except ImportError as error:  # not an error before a step needs it: `import ada
     _MISSING = f"the extension adapterkern._C cannot be imported ({error})"
 else:
     _MISSING = ""
+    if getattr(_C, "VERSION", 0) < 4:
+        _C = None
+        _MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()

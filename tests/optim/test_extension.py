@@ -95,7 +95,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"-I{pybind11.get_include()}",
     ]
     command += ["-DADAPTERKERN_WITH_CUDA", "-shared", "-x", "c++", ROOT / "csrc" / "clipped_adamw_cuda.cu"]
-    others = ("clipped_adamw_cpu", "bindings", "adapter_cpu", "adapter_bindings")
+    others = ("clipped_adamw_cpu", "bindings", "adapter_cpu", "adapter_bindings", "cluster_bindings")
     command += [*(ROOT / "csrc" / f"{name}.cpp" for name in others), "-o", module]
     subprocess.run(command, check=True)
     return module

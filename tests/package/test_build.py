@@ -1,5 +1,6 @@
 """The extension's build: with and without a CUDA toolkit, incremental, free of torch, and of spilled registers."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -90,25 +91,58 @@ def test_no_source_includes_torch() -> None:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), source
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("arch", [80, 90, 100, 120])
-def test_the_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
+def compiled(source: str, arch: str, folder: Path, *flags: str) -> str:
+    """What ptxas says of a source's kernels."""
     listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout  # type: ignore[list-item]  # skipped without nvcc
-    if f"compute_{arch}\n" not in listed:
+    if f"compute_{arch.removesuffix('a')}\n" not in listed:
         pytest.skip(f"this nvcc does not know sm_{arch}")
     command: list[str | Path | None] = [
         NVCC,
         "-std=c++17",
         "-O3",
-        "-fmad=false",
+        *flags,
         f"-arch=sm_{arch}",
         "-Xptxas",
         "-v",
         "-cubin",
     ]
-    command += ["-o", tmp_path / "kernels.cubin", ROOT / "csrc" / "clipped_adamw_cuda.cu"]
+    command += ["-o", folder / "kernels.cubin", ROOT / "csrc" / source]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(stacks) == 5  # both passes, with room for few tensors and for many, and finish
     assert set(stacks) == {("0", "0", "0")}
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 80  # three blocks of 256 threads on an SM
+    return report
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
+def test_the_optimizer_s_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:
+    report = compiled("clipped_adamw_cuda.cu", arch, tmp_path, "-fmad=false")
+    registers = [int(found) for found in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) == 5  # both passes, with room for few tensors and for many, and finish
+    assert max(registers) <= 80  # three blocks of 256 threads on an SM
+
+
+CUOBJDUMP = "backends/nvidia/bin/cuobjdump"  # of Triton's package
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["90a", "100a"])
+def test_the_forward_by_clusters_compiles_without_spills(arch: str, tmp_path: Path) -> None:
+    report = compiled("adapter_cluster.cu", arch, tmp_path)
+    # 168 of a thread in 384; then setmaxnreg moves them between the warp groups
+    assert re.findall(r"Used (\d+) registers", report) == ["168"] * 4
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        pytest.skip("the rest is read by Triton's cuobjdump")
+    tool = Path(triton.origin).parent / CUOBJDUMP
+    code = subprocess.run(
+        [tool, "-sass", tmp_path / "kernels.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = {int(re.search(r"ConfigILi(\d+)", text)[1]): text for text in code.split("Function : ")[1:]}
+    products = {R: len(re.findall(r"\bHMMA\.16816", text)) for R, text in kernels.items()}
+    # R=64, 512 columns: two passes of 32 steps, each 2·2 products and, for the moments, 2·3 of which a warp takes half
+    # or none; and 8·2·4 of the output. At R=128 half of the rows in each of two turns.
+    assert products == {16: 272, 32: 544, 64: 704, 128: 288}
+    for text in kernels.values():
+        assert not re.search(r"\b(STL|LDL)\b", text)
+        assert text.count("UBLKCP") >= 4  # rows in and out, partial products, row sums

@@ -53,7 +53,7 @@ def shape(d: int, most_columns: int) -> Shape | None:
 @cache
 def capacity(R: int, d: int, device: torch.device) -> tuple[int, str]:
     """How many clusters the device runs at once for adapters of padded dimension ``R``, and why if that is none."""
-    if not hasattr(_C, "cluster_capacity"):
+    if getattr(_C, "VERSION", 0) < 4:
         return 0, "the extension is not built, or older than this package: install adapterkern again"
     of = shape(d, _C.cluster_columns(R))
     if of is None:

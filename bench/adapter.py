@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import adapterkern as ak
+from adapterkern.ops import choice
 from adapterkern.ops.reference import Weights, adapter_eager
 from bench import before
 from bench.cases import Case, Variant, error_budget, relative_error
@@ -29,6 +30,7 @@ ADAPTERS = 4  # in a grouped case
 ROWS = (1, 128, 2048, 4225, 8449, 32768)  # on a GPU, besides the main shape's; two are just over a wave of tiles
 COMPILER = os.environ.get("BENCH_COMPILER", "inductor")  # torch.compile's backend; a rehearsal uses a faster one
 BARE, BEFORE = "ours bare", "ours before"  # the kernels of this and of an earlier commit, with the same host path
+CLUSTERS = "ours by clusters"  # the forward; on a GPU, where it is not the default yet
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -74,7 +76,8 @@ def names(case: Case, device: torch.device) -> list[str]:
     # Autotuning takes longer than everything else of a case.
     if more and tuple(case.shape[k] for k in ("T", "d", "r", "dtype")) == _main(device):
         more.insert(0, "torch.compile max-autotune")
-    return [*low, "torch.compile", *more, "ours", "ours x-free"]
+    clusters = [CLUSTERS] if device.type == "cuda" else []
+    return [*low, "torch.compile", *more, "ours", "ours x-free", *clusters]
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,8 @@ def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Te
         "ours": Way(lambda x, w: ak.adapter(x, *w), weights),
         "ours x-free": Way(lambda x, w: ak.adapter(x, *w, x_free=True), weights),
     }
+    if CLUSTERS in wanted:
+        ways[CLUSTERS] = _no_clusters(weights) or Way(_by_clusters, weights)
     liger = importlib.util.find_spec("liger_kernel") is not None
     ways["Liger LayerNorm + linears"] = Way(_liger, low) if liger else "liger-kernel is not installed"
     for name in wanted:
@@ -192,6 +197,26 @@ def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Te
             found = _launch(name)
             ways[name] = before.missing() if found is None else Way(before.through(found), weights)
     return {name: ways[name] for name in wanted}
+
+
+def _by_clusters(x: Tensor, w: Weights) -> Tensor:
+    asked, choice.runs_clusters = choice.runs_clusters, lambda device: True  # type: ignore[assignment]
+    try:
+        return ak.adapter(x, *w)
+    finally:
+        choice.runs_clusters = asked
+
+
+def _no_clusters(weights: Weights) -> str:
+    """Why no clusters can run; nothing if they can."""
+    device = weights.down_weight.device
+    if device.type != "cuda":
+        return "a CPU has no clusters"
+    from adapterkern.ops.kernels.clusters import capacity
+    from adapterkern.ops.kernels.weights import padded_adapter_dim
+
+    r, d = weights.down_weight.shape[-2:]
+    return capacity(padded_adapter_dim(r), d, device)[1]
 
 
 def _launch(name: str) -> Any:

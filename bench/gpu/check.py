@@ -1,14 +1,14 @@
-"""Checks both generations' kernels in bf16 against fp64: ``python -m bench.gpu.check``."""
+"""Checks all generations' kernels in bf16 against fp64: ``python -m bench.gpu.check``."""
 
 import argparse
 import sys
 
 import torch
 
-from bench.adapter import BARE, BEFORE, adapter_case, build
+from bench.adapter import BARE, BEFORE, CLUSTERS, adapter_case, build
 
 # one row; rows and columns that no tile divides; one row more than half a wave of tiles, and than one wave
-SHAPES = ((1, 4096, 64), (129, 577, 59), (4225, 4096, 64), (8449, 1024, 64))
+SHAPES = ((1, 4096, 64), (129, 577, 59), (8192, 4096, 64), (4225, 4096, 64), (8449, 1024, 64))
 SMALL = ((1, 128, 16), (70, 130, 16))
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     device = torch.device("cpu" if args.rehearse else "cuda")
     bad = 0
     for T, d, r in SMALL if args.rehearse else SHAPES:
-        for v in build(adapter_case(T, d, r, "bfloat16", "both"), device, (BARE, BEFORE)):
+        for v in build(adapter_case(T, d, r, "bfloat16", "both"), device, (BARE, CLUSTERS, BEFORE)):
             if v.error is None or v.budget is None:
                 print(f"T={T} d={d} r={r} {v.name}: {v.missing}")
                 bad += v.failed

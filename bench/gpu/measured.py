@@ -24,20 +24,26 @@ def plan(part: str, device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
 
 
 def _adapter(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
-    from bench.adapter import BARE, BEFORE, PASSES, ROWS, adapter_case
+    from bench.adapter import BARE, BEFORE, CLUSTERS, PASSES, ROWS, adapter_case
 
     T, d, r, dtype = SMALL if rehearse else (8192, 4096, 64, "bfloat16")
     main = [adapter_case(T, d, r, dtype, pass_) for pass_ in ("both", "forward", "backward")]
     assert {c.shape["pass"] for c in main} == set(PASSES)
-    cases: list[tuple[Any, Sequence[str]]] = [(c, ("eager autocast", "eager pure", "ours", BARE, BEFORE)) for c in main]
+    ways = ("eager autocast", "eager pure", "ours", BARE, CLUSTERS, BEFORE)
+    cases: list[tuple[Any, Sequence[str]]] = [(c, [w for w in ways if w != CLUSTERS or _forwards(c)]) for c in main]
     # separate cases: compiling may take longer than everything else
     compiled = main[1:2] if rehearse else main
     cases += [(_beside(c), ("eager autocast", "torch.compile", "ours")) for c in compiled]
     # first the shapes just over a wave of tiles, where the earlier kernels were much slower
     for rows in (70,) if rehearse else sorted(ROWS, key=lambda T: T not in (4225, 8449)):
         passes = ("forward", "backward")[: 1 if rehearse else 2]
-        cases += [(adapter_case(rows, d, r, dtype, p), ("ours", BARE, BEFORE)) for p in passes]
+        made = [adapter_case(rows, d, r, dtype, p) for p in passes]
+        cases += [(c, ("ours", BARE, *([CLUSTERS] if _forwards(c) else []), BEFORE)) for c in made]
     return cases
+
+
+def _forwards(case: Any) -> bool:
+    return case.shape["pass"] != "backward"
 
 
 def _beside(case: Any) -> Any:

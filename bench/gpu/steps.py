@@ -16,8 +16,9 @@ from bench.tiling import TABLES, parse
 SMALL = ("-T", "64", "-d", "128", "-r", "16", "--device", "cpu")
 # the tests without which no figure counts
 CORRECT = "test_error_table or (test_shapes and bfloat16) or two_runs or side_stream or cuda_graph or beyond_int32"
-SANITIZED = "test_more_tensors_and_groups or test_activations or test_mixed_adapters or (test_shapes and 577)"
+SANITIZED = "test_more_tensors_and_groups or test_activations or test_mixed_adapters or (test_shapes and (577 or 3072))"
 FEW = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # in each of eight processes
+CLUSTERS = {"ADAPTERKERN_KERNELS": "cluster"}
 PATIENCE = 4  # factor for a rehearsal's limits: its cores are shared
 SECTIONS = ("WarpStateStats", "SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy")
 
@@ -70,17 +71,21 @@ def _is_read(pair: str) -> bool:
 def first(call: Call) -> list[Step]:
     """Correctness, the main figures, kernel times and profile, a training step."""
     tests = ["tests/ops/test_gpu.py", "tests/optim/test_cuda.py"]
+    by_clusters = "tests/ops/test_gpu_clusters.py"
+    generations: list[dict[str, str]] = [{}] if call.rehearse else [{}, CLUSTERS]
     return [
         _probe(call),
         _build_step(call),
         _compile(call, "first"),
         Step("correctness", 50, lambda: [
-            Command(call.pytest(tests[0], "-k", CORRECT), FEW), Command(call.module("bench.gpu.check")),
+            Command(call.pytest(tests[0], by_clusters, "-k", f"test_gpu_clusters or {CORRECT}"), FEW),
+            Command(call.module("bench.gpu.check")),
         ]),
         _timed(call, "adapter", 100),
         _timed(call, "optimizer", 35),
-        Step("kernels", 20, lambda: [Command(_profiled(call, "--kernels"))]),
-        Step("profile", 45, lambda: [Command(["ncu", *_ncu(), *_profiled(call)])], tool="ncu"),
+        Step("kernels", 25, lambda: [Command(_profiled(call, "--kernels"), env) for env in generations]),
+        Step("profile", 60, lambda: [Command(["ncu", *_ncu(), *_profiled(call)], env) for env in generations],
+             tool="ncu"),
         Step("tests", 60, lambda: [Command(call.pytest(*tests, "-k", f"not (test_gpu and ({CORRECT}))"), FEW)]),
         _timed(call, "step", 110),
     ]  # fmt: skip
@@ -94,6 +99,7 @@ def second(call: Call) -> list[Step]:
         Step("sweep", 70, lambda: [Command(_sweep(call), again_on=CONTEXT_LOST)]),
         Step("ab", 70, lambda: _ab(call), optional=True, why_not="no --ab was given"),
         _sanitizer(call, "memcheck", 60),
+        *([] if call.rehearse else [_sanitizer(call, "synccheck", 30, optional=True)]),
         _sanitizer(call, "racecheck", 45, optional=True),
     ]
 
@@ -169,6 +175,13 @@ def _sanitizer(call: Call, tool: str, limit: float, optional: bool = False) -> S
     # torch's start-up looks for functions that the driver lacks, which is no error; 99 differs from pytest's statuses
     argv = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--launch-timeout", "0"]
     argv += ["--report-api-errors", "no", sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
-    argv += ["-p", "no:cacheprovider", "tests/optim/test_cuda.py", "tests/ops/test_gpu.py", "-k", SANITIZED]
+    argv += [
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_gpu_clusters.py",
+        "tests/optim/test_cuda.py",
+        "tests/ops/test_gpu.py",
+    ]
+    argv += ["-k", SANITIZED]
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Step(tool, limit, lambda: [Command(argv, env)], 20, "compute-sanitizer", optional)

@@ -10,7 +10,7 @@ from bench.published import of_litgpt
 from bench.report import DASH, Entry, seconds, table
 
 LITGPT = "as LitGPT"
-OURS = ("ours", "ours bare", "ours before")
+OURS = ("ours", "ours bare", "ours by clusters", "ours before")
 
 
 def text(work: Path) -> str:
@@ -68,7 +68,7 @@ def timed(path: Path) -> str:
         else:
             tables.append(f"{case}\n{_table(part, case, entries)}")
     if lines:
-        tables.append(table(["", *OURS, "bare / before", "% of copy"], lines))
+        tables.append(table(["", *OURS, "bare / before", "% of copy", "% by clusters"], lines))
     missing = dict.fromkeys(f"missing: {m['variant']} ({m['case']}): {m['reason'][:120]}" for m in run.data["missing"])
     return "\n\n".join([*(f"{path.stem}: {table_}" for table_ in tables), "\n".join(list(missing)[:8])]).rstrip()
 
@@ -80,15 +80,18 @@ def _table(part: str, case: str, entries: Sequence[Entry]) -> str:
 
 
 def _line(case: str, entries: dict[str, Entry]) -> list[str]:
-    """One case's times, the ratio of ours bare and ours before, and ours bare in % of copy."""
-    _, bare, before = OURS
+    """One case's times, the ratio of ours bare and ours before, and ours bare and by clusters in % of copy."""
+    _, bare, by_clusters, before = OURS
     times = [seconds(entries[n].median) if n in entries and entries[n].valid else DASH for n in OURS]
 
     def over(name: str, to: str, format_: str, scale: int = 1) -> str:
         both = name in entries and to in entries
         return format(scale * paired_ratio(entries[name].times, entries[to].times), format_) if both else DASH
 
-    return [case, *times, over(bare, before, ".2f"), over(report.COPY, bare, ".0f", 100)]
+    def of_copy(name: str) -> str:
+        return over(report.COPY, name, ".0f", 100)
+
+    return [case, *times, over(bare, before, ".2f"), of_copy(bare), of_copy(by_clusters)]
 
 
 def kernel_table(entries: Sequence[Entry]) -> str:

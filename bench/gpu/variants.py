@@ -32,6 +32,7 @@ SWEPT = (64, 128, 16, 256)
 LOW = ("bfloat16", "float16", "float32")
 TEST_SHAPES = ((1, 4096, 64), (37, 576, 16), (129, 577, 59), (9000, 2048, 32), (300, 5120, 128), (520, 1024, 256),
                (70, 300, 512))  # fmt: skip
+CLUSTER_SHAPES = ((64, 4096, 64), (300, 4096, 128), (500, 3072, 59), (300, 5120, 64), (70, 8192, 20))
 MIXED_SHAPES = ((1, 4096, 64), (129, 577, 59), (1000, 1024, 64), (300, 5120, 128))
 
 
@@ -77,8 +78,9 @@ def sanitized() -> list[Call]:
 
 
 def tests() -> list[Call]:
-    """What tests/ops/test_gpu.py launches."""
+    """What tests/ops/test_gpu.py launches, and the backwards of test_gpu_clusters.py."""
     calls = [Call(1000, 1024, 64, dtype) for dtype in LOW]
+    calls += [Call(*shape) for shape in CLUSTER_SHAPES]
     calls += [Call(*shape, dtype, x_free=x_free) for shape in TEST_SHAPES for dtype in LOW for x_free in (False, True)]
     calls += [
         Call(*shape, "float32", x_free=x_free, compute=compute)

@@ -7,7 +7,6 @@ they make of the parameters is kept until these change (kept.py).
 closed_form.py.
 """
 
-import importlib
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -17,22 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adapterkern import extension
 from adapterkern.ops.closed_form import needs_extra, scaled
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.kept import Kept
 from adapterkern.ops.readable import aligned, expect, gating, inputs, side_by_side
 from adapterkern.ops.reference import Weights
 
-try:
-    _C: Any = importlib.import_module("adapterkern._C")
-except ImportError as error:  # no error: closed_form.py runs
-    _C = None
-    MISSING = f"the extension adapterkern._C cannot be imported ({error})"
-else:
-    MISSING = ""
-    if getattr(_C, "VERSION", 0) < 4:
-        _C = None
-        MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
+_C, MISSING = extension.load()  # without it closed_form.py runs
 
 # The instruction sets that have kernels (csrc/adapter_cpu.h), and what /proc/cpuinfo calls what each needs beyond the
 # one before.

@@ -11,7 +11,6 @@ torch's fused AdamW divides gradients by a device tensor, ``grad_scale``, and sk
 is set. That is enough to clip without a pass that writes gradients (36 bytes per parameter; plain clipping takes 40).
 """
 
-import importlib
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,18 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from adapterkern import extension
 from adapterkern.checks import switch
 
-try:
-    _C: Any = importlib.import_module("adapterkern._C")
-except ImportError as error:  # not an error before a step needs it: `import adapterkern` never needs a compiler
-    _C = None
-    _MISSING = f"the extension adapterkern._C cannot be imported ({error})"
-else:
-    _MISSING = ""
-    if getattr(_C, "VERSION", 0) < 4:
-        _C = None
-        _MISSING = "the extension adapterkern._C is older than this package: install adapterkern again"
+_C, _MISSING = extension.load()
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()

@@ -210,14 +210,16 @@ def test_the_instruction_set(
 
 
 def test_an_extension_of_an_older_version() -> None:
-    """It has the optimizer and no adapter: a checkout that was not built again."""
+    """A checkout that was not built again."""
     code = (
         "import sys, types; sys.modules['adapterkern._C'] = types.ModuleType('adapterkern._C')\n"
-        "from adapterkern.ops import native; print(native.instruction_set(), native.left_out())"
+        "from adapterkern.ops import native; print(native.instruction_set(), native.left_out())\n"
+        "from adapterkern import optim; print(optim.backend('cpu'))\n"
+        "from adapterkern.ops.kernels import clusters; print(clusters.capacity(64, 4096, None))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     why = "the extension adapterkern._C is older than this package: install adapterkern again"
-    assert done.stdout == f"{(None, why)} {([], '')}\n"
+    assert done.stdout == f"{(None, why)} {([], '')}\n{('torch fused AdamW', why)}\n{(0, why)}\n"
 
 
 @pytest.mark.parametrize(

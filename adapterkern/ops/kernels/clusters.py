@@ -4,22 +4,19 @@ It is for bf16, for an adapter with LayerNorm and of at most 128 dimensions, who
 every backward, is the Triton kernels'. ``choice.clusters`` says whether it is to run at all.
 """
 
-import importlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from adapterkern import extension
 
 from .rows import Routing
 from .tiles import ceil_div
 from .weights import Prepared
 
-try:
-    _C: Any = importlib.import_module("adapterkern._C")
-except ImportError:
-    _C = None
+_C, _MISSING = extension.load()
 
 # In the order of csrc/adapter_cluster.h.
 _ACTIVATIONS = "identity", "silu", "gelu", "relu", "tanh"
@@ -53,8 +50,8 @@ def shape(d: int, most_columns: int) -> Shape | None:
 @cache
 def capacity(R: int, d: int, device: torch.device) -> tuple[int, str]:
     """How many clusters the device runs at once for adapters of padded dimension ``R``, and why if that is none."""
-    if getattr(_C, "VERSION", 0) < 4:
-        return 0, "the extension is not built, or older than this package: install adapterkern again"
+    if _C is None:
+        return 0, _MISSING
     of = shape(d, _C.cluster_columns(R))
     if of is None:
         return 0, f"no kernel holds {d} columns and {R} adapter dimensions"

@@ -4,7 +4,6 @@ The interpreter shows the same kernels right without one (test_kernels.py); this
 """
 
 import copy
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,31 +11,12 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern.ops.reference import ACTIVATIONS, Weights
+from tests.support.gpu import NAMES, assert_equal, check, draw, record, value_and_grads
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 
-NAMES = ["y", "x", *Weights._fields]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def draw(T: int, d: int, r: int, dtype: torch.dtype, distribution: str = "normal") -> tuple[Tensor, Weights, Tensor]:
-    x = DISTRIBUTIONS[distribution](torch.randn(T, d, dtype=torch.float64)).to("cuda", dtype)
-    return x, Weights(*(w.cuda() for w in make_weights(d, r))), torch.randn(T, d).to("cuda", dtype)
-
-
-def value_and_grads(x: Tensor, weights: Weights, dy: Tensor, **kwargs) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    leaves = [t.detach().clone().requires_grad_() for t in (x, *weights)]
-    y = ak.adapter(*leaves, **kwargs)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-
-def check(x: Tensor, weights: Weights, dy: Tensor, **kwargs) -> None:  # type: ignore[no-untyped-def]
-    stock = {k: v for k, v in kwargs.items() if k != "x_free"} | {"fused": False}
-    true = value_and_grads(x.double(), Weights(*(w.double() for w in weights)), dy.double(), **stock)
-    ours, theirs = value_and_grads(x, weights, dy, **kwargs), value_and_grads(x, weights, dy, **stock)
-    for name, o, t, e in zip(NAMES, ours, theirs, true, strict=True):
-        assert relative_error(o, e) <= 2 * relative_error(t, e) + 4 * torch.finfo(x.dtype).eps, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,24 +126,6 @@ def preparations(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     monkeypatch.setattr(cache, "prepare", lambda w, dtype: made.append(dtype) or prepare(w, dtype))
     cache.clear()
     return made
-
-
-def record(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of ``run``, which has run once before, and what it computes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    return graph, captured
-
-
-def assert_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for g, e in zip(got, expected, strict=True):
-        assert torch.equal(g, e)
 
 
 def test_cuda_graph_sees_new_weights(preparations: list[torch.dtype]) -> None:

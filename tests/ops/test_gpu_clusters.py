@@ -11,7 +11,7 @@ import torch
 import adapterkern as ak
 from adapterkern.ops import choice
 from adapterkern.ops.reference import ACTIVATIONS, Weights
-from tests.ops.test_gpu import assert_equal, check, draw, record
+from tests.support.gpu import assert_equal, check, draw, record
 from tests.support.numerics import DISTRIBUTIONS, make_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")

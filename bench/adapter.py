@@ -76,7 +76,7 @@ def names(case: Case, device: torch.device) -> list[str]:
     # Autotuning takes longer than everything else of a case.
     if more and tuple(case.shape[k] for k in ("T", "d", "r", "dtype")) == _main(device):
         more.insert(0, "torch.compile max-autotune")
-    clusters = [CLUSTERS] if device.type == "cuda" else []
+    clusters = [CLUSTERS] if device.type == "cuda" and case.shape["dtype"] == "bfloat16" else []
     return [*low, "torch.compile", *more, "ours", "ours x-free", *clusters]
 
 

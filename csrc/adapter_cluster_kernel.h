@@ -13,7 +13,7 @@
 //     store     one warp    y's rows, by bulk copies out of that buffer, which then is free
 //
 // Rounds. Every tile with an adapter is one round of the exchange; its buffers are kAhead deep. A block sends the partial
-// products of round n once its own emit warps hold the h of round n − kAhead. Then every block has reduced that round, so
+// products of round n once its own emit warps have used the h of round n − kAhead. Then every block has reduced that round, so
 // that the buffers of round n are free in all of them, and so are those that round's copies were read from. No other
 // signal goes back.
 //
@@ -68,6 +68,7 @@ struct Block {
     const int absent = K::kColumns - columns;
     for (int i = thread_index(); i < K::kBuffers * kRows * absent; i += kThreads)
       put(&s.x[i / (kRows * absent)][i / absent % kRows * K::kXPitch + columns + i % absent], uint16_t(0));
+    sync_warp();  // the cluster's barrier takes whole warps
     sync_cluster();  // no byte arrives before its barrier is there
     follow();
   }
@@ -77,6 +78,7 @@ struct Block {
     for (int i = 0; tile.next(); ++i) {
       const int buffer = i % K::kBuffers;
       if (i >= K::kBuffers) wait(&s.stored[buffer], parity(i - K::kBuffers, K::kBuffers));
+      sync_warp();  // every lane has seen the phase
       if (lane == 0) arrive_expecting(&s.loaded[buffer], uint32_t(tile.rows * columns) * 2);
       if (lane < tile.rows)
         copy_in(&s.x[buffer][lane * K::kXPitch], p.x + tile.at(lane) * p.stride + first, columns * 2,
@@ -122,13 +124,21 @@ struct Block {
           const float of_row = kShifted ? from_lane(shift, (m0 + m) * 16 + j * 8 + row_of_lane) : 0;
           by_row[m][j] = pack(of_row, of_row);
         }
+      // Loaded a step before they are multiplied: one warp per scheduler has nothing else to do while they come.
+      uint32_t steps[K::kLoaded][K::kTogether][4];
+      const auto load_step = [&](int k) {
+#pragma unroll
+        for (int m = 0; m < K::kTogether; ++m)
+          load_matrices(steps[k % K::kLoaded][m], from + (m * 16 * K::kXPitch + k * 16) * 2);
+      };
+      if (K::kLoaded > 1) load_step(0);
 #pragma unroll
       for (int k = 0; k < K::kSteps; ++k) {
+        if (k + K::kLoaded - 1 < K::kSteps) load_step(k + K::kLoaded - 1);
         if (kShifted && begin + k * 16 >= columns) continue;  // absent columns stay 0
 #pragma unroll
         for (int m = 0; m < K::kTogether; ++m) {
-          uint32_t v[4];
-          load_matrices(v, from + (m * 16 * K::kXPitch + k * 16) * 2);
+          uint32_t(&v)[4] = steps[k % K::kLoaded][m];
           if (kShifted)
 #pragma unroll
             for (int j = 0; j < 4; ++j) v[j] = subtract(v[j], by_row[m][j % 2]);
@@ -231,6 +241,7 @@ struct Block {
         if (warp == 0) send(moments, shift, n, other ? place : -1);
         ++n;
       }
+      sync_warp();  // every lane has seen the phase
       if (lane == 0) arrive(&s.emitted[buffer]);  // x is not read again
     }
   }
@@ -263,16 +274,17 @@ struct Block {
         continue;
       }
       const int slot = n % kAhead;
-      wait(&s.summed[slot], parity(n, kAhead));
+      wait_for_blocks(&s.summed[slot], parity(n, kAhead));
       if (t == 0) arrive_expecting(&s.summed[slot], sum_bytes());
       if (tile.adapter != held) {
         held = tile.adapter;
         place = adapters % 2;
-        wait(&s.weighed[place], parity(adapters, 2));
+        wait_for_blocks(&s.weighed[place], parity(adapters, 2));
         if (t == 0) arrive_expecting(&s.weighed[place], weight_bytes());
         ++adapters;
         for (int j = 0; j < 4; ++j) c[j] = p.c[int64_t(held) * K::R + dim + j];
       }
+      sync_threads(2, 64);  // a warp without rows would not hold up the next phases until it has seen these
       for (int row = t / (K::R / 4); row < rows; row += kAbreast) {
         const float* from = &s.received[slot][row * K::kSumPitch];
         const int step = rows * K::kSumPitch;
@@ -329,7 +341,7 @@ struct Block {
       if (tile.adapter >= 0) {
         if (tile.adapter != held) load_up(w, held = tile.adapter, begin);
         const int slot = n % kAhead;
-        wait(&s.hidden[slot], parity(n, kAhead));
+        wait_for_blocks(&s.hidden[slot], parity(n, kAhead));
         if (warp == 4 && lane == 0) arrive_expecting(&s.hidden[slot], hidden_bytes());
         wait(&s.loaded[buffer], parity(i, K::kBuffers));
 #pragma unroll 1
@@ -339,11 +351,14 @@ struct Block {
           for (int k = 0; k < K::R / 16; ++k)
             load_matrices(h[k], matrix(&s.h[slot][m * 16 * K::kHPitch], K::kHPitch) + k * 32);
           const Address rows = matrix(&s.x[buffer][m * 16 * K::kXPitch + begin], K::kXPitch);
+          uint32_t parts[K::kLoaded][4];  // of x, loaded before the products of the part before
+          if (K::kLoaded > 1) load_matrices(parts[0], rows);
 #pragma unroll
           for (int n2 = 0; n2 < K::kEmitted / 16; ++n2) {
+            if (const int next = n2 + K::kLoaded - 1; next < K::kEmitted / 16)
+              load_matrices(parts[next % K::kLoaded], rows + next * 32);
             if (begin + n2 * 16 >= columns) continue;
-            uint32_t v[4];
-            load_matrices(v, rows + n2 * 32);
+            uint32_t(&v)[4] = parts[n2 % K::kLoaded];
             float y[2][4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

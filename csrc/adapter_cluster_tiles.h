@@ -7,7 +7,7 @@
 namespace adapterkern::cluster {
 
 constexpr int kRows = 32;     // of a tile
-constexpr int kAhead = 2;     // rounds of the exchange under way
+constexpr int kAhead = 2;     // rounds of the exchange under way; of fewer, `moments` would need a barrier more
 constexpr int kMaxBlocks = 16;
 constexpr int kThreads = 384;
 
@@ -19,6 +19,7 @@ struct Config {
   static constexpr int kAcross = 4 / kSplits;       // project warps across R
   static constexpr int kOwn = R / kAcross;          // adapter dimensions of a project warp
   static constexpr int kTogether = R > 64 ? 1 : 2;  // halves of a tile in one pass over the columns
+  static constexpr int kLoaded = R > 64 ? 1 : 2;    // steps of x in registers; at 128 there is no room for two
   static constexpr int kSums = R * kSplits;         // partial products per row
   static constexpr int kSteps = kColumns / kSplits / 16;
   static constexpr int kEmitted = kColumns / 4;     // columns of an emit warp

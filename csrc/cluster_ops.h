@@ -66,8 +66,13 @@ AK_DEVICE void arrive(Barrier* b) {
 AK_DEVICE void arrive_expecting(Barrier* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity is over.
+// Until the phase of this parity is over. What other blocks have sent is seen after wait_for_blocks(), which empties L1.
 AK_DEVICE void wait(Barrier* b, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;\n}" ::"r"(address(b)), "r"(parity) : "memory");
+}
+AK_DEVICE void wait_for_blocks(Barrier* b, int parity) {
   asm volatile(
       "{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
       "@!over bra again;\n}" ::"r"(address(b)), "r"(parity) : "memory");

@@ -74,7 +74,7 @@ def kernels_asked() -> str | None:
     Raises:
         ValueError: it is neither triton nor cluster.
     """
-    asked = os.environ.get("ADAPTERKERN_KERNELS")
+    asked = os.environ.get("ADAPTERKERN_KERNELS") or None
     if asked not in (None, "triton", "cluster"):
         raise ValueError(f"ADAPTERKERN_KERNELS: expected triton or cluster, got {asked!r}")
     return asked

@@ -55,7 +55,14 @@ def capacity(R: int, d: int, device: torch.device) -> tuple[int, str]:
     of = shape(d, _C.cluster_columns(R))
     if of is None:
         return 0, f"no kernel holds {d} columns and {R} adapter dimensions"
-    return _C.cluster_capacity(R, of.blocks, device.index or 0)
+    found, why = _C.cluster_capacity(R, of.blocks, _index(device))
+    return found, why or ("" if found else f"no cluster of {of.blocks} blocks fits")
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def fit(x: Tensor, prepared: Prepared, of: Routing, *others: object) -> bool:
@@ -67,6 +74,7 @@ def fit(x: Tensor, prepared: Prepared, of: Routing, *others: object) -> bool:
         and of.bounds is None
         and (of.index is None or (of.S >= _ROWS and of.index.dtype == torch.int64))
         and x.stride(0) % 8 == 0
+        and x.data_ptr() % 16 == 0
         and capacity(prepared.A.shape[1], x.shape[1], x.device)[0] > 0
     )
 
@@ -87,6 +95,6 @@ def forward(
     _C.cluster_forward(
         *(0 if t is None else t.data_ptr() for t in (x, of.index, p.A, p.c, p.w_up, p.b_up, y, z, mean, rstd)),
         x.stride(0), T, of.S, d, p.A.shape[2], r, how.columns, eps, _ACTIVATIONS.index(activation), R, how.blocks,
-        clusters, x.device.index or 0, stream,
+        clusters, _index(x.device), stream,
     )  # fmt: skip
     return y, z, mean, rstd

@@ -1,11 +1,12 @@
-// csrc/cluster_ops.h on the host: a cluster of thread blocks, a fiber per thread, in an order drawn at random. Copies land
+// csrc/cluster_ops.h on the host: a cluster of thread blocks, a fiber per thread, in an order drawn at random, with one
+// warp that in half of the runs gets a turn only when the others wait. Copies land
 // at a random later time, read their source only then, and leave NaN at their destination until they have landed. So a
 // barrier that is missing, or waited for too early, shows in the results.
 //
 // Checked on the way: alignment and bounds of every copy; that the lanes of a warp meet in the same instruction; that what
 // a bulk copy reads was written before a fence_async() of the thread that wrote it; that a thread which reads what a copy
-// has brought has waited for that copy itself; that no barrier gets more arrivals than its phase takes; that all threads
-// end, and nothing is under way then.
+// has brought has waited for that copy itself; that no barrier gets more arrivals than its phase takes, and no thread
+// misses a phase of one that it waits for; that all threads end, and nothing is under way then.
 //
 // Not modeled: what a card's caches and proxies delay beyond that, and the time that anything takes.
 #pragma once
@@ -259,8 +260,13 @@ inline std::string run(int clusters, int size, int threads_, size_t shared, unsi
     std::vector<int> warps(size * threads / 32);
     for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
     int idle = 0;
+    const int starved = int(draw() % (2 * warps.size()));  // a warp, or none, that runs only once the others cannot
     while (!warps.empty() && error.empty()) {
       const size_t chosen = draw() % warps.size();
+      if (warps[chosen] == starved && warps.size() > 1 && idle < 4 * int(warps.size())) {
+        ++idle;
+        continue;
+      }
       moved = false;
       for (int turns = 1 + draw() % 16; turns && error.empty(); --turns) {
         const int rotation = draw() % 32;
@@ -345,8 +351,11 @@ inline void wait(Barrier* b, int parity, int line = __builtin_LINE()) {
   if (line == host::ignored) return;
   host::Phase& phase = host::phase_of(b);
   host::until([&] { return int(phase.number & 1) != parity; });
-  host::fibers[host::current].waited[phase.place] = phase.number;
+  unsigned& waited = host::fibers[host::current].waited[phase.place];
+  if (phase.number > waited + 1) host::fail("a thread has missed a phase of a barrier");
+  waited = phase.number;
 }
+inline void wait_for_blocks(Barrier* b, int parity, int line = __builtin_LINE()) { wait(b, parity, line); }
 
 inline void copy_in(void* to, const void* from, uint32_t bytes, Barrier* b) {
   host::must_be_aligned(to, from, bytes);

@@ -131,22 +131,34 @@ void clear_tile(const Tensor& t, int64_t begin, int n) {
   });
 }
 
-}  // namespace
+// Clones by hand: target_clones cannot name AVX2 and FMA together, and a resolver of clones outside of the unnamed namespace
+// would be a symbol that others see.
+using TileSquares = double (*)(const Tensor&, int64_t, int, float);
 
-// Clones by hand: target_clones cannot name AVX2 and FMA together. Outside of the unnamed namespace, where clang would take
-// the first two for unused.
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-__attribute__((target("avx512f"))) double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
-  return add_squares<true>(t, begin, n, inv_scale);
-}
-__attribute__((target("avx2,fma"))) double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
-  return add_squares<true>(t, begin, n, inv_scale);
-}
-__attribute__((target("default")))
-#endif
-double tile_squares(const Tensor& t, int64_t begin, int n, float inv_scale) {
+double squares_base(const Tensor& t, int64_t begin, int n, float inv_scale) {
   return add_squares<kBaseFma>(t, begin, n, inv_scale);
 }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx512f"))) double squares_avx512(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  return add_squares<true>(t, begin, n, inv_scale);
+}
+__attribute__((target("avx2,fma"))) double squares_avx2(const Tensor& t, int64_t begin, int n, float inv_scale) {
+  return add_squares<true>(t, begin, n, inv_scale);
+}
+
+TileSquares best_squares() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) return squares_avx512;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? squares_avx2 : squares_base;
+}
+#else
+TileSquares best_squares() { return squares_base; }
+#endif
+
+const TileSquares tile_squares = best_squares();
+
+}  // namespace
 
 void sum_squares(const Table& table, const Clip& clip, double* slots, Scalars* scalars, int threads) {
   const float inv_scale = inverse(clip.grad_scale);

@@ -40,7 +40,7 @@ def traffic(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
 def aot(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """Registers, shared memory and tensor-core instructions of every kernel."""
     sms = ["90"] if quick else ["80", "90", "100"]
-    yield _in_process("aot", ["-d", "4096", "-r", "64", "--sm", *sms], {"TRITON_INTERPRET": "0"})
+    yield _in_process("aot", ["-d", "4096", "-r", "64", "--dtype", "bfloat16", "--sm", *sms], {"TRITON_INTERPRET": "0"})
 
 
 def memory(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:

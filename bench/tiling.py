@@ -20,7 +20,8 @@ def parse(text: str) -> tuple[str, Tiles]:
         raise ValueError(
             f"tiles: expected one of {', '.join(TABLES)}, = and four numbers BT,BD,warps,stages, got {text!r}"
         )
-    return name, Tiles(*map(int, sizes))
+    BT, BD, warps, stages = map(int, sizes)
+    return name, Tiles(BT, BD, warps, stages)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,12 @@ def test_any_shape(rows: int, d: int, r: int, dtype: torch.dtype, sms: int, x_fr
         assert error <= 16 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize(("d", "r"), [(40, 512), (33, 32)])
+def test_tiles_of_few_columns(d: int, r: int) -> None:
+    """8 columns where x and A, W_up in fp32 would not fit; 16 at r = 32 and odd d, where 32 could not be told apart."""
+    check_within_twice_eager(torch.randn(20, d), make_weights(d, r), torch.randn(20, d), x_free=True)
+
+
 def test_row_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy = torch.randn(2, 300, 96)
     w = make_weights(96, 16)

@@ -1,10 +1,14 @@
 """The kernels compiled ahead of time: the resources they use, and one variant per shape."""
 
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
 
 from adapterkern.ops.kernels import cache, forward, hidden, launch, tiles
 from bench import aot, sass, ttgir
@@ -81,6 +85,47 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
     """Triton's interpreter multiplies operands of two dtypes, its compiler does not."""
     for variant in aot.variants(d, r, dtype, sm, compute):
         fitting(variant, sm)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        (aot.Shape(16, 577, "float32-bfloat16", 100), "forward"),  # 2,040 bytes of stack before
+        (aot.Shape(64, 577, "bfloat16", 90), "slice dx g u"),
+        (aot.Shape(512, 577, "float16", 120), "forward"),
+        (aot.Shape(8, 576, "float32-float16", 100), "forward"),
+        (aot.Shape(512, 4096, "float32", 86), "slice x-free dx g"),  # 128 KiB of 99
+        (aot.Shape(64, 4096, "tf32", 80), "slice dx g u"),
+        (aot.Shape(512, 4096, "float32-bfloat16", 90), "hidden"),
+    ],
+    ids=str,
+)
+def test_what_spilled_or_did_not_fit_does_now(shape: aot.Shape, kernel: str) -> None:
+    """A sample of what ``python -m bench aot`` compiles."""
+    (variant,) = (v for v in shape.variants() if v.name == kernel)
+    fitting(variant, shape.sm)
+
+
+def test_cards_that_share_their_ptx() -> None:
+    (variant,) = (v for v in aot.Shape(64, 4096, "bfloat16", 80).variants() if v.name == "hidden_finish")
+    for sm, of in aot.SAME_PTX.items():
+        shared = aot.compile_for(variant, [of, sm])
+        assert shared == [aot.compile_launch(variant, of), aot.compile_launch(variant, sm)]
+
+
+def test_the_matrix_names_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv = tmp_path / "points.csv"
+    point = ["-r", "16", "-d", "4096", "--dtype", "bfloat16", "--sm", "90", "--kernel", "hidden_finish"]
+    assert aot.main([*point, "--csv", str(csv)]) == 0
+    assert "1 compiled, 0 of them spill or do not fit" in capsys.readouterr().out
+    assert csv.read_text().splitlines()[1].startswith(f"{triton.__version__},bfloat16,16,4096,90,1,")
+    monkeypatch.setitem(aot.SHARED_LIMIT, 90, 100)
+    assert aot.main(point) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("hidden_finish ")
+    assert last.endswith("bytes of shared memory of 100")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +259,27 @@ def test_one_variant_whatever_the_rows_and_strides(d: int, x_free: bool, monkeyp
     # hidden_kernel makes the product itself or adds up hidden_partial_kernel's.
     expected = {name: 2 if name == "hidden_kernel" else 1 for name in variants}
     assert {name: len(found) for name, found in variants.items()} == expected
+
+
+def test_what_a_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks the device when it loads a kernel."""
+
+    def load(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        raise OutOfResources(131072, 65536, "shared memory")
+
+    monkeypatch.setattr(JITFunction, "run", load)
+    x, weights = torch.randn(4, 32), make_weights(32, 300)
+    expected = (
+        r"^down_weight: expected an r whose kernels fit into this GPU's 65536 bytes of shared memory, "
+        r"got r = 300 in torch.float32, which takes 131072$"
+    )
+    with pytest.raises(ValueError, match=expected):
+        launch.adapter_forward(x, weights, None, eps=1e-5, activation="silu", compute=x.dtype, save=True)
+    z, stats = torch.randn(4, 300), torch.ones(4)
+    with pytest.raises(ValueError, match=expected):
+        launch.adapter_backward(
+            x, x, z, stats, stats, weights, None, activation="silu", needed=[True] * 7, x_free=False
+        )
 
 
 def test_one_variant_however_many_rows_are_routed() -> None:

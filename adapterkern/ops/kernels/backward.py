@@ -218,7 +218,8 @@ def backward(
     r = weights[2].shape[-2]
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
-    row_tiles, tiles = (t.reading(x, vec, z.dtype) for t in (row_tiles, tiles))
+    row_tiles = row_tiles.reading(x, vec, z.dtype, few=16 if R == 512 else 32)
+    tiles = tiles.reading(x, vec, z.dtype, few=16)
 
     norm = p.row_sums is not None
     mu, rho = (mean, rstd) if norm else (None, None)
@@ -231,7 +232,11 @@ def backward(
     direct = folded and not x_free
     unchanged = direct or (not norm and not x_free and x.dtype == z.dtype)  # x goes into the products
     if not unchanged and (needed.x or with_g):  # x goes through registers
-        tiles = replace(tiles, BT=min(tiles.BT, 32), BD=16 if x_free and R == 512 else tiles.BD)
+        tiles = replace(tiles, BT=min(tiles.BT, 32), all_registers=tiles.all_registers or not folded)
+        if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
+            tiles = replace(tiles, BD=32 // z.element_size(), num_stages=1)
+    if tiles.BD == R == 32:
+        tiles = replace(tiles, BD=16)  # the kernel tells how its sums lie from their shape
 
     of = routing(index, T, p.A, row_tiles.BT, sms)
     n_tiles, n_row_tiles = of.tiles(tiles.BT), of.tiles(row_tiles.BT)
@@ -277,7 +282,7 @@ def backward(
                 dy, x, order, bounds, gate, rows.dz, rows.h, mu, rho, rows.c1, rows.c2, rows.s, rows.q, rows.worst,
                 p.A, p.w_up, p.b_up, *outputs, tile0, ceil_div(chunk, tiles.BT), hidden0, of_chunk, of.S,
                 x.stride(0) // vec, HIDDEN_BT=row_tiles.BT, VEC=vec, X_FREE=x_free, RESIDUAL=residual,
-                SORTED=of.bounds is not None, num_warps=tiles.num_warps, **shape, **tiles.blocks,
+                SORTED=of.bounds is not None, **shape, **tiles.blocks, **tiles.options,
                 **early_launch(pdl and after_ours),
             )  # fmt: skip
 

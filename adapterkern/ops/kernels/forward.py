@@ -37,7 +37,7 @@ from torch import Tensor
 
 from . import clusters
 from .dropout import NO_DROPOUT, Dropout, kept
-from .primitives import activate, dot, follow, narrow, partial_stages
+from .primitives import activate, dot, end_of, follow, narrow, partial_stages
 from .projection import block_moments, merge, project, project_plain, project_raw, row_shift
 from .rows import routing, rows_of
 from .tiles import Tiles, column_split, early_launch, multiprocessors
@@ -155,7 +155,8 @@ def forward_kernel(
     p_base = p_rows
     if p_residual is not None:
         p_base = p_residual + i_t[:, None] * residual_stride * VEC
-    blocks: tl.constexpr = (d + BD - 1) // BD
+    end = end_of(d, PLAIN)
+    blocks = tl.cdiv(end, BD)
     zero = tl.zeros((BT,), tl.float32)
     if e < 0:
         _copy(p_base, p_out, m_t, p_bounds, 0, blocks, d, BD)
@@ -167,13 +168,13 @@ def forward_kernel(
         shift = zero
         if p_asum is None:
             mean, m2 = zero, zero
-            acc = project_raw(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc = project_raw(p_rows, p_a, m_t, 0, end, d, D, BT, BR, BD, PRECISION, STAGES)
         elif PLAIN:
-            acc, mean, m2 = project_plain(p_rows, p_a, m_t, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc, mean, m2 = project_plain(p_rows, p_a, m_t, 0, end, d, D, BT, BR, BD, PRECISION, STAGES)
             if tl.max(tl.where(mean * mean <= 256 * (m2 / d), 0, 1), 0) > 0:  # a NaN counts
-                acc, shift, mean, m2 = project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+                acc, shift, mean, m2 = project(p_rows, p_a, m_t, zero, 0, end, d, D, BT, BR, BD, PRECISION, STAGES)
         else:
-            acc, shift, mean, m2 = project(p_rows, p_a, m_t, zero, 0, d, d, D, BT, BR, BD, PRECISION, STAGES)
+            acc, shift, mean, m2 = project(p_rows, p_a, m_t, zero, 0, end, d, D, BT, BR, BD, PRECISION, STAGES)
         if p_asum is not None:
             p_asum += e * BR
         z, rstd = _hidden(acc, shift, mean, m2, p_asum, p_c + e * BR, eps, d, BR, p_a.dtype.element_ty)
@@ -351,7 +352,7 @@ def forward(
     where it can.
     """
     T, d = x.shape
-    tiles = tiles.reading(x, vec, prepared.A.dtype)
+    tiles = tiles.reading(x, vec, prepared.A.dtype, few=16 if prepared.A.shape[1] >= 256 else 32)
     sms = multiprocessors(x.device) if sms is None else sms
     of = routing(index, T, prepared.A, tiles.BT, sms)
     if by_clusters and clusters.fit(x, prepared, of, residual, gate, drop.seed):
@@ -368,7 +369,7 @@ def forward(
     p = prepared
     D, R = p.A.shape[2], p.A.shape[1]
     shape = {"d": d, "D": D, "BR": R, "VEC": vec, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
-    how = {"num_warps": tiles.num_warps}
+    how = tiles.options
     stride = x.stride(0) // vec
     base, base_stride = (x, stride) if residual is None else (residual, residual.stride(0) // vec)
     if splits == 1:

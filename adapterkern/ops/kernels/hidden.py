@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, kept
-from .primitives import activate, activate_grad, dot, follow, narrow, partial_stages, settled
+from .primitives import activate, activate_grad, dot, end_of, follow, narrow, partial_stages, settled
 from .rows import Routing, rows_of
 from .tiles import Tiles, column_split, early_launch
 from .weights import Prepared
@@ -143,7 +143,7 @@ def hidden_kernel(
         if p_dgate is not None:
             tl.store(p_dgate + i_t, tl.zeros((BT,), tl.float32), mask=m_t)
         if p_dx is not None:
-            columns = d
+            columns = end_of(d, BR < 512)
             if p_bounds is not None:
                 columns *= tl.max(m_t.to(tl.int32), 0)  # a tile may have no rows
             for o in tl.range(0, columns, BD, num_stages=STAGES):
@@ -170,7 +170,9 @@ def hidden_kernel(
             else:
                 if p_bias is not None:
                     p_bias += e * D
-                dh, by_bias = _product(p_rows, p_w + e * BR * D, p_bias, m_t, 0, d, d, BT, BR, BD, PRECISION, STAGES)
+                dh, by_bias = _product(
+                    p_rows, p_w + e * BR * D, p_bias, m_t, 0, end_of(d, BR < 512), d, BT, BR, BD, PRECISION, STAGES
+                )
         z = tl.load(p_z + i_t[:, None] * r + o_r[None, :], mask=m, other=0).to(tl.float32)
         if p_seed is not None:
             keep = kept(p_seed, threshold, i_t, BT, BR)
@@ -258,7 +260,7 @@ def hidden(
     rows = min(n_tiles * tiles.BT, T - tile0 * tiles.BT) if of.S == T else T
     splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, R, tiles.BD, sms, reads=1)
     shape = {"d": d, "D": p.A.shape[2], "BR": R, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
-    how = {"num_warps": tiles.num_warps}
+    how = tiles.options
     bias = None if out.dgate is None else p.b_up
     dh = by_bias = None
     if (out.dz is not None or bias is not None) and splits > 1:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from . import backward as _backward
 from . import forward as _forward
@@ -44,6 +45,23 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
+
+
+class _Fitting:
+    """The error of a kernel that takes more than the device has, which Triton asks when it loads one, names r."""
+
+    def __init__(self, r: int, compute: torch.dtype) -> None:
+        self.r, self.compute = r, compute
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OutOfResources):
+            raise ValueError(
+                f"down_weight: expected an r whose kernels fit into this GPU's {error.limit} bytes of {error.name}, "
+                f"got r = {self.r} in {self.compute}, which takes {error.required}"
+            ) from error
 
 
 def _precision(compute: torch.dtype) -> str:
@@ -91,7 +109,7 @@ def adapter_forward(
     if rows == 0:
         stats = x.new_empty(0, dtype=torch.float32)
         return x.new_empty(x.shape), x.new_empty(kept, dtype=compute), stats, torch.empty_like(stats)
-    with _on(x.device):
+    with _on(x.device), _Fitting(r, compute):
         prepared = Prepared(*carried) if carried else prepared_weights(weights, compute, factor)
         y, *saved = _forward.forward(
             _rows(x, dense=False),
@@ -142,7 +160,7 @@ def adapter_backward(
     if x.numel() == 0:
         tensors = (x, *weights) if gate is None else (x, *weights, gate)
         return [t.new_zeros(t.shape) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
-    with _on(x.device):
+    with _on(x.device), _Fitting(weights[2].shape[-2], z.dtype):
         prepared = Prepared(*carried) if carried else prepared_weights(weights, z.dtype, factor)
         wide = has_wide_products(x.device)
         R = prepared.A.shape[1]

@@ -38,6 +38,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def end_of(d: tl.constexpr, UNROLL: tl.constexpr):
+    """d as the end of a loop over columns: for odd d, or unless UNROLL, as a number that the compiler does not know.
+
+    LLVM unrolls a loop of few blocks in full. Loads of one or two elements, each with an address of its own, then spill
+    up to 2,040 bytes (d = 577), and rows that go through registers, or a tile of 512 sums per row, up to 32 (d = 576).
+    """
+    if INTERPRETED or (UNROLL and d % 4 == 0):
+        return d
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [d], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def settled(acc):
     """``acc``, after a wait for every product of warp groups in flight. No instruction but the wait.
 

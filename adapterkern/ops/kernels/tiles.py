@@ -6,7 +6,7 @@ many programs share d or the rows) is a run-time argument.
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -17,29 +17,43 @@ LAUNCH_BYTES = 90_000
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One kernel's block sizes: rows BT, columns of d BD."""
+    """One kernel's block sizes: rows BT, columns of d BD.
+
+    ``all_registers``: a thread may take as many as it has. Otherwise ptxas keeps to numbers that let more programs run
+    on an SM, 128 at 8 warps for two, even if that takes some bytes of stack.
+    """
 
     BT: int
     BD: int
     num_warps: int
     num_stages: int
+    all_registers: bool = field(default=False, repr=False)
 
     @property
     def blocks(self) -> dict[str, int]:
         """The kernel's constants. Stages are among them: only ``tl.range`` pipelines every load of a loop."""
         return {"BT": self.BT, "BD": self.BD, "STAGES": self.num_stages}
 
-    def reading(self, x: torch.Tensor, vec: int, compute: torch.dtype) -> "Tiles":
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options of a launch."""
+        return {"num_warps": self.num_warps} | ({"maxnreg": 255} if self.all_registers else {})
+
+    def reading(self, x: torch.Tensor, vec: int, compute: torch.dtype, few: int) -> "Tiles":
         """These tiles for rows of x that are loaded ``vec`` elements at a time, for products in ``compute``.
 
-        Below 4 bytes per load (odd d in 16 bits) no load is asynchronous, and stages would only take registers. Rows
-        wider than the products' operands (fp32 under autocast) get at most 3 stages: each takes twice the memory.
+        Below 8 bytes per load (odd d) every element or two take an address of their own: then at most ``few`` rows.
+        Below 4 bytes (odd d in 16 bits) no load is asynchronous, and stages would only take registers. Rows wider than
+        the products' operands (fp32 under autocast) get at most 3 stages: each takes twice the memory.
         """
-        if vec * x.element_size() < 4:
-            return replace(self, num_stages=1)
+        tiles = self
         if x.element_size() > compute.itemsize:
-            return replace(self, num_stages=min(self.num_stages, 3))
-        return self
+            tiles = replace(tiles, num_stages=min(self.num_stages, 3), all_registers=True)
+        if vec * x.element_size() < 8:
+            tiles = replace(tiles, BT=min(self.BT, few), BD=min(self.BD, 32), num_warps=8, all_registers=True)
+        if vec * x.element_size() < 4:
+            tiles = replace(tiles, num_stages=1)
+        return tiles
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -61,7 +75,7 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     outweigh x, 128 rows share them. Below, 64 rows keep one launch at T = 8192 (128 tiles on 132 SMs).
     """
     if itemsize == 4:
-        return Tiles(16, 16, 8, 2) if R == 512 else Tiles(32, 32, 8 if R == 256 else 4, 2)
+        return Tiles(16, 16, 8, 2, True) if R == 512 else Tiles(32, 32, 8 if R == 256 else 4, 2, True)
     if R == 512:
         return Tiles(32, 32, 8, 3 if wide else 2)
     if R == 256:
@@ -80,6 +94,8 @@ def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
         return Tiles(32, 64, 8, 3 if wide else 2)
     if itemsize == 2 and R == 32 and not wide:
         return Tiles(64, 64, 8, 3)  # with 4 warps ptxas trades 16 bytes of stack for occupancy
+    if itemsize == 2 and R == 64 and not wide:
+        return Tiles(64, 64, 4, 3, True)
     return forward_tiles(itemsize, R, wide)
 
 
@@ -91,11 +107,12 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     that goes into the product unchanged; where it cannot, the launcher and the kernel take at most 32 rows.
     """
     if itemsize == 4:
-        return Tiles(16, max(16, min(64, 4096 // R)), 8, 1)
+        # 64 columns at R = 64 spill up to 200 bytes in tf32.
+        return Tiles(16, {16: 64, 32: 64, 64: 32, 128: 32}.get(R, 16), 8, 1, True)
     if wide:
         columns, stages = {128: (64, 3), 256: (64, 3), 512: (32, 2)}.get(R, (128, 3))
-        return Tiles(64, columns, 8, stages)
-    return Tiles(16 if R in (64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2)
+        return Tiles(64, columns, 8, stages, R == 512)
+    return Tiles(16 if R in (64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2, R == 512)
 
 
 @lru_cache

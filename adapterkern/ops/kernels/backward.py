@@ -219,6 +219,8 @@ def backward(
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
     row_tiles = row_tiles.reading(x, vec, z.dtype, few=16 if R == 512 else 32)
+    if R == 512 and x.dtype != z.dtype:
+        row_tiles = replace(row_tiles, all_registers=True)
     tiles = tiles.reading(x, vec, z.dtype, few=16)
 
     norm = p.row_sums is not None
@@ -232,7 +234,8 @@ def backward(
     direct = folded and not x_free
     unchanged = direct or (not norm and not x_free and x.dtype == z.dtype)  # x goes into the products
     if not unchanged and (needed.x or with_g):  # x goes through registers
-        tiles = replace(tiles, BT=min(tiles.BT, 32), all_registers=tiles.all_registers or not folded)
+        rows_at_once = 16 if x_free and x.dtype != z.dtype else 32
+        tiles = replace(tiles, BT=min(tiles.BT, rows_at_once), all_registers=tiles.all_registers or not folded)
         if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
             tiles = replace(tiles, BD=32 // z.element_size(), num_stages=1)
     if tiles.BD == R == 32:

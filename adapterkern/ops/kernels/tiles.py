@@ -48,7 +48,7 @@ class Tiles:
         """
         tiles = self
         if x.element_size() > compute.itemsize:
-            tiles = replace(tiles, num_stages=min(self.num_stages, 3), all_registers=True)
+            tiles = replace(tiles, num_stages=min(self.num_stages, 3))
         if vec * x.element_size() < 8:
             tiles = replace(tiles, BT=min(self.BT, few), BD=min(self.BD, 32), num_warps=8, all_registers=True)
         if vec * x.element_size() < 4:

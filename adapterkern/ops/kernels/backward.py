@@ -234,10 +234,16 @@ def backward(
     direct = folded and not x_free
     unchanged = direct or (not norm and not x_free and x.dtype == z.dtype)  # x goes into the products
     if not unchanged and (needed.x or with_g):  # x goes through registers
-        rows_at_once = 16 if x_free and x.dtype != z.dtype else 32
-        tiles = replace(tiles, BT=min(tiles.BT, rows_at_once), all_registers=tiles.all_registers or not folded)
+        mixed = x.dtype != z.dtype
+        if mixed and R == 64 and tiles.BT == 16:
+            tiles = replace(tiles, BD=32)  # 128 columns spill 8 bytes on sm_80
+        tiles = replace(tiles, BT=min(tiles.BT, 16 if x_free and mixed else 32))
+        if not (folded or mixed):
+            tiles = replace(tiles, all_registers=True)
         if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
             tiles = replace(tiles, BD=32 // z.element_size(), num_stages=1)
+        elif x_free and R == 32 and z.dtype == torch.float32:
+            tiles = replace(tiles, BD=16)
     if tiles.BD == R == 32:
         tiles = replace(tiles, BD=16)  # the kernel tells how its sums lie from their shape
 

@@ -82,7 +82,7 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
         return Tiles(64, 64, 8, 4) if wide else Tiles(32, 32, 8, 3)
     if wide:
         return Tiles(64, 128, 8, 4)
-    return Tiles(64, 64, 8, 2) if R == 128 else Tiles(64, 64, 4, 3)
+    return Tiles(64, 64, 8, 2) if R == 128 else Tiles(64, 64, 4, 3, R in (32, 64))
 
 
 @lru_cache
@@ -92,10 +92,6 @@ def hidden_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
         return Tiles(16, 32, 8, 3 if wide else 2)
     if itemsize == 2 and R == 256:
         return Tiles(32, 64, 8, 3 if wide else 2)
-    if itemsize == 2 and R == 32 and not wide:
-        return Tiles(64, 64, 8, 3)  # with 4 warps ptxas trades 16 bytes of stack for occupancy
-    if itemsize == 2 and R == 64 and not wide:
-        return Tiles(64, 64, 4, 3, True)
     return forward_tiles(itemsize, R, wide)
 
 
@@ -112,7 +108,7 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     if wide:
         columns, stages = {128: (64, 3), 256: (64, 3), 512: (32, 2)}.get(R, (128, 3))
         return Tiles(64, columns, 8, stages, R == 512)
-    return Tiles(16 if R in (64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2, R == 512)
+    return Tiles(16 if R in (32, 64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2, R == 512)
 
 
 @lru_cache

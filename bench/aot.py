@@ -220,7 +220,7 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, sm: int) -> Compiled:
-    """Compile one launch for compute capability ``sm`` (80, 90, 100). A ``stack`` above 0 means spills."""
+    """Compile one launch for compute capability ``sm``. A ``stack`` above 0 means spills."""
     (compiled,) = compile_for(launch, [sm])
     return compiled
 

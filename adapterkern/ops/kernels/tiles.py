@@ -100,7 +100,7 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's second kernel. Its (R, BD) fp32 sums live in registers, two of them below R = 256.
 
     Without warp-group products its resident slice of A is in registers as well, so the tiles are smaller. BT is for x
-    that goes into the product unchanged; where it cannot, the launcher and the kernel take at most 32 rows.
+    that goes into the product unchanged; where it cannot, the launcher and the kernel take at most 32 rows, or 16.
     """
     if itemsize == 4:
         # 64 columns at R = 64 spill up to 200 bytes in tf32.

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 CXX_FLAGS = "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -fvisibility=hidden -Wall"
 NVCC_FLAGS = "-std=c++17 -O3 --threads 0 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 OPTIMIZER_FLAGS = "-fmad=false"
-# Architectures with the clusters that csrc/adapter_cluster_kernel.h is written for. Their code runs on no other.
+# Architectures with the clusters that csrc/adapter_cluster_forward.h is written for. Their code runs on no other.
 CLUSTER_ARCHITECTURES = (90, 100)
 # The adapter's kernels for a CPU, once per instruction set (csrc/adapter_cpu.h); one that the compiler does not know is
 # left out. Contraction is what the products are made of. gcc 12 warns of its own intrinsics; clang lacks some warnings.

@@ -1,34 +1,53 @@
-// The launch of the forward by clusters: one kernel per padded adapter dimension.
+// The launches by clusters: one kernel per pass and padded adapter dimension.
 #include <cuda_runtime.h>
 
-#include "adapter_cluster_kernel.h"
+#include "adapter_cluster_backward.h"
+#include "adapter_cluster_forward.h"
 
 namespace adapterkern::cluster {
 namespace {
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(K::kThreads, 1) forward_kernel(const __grid_constant__ Forward p) {
   forward<K>(p);
 }
 
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, 1) backward_kernel(const __grid_constant__ Backward p) {
+  backward<K>(p);
+}
+
 struct Chosen {
-  void (*kernel)(Forward);
-  int bytes, columns;
+  const void* kernel;
+  int threads, bytes, columns;
 };
 
 template <class K>
-Chosen chosen() {
+Chosen chosen(const void* kernel) {
   static_assert(sizeof(typename K::Shared) <= 227 * 1024, "what a block may have of shared memory");
-  return {forward_kernel<K>, int(sizeof(typename K::Shared)), K::kColumns};
+  return {kernel, K::kThreads, int(sizeof(typename K::Shared)), K::kColumns};
 }
 
-Chosen choose(int R) {
+template <int R, int kColumns, int kBuffers>
+Chosen chosen_forward() {
+  using K = ForwardConfig<R, kColumns, kBuffers>;
+  return chosen<K>(reinterpret_cast<const void*>(&forward_kernel<K>));
+}
+
+template <int R, int kColumns, int kBuffers>
+Chosen chosen_backward() {
+  using K = BackwardConfig<R, kColumns, kBuffers>;
+  return chosen<K>(reinterpret_cast<const void*>(&backward_kernel<K>));
+}
+
+Chosen choose(Pass pass, int R) {
+  const bool backward = pass == Pass::kBackward;
   switch (R) {
-    case 16: return chosen<Config<16, 512, 5>>();
-    case 32: return chosen<Config<32, 512, 5>>();
-    case 64: return chosen<Config<64, 512, 5>>();
-    case 128: return chosen<Config<128, 256, 7>>();
-    default: return {nullptr, 0, 0};
+    case 16: return backward ? chosen_backward<16, 256, 5>() : chosen_forward<16, 512, 5>();
+    case 32: return backward ? chosen_backward<32, 256, 5>() : chosen_forward<32, 512, 5>();
+    case 64: return backward ? chosen_backward<64, 256, 4>() : chosen_forward<64, 512, 5>();
+    case 128: return backward ? Chosen{} : chosen_forward<128, 256, 7>();  // G and U would not fit in registers
+    default: return {};
   }
 }
 
@@ -53,7 +72,7 @@ struct Launch {
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // the kernel calls follow()
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = dim3(unsigned(blocks * clusters));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(unsigned(c.threads));
     config.dynamicSmemBytes = size_t(c.bytes);
     config.stream = cudaStream_t(stream);
     config.attrs = attributes;
@@ -73,13 +92,22 @@ cudaError_t allow(const Chosen& c) {
   return cudaFuncSetAttribute(c.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
 
+template <class P>
+const char* launch(Pass pass, P p, int R, int blocks, int clusters, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const Chosen c = choose(pass, R);
+  const Launch launch(c, blocks, clusters, stream);
+  void* arguments[] = {&p};
+  return describe(cudaLaunchKernelExC(&launch.config, c.kernel, arguments));
+}
+
 }  // namespace
 
-int most_columns(int R) { return choose(R).columns; }
+int most_columns(Pass pass, int R) { return choose(pass, R).columns; }
 
-int most_clusters(int R, int blocks, int device, const char** error) {
+int most_clusters(Pass pass, int R, int blocks, int device, const char** error) {
   const DeviceGuard guard(device);
-  const Chosen c = choose(R);
+  const Chosen c = choose(pass, R);
   int found = 0;
   cudaError_t status = allow(c);
   if (status == cudaSuccess) {
@@ -92,10 +120,11 @@ int most_clusters(int R, int blocks, int device, const char** error) {
 }
 
 const char* forward(const Forward& p, int R, int blocks, int clusters, int device, void* stream) {
-  const DeviceGuard guard(device);
-  const Chosen c = choose(R);
-  const Launch launch(c, blocks, clusters, stream);
-  return describe(cudaLaunchKernelEx(&launch.config, c.kernel, p));
+  return launch(Pass::kForward, p, R, blocks, clusters, device, stream);
+}
+
+const char* backward(const Backward& p, int R, int blocks, int clusters, int device, void* stream) {
+  return launch(Pass::kBackward, p, R, blocks, clusters, device, stream);
 }
 
 }  // namespace adapterkern::cluster

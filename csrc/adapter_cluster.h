@@ -1,5 +1,5 @@
-// The adapter's forward in bf16 by clusters of thread blocks: what it takes, and its launch. The kernel is in
-// adapter_cluster_kernel.h.
+// The adapter's forward and backward in bf16 by clusters of thread blocks: what they take, and their launches. The kernels
+// are in adapter_cluster_forward.h and adapter_cluster_backward.h.
 #pragma once
 #include <cstdint>
 
@@ -7,10 +7,18 @@ namespace adapterkern::cluster {
 
 enum class Activation : int { kIdentity, kSilu, kGelu, kRelu, kTanh };
 
-// Pointers as in adapterkern/ops/kernels/weights.py; `a` to `bias` are the prepared weights of n adapters.
-struct Forward {
-  const uint16_t* x;     // (rows, d), `stride` elements apart
+// The rows that a launch is given.
+struct Rows {
   const int64_t* index;  // the adapter of each sequence of `sequence` rows, −1 for none; or null: the first of all rows
+  unsigned rows, sequence;
+  int d, padded_d, r;
+  int columns;  // of a block: a multiple of 16
+  Activation activation;
+};
+
+// Pointers as in adapterkern/ops/kernels/weights.py; `a` to `bias` are the prepared weights of n adapters.
+struct Forward : Rows {
+  const uint16_t* x;  // (rows, d), `stride` elements apart
   const uint16_t* a;     // (n, R, padded_d)
   const float* c;        // (n, R)
   const uint16_t* w;     // (n, padded_d, R)
@@ -20,20 +28,40 @@ struct Forward {
   float* mean;           // (rows,)
   float* rstd;
   int64_t stride;
-  unsigned rows, sequence;
-  int d, padded_d, r;
-  int columns;  // of a block: a multiple of 16
   float eps;
-  Activation activation;
 };
 
+// Of one adapter for all rows. What is null is not stored; the sums are over the rows of a cluster.
+struct Backward : Rows {
+  const uint16_t* dy;  // (rows, d)
+  const uint16_t* x;   // (rows, d), `stride` elements apart
+  const uint16_t* z;   // (rows, r), of the forward, with the next two
+  const float* mean;   // (rows,)
+  const float* rstd;
+  const uint16_t* a;     // (R, padded_d)
+  const float* row_sums; // (R,), of a
+  const float* c;        // (R,)
+  const uint16_t* w;     // (padded_d, R)
+  uint16_t* dx;  // (rows, d)
+  float* g;      // (clusters, R, padded_d): Σ ζᵀ(x − s)
+  float* u;      // (clusters, R, padded_d): Σ hᵀ·dy
+  float* dz;     // (clusters, R): Σ dz
+  float* q;      // (clusters, R): Σ (μ − s)·ζ, which g has too much
+  float* dbias;  // (clusters, padded_d): Σ dy
+  int64_t stride;
+};
+
+// Which of the two kernels.
+enum class Pass : int { kForward, kBackward };
+
 // The columns of one block that the kernel for adapters of padded dimension R has room for; 0 if there is none.
-int most_columns(int R);
+int most_columns(Pass pass, int R);
 
 // How many clusters of `blocks` blocks `device` runs at once; `error` says why if that is none.
-int most_clusters(int R, int blocks, int device, const char** error);
+int most_clusters(Pass pass, int R, int blocks, int device, const char** error);
 
 // One launch on `clusters` clusters. Returns what went wrong, or null.
 const char* forward(const Forward& p, int R, int blocks, int clusters, int device, void* stream);
+const char* backward(const Backward& p, int R, int blocks, int clusters, int device, void* stream);
 
 }  // namespace adapterkern::cluster

@@ -1,5 +1,5 @@
-// What the blocks of a cluster agree on: the sizes of a kernel for one adapter dimension, what lies where in shared memory,
-// and which rows come when.
+// What the blocks of a cluster agree on, forward and backward: the sizes of a kernel for one adapter dimension, which
+// columns a block has, and which rows come when.
 #pragma once
 #include "adapter_cluster.h"
 #include "cluster_ops.h"
@@ -9,44 +9,54 @@ namespace adapterkern::cluster {
 constexpr int kRows = 32;     // of a tile
 constexpr int kAhead = 2;     // rounds of the exchange under way; of fewer, `moments` would need a barrier more
 constexpr int kMaxBlocks = 16;
-constexpr int kThreads = 384;
 
-// R: the padded adapter dimension. kColumns: the most columns of a block.
-template <int R_, int kColumns_, int kBuffers_>
-struct Config {
-  static constexpr int R = R_, kColumns = kColumns_, kBuffers = kBuffers_;
-  static constexpr int kSplits = R == 16 ? 2 : 1;   // of the columns among the project warps
-  static constexpr int kAcross = 4 / kSplits;       // project warps across R
-  static constexpr int kOwn = R / kAcross;          // adapter dimensions of a project warp
-  static constexpr int kTogether = R > 64 ? 1 : 2;  // halves of a tile in one pass over the columns
-  static constexpr int kLoaded = R > 64 ? 1 : 2;    // steps of x in registers; at 128 there is no room for two
-  static constexpr int kSums = R * kSplits;         // partial products per row
+// How the product of a tile by a (columns, R) matrix is shared by four warps, which hold their parts of the matrix.
+template <int R_, int kColumns_>
+struct Products {
+  static constexpr int R = R_, kColumns = kColumns_;
+  static constexpr int kSplits = R == 16 ? 2 : 1;  // of the columns
+  static constexpr int kAcross = 4 / kSplits;      // warps across R
+  static constexpr int kOwn = R / kAcross;         // adapter dimensions of a warp
+  static constexpr int kSums = R * kSplits;        // partial products per row
   static constexpr int kSteps = kColumns / kSplits / 16;
-  static constexpr int kEmitted = kColumns / 4;     // columns of an emit warp
   // Pitches: rows of 16-byte units, an odd number of them where matrices are loaded, so that banks do not collide.
   static constexpr int kXPitch = kColumns + 8, kHPitch = R + 8, kSumPitch = kSums + 8;
+};
 
-  struct Shared {
-    uint16_t x[kBuffers][kRows * kXPitch];
-    uint16_t h[kAhead][kRows * kHPitch];
-    float sent[kAhead][kRows * kSumPitch];      // partial products; then mean, squared deviations and s of the columns
-    float received[kAhead][kRows * kSumPitch];  // the same of this block's rows, from each block
-    Pair moments[kAhead][2][kRows];             // Σx and Σx², of half of the columns each
-    float bias[kColumns];
-    float own_row_sums[2][kSums];               // of A's columns, one for each of two adapters
-    float row_sums[2][kMaxBlocks * kSums];
-    Barrier loaded[kBuffers], emitted[kBuffers], stored[kBuffers];
-    Barrier summed[kAhead], hidden[kAhead], taken[kAhead], weighed[2];
-  };
+// A thread's place in its warp, block and cluster.
+struct Place {
+  int warp, lane, row_of_lane, pair_of_lane;  // the last two: of a fragment
+  int rank, blocks, first, columns;           // columns from the first on
+
+  AK_DEVICE explicit Place(const Rows& p)
+      : warp(thread_index() / 32),
+        lane(thread_index() % 32),
+        row_of_lane(lane / 4),
+        pair_of_lane(lane % 4 * 2),
+        rank(cluster_rank()),
+        blocks(cluster_size()),
+        first(rank * p.columns),
+        columns(min(p.columns, p.d - first)) {}
+
+  // What a lane loads of a 16×16 matrix in shared memory for load_matrices(): in the order of its columns of 8, for a left
+  // factor by rows, or a right factor by load_transposed(); or in that of its rows of 8, for the two the other way round.
+  AK_DEVICE Address matrix(const uint16_t* from, int pitch) const {
+    return address(from + lane % 16 * pitch + lane / 16 * 8);
+  }
+  AK_DEVICE Address matrix_by_rows(const uint16_t* from, int pitch) const {
+    return address(from + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+  }
+
+  AK_DEVICE int owned() const { return kRows / blocks; }  // rows of a tile that the block finishes
 };
 
 // The tiles of one cluster, in order: an equal share of the rows, cut where a sequence ends.
 struct Tiles {
-  const Forward& p;
+  const Rows& p;
   unsigned row, end;
   int rows, adapter;
 
-  AK_DEVICE explicit Tiles(const Forward& p) : p(p), rows(0), adapter(0) {
+  AK_DEVICE explicit Tiles(const Rows& p) : p(p), rows(0), adapter(0) {
     const unsigned share = p.rows / cluster_count(), more = p.rows % cluster_count();
     row = cluster_index() * share + min(cluster_index(), more);
     end = row + share + (cluster_index() < more);
@@ -66,6 +76,9 @@ struct Tiles {
     return true;
   }
 
+  // How many there are, before the first next(); without an index.
+  AK_DEVICE int count() const { return int((end - row + kRows - 1) / kRows); }
+
   AK_DEVICE int64_t at(int i) const { return int64_t(row) + i; }
 };
 
@@ -79,6 +92,22 @@ AK_DEVICE float activate(Activation kind, float z) {
     case Activation::kRelu: return z < 0 ? 0 : z;
     case Activation::kTanh: return tanhf(z);
     default: return z;
+  }
+}
+
+AK_DEVICE float derivative(Activation kind, float z) {
+  switch (kind) {
+    case Activation::kSilu: {
+      const float s = 1 / (1 + expf(-z));
+      return s * (1 + z * (1 - s));
+    }
+    case Activation::kGelu: return 0.5f * (1 + erff(z * 0.70710678f)) + z * expf(-0.5f * z * z) * 0.39894228f;
+    case Activation::kRelu: return z > 0 ? 1 : 0;
+    case Activation::kTanh: {
+      const float t = tanhf(z);
+      return 1 - t * t;
+    }
+    default: return 1;
   }
 }
 

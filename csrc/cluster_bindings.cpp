@@ -1,4 +1,4 @@
-// The Python bindings of the forward by clusters: raw pointers, sizes and a raw stream. The tensors behind the pointers
+// The Python bindings of the kernels by clusters: raw pointers, sizes and a raw stream. The tensors behind the pointers
 // must outlive the calls, which adapterkern/ops/kernels/clusters.py ensures.
 #include <pybind11/pybind11.h>
 
@@ -17,39 +17,63 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-int columns([[maybe_unused]] int R) {
+int columns([[maybe_unused]] int pass, [[maybe_unused]] int R) {
 #ifdef ADAPTERKERN_WITH_CLUSTERS
-  return most_columns(R);
+  return most_columns(Pass(pass), R);
 #else
   return 0;
 #endif
 }
 
 // How many clusters run at once, and why none if that is 0.
-py::tuple capacity([[maybe_unused]] int R, [[maybe_unused]] int blocks, [[maybe_unused]] int device) {
+py::tuple capacity([[maybe_unused]] int pass, [[maybe_unused]] int R, [[maybe_unused]] int blocks,
+                   [[maybe_unused]] int device) {
 #ifdef ADAPTERKERN_WITH_CLUSTERS
   const char* error = nullptr;
-  const int found = most_clusters(R, blocks, device, &error);
+  const int found = most_clusters(Pass(pass), R, blocks, device, &error);
   return py::make_tuple(found, error ? error : "");
 #else
   return py::make_tuple(0, "the extension was built without them: for no card that has clusters, or without nvcc");
 #endif
 }
 
-void launch(uintptr_t x, uintptr_t index, uintptr_t a, uintptr_t c, uintptr_t w, uintptr_t bias, uintptr_t y, uintptr_t z,
-            uintptr_t mean, uintptr_t rstd, int64_t stride, unsigned rows, unsigned sequence, int d, int padded_d, int r,
-            int columns, float eps, int activation, [[maybe_unused]] int R, [[maybe_unused]] int blocks,
-            [[maybe_unused]] int clusters, [[maybe_unused]] int device, [[maybe_unused]] uintptr_t stream) {
-  const Forward p{pointer<uint16_t>(x), pointer<int64_t>(index), pointer<uint16_t>(a), pointer<float>(c),
-                  pointer<uint16_t>(w), pointer<float>(bias),    pointer<uint16_t>(y), pointer<uint16_t>(z),
-                  pointer<float>(mean), pointer<float>(rstd),    stride,               rows,
-                  sequence,             d,                       padded_d,             r,
-                  columns,              eps,                     Activation(activation)};
+// What both passes are given of the rows, and how they are launched.
+struct How {
+  Rows rows;
+  int R, blocks, clusters, device;
+  uintptr_t stream;
+};
+
+How how(uintptr_t index, unsigned rows, unsigned sequence, int d, int padded_d, int r, int columns, int activation, int R,
+        int blocks, int clusters, int device, uintptr_t stream) {
+  return {{pointer<int64_t>(index), rows, sequence, d, padded_d, r, columns, Activation(activation)},
+          R, blocks, clusters, device, stream};
+}
+
+void check([[maybe_unused]] const char* error) {
+  if (error) throw std::runtime_error(std::string("the kernels by clusters: ") + error);
+}
+
+void run_forward(const How& how, uintptr_t x, uintptr_t a, uintptr_t c, uintptr_t w, uintptr_t bias, uintptr_t y,
+                 uintptr_t z, uintptr_t mean, uintptr_t rstd, int64_t stride, float eps) {
+  [[maybe_unused]] const Forward p{how.rows,           pointer<uint16_t>(x),    pointer<uint16_t>(a), pointer<float>(c),
+                                   pointer<uint16_t>(w), pointer<float>(bias),    pointer<uint16_t>(y), pointer<uint16_t>(z),
+                                   pointer<float>(mean), pointer<float>(rstd), stride, eps};
 #ifdef ADAPTERKERN_WITH_CLUSTERS
-  if (const char* error = forward(p, R, blocks, clusters, device, pointer<void>(stream)))
-    throw std::runtime_error(std::string("the forward by clusters: ") + error);
-#else
-  (void)p;
+  check(forward(p, how.R, how.blocks, how.clusters, how.device, pointer<void>(how.stream)));
+#endif
+}
+
+void run_backward(const How& how, uintptr_t dy, uintptr_t x, uintptr_t z, uintptr_t mean, uintptr_t rstd, uintptr_t a,
+                  uintptr_t row_sums, uintptr_t c, uintptr_t w, uintptr_t dx, uintptr_t g, uintptr_t u, uintptr_t dz,
+                  uintptr_t q, uintptr_t dbias, int64_t stride) {
+  [[maybe_unused]] const Backward p{
+      how.rows, pointer<uint16_t>(dy), pointer<uint16_t>(x), pointer<uint16_t>(z), pointer<float>(mean),
+      pointer<float>(rstd), pointer<uint16_t>(a), pointer<float>(row_sums), pointer<float>(c), pointer<uint16_t>(w),
+      pointer<uint16_t>(dx), pointer<float>(g), pointer<float>(u), pointer<float>(dz), pointer<float>(q),
+      pointer<float>(dbias), stride};
+#ifdef ADAPTERKERN_WITH_CLUSTERS
+  check(backward(p, how.R, how.blocks, how.clusters, how.device, pointer<void>(how.stream)));
 #endif
 }
 
@@ -58,5 +82,10 @@ void launch(uintptr_t x, uintptr_t index, uintptr_t a, uintptr_t c, uintptr_t w,
 void bind_clusters(py::module_& m) {
   m.def("cluster_columns", &columns);
   m.def("cluster_capacity", &capacity);
-  m.def("cluster_forward", &launch);
+  py::class_<How>(m, "ClusterLaunch", py::module_local())
+      .def(py::init(&how), py::kw_only(), py::arg("index"), py::arg("rows"), py::arg("sequence"), py::arg("d"),
+           py::arg("padded_d"), py::arg("r"), py::arg("columns"), py::arg("activation"), py::arg("R"), py::arg("blocks"),
+           py::arg("clusters"), py::arg("device"), py::arg("stream"));
+  m.def("cluster_forward", &run_forward);
+  m.def("cluster_backward", &run_backward);
 }

@@ -27,7 +27,12 @@ AK_DEVICE unsigned char* shared() { return shared_memory; }
 using Address = uint32_t;
 AK_DEVICE Address address(const void* p) { return Address(__cvta_generic_to_shared(p)); }
 // Asked for again, a place is read again instead of kept in a register.
-AK_DEVICE int thread_index() { uint32_t r; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r)); return int(r); }
+AK_DEVICE int thread_index() {
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
+  __builtin_assume(r < 1024);  // without it each division by a power of two handles a sign
+  return int(r);
+}
 
 // Place in the cluster, and the cluster's in the grid.
 AK_DEVICE int cluster_rank() { uint32_t r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return int(r); }
@@ -110,6 +115,7 @@ AK_DEVICE void store_in_block(void* to, uint32_t v, uint32_t w, Barrier* b, int 
 
 // Threads' own accesses to shared memory. What copies have brought is read by get().
 AK_DEVICE float get(const float* p) { return *p; }
+AK_DEVICE uint32_t get(const uint32_t* p) { return *p; }
 AK_DEVICE void put(float* p, float v) { *p = v; }
 AK_DEVICE void put(Pair* p, Pair v) { *reinterpret_cast<float2*>(p) = float2{v.x, v.y}; }
 AK_DEVICE void put(uint16_t* p, uint16_t v) { *p = v; }
@@ -118,6 +124,15 @@ AK_DEVICE void put(uint16_t* p, uint16_t v) { *p = v; }
 AK_DEVICE void load_matrices(uint32_t v[4], Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
+}
+// The same, each transposed: v[j] are two elements of a column.
+AK_DEVICE void load_transposed(uint32_t v[4], Address row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
+}
+AK_DEVICE void store_transposed(Address row, const uint32_t v[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(row), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 AK_DEVICE void store_matrices(Address row, const uint32_t v[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -132,6 +147,7 @@ AK_DEVICE void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+AK_DEVICE uint32_t bits(float v) { return __float_as_uint(v); }
 // Two numbers in bf16, the first in the lower half of a word; rounded to nearest even.
 AK_DEVICE Pair unpack(uint32_t v) { return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)}; }
 AK_DEVICE uint32_t pack(float a, float b) {
@@ -146,6 +162,7 @@ AK_DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
 }
 
 AK_DEVICE uint32_t read_word(const uint16_t* p) { return __ldg(reinterpret_cast<const uint32_t*>(p)); }
+AK_DEVICE uint32_t read_half(const uint16_t* p) { return __ldg(p); }
 
 }  // namespace adapterkern::cluster
 #endif

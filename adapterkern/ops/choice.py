@@ -31,9 +31,9 @@ NATIVE = "native CPU kernels"
 CLOSED_FORM = "closed form in PyTorch operations"
 TRITON = "Triton kernels"
 TRITON_INTERPRETED = "Triton kernels in the interpreter"
-CLUSTERS = "Triton kernels, the forward by clusters in CUDA"
+CLUSTERS = "CUDA kernels by clusters, Triton kernels for the rest"
 
-# By a card's name: the result under bench/results that shows the forward by clusters right and faster there.
+# By a card's name: the result under bench/results that shows both kernels by clusters right and faster there.
 CLUSTERS_PROVEN: dict[str, str] = {}
 
 
@@ -57,7 +57,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> t
         if importlib.util.find_spec("triton") is None:
             return CLOSED_FORM, "triton is not installed"
         by_clusters, why = clusters(torch.device(device))
-        return (CLUSTERS, why) if by_clusters else (TRITON, f"it is a GPU; no forward by clusters: {why}")
+        return (CLUSTERS, why) if by_clusters else (TRITON, f"it is a GPU; no kernels by clusters: {why}")
     if INTERPRETED:
         return TRITON_INTERPRETED, "TRITON_INTERPRET=1 is set"
     if kind == "cpu":
@@ -81,16 +81,16 @@ def kernels_asked() -> str | None:
 
 
 def clusters(device: torch.device) -> tuple[bool, str]:
-    """Whether the forward on a GPU runs by clusters where it can, and why."""
+    """Whether forward and backward on a GPU run by clusters where they can, and why."""
     asked = kernels_asked()
     if asked == "triton":
         return False, "ADAPTERKERN_KERNELS=triton is set"
     proof = CLUSTERS_PROVEN.get(torch.cuda.get_device_name(device)) if CLUSTERS_PROVEN else None
     if asked is None and proof is None:
         return False, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
-    from adapterkern.ops.kernels.clusters import capacity  # Triton takes a third of a second to import
+    from adapterkern.ops.kernels.clusters import Pass, capacity  # Triton takes a third of a second to import
 
-    found, why_not = capacity(64, 4096, device)
+    found, why_not = capacity(Pass.FORWARD, 64, 4096, device)
     if not found:
         return False, why_not
     return True, "ADAPTERKERN_KERNELS=cluster is set" if asked else f"bench/results/{proof}"
@@ -98,7 +98,7 @@ def clusters(device: torch.device) -> tuple[bool, str]:
 
 @cache
 def runs_clusters(device: torch.device) -> bool:
-    """Whether the forward on ``device`` runs by clusters where it can; says so once if it was asked for in vain."""
+    """Whether the kernels on ``device`` run by clusters where they can; says so once if that was asked for in vain."""
     if device.type != "cuda":
         return False
     found, why = clusters(device)

@@ -112,6 +112,7 @@ def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
         grads = launch.adapter_backward(
             dy, x, z, mean, rstd, weights, index, activation=activation, needed=needed, x_free=x_free,
             carried=prepared, residual=bool(residual), factor=factor, gate=gate, dropout=dropout, seed=seed,
+            by_clusters=choice.runs_clusters(x.device),
         )  # fmt: skip
     else:
         drop = None if seed is None else Drop(dropout, seed)

@@ -14,7 +14,7 @@ from adapterkern.ops import choice, native
 
 HERE = "avx2, the best of avx2; small inputs run as eager PyTorch"
 GPU = (
-    "it is a GPU; no forward by clusters: no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
+    "it is a GPU; no kernels by clusters: no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
 )
 
 
@@ -71,7 +71,7 @@ def test_the_choice_and_its_log_line(
         ("cluster", {}, (0, "no driver"), (False, "no driver")),
     ],
 )
-def test_where_the_forward_runs_by_clusters(
+def test_where_kernels_run_by_clusters(
     asked: str | None,
     proven: dict[str, str],
     capacity: tuple[int, str],
@@ -215,7 +215,7 @@ def test_an_extension_of_an_older_version() -> None:
         "import sys, types; sys.modules['adapterkern._C'] = types.ModuleType('adapterkern._C')\n"
         "from adapterkern.ops import native; print(native.instruction_set(), native.left_out())\n"
         "from adapterkern import optim; print(optim.backend('cpu'))\n"
-        "from adapterkern.ops.kernels import clusters; print(clusters.capacity(64, 4096, None))"
+        "from adapterkern.ops.kernels import clusters; print(clusters.capacity(clusters.Pass.FORWARD, 64, 4096, None))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     why = "the extension adapterkern._C is older than this package: install adapterkern again"

@@ -1,7 +1,9 @@
-"""The forward by clusters, run on the host in random order (tests/ops/host_cluster), against fp64."""
+"""The kernels by clusters, run on the host in random order (tests/ops/host_cluster), against fp64."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapterkern.ops.kernels import clusters
+from adapterkern.ops.kernels.clusters import Pass
 from adapterkern.ops.kernels.rows import Routing
 from adapterkern.ops.kernels.weights import padded_adapter_dim
 from adapterkern.ops.reference import ACTIVATIONS, Weights, adapter_eager, adapter_forward
@@ -42,7 +45,7 @@ def on_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     clusters.capacity.cache_clear()
 
 
-Result = tuple[Tensor, Tensor, Tensor, Tensor]
+Result = tuple[Tensor, ...]
 
 
 def run(
@@ -107,7 +110,7 @@ def test_activations(host: ModuleType, activation: str) -> None:
 )
 def test_any_shape_and_order(host: ModuleType, rows: int, units: int, r: int, gap: int, seed: int, save: bool) -> None:
     d = 16 * units
-    assume(clusters.shape(d, host.cluster_columns(padded_adapter_dim(r))) is not None)
+    assume(clusters.shape(d, host.cluster_columns(Pass.FORWARD, padded_adapter_dim(r))) is not None)
     torch.manual_seed(0)
     x, weights = torch.randn(rows, d + gap).bfloat16()[:, :d], make_weights(d, r)
     got = run(host, x, weights, seed=seed, save=save)
@@ -158,39 +161,157 @@ def test_an_adapter_per_sequence(host: ModuleType, name: str) -> None:
             assert same(tuple(t[rows] for t in got), alone)
 
 
+NAMES = "x", "norm_weight", "norm_bias", "down_weight", "down_bias", "up_weight", "up_bias"
+ALL = True, True, True, True, True
+
+
+def run_backward(
+    host: ModuleType, dy: Tensor, x: Tensor, weights: Weights, *, narrow: bool = True, seed: int = 0, ignored: int = -1,
+    activation: str = "silu", with_dx: bool = True, wanted: Any = ALL,
+) -> Any:  # fmt: skip
+    """dx and the clusters' sums, of what the forward keeps in bf16."""
+    host.set(narrow, seed, ignored)
+    clusters.capacity.cache_clear()
+    prepared = host_cluster.prepared(Weights(*(w[None] for w in weights)))
+    assert clusters.fit_backward(dy, x, prepared, None)
+    _, z, mean, rstd = exact(x, weights, activation)
+    kept = z.bfloat16(), mean.float(), rstd.float()
+    dx = torch.empty_like(dy) if with_dx else None
+    how = {"r": weights.down_weight.shape[0], "activation": activation}
+    return (dx, *clusters.backward(dy, x, *kept, prepared, dx, wanted, **how))
+
+
+def gradients(result: Result, weights: Weights) -> Result:
+    """What backward.py's last kernel makes of the clusters' sums."""
+    dx, *sums = result
+    r, d = weights.down_weight.shape
+    g, s, q, u, dbias = (t.double().sum((0, 1)) for t in sums)
+    g, s, u, dbias = (g - q[:, None])[:r, :d], s[:r], u[:r, :d], dbias[:d]
+    gamma, beta, down, *_ = (w.double() for w in weights)
+    return dx, (g * down).sum(0), s @ down, g * gamma + s[:, None] * beta, s, u.T, dbias
+
+
+def true_gradients(dy: Tensor, x: Tensor, weights: Weights, dtype: torch.dtype, activation: str = "silu") -> Result:
+    """By autograd, of fp64 from the definition, of bf16 from eager PyTorch."""
+    tensors = [t.detach().to(dtype).requires_grad_() for t in (x, *weights)]
+    y = adapter_eager(tensors[0], Weights(*tensors[1:]), activation=activation)
+    return torch.autograd.grad(y, tensors, dy.to(dtype))
+
+
+def assert_within_the_budget(dy: Tensor, x: Tensor, weights: Weights, got: Result, activation: str = "silu") -> None:
+    true = true_gradients(dy, x, weights, torch.float64, activation)
+    eager = true_gradients(dy, x, weights, torch.bfloat16, activation)
+    for name, ours, theirs, right in zip(NAMES, gradients(got, weights), eager, true, strict=True):
+        assert relative_error(ours, right) <= 2 * relative_error(theirs, right) + FLOOR, name
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_error_table_of_the_backward(host: ModuleType, distribution: str) -> None:
+    x = DISTRIBUTIONS[distribution](torch.randn(70, 240, dtype=torch.float64)).bfloat16()
+    weights, dy = make_weights(240, 20), torch.randn(70, 240).bfloat16()
+    assert_within_the_budget(dy, x, weights, run_backward(host, dy, x, weights))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_the_backward(host: ModuleType, activation: str) -> None:
+    x, dy, weights = 3 * torch.randn(33, 128).bfloat16(), torch.randn(33, 128).bfloat16(), make_weights(128, 16)
+    assert_within_the_budget(dy, x, weights, run_backward(host, dy, x, weights, activation=activation), activation)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 200),
+    units=st.integers(1, 40),
+    r=st.integers(1, 64),
+    gap=st.sampled_from([0, 8, 24]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_order_of_the_backward(
+    host: ModuleType, rows: int, units: int, r: int, gap: int, seed: int
+) -> None:
+    d = 16 * units
+    assume(clusters.shape(d, host.cluster_columns(Pass.BACKWARD, padded_adapter_dim(r))) is not None)
+    torch.manual_seed(0)
+    x, dy, weights = torch.randn(rows, d + gap).bfloat16()[:, :d], torch.randn(rows, d).bfloat16(), make_weights(d, r)
+    x[rows // 2] += 100  # shifted
+    got = run_backward(host, dy, x, weights, seed=seed)
+    true = true_gradients(dy, x, weights, torch.float64)
+    for name, ours, right in zip(NAMES, gradients(got, weights), true, strict=True):
+        assert (ours.double() - right).norm() <= FLOOR * right.norm(), name
+    again = run_backward(host, dy, x.contiguous(), weights, seed=seed + 1)
+    assert same(gradients(got, weights), gradients(again, weights))
+
+
+@pytest.mark.parametrize(("d", "r"), [(4096, 64), (1024, 32), (576, 16)])
+def test_the_configurations_of_the_backward_that_a_gpu_gets(host: ModuleType, d: int, r: int) -> None:
+    x, dy, weights = torch.randn(150, d).bfloat16(), torch.randn(150, d).bfloat16(), make_weights(d, r)
+    got = run_backward(host, dy, x, weights, narrow=False)
+    assert_within_the_budget(dy, x, weights, got)
+    assert same(got[:1], run_backward(host, dy, x, weights, narrow=False, seed=1)[:1])
+
+
+def test_only_what_is_wanted_is_stored(host: ModuleType) -> None:
+    x, dy, weights = torch.randn(70, 240).bfloat16(), torch.randn(70, 240).bfloat16(), make_weights(240, 20)
+    full = gradients(run_backward(host, dy, x, weights), weights)
+    nothing = run_backward(host, dy, x, weights, wanted=(False,) * 5)
+    assert torch.equal(nothing[0], full[0])
+    assert not any(t is not None for t in nothing[1:])
+    without_dx = run_backward(host, dy, x, weights, with_dx=False)
+    assert without_dx[0] is None
+    assert same(gradients(without_dx, weights)[1:], full[1:])
+
+
 BARRIER = re.compile(r"\b(wait|wait_for_blocks|wait_read|fence_async|sync_warp|sync_threads|sync_cluster)\(")
 # A warp's instructions meet on the host, which is what these wait for; and no block's memory goes away there.
 UNSEEN = {
     "sync_warp();  // before others of the warp read the bias",
     "sync_warp();  // the cluster's barrier takes whole warps",
     "sync_warp();  // every lane has seen the phase",
+    "sync_warp();  // every lane has seen the phase, and has written its zeros",
+    "sync_warp();  // every lane has seen the phases, and has written",
     "sync_cluster();  // no block ends while another may still write into its shared memory",
+    "sync_cluster();  // no block ends while another may still read its shared memory",
 }
 
 
-@pytest.mark.slow
-def test_no_barrier_can_be_left_out(host: ModuleType) -> None:
-    """Each barrier of the kernel in turn: some order of events then ends in a wrong result, or in none."""
-    cases: list[Any] = [grouped(*GROUPS[name]) for name in GROUPS]
-    cases.append((torch.randn(600, 512).bfloat16(), make_weights(512, 16)))  # of which one reducing warp has no rows
-    right = [run(host, *case) for case in cases]
-    lines = host_cluster.KERNEL.read_text().splitlines()
+def barriers_that_can_be_left_out(kernel: Path, cases: list[Callable[..., Result]]) -> set[str]:
+    """Each barrier of a kernel in turn: in no order of events that is tried does anything then end otherwise."""
+    right = [case() for case in cases]
+    lines = kernel.read_text().splitlines()
     barriers = {n: line.strip() for n, line in enumerate(lines, 1) if BARRIER.search(line.partition("//")[0])}
     assert len(barriers) > 15
-    assert set(barriers.values()) >= UNSEEN
 
     def noticed(line: int) -> bool:
         for seed in range(40):
             for case, result in zip(cases, right, strict=True):
                 try:
-                    if not same(run(host, *case, seed=seed, ignored=line), result):
+                    if not same(case(seed=seed, ignored=line), result):
                         return True
                 except RuntimeError:
                     return True
         return False
 
-    unseen = {text for n, text in barriers.items() if text not in UNSEEN and not noticed(n)}
-    assert not unseen
+    return {text for n, text in barriers.items() if text not in UNSEEN and not noticed(n)}
+
+
+@pytest.mark.slow
+def test_no_barrier_can_be_left_out(host: ModuleType) -> None:
+    calls: list[Any] = [grouped(*GROUPS[name]) for name in GROUPS]
+    calls.append((torch.randn(600, 512).bfloat16(), make_weights(512, 16)))  # of which one reducing warp has no rows
+    cases: list[Callable[..., Result]] = [partial(run, host, *call) for call in calls]
+    assert not barriers_that_can_be_left_out(host_cluster.FORWARD, cases)
+
+
+@pytest.mark.slow
+def test_no_barrier_of_the_backward_can_be_left_out(host: ModuleType) -> None:
+    def case(T: int, d: int, r: int, **how: Any) -> Result:
+        torch.manual_seed(0)
+        x, dy, weights = torch.randn(T, d).bfloat16(), torch.randn(T, d).bfloat16(), make_weights(d, r)
+        dx, *others = gradients(run_backward(host, dy, x, weights, **how), weights)
+        return (dx, *others)
+
+    cases = [partial(case, 300, 240, 20), partial(case, 600, 512, 16)]
+    assert not barriers_that_can_be_left_out(host_cluster.BACKWARD, cases)
 
 
 def test_what_the_kernel_does_not_compute(host: ModuleType) -> None:
@@ -209,3 +330,14 @@ def test_what_the_kernel_does_not_compute(host: ModuleType) -> None:
     assert clusters.shape(8208, 512) is None
     assert clusters.shape(577, 512) is None
     assert clusters.shape(4096, 0) is None
+
+
+def test_what_the_backward_does_not_compute(host: ModuleType) -> None:
+    x, dy = torch.randn(64, 256).bfloat16(), torch.randn(64, 256).bfloat16()
+    prepared = {r: host_cluster.prepared(Weights(*(w[None] for w in make_weights(256, r)))) for r in (16, 128)}
+    host.set(False, 0, -1)
+    assert clusters.fit_backward(dy, x, prepared[16], None)
+    assert not clusters.fit_backward(dy.float(), x, prepared[16], None)
+    assert not clusters.fit_backward(dy, x.half(), prepared[16], None)
+    assert not clusters.fit_backward(dy, x, prepared[16], x)
+    assert not clusters.fit_backward(dy, x, prepared[128], None)

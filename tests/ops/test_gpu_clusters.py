@@ -1,6 +1,6 @@
-"""The forward by clusters on a GPU that has them: right, the same in each run, and in the place of Triton's.
+"""The kernels by clusters on a GPU that has them: right, the same in each run, and in the place of Triton's.
 
-The host shows the same kernel right in any order of events (test_clusters.py); this shows what only hardware can.
+The host shows the same kernels right in any order of events (test_clusters.py); this shows what only hardware can.
 """
 
 from typing import Any
@@ -20,20 +20,26 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each launch by clusters."""
+    """The rows of each launch by clusters, negative of a backward."""
     from adapterkern.ops.kernels import clusters
 
-    found, why_not = clusters.capacity(64, 4096, torch.device("cuda", torch.cuda.current_device()))
-    if not found:
-        pytest.skip(why_not)
+    for kernel in clusters.Pass:
+        found, why_not = clusters.capacity(kernel, 64, 4096, torch.device("cuda", torch.cuda.current_device()))
+        if not found:
+            pytest.skip(f"{kernel.name}: {why_not}")
     made: list[int] = []
-    forward = clusters.forward
+    forward, backward = clusters.forward, clusters.backward
 
     def counted(x: torch.Tensor, *args: Any, **how: Any) -> Any:
         made.append(len(x))
         return forward(x, *args, **how)
 
+    def counted_backward(dy: torch.Tensor, *args: Any, **how: Any) -> Any:
+        made.append(-len(dy))
+        return backward(dy, *args, **how)
+
     monkeypatch.setattr(clusters, "forward", counted)
+    monkeypatch.setattr(clusters, "backward", counted_backward)
     monkeypatch.setattr(choice, "runs_clusters", lambda device: True)
     return made
 
@@ -41,7 +47,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_error_table(distribution: str, launches: list[int]) -> None:
     check(*draw(1000, 1024, 64, BF16, distribution))
-    assert launches
+    assert {1000, -1000} <= set(launches)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +66,14 @@ def test_error_table(distribution: str, launches: list[int]) -> None:
 )
 def test_shapes(T: int, d: int, r: int, launches: list[int]) -> None:
     check(*draw(T, d, r, BF16))
-    assert launches
+    assert T in launches
+    assert (-T in launches) == (r <= 64 and d <= 4096)  # the others' backward is Triton's
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, launches: list[int]) -> None:
     check(*draw(200, 512, 64, BF16), activation=activation)
-    assert launches
+    assert {200, -200} <= set(launches)
 
 
 def test_mixed_adapters(launches: list[int]) -> None:
@@ -84,6 +91,19 @@ def test_many_runs_agree_to_the_bit(launches: list[int]) -> None:
         ak.adapter(x[: 1 + 97 * run % 5000], *w)
         assert torch.equal(ak.adapter(x, *w), first)
     assert len(launches) == 401
+
+
+def test_many_backwards_agree_to_the_bit(launches: list[int]) -> None:
+    x, w, dy = draw(5000, 4096, 64, BF16)
+    tensors = [t.requires_grad_() for t in (x, *w)]
+    y = ak.adapter(x, *w)
+    first = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    for run in range(100):
+        rows = 1 + 97 * run % 5000
+        some = x.detach()[:rows].requires_grad_()
+        torch.autograd.grad(ak.adapter(some, *w), [some, *w], dy[:rows])
+        assert_equal(torch.autograd.grad(y, tensors, dy, retain_graph=True), first)
+    assert launches.count(-5000) == 101
 
 
 def test_cuda_graph(launches: list[int]) -> None:

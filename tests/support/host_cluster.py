@@ -1,4 +1,4 @@
-"""The forward by clusters (csrc/adapter_cluster_kernel.h), compiled for the host: see tests/ops/host_cluster."""
+"""The kernels by clusters (csrc/adapter_cluster_*.h), compiled for the host: see tests/ops/host_cluster."""
 
 import importlib.util
 import subprocess
@@ -14,7 +14,7 @@ from adapterkern.ops.reference import Weights
 
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests" / "ops" / "host_cluster"
-KERNEL = ROOT / "csrc" / "adapter_cluster_kernel.h"
+FORWARD, BACKWARD = (ROOT / "csrc" / f"adapter_cluster_{name}.h" for name in ("forward", "backward"))
 
 
 def build(folder: Path, compiler: str = "g++") -> ModuleType:

@@ -51,6 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import clusters
 from .cache import sorted_by_adapter
 from .dropout import NO_DROPOUT, Dropout
 from .hidden import Hidden, hidden
@@ -78,6 +79,23 @@ class Needed(NamedTuple):
     up_bias: bool
     scale: bool = False
     gate: bool = False
+
+    # The sums that the gradients of the parameters are made of
+
+    @property
+    def g(self) -> bool:
+        return self.norm_weight or self.down_weight
+
+    def s(self, norm: bool) -> bool:
+        return self.norm_bias or (self.down_weight and norm) or self.down_bias
+
+    @property
+    def u(self) -> bool:
+        return self.up_weight or self.scale
+
+    @property
+    def dbias(self) -> bool:
+        return self.up_bias or self.scale
 
 
 @triton.jit(
@@ -207,15 +225,22 @@ def backward(
     scale: Tensor | None = None,
     gate: Tensor | None = None,
     drop: Dropout = NO_DROPOUT,
+    by_clusters: bool = False,
 ) -> list[Tensor | None]:
     """Launch the backward for the gradients in ``needed``, of x, of each of ``weights`` and of a ``gate``.
 
     ``dy`` (T, d) is dense; ``x`` (T, d) is y if ``x_free``; ``residual``: the forward had one; ``scale`` is (n,), the
-    gate (T,).
+    gate (T,). ``by_clusters``: as clusters.py does, where it can.
     """
     T, d = dy.shape
     n, R, D = prepared.A.shape
     r = weights[2].shape[-2]
+    plain = index is None and not (x_free or residual)
+    if by_clusters and plain and clusters.fit_backward(dy, x, prepared, gate, drop.seed):
+        dx = torch.empty_like(dy) if needed.x else None
+        wanted = needed.g, needed.s(True), needed.g, needed.u, needed.dbias
+        sums = clusters.backward(dy, x, z, mean, rstd, prepared, dx, wanted, r=r, activation=activation)
+        return [dx, *_gradients(sums, weights, needed, D=D, R=R, scale=scale, pdl=pdl)]
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
     row_tiles = row_tiles.reading(x, vec, z.dtype, few=16 if R == 512 else 32)
@@ -225,10 +250,8 @@ def backward(
 
     norm = p.row_sums is not None
     mu, rho = (mean, rstd) if norm else (None, None)
-    with_g = needed.norm_weight or needed.down_weight
-    with_s = needed.norm_bias or (needed.down_weight and norm) or needed.down_bias
+    with_g, with_s, with_u = needed.g, needed.s(norm), needed.u
     with_dz = needed.x or with_g or with_s
-    with_u, with_v = needed.up_weight or needed.scale, needed.up_bias or needed.scale
     with_h = with_u or (x_free and (needed.x or with_g))
     folded = with_dz and norm and x.dtype == z.dtype == torch.bfloat16
     direct = folded and not x_free
@@ -265,7 +288,7 @@ def backward(
     )  # fmt: skip
     g, u = empty(with_g, shares, n, R, D), empty(with_u, shares, n, R, D)
     s, q = empty(with_s, shares, n, R), empty(direct and with_g, shares, n, R)
-    dbias = empty(with_v, shares, n, D)
+    dbias = empty(needed.dbias, shares, n, D)
     order, bounds = of.index, of.bounds
     if order is not None and bounds is None:
         order, bounds = sorted_by_adapter(order, n)
@@ -295,24 +318,35 @@ def backward(
                 **early_launch(pdl and after_ours),
             )  # fmt: skip
 
+    grads = _gradients((g, s, q, u, dbias), weights, needed, D=D, R=R, scale=scale, pdl=pdl)
+    return [dx, *grads] if gate is None else [dx, *grads, rows.dgate]
+
+
+def _gradients(
+    sums: Sequence[Tensor | None], weights: Sequence[Any], needed: Needed, *, D: int, R: int, scale: Tensor | None,
+    pdl: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """(3), of the shares' ``sums``: g, s, q, u and dbias, as ``reduce_kernel`` takes them."""
+    r, d = weights[2].shape[-2:]
+    n = 1 if weights[2].dim() == 2 else len(weights[2])
     grads = [
         torch.empty(w.shape, dtype=w.dtype, device=w.device) if k else None
         for w, k in zip(weights[:6], needed[1:7], strict=True)
     ]
     block = 32
-    dscale = empty(needed.scale, ceil_div(d, block), n)
+    blocks = ceil_div(d, block)
+    dscale = weights[2].new_empty((blocks, n), dtype=torch.float32) if needed.scale else None
     if any(needed[1:-1]):
+        shares = next(len(t) for t in sums if t is not None)
         read = (*weights[:3], *(weights[4:6] if needed.scale else (None, None)))
-        reduce_kernel[(ceil_div(d, block), n)](
-            g, s, q, u, dbias, *(w if w is None else w.contiguous() for w in read), scale, *grads, dscale, shares,
+        reduce_kernel[(blocks, n)](
+            *sums, *(w if w is None else w.contiguous() for w in read), scale, *grads, dscale, shares,
             d=d, r=r, D=D, BR=R, PDL=pdl, RB=min(R, 128), BD=block,
             num_warps=min(8, R // 8), **early_launch(pdl),
         )  # fmt: skip
     if len(weights) > 6:
         grads.append(None if dscale is None else dscale.sum(0).to(weights[6].dtype).view(weights[6].shape))
-    if gate is not None:
-        grads.append(rows.dgate)
-    return [dx, *grads]
+    return grads
 
 
 def _chunks(T: int, unit: int, row_tile: int, sms: int) -> Iterator[tuple[int, int]]:

@@ -152,10 +152,11 @@ def adapter_backward(
     gate: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    by_clusters: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of x, ``weights`` and ``gate`` in ``needed`` (None for the others); ``x`` is y if ``x_free``.
 
-    ``residual``: the forward had one, and dx lacks dy; ``carried`` as in the forward.
+    ``residual``: the forward had one, and dx lacks dy; ``carried`` and ``by_clusters`` as in the forward.
     """
     if x.numel() == 0:
         tensors = (x, *weights) if gate is None else (x, *weights, gate)
@@ -185,5 +186,6 @@ def adapter_backward(
             tiles=slice_tiles(z.element_size(), R, wide),
             vec=_vector(x),
             pdl=has_early_launches(x.device),
+            by_clusters=by_clusters,
         )
     return [dx if dx is None else dx.view(x.shape), *grads]

@@ -387,8 +387,8 @@ inline void store_in_block(void* to, uint32_t v, uint32_t w, Barrier* b, int ran
   host::start_copy(copy);
 }
 
-inline float get(const float* p) {
-  host::must_have_come(p, 4);
+template <class V> V get(const V* p) {
+  host::must_have_come(p, sizeof(V));
   return *p;
 }
 template <class V> void put(V* p, V v) {
@@ -396,46 +396,74 @@ template <class V> void put(V* p, V v) {
   host::note_write(p, sizeof v, host::current);
 }
 
-inline void load_matrices(uint32_t v[4], Address row) {
-  host::Warp& w = host::warp();
-  const int l = host::lane();
-  if (uintptr_t(row) % 16) host::fail("a matrix that is not aligned");
-  host::must_have_come(row, 16);
+namespace host {
+
+// Where lane's j-th word of four matrices begins, and its second half, of rows that start at `rows`.
+inline void at_lane(char* halves[2], const void* const* rows, int lane, int j, bool transposed) {
+  for (int i = 0; i < 2; ++i) {
+    const int row = transposed ? lane % 4 * 2 + i : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i;
+    halves[i] = static_cast<char*>(const_cast<void*>(rows[8 * j + row])) + column * 2;
+  }
+}
+
+template <bool kTransposed> void load(uint32_t v[4], Address row) {
+  Warp& w = warp();
+  const int l = lane();
+  if (uintptr_t(row) % 16) fail("a matrix that is not aligned");
+  must_have_come(row, 16);
   w.rows[l] = row;
-  host::together("load_matrices", [](host::Warp& w) {
+  together(kTransposed ? "load_transposed" : "load_matrices", [](Warp& w) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < 4; ++j)
-        std::memcpy(&w.words[lane][j], static_cast<const char*>(w.rows[8 * j + lane / 4]) + lane % 4 * 4, 4);
+      for (int j = 0; j < 4; ++j) {
+        char* halves[2];
+        at_lane(halves, w.rows, lane, j, kTransposed);
+        for (int i = 0; i < 2; ++i) std::memcpy(reinterpret_cast<char*>(&w.words[lane][j]) + 2 * i, halves[i], 2);
+      }
   });
   std::memcpy(v, w.words[l], 16);
 }
-inline void store_matrices(Address row, const uint32_t v[4]) {
-  host::Warp& w = host::warp();
-  const int l = host::lane();
-  if (uintptr_t(row) % 16) host::fail("a matrix that is not aligned");
+
+template <bool kTransposed> void store(Address row, const uint32_t v[4]) {
+  Warp& w = warp();
+  const int l = lane();
+  if (uintptr_t(row) % 16) fail("a matrix that is not aligned");
   w.rows[l] = row;
   std::memcpy(w.words[l], v, 16);
-  const int first = host::current - l;
-  host::together("store_matrices", [first](host::Warp& w) {
+  const int first = current - l;
+  together(kTransposed ? "store_transposed" : "store_matrices", [first](Warp& w) {
     for (int lane = 0; lane < 32; ++lane)
       for (int j = 0; j < 4; ++j) {
-        char* to = const_cast<char*>(static_cast<const char*>(w.rows[8 * j + lane / 4])) + lane % 4 * 4;
-        std::memcpy(to, &w.words[lane][j], 4);
-        host::note_write(to, 4, first + lane);
+        char* halves[2];
+        at_lane(halves, w.rows, lane, j, kTransposed);
+        for (int i = 0; i < 2; ++i) {
+          std::memcpy(halves[i], reinterpret_cast<const char*>(&w.words[lane][j]) + 2 * i, 2);
+          note_write(halves[i], 2, first + lane);
+        }
       }
   });
 }
+
+}  // namespace host
+
+inline void load_matrices(uint32_t v[4], Address row) { host::load<false>(v, row); }
+inline void load_transposed(uint32_t v[4], Address row) { host::load<true>(v, row); }
+inline void store_matrices(Address row, const uint32_t v[4]) { host::store<false>(row, v); }
+inline void store_transposed(Address row, const uint32_t v[4]) { host::store<true>(row, v); }
 
 inline float of_bits(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
+inline uint32_t bits(float f) {
+  uint32_t v;
+  std::memcpy(&v, &f, 4);
+  return v;
+}
 inline Pair unpack(uint32_t v) { return {of_bits(v << 16), of_bits(v & 0xffff0000u)}; }
 inline uint32_t rounded(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return f != f ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const uint32_t v = bits(f);
+  return f != f ? 0x7fff : (v + 0x7fff + (v >> 16 & 1)) >> 16;
 }
 inline uint32_t pack(float a, float b) { return rounded(a) | rounded(b) << 16; }
 inline uint32_t subtract(uint32_t a, uint32_t b) {
@@ -478,6 +506,10 @@ inline uint32_t read_word(const uint16_t* p) {
   uint32_t v;
   std::memcpy(&v, p, 4);
   return v;
+}
+inline uint32_t read_half(const uint16_t* p) {
+  host::must_be_in_device_memory(p, 2);
+  return *p;
 }
 
 }  // namespace adapterkern::cluster

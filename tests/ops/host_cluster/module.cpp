@@ -1,7 +1,8 @@
 // A module with the functions of csrc/cluster_bindings.cpp, whose clusters run on the host: see host_ops.h.
 #include <pybind11/pybind11.h>
 
-#include "adapter_cluster_kernel.h"
+#include "adapter_cluster_backward.h"
+#include "adapter_cluster_forward.h"
 
 namespace adapterkern::cluster {
 namespace {
@@ -9,18 +10,44 @@ namespace {
 bool narrow;
 unsigned seed;
 
-template <class K>
-std::string run(const Forward& p, int blocks, int clusters) {
-  return host::run(clusters, blocks, kThreads, sizeof(typename K::Shared), seed, [p] { forward<K>(p); });
+// A kernel, and the most columns of its blocks.
+struct Chosen {
+  int columns;
+  std::string (*run)(const void* p, int blocks, int clusters);
+};
+
+template <int R, int kColumns, int kBuffers>
+Chosen chosen_forward() {
+  using K = ForwardConfig<R, kColumns, kBuffers>;
+  return {kColumns, [](const void* p, int blocks, int clusters) {
+            const Forward& of = *static_cast<const Forward*>(p);
+            return host::run(clusters, blocks, K::kThreads, sizeof(typename K::Shared), seed, [of] { forward<K>(of); });
+          }};
+}
+
+template <int R, int kColumns, int kBuffers>
+Chosen chosen_backward() {
+  using K = BackwardConfig<R, kColumns, kBuffers>;
+  return {kColumns, [](const void* p, int blocks, int clusters) {
+            const Backward& of = *static_cast<const Backward*>(p);
+            return host::run(clusters, blocks, K::kThreads, sizeof(typename K::Shared), seed, [of] { backward<K>(of); });
+          }};
 }
 
 // Those of csrc/adapter_cluster.cu, or with few columns per block, so that many blocks have little to do.
-std::string choose(const Forward& p, int R, int blocks, int clusters) {
+Chosen choose(Pass pass, int R) {
+  if (pass == Pass::kBackward) switch (R) {
+      case 16: return narrow ? chosen_backward<16, 128, 3>() : chosen_backward<16, 256, 5>();
+      case 32: return narrow ? chosen_backward<32, 128, 5>() : chosen_backward<32, 256, 5>();
+      case 64: return narrow ? chosen_backward<64, 128, 2>() : chosen_backward<64, 256, 4>();
+      default: return {};
+    }
   switch (R) {
-    case 16: return narrow ? run<Config<16, 128, 3>>(p, blocks, clusters) : run<Config<16, 512, 5>>(p, blocks, clusters);
-    case 32: return narrow ? run<Config<32, 64, 5>>(p, blocks, clusters) : run<Config<32, 512, 5>>(p, blocks, clusters);
-    case 64: return narrow ? run<Config<64, 64, 3>>(p, blocks, clusters) : run<Config<64, 512, 5>>(p, blocks, clusters);
-    default: return narrow ? run<Config<128, 64, 4>>(p, blocks, clusters) : run<Config<128, 256, 7>>(p, blocks, clusters);
+    case 16: return narrow ? chosen_forward<16, 128, 3>() : chosen_forward<16, 512, 5>();
+    case 32: return narrow ? chosen_forward<32, 64, 5>() : chosen_forward<32, 512, 5>();
+    case 64: return narrow ? chosen_forward<64, 64, 3>() : chosen_forward<64, 512, 5>();
+    case 128: return narrow ? chosen_forward<128, 64, 4>() : chosen_forward<128, 256, 7>();
+    default: return {};
   }
 }
 
@@ -31,28 +58,39 @@ void allow(const void* from, int64_t bytes) {
 
 }  // namespace
 
-int most_columns(int R) {
-  if (R > 128) return 0;
-  return narrow ? (R == 16 ? 128 : 64) : R == 128 ? 256 : 512;
-}
+int most_columns(Pass pass, int R) { return choose(pass, R).columns; }
 
-int most_clusters(int, int, int, const char** error) {
+int most_clusters(Pass, int, int, int, const char** error) {
   *error = nullptr;
   return 3;
 }
 
-const char* forward(const Forward& p, int R, int blocks, int clusters, int, void*) {
+const char* run(Pass pass, const void* p, int R, int blocks, int clusters) {
   static std::string error;
+  error = choose(pass, R).run(p, blocks, clusters);
+  host::ranges.clear();
+  return error.empty() ? nullptr : error.c_str();
+}
+
+const char* forward(const Forward& p, int R, int blocks, int clusters, int, void*) {
   int64_t adapters = 1;
   for (unsigned row = 0; p.index && row < p.rows; row += p.sequence)
     adapters = std::max(adapters, p.index[row / p.sequence] + 1);
-  host::ranges.clear();
   allow(p.x, ((p.rows - 1) * p.stride + p.d) * 2);
   allow(p.y, int64_t(p.rows) * p.d * 2);
   allow(p.a, adapters * R * p.padded_d * 2);
   allow(p.w, adapters * R * p.padded_d * 2);
-  error = choose(p, R, blocks, clusters);
-  return error.empty() ? nullptr : error.c_str();
+  return run(Pass::kForward, &p, R, blocks, clusters);
+}
+
+const char* backward(const Backward& p, int R, int blocks, int clusters, int, void*) {
+  allow(p.x, ((p.rows - 1) * p.stride + p.d) * 2);
+  allow(p.dy, int64_t(p.rows) * p.d * 2);
+  allow(p.dx, p.dx ? int64_t(p.rows) * p.d * 2 : 0);
+  allow(p.z, int64_t(p.rows) * p.r * 2);
+  allow(p.a, int64_t(R) * p.padded_d * 2);
+  allow(p.w, int64_t(R) * p.padded_d * 2);
+  return run(Pass::kBackward, &p, R, blocks, clusters);
 }
 
 }  // namespace adapterkern::cluster

@@ -25,31 +25,36 @@
 
 namespace adapterkern::cluster {
 
+template <int R_, int kColumns_, int kBuffers_>
+struct ForwardConfig : Products<R_, kColumns_> {
+  using P = Products<R_, kColumns_>;
+  static constexpr int kThreads = 384, kBuffers = kBuffers_;
+  static constexpr int kTogether = P::R > 64 ? 1 : 2;  // halves of a tile in one pass over the columns
+  static constexpr int kLoaded = P::R > 64 ? 1 : 2;    // steps of x in registers; at 128 there is no room for two
+  static constexpr int kEmitted = P::kColumns / 4;     // columns of an emit warp
+
+  struct Shared {
+    uint16_t x[kBuffers][kRows * P::kXPitch];
+    uint16_t h[kAhead][kRows * P::kHPitch];
+    float sent[kAhead][kRows * P::kSumPitch];      // partial products; then mean, squared deviations and s of the columns
+    float received[kAhead][kRows * P::kSumPitch];  // the same of this block's rows, from each block
+    Pair moments[kAhead][2][kRows];                // Σx and Σx², of half of the columns each
+    float bias[P::kColumns];
+    float own_row_sums[2][P::kSums];  // of A's columns, one for each of two adapters
+    float row_sums[2][kMaxBlocks * P::kSums];
+    Barrier loaded[kBuffers], emitted[kBuffers], stored[kBuffers];
+    Barrier summed[kAhead], hidden[kAhead], taken[kAhead], weighed[2];
+  };
+};
+
 template <class K>
-struct Block {
+struct Block : Place {
   typename K::Shared& s;
   const Forward& p;
-  int warp, lane, row_of_lane, pair_of_lane;  // the last two: of a fragment
-  int rank, blocks, first, columns;           // columns from the first on
 
   AK_DEVICE explicit Block(const Forward& p)
-      : s(*reinterpret_cast<typename K::Shared*>(shared())),
-        p(p),
-        warp(thread_index() / 32),
-        lane(thread_index() % 32),
-        row_of_lane(lane / 4),
-        pair_of_lane(lane % 4 * 2),
-        rank(cluster_rank()),
-        blocks(cluster_size()),
-        first(rank * p.columns),
-        columns(min(p.columns, p.d - first)) {}
+      : Place(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
 
-  // What a lane loads of a 16×16 matrix in shared memory for load_matrices().
-  AK_DEVICE Address matrix(const uint16_t* from, int pitch) const {
-    return address(from + lane % 16 * pitch + lane / 16 * 8);
-  }
-
-  AK_DEVICE int owned() const { return kRows / blocks; }
   AK_DEVICE uint32_t sum_bytes() const { return uint32_t(kRows * K::kSumPitch * sizeof(float)); }
   AK_DEVICE uint32_t hidden_bytes() const { return kRows * K::R * sizeof(uint16_t); }
   AK_DEVICE uint32_t weight_bytes() const { return uint32_t(blocks * K::kSums * sizeof(float)); }
@@ -66,7 +71,7 @@ struct Block {
     }
     // Columns that x lacks: their weights are 0, and 0 times what lies there must be 0.
     const int absent = K::kColumns - columns;
-    for (int i = thread_index(); i < K::kBuffers * kRows * absent; i += kThreads)
+    for (int i = thread_index(); i < K::kBuffers * kRows * absent; i += K::kThreads)
       put(&s.x[i / (kRows * absent)][i / absent % kRows * K::kXPitch + columns + i % absent], uint16_t(0));
     sync_warp();  // the cluster's barrier takes whole warps
     sync_cluster();  // no byte arrives before its barrier is there
@@ -264,7 +269,7 @@ struct Block {
   // Thread t of 64 has four adapter dimensions, of every 64·4/R-th row of those that the block owns.
   AK_DEVICE void reduce() {
     constexpr int kAbreast = 64 * 4 / K::R;
-    const int t = thread_index() - (kThreads - 64), dim = t % (K::R / 4) * 4, rows = owned();
+    const int t = thread_index() - (K::kThreads - 64), dim = t % (K::R / 4) * 4, rows = owned();
     float c[4] = {};
     int held = -1, adapters = 0, place = 0;
     Tiles tile(p);

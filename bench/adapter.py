@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ ADAPTERS = 4  # in a grouped case
 ROWS = (1, 128, 2048, 4225, 8449, 32768)  # on a GPU, besides the main shape's; two are just over a wave of tiles
 COMPILER = os.environ.get("BENCH_COMPILER", "inductor")  # torch.compile's backend; a rehearsal uses a faster one
 BARE, BEFORE = "ours bare", "ours before"  # the kernels of this and of an earlier commit, with the same host path
-CLUSTERS = "ours by clusters"  # the forward; on a GPU, where it is not the default yet
+CLUSTERS = "ours by clusters"  # on a GPU, where they are not the default yet; the backward where it can
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -199,12 +200,23 @@ def _ways(wanted: Sequence[str], weights: Weights, dtype: torch.dtype, index: Te
     return {name: ways[name] for name in wanted}
 
 
-def _by_clusters(x: Tensor, w: Weights) -> Tensor:
+@contextmanager
+def _clusters() -> Iterator[None]:
     asked, choice.runs_clusters = choice.runs_clusters, lambda device: True  # type: ignore[assignment]
     try:
-        return ak.adapter(x, *w)
+        yield
     finally:
         choice.runs_clusters = asked
+
+
+def _by_clusters(x: Tensor, w: Weights) -> Tensor:
+    with _clusters():
+        y = ak.adapter(x, *w)
+    if y.grad_fn is not None:  # the backward runs later
+        around = ExitStack()
+        y.grad_fn.register_prehook(lambda grads: around.enter_context(_clusters()))
+        y.grad_fn.register_hook(lambda inputs, outputs: around.close())
+    return y
 
 
 def _no_clusters(weights: Weights) -> str:
@@ -212,11 +224,11 @@ def _no_clusters(weights: Weights) -> str:
     device = weights.down_weight.device
     if device.type != "cuda":
         return "a CPU has no clusters"
-    from adapterkern.ops.kernels.clusters import capacity
+    from adapterkern.ops.kernels.clusters import Pass, capacity
     from adapterkern.ops.kernels.weights import padded_adapter_dim
 
     r, d = weights.down_weight.shape[-2:]
-    return capacity(padded_adapter_dim(r), d, device)[1]
+    return capacity(Pass.FORWARD, padded_adapter_dim(r), d, device)[1]
 
 
 def _launch(name: str) -> Any:

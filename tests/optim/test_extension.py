@@ -87,12 +87,12 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The optimizer's half of the extension, with its CUDA source compiled for the host."""
     folder = tmp_path_factory.mktemp("emulated")
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    (folder / "bindings.cpp").write_text(WITHOUT_ADAPTER.replace("bindings.cpp", str(ROOT / "csrc" / "bindings.cpp")))
+    (folder / "module.cpp").write_text(WITHOUT_ADAPTER)
     flags = "-std=c++20 -fno-math-errno -ffp-contract=off -fPIC -fvisibility=hidden -pthread -DADAPTERKERN_WITH_CUDA"
-    places = ROOT / "csrc", ROOT / "tests" / "optim" / "host_cuda", sysconfig.get_path("include"), pybind11.get_include()
+    places = ROOT / "csrc", ROOT / "tests/optim/host_cuda", sysconfig.get_path("include"), pybind11.get_include()
     command = [str(CXX), *flags.split(), *(f"-I{place}" for place in places)]
     sources = {
-        folder / "bindings.cpp": "-O0",  # no kernel is in it
+        folder / "module.cpp": "-O0",  # no kernel is in it
         ROOT / "csrc" / "clipped_adamw_cpu.cpp": "-O1",
         ROOT / "csrc" / "clipped_adamw_cuda.cu": "-O1",
     }

@@ -12,7 +12,7 @@
 // dy and of x, and every tile is a round. A block's columns of W_up are in registers, those of A in shared memory. The
 // steps of a tile:
 //
-//     load      one warp    rows of dy and x, by bulk copies; zeros for the rows that the last tile lacks
+//     load      one warp    rows of dy and x, by bulk copies; zeros for rows and columns that they lack
 //     project   4 warps     partial products dy·W_up and Σₜ dy of the block's columns
 //     reduce    2 warps     of 32/C of the tile's rows: ζ, h and two constants per row, which go to all blocks
 //     grad      8 warps     G and U of kColumns/8 columns each, in registers for the whole launch; dx in dy's buffer
@@ -75,10 +75,6 @@ struct BackwardBlock : Place {
       arrive_expecting(&s.weighed, uint32_t(K::R * columns) * 2);
       arrive_expecting(&s.ended, uint32_t(blocks * sizeof(s.totals)));
     }
-    // Columns that dy lacks: their weights are 0, and 0 times what lies there must be 0.
-    const int absent = K::kColumns - columns;
-    for (int i = thread_index(); i < K::kBuffers * kRows * absent; i += K::kThreads)
-      put(&s.dy[i / (kRows * absent)][i / absent % kRows * K::kXPitch + columns + i % absent], uint16_t(0));
     sync_warp();  // the cluster's barrier takes whole warps
     sync_cluster();  // no byte arrives before its barrier is there
     follow();
@@ -91,11 +87,7 @@ struct BackwardBlock : Place {
     for (int i = 0; tile.next(); ++i) {
       const int buffer = i % K::kBuffers;
       if (i >= K::kBuffers) wait(&s.stored[buffer], parity(i - K::kBuffers, K::kBuffers));
-      for (int j = lane; j < (kRows - tile.rows) * (columns / 4); j += 32) {  // 0 times what lies there must be 0
-        const int at = (tile.rows + j / (columns / 4)) * K::kXPitch + j % (columns / 4) * 4;
-        put(reinterpret_cast<Pair*>(&s.x[buffer][at]), Pair{0, 0});
-        put(reinterpret_cast<Pair*>(&s.dy[buffer][at]), Pair{0, 0});
-      }
+      put_zeros(buffer, tile.rows);
       sync_warp();  // every lane has seen the phase, and has written its zeros
       if (lane == 0) arrive_expecting(&s.loaded[buffer], uint32_t(tile.rows * columns) * 4);
       if (lane < tile.rows) {
@@ -104,6 +96,19 @@ struct BackwardBlock : Place {
                 &s.loaded[buffer]);
       }
     }
+  }
+
+  // By the loading warp: zeros for what a tile lacks, because 0 times what lies there must be 0. Rows that are absent have
+  // ζ = h = 0, and columns that are absent have weights of 0 in W_up; the tile before has left its dx in them.
+  AK_DEVICE void put_zeros(int buffer, int rows) {
+    const int units = columns / 4, absent = (K::kColumns - columns) / 4;
+    for (int i = lane; i < (kRows - rows) * units; i += 32) {
+      const int at = (rows + i / units) * K::kXPitch + i % units * 4;
+      put(reinterpret_cast<Pair*>(&s.x[buffer][at]), Pair{0, 0});
+      put(reinterpret_cast<Pair*>(&s.dy[buffer][at]), Pair{0, 0});
+    }
+    for (int i = lane; i < kRows * absent; i += 32)
+      put(reinterpret_cast<Pair*>(&s.dy[buffer][i / absent * K::kXPitch + columns + i % absent * 4]), Pair{0, 0});
   }
 
   AK_DEVICE void store() {

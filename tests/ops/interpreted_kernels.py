@@ -315,6 +315,21 @@ def test_products_follow_each_of_torch_s_tf32_settings() -> None:
         torch.backends.fp32_precision, matmul.fp32_precision = before  # type: ignore[attr-defined]  # torch replaces the module at import
 
 
+def test_what_lies_beyond_the_columns_of_the_sums_is_not_read() -> None:
+    """The kernels by clusters write d of D columns, and here d ends amid a block of the last kernel's."""
+    d, r, R, D = 240, 12, 16, 256
+    weights = [*make_weights(d, r), torch.tensor([1.5])]
+    sums = [torch.randn(3, 1, *size) for size in ((R, D), (R,), (R,), (R, D), (D,))]
+    for i in (0, 3, 4):
+        sums[i][..., d:] = float("nan")
+    needed = backward.Needed(False, *[True] * 7)
+    grads = backward._gradients(sums, weights, needed, D=D, R=R, scale=weights[6], pdl=False)
+    u, dbias = sums[3].sum((0, 1))[:r, :d].T, sums[4].sum((0, 1))[:d]
+    torch.testing.assert_close(grads[4:6], [1.5 * u, 1.5 * dbias])
+    torch.testing.assert_close(grads[6], ((u * weights[4]).sum() + (dbias * weights[5]).sum()).view(1))
+    assert all(g is not None and g.isfinite().all() for g in grads)
+
+
 @pytest.mark.parametrize("mode", ["plain", "x-free", "mixed"])
 def test_opcheck_and_compile(mode: str) -> None:
     x, dy = torch.randn(2, 4, 9, 40)

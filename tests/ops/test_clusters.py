@@ -173,9 +173,9 @@ def run_backward(
     host.set(narrow, seed, ignored)
     clusters.capacity.cache_clear()
     prepared = host_cluster.prepared(Weights(*(w[None] for w in weights)))
-    assert clusters.fit_backward(dy, x, prepared, None)
     _, z, mean, rstd = exact(x, weights, activation)
     kept = z.bfloat16(), mean.float(), rstd.float()
+    assert clusters.fit_backward(dy, x, kept[0], prepared, None)
     dx = torch.empty_like(dy) if with_dx else None
     how = {"r": weights.down_weight.shape[0], "activation": activation}
     return (dx, *clusters.backward(dy, x, *kept, prepared, dx, wanted, **how))
@@ -248,6 +248,24 @@ def test_the_configurations_of_the_backward_that_a_gpu_gets(host: ModuleType, d:
     got = run_backward(host, dy, x, weights, narrow=False)
     assert_within_the_budget(dy, x, weights, got)
     assert same(got[:1], run_backward(host, dy, x, weights, narrow=False, seed=1)[:1])
+
+
+# Enough rows that each buffer has several tiles, and blocks with fewer columns than they have room for.
+@pytest.mark.parametrize(
+    ("rows", "d", "r", "narrow"), [(700, 240, 20, True), (700, 576, 16, False), (500, 528, 64, False)]
+)
+def test_what_is_not_finite_stays_in_its_row_of_the_backward(
+    host: ModuleType, rows: int, d: int, r: int, narrow: bool
+) -> None:
+    x, dy, weights = torch.randn(rows, d).bfloat16(), torch.randn(rows, d).bfloat16(), make_weights(d, r)
+    clean = run_backward(host, dy, x, weights, narrow=narrow)
+    assert_within_the_budget(dy, x, weights, clean)
+    bad = [5, 9, rows - 3]
+    x[bad[0], 100], dy[bad[1], 0], x[bad[2]] = float("nan"), float("inf"), float("-inf")
+    dx = run_backward(host, dy, x, weights, narrow=narrow, seed=1)[0]
+    others = [row for row in range(rows) if row not in bad]
+    assert torch.equal(dx[others], clean[0][others])
+    assert not dx[bad].isfinite().all(1).any()
 
 
 def test_only_what_is_wanted_is_stored(host: ModuleType) -> None:
@@ -333,11 +351,12 @@ def test_what_the_kernel_does_not_compute(host: ModuleType) -> None:
 
 
 def test_what_the_backward_does_not_compute(host: ModuleType) -> None:
-    x, dy = torch.randn(64, 256).bfloat16(), torch.randn(64, 256).bfloat16()
+    x, dy, z = torch.randn(64, 256).bfloat16(), torch.randn(64, 256).bfloat16(), torch.randn(64, 16).bfloat16()
     prepared = {r: host_cluster.prepared(Weights(*(w[None] for w in make_weights(256, r)))) for r in (16, 128)}
     host.set(False, 0, -1)
-    assert clusters.fit_backward(dy, x, prepared[16], None)
-    assert not clusters.fit_backward(dy.float(), x, prepared[16], None)
-    assert not clusters.fit_backward(dy, x.half(), prepared[16], None)
-    assert not clusters.fit_backward(dy, x, prepared[16], x)
-    assert not clusters.fit_backward(dy, x, prepared[128], None)
+    assert clusters.fit_backward(dy, x, z, prepared[16], None)
+    assert not clusters.fit_backward(dy.float(), x, z, prepared[16], None)
+    assert not clusters.fit_backward(dy, x.half(), z, prepared[16], None)
+    assert not clusters.fit_backward(dy, x, z, prepared[16], x)
+    assert not clusters.fit_backward(dy, x, z.float(), prepared[16], None)
+    assert not clusters.fit_backward(dy, x, z, prepared[128], None)

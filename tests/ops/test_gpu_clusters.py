@@ -58,6 +58,8 @@ def test_error_table(distribution: str, launches: list[int]) -> None:
         (8192, 4096, 64),
         (37, 576, 16),
         (9000, 2048, 32),
+        (9000, 576, 16),  # blocks with fewer columns than they have room for, and buffers used again
+        (9000, 3072, 59),
         (300, 4096, 128),
         (500, 3072, 59),
         (300, 5120, 64),

@@ -129,6 +129,7 @@ CUOBJDUMP = "backends/nvidia/bin/cuobjdump"  # of Triton's package
 @pytest.mark.parametrize("arch", ["90a", "100a"])
 def test_the_kernels_by_clusters_compile_without_spills(arch: str, tmp_path: Path) -> None:
     report = compiled("adapter_cluster.cu", arch, tmp_path)
+    assert "setmaxnreg" not in report  # which ptxas names where it ignores it
     # Of a thread in 384, or of the backward in 512; then setmaxnreg moves them between the warp groups.
     registers = re.findall(r"(forward|backward)_kernelINS0_\d+\w+ConfigILi\d+.*\n.*\n.*Used (\d+) registers", report)
     assert sorted(registers) == [("backward", "128")] * 3 + [("forward", "168")] * 4

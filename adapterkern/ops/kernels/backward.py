@@ -192,7 +192,7 @@ def reduce_kernel(
     if p_dbias is not None:
         dbu = tl.zeros((BD,), tl.float32)
         for k in range(0, shares):
-            dbu += tl.load(p_dbias + (k * n + e) * D + o_d)
+            dbu += tl.load(p_dbias + (k * n + e) * D + o_d, mask=m_d, other=0)
         if p_dscale is not None:
             dscale += dbu * tl.load(p_bu + e * d + o_d, mask=m_d, other=0).to(tl.float32)
             tl.store(p_dscale + tl.program_id(0) * n + e, tl.sum(dscale, 0))
@@ -236,7 +236,7 @@ def backward(
     n, R, D = prepared.A.shape
     r = weights[2].shape[-2]
     plain = index is None and not (x_free or residual)
-    if by_clusters and plain and clusters.fit_backward(dy, x, prepared, gate, drop.seed):
+    if by_clusters and plain and clusters.fit_backward(dy, x, z, prepared, gate, drop.seed):
         dx = torch.empty_like(dy) if needed.x else None
         wanted = needed.g, needed.s(True), needed.g, needed.u, needed.dbias
         sums = clusters.backward(dy, x, z, mean, rstd, prepared, dx, wanted, r=r, activation=activation)

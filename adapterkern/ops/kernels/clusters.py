@@ -93,9 +93,10 @@ def fit(x: Tensor, prepared: Prepared, of: Routing, *others: object) -> bool:
     return of.bounds is None and grouped and _fits(Pass.FORWARD, x, prepared, others)
 
 
-def fit_backward(dy: Tensor, x: Tensor, prepared: Prepared, *others: object) -> bool:
-    """Whether the backward computes this call, whose ``dy`` is dense: ``others`` are what a plain call has not."""
-    return dy.dtype == x.dtype and dy.data_ptr() % 16 == 0 and _fits(Pass.BACKWARD, x, prepared, others)
+def fit_backward(dy: Tensor, x: Tensor, z: Tensor, prepared: Prepared, *others: object) -> bool:
+    """Whether the backward computes this call, of dense ``dy`` and ``z``: ``others`` are what a plain call has not."""
+    same = dy.dtype == x.dtype == z.dtype and len(prepared.A) == 1
+    return same and dy.data_ptr() % 16 == 0 and _fits(Pass.BACKWARD, x, prepared, others)
 
 
 def _launch(kernel: Pass, x: Tensor, of: Routing, prepared: Prepared, r: int, activation: str) -> Any:

@@ -54,14 +54,20 @@ struct BackwardConfig : Products<R_, kColumns_> {
 };
 
 template <class K>
-struct BackwardBlock : Place {
+struct BackwardBlock : Projecting<K> {
+  using Base = Projecting<K>;
+  using Base::across, Base::blocks, Base::columns, Base::first, Base::lane, Base::matrix, Base::owned;
+  using Base::pair_of_lane, Base::put_products, Base::rank, Base::row_of_lane, Base::send_products, Base::split;
+  using Base::sum_bytes, Base::warp;
+  using Base::matrix_by_rows;
+  using typename Base::Fragments;
+
   typename K::Shared& s;
   const Backward& p;
 
   AK_DEVICE explicit BackwardBlock(const Backward& p)
-      : Place(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
+      : Base(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
 
-  AK_DEVICE uint32_t sum_bytes() const { return uint32_t(kRows * K::kSumPitch * sizeof(float)); }
   AK_DEVICE uint32_t hidden_bytes() const { return kRows * (2 * K::R * sizeof(uint16_t) + sizeof(s.constants[0][0])); }
 
   AK_DEVICE void start() {
@@ -125,11 +131,6 @@ struct BackwardBlock : Place {
     }
   }
 
-  AK_DEVICE int across() const { return warp % K::kAcross; }
-  AK_DEVICE int split() const { return warp / K::kAcross; }
-
-  using Fragments = uint32_t[K::kSteps][K::kOwn / 8][2];
-
   AK_DEVICE void project() {
     constexpr int kShare = K::kColumns / 4;  // the columns of a warp for Σₜ dy, two per lane
     Fragments w;
@@ -164,21 +165,10 @@ struct BackwardBlock : Place {
       }
       if (i >= kAhead) wait(&s.taken[slot], parity(i - kAhead, kAhead));
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int n = 0; n < K::kOwn / 8; ++n) {
-          float* to = &s.sent[slot][(m * 16 + row_of_lane) * K::kSumPitch + split() * K::R + across() * K::kOwn + n * 8 +
-                                    pair_of_lane];
-          const float* v = products[m][n];
-          put(reinterpret_cast<Pair*>(to), Pair{v[0], v[1]});
-          put(reinterpret_cast<Pair*>(to + 8 * K::kSumPitch), Pair{v[2], v[3]});
-        }
+      for (int m = 0; m < 2; ++m) put_products(s.sent[slot], m * 16, products[m]);
       fence_async();
       sync_threads(1, 128);
-      const int rows = owned();
-      if (warp == 0 && lane < blocks)
-        copy_to_block(&s.received[slot][rank * rows * K::kSumPitch], &s.sent[slot][lane * rows * K::kSumPitch],
-                      uint32_t(rows * K::kSumPitch) * 4, &s.summed[slot], lane);
+      if (warp == 0 && lane < blocks) send_products(s.received[slot], s.sent[slot], &s.summed[slot]);
     }
     if (const int at = warp * kShare + lane * 2; p.dbias && lane < kShare / 2 && at < columns) {
       float* to = p.dbias + int64_t(cluster_index()) * p.padded_d + first + at;

@@ -48,14 +48,19 @@ struct ForwardConfig : Products<R_, kColumns_> {
 };
 
 template <class K>
-struct Block : Place {
+struct Block : Projecting<K> {
+  using Base = Projecting<K>;
+  using Base::across, Base::blocks, Base::columns, Base::first, Base::lane, Base::matrix, Base::owned;
+  using Base::pair_of_lane, Base::put_products, Base::rank, Base::row_of_lane, Base::send_products, Base::split;
+  using Base::sum_bytes, Base::warp;
+  using typename Base::Fragments;
+
   typename K::Shared& s;
   const Forward& p;
 
   AK_DEVICE explicit Block(const Forward& p)
-      : Place(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
+      : Base(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
 
-  AK_DEVICE uint32_t sum_bytes() const { return uint32_t(kRows * K::kSumPitch * sizeof(float)); }
   AK_DEVICE uint32_t hidden_bytes() const { return kRows * K::R * sizeof(uint16_t); }
   AK_DEVICE uint32_t weight_bytes() const { return uint32_t(blocks * K::kSums * sizeof(float)); }
 
@@ -105,11 +110,6 @@ struct Block : Place {
     }
   }
 
-  using Fragments = uint32_t[K::kSteps][K::kOwn / 8][2];
-
-  AK_DEVICE int across() const { return warp % K::kAcross; }
-  AK_DEVICE int split() const { return warp / K::kAcross; }
-
   // One pass over the columns of tile x by a project warp: partial products and moments, less `shift` of a lane's row,
   // into the buffers of round n.
   template <bool kShifted>
@@ -158,15 +158,7 @@ struct Block : Place {
       }
       if (m0 == 0 && !kShifted && n >= kAhead) wait(&s.taken[slot], parity(n - kAhead, kAhead));
 #pragma unroll
-      for (int m = 0; m < K::kTogether; ++m)
-#pragma unroll
-        for (int i = 0; i < K::kOwn / 8; ++i) {
-          float* to = &s.sent[slot][((m0 + m) * 16 + row_of_lane) * K::kSumPitch + split() * K::R + across() * K::kOwn +
-                                    i * 8 + pair_of_lane];
-          const float* v = products[m][i];
-          put(reinterpret_cast<Pair*>(to), Pair{v[0], v[1]});
-          put(reinterpret_cast<Pair*>(to + 8 * K::kSumPitch), Pair{v[2], v[3]});
-        }
+      for (int m = 0; m < K::kTogether; ++m) put_products(s.sent[slot], (m0 + m) * 16, products[m]);
     }
     if (pair_of_lane == row_of_lane / 2 * 2) {  // holds the diagonal
       const int odd = row_of_lane % 2;
@@ -254,14 +246,13 @@ struct Block : Place {
   // By the first project warp: each block's rows of the round's partial products, with the moments and the shift of this
   // block's columns; and the row sums in `place`, if it is one.
   AK_DEVICE void send(Pair moments, float shift, int n, int place) {
-    const int slot = n % kAhead, rows = owned();
+    const int slot = n % kAhead;
     float* to = &s.sent[slot][lane * K::kSumPitch + K::kSums];
     put(to, moments.x + shift), put(to + 1, moments.y), put(to + 2, shift);
     fence_async();
     sync_warp();
     if (lane >= blocks) return;
-    copy_to_block(&s.received[slot][rank * rows * K::kSumPitch], &s.sent[slot][lane * rows * K::kSumPitch],
-                  uint32_t(rows * K::kSumPitch) * 4, &s.summed[slot], lane);
+    send_products(s.received[slot], s.sent[slot], &s.summed[slot]);
     if (place >= 0)
       copy_to_block(&s.row_sums[place][rank * K::kSums], s.own_row_sums[place], K::kSums * 4, &s.weighed[place], lane);
   }

@@ -50,6 +50,36 @@ struct Place {
   AK_DEVICE int owned() const { return kRows / blocks; }  // rows of a tile that the block finishes
 };
 
+// A block's share of the products, by one of the four warps that make them.
+template <class K>
+struct Projecting : Place {
+  using Fragments = uint32_t[K::kSteps][K::kOwn / 8][2];
+
+  using Place::Place;
+
+  AK_DEVICE int across() const { return warp % K::kAcross; }
+  AK_DEVICE int split() const { return warp / K::kAcross; }
+  AK_DEVICE uint32_t sum_bytes() const { return uint32_t(kRows * K::kSumPitch * sizeof(float)); }
+
+  // The warp's sums of 16 rows from `row` on, to their place among those of the tile.
+  AK_DEVICE void put_products(float* sent, int row, const float (&products)[K::kOwn / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < K::kOwn / 8; ++n) {
+      float* to = sent + (row + row_of_lane) * K::kSumPitch + split() * K::R + across() * K::kOwn + n * 8 + pair_of_lane;
+      const float* v = products[n];
+      put(reinterpret_cast<Pair*>(to), Pair{v[0], v[1]});
+      put(reinterpret_cast<Pair*>(to + 8 * K::kSumPitch), Pair{v[2], v[3]});
+    }
+  }
+
+  // By a lane of one warp, if it is the number of a block: that block's rows of the tile's sums.
+  AK_DEVICE void send_products(float* received, const float* sent, Barrier* summed) const {
+    const int rows = owned();
+    copy_to_block(received + rank * rows * K::kSumPitch, sent + lane * rows * K::kSumPitch,
+                  uint32_t(rows * K::kSumPitch) * 4, summed, lane);
+  }
+};
+
 // The tiles of one cluster, in order: an equal share of the rows, cut where a sequence ends.
 struct Tiles {
   const Rows& p;

@@ -16,22 +16,24 @@ struct Chosen {
   std::string (*run)(const void* p, int blocks, int clusters);
 };
 
+template <class K, class P, void (*kRun)(const P&)>
+Chosen chosen() {
+  return {K::kColumns, [](const void* p, int blocks, int clusters) {
+            const auto body = [of = *static_cast<const P*>(p)] { kRun(of); };
+            return host::run(clusters, blocks, K::kThreads, sizeof(typename K::Shared), seed, body);
+          }};
+}
+
 template <int R, int kColumns, int kBuffers>
 Chosen chosen_forward() {
   using K = ForwardConfig<R, kColumns, kBuffers>;
-  return {kColumns, [](const void* p, int blocks, int clusters) {
-            const Forward& of = *static_cast<const Forward*>(p);
-            return host::run(clusters, blocks, K::kThreads, sizeof(typename K::Shared), seed, [of] { forward<K>(of); });
-          }};
+  return chosen<K, Forward, forward<K>>();
 }
 
 template <int R, int kColumns, int kBuffers>
 Chosen chosen_backward() {
   using K = BackwardConfig<R, kColumns, kBuffers>;
-  return {kColumns, [](const void* p, int blocks, int clusters) {
-            const Backward& of = *static_cast<const Backward*>(p);
-            return host::run(clusters, blocks, K::kThreads, sizeof(typename K::Shared), seed, [of] { backward<K>(of); });
-          }};
+  return chosen<K, Backward, backward<K>>();
 }
 
 // Those of csrc/adapter_cluster.cu, or with few columns per block, so that many blocks have little to do.

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_VERSION = 5  # of csrc/bindings.cpp
+_VERSION = 6  # of csrc/bindings.cpp
 
 
 def load() -> tuple[Any, str]:

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -109,9 +110,29 @@ const Kernels& kernels_of(const std::vector<Share>& adapters, int stream) {
   return kernels_of(first.isa, stream, first.compute);
 }
 
+// What a call has around its adapter: the tensors x, added, s, n, rstd and the weight of an RMSNorm, the strides of x and
+// added, and eps
+using AroundGiven = std::tuple<std::array<uintptr_t, 6>, std::array<int64_t, 2>, double>;
+
+Around around_of(const AroundGiven& given) {
+  const auto& [t, strides, eps] = given;
+  return {strides[0], strides[1], pointer<const void>(t[0]), pointer<const void>(t[1]), pointer<void>(t[2]),
+          pointer<const float>(t[5]), float(eps), pointer<void>(t[3]), pointer<float>(t[4])};
+}
+
+// The same of a backward: dy, dn, y, rstd, the weight and what takes dY, and the strides of the first three
+using NormGiven = std::tuple<std::array<uintptr_t, 6>, std::array<int64_t, 3>>;
+
+NormBackward norm_of(const NormGiven& given) {
+  const auto& [t, strides] = given;
+  return {strides[0], strides[1], strides[2], pointer<const void>(t[0]), pointer<const void>(t[1]),
+          pointer<const void>(t[2]), pointer<const float>(t[4]), pointer<const float>(t[3]), pointer<void>(t[5])};
+}
+
 void run_forward(const std::vector<Share>& adapters, int stream, int64_t x_stride, int64_t residual_stride, uintptr_t x,
                  uintptr_t residual, uintptr_t y, const std::array<uintptr_t, 3>& saved, uintptr_t order,
-                 const Gating& gating, double eps, int activation, int threads) {
+                 const Gating& gating, double eps, int activation, const std::optional<AroundGiven>& given,
+                 int threads) {
   const Forward f{x_stride, residual_stride, pointer<const void>(x), pointer<const void>(residual), pointer<void>(y),
                   pointer<void>(saved[0]), pointer<float>(saved[1]), pointer<float>(saved[2]),
                   pointer<const int64_t>(order), pointer<const float>(std::get<0>(gating)), drop_of(gating), float(eps),
@@ -119,8 +140,9 @@ void run_forward(const std::vector<Share>& adapters, int stream, int64_t x_strid
   const Kernels& kernels = kernels_of(adapters, stream);
   std::vector<Adapter> all;
   for (const auto& [prepared, begin, end] : adapters) all.push_back({prepared->w, {begin, end}});
+  const Around around = given ? around_of(*given) : Around{};
   py::gil_scoped_release release;
-  forward(kernels, f, all, threads);
+  forward(kernels, f, all, given ? &around : nullptr, threads);
 }
 
 // The memory between the two passes of a backward, of several adapters with these numbers of rows.
@@ -157,7 +179,7 @@ int64_t backward_bytes(const std::vector<Share>& adapters, int stream) {
 void run_backward(const std::vector<Share>& adapters, int stream, int64_t x_stride, int64_t dy_stride,
                   const std::array<uintptr_t, 5>& inputs, uintptr_t order, const Gating& gating, int activation,
                   bool residual, uintptr_t dx, uintptr_t d_gate, const std::vector<std::array<uintptr_t, 6>>& grads,
-                  uintptr_t memory, int threads) {
+                  uintptr_t memory, const std::optional<NormGiven>& given, int threads) {
   const Kernels& kernels = kernels_of(adapters, stream);
   const Backward b{x_stride, dy_stride, pointer<const void>(inputs[0]), pointer<const void>(inputs[1]),
                    pointer<const void>(inputs[2]), pointer<const float>(inputs[3]), pointer<const float>(inputs[4]),
@@ -175,8 +197,9 @@ void run_backward(const std::vector<Share>& adapters, int stream, int64_t x_stri
     rest.take(kernels, end - begin, g);
     all.push_back(g);
   }
+  const NormBackward norm = given ? norm_of(*given) : NormBackward{};
   py::gil_scoped_release release;
-  backward(kernels, b, all, threads);
+  backward(kernels, b, all, given ? &norm : nullptr, threads);
 }
 
 }  // namespace

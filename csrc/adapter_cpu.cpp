@@ -183,17 +183,22 @@ void prepare(const Kernels& kernels, const Weights& w, int threads) {
   });
 }
 
-void forward(const Kernels& kernels, const Forward& f, const std::vector<Adapter>& adapters, int threads) {
+void forward(const Kernels& kernels, const Forward& f, const std::vector<Adapter>& adapters, const Around* around,
+             int threads) {
   share_blocks(threads, adapters, kernels, kernels.forward_scratch,
                [&](const Adapter& one, Rows block, Rows following, char* memory) {
+                 if (around && around->added) kernels.sum_rows(*around, block, one.w.d);
                  kernels.forward(f, one.w, block, following, memory);
+                 if (around) kernels.norm_rows(*around, f.y, block, one.w.d);
                });
 }
 
-void backward(const Kernels& kernels, const Backward& b, const std::vector<Gradients>& adapters, int threads) {
+void backward(const Kernels& kernels, const Backward& b, const std::vector<Gradients>& adapters, const NormBackward* norm,
+              int threads) {
   const auto no_columns = [&](const Weights& w) { return kernels.backward_scratch(w, 0); };
   share_blocks(threads, adapters, kernels, no_columns,
                [&](const Gradients& one, Rows block, Rows following, char* memory) {
+                 if (norm) kernels.norm_backward(*norm, block, one.w.d);
                  kernels.backward_rows(b, one, block, following, memory);
                });
   for (const Gradients& one : adapters) {

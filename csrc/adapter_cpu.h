@@ -12,6 +12,9 @@
 //   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ), without dy if there was a residual;
 //                  G = (ρ·dz)ᵀ·(x − μ); U = (g·h)ᵀ·dy; the parameters
 //
+// A call may have a sum before its adapter and an RMSNorm behind it (adapter_cpu_norm.h). Both are made of a block of rows
+// while it is in the caches, in the passes over rows above.
+//
 // A call has one adapter, or several, each with its rows. Rows are read and written where they lie: a block has rows of
 // one adapter, `order` says which, and all blocks of all adapters are shared among the threads.
 //
@@ -93,6 +96,25 @@ struct Backward {
   float* d_gate;  // (T), likewise
 };
 
+// What a forward may have around its adapter: the sum s = x + added, which is Forward::x then, and n, the RMSNorm of y.
+struct Around {
+  int64_t x_stride, added_stride;
+  const void *x, *added;  // (T, d); both null: no sum
+  void* s;                // (T, d) contiguous
+  const float* weight;    // (d), of the RMSNorm
+  float eps;
+  void* n;      // (T, d) contiguous
+  float* rstd;  // (T), of the RMSNorm; null unless it is kept
+};
+
+// The backward of that RMSNorm: dY, which is Backward::dy then
+struct NormBackward {
+  int64_t dy_stride, dn_stride, y_stride;
+  const void *dy, *dn, *y;  // (T, d); dy is that of y's other uses, null: there are none
+  const float *weight, *rstd;
+  void* sum;  // dY (T, d) contiguous; may be Backward::dx, which is written when dY has been read
+};
+
 // One adapter of a forward
 struct Adapter {
   Weights w;
@@ -132,6 +154,10 @@ struct Kernels {
   void (*backward_rows)(const Backward&, const Gradients&, Rows block, Rows following, char* scratch);
   // Columns, multiples of kColumns
   void (*backward_cols)(const Backward&, const Gradients&, int64_t begin, int64_t end, char* scratch);
+  // A block of rows of d numbers
+  void (*sum_rows)(const Around&, Rows block, int64_t d);
+  void (*norm_rows)(const Around&, const void* y, Rows block, int64_t d);
+  void (*norm_backward)(const NormBackward&, Rows block, int64_t d);
 };
 
 namespace avx2 { const Kernels* kernels(Dtype stream, Dtype z); }
@@ -149,8 +175,9 @@ bool is_built(Isa isa);
 const Kernels* find_kernels(Isa isa, Dtype stream, Dtype compute);
 Sizes sizes(const Kernels&, int64_t rows, int64_t d, int64_t r);
 void prepare(const Kernels&, const Weights&, int threads);
-void forward(const Kernels&, const Forward&, const std::vector<Adapter>&, int threads);
-void backward(const Kernels&, const Backward&, const std::vector<Gradients>&, int threads);
+// `around` and `norm` may be null; with them rows are where their positions say.
+void forward(const Kernels&, const Forward&, const std::vector<Adapter>&, const Around* around, int threads);
+void backward(const Kernels&, const Backward&, const std::vector<Gradients>&, const NormBackward* norm, int threads);
 // The numbers of all rows, those without an adapter first (index −1), then those of each of n adapters, each in order;
 // index[i] is of `each` rows. Returns the n + 2 positions where those of each begin and end, or none if an index is
 // not in [−1, n).

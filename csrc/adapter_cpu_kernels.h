@@ -1,6 +1,7 @@
 // The adapter's kernels, compiled once per instruction set: see adapter_cpu.h. Each translation unit defines AK_ISA (a
 // namespace), AK_WIDTH (floats per vector) and AK_PAIRS: 0 for products of floats, 1 for pairs of bf16 by AVX512-BF16,
 // 2 for pairs of bf16 by AMX.
+#include "adapter_cpu_norm.h"
 #include "adapter_cpu_parameters.h"
 #include "adapter_cpu_philox.h"
 #include "adapter_cpu_preparation.h"
@@ -371,7 +372,8 @@ template <class E, class Z>
 constexpr Kernels kOf = {kPairs,          Of<E, Z>::forward_scratch, Of<E, Z>::backward_scratch,
                          prepare_rows,    prepare_columns,           enter,
                          leave,           Of<E, Z>::forward,         Of<E, Z>::backward_rows,
-                         Of<E, Z>::backward_cols};
+                         Of<E, Z>::backward_cols, sum_rows<E>,             norm_rows<E>,
+                         norm_backward<E>};
 
 }  // namespace
 

@@ -69,16 +69,16 @@ def check_inputs(
     check_index_values(index, n[0])
 
 
-def _check_residual(residual: object, x: Tensor) -> None:
+def _check_residual(residual: object, x: Tensor, name: str = "residual") -> None:
     if not isinstance(residual, Tensor):
-        raise TypeError(f"residual: expected a torch.Tensor, got {type(residual).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(residual).__name__}")
     if residual.layout != torch.strided or residual.dtype != x.dtype:
         raise TypeError(
-            f"residual: expected a dense tensor of x's dtype {x.dtype}, got {residual.dtype}, {residual.layout}"
+            f"{name}: expected a dense tensor of x's dtype {x.dtype}, got {residual.dtype}, {residual.layout}"
         )
     if residual.shape != x.shape or residual.device != x.device:
         raise ValueError(
-            f"residual: expected shape {tuple(x.shape)} on {x.device} like x, "
+            f"{name}: expected shape {tuple(x.shape)} on {x.device} like x, "
             f"got {tuple(residual.shape)} on {residual.device}"
         )
 
@@ -94,6 +94,23 @@ def _check_scale(scale: object, x: Tensor, n: int | None) -> None:
     if scale.numel() != 1 if n is None else scale.shape != (n,):
         expected = "one element" if n is None else f"shape ({n},)"
         raise ValueError(f"scale: expected a number or a tensor of {expected}, got shape {tuple(scale.shape)}")
+
+
+def check_norm(x: Tensor, weight: object, eps: object, added: object) -> None:
+    """Raise the error of an RMSNorm behind an adapter of x, or of what is ``added`` to x before it."""
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.dtype not in DTYPES:
+        got = f"{weight.dtype}, {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"next_weight: expected a dense torch.Tensor of a floating dtype, got {got}")
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"next_weight: expected shape {(x.shape[-1],)} on {x.device} for x of shape {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)} on {weight.device}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("next_weight: expected one that requires no gradient, got one that does")
+    number("next_eps", eps, "[0, inf]")
+    if added is not None:
+        _check_residual(added, x, "added")
 
 
 def check_gate(gate: object, x: Tensor, index: Tensor | None = None) -> None:

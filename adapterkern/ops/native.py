@@ -199,14 +199,16 @@ def forward(
     scale: Tensor | float = 1.0,
     gate: Tensor | None = None,
     drop: Drop | None = None,
+    around: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``.
 
-    Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions; ``gate`` is (T,).
+    Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions; ``gate`` is (T,). ``around`` is
+    what native_normed.py has the kernels do before and behind the adapter.
     """
     expect("x", rows, (len(rows), w[2].shape[1]))
     shares = Shares([(_prepared(w, compute, scale), 0, len(rows))])
-    return _forward(rows, shares, w, eps, activation, compute, save, residual, gate, drop)
+    return _forward(rows, shares, w, eps, activation, compute, save, residual, gate, drop, around)
 
 
 def forward_several(
@@ -239,6 +241,7 @@ def _forward(
     residual: Tensor | None,
     gate: Tensor | None,
     drop: Drop | None,
+    around: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, d = rows.shape
     rows = base = side_by_side(rows)
@@ -257,7 +260,7 @@ def _forward(
             *(adapters, _C.DTYPES[_DTYPES[rows.dtype]], rows.stride(0), base.stride(0)),
             *(rows.data_ptr(), base.data_ptr(), y.data_ptr()),
             [t.data_ptr() if size else 0 for t, size in ((z, kept), (mean, of_norm), (rstd, of_norm))],
-            *(order, how, eps, _C.ACTIVATIONS[activation], torch.get_num_threads()),
+            *(order, how, eps, _C.ACTIVATIONS[activation], around, torch.get_num_threads()),
         )
     if shares.without:
         _copy_rows(shares, base, y)
@@ -282,15 +285,17 @@ def backward(
     scale: Tensor | float = 1.0,
     gate: Tensor | None = None,
     drop: Drop | None = None,
+    before: Any = None,
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
     ``residual``: whether the forward had one; dx then lacks dy. After the seven ``needed`` comes that of a Tensor
-    ``scale``, then that of a ``gate``.
+    ``scale``, then that of a ``gate``. With ``before``, what native_normed.py has the kernels do first, they fill dy,
+    and dx takes its memory.
     """
     given = inputs(dy, rows, z, mean, rstd, w)
     shares = Shares([(_prepared(w, z.dtype, scale), 0, len(rows))])
-    return _backward(given, shares, w, activation, needed, residual, scale, gate, drop)
+    return _backward(given, shares, w, activation, needed, residual, scale, gate, drop, before)
 
 
 def backward_several(
@@ -326,6 +331,7 @@ def _backward(
     scale: Tensor | float,
     gate: Tensor | None,
     drop: Drop | None,
+    before: Any = None,
 ) -> list[Tensor | None]:
     rows, dy, *_ = given
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
@@ -333,7 +339,9 @@ def _backward(
     down = any(needed[1:5])  # which the kernels make together
     norm = down and w[0] is not None
     wanted = [norm, norm, down, down, needed[5] or of_scale, needed[6] or of_scale]
-    dx = torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if needed[0] else None
+    dx = None
+    if needed[0]:
+        dx = dy if before is not None else torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
     d_gate = torch.empty(count, dtype=torch.float32, device="cpu") if of_gate else None
     # Adapters that have no rows have gradients of 0.
     new = torch.empty if shares.order is None or len(shares.adapters) == len(w[2]) else torch.zeros
@@ -354,7 +362,7 @@ def _backward(
             [t.data_ptr() for t in given],
             *(order, how, _C.ACTIVATIONS[activation], residual),
             *(0 if t is None else t.data_ptr() for t in (dx, d_gate)),
-            *(grads_of, memory.data_ptr(), torch.get_num_threads()),
+            *(grads_of, memory.data_ptr(), before, torch.get_num_threads()),
         )
     del held
     if shares.without:

@@ -97,7 +97,7 @@ def adapter(
         gate = _of_rows(gate, x)
     if seed is not None or type(dropout) is not float or dropout:
         check_dropout(dropout, seed, x)
-        drop = Drop(dropout, _seed(seed, x.device)) if dropout else None
+        drop = Drop(dropout, as_seed(seed, x.device)) if dropout else None
     tensors: Sequence[Tensor] = (x, *weights)
     more: tuple[Any, ...] = ()
     if (
@@ -148,7 +148,7 @@ def _several(
     if gate is not None:
         check_gate(gate, x, index)
     check_dropout(how["dropout"], seed, x)
-    seed = _seed(seed, x.device) if how["dropout"] else None
+    seed = as_seed(seed, x.device) if how["dropout"] else None
     y = residual
     for i in range(index.shape[-1]):
         own = None if gate is None else gate[..., i]
@@ -165,7 +165,7 @@ def _of_rows(gate: Tensor, x: Tensor) -> Tensor:
     return gate.reshape((*gate.shape, *(1,) * (len(shape) - gate.dim()))).expand(shape).reshape(-1)
 
 
-def _seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     """The seed as the operator takes it, (1,)."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -219,6 +219,18 @@ def adapter_backward(
     )
 
 
+def rms_norm(y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """n = weight·ρ·y and ρ = 1/√(mean(y²) + eps), of shape (..., 1); y is (..., d)."""
+    rstd = (y.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return y * rstd * weight, rstd
+
+
+def rms_norm_backward(dn: Tensor, y: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """dy = ρ(g − ŷ·mean(g ⊙ ŷ)), g = weight·dn and ŷ = ρ·y; without the gradient of the weight, which is frozen."""
+    g, yhat = weight * dn, rstd * y
+    return rstd * (g - yhat * (g * yhat).mean(dim=-1, keepdim=True))
+
+
 def scale_gradient(
     dy: Tensor,
     fwd: Forward,

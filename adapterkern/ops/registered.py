@@ -55,7 +55,7 @@ _lib.define(
 # x_free, index, prepared, residual, scale, factor, gate, dropout, seed
 _DEFAULTS = False, None, None, None, None, 1.0, None, 0.0, None
 forward_op = torch.ops.adapterkern.adapter_forward.default
-_backward = torch.ops.adapterkern.adapter_backward.default
+backward_op = torch.ops.adapterkern.adapter_backward.default
 _prepare = torch.ops.adapterkern.prepare_weights.default
 
 
@@ -251,7 +251,7 @@ class Differentiable(torch.autograd.Function):
         given = weights
         if more or weights[0] is None:
             given = [t for t in (*weights, scale, gate, seed) if t is not None]
-        run = _run_backward if direct and needs_no_dispatcher(x, dy, z, mean, rstd, *given) else _backward
+        run = _run_backward if direct and needs_no_dispatcher(x, dy, z, mean, rstd, *given) else backward_op
         grads = run(dy, x, z, mean, rstd, *weights, *how, *more)
         grads = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
         results[1:8] = grads[:7]
@@ -268,7 +268,7 @@ class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, *args):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_backward.redispatch(keyset & torch._C._after_autograd_keyset, *args))
+            return tuple(backward_op.redispatch(keyset & torch._C._after_autograd_keyset, *args))
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -313,7 +313,7 @@ def _register_autocast(device_type: str) -> None:
 
     def backward(*args):  # type: ignore[no-untyped-def]
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return _backward(*args)
+            return backward_op(*args)
 
     _lib.impl("adapter_forward", forward, key)
     _lib.impl("adapter_backward", backward, key)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapterkern.ops.checks import LOW
@@ -53,6 +54,14 @@ def eager(
         by = scale[e] if isinstance(scale, Tensor) else scale
         y[chosen] = adapter_eager(rows[chosen], one, residual=base[chosen], scale=by, **own, **how).to(x.dtype)
     return y.view(x.shape)
+
+
+def rms_norm(y: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch's RMSNorm in y's dtype, rounded once; its kernels take a weight of that dtype alone."""
+    wide = y.dtype
+    if weight.dtype != wide:
+        wide = torch.promote_types(weight.dtype, torch.promote_types(wide, torch.float32))
+    return F.rms_norm(y.to(wide), y.shape[-1:], weight.to(wide), eps).to(y.dtype)
 
 
 def eager_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -7,7 +7,7 @@ Rows on both sides of a block (32) and a chunk (128), columns of a panel (32), a
 import pytest
 import torch
 
-from adapterkern.ops import native
+from adapterkern.ops import native, native_normed
 from tests.ops.test_native import ROUTES, check, isa, routed, run
 from tests.support.numerics import make_weights
 
@@ -41,3 +41,17 @@ def test_rows_of_a_view_and_two_threads() -> None:
 def test_rows_of_several_adapters(route: tuple[int, int, int, int, str]) -> None:
     for dtype, compute in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
         routed(native, *route, dtype, compute, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_sum_before_and_a_norm_behind(shape: tuple[int, int, int, str], dtype: torch.dtype) -> None:
+    T, d, r, activation = shape
+    x, added, dy, dn = torch.randn(4, T, d).to(dtype)
+    w, weight = make_weights(d, r), torch.randn(d)
+    compute = torch.float32 if dtype == torch.float16 else dtype
+    y, n, s, z, mean, rstd, rho = native_normed.forward(x, added, w, weight, 1e-6, 1e-5, activation, compute)
+    assert n.isfinite().all()
+    for own in (dy, None):
+        grads = native_normed.backward(own, dn, s, y, z, mean, rstd, rho, w, weight, 1e-5, activation, [True] * 7)
+        assert all(g is not None and g.isfinite().all() for g in grads)

@@ -1,0 +1,85 @@
+"""A sum, an adapter and an RMSNorm on a CPU, in one pass over blocks of rows (csrc/adapter_cpu_norm.h).
+
+    s = x + added      y = adapter(s)      n = w·ρ·y, ρ = 1/√(mean(y²) + eps)
+
+Kept for the backward are s, z, mean and rstd, as by the adapter alone, and y and ρ, fp32 (T,).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkern.ops import native
+from adapterkern.ops.dropout import Drop
+from adapterkern.ops.readable import aligned, expect, side_by_side
+
+
+def _weight(weight: Tensor, d: int) -> Tensor:
+    expect("next_weight", weight, (d,))
+    return aligned(weight.detach().to(torch.float32).contiguous())
+
+
+def forward(
+    rows: Tensor,
+    added: Tensor | None,
+    w: Sequence[Any],
+    weight: Tensor,
+    norm_eps: float,
+    eps: float,
+    activation: str,
+    compute: torch.dtype,
+    save: bool = True,
+    scale: Tensor | float = 1.0,
+    drop: Drop | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, n and s (T, d); z, mean and rstd as native.py's; and ρ (T,). s is ``rows`` itself without ``added``."""
+    count, d = rows.shape
+    x = s = side_by_side(rows)
+    if added is not None:
+        expect("added", added, (count, d))
+        added = side_by_side(added.to(x.dtype))
+        s = torch.empty((count, d), dtype=x.dtype, device="cpu")
+    n = torch.empty((count, d), dtype=x.dtype, device="cpu")
+    rho = torch.empty(count if save else 0, dtype=torch.float32, device="cpu")
+    given = _weight(weight, d)
+    pointers = [0, 0, 0] if added is None else [x.data_ptr(), added.data_ptr(), s.data_ptr()]
+    pointers += [n.data_ptr(), rho.data_ptr() if save else 0, given.data_ptr()]
+    strides = [x.stride(0), 0 if added is None else added.stride(0)]
+    around = pointers, strides, norm_eps
+    how = {"scale": scale, "drop": drop, "around": around}
+    y, z, mean, rstd = native.forward(s, w, eps, activation, compute, save, **how)  # type: ignore[arg-type]
+    return y, n, s, z, mean, rstd, rho
+
+
+def backward(
+    dy: Tensor | None,
+    dn: Tensor,
+    rows: Tensor,
+    y: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rho: Tensor,
+    w: Sequence[Any],
+    weight: Tensor,
+    eps: float,
+    activation: str,
+    needed: Sequence[bool],
+    scale: Tensor | float = 1.0,
+    drop: Drop | None = None,
+) -> list[Tensor | None]:
+    """As native.py's, of s, here ``rows``, and the parameters; ``dy`` is that of y's other uses, None without any."""
+    count, d = rows.shape
+    expect("rho", rho, (count,))
+    read = [None if t is None else side_by_side(t.to(rows.dtype)) for t in (dy, dn, y)]
+    for name, t in zip(("dy", "dn", "y"), read, strict=True):
+        if t is not None:
+            expect(name, t, (count, d))
+    given, kept = _weight(weight, d), rho.contiguous()
+    filled = torch.empty((count, d), dtype=rows.dtype, device="cpu")
+    pointers = [0 if t is None else t.data_ptr() for t in (*read, kept, given, filled)]
+    strides = [0 if t is None else t.stride(0) for t in read]
+    how = {"scale": scale, "drop": drop, "before": (pointers, strides)}
+    return native.backward(filled, rows, z, mean, rstd, w, eps, activation, needed, **how)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ Every task is saved by itself, and is used like one that was trained alone: adap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_backbone_options(parser)
+    add_backbone_options(parser, mixes=True)
     parser.add_argument(
         "--data",
         nargs="+",

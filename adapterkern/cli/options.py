@@ -253,8 +253,11 @@ def from_options(arguments: argparse.Namespace, record: type[T]) -> T:
     return record(**{field.name: values[field.name] for field in fields if field.name in values})
 
 
-def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) -> None:
-    """The backbone, which a command must name; or, ``of_run``, what to use in place of a saved run's."""
+def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False, mixes: bool = False) -> None:
+    """The backbone, which a command must name; or, ``of_run``, what to use in place of a saved run's.
+
+    ``mixes``: batches have several adapters, of which none runs with the norm that follows.
+    """
     group = parser.add_argument_group("backbone", "default: the run's own" if of_run else None)
     dtype = "dtype of the backbone's weights" + ("" if of_run else "; default auto: bf16 where that is fast, else fp32")
     load_in = "quantize the backbone's matrices by bitsandbytes" + ("" if of_run else "; default none")
@@ -267,6 +270,9 @@ def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False) 
     )
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
     group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
+    if not (of_run or mixes):
+        help = "run an adapter and the backbone's RMSNorm that follows as one: less time and memory on a CPU"
+        group.add_argument("--fuse-norm", action="store_true", help=help)
 
 
 LAYERS_HELP = "keep only the first N decoder layers; default 8 of SmolLM2-135M, all of --model"

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train router, experts and head", allow_abbrev=False)
-    add_backbone_options(train)
+    add_backbone_options(train, mixes=True)
     add_data_options(train)
     add_options(train.add_argument_group("routing", "defaults in brackets"), RoutingConfig)
     add_adapter_options(train)

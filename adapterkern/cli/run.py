@@ -283,6 +283,7 @@ def adapted(arguments: argparse.Namespace, llama: Any, show: bool = True) -> "Ll
         model.set_adapter([*stack, NEW])
     else:
         model = LlamaAdapter(llama, adapter_config(arguments), **model_flags(arguments))
+    model.fuse_norm = getattr(arguments, "fuse_norm", False)
     if on := model.adapters_below():
         how = "trained too" if arguments.train_stack else "frozen"
         say(f"on top of {' → '.join(on)}, {how}")

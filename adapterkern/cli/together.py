@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from adapterkern.cli.options import COLUMNS, adapter_fields
 from adapterkern.cli.scale import OPTIONS
-from adapterkern.model.config import PROMPT, applies
+from adapterkern.model.config import PLACES, PROMPT, applies
 from adapterkern.training.config import LABELED
 
 
@@ -28,6 +28,10 @@ _RULES = (
     _Rule(_NOT_OF_PROMPTS, "kind", lambda kind: kind == PROMPT),
     _Rule(("prompt_length", "prompt_gate"), "kind", lambda kind: kind != PROMPT),
     _Rule(("compile", "unfused"), "kind", lambda kind: kind == PROMPT, "which runs inside the layers, as PyTorch does"),
+    _Rule(("fuse_norm",), "kind", lambda kind: kind == PROMPT, "which leaves no stream to a norm"),
+    _Rule(("fuse_norm",), "position", lambda name: PLACES[name] != name, "which adds to what others leave to the norm"),
+    _Rule(("fuse_norm",), "compile", bool, "which compiles the norms"),
+    _Rule(("fuse_norm",), "unfused", bool, "which runs plain PyTorch modules"),
     _Rule(("compile",), "bias_scale", bool, "which runs inside the layers, as PyTorch does"),
     _Rule(adapter_fields(), "start", why="a saved adapter is as it was made"),
     _Rule(("epochs",), "max_steps", why="each says how long to train"),

@@ -1,7 +1,7 @@
 """``Adapter``: one bottleneck adapter, as a module."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,20 @@ from torch import Tensor, nn
 from adapterkern import checks
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.choice import fused_enabled
+from adapterkern.ops.normed import adapter_and_norm
 from adapterkern.ops.operator import adapter
 from adapterkern.ops.reference import ACTIVATIONS, add_branch
 from adapterkern.ops.stock import eager_autocast, stock_dtype
 
 INITS = ("identity", "xavier", "svd")
+
+
+class Following(Protocol):
+    """The norm that reads an adapter's y: next_norm.py."""
+
+    def factor(self, x: Tensor) -> Any: ...
+
+    def hand(self, y: Tensor, n: Tensor) -> None: ...
 
 
 class Adapter(nn.Module):
@@ -119,7 +128,8 @@ class Adapter(nn.Module):
         else:
             nn.init.xavier_uniform_(self.up.weight)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, following: Following | None = None) -> Tensor:
+        """y; where ``following`` is fused, the output of the norm that it names is left on y."""
         norm, down, up = self.norm, self.down, self.up
         self.check_modules()
         fused = self.fused and fused_enabled()
@@ -127,22 +137,15 @@ class Adapter(nn.Module):
         dropout = self.active_dropout
         # The modules themselves only accept x in their parameters' dtype, or in a lower one with fp32 parameters.
         if fused or dropout or stock_dtype(x, (gamma, down.weight, up.weight)) is not None:
-            return adapter(
-                x,
-                gamma,
-                beta,
-                down.weight,
-                down.bias,
-                up.weight,
-                up.bias,
-                eps=eps,
-                activation=self.activation,
-                fused=fused,
-                x_free=self.x_free,
-                residual=residual,
-                scale=self.scale,
-                dropout=dropout,
-            )
+            weights = gamma, beta, down.weight, down.bias, up.weight, up.bias
+            how: dict[str, Any] = {"eps": eps, "activation": self.activation, "fused": fused, "x_free": self.x_free}
+            how |= {"scale": self.scale, "dropout": dropout}
+            next_norm = following.factor(x) if following is not None and fused and residual is None else None
+            if next_norm is None:
+                return adapter(x, *weights, residual=residual, **how)
+            y, n = adapter_and_norm(x, *weights, next_norm.weight, next_eps=next_norm.eps, **how)
+            following.hand(y, n)  # type: ignore[union-attr]  # which has given its factor
+            return y
         with eager_autocast(x):
             branch = up(ACTIVATIONS[self.activation].fn(down(norm(x))))
             return add_branch(x if residual is None else residual, branch, self.scale).to(x.dtype)
@@ -175,6 +178,16 @@ class Adapter(nn.Module):
         scale = ", learned scale" if isinstance(self.scale, Tensor) else f", scale={self.scale}" * (self.scale != 1)
         dropout = f", dropout={self.dropout}" * (self.dropout != 0)
         return f"activation={self.activation!r}, fused={self.fused}{scale}{dropout}"
+
+
+class InTurn(nn.Sequential):
+    """Adapters one after the other, of which the last is told what norm follows."""
+
+    def forward(self, x: Tensor, following: Following | None = None) -> Tensor:
+        *before, last = self
+        for one in before:
+            x = one(x)
+        return last(x) if following is None else last(x, following=following)
 
 
 class Beside(nn.Sequential):

@@ -148,6 +148,8 @@ class Extra(Wrapped):
 
         def adapter_config(self, name: str | None = None) -> AdapterConfig: ...
 
+        def _norms_of_their_own(self) -> AbstractContextManager[None]: ...
+
     def running_copies(self) -> list[nn.Module]:
         """The copies of modules that the active adapter has, and then those of adapters below it in a stack."""
         if self._mixture is not None:
@@ -169,11 +171,12 @@ class Extra(Wrapped):
         if config.modules_to_save:
             sites[MODULES] = make_copies(self.base, config.modules_to_save)
             kept = {path for other in self._configs.values() for path in other.modules_to_save or ()}
-            try:
-                attach(self, self.base, config.modules_to_save)
-            except ValueError:
-                detach(self, self.base, kept)
-                raise
+            with self._norms_of_their_own():
+                try:
+                    attach(self, self.base, config.modules_to_save)
+                except ValueError:
+                    detach(self, self.base, kept)
+                    raise
 
     def check_saved(self, name: str | None = None) -> None:
         """Raise ``ValueError`` if the backbone has a parameter that is trained and that ``name`` would not save."""

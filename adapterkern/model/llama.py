@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterkern import checks
-from adapterkern.model.adapter import Adapter, Beside
+from adapterkern.model.adapter import Adapter, Beside, InTurn
 from adapterkern.model.asking import check_prompts
 from adapterkern.model.config import BIAS_SCALE, PROMPT, AdapterConfig, check_name
 from adapterkern.model.copies import attach, detach
@@ -59,10 +59,13 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         fused: whether adapters use the fused operator; assign ``model.fused`` to change it later.
         liger: whether the backbone runs Liger's kernels (liger.py); assign ``model.liger`` to change it later. In
             training, outputs that have a loss then have no logits.
+        fuse_norm: whether an adapter and the RMSNorm that reads its output next run as one (next_norm.py); assign
+            ``model.fuse_norm`` to change it later.
 
     Raises:
         TypeError: ``llama`` is not a decoder of this structure.
-        ValueError: it already has adapters, ``config`` does not fit it, or Liger does not support it.
+        ValueError: it already has adapters, ``config`` does not fit it, Liger does not support it, or ``fuse_norm``
+            where no norm can be fused.
         ImportError: ``liger`` without liger-kernel.
     """
 
@@ -74,6 +77,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         *,
         fused: bool = True,
         liger: bool = False,
+        fuse_norm: bool = False,
     ) -> None:
         layers = decoder_layers(llama)
         if any(isinstance(layer, AdaptedLayer) for layer in layers):
@@ -99,6 +103,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self.liger = liger
         for index, layer in enumerate(layers):
             adapt(layer, self._site(index))
+        self.fuse_norm = fuse_norm
         self._watching = watch(self)
         if self.checkpoints_activations:
             self.gradient_checkpointing_enable()  # again: recomputation must see the adapters of the forward
@@ -144,7 +149,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         """Remove the adapters and return the backbone as it was, still frozen. This model no longer has it then."""
         if "_unloaded" in self.__dict__:
             return self._unloaded
-        self.liger = False
+        self.liger = self.fuse_norm = False
         for hook in self._watching:
             hook.remove()
         for layer in self.layers:
@@ -186,6 +191,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             attach(model, bare, self._configs[one].modules_to_save or ())
             model._attach_inside(one)
         model.set_adapter(stack)
+        model.fuse_norm = self.fuse_norm
         return model.requires_grad_(False).eval()
 
     def add_model_tags(self, tags: list[str] | str) -> None:
@@ -240,6 +246,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self._add_copies(sites, config)
         self.adapters[name] = sites
         self._configs[name] = config
+        self._warn_of_unfused(name)
         with self._deleted_on_error(name):
             self._attach_inside(name)
             if config.kind == PROMPT:
@@ -251,7 +258,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         size = self.decoder.config.hidden_size
         if config.kind == PROMPT:
             return Prompt(size, config.prompt_length, gates=number_of_gates(config, self.decoder), device=device)
-        return (Beside if config.is_parallel else nn.Sequential)(
+        return (Beside if config.is_parallel else InTurn)(
             *(
                 Adapter(
                     size,
@@ -302,15 +309,15 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             )
         del self.adapters[name]
         config = self._configs.pop(name)
-        kept = [(index, c) for c in self._configs.values() for index in c.layers or ()]
-        for index in set(config.layers or ()) - {index for index, c in kept if c.kind == PROMPT}:
+        others = [(index, c) for c in self._configs.values() for index in c.layers or ()]
+        for index in set(config.layers or ()) - {index for index, c in others if c.kind == PROMPT}:
             detach_prompt(self.layers[index])
-        for index in set(config.layers or ()) - {index for index, c in kept if c.bias_scale}:
+        for index in set(config.layers or ()) - {index for index, c in others if c.bias_scale}:
             detach_linears(self.layers[index])
         if config.modules_to_save:
-            detach(
-                self, self.base, {path for config in self._configs.values() for path in config.modules_to_save or ()}
-            )
+            kept = {path for config in self._configs.values() for path in config.modules_to_save or ()}
+            with self._norms_of_their_own():
+                detach(self, self.base, kept)
         self._saved_on.pop(name, None)
         if name in self._stack:
             self._stack = ()
@@ -354,7 +361,8 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
             if value:
                 self.check_attached()
                 _ = self.logits_path  # found now, not within a step, where the model may be sharded
-            (use_liger if value else without_liger)(self.base)
+            with self._norms_of_their_own():
+                (use_liger if value else without_liger)(self.base)
             self._liger = value
 
     def adapter_config(self, name: str | None = None) -> AdapterConfig:

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import AdaptedLayer, own_class
 from adapterkern.model.linears import ScaledLinear
+from adapterkern.model.next_norm import TakingNorm
 from adapterkern.model.prompt import PromptedAttention
 
-_OURS = (AdaptedLayer, PromptedAttention, Replaceable, ScaledLinear)  # classes that precede a module's own
+_OURS = (AdaptedLayer, PromptedAttention, Replaceable, ScaledLinear, TakingNorm)  # classes that precede a module's own
 
 
 def same_weights(llama: PreTrainedModel) -> Any:

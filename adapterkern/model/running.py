@@ -20,6 +20,7 @@ from adapterkern.model.config import AdapterConfig, prefix_length
 from adapterkern.model.deferred import Decide, DeferredMixture
 from adapterkern.model.extra import default_heads
 from adapterkern.model.mixing import Mixture
+from adapterkern.model.next_norm import FusesNorms
 from adapterkern.model.pretrained import Wrapped
 from adapterkern.model.prompt import PromptedAttention
 from adapterkern.model.running_site import RunningSite
@@ -77,7 +78,7 @@ class UnloadedError(RuntimeError, AttributeError):
     """The backbone is no longer the model's, nor are the backbone's attributes."""
 
 
-class Running(Wrapped):
+class Running(FusesNorms, Wrapped):
     """A wrapped decoder with named adapters, of which one, none or a mixture runs."""
 
     adapters: nn.ModuleDict
@@ -96,6 +97,7 @@ class Running(Wrapped):
         self._on = True
         self._skip = 0
         self._blocks = _Blocks()
+        self._next_norms = {}
 
     def __getattr__(self, name: str) -> Any:
         """As ``Wrapped``'s. After ``unload``, what was the backbone's is missing for this reason."""
@@ -308,6 +310,7 @@ class Running(Wrapped):
                 "bias_scale: expected False under nn.DataParallel, got an adapter with True; use one process per GPU "
                 "(torchrun), or make one GPU visible"
             )
+        self._next_norms = {}  # which are the original's
         for index, layer in enumerate(self.layers):
             layer.__dict__["_adapter_site"] = site = self._site(index)
             if isinstance(attention := getattr(layer, "self_attn", None), PromptedAttention):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from adapterkern.model.adapter import InTurn
 from adapterkern.model.config import BIAS_SCALE, PROMPT
 from adapterkern.model.copies import at_path
 from adapterkern.model.images import on_text
@@ -68,6 +69,8 @@ class RunningSite:
                 f"adapter_names: expected None for {name}, whose layers pass on several streams per token (their "
                 f"output has shape {tuple(hidden.shape)}): all rows of a batch run one adapter"
             )
+        if isinstance(adapters, InTurn) and (following := self.model._next_norms.get((self.index, place))) is not None:
+            return adapters(hidden, following)
         return adapters(hidden)
 
     def _at(self, place: str, x: Tensor | None) -> Callable[..., Any] | None:

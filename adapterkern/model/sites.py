@@ -36,6 +36,7 @@ class Halves(NamedTuple):
     attention: Callable[..., Any]  # (layer, *args, **kwargs) → the stream between, and a tuple of what ``mlp`` needs
     mlp: Callable[..., Any]  # (layer, stream, *needed) → what the layer's forward returns
     stream: str  # the name of the layer's first argument
+    next: str | None  # the layer's module that reads the stream between first, and alone, such as a norm
 
 
 class NoSiteError(ValueError):
@@ -45,24 +46,69 @@ class NoSiteError(ValueError):
 @functools.cache
 def halves(cls: Any) -> Halves | NoSiteError:
     """The forward of a decoder layer's class in two; or why there is no place to cut it."""
+    try:
+        return _made(*_read(cls))
+    except NoSiteError as reason:
+        return reason
+
+
+@functools.cache
+def reads_input(cls: Any) -> str | None:
+    """The layer's module that alone reads what its forward is given, such as ``input_layernorm``; None if none does."""
+    try:
+        _, function = _read(cls)
+    except NoSiteError:
+        return None
+    layer, stream, *_ = (a.arg for a in function.args.args)
+    return _reads(function.body, layer, stream)
+
+
+@functools.cache
+def reads_output(cls: Any) -> str | None:
+    """The decoder's module that alone reads what its layers leave, by the source of its class; None if none does."""
+    try:
+        _, function = _read(cls)
+    except NoSiteError:
+        return None
+    body = function.body
+    loops = [i for i, statement in enumerate(body) if isinstance(statement, ast.For)]
+    if not loops:
+        return None
+    left = [name.id for name in _names(body[loops[-1]]) if _is_stored(name)]
+    found = (_reads(body[loops[-1] + 1 :], function.args.args[0].arg, name) for name in left)
+    return next((module for module in found if module is not None), None)
+
+
+def _read(cls: Any) -> tuple[Any, ast.FunctionDef]:
+    """The forward of a class, and its source."""
     own = cls.forward
     while hasattr(own, "__wrapped__"):
         package, *_ = own.__globals__["__name__"].split(".")
         if package != "transformers":  # whose wrappers checkpoint, or rename arguments
-            return NoSiteError(f"its forward is wrapped by {package}")
+            raise NoSiteError(f"its forward is wrapped by {package}")
         own = own.__wrapped__
     try:
         lines, first = inspect.getsourcelines(own)
         function = ast.parse(textwrap.dedent("".join(lines))).body[0]
     except (OSError, TypeError, SyntaxError):
-        return NoSiteError("its forward has no source")
+        raise NoSiteError("its forward has no source") from None
     if not isinstance(function, ast.FunctionDef) or own.__closure__ or len(function.args.args) < 2:
-        return NoSiteError("its forward is not a plain method")
+        raise NoSiteError("its forward is not a plain method")
     ast.increment_lineno(function, first - 1)  # tracebacks show the class's lines
-    try:
-        return _made(own, function)
-    except NoSiteError as reason:
-        return reason
+    return own, function
+
+
+def _reads(body: Iterable[ast.stmt], layer: str, stream: str) -> str | None:
+    """The module of the first call with the stream alone, while the name holds it."""
+    for statement in body:
+        for call in ast.walk(statement):
+            if isinstance(call, ast.Call) and [getattr(a, "id", None) for a in call.args] == [stream]:
+                of = call.func
+                if isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == layer:
+                    return None if call.keywords else of.attr
+        if any(name.id == stream and _is_stored(name) for name in _names(statement)):
+            return None
+    return None
 
 
 def _made(own: Any, function: ast.FunctionDef) -> Halves:
@@ -81,7 +127,7 @@ def _made(own: Any, function: ast.FunctionDef) -> Halves:
     module = ast.fix_missing_locations(ast.Module([top, end], []))
     made: dict[str, Any] = {}
     exec(compile(module, own.__code__.co_filename, "exec"), own.__globals__, made)
-    return Halves(made["attention"], made["mlp"], function.args.args[1].arg)
+    return Halves(made["attention"], made["mlp"], function.args.args[1].arg, _reads(below, reader.layer, stream))
 
 
 def _cut(body: list[ast.stmt], reader: "_Reader") -> tuple[list[ast.stmt], str, list[ast.stmt]]:

@@ -135,6 +135,14 @@ ROWS = [
         "--eval-every: has no effect without data to evaluate on: expected no --eval-every, got 5$",
     ),
     (
+        TRAIN + "--fuse-norm --position parallel-mlp",
+        "--fuse-norm: has no effect with --position parallel-mlp, which .*: expected no --fuse-norm, got --fuse-norm$",
+    ),
+    (TRAIN + "--fuse-norm --unfused", "--fuse-norm: has no effect with --unfused, which .*, got --fuse-norm$"),
+    (TRAIN + "--fuse-norm --compile", "--fuse-norm: has no effect with --compile, which .*, got --fuse-norm$"),
+    (TRAIN + "--fuse-norm --kind prompt", "--fuse-norm: has no effect with --kind prompt, which .*, got --fuse-norm$"),
+    (MULTITASK + "--data a good.jsonl --fuse-norm", "multitask: unknown --fuse-norm"),
+    (
         TRAIN + "--x-free --unfused",
         "--x-free: has no effect with --unfused, which .*: expected no --x-free, got --x-free$",
     ),

@@ -51,6 +51,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     pads(name, found)
     mixes(name, found)
     runs_prompts(name)
+    fuses(name, found)
     trains(name, found, tmp_path)
 
 
@@ -115,6 +116,19 @@ def runs_amid_layers(name: str, found: families.Found) -> None:
     if short(name) not in SUMS_OTHERWISE:
         assert done
         assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def fuses(name: str, found: families.Found) -> None:
+    """With the norms that follow, adapters compute the same; each norm takes what it was left, or runs itself."""
+    if found.fuse_norm is False:
+        return
+    model = adapted(name)
+    expected = model(IDS, use_cache=False).logits
+    model.fuse_norm = True
+    torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    left = [vars(module)["_missed"] for module in model.base.modules() if "_missed" in vars(module)]
+    assert 0 in left
 
 
 def close(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-4) -> bool:

@@ -244,6 +244,7 @@ class Found(NamedTuple):
     prefix_cache: bool
     adapter_names: bool
     attention: bool | None  # position="attention"; None: in some of its layers
+    fuse_norm: bool | None  # None: at some of its sites
 
 
 def find(name: str) -> Found | str:
@@ -281,13 +282,23 @@ def find(name: str) -> Found | str:
         left_padding=_accepts(lambda: check_padding(model.base, left, examples)),
         prefix_cache=not model.reuse_obstacle(IDS.shape[1]),
         adapter_names=_accepts(lambda: model(input_ids=IDS, adapter_names=names, use_cache=False)),
-        attention={(True,): True, (False,): False}.get(tuple(has_sites(model.base))),
+        attention={(True,): True, (False,): False}.get(tuple(sites := has_sites(model.base))),
+        fuse_norm=_fuses(model, len(model.layers) * (1 + (True in sites))),
     )
 
 
 def has_sites(llama: Any) -> set[bool]:
     """Whether the layers have a place between attention and feed-forward network."""
     return {_accepts(functools.partial(check_attention_site, layer)) for layer in llama.model.layers}
+
+
+def _fuses(model: ak.LlamaAdapter, sites: int) -> bool | None:
+    """Whether an RMSNorm reads what adapters at all ``sites`` leave; None: at some."""
+    try:
+        model.fuse_norm = True
+    except ValueError:
+        return False
+    return True if len(model._next_norms) == sites else None
 
 
 def _accepts(call: Callable[[], Any]) -> bool:
@@ -320,8 +331,8 @@ def print_tables() -> None:
     beside = {name for name, what in found.items() if what == BESIDE}
     refused = {name for name, what in found.items() if isinstance(what, str)} - beside
     supported = found.keys() - beside - refused
-    print('| Class | Logits | Left padding | Prefix cache | `adapter_names` | `position="attention"` |')
-    print("|---|---|---|---|---|---|")
+    print('| Class | Logits | Left padding | Prefix cache | `adapter_names` | `position="attention"` | `fuse_norm` |')
+    print("|---|---|---|---|---|---|---|")
     print(*(row(name, what) for name, what in found.items() if name in supported), sep="\n")
     print("\n| Class | Layers |\n|---|---|")
     print(*(row(name, what) for name, what in found.items() if name in beside), sep="\n")

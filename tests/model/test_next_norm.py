@@ -1,0 +1,387 @@
+"""``fuse_norm``: an adapter makes the output of the RMSNorm that reads its y, where the norm would make the same."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterkern as ak
+from adapterkern.model import liger, next_norm
+from adapterkern.model.next_norm import NextNorm, TakingNorm, ask
+from adapterkern.ops import normed
+from adapterkern.training.compiled import compiled_layers
+from tests.support.tiny_llama import IDS, LEFT_PADDED, adapted, draw, grads, logits, tiny
+
+EVERYWHERE = [0, 1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The norms that were left an output, by class; the CPU kernels make it, where there are some."""
+    found: list[str] = []
+    hand = NextNorm.hand
+
+    def noted(self: NextNorm, y: Tensor, n: Tensor) -> None:
+        found.append(type(self.norm).__name__)
+        hand(self, y, n)
+
+    monkeypatch.setattr(NextNorm, "hand", noted)
+    monkeypatch.setattr(normed, "prefers_eager", lambda *_: False)
+    next_norm._say.cache_clear()
+    return found
+
+
+def all_taken(model: ak.LlamaAdapter) -> bool:
+    return not any(vars(module).get("_missed", 0) for module in model.base.modules())
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in caplog.records if r.message.startswith("fuse_norm")]
+
+
+def same_as_apart(model: ak.LlamaAdapter, run: Callable[[], Any], **tolerance: float) -> None:
+    """What ``run`` returns with the norms fused and without."""
+    model.fuse_norm = False
+    expected = run()
+    model.fuse_norm = True
+    torch.testing.assert_close(run(), expected, **({"rtol": 1e-4, "atol": 1e-5} | tolerance))
+
+
+@pytest.mark.parametrize("position", ["layer", "attention"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Granite", "Mixtral"])
+def test_results_are_those_of_adapter_and_norm(family: str, position: str, handed: list[str]) -> None:
+    model = adapted(tiny(family), layers=EVERYWHERE, position=position)
+    for norm in (module for module in model.base.modules() if type(module).__name__.endswith("RMSNorm")):
+        nn.init.normal_(norm.weight, mean=0.3, std=0.3)  # Gemma multiplies by one more
+    same_as_apart(model, lambda: [logits(model), *grads(model)])
+    assert len(handed) == 2 * len(EVERYWHERE)  # once without gradients, and once with them
+    assert all_taken(model)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_in_bf16(depth: int, handed: list[str]) -> None:
+    model = adapted(tiny().to(torch.bfloat16), layers=EVERYWHERE, depth=depth, scale=0.5, learned_scale=True)
+    same_as_apart(model, lambda: [logits(model), *grads(model)], rtol=0.1, atol=0.02)
+    assert len(handed) == 8
+    assert all_taken(model)
+
+
+def test_under_autocast_with_dropout(handed: list[str]) -> None:
+    model = adapted(layers=EVERYWHERE, dropout=0.3, learned_scale=True).train()
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            return grads(model)
+
+    same_as_apart(model, run, rtol=0.1, atol=0.02)
+    assert len(handed) == 4
+
+
+def test_norms_in_another_dtype_than_the_stream_run_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(tiny().to(torch.bfloat16))
+    for module in model.base.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.float()
+    model.base.lm_head.float()  # what the last norm leaves is in fp32 then
+    model.fuse_norm = True
+    last = model.decoder.norm
+    y = torch.randn(2, 32).to(torch.bfloat16)
+    assert NextNorm(last, None, None).factor(y) is None
+    assert said(caplog) == [
+        "fuse_norm: a norm runs by itself: LlamaRMSNorm is not an RMSNorm from torch.bfloat16 to torch.bfloat16"
+    ]
+
+
+@pytest.mark.parametrize(("position", "times"), [("layer", 0), ("attention", 8)])
+def test_checkpointing(position: str, times: int, handed: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """After a layer, the norm is in another layer's block; amid a layer it is recomputed with the adapter."""
+    model = adapted(layers=EVERYWHERE, position=position).train()
+    model.gradient_checkpointing_enable()
+    same_as_apart(model, lambda: grads(model))
+    assert len(handed) == times  # in the forward, and in its recomputation
+    assert said(caplog) == (
+        ["fuse_norm: a norm runs by itself: the adapter is after a layer whose activations are checkpointed"]
+        if position == "layer"
+        else []
+    )
+
+
+def test_y_is_all_that_is_kept_for_both() -> None:
+    """transformers' norm keeps a copy of y in fp32 besides its square's mean."""
+    model = adapted(tiny().to(torch.bfloat16), layers=EVERYWHERE, position="attention")
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(t: Tensor) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        alive = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), note(t))[1], lambda t: t):
+            model(IDS, labels=IDS)
+        return sum(sizes.values())
+
+    apart = kept()
+    model.fuse_norm = True
+    assert kept() <= apart - len(EVERYWHERE) * IDS.numel() * 32 * 2  # of each norm fp32 and what is normed; y is kept
+
+
+def test_generation_and_its_cache(handed: list[str]) -> None:
+    model = adapted(layers=EVERYWHERE, position="attention")
+    same_as_apart(model, lambda: model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    assert len(handed) == 4 * 5
+
+
+def test_modes_in_which_nothing_is_left(handed: list[str]) -> None:
+    model = adapted(layers=EVERYWHERE)
+    model.fuse_norm = True
+    with torch.inference_mode():
+        model(IDS)
+    torch.compile(model.base.model, backend="eager")(IDS, use_cache=False)
+    with model.disable_adapter():
+        model(IDS)
+    assert handed == []
+
+
+def test_compiled_layers_run_their_norms(handed: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(layers=[0, 1, 2], position="attention").train()
+    model.fuse_norm = True
+    expected = grads(model)
+    count = len(handed)
+    with compiled_layers(model), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "adapterkern.training.compiled._compiled",
+            lambda: lambda part, written, layer, *a, **k: part(layer, *a, **k),
+        )
+        torch.testing.assert_close(grads(model), expected, rtol=1e-4, atol=1e-5)
+    assert len(handed) == count == 3
+    assert said(caplog) == ["fuse_norm: a norm runs by itself: the layer that runs it is compiled"]
+
+
+def test_what_runs_beside_others_runs_alone(handed: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(layers=[1, 3])
+    model.add_adapter("other", ak.AdapterConfig(adapter_dim=4, layers=[3]))
+    model.add_adapter("beside", ak.AdapterConfig(adapter_dim=4, position="parallel-mlp", layers=[2]))
+    for name in ("other", "beside"):
+        draw(model, name)
+    model.fuse_norm = True
+    assert said(caplog) == [
+        "fuse_norm: adapter 'beside' runs without a norm at layers [2]: parallel-mlp: it is not alone in what the norm "
+        "reads"
+    ]
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            mixed = model(IDS, adapter_names=["default", "other", "__base__"]).logits
+            model.set_adapter("beside")
+            beside = model(IDS).logits
+            model.set_adapter(["default", "other"])  # at layer 1 the first of them is alone
+            return [mixed, beside, model(IDS).logits]
+
+    same_as_apart(model, run)
+    assert handed == ["LlamaRMSNorm"]
+    assert all_taken(model)
+
+
+def test_an_unfused_or_x_free_adapter(handed: list[str]) -> None:
+    model = adapted(layers=EVERYWHERE, x_free=True)
+    same_as_apart(model, lambda: grads(model))
+    assert len(handed) == 4
+    model.fused = False
+    logits(model)
+    assert len(handed) == 4
+
+
+def test_a_stream_that_changes_in_between() -> None:
+    class Behind(nn.Module):
+        """What a hook of somebody else may do to the stream."""
+
+        def forward(self, module: nn.Module, args: Any, y: Tensor) -> Tensor | None:
+            if self.in_place:
+                y.mul_(2)
+                return None
+            return y * 2
+
+        in_place = False
+
+    model, behind = adapted(layers=[1, 2]), Behind()
+    for layer in (model.layers[1], model.layers[2]):
+        layer.register_forward_hook(behind)
+    for behind.in_place in (False, True):
+        same_as_apart(model, lambda: logits(model))
+
+
+def test_a_norm_that_reads_nothing_that_is_left_stops_it(handed: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(layers=[1])
+    model.layers[1].register_forward_hook(lambda module, args, y: y.clone())
+    model.fuse_norm = True
+    for _ in range(12):
+        logits(model)
+    assert len(handed) == 9
+    assert said(caplog) == [
+        "fuse_norm: a norm runs by itself: LlamaRMSNorm has not read what an adapter left it, 8 times"
+    ]
+
+
+def test_what_was_made_in_another_mode_is_not_taken() -> None:
+    norm = adapted().decoder.norm
+    norm.__class__ = next_norm._taking_class(type(norm))
+    y, wrong = torch.randn(3, 32), torch.zeros(3, 32)
+    one = NextNorm(norm, None, None)
+    for grad, hooks in ((True, False), (False, True), (False, False)):
+        with torch.no_grad():
+            one.hand(y, wrong)
+        with torch.set_grad_enabled(grad):
+            if hooks:
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                    got = norm(y)
+            else:
+                got = norm(y)
+        assert torch.equal(got, wrong) == (not grad and not hooks)
+        assert not torch.equal(norm(y), wrong)  # taken once, or not at all
+
+
+def test_a_norm_that_is_trained(handed: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(layers=[3])
+    model.fuse_norm = True
+    model.decoder.norm.weight.requires_grad_()
+    grads(model)
+    assert handed == []
+    assert said(caplog) == ["fuse_norm: a norm runs by itself: its weight is trained"]
+    assert model.decoder.norm.weight.grad is not None
+
+
+def test_a_copy_of_a_norm_is_trained_beside_it(handed: list[str]) -> None:
+    model = adapted(layers=EVERYWHERE)
+    model.fuse_norm = True
+    model.add_adapter("more", ak.AdapterConfig(adapter_dim=4, layers=EVERYWHERE, modules_to_save=["norm"]))
+    draw(model, "more")
+    model.set_adapter("more")
+    handed.clear()
+    same_as_apart(model, lambda: grads(model))
+    assert len(handed) == 3  # not the last one, which has a copy
+    model.delete_adapter("more")
+    model.set_adapter("default")
+    assert model.fuse_norm
+    handed.clear()
+    logits(model)
+    assert len(handed) == 4
+
+
+def test_the_norms_get_their_class_back() -> None:
+    base = tiny()
+    before = [type(module) for module in base.modules()]
+    keys = list(base.state_dict())
+    model = ak.LlamaAdapter(base, ak.AdapterConfig(adapter_dim=4), fuse_norm=True)
+    assert model.fuse_norm
+    assert sum(isinstance(module, TakingNorm) for module in base.modules()) == 8  # all but the first layer's first
+    assert list(base.state_dict()) == keys
+    logits(model)
+    model.fuse_norm = True  # once more changes nothing
+    model.fuse_norm = False
+    assert not any(isinstance(module, TakingNorm) or "_missed" in vars(module) for module in base.modules())
+    model.fuse_norm = True
+    assert [type(module) for module in model.unload().modules()] == before
+    with pytest.raises(RuntimeError, match="unload"):
+        model.fuse_norm = True
+
+
+def test_copies_pickles_and_references(handed: list[str]) -> None:
+    model = adapted(layers=EVERYWHERE)
+    model.fuse_norm = True
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.reference("default")):
+        assert other.fuse_norm
+        handed.clear()
+        torch.testing.assert_close(logits(other), expected)
+        assert len(handed) == 4
+        assert all_taken(other)
+        other.fuse_norm = False
+        assert not any(isinstance(module, TakingNorm) for module in other.base.modules())
+    assert not any(isinstance(module, TakingNorm) for module in model.reference().modules())
+    handed.clear()
+    logits(model)
+    assert len(handed) == 4
+
+
+def test_with_liger(handed: list[str]) -> None:
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    model = adapted(layers=EVERYWHERE)
+    expected = logits(model)
+    model.fuse_norm = True
+    for on in (True, False):
+        model.liger = on
+        assert model.fuse_norm
+        assert any(isinstance(module, liger.Fused) for module in model.base.modules()) is on
+        handed.clear()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+        assert len(handed) == 4
+        assert all_taken(model)
+    model.liger = True
+    assert not any(isinstance(m, (TakingNorm, liger.Fused)) for m in model.unload().modules())
+
+
+def test_hooks_of_norms_and_adapters_run(handed: list[str]) -> None:
+    model = adapted(layers=[3])
+    seen: list[str] = []
+    model.decoder.norm.register_forward_hook(lambda *_: seen.append("norm"))
+    model.adapters["default"]["3"][0].register_forward_hook(lambda *_: seen.append("adapter"))
+    same_as_apart(model, lambda: logits(model))
+    assert seen == 2 * ["adapter", "norm"]
+    assert len(handed) == 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        (nn.RMSNorm(16, eps=1e-5), (0, 1e-5)),
+        (nn.RMSNorm(16), None),  # which adds what its input's dtype has
+        (nn.LayerNorm(16, bias=False), None),
+        (nn.LayerNorm(16), None),
+        (nn.Linear(16, 16, bias=False), None),
+        (nn.Embedding(16, 16), None),
+        (nn.PReLU(16), None),
+    ],
+    ids=str,
+)
+def test_what_is_an_rms_norm(norm: nn.Module, expected: tuple[int, float] | None) -> None:
+    assert ask(norm, torch.float32) == expected
+
+
+def test_a_backbone_without_such_norms() -> None:
+    model = adapted(tiny("Phi"))
+    with pytest.raises(ValueError, match="fuse_norm: expected a backbone with an RMSNorm that reads what an adapter"):
+        model.fuse_norm = True
+    assert not model.fuse_norm
+    with pytest.raises(TypeError, match="fuse_norm: expected True or False, got 1"):
+        model.fuse_norm = 1  # type: ignore[assignment]
+
+
+def test_places_without_a_norm_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """OLMo 2 norms what attention and MLP leave: nothing but the last norm reads the stream."""
+    model = adapted(tiny("Olmo2"), layers=EVERYWHERE)
+    model.fuse_norm = True
+    why = "no RMSNorm of the backbone reads what it leaves there"
+    assert said(caplog) == [f"fuse_norm: adapter 'default' runs without a norm at layers [0, 1, 2]: {why}"]
+    same_as_apart(model, lambda: logits(model))
+    caplog.clear()
+    model.add_adapter("more", ak.AdapterConfig(adapter_dim=4, layers=[3], position="attention"))
+    assert said(caplog) == [f"fuse_norm: adapter 'more' runs without a norm at layers [3]: {why}"]
+
+
+def test_left_padding_and_hidden_states() -> None:
+    model = adapted(layers=EVERYWHERE)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return model(IDS, attention_mask=LEFT_PADDED, output_hidden_states=True).hidden_states
+
+    same_as_apart(model, run)

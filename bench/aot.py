@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from adapterkern.ops.kernels.backward import Needed, backward
 from adapterkern.ops.kernels.dropout import dropout
 from adapterkern.ops.kernels.forward import forward
+from adapterkern.ops.kernels.norm import Following, norm_backward
 from adapterkern.ops.kernels.tiles import forward_tiles, hidden_tiles, slice_tiles
 from adapterkern.ops.kernels.weights import padded_adapter_dim, prepare, scale_of
 from bench import sass, ttgir
@@ -55,6 +56,7 @@ PARTS = {
     "gate": {"gated": True},
     "dropout": {"dropped": True},
     "routed": {"routed": True},
+    "next-norm": {"normed": True},
 }
 # Triton makes the same PTX for these as for sm_80, but for the line that names the card.
 SAME_PTX = {86: 80, 89: 80}
@@ -146,11 +148,13 @@ def adapter_launches(
     gated: bool = False,
     dropped: bool = False,
     routed: bool = False,
+    normed: bool = False,
 ) -> list[Launch]:
     """Every launch of one forward and backward with fp32 parameters, including the weight preparation.
 
     ``dtype`` is that of x, and unless ``compute`` is given that of the products. ``scaled``: by a learned scale;
-    ``gated``: by a learned weight of each row; ``dropped``: h has dropout; ``routed``: each row has one of 8 adapters.
+    ``gated``: by a learned weight of each row; ``dropped``: h has dropout; ``routed``: each row has one of 8 adapters;
+    ``normed``: an RMSNorm follows.
     """
     sizes = ((d,), (d,), (r, d), (r,), (d, r), (d,), *([(1,)] if scaled else []))
     params: list[Any] = [torch.empty(((8,) if routed else ()) + size, device="meta") for size in sizes]
@@ -170,9 +174,14 @@ def adapter_launches(
         common["drop"] = dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta") if dropped else None)
         index = torch.empty(rows, dtype=torch.int64, device="meta") if routed else None
         how: dict[str, Any] = {"r": r, "eps": 1e-5, "save": True, "tiles": forward_with, "residual": base}
-        _, z, mean, rstd = forward(x, index, prepared, **how, **common)
+        if normed:
+            rho = x.new_empty(rows, dtype=torch.float32)
+            how["following"] = Following(x.new_empty(d, dtype=torch.float32), x, rho, 1e-6)
+        y, z, mean, rstd = forward(x, index, prepared, **how, **common)
         assert z is not None
         none = x.new_empty(0)
+        if normed:
+            norm_backward(x, x, y, rho, how["following"].weight, pdl=pdl)
         backward(
             x, x, index, z, none if mean is None else mean, none if rstd is None else rstd, prepared, params,
             needed=Needed(True, norm, norm, True, True, True, True, scaled, gated), x_free=x_free, residual=residual,

@@ -16,6 +16,14 @@ struct Rows {
   Activation activation;
 };
 
+// The RMSNorm that reads y: n = weight·ρ·y, ρ = 1/√(mean(y²) + eps).
+struct Norm {
+  const float* weight;  // (d,)
+  uint16_t* n;          // (rows, d), or null: there is none
+  float* rstd;          // (rows,), ρ, or null
+  float eps;
+};
+
 // Pointers as in adapterkern/ops/kernels/weights.py; `a` to `bias` are the prepared weights of n adapters.
 struct Forward : Rows {
   const uint16_t* x;  // (rows, d), `stride` elements apart
@@ -29,6 +37,7 @@ struct Forward : Rows {
   float* rstd;
   int64_t stride;
   float eps;
+  Norm next;  // without an index
 };
 
 // Of one adapter for all rows. What is null is not stored; the sums are over the rows of a cluster.

@@ -12,10 +12,14 @@
 //     emit      4 warps     x + h·W_upᵀ + b_up over the block's columns, in x's buffer
 //     store     one warp    y's rows, by bulk copies out of that buffer, which then is free
 //
+// An RMSNorm that reads y is one exchange more: the emit warps send each row's Σy² to all blocks, and once a tile later, when
+// all have come, multiply what they left in the buffer, which only then is free.
+//
 // Rounds. Every tile with an adapter is one round of the exchange; its buffers are kAhead deep. A block sends the partial
 // products of round n once its own emit warps have used the h of round n − kAhead. Then every block has reduced that round, so
 // that the buffers of round n are free in all of them, and so are those that round's copies were read from. No other
-// signal goes back.
+// signal goes back. The sums of squares of round n may overwrite those of round n − kKept: a block sends them with the h of
+// round n, so after every emit warp has said that it took that of round n − kAhead, and has made the norm of n − kKept.
 //
 // A block's columns of a row whose mean is more than 16 times its standard deviation are multiplied again as x − s, with
 // s that mean, rounded as x is; the reduction takes the columns' moments and s from each block. Squares come from a
@@ -32,6 +36,8 @@ struct ForwardConfig : Products<R_, kColumns_> {
   static constexpr int kTogether = P::R > 64 ? 1 : 2;  // halves of a tile in one pass over the columns
   static constexpr int kLoaded = P::R > 64 ? 1 : 2;    // steps of x in registers; at 128 there is no room for two
   static constexpr int kEmitted = P::kColumns / 4;     // columns of an emit warp
+  static constexpr int kNormers = kEmitted / 8;        // lanes of an emit warp that norm a row together
+  static constexpr int kKept = 3;                      // rounds of sums of squares
 
   struct Shared {
     uint16_t x[kBuffers][kRows * P::kXPitch];
@@ -42,8 +48,10 @@ struct ForwardConfig : Products<R_, kColumns_> {
     float bias[P::kColumns];
     float own_row_sums[2][P::kSums];  // of A's columns, one for each of two adapters
     float row_sums[2][kMaxBlocks * P::kSums];
+    float squares_of_warp[kAhead][4][kRows];  // Σy² of an emit warp's columns
+    float squares[kKept][kMaxBlocks][kRows];  // of each block's
     Barrier loaded[kBuffers], emitted[kBuffers], stored[kBuffers];
-    Barrier summed[kAhead], hidden[kAhead], taken[kAhead], weighed[2];
+    Barrier summed[kAhead], hidden[kAhead], taken[kAhead], weighed[2], squared[kKept];
   };
 };
 
@@ -62,17 +70,25 @@ struct Block : Projecting<K> {
       : Base(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
 
   AK_DEVICE uint32_t hidden_bytes() const { return kRows * K::R * sizeof(uint16_t); }
+  AK_DEVICE uint32_t square_bytes() const { return uint32_t((blocks - 1) * kRows * sizeof(float)); }
+  AK_DEVICE bool norms() const { return p.next.n != nullptr; }
   AK_DEVICE uint32_t weight_bytes() const { return uint32_t(blocks * K::kSums * sizeof(float)); }
 
   AK_DEVICE void start() {
     if (thread_index() == 0) {
-      for (int i = 0; i < K::kBuffers; ++i) init(&s.loaded[i], 1), init(&s.emitted[i], 8), init(&s.stored[i], 1);
+      for (int i = 0; i < K::kBuffers; ++i) {
+        init(&s.loaded[i], 1), init(&s.emitted[i], 8);
+        init(&s.stored[i], norms() ? 5 : 1);  // the emit warps read y once more
+      }
+      for (int i = 0; i < K::kKept; ++i) init(&s.squared[i], 1);
       for (int i = 0; i < kAhead; ++i) init(&s.summed[i], 1), init(&s.hidden[i], 1), init(&s.taken[i], 4);
       for (int i = 0; i < 2; ++i) init(&s.weighed[i], 1);
       fence_init();
       for (int i = 0; i < kAhead; ++i)
         arrive_expecting(&s.summed[i], sum_bytes()), arrive_expecting(&s.hidden[i], hidden_bytes());
       for (int i = 0; i < 2; ++i) arrive_expecting(&s.weighed[i], weight_bytes());
+      if (blocks > 1)
+        for (int i = 0; i < K::kKept; ++i) arrive_expecting(&s.squared[i], square_bytes());
     }
     // Columns that x lacks: their weights are 0, and 0 times what lies there must be 0.
     const int absent = K::kColumns - columns;
@@ -332,7 +348,8 @@ struct Block : Projecting<K> {
     const int begin = (warp - 4) * K::kEmitted;
     int held = -1;
     Tiles tile(p);
-    for (int i = 0, n = 0; tile.next(); ++i) {
+    int n = 0;
+    for (int i = 0; tile.next(); ++i) {
       const int buffer = i % K::kBuffers;
       if (tile.adapter >= 0) {
         if (tile.adapter != held) load_up(w, held = tile.adapter, begin);
@@ -346,6 +363,7 @@ struct Block : Projecting<K> {
 #pragma unroll
           for (int k = 0; k < K::R / 16; ++k)
             load_matrices(h[k], matrix(&s.h[slot][m * 16 * K::kHPitch], K::kHPitch) + k * 32);
+          float squares[2] = {};  // of rows row_of_lane and row_of_lane + 8
           const Address rows = matrix(&s.x[buffer][m * 16 * K::kXPitch + begin], K::kXPitch);
           uint32_t parts[K::kLoaded][4];  // of x, loaded before the products of the part before
           if (K::kLoaded > 1) load_matrices(parts[0], rows);
@@ -371,17 +389,92 @@ struct Block : Projecting<K> {
               for (int j = 0; j < 2; ++j) v[half * 2 + j] = pack(y[half][j * 2], y[half][j * 2 + 1]);
             }
             store_matrices(rows + n2 * 32, v);
+            if (norms())
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const Pair kept = unpack(v[i]);
+                squares[i % 2] += kept.x * kept.x + kept.y * kept.y;
+              }
           }
+          if (norms()) keep_squares(squares, m * 16, slot);
+        }
+        fence_async();  // the tile leaves by bulk copies
+        leave(buffer);
+        if (norms()) {
+          sync_threads(3, 128);
+          if (warp == 4) send_squares(n);
+          if (n) norm(tile.row - kRows, kRows, begin, n - 1);  // the tile before this one
         }
         if (lane == 0) arrive(&s.taken[slot]);
-        fence_async();  // the tile leaves by bulk copies
         ++n;
       } else {
         wait(&s.loaded[buffer], parity(i, K::kBuffers));  // y is x, as it came
+        leave(buffer);
       }
-      sync_warp();
-      if (lane == 0) arrive(&s.emitted[buffer]);
     }
+    if (norms() && n) {
+      sync_threads(3, 128);
+      norm(tile.row - tile.rows, tile.rows, begin, n - 1);
+    }
+  }
+
+  AK_DEVICE void leave(int buffer) {
+    sync_warp();
+    if (lane == 0) arrive(&s.emitted[buffer]);
+  }
+
+  // The warp's sums of squares of 16 rows from `row` on.
+  AK_DEVICE void keep_squares(float (&squares)[2], int row, int slot) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      squares[j] += exchange(squares[j], 1);
+      squares[j] += exchange(squares[j], 2);
+      if (pair_of_lane == 0) put(&s.squares_of_warp[slot][warp - 4][row + j * 8 + row_of_lane], squares[j]);
+    }
+  }
+
+  // By the first emit warp: the sums of the block's columns to the other blocks. The block's own warps see them after the
+  // next sync_threads().
+  AK_DEVICE void send_squares(int n) {
+    const int slot = n % K::kKept;
+    float total = 0;
+    for (int i = 0; i < 4; ++i) total += get(&s.squares_of_warp[n % kAhead][i][lane]);
+    put(&s.squares[slot][rank][lane], total);
+    fence_async();
+    sync_warp();
+    if (lane < blocks && lane != rank)
+      copy_to_block(s.squares[slot][rank], s.squares[slot][rank], kRows * sizeof(float), &s.squared[slot], lane);
+  }
+
+  // The norm of the tile of `rows` rows from `first_row` on, which was round n, over the warp's columns.
+  AK_DEVICE void norm(int64_t first_row, int rows, int begin, int n) {
+    const int slot = n % K::kKept, buffer = n % K::kBuffers, own = begin + lane % K::kNormers * 8;
+    if (blocks > 1) {
+      wait_for_blocks(&s.squared[slot], parity(n, K::kKept));
+      if (warp == 4 && lane == 0) arrive_expecting(&s.squared[slot], square_bytes());
+    }
+    float factors[8];  // of the lane's columns, read again for each tile: registers are scarcer than reads of L1
+#pragma unroll
+    for (int i = 0; i < 8; ++i) factors[i] = own < columns ? p.next.weight[first + own + i] : 0;
+    float squares = 0;  // of the lane's row
+    for (int b = 0; b < blocks; ++b) squares += get(&s.squares[slot][b][lane]);
+    const float rstd = 1 / sqrtf(squares / p.d + p.next.eps);
+    if (rank == 0 && warp == 4 && p.next.rstd && lane < rows) p.next.rstd[first_row + lane] = rstd;
+#pragma unroll 2
+    for (int row = lane / K::kNormers; row < kRows; row += 32 / K::kNormers) {
+      const float by = from_lane(rstd, row);
+      if (row >= rows || own >= columns) continue;
+      uint32_t v[4];
+      get_words(v, &s.x[buffer][row * K::kXPitch + own]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Pair y = unpack(v[i]);
+        v[i] = pack(y.x * by * factors[2 * i], y.y * by * factors[2 * i + 1]);
+      }
+      write_words(p.next.n + (first_row + row) * p.d + first + own, v);
+    }
+    sync_warp();
+    if (lane == 0) arrive(&s.stored[buffer]);  // the tile is not read again
   }
 
   AK_DEVICE void load_up(uint32_t (&w)[K::R / 16][K::kEmitted / 8][2], int adapter, int begin) {

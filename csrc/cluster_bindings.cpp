@@ -55,10 +55,12 @@ void check([[maybe_unused]] const char* error) {
 }
 
 void run_forward(const How& how, uintptr_t x, uintptr_t a, uintptr_t c, uintptr_t w, uintptr_t bias, uintptr_t y,
-                 uintptr_t z, uintptr_t mean, uintptr_t rstd, int64_t stride, float eps) {
+                 uintptr_t z, uintptr_t mean, uintptr_t rstd, int64_t stride, float eps, uintptr_t next_weight,
+                 uintptr_t n, uintptr_t next_rstd, float next_eps) {
   [[maybe_unused]] const Forward p{how.rows,           pointer<uint16_t>(x),    pointer<uint16_t>(a), pointer<float>(c),
                                    pointer<uint16_t>(w), pointer<float>(bias),    pointer<uint16_t>(y), pointer<uint16_t>(z),
-                                   pointer<float>(mean), pointer<float>(rstd), stride, eps};
+                                   pointer<float>(mean), pointer<float>(rstd), stride, eps,
+                                   {pointer<float>(next_weight), pointer<uint16_t>(n), pointer<float>(next_rstd), next_eps}};
 #ifdef ADAPTERKERN_WITH_CLUSTERS
   check(forward(p, how.R, how.blocks, how.clusters, how.device, pointer<void>(how.stream)));
 #endif

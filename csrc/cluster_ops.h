@@ -116,6 +116,10 @@ AK_DEVICE void store_in_block(void* to, uint32_t v, uint32_t w, Barrier* b, int 
 // Threads' own accesses to shared memory. What copies have brought is read by get().
 AK_DEVICE float get(const float* p) { return *p; }
 AK_DEVICE uint32_t get(const uint32_t* p) { return *p; }
+AK_DEVICE void get_words(uint32_t v[4], const uint16_t* p) {  // 16 bytes, at a multiple of 16
+  const uint4 w = *reinterpret_cast<const uint4*>(p);
+  v[0] = w.x, v[1] = w.y, v[2] = w.z, v[3] = w.w;
+}
 AK_DEVICE void put(float* p, float v) { *p = v; }
 AK_DEVICE void put(Pair* p, Pair v) { *reinterpret_cast<float2*>(p) = float2{v.x, v.y}; }
 AK_DEVICE void put(uint16_t* p, uint16_t v) { *p = v; }
@@ -162,6 +166,9 @@ AK_DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
 }
 
 AK_DEVICE uint32_t read_word(const uint16_t* p) { return __ldg(reinterpret_cast<const uint32_t*>(p)); }
+AK_DEVICE void write_words(uint16_t* p, const uint32_t v[4]) {
+  *reinterpret_cast<uint4*>(p) = uint4{v[0], v[1], v[2], v[3]};
+}
 AK_DEVICE uint32_t read_half(const uint16_t* p) { return __ldg(p); }
 
 }  // namespace adapterkern::cluster

@@ -9,7 +9,7 @@ reference.py     the equations: definition, oracle, baseline
 stock.py         eager PyTorch's casts and mixed batches
 closed_form.py   the operator from ATen operations: fp64, and where nothing native fits
 native.py        the CPU kernel's door (csrc/adapter_cpu.h)
-native_normed.py  the same with a sum before the adapter and the next RMSNorm behind it
+native_normed.py the same with a sum before the adapter and the RMSNorm behind it; triton_normed.py on a GPU
 readable.py      tensors as that kernel reads them
 rows.py          from any shape and several adapters to the rows of one, for these two
 kept.py          what is made of parameters, kept until they change

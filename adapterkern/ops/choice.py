@@ -170,12 +170,12 @@ def keys(t: Tensor) -> int:
 
 
 @cache
-def keys_of_plain_tensors() -> frozenset[int]:
+def keys_of_plain_tensors(device_type: str) -> frozenset[int]:
     """Those of which ``keys`` tells nothing besides: see registered.py."""
     with torch.inference_mode():
-        made_for_inference = torch.empty(0, device="cpu")
+        made_for_inference = torch.empty(0, device=device_type)
     with torch.inference_mode(False):
-        return frozenset(keys(t) for t in (made_for_inference, torch.empty(0, device="cpu")))
+        return frozenset(keys(t) for t in (made_for_inference, torch.empty(0, device=device_type)))
 
 
 def operand_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:

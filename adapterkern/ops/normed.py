@@ -1,22 +1,22 @@
 """``adapter_and_norm()``: the adapter, and the frozen RMSNorm that reads its y, in one call.
 
 On a CPU one pass over blocks of rows makes both, and the backward forms y's gradient where it reads it
-(native_normed.py). For this there is no operator: what traces a call, listens to it or transforms it sees the adapter's
-operator and torch's RMSNorm, as every other device does.
+(native_normed.py). On a GPU the kernel by clusters makes both, else one kernel follows another (triton_normed.py).
+There is no operator for this: what traces, listens or transforms sees the adapter's operator and torch's RMSNorm.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapterkern.ops import native_normed
+from adapterkern.ops import graphs, native_normed, triton_normed
 from adapterkern.ops.checks import check_dropout, check_inputs, check_norm
-from adapterkern.ops.choice import fused_enabled, in_transform, operand_dtype, prefers_eager
+from adapterkern.ops.choice import fused_enabled, in_transform, operand_dtype, prefers_eager, runs_triton
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.operator import adapter, as_seed
 from adapterkern.ops.reference import Weights, rms_norm_backward
-from adapterkern.ops.registered import backward_op, needs_no_dispatcher
+from adapterkern.ops.registered import backward_op, needs_no_dispatcher, nobody_listens
 from adapterkern.ops.stock import rms_norm
 
 
@@ -45,8 +45,9 @@ def adapter_and_norm(
         y = adapter(x + added, ...)
         n = F.rms_norm(y, (d,), next_weight, next_eps)
 
-    On a CPU the kernels make both while a block of rows is in the caches, and the backward keeps x + added and y.
-    Elsewhere, with ``x_free``, and for inputs that are too small for the operator to pay, these two calls run.
+    On a CPU the kernels make both while a block of rows is in the caches, on a GPU by clusters while rows are in shared
+    memory; the backward keeps x + added and y. In compiled code, with ``x_free``, and for inputs that are too small for
+    the operator to pay, these two calls run.
 
     Args:
         x, norm_weight, ..., up_bias, eps, activation, fused, x_free, scale, dropout, seed: as ``adapter``'s.
@@ -69,8 +70,9 @@ def adapter_and_norm(
         tensors = [t for t in (x, added, *weights, learned) if t is not None]
         save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         others = [next_weight, *([seed] if isinstance(seed, Tensor) else [])]
-        if not prefers_eager(x, len(down_weight), save) and needs_no_dispatcher(*tensors, *others):
-            autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        if not prefers_eager(x, len(down_weight), save) and _runs_kernels(*tensors, *others):
+            kind = x.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             how = _How(eps, activation, next_eps, operand_dtype(x, autocast), factor, dropout)
             drawn = as_seed(seed, x.device) if dropout else None
             args = (x, added, *weights, learned, next_weight, drawn, how)
@@ -97,6 +99,14 @@ class _How(NamedTuple):
         return None if seed is None else Drop(self.rate, seed)
 
 
+def _runs_kernels(x: Tensor, *others: Tensor) -> bool:
+    """Whether kernels of ours run the call, and nothing is to see an operator in their place."""
+    if needs_no_dispatcher(x, *others):
+        return True
+    on_gpu = not torch.compiler.is_compiling() and runs_triton(x.device.type, x.dtype) and nobody_listens(x, *others)
+    return on_gpu and not graphs.recording(x.device)  # where a third operator prepares the weights
+
+
 def _forward(x, added, *args, save):  # type: ignore[no-untyped-def]
     """y and n in x's shape; the rest as the kernels return it. ``args`` follow ``_Normed``'s."""
     *weights, learned, next_weight, seed, how = args
@@ -104,13 +114,17 @@ def _forward(x, added, *args, save):  # type: ignore[no-untyped-def]
     others = None if added is None else added.reshape(rows.shape)
     norm, of_adapter = (next_weight, how.next_eps), (how.eps, how.activation, how.compute)
     own = _one(learned, how), how.drop(seed)
-    y, n, *rest = native_normed.forward(rows, others, weights, *norm, *of_adapter, save, *own)
+    y, n, *rest = _on(x).forward(rows, others, weights, *norm, *of_adapter, save, *own)
     # Not y.view: autograd forbids in-place writes to a view that a Function returns.
     return *(torch.ops.aten._unsafe_view(t, x.shape) for t in (y, n)), *rest
 
 
+def _on(x: Tensor) -> Any:
+    return triton_normed if runs_triton(x.device.type, x.dtype) else native_normed
+
+
 class _Normed(torch.autograd.Function):
-    """The CPU kernels' gradient."""
+    """The kernels' gradient."""
 
     @staticmethod
     def forward(ctx, x, added, *args):  # type: ignore[no-untyped-def]
@@ -130,7 +144,7 @@ class _Normed(torch.autograd.Function):
         needed = [of_x or of_added, *needed[: 6 if learned is None else 7]]
         args = dy, dn, s, y, kept[:4], kept[4:], learned, next_weight, seed, needed, ctx.how
         given = [t for t in (s, y, *kept, dy, dn, learned, next_weight, seed) if t is not None]
-        direct = dn is not None and not torch.is_grad_enabled() and needs_no_dispatcher(*given)
+        direct = dn is not None and not torch.is_grad_enabled() and _runs_kernels(*given)
         grads = (_by_kernels if direct else _by_operators)(*args)
         dx, *rest = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
         return (dx if of_x else None, dx if of_added else None, *rest, *none)[:12]
@@ -139,7 +153,7 @@ class _Normed(torch.autograd.Function):
 def _by_kernels(dy, dn, s, y, kept, weights, learned, next_weight, seed, needed, how):  # type: ignore[no-untyped-def]
     dy, dn, rows, y = (None if t is None else t.reshape(-1, s.shape[-1]) for t in (dy, dn, s, y))
     of_adapter = (how.eps, how.activation, needed, _one(learned, how), how.drop(seed))
-    dx, *grads = native_normed.backward(dy, dn, rows, y, *kept, weights, next_weight, *of_adapter)  # type: ignore[arg-type, call-arg]
+    dx, *grads = _on(s).backward(dy, dn, rows, y, *kept, weights, next_weight, *of_adapter)
     if learned is not None and grads[6] is not None:
         grads[6] = grads[6].view(learned.shape)
     return [None if dx is None else dx.view(s.shape), *grads]

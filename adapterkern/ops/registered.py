@@ -63,17 +63,24 @@ def needs_no_dispatcher(x: Tensor, *others: Tensor) -> bool:
     """Whether calling the native kernels at once differs from calling the operator only in the time that it takes.
 
     Torch's dispatcher enters Python three times in a forward, under autocast, and twice in a backward: 68 of 350 µs of
-    a small forward and backward. Subclasses of Tensor, tensors that are not what lies in memory, modes, transforms,
-    tracers and profilers see the operator as before. A backward asks again: it may meet what its forward has not.
+    a small forward and backward. A backward asks again: it may meet what its forward has not.
     """
+    # First whether it is compiled, which cannot trace the rest.
+    return not torch.compiler.is_compiling() and runs_native(x.device.type, x.dtype) and nobody_listens(x, *others)
+
+
+def nobody_listens(x: Tensor, *others: Tensor) -> bool:
+    """Whether only memory is read and written: subclasses of Tensor, tensors that are not what lies in memory, modes,
+    transforms, tracers and profilers are to see operators."""
     return (
-        not torch.compiler.is_compiling()  # first: it cannot trace the rest
-        and runs_native(x.device.type, x.dtype)
+        not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and not torch.jit.is_tracing()
-        and all(type(t) in (Tensor, nn.Parameter) and keys(t) in keys_of_plain_tensors() for t in (x, *others))
+        and all(
+            type(t) in (Tensor, nn.Parameter) and keys(t) in keys_of_plain_tensors(x.device.type) for t in (x, *others)
+        )
     )
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import adapterkern as ak
-from adapterkern.ops import choice
+from adapterkern.ops import adapter_and_norm, choice
 from adapterkern.ops.kernels import cache
 from bench.traffic import metered
 from tests.support.interpreted import Recording, set_sms
-from tests.support.numerics import make_weights
+from tests.support.numerics import make_weights, relative_error
 from tests.support.variants import VARIANTS, check, evaluate, make_case
 
 pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
@@ -122,3 +122,40 @@ def test_a_recorded_call_reads_the_preparation_of_its_frozen_scale(recording: Re
         assert torch.equal(ak.adapter(x, *w, scale=scale), expected)
         assert torch.equal(ak.adapter(x, *w, scale=2.0), expected)  # which no call has prepared
     assert len(cache._pinned) == kept + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", ["both", "n", "y"])
+def test_the_norm_that_follows(parts: str, dtype: torch.dtype) -> None:
+    """By kernels/norm.py; of columns that no block divides, and with y, n or both of use to what comes behind."""
+    T, d, r = 24, 77, 16
+    x, added, dy, dn = torch.randn(4, T, d).to(dtype)
+    weights, weight = make_weights(d, r), torch.randn(d)
+    scale = torch.tensor([0.7]) if dtype == torch.float32 else 0.7  # its gradient is one number, of cancelling terms
+
+    given = [t for t in (x, added, *weights, scale) if isinstance(t, Tensor)]
+
+    def of(dtype: torch.dtype, **how: Any) -> list[Tensor]:
+        leaves = [t.to(torch.promote_types(t.dtype, dtype)).requires_grad_() for t in given]
+        own: Any = {"added": leaves[1], "scale": leaves[8] if len(leaves) > 8 else scale, "dropout": 0.2, "seed": 3}
+        call: Any = adapter_and_norm
+        outputs = call(leaves[0], *leaves[2:8], weight.to(leaves[2].dtype), **own, **how)
+        kept = [i for i, name in enumerate("yn") if parts in ("both", name)]
+        grads = torch.autograd.grad(
+            [outputs[i] for i in kept], leaves, [(dy, dn)[i].to(outputs[0].dtype) for i in kept]
+        )
+        return [*(t.detach() for t in outputs), *grads]
+
+    with metered() as traffic:
+        ours = of(dtype)
+    assert ("norm_backward_kernel" in traffic.launches) == (parts != "y")
+    for o, t, e in zip(ours, of(dtype, fused=False), of(torch.float64, fused=False), strict=True):
+        assert relative_error(o, e) <= 2 * relative_error(t, e) + 8 * torch.finfo(dtype).eps
+
+
+def test_the_norm_of_no_rows_and_of_many_columns() -> None:
+    for T, d in ((0, 40), (2, 4100)):
+        x, weights, weight = torch.randn(T, d), make_weights(d, 4), torch.randn(d)
+        got, expected = (adapter_and_norm(x, *weights, weight, fused=fused) for fused in (True, False))
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)

@@ -106,6 +106,15 @@ def test_what_spilled_or_did_not_fit_does_now(shape: aot.Shape, kernel: str) -> 
     fitting(variant, shape.sm)
 
 
+@pytest.mark.parametrize("d", [577, 8192])
+def test_the_norm_that_follows_fits(d: int) -> None:
+    for sm, dtype in ((80, torch.bfloat16), (90, torch.bfloat16), (120, torch.float32)):
+        made = [one for one in aot.variants(d, 16, dtype, sm, normed=True) if "norm" in one.name]
+        assert sorted({one.name for one in made}) == ["norm", "norm_backward"]
+        for one in made:
+            fitting(one, sm)
+
+
 def test_cards_that_share_their_ptx() -> None:
     (variant,) = (v for v in aot.Shape(64, 4096, "bfloat16", 80).variants() if v.name == "hidden_finish")
     for sm, of in aot.SAME_PTX.items():

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from adapterkern.ops.kernels import clusters
 from adapterkern.ops.kernels.clusters import Pass
+from adapterkern.ops.kernels.norm import Following
 from adapterkern.ops.kernels.rows import Routing
 from adapterkern.ops.kernels.weights import padded_adapter_dim
-from adapterkern.ops.reference import ACTIVATIONS, Weights, adapter_eager, adapter_forward
+from adapterkern.ops.reference import ACTIVATIONS, Weights, adapter_eager, adapter_forward, rms_norm
 from tests.support import host_cluster
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 
@@ -50,16 +51,25 @@ Result = tuple[Tensor, ...]
 
 def run(
     host: ModuleType, x: Tensor, weights: Weights, index: Tensor | None = None, *, narrow: bool = True, seed: int = 0,
-    ignored: int = -1, activation: str = "silu", save: bool = True,
+    ignored: int = -1, activation: str = "silu", save: bool = True, weight: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """y, z, mean and rstd by the door that a GPU's tensors take. ``weights`` are (n, …) with an index."""
+    """y, z, mean and rstd by the door that a GPU's tensors take. ``weights`` are (n, …) with an index.
+
+    With the ``weight`` of a norm that reads y, its n and 1/rms come last.
+    """
     host.set(narrow, seed, ignored)
     clusters.capacity.cache_clear()
     prepared = host_cluster.prepared(weights if index is not None else Weights(*(w[None] for w in weights)))
     of = Routing(len(x), len(x) if index is None else len(x) // len(index), index)
     assert clusters.fit(x, prepared, of, None)
     r = weights.down_weight.shape[-2]
-    return clusters.forward(x, of, prepared, r=r, eps=1e-5, activation=activation, save=save)
+    how: dict[str, Any] = {"r": r, "eps": 1e-5, "activation": activation, "save": save}
+    if weight is None:
+        return clusters.forward(x, of, prepared, **how)
+    n, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty(len(x)) if save else None
+    following = Following(weight, n, rstd, 1e-6)
+    made = clusters.forward(x, of, prepared, following=following, **how)
+    return *made, n, rstd
 
 
 def exact(x: Tensor, weights: Weights, activation: str = "silu") -> Result:
@@ -130,6 +140,64 @@ def test_the_configurations_that_a_gpu_gets(host: ModuleType, d: int, r: int) ->
     assert relative_error(got[0], true[0]) <= FLOOR
     assert relative_error(got[1], true[1]) <= FLOOR
     assert same(got, run(host, x, weights, narrow=False, seed=1))
+
+
+def check_normed(made: Any, plain: Any, weight: Tensor) -> None:
+    """n and 1/rms are of the very y that a call without the norm stores, and all else is that call's."""
+    *others, n, rstd = made
+    assert same(*([t for t in of if t is not None] for of in (others, plain)))
+    true, true_rstd = rms_norm(plain[0].double(), weight.double(), 1e-6)
+    assert relative_error(n, true) <= torch.finfo(torch.bfloat16).eps / 2
+    if rstd is not None:
+        torch.testing.assert_close(rstd.double(), true_rstd[:, 0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_error_table_of_the_norm(host: ModuleType, distribution: str) -> None:
+    x, weights = (
+        DISTRIBUTIONS[distribution](torch.randn(70, 240, dtype=torch.float64)).bfloat16(),
+        make_weights(240, 20),
+    )
+    check_normed(run(host, x, weights, weight=torch.ones(240)), run(host, x, weights), torch.ones(240))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 300),
+    units=st.integers(1, 40),
+    r=st.integers(1, 128),
+    seed=st.integers(0, 1000),
+    save=st.booleans(),
+)
+def test_any_shape_and_order_with_the_norm(
+    host: ModuleType, rows: int, units: int, r: int, seed: int, save: bool
+) -> None:
+    d = 16 * units
+    assume(clusters.shape(d, host.cluster_columns(Pass.FORWARD, padded_adapter_dim(r))) is not None)
+    torch.manual_seed(0)
+    x, weights, weight = torch.randn(rows, d).bfloat16(), make_weights(d, r), torch.randn(d)
+    made = run(host, x, weights, seed=seed, save=save, weight=weight)
+    check_normed(made, run(host, x, weights, save=save), weight)
+    if save:
+        assert same(made, run(host, x, weights, seed=seed + 1, weight=weight))
+
+
+@pytest.mark.parametrize(("d", "r"), [(4096, 64), (1024, 128), (576, 16)])
+def test_the_configurations_with_the_norm_that_a_gpu_gets(host: ModuleType, d: int, r: int) -> None:
+    x, weights, weight = torch.randn(300, d).bfloat16(), make_weights(d, r), torch.randn(d)
+    x[40] += 100
+    made, plain = (run(host, x, weights, narrow=False, weight=w) for w in (weight, None))
+    check_normed(made, plain, weight)
+
+
+def test_what_is_not_finite_stays_in_its_row_of_the_norm(host: ModuleType) -> None:
+    x, weights, weight = torch.randn(200, 240).bfloat16(), make_weights(240, 20), torch.randn(240)
+    clean = run(host, x, weights, weight=weight)[4]
+    x[5, 100], x[9, 0], x[166] = float("nan"), float("inf"), float("-inf")
+    n = run(host, x, weights, seed=1, weight=weight)[4]
+    others = [row for row in range(200) if row not in (5, 9, 166)]
+    assert torch.equal(n[others], clean[others])
+    assert n[[5, 9, 166]].isnan().any(1).all()
 
 
 def grouped(rows_each: int, index: list[int]) -> tuple[Tensor, Weights, Tensor]:
@@ -317,6 +385,9 @@ def test_no_barrier_can_be_left_out(host: ModuleType) -> None:
     calls: list[Any] = [grouped(*GROUPS[name]) for name in GROUPS]
     calls.append((torch.randn(600, 512).bfloat16(), make_weights(512, 16)))  # of which one reducing warp has no rows
     cases: list[Callable[..., Result]] = [partial(run, host, *call) for call in calls]
+    x = torch.randn(300, 240).bfloat16()
+    cases.append(partial(run, host, x, make_weights(240, 20), weight=torch.randn(240)))
+    cases.append(partial(run, host, x[:, :64].contiguous(), make_weights(64, 16), weight=torch.randn(64)))  # one block
     assert not barriers_that_can_be_left_out(host_cluster.FORWARD, cases)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adapterkern as ak
 from adapterkern.ops.reference import ACTIVATIONS, Weights
-from tests.support.gpu import NAMES, assert_equal, check, draw, record, value_and_grads
+from tests.support.gpu import NAMES, assert_equal, check, check_normed, draw, record, value_and_grads
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
@@ -55,6 +55,12 @@ def test_fp32_rows_under_autocast(T: int, d: int, r: int, compute: torch.dtype) 
             for name, o, t, e in zip(NAMES, ours, theirs, true, strict=True):
                 bound = 2 * relative_error(t, e) + 4 * torch.finfo(compute).eps
                 assert relative_error(o, e) <= bound, (name, x_free)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("T", "d", "r"), [(1, 4096, 64), (3000, 4096, 64), (70, 577, 20)])
+def test_the_norm_that_follows(T: int, d: int, r: int, dtype: torch.dtype) -> None:
+    check_normed(*draw(T, d, r, dtype))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

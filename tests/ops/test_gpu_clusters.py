@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adapterkern as ak
-from adapterkern.ops import choice
+from adapterkern.ops import adapter_and_norm, choice
 from adapterkern.ops.reference import ACTIVATIONS, Weights
-from tests.support.gpu import assert_equal, check, draw, record
+from tests.support.gpu import assert_equal, check, check_normed, draw, record
 from tests.support.numerics import DISTRIBUTIONS, make_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
@@ -70,6 +70,22 @@ def test_shapes(T: int, d: int, r: int, launches: list[int]) -> None:
     check(*draw(T, d, r, BF16))
     assert T in launches
     assert (-T in launches) == (r <= 64 and d <= 4096)  # the others' backward is Triton's
+
+
+@pytest.mark.parametrize(("T", "d", "r"), [(1, 4096, 64), (9000, 4096, 64), (9000, 576, 16), (300, 4096, 128)])
+def test_the_norm_that_follows(T: int, d: int, r: int, launches: list[int]) -> None:
+    check_normed(*draw(T, d, r, BF16))
+    assert T in launches
+
+
+def test_many_norms_agree_to_the_bit(launches: list[int]) -> None:
+    x, w, _ = draw(5000, 4096, 64, BF16)
+    weight = torch.randn(4096, device="cuda")
+    first = adapter_and_norm(x, *w, weight)
+    for run in range(100):
+        adapter_and_norm(x[: 1 + 97 * run % 5000], *w, weight)
+        assert_equal(adapter_and_norm(x, *w, weight), first)
+    assert len(launches) == 201
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

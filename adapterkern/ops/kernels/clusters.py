@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapterkern import extension
 
+from .norm import Following
 from .rows import Routing
 from .tiles import ceil_div
 from .weights import Prepared
@@ -118,9 +119,13 @@ def _address(t: Tensor | None) -> int:
 
 
 def forward(
-    x: Tensor, of: Routing, prepared: Prepared, *, r: int, eps: float, activation: str, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """One launch on rows ``x`` (T, d), T >= 1, for which ``fit`` holds: the same as ``forward.forward``."""
+    x: Tensor, of: Routing, prepared: Prepared, *, r: int, eps: float, activation: str, save: bool,
+    following: Following | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """One launch on rows ``x`` (T, d), T >= 1, for which ``fit`` holds: the same as ``forward.forward``.
+
+    With a norm that is ``following``, for which rows have one adapter, it is made, too.
+    """
     T, d = x.shape
     p = prepared
     y = x.new_empty((T, d))
@@ -128,7 +133,8 @@ def forward(
     mean, rstd = (x.new_empty(T, dtype=torch.float32) if save else None for _ in range(2))
     _, how = _launch(Pass.FORWARD, x, of, p, r, activation)
     tensors = x, p.A, p.c, p.w_up, p.b_up, y, z, mean, rstd
-    _C.cluster_forward(how, *map(_address, tensors), x.stride(0), eps)
+    norm = (0, 0, 0, 0.0) if following is None else (*map(_address, following[:3]), following.eps)
+    _C.cluster_forward(how, *map(_address, tensors), x.stride(0), eps, *norm)
     return y, z, mean, rstd
 
 

@@ -37,6 +37,8 @@ from torch import Tensor
 
 from . import clusters
 from .dropout import NO_DROPOUT, Dropout, kept
+from .norm import Following
+from .norm import norm as make_norm
 from .primitives import activate, dot, end_of, follow, narrow, partial_stages
 from .projection import block_moments, merge, project, project_plain, project_raw, row_shift
 from .rows import routing, rows_of
@@ -345,18 +347,19 @@ def forward(
     gate: Tensor | None = None,
     drop: Dropout = NO_DROPOUT,
     by_clusters: bool = False,
+    following: Following | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launch the forward on rows ``x`` (T, d), T ≥ 1: y, z, mean, rstd, the last three None unless ``save``.
 
     Without LayerNorm mean and rstd are always None. ``gate`` is (T,), fp32. ``by_clusters``: as clusters.py does,
-    where it can.
+    where it can. A norm that is ``following`` is made, too.
     """
     T, d = x.shape
     tiles = tiles.reading(x, vec, prepared.A.dtype, few=16 if prepared.A.shape[1] >= 256 else 32)
     sms = multiprocessors(x.device) if sms is None else sms
     of = routing(index, T, prepared.A, tiles.BT, sms)
     if by_clusters and clusters.fit(x, prepared, of, residual, gate, drop.seed):
-        return clusters.forward(x, of, prepared, r=r, eps=eps, activation=activation, save=save)
+        return clusters.forward(x, of, prepared, r=r, eps=eps, activation=activation, save=save, following=following)
     n_tiles = of.tiles(tiles.BT)
     splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)
 
@@ -378,6 +381,8 @@ def forward(
             x, residual, of.index, of.bounds, gate, drop.seed, p.A, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd,
             of.S, stride, own_stride, eps, drop.threshold, drop.factor, r=r, ACT=activation, **shape, **how,
         )  # fmt: skip
+        if following is not None:
+            make_norm(y, following, pdl=pdl)
         return y, z, mean, rstd
     acc = x.new_empty((splits, T, R), dtype=torch.float32)
     moments = x.new_empty((splits, 3, T), dtype=torch.float32) if norm else None
@@ -388,4 +393,6 @@ def forward(
         T, of.S, base_stride, eps, splits, width, drop.threshold, drop.factor,
         r=r, ACT=activation, **shape, **how, **early_launch(pdl),
     )  # fmt: skip
+    if following is not None:
+        make_norm(y, following, pdl=pdl)
     return y, z, mean, rstd

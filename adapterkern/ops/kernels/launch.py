@@ -20,6 +20,8 @@ from . import forward as _forward
 from .cache import prepare_to_carry, prepared_weights
 from .dropout import NO_DROPOUT
 from .dropout import dropout as of_dropout
+from .norm import Following
+from .norm import norm_backward as _norm_backward
 from .tiles import forward_tiles, has_early_launches, has_wide_products, hidden_tiles, slice_tiles
 from .weights import Prepared, scale_of
 
@@ -96,12 +98,13 @@ def adapter_forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     by_clusters: bool = False,
+    following: Following | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's shape, z (T, r) in ``compute``, mean and rstd (T,) in fp32; the last three are empty unless ``save``.
 
     Without LayerNorm mean and rstd are always empty. ``carried``: the fields of a ``Prepared``; without it the weights
     are prepared, or found in the cache. ``gate`` is (T,), fp32; without a ``seed`` there is no dropout.
-    ``by_clusters`` as ``forward.forward`` takes it.
+    ``by_clusters`` and ``following`` as ``forward.forward`` takes them.
     """
     r, d = weights[2].shape[-2:]
     rows = x.numel() // d
@@ -127,6 +130,7 @@ def adapter_forward(
             gate=None if gate is None else gate.contiguous(),
             drop=NO_DROPOUT if seed is None else of_dropout(dropout, seed),
             by_clusters=by_clusters,
+            following=following,
         )
     none = torch.float32 if save else x.dtype
     z, mean, rstd = (x.new_empty(0, dtype=none) if t is None else t for t in saved)
@@ -189,3 +193,17 @@ def adapter_backward(
             by_clusters=by_clusters,
         )
     return [dx if dx is None else dx.view(x.shape), *grads]
+
+
+def norm_backward(dy: Tensor | None, dn: Tensor, y: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """The gradient, in y's shape, of the y that an RMSNorm of ``weight`` in fp32 reads, whose gradient is ``dn``.
+
+    ``dy`` is the gradient of y's other uses, None without any; ``rstd`` is (T,), in fp32.
+    """
+    if y.numel() == 0:
+        return torch.empty_like(y)
+    with _on(y.device):
+        grad = None if dy is None else _rows(dy.to(y.dtype), dense=True)
+        rows, of_n = (_rows(t.to(y.dtype), dense=True) for t in (y, dn))
+        made = _norm_backward(grad, of_n, rows, rstd.contiguous(), weight, pdl=has_early_launches(y.device))
+    return made.view(y.shape)

@@ -501,6 +501,14 @@ inline void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) 
   std::memcpy(c, w.sums[l], 16);
 }
 
+inline void get_words(uint32_t v[4], const uint16_t* p) {
+  host::must_have_come(p, 16);
+  std::memcpy(v, p, 16);
+}
+inline void write_words(uint16_t* p, const uint32_t v[4]) {
+  host::must_be_in_device_memory(p, 16);
+  std::memcpy(p, v, 16);
+}
 inline uint32_t read_word(const uint16_t* p) {
   host::must_be_in_device_memory(p, 4);
   uint32_t v;

@@ -80,6 +80,7 @@ const char* forward(const Forward& p, int R, int blocks, int clusters, int, void
     adapters = std::max(adapters, p.index[row / p.sequence] + 1);
   allow(p.x, ((p.rows - 1) * p.stride + p.d) * 2);
   allow(p.y, int64_t(p.rows) * p.d * 2);
+  allow(p.next.n, p.next.n ? int64_t(p.rows) * p.d * 2 : 0);
   allow(p.a, adapters * R * p.padded_d * 2);
   allow(p.w, adapters * R * p.padded_d * 2);
   return run(Pass::kForward, &p, R, blocks, clusters);

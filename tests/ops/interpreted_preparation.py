@@ -77,6 +77,7 @@ def test_changed_weights_are_prepared_again(change: str) -> None:
 
 
 def test_a_freed_parameter_s_address_is_no_hit() -> None:
+    cache.clear()
     x = torch.randn(3, 40)
     for _ in range(20):  # the allocator hands the same addresses out again
         w = make_weights(40, 12)

@@ -35,10 +35,11 @@ LLAMA_1B = (2048, 8192, 16, 32, 8, 128256)
 LLAMA_7B = (4096, 11008, 32, 32, 32, 32000)
 LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB = (
-    "frozen backbone", "eager adapters", "ours", "ours + prefix cache", "ours + Liger", "PEFT LoRA",
+FROZEN, EAGER, OURS, NORMED, CACHED, OURS_LIGER, LORA, LIGER, HUB = (
+    "frozen backbone", "eager adapters", "ours", "ours + fuse_norm", "ours + prefix cache", "ours + Liger", "PEFT LoRA",
     "PEFT LoRA + Liger", "AdapterHub adapters",
 )  # fmt: skip
+_ON_COPIES = {NORMED: {"fuse_norm": True}, OURS_LIGER: {"liger": True}}  # they change the classes of modules
 SAME = 1e-4  # budget in fp32: eager's function, summed in another order
 
 
@@ -108,8 +109,8 @@ def backbone_params(s: Any) -> int:
 def names(case: Case, device: torch.device) -> list[str]:
     """The names of the variants, the baseline first."""
     if device.type == "cpu":  # Liger's kernels need a GPU
-        return [FROZEN, EAGER, OURS, CACHED, LORA, HUB]
-    return [FROZEN, EAGER, OURS, CACHED, OURS_LIGER, LORA, LIGER, HUB]
+        return [FROZEN, EAGER, OURS, NORMED, CACHED, LORA, HUB]
+    return [FROZEN, EAGER, OURS, NORMED, CACHED, OURS_LIGER, LORA, LIGER, HUB]
 
 
 def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: str | None) -> list[Variant]:
@@ -118,7 +119,7 @@ def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: 
     llama = make_llama(spec)
     shared = {id(p): p for p in llama.parameters()}
     # before LlamaAdapter changes the layers
-    copies = {name: copy.deepcopy(llama, dict(shared)) for name in (OURS_LIGER, LORA, LIGER) if name in wanted}
+    copies = {name: copy.deepcopy(llama, dict(shared)) for name in (*_ON_COPIES, LORA, LIGER) if name in wanted}
     exact = None if spec.dtype == "float32" else copy.deepcopy(llama).float()
     sites = ak.AdapterConfig(adapter_dim=spec.adapter_dim, layers=spec.sites, init="xavier")
     model = ak.LlamaAdapter(llama, sites)
@@ -164,8 +165,9 @@ def build(case: Case, device: torch.device, wanted: Sequence[str], peer_python: 
             return _adapterhub(spec, peer_python)
         if name in (OURS_LIGER, LIGER) and importlib.util.find_spec("liger_kernel") is None:
             return Variant(name, missing="liger-kernel is not installed")
-        if name == OURS_LIGER:
-            step = _ours_with_liger(spec, copies[name], model)
+        if name in _ON_COPIES:
+            own = _adapted(copies[name], model, **_ON_COPIES[name])
+            step = Step(spec, copies[name], of_decoder(own), own.adapter_parameters(), clipped_adamw)
             return variant(name, step, relative_error(_gradients(step), reference), spec, budget)
         return _lora(name, spec, copies[name]) if name in copies else on_backbone(name)
 
@@ -222,14 +224,9 @@ def variant(name: str, step: Step, error: float | None, spec: StepSpec, budget: 
     return Variant(name, step, error, None if error is None else budget, info)
 
 
-def _ours_with_liger(spec: StepSpec, llama: Any, ours: ak.LlamaAdapter) -> Step:
-    model = _adapted(llama, ours, liger=True)
-    return Step(spec, llama, of_decoder(model), model.adapter_parameters(), clipped_adamw)
-
-
-def _adapted(llama: Any, like: ak.LlamaAdapter, liger: bool = False) -> ak.LlamaAdapter:
+def _adapted(llama: Any, like: ak.LlamaAdapter, **flags: bool) -> ak.LlamaAdapter:
     """Another backbone with a copy of the default adapter of ``like``."""
-    model = ak.LlamaAdapter(llama, like.adapter_config("default"), liger=liger)
+    model = ak.LlamaAdapter(llama, like.adapter_config("default"), **flags)
     model.adapters["default"].load_state_dict(like.adapters["default"].state_dict())
     return model
 

@@ -58,13 +58,13 @@ def _optimizer(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
 
 
 def _step(device: Any, rehearse: bool, tiles: Sequence[str]) -> Plan:
-    from bench.step import EAGER, FROZEN, LLAMA_7B, LORA, OURS, OURS_LIGER, step_case
+    from bench.step import EAGER, FROZEN, LLAMA_7B, LORA, NORMED, OURS, OURS_LIGER, step_case
 
     shape = (64, 128, 2, 4, 2, 256) if rehearse else LLAMA_7B
     sites = tuple(range(1, shape[2], 2))
     dtype = "float32" if rehearse else "bfloat16"
     # On a CPU, Liger's modules run the original code, so there is nothing to compare.
-    ways = [FROZEN, EAGER, OURS, *([] if rehearse else [OURS_LIGER]), LORA]
+    ways = [FROZEN, EAGER, OURS, NORMED, *([] if rehearse else [OURS_LIGER]), LORA]
     batches = {"LLaMA-7B": (4, 1024), "LLaMA-7B as LitGPT": (1, 1304)}
     if rehearse:
         batches = {"tiny LLaMA": (2, 8), "tiny LLaMA as LitGPT": (1, 24)}

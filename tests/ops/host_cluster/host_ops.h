@@ -1,7 +1,7 @@
 // csrc/cluster_ops.h on the host: a cluster of thread blocks, a fiber per thread, in an order drawn at random, with one
-// warp that in half of the runs gets a turn only when the others wait. Copies land
-// at a random later time, read their source only then, and leave NaN at their destination until they have landed. So a
-// barrier that is missing, or waited for too early, shows in the results.
+// warp that in half of the runs gets a turn only when the others wait. Copies land at a random later time, read their
+// source only then, or some at once, and leave NaN at their destination until they have landed. So a barrier that is
+// missing, or waited for too early, shows in the results.
 //
 // Checked on the way: alignment and bounds of every copy; that the lanes of a warp meet in the same instruction; that what
 // a bulk copy reads was written before a fence_async() of the thread that wrote it; that a thread which reads what a copy
@@ -62,7 +62,7 @@ constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10;
 
 struct Phase { int count = 0, pending = 0; int64_t bytes = 0; unsigned number = 0, place = 0; };
-struct Copy { void* to; const void* from; uint32_t bytes; Barrier* barrier; int thread, block; char value[8]; };
+struct Copy { void* to; const void* from; uint32_t bytes; Barrier* barrier; int thread; std::vector<char> value; };
 // By which thread, after how many of its fences; or by a copy, in which phase of which barrier of the block.
 struct Written { int thread = -1; unsigned fences = 0; int barrier = -1; unsigned phase = 0; };
 struct Meeting { int arrived = 0; unsigned number = 0; };
@@ -195,10 +195,10 @@ inline Phase& phase_of(const Barrier* b) {
 }
 
 inline void land(size_t i) {
-  const Copy copy = copies[i];
-  copies[i] = copies.back();
+  const Copy copy = std::move(copies[i]);
+  if (i + 1 < copies.size()) copies[i] = std::move(copies.back());
   copies.pop_back();
-  std::memcpy(copy.to, copy.from ? copy.from : copy.value, copy.bytes);
+  std::memcpy(copy.to, copy.value.empty() ? copy.from : copy.value.data(), copy.bytes);
   if (copy.barrier) {
     Phase& phase = phase_of(copy.barrier);
     note(copy.to, copy.bytes, {-1, 0, int(phase.place), phase.number});
@@ -219,7 +219,9 @@ inline void start_copy(Copy copy) {
   copy.thread = current;
   if (copy.barrier) std::memset(copy.to, 0xff, copy.bytes);  // NaN
   else ++fibers[current].copies;
-  copies.push_back(copy);
+  const char* from = static_cast<const char*>(copy.from);
+  if (from && draw() % 4 == 0) copy.value.assign(from, from + copy.bytes);
+  copies.push_back(std::move(copy));
   moved = true;
 }
 
@@ -360,13 +362,13 @@ inline void wait_for_blocks(Barrier* b, int parity, int line = __builtin_LINE())
 inline void copy_in(void* to, const void* from, uint32_t bytes, Barrier* b) {
   host::must_be_aligned(to, from, bytes);
   host::must_be_in_device_memory(from, bytes);
-  host::start_copy({to, from, bytes, b, 0, 0, {}});
+  host::start_copy({to, from, bytes, b, 0, {}});
 }
 inline void copy_out(void* to, const void* from, uint32_t bytes) {
   host::must_be_aligned(to, from, bytes);
   host::must_be_in_device_memory(to, bytes);
   host::must_be_fenced(from, bytes);
-  host::start_copy({to, from, bytes, nullptr, 0, 0, {}});
+  host::start_copy({to, from, bytes, nullptr, 0, {}});
 }
 inline void close_group() {}
 inline void wait_read(int line = __builtin_LINE()) {
@@ -378,13 +380,13 @@ inline void fence_async(int line = __builtin_LINE()) { host::fibers[host::curren
 inline void copy_to_block(void* to, const void* from, uint32_t bytes, Barrier* b, int rank) {
   host::must_be_aligned(to, from, bytes);
   host::must_be_fenced(from, bytes);
-  host::start_copy({host::in_block(to, rank), from, bytes, host::in_block(b, rank), 0, 0, {}});
+  host::start_copy({host::in_block(to, rank), from, bytes, host::in_block(b, rank), 0, {}});
 }
 inline void store_in_block(void* to, uint32_t v, uint32_t w, Barrier* b, int rank) {
   if (uintptr_t(to) % 8) host::fail("a store that is not aligned");
-  host::Copy copy{host::in_block(to, rank), nullptr, 8, host::in_block(b, rank), 0, 0, {}};
-  std::memcpy(copy.value, &v, 4), std::memcpy(copy.value + 4, &w, 4);
-  host::start_copy(copy);
+  std::vector<char> value(8);
+  std::memcpy(value.data(), &v, 4), std::memcpy(value.data() + 4, &w, 4);
+  host::start_copy({host::in_block(to, rank), nullptr, 8, host::in_block(b, rank), 0, std::move(value)});
 }
 
 template <class V> V get(const V* p) {

@@ -181,7 +181,7 @@ def adapter_launches(
         assert z is not None
         none = x.new_empty(0)
         if normed:
-            norm_backward(x, x, y, rho, how["following"].weight, pdl=pdl)
+            norm_backward(x, y, rho, how["following"].weight, pdl=pdl)
         backward(
             x, x, index, z, none if mean is None else mean, none if rstd is None else rstd, prepared, params,
             needed=Needed(True, norm, norm, True, True, True, True, scaled, gated), x_free=x_free, residual=residual,

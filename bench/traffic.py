@@ -31,7 +31,7 @@ from adapterkern.ops.reference import Weights, adapter_eager
 from bench.report import traffic_table
 
 _KIND = {
-    **dict.fromkeys(("p_x", "p_residual", "p_y", "p_n", "p_dy", "p_dn", "p_sum", "p_dx"), "activations"),
+    **dict.fromkeys(("p_x", "p_residual", "p_y", "p_n", "p_dy", "p_dn", "p_dx"), "activations"),
     **dict.fromkeys(("p_a", "p_asum", "p_c", "p_w", "p_bias", "p_weight"), "weights"),
     **dict.fromkeys(("p_z", "p_mean", "p_rstd", "p_dz", "p_h", "p_c1", "p_c2", "p_dh", "p_acc", "p_moments"), "rows"),
     **dict.fromkeys(("p_index", "p_order", "p_bounds", "p_s_tiles", "p_q_tiles", "p_worst"), "rows"),

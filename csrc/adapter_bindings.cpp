@@ -120,15 +120,6 @@ Around around_of(const AroundGiven& given) {
           pointer<const float>(t[5]), float(eps), pointer<void>(t[3]), pointer<float>(t[4])};
 }
 
-// The same of a backward: dy, dn, y, rstd, the weight and what takes dY, and the strides of the first three
-using NormGiven = std::tuple<std::array<uintptr_t, 6>, std::array<int64_t, 3>>;
-
-NormBackward norm_of(const NormGiven& given) {
-  const auto& [t, strides] = given;
-  return {strides[0], strides[1], strides[2], pointer<const void>(t[0]), pointer<const void>(t[1]),
-          pointer<const void>(t[2]), pointer<const float>(t[4]), pointer<const float>(t[3]), pointer<void>(t[5])};
-}
-
 void run_forward(const std::vector<Share>& adapters, int stream, int64_t x_stride, int64_t residual_stride, uintptr_t x,
                  uintptr_t residual, uintptr_t y, const std::array<uintptr_t, 3>& saved, uintptr_t order,
                  const Gating& gating, double eps, int activation, const std::optional<AroundGiven>& given,
@@ -179,7 +170,7 @@ int64_t backward_bytes(const std::vector<Share>& adapters, int stream) {
 void run_backward(const std::vector<Share>& adapters, int stream, int64_t x_stride, int64_t dy_stride,
                   const std::array<uintptr_t, 5>& inputs, uintptr_t order, const Gating& gating, int activation,
                   bool residual, uintptr_t dx, uintptr_t d_gate, const std::vector<std::array<uintptr_t, 6>>& grads,
-                  uintptr_t memory, const std::optional<NormGiven>& given, int threads) {
+                  uintptr_t memory, int threads) {
   const Kernels& kernels = kernels_of(adapters, stream);
   const Backward b{x_stride, dy_stride, pointer<const void>(inputs[0]), pointer<const void>(inputs[1]),
                    pointer<const void>(inputs[2]), pointer<const float>(inputs[3]), pointer<const float>(inputs[4]),
@@ -197,9 +188,17 @@ void run_backward(const std::vector<Share>& adapters, int stream, int64_t x_stri
     rest.take(kernels, end - begin, g);
     all.push_back(g);
   }
-  const NormBackward norm = given ? norm_of(*given) : NormBackward{};
   py::gil_scoped_release release;
-  backward(kernels, b, all, given ? &norm : nullptr, threads);
+  backward(kernels, b, all, threads);
+}
+
+void run_norm_backward(const std::string& isa, int stream, int64_t rows, int64_t d, int64_t dn_stride, int64_t y_stride,
+                       uintptr_t dn, uintptr_t y, uintptr_t weight, uintptr_t rstd, uintptr_t dy, int threads) {
+  const Kernels& kernels = kernels_of(isa, stream, int(Dtype::kFloat32));  // without products
+  const NormBackward b{dn_stride, y_stride, pointer<const void>(dn), pointer<const void>(y),
+                       pointer<const float>(weight), pointer<const float>(rstd), pointer<void>(dy)};
+  py::gil_scoped_release release;
+  norm_backward(kernels, b, rows, d, threads);
 }
 
 }  // namespace
@@ -229,4 +228,5 @@ void bind_adapter(py::module_& m) {
   m.def("forward", &run_forward);
   m.def("backward_bytes", &backward_bytes);
   m.def("backward", &run_backward);
+  m.def("norm_backward", &run_norm_backward);
 }

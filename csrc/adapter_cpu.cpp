@@ -193,12 +193,16 @@ void forward(const Kernels& kernels, const Forward& f, const std::vector<Adapter
                });
 }
 
-void backward(const Kernels& kernels, const Backward& b, const std::vector<Gradients>& adapters, const NormBackward* norm,
-              int threads) {
+void norm_backward(const Kernels& kernels, const NormBackward& b, int64_t rows, int64_t d, int threads) {
+  share_range(threads, rows, kRows, kernels, 64, [&](int64_t begin, int64_t end, char*) {
+    kernels.norm_backward(b, {begin, end}, d);
+  });
+}
+
+void backward(const Kernels& kernels, const Backward& b, const std::vector<Gradients>& adapters, int threads) {
   const auto no_columns = [&](const Weights& w) { return kernels.backward_scratch(w, 0); };
   share_blocks(threads, adapters, kernels, no_columns,
                [&](const Gradients& one, Rows block, Rows following, char* memory) {
-                 if (norm) kernels.norm_backward(*norm, block, one.w.d);
                  kernels.backward_rows(b, one, block, following, memory);
                });
   for (const Gradients& one : adapters) {

@@ -12,8 +12,8 @@
 //   backward_cols  a range of columns: dx = dy + ρ·dz·A − κ(x − μ), without dy if there was a residual;
 //                  G = (ρ·dz)ᵀ·(x − μ); U = (g·h)ᵀ·dy; the parameters
 //
-// A call may have a sum before its adapter and an RMSNorm behind it (adapter_cpu_norm.h). Both are made of a block of rows
-// while it is in the caches, in the passes over rows above.
+// A forward may have a sum before its adapter and an RMSNorm behind it (adapter_cpu_norm.h). Both are made of a block of
+// rows while it is in the caches.
 //
 // A call has one adapter, or several, each with its rows. Rows are read and written where they lie: a block has rows of
 // one adapter, `order` says which, and all blocks of all adapters are shared among the threads.
@@ -107,12 +107,12 @@ struct Around {
   float* rstd;  // (T), of the RMSNorm; null unless it is kept
 };
 
-// The backward of that RMSNorm: dY, which is Backward::dy then
+// The backward of that RMSNorm
 struct NormBackward {
-  int64_t dy_stride, dn_stride, y_stride;
-  const void *dy, *dn, *y;  // (T, d); dy is that of y's other uses, null: there are none
+  int64_t dn_stride, y_stride;
+  const void *dn, *y;  // (T, d)
   const float *weight, *rstd;
-  void* sum;  // dY (T, d) contiguous; may be Backward::dx, which is written when dY has been read
+  void* dy;  // (T, d) contiguous
 };
 
 // One adapter of a forward
@@ -175,9 +175,10 @@ bool is_built(Isa isa);
 const Kernels* find_kernels(Isa isa, Dtype stream, Dtype compute);
 Sizes sizes(const Kernels&, int64_t rows, int64_t d, int64_t r);
 void prepare(const Kernels&, const Weights&, int threads);
-// `around` and `norm` may be null; with them rows are where their positions say.
+// `around` may be null; with it rows are where their positions say.
 void forward(const Kernels&, const Forward&, const std::vector<Adapter>&, const Around* around, int threads);
-void backward(const Kernels&, const Backward&, const std::vector<Gradients>&, const NormBackward* norm, int threads);
+void backward(const Kernels&, const Backward&, const std::vector<Gradients>&, int threads);
+void norm_backward(const Kernels&, const NormBackward&, int64_t rows, int64_t d, int threads);
 // The numbers of all rows, those without an adapter first (index −1), then those of each of n adapters, each in order;
 // index[i] is of `each` rows. Returns the n + 2 positions where those of each begin and end, or none if an index is
 // not in [−1, n).

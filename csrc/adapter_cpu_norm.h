@@ -1,7 +1,7 @@
 // The sum before an adapter, and the RMSNorm behind it, of a block of rows: a part of adapter_cpu_kernels.h.
 //
 //   forward    s = x + added      n = w·(ρ·y)        ρ = 1/sqrt(mean(y²) + eps)
-//   backward   dY = dy + ρ(g − ρ·y·mean(g·ρ·y))      g = w·dn
+//   backward   dy = ρ(g − ρ·y·mean(g·ρ·y))      g = w·dn
 //
 // s, y and n are rounded; between y and n nothing is.
 #pragma once
@@ -58,8 +58,7 @@ template <class E>
 void norm_backward(const NormBackward& b, Rows block, int64_t d) {
   for (int64_t t = block.begin; t < block.end; ++t) {
     const E *y = row_of<E>(b.y, t, b.y_stride), *dn = row_of<E>(b.dn, t, b.dn_stride);
-    const E* dy = b.dy ? row_of<E>(b.dy, t, b.dy_stride) : nullptr;
-    E* to = row_of<E>(b.sum, t, d);
+    E* to = row_of<E>(b.dy, t, d);
     vf products[2] = {};
     int64_t i = 0;
     for (; i + 2 * W <= d; i += 2 * W)
@@ -71,14 +70,10 @@ void norm_backward(const NormBackward& b, Rows block, int64_t d) {
     for (; i < d; i += W)
       products[0] += load_upto(b.weight + i, d - i) * load_upto(dn + i, d - i) * load_upto(y + i, d - i);
     const float rho = b.rstd[t], mean = rho * sum(products[0] + products[1]) / float(d);
-    const auto grad = [&](vf weight, vf dn_, vf y_, vf dy_) { return dy_ + rho * (weight * dn_ - rho * y_ * mean); };
-    for (i = 0; i + W <= d; i += W)
-      store(to + i, grad(load(b.weight + i), load(dn + i), load(y + i), dy ? load(dy + i) : vf{}));
+    const auto grad = [&](vf weight, vf dn_, vf y_) { return rho * (weight * dn_ - rho * y_ * mean); };
+    for (i = 0; i + W <= d; i += W) store(to + i, grad(load(b.weight + i), load(dn + i), load(y + i)));
     if (const int64_t left = d - i; left > 0)
-      store_upto(to + i,
-                 grad(load_part(b.weight + i, left), load_part(dn + i, left), load_part(y + i, left),
-                      dy ? load_part(dy + i, left) : vf{}),
-                 left);
+      store_upto(to + i, grad(load_part(b.weight + i, left), load_part(dn + i, left), load_part(y + i, left)), left);
   }
 }
 

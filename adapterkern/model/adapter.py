@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adapterkern import checks
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.choice import fused_enabled
-from adapterkern.ops.normed import adapter_and_norm
+from adapterkern.ops.normed import Made, adapter_before_norm
 from adapterkern.ops.operator import adapter
 from adapterkern.ops.reference import ACTIVATIONS, add_branch
 from adapterkern.ops.stock import eager_autocast, stock_dtype
@@ -22,7 +22,7 @@ class Following(Protocol):
 
     def factor(self, x: Tensor) -> Any: ...
 
-    def hand(self, y: Tensor, n: Tensor) -> None: ...
+    def hand(self, y: Tensor, made: Made) -> None: ...
 
 
 class Adapter(nn.Module):
@@ -129,7 +129,7 @@ class Adapter(nn.Module):
             nn.init.xavier_uniform_(self.up.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, following: Following | None = None) -> Tensor:
-        """y; where ``following`` is fused, the output of the norm that it names is left on y."""
+        """y; the norm that is ``following`` is left its output, if that could be made with y."""
         norm, down, up = self.norm, self.down, self.up
         self.check_modules()
         fused = self.fused and fused_enabled()
@@ -143,8 +143,9 @@ class Adapter(nn.Module):
             next_norm = following.factor(x) if following is not None and fused and residual is None else None
             if next_norm is None:
                 return adapter(x, *weights, residual=residual, **how)
-            y, n = adapter_and_norm(x, *weights, next_norm.weight, next_eps=next_norm.eps, **how)
-            following.hand(y, n)  # type: ignore[union-attr]  # which has given its factor
+            y, made = adapter_before_norm(x, *weights, next_norm.weight, next_eps=next_norm.eps, **how)
+            if made is not None:
+                following.hand(y, made)  # type: ignore[union-attr]  # which has given its factor
             return y
         with eager_autocast(x):
             branch = up(ACTIVATIONS[self.activation].fn(down(norm(x))))

@@ -97,13 +97,17 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self._fused = checks.flag("fused", fused)
         self._liger = False
         self._has_reference = False
-        if config is not None:
-            self.add_adapter("default", config)
-            self.set_adapter("default")
-        self.liger = liger
+        self.fuse_norm = fuse_norm
+        try:
+            if config is not None:
+                self.add_adapter("default", config)
+                self.set_adapter("default")
+            self.liger = liger
+        except BaseException:
+            self.fuse_norm = False
+            raise
         for index, layer in enumerate(layers):
             adapt(layer, self._site(index))
-        self.fuse_norm = fuse_norm
         self._watching = watch(self)
         if self.checkpoints_activations:
             self.gradient_checkpointing_enable()  # again: recomputation must see the adapters of the forward

@@ -1,55 +1,80 @@
 """``fuse_norm``: an adapter makes the output of the RMSNorm that reads its y next, see ``ops.adapter_and_norm``.
 
 Which norm that is, sites.py reads from the layer's forward: after attention the one before the feed-forward network,
-after a layer the next one's first, or the decoder's last. What it computes, it is asked. The adapter hangs the output
-on y; the norm, whose class becomes a subclass of its own, takes it if it is called with that very tensor, unchanged,
-and otherwise runs itself. So a wrong guess costs time and changes no result.
+after a layer the next one's first, or the decoder's last. What it computes, it is asked. The adapter leaves the output
+beside y; the norm, whose class becomes a subclass of its own, takes it if it is called with that very tensor, and
+otherwise runs itself. So a wrong guess costs time and changes no result. A y that has been changed is noticed, except
+in place by way of ``y.data``, which leaves no trace.
 
 The norm runs itself, too, wherever an adapter does not leave the stream to it alone: in batches that mix adapters,
 below others of a stack, beside a module, on the text alone of images and text; in compiled code; where it is trained,
-sharded, on another device or in another dtype; and after a layer whose activations are checkpointed, in whose block it
-is not.
+sharded, on another device or in another dtype; and in checkpointed layers, which must save the same when they run
+again.
 """
 
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adapterkern import checks
 from adapterkern.model.config import PROMPT, AdapterConfig
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import AdaptedLayer, change_class, check_forward, own_class, reduced
 from adapterkern.model.sites import Halves, halves, reads_input, reads_output
+from adapterkern.ops.normed import Made
 
-_HANDED = "_adapterkern_norm"  # the attribute of y
-_MISSES = 8  # outputs in a row that no norm has taken
+_MISSES = 8  # calls in a row with something else than what an adapter left
 
 logger = logging.getLogger(__name__)
 
 
 class _Handed(NamedTuple):
-    """A norm's output, on the tensor that the norm is to be called with."""
+    """What a norm is left: its output, the norm, and how its input was then."""
 
+    made: Made
     norm: nn.Module
-    n: Tensor
-    version: int  # of y
-    mode: tuple[Any, ...]
+    state: tuple[Any, ...]
+
+
+# By the norm's input, not on it: a user may copy or save that tensor.
+_handed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _state(y: Tensor, norm: nn.Module) -> tuple[Any, ...]:
+    """What must not have changed: the input's and the weight's values, and whether autograd records."""
+    weight = norm._parameters["weight"]
+    assert weight is not None
+    values = y._version, y.data_ptr(), weight._version, weight.data_ptr()
+    return *values, torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what autograd saves is to be made again, so that it must be the same then."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 class TakingNorm(nn.Module):
     """Precedes an RMSNorm's own class in the method resolution order."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            handed: _Handed | None = args[0].__dict__.pop(_HANDED, None)
-            if handed is not None and handed.norm is self and handed[2:] == (args[0]._version, _mode()):
-                self.__dict__["_missed"] = 0
-                return handed.n
+        if not isinstance(self, TakingNorm):  # somebody has kept the forward of before
+            return type(self).forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            return super().forward(*args, **kwargs)
+        handed: _Handed | None = _handed.pop(args[0], None)
+        if handed is not None and handed.norm is self and handed.state == _state(args[0], self):
+            self.__dict__.update(_left=False, _missed=0)
+            return handed.made.of(args[0])
+        if vars(self).get("_left"):
+            self.__dict__.update(_left=False, _missed=vars(self).get("_missed", 0) + 1)
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -61,11 +86,6 @@ def _taking_class(cls: Any) -> Any:
     return type(cls.__name__, (TakingNorm, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def _mode() -> tuple[Any, ...]:
-    """Whether autograd records, and for whom: the blocks of gradient checkpointing have hooks of their own."""
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
 class Factor(NamedTuple):
     """What an RMSNorm multiplies by, and what it adds to the mean square."""
 
@@ -74,54 +94,49 @@ class Factor(NamedTuple):
 
 
 class NextNorm:
-    """The RMSNorm that reads what a site leaves.
+    """The RMSNorm that reads what a site leaves; ``runner`` is the layer that runs it, None for the decoder's last."""
 
-    Args:
-        norm: it.
-        runner: the layer that runs it; None for the decoder's last.
-        made_in: the layer of a site after it, whose checkpointed block ends before the norm; None after attention.
-    """
-
-    def __init__(self, norm: Any, runner: nn.Module | None, made_in: nn.Module | None) -> None:
-        self.norm, self._runner, self._made_in = norm, runner, made_in
+    def __init__(self, norm: Any, runner: nn.Module | None) -> None:
+        self.norm, self._runner = norm, runner
         self._asked: dict[tuple[Any, ...], tuple[int, float] | None] = {}
 
     def factor(self, x: Tensor) -> Factor | None:
         """What the norm does to a tensor like x; None if nobody can make its output in its place now."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or type(x) is not Tensor:
             return None
-        kind = x.device.type
-        how = x.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if why := self._obstacle(x):
+        weight = self.norm._parameters.get("weight")
+        if why := self._obstacle(x, weight):
             _say(why)
             return None
+        kind = x.device.type
+        numbers = tuple(value for value in vars(self.norm).values() if type(value) is float)
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        how = x.dtype, weight.dtype, autocast, numbers
         if how not in self._asked:
             self._asked[how] = ask(self.norm, x.dtype)
         if (asked := self._asked[how]) is None:
-            _say(f"{type(self.norm).__name__} is not an RMSNorm from {x.dtype} to {x.dtype}")
+            _say(f"{type(self.norm).__name__} in {weight.dtype} is not an RMSNorm from {x.dtype} to {x.dtype}")
             return None
         plus, eps = asked
-        weight = self.norm._parameters["weight"].detach()
-        return Factor(plus + weight.float() if plus else weight, eps)
+        return Factor(plus + weight.detach().float() if plus else weight.detach(), eps)
 
-    def _obstacle(self, x: Tensor) -> str | None:
-        weight, made_in = self.norm._parameters["weight"], self._made_in
+    def _obstacle(self, x: Tensor, weight: Any) -> str | None:
         if self._runner is not None and "_frozen_mlp" in vars(self._runner):  # training/compiled.py
             return "the layer that runs it is compiled"
-        if made_in is not None and getattr(made_in, "gradient_checkpointing", False) and made_in.training:
-            return "the adapter is after a layer whose activations are checkpointed"
+        if _is_checkpointed():
+            return "activations are checkpointed"
         if type(weight) is not nn.Parameter or weight.shape != x.shape[-1:] or weight.device != x.device:
             return f"its weight is not whole on {x.device}"
         if weight.requires_grad:
             return "its weight is trained"
-        if vars(self.norm).get("_missed", 0) > _MISSES:
+        if vars(self.norm).get("_missed", 0) >= _MISSES:
             return f"{type(self.norm).__name__} has not read what an adapter left it, {_MISSES} times"
         return None
 
-    def hand(self, y: Tensor, n: Tensor) -> None:
-        """Leave the norm its output n on its input y."""
-        y.__dict__[_HANDED] = _Handed(self.norm, n, y._version, _mode())
-        self.norm.__dict__["_missed"] = vars(self.norm).get("_missed", 0) + 1
+    def hand(self, y: Tensor, made: Made) -> None:
+        """Leave the norm its output on its input y."""
+        _handed[y] = _Handed(made, self.norm, _state(y, self.norm))
+        self.norm.__dict__["_left"] = True
 
 
 @functools.cache
@@ -163,7 +178,8 @@ class FusesNorms:
     base: Any
     adapters: nn.ModuleDict
     _configs: dict[str, AdapterConfig]
-    _next_norms: dict[tuple[str, str], NextNorm]  # by layer and place; empty: off
+    _fuse_norm = False  # of the class for models that were pickled before there was any
+    _next_norms: Mapping[tuple[str, str], NextNorm] = MappingProxyType({})  # by layer and place
 
     if TYPE_CHECKING:  # LlamaAdapter's
 
@@ -180,37 +196,48 @@ class FusesNorms:
         """Whether an adapter and the backbone's RMSNorm that reads its output next run as one.
 
         Results differ from those without by rounding: n is rounded once. In training this keeps y where transformers'
-        norm keeps a copy in fp32. It is off by default, since no GPU has shown that it pays.
+        norm keeps a copy in fp32; so a hook that changes y in place after the norm has read it is an error in 16 bits,
+        too. It is off by default, since no GPU has shown that it pays.
 
         Raises:
             ValueError: assigned True, and no norm of the backbone is an RMSNorm that reads what a site leaves.
         """
-        return bool(self._next_norms)
+        return self._fuse_norm
 
     @fuse_norm.setter
     def fuse_norm(self, value: bool) -> None:
-        if checks.flag("fuse_norm", value) == self.fuse_norm:
+        if checks.flag("fuse_norm", value) == self._fuse_norm:
             return
         if value:
             self.check_attached()
-            found = self._find_norms()
-            if not found:
+            self._take_norms()
+            if not self._next_norms:
                 raise ValueError(
                     "fuse_norm: expected a backbone with an RMSNorm that reads what an adapter leaves, got "
                     f"{type(self.base).__name__}"
                 )
-            for one in found.values():
-                cls: Any = type(one.norm)
-                if not issubclass(cls, TakingNorm):  # a norm may follow two sites
-                    change_class(one.norm, _taking_class(cls))
-            self._next_norms = found
+            self._fuse_norm = True
             for name in self._configs:
                 self._warn_of_unfused(name)
-            return
+        else:
+            self._fuse_norm = False
+            self._leave_norms()
+
+    def _take_norms(self) -> None:
+        self._next_norms = self._find_norms()
         for one in self._next_norms.values():
-            if isinstance(one.norm, TakingNorm):
-                change_class(one.norm, own_class(one.norm, TakingNorm))
-                one.norm.__dict__.pop("_missed", None)
+            cls: Any = type(one.norm)
+            if not issubclass(cls, TakingNorm):  # a norm may follow two sites
+                change_class(one.norm, _taking_class(cls))
+
+    def _leave_norms(self) -> None:
+        for one in self._next_norms.values():
+            norm = one.norm
+            # Not if something has changed the class since, as a parametrization does: ours below it does no harm.
+            if isinstance(norm, TakingNorm) and type(norm) is _taking_class(own_class(norm, TakingNorm)):
+                change_class(norm, own_class(norm, TakingNorm))
+                for name in ("_left", "_missed"):
+                    norm.__dict__.pop(name, None)
         self._next_norms = {}
 
     def _find_norms(self) -> dict[tuple[str, str], NextNorm]:
@@ -220,12 +247,12 @@ class FusesNorms:
         for index, layer in enumerate(layers):
             cut = halves(_own(layer))
             if isinstance(cut, Halves) and (norm := _rms_norm(layer, cut.next)) is not None:
-                found[str(index), "attention"] = NextNorm(norm, layer, None)
+                found[str(index), "attention"] = NextNorm(norm, layer)
             last = index + 1 == len(layers)
             after = self.decoder if last else layers[index + 1]
             name = reads_output(decoder) if last else reads_input(_own(after))
             if (norm := _rms_norm(after, name)) is not None:
-                found[str(index), "layer"] = NextNorm(norm, None if last else after, layer)
+                found[str(index), "layer"] = NextNorm(norm, None if last else after)
         return found
 
     def _warn_of_unfused(self, name: str) -> None:
@@ -234,22 +261,25 @@ class FusesNorms:
         sites, why = list(config.layers or ()), ""
         if config.kind == PROMPT:
             why = "gated prompts leave no stream to a norm"
+        elif config.x_free:
+            why = "x_free: its adapters keep y themselves"
         elif config.is_parallel or config.text_only:
             why = f"{'text_only' if config.text_only else config.position}: it is not alone in what the norm reads"
         else:
             sites = [index for index in sites if (str(index), config.place) not in self._next_norms]
             why = "no RMSNorm of the backbone reads what it leaves there"
-        if sites and self.fuse_norm:
+        if sites and self._fuse_norm:
             logger.warning("fuse_norm: adapter %r runs without a norm at layers %s: %s", name, sites, why)
 
     @contextlib.contextmanager
     def _norms_of_their_own(self) -> Iterator[None]:
         """Inside the block the norms have their own classes, which others may change."""
-        before, self.fuse_norm = self.fuse_norm, False
+        self._leave_norms()
         try:
             yield
         finally:
-            self.fuse_norm = before
+            if self._fuse_norm:
+                self._take_norms()
 
 
 def _own(layer: Any) -> Any:

@@ -97,7 +97,6 @@ class Running(FusesNorms, Wrapped):
         self._on = True
         self._skip = 0
         self._blocks = _Blocks()
-        self._next_norms = {}
 
     def __getattr__(self, name: str) -> Any:
         """As ``Wrapped``'s. After ``unload``, what was the backbone's is missing for this reason."""
@@ -310,7 +309,7 @@ class Running(FusesNorms, Wrapped):
                 "bias_scale: expected False under nn.DataParallel, got an adapter with True; use one process per GPU "
                 "(torchrun), or make one GPU visible"
             )
-        self._next_norms = {}  # which are the original's
+        self._fuse_norm, self._next_norms = False, {}  # which are the original's
         for index, layer in enumerate(self.layers):
             layer.__dict__["_adapter_site"] = site = self._site(index)
             if isinstance(attention := getattr(layer, "self_attn", None), PromptedAttention):

@@ -285,17 +285,15 @@ def backward(
     scale: Tensor | float = 1.0,
     gate: Tensor | None = None,
     drop: Drop | None = None,
-    before: Any = None,
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
     ``residual``: whether the forward had one; dx then lacks dy. After the seven ``needed`` comes that of a Tensor
-    ``scale``, then that of a ``gate``. With ``before``, what native_normed.py has the kernels do first, they fill dy,
-    and dx takes its memory.
+    ``scale``, then that of a ``gate``.
     """
     given = inputs(dy, rows, z, mean, rstd, w)
     shares = Shares([(_prepared(w, z.dtype, scale), 0, len(rows))])
-    return _backward(given, shares, w, activation, needed, residual, scale, gate, drop, before)
+    return _backward(given, shares, w, activation, needed, residual, scale, gate, drop)
 
 
 def backward_several(
@@ -331,7 +329,6 @@ def _backward(
     scale: Tensor | float,
     gate: Tensor | None,
     drop: Drop | None,
-    before: Any = None,
 ) -> list[Tensor | None]:
     rows, dy, *_ = given
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
@@ -339,9 +336,7 @@ def _backward(
     down = any(needed[1:5])  # which the kernels make together
     norm = down and w[0] is not None
     wanted = [norm, norm, down, down, needed[5] or of_scale, needed[6] or of_scale]
-    dx = None
-    if needed[0]:
-        dx = dy if before is not None else torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
+    dx = torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if needed[0] else None
     d_gate = torch.empty(count, dtype=torch.float32, device="cpu") if of_gate else None
     # Adapters that have no rows have gradients of 0.
     new = torch.empty if shares.order is None or len(shares.adapters) == len(w[2]) else torch.zeros
@@ -362,7 +357,7 @@ def _backward(
             [t.data_ptr() for t in given],
             *(order, how, _C.ACTIVATIONS[activation], residual),
             *(0 if t is None else t.data_ptr() for t in (dx, d_gate)),
-            *(grads_of, memory.data_ptr(), before, torch.get_num_threads()),
+            *(grads_of, memory.data_ptr(), torch.get_num_threads()),
         )
     del held
     if shares.without:

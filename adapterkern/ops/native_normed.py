@@ -2,7 +2,7 @@
 
     s = x + added      y = adapter(s)      n = w·ρ·y, ρ = 1/√(mean(y²) + eps)
 
-Kept for the backward are s, z, mean and rstd, as by the adapter alone, and y and ρ, fp32 (T,).
+Kept for the backward are s, z, mean and rstd, as by the adapter alone, and by the norm y and ρ, fp32 (T,).
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def forward(
     eps: float,
     activation: str,
     compute: torch.dtype,
-    save: bool = True,
+    save: bool,
     scale: Tensor | float = 1.0,
     drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -53,33 +53,17 @@ def forward(
     return y, n, s, z, mean, rstd, rho
 
 
-def backward(
-    dy: Tensor | None,
-    dn: Tensor,
-    rows: Tensor,
-    y: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    rho: Tensor,
-    w: Sequence[Any],
-    weight: Tensor,
-    eps: float,
-    activation: str,
-    needed: Sequence[bool],
-    scale: Tensor | float = 1.0,
-    drop: Drop | None = None,
-) -> list[Tensor | None]:
-    """As native.py's, of s, here ``rows``, and the parameters; ``dy`` is that of y's other uses, None without any."""
-    count, d = rows.shape
-    expect("rho", rho, (count,))
-    read = [None if t is None else side_by_side(t.to(rows.dtype)) for t in (dy, dn, y)]
-    for name, t in zip(("dy", "dn", "y"), read, strict=True):
-        if t is not None:
-            expect(name, t, (count, d))
-    given, kept = _weight(weight, d), rho.contiguous()
-    filled = torch.empty((count, d), dtype=rows.dtype, device="cpu")
-    pointers = [0 if t is None else t.data_ptr() for t in (*read, kept, given, filled)]
-    strides = [0 if t is None else t.stride(0) for t in read]
-    how = {"scale": scale, "drop": drop, "before": (pointers, strides)}
-    return native.backward(filled, rows, z, mean, rstd, w, eps, activation, needed, **how)  # type: ignore[arg-type]
+def norm_backward(dn: Tensor, y: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of y (T, d) through the norm, of that of n."""
+    count, d = y.shape
+    dn, y = (side_by_side(t.to(y.dtype)) for t in (dn, y))
+    rho = aligned(rho.to(torch.float32).contiguous())  # a hook on saved tensors may have made it another
+    for name, t, shape in (("dn", dn, (count, d)), ("y", y, (count, d)), ("rho", rho, (count,))):
+        expect(name, t, shape)
+    given, dy = _weight(weight, d), torch.empty((count, d), dtype=y.dtype, device="cpu")
+    native._C.norm_backward(
+        *(native.instruction_set()[0], native._C.DTYPES[native._DTYPES[y.dtype]], count, d, dn.stride(0), y.stride(0)),
+        *(t.data_ptr() for t in (dn, y, given, rho, dy)),
+        torch.get_num_threads(),
+    )
+    return dy

@@ -1,8 +1,9 @@
 """``adapter_and_norm()``: the adapter, and the frozen RMSNorm that reads its y, in one call.
 
-On a CPU one pass over blocks of rows makes both, and the backward forms y's gradient where it reads it
-(native_normed.py). On a GPU the kernel by clusters makes both, else one kernel follows another (triton_normed.py).
-There is no operator for this: what traces, listens or transforms sees the adapter's operator and torch's RMSNorm.
+On a CPU one pass over blocks of rows makes y and n (native_normed.py); on a GPU the kernel by clusters does, else one
+kernel follows another (triton_normed.py). To autograd they are two functions, x → y → n: a gradient at y is y's whole
+gradient. There is no operator for this: what traces, listens or transforms sees the adapter's operator and torch's
+RMSNorm.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from adapterkern.ops.choice import fused_enabled, in_transform, operand_dtype, p
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.operator import adapter, as_seed
 from adapterkern.ops.reference import Weights, rms_norm_backward
-from adapterkern.ops.registered import backward_op, needs_no_dispatcher, nobody_listens
+from adapterkern.ops.reference import rms_norm as rms_norm_equations
+from adapterkern.ops.registered import backward_op, needs_no_dispatcher, nobody_listens, run_backward
 from adapterkern.ops.stock import rms_norm
 
 
@@ -61,7 +63,29 @@ def adapter_and_norm(
     Raises:
         TypeError, ValueError: as ``adapter``; or ``next_weight`` requires a gradient.
     """
-    weights = Weights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
+    weights = norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
+    y, made = adapter_before_norm(
+        x, *weights, next_weight, next_eps=next_eps, added=added, eps=eps, activation=activation, fused=fused,
+        x_free=x_free, scale=scale, dropout=dropout, seed=seed,
+    )  # fmt: skip
+    return y, rms_norm(y, next_weight, next_eps) if made is None else made.of(y)
+
+
+def adapter_before_norm(
+    x: Tensor,
+    *weights_and_next: Any,
+    next_eps: float,
+    added: Tensor | None = None,
+    eps: float,
+    activation: str,
+    fused: bool,
+    x_free: bool,
+    scale: Tensor | float,
+    dropout: float,
+    seed: Tensor | int | None = None,
+) -> tuple[Tensor, "Made | None"]:
+    """y, and the norm's output if it was made, too. Arguments and errors are those of ``adapter_and_norm``."""
+    weights, next_weight = Weights(*weights_and_next[:6]), weights_and_next[6]
     check_inputs(x, weights, eps, activation, scale=scale)
     check_norm(x, next_weight, next_eps, added)
     check_dropout(dropout, seed, x)
@@ -70,19 +94,36 @@ def adapter_and_norm(
         tensors = [t for t in (x, added, *weights, learned) if t is not None]
         save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         others = [next_weight, *([seed] if isinstance(seed, Tensor) else [])]
-        if not prefers_eager(x, len(down_weight), save) and _runs_kernels(*tensors, *others):
+        if not prefers_eager(x, len(weights.down_weight), save) and _runs_kernels(*tensors, *others):
             kind = x.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            how = _How(eps, activation, next_eps, operand_dtype(x, autocast), factor, dropout)
+            how = _How(eps, activation, operand_dtype(x, autocast), factor, dropout)
+            made = Made(next_weight, next_eps)
             drawn = as_seed(seed, x.device) if dropout else None
-            args = (x, added, *weights, learned, next_weight, drawn, how)
-            return _Normed.apply(*args) if save else _forward(*args, save=False)[:2]
+            args = x, added, *weights, learned, drawn, made, how
+            return _Adapter.apply(*args) if save else _forward(*args, save=False)[0], made
     stream = x if added is None else x + added
     y = adapter(
         stream, *weights, eps=eps, activation=activation, fused=fused, x_free=x_free, scale=scale, dropout=dropout,
         seed=seed,
     )  # fmt: skip
-    return y, rms_norm(y, next_weight, next_eps)
+    return y, None
+
+
+class Made:
+    """A norm's output, made with its input."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+        self.n: Tensor
+        self.rho: Tensor  # (T,); empty if nothing keeps it
+
+    def of(self, y: Tensor) -> Tensor:
+        """n as a function of y, which is the input, to autograd."""
+        if not (torch.is_grad_enabled() and y.requires_grad):
+            return self.n
+        # Nothing required a gradient when they were made, and since then somebody has asked y for one.
+        return _Norm.apply(y, self) if len(self.rho) else rms_norm(y, self.weight, self.eps)
 
 
 class _How(NamedTuple):
@@ -90,13 +131,9 @@ class _How(NamedTuple):
 
     eps: float
     activation: str
-    next_eps: float
     compute: torch.dtype
     factor: float
     rate: float  # of dropout
-
-    def drop(self, seed: Tensor | None) -> Drop | None:
-        return None if seed is None else Drop(self.rate, seed)
 
 
 def _runs_kernels(x: Tensor, *others: Tensor) -> bool:
@@ -108,68 +145,68 @@ def _runs_kernels(x: Tensor, *others: Tensor) -> bool:
 
 
 def _forward(x, added, *args, save):  # type: ignore[no-untyped-def]
-    """y and n in x's shape; the rest as the kernels return it. ``args`` follow ``_Normed``'s."""
-    *weights, learned, next_weight, seed, how = args
+    """y in x's shape, s, z, mean and rstd; n and ρ go to ``made``. ``args`` follow ``_Adapter``'s."""
+    *weights, learned, seed, made, how = args
     rows = x.reshape(-1, x.shape[-1])
     others = None if added is None else added.reshape(rows.shape)
-    norm, of_adapter = (next_weight, how.next_eps), (how.eps, how.activation, how.compute)
-    own = _one(learned, how), how.drop(seed)
-    y, n, *rest = _on(x).forward(rows, others, weights, *norm, *of_adapter, save, *own)
+    of_adapter = how.eps, how.activation, how.compute, save
+    own = how.factor if learned is None else learned.reshape(()), None if seed is None else Drop(how.rate, seed)
+    y, n, s, *saved, made.rho = _on(x).forward(rows, others, weights, made.weight, made.eps, *of_adapter, *own)
     # Not y.view: autograd forbids in-place writes to a view that a Function returns.
-    return *(torch.ops.aten._unsafe_view(t, x.shape) for t in (y, n)), *rest
+    y, made.n = (torch.ops.aten._unsafe_view(t, x.shape) for t in (y, n))
+    return y, s, *saved
 
 
 def _on(x: Tensor) -> Any:
     return triton_normed if runs_triton(x.device.type, x.dtype) else native_normed
 
 
-class _Normed(torch.autograd.Function):
-    """The kernels' gradient."""
+class _Adapter(torch.autograd.Function):
+    """x → y."""
 
     @staticmethod
     def forward(ctx, x, added, *args):  # type: ignore[no-untyped-def]
-        y, n, s, *kept = _forward(x, added, *args, save=True)
-        *tensors, ctx.how = args
-        ctx.save_for_backward(x if added is None else s.view(x.shape), y, *kept, *tensors)
+        y, s, *saved = _forward(x, added, *args, save=True)
+        *tensors, _, ctx.how = args
+        ctx.save_for_backward(x if added is None else s.view(x.shape), *saved, *tensors)
         ctx.set_materialize_grads(False)
-        return y, n
+        return y
 
     @staticmethod
-    def backward(ctx, dy, dn):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
         of_x, of_added, *needed = ctx.needs_input_grad[:9]
         none = (None,) * 12
-        if dy is None and dn is None:
+        if dy is None:
             return none
-        s, y, *kept, learned, next_weight, seed = ctx.saved_tensors
+        s, z, mean, rstd, *weights, learned, seed = ctx.saved_tensors
+        how = ctx.how
         needed = [of_x or of_added, *needed[: 6 if learned is None else 7]]
-        args = dy, dn, s, y, kept[:4], kept[4:], learned, next_weight, seed, needed, ctx.how
-        given = [t for t in (s, y, *kept, dy, dn, learned, next_weight, seed) if t is not None]
-        direct = dn is not None and not torch.is_grad_enabled() and _runs_kernels(*given)
-        grads = (_by_kernels if direct else _by_operators)(*args)
+        given = [t for t in (s, dy, z, mean, rstd, *weights, learned, seed) if t is not None]
+        run = run_backward if not torch.is_grad_enabled() and _runs_kernels(*given) else backward_op
+        more = False, None, None, False, learned, how.factor, None, how.rate, seed
+        grads = run(dy, s, z, mean, rstd, *weights, how.eps, how.activation, how.compute, needed, *more)
         dx, *rest = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
         return (dx if of_x else None, dx if of_added else None, *rest, *none)[:12]
 
 
-def _by_kernels(dy, dn, s, y, kept, weights, learned, next_weight, seed, needed, how):  # type: ignore[no-untyped-def]
-    dy, dn, rows, y = (None if t is None else t.reshape(-1, s.shape[-1]) for t in (dy, dn, s, y))
-    of_adapter = (how.eps, how.activation, needed, _one(learned, how), how.drop(seed))
-    dx, *grads = _on(s).backward(dy, dn, rows, y, *kept, weights, next_weight, *of_adapter)
-    if learned is not None and grads[6] is not None:
-        grads[6] = grads[6].view(learned.shape)
-    return [None if dx is None else dx.view(s.shape), *grads]
+class _Norm(torch.autograd.Function):
+    """y → n."""
 
+    @staticmethod
+    def forward(ctx, y, made):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(y, made.rho, made.weight)
+        ctx.eps = made.eps
+        n = made.n
+        del made.n  # which autograd's output is from now on
+        return n
 
-def _by_operators(dy, dn, s, y, kept, weights, learned, next_weight, seed, needed, how):  # type: ignore[no-untyped-def]
-    """What PyTorch can trace, listen to and transform."""
-    *saved, rho = kept
-    if dn is not None:
-        wide = rho.dtype
-        own = rms_norm_backward(dn.to(wide), y.to(wide), rho.view(*y.shape[:-1], 1), next_weight.to(wide))
-        dy = (own if dy is None else dy + own).to(s.dtype)
-    more = False, None, None, False, learned, how.factor, None, how.rate, seed
-    return backward_op(dy, s, *saved, *weights, how.eps, how.activation, how.compute, needed, *more)
-
-
-def _one(learned: Tensor | None, how: _How) -> Tensor | float:
-    """The scale as the kernels take it."""
-    return how.factor if learned is None else learned.reshape(())
+    @staticmethod
+    def backward(ctx, dn):  # type: ignore[no-untyped-def]
+        y, rho, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled() and _runs_kernels(y, dn, rho, weight):
+            d = y.shape[-1]
+            return _on(y).norm_backward(dn.reshape(-1, d), y.reshape(-1, d), rho, weight).view(y.shape), None
+        # What PyTorch can trace, listen to, transform and differentiate
+        wide = torch.promote_types(y.dtype, torch.float32)
+        rstd = rms_norm_equations(y.to(wide), weight.to(wide), ctx.eps)[1]
+        return rms_norm_backward(dn.to(wide), y.to(wide), rstd, weight.to(wide)).to(y.dtype), None

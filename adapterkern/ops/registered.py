@@ -108,7 +108,7 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def _run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
+def run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
     eps, activation, _, needed = args[6:10]
     x_free, index, prepared, residual, scale, factor, gate, dropout, seed = _optional(args, 10)
@@ -153,7 +153,7 @@ def _run_prepare(*args):  # type: ignore[no-untyped-def]
 
 for _device_type in ("CPU", "CUDA"):
     _lib.impl("adapter_forward", run_forward, _device_type)
-    _lib.impl("adapter_backward", _run_backward, _device_type)
+    _lib.impl("adapter_backward", run_backward, _device_type)
     _lib.impl("prepare_weights", _run_prepare, _device_type)
 
 
@@ -258,7 +258,7 @@ class Differentiable(torch.autograd.Function):
         given = weights
         if more or weights[0] is None:
             given = [t for t in (*weights, scale, gate, seed) if t is not None]
-        run = _run_backward if direct and needs_no_dispatcher(x, dy, z, mean, rstd, *given) else backward_op
+        run = run_backward if direct and needs_no_dispatcher(x, dy, z, mean, rstd, *given) else backward_op
         grads = run(dy, x, z, mean, rstd, *weights, *how, *more)
         grads = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
         results[1:8] = grads[:7]

@@ -36,7 +36,7 @@ def test_train_then_eval_gives_the_same_accuracy(
     model_folder: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    assert cli.main(train_arguments(model_folder, files, output)) == 0
+    assert cli.main([*train_arguments(model_folder, files, output), "--fuse-norm"]) == 0
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     trained = [m for m in metrics if "accuracy" in m][-1]["accuracy"]
     assert trained > 0.9  # two topics that share no word; 0.5 by chance

@@ -139,7 +139,12 @@ ROWS = [
         "--fuse-norm: has no effect with --position parallel-mlp, which .*: expected no --fuse-norm, got --fuse-norm$",
     ),
     (TRAIN + "--fuse-norm --unfused", "--fuse-norm: has no effect with --unfused, which .*, got --fuse-norm$"),
+    (TRAIN + "--fuse-norm --x-free", "--fuse-norm: has no effect with --x-free, whose .*, got --fuse-norm$"),
     (TRAIN + "--fuse-norm --compile", "--fuse-norm: has no effect with --compile, which .*, got --fuse-norm$"),
+    (
+        TRAIN + "--fuse-norm --checkpoint-activations",
+        "--fuse-norm: has no effect with --checkpoint-activations, which .*, got --fuse-norm$",
+    ),
     (TRAIN + "--fuse-norm --kind prompt", "--fuse-norm: has no effect with --kind prompt, which .*, got --fuse-norm$"),
     (MULTITASK + "--data a good.jsonl --fuse-norm", "multitask: unknown --fuse-norm"),
     (

@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The CPU kernels' passes, which run however small an input is."""
     passes: list[str] = []
     monkeypatch.setattr(normed, "prefers_eager", lambda *_: False)
-    for name in ("forward", "backward"):
+    for name in ("forward", "norm_backward"):
         own = getattr(native_normed, name)
         monkeypatch.setattr(
             native_normed, name, lambda *a, own=own, name=name, **k: (passes.append(name), own(*a, **k))[1]
@@ -72,7 +72,7 @@ def test_error_is_within_twice_eager_s(distribution: str, dtype: torch.dtype, ca
     # Summed, twice the values must still fit.
     tensors[:2] = (DISTRIBUTIONS[distribution](torch.randn(70, d, dtype=torch.float64)).to(dtype) / 4 for _ in range(2))
     got, theirs = run(ours, tensors, dy, dn), run(stock, tensors, dy, dn)
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward", "norm_backward"]
     exact = run(stock, [t.double() for t in tensors], dy.double(), dn.double())
     floor = 4 * torch.finfo(dtype).eps
     for name, o, t, e in zip(NAMES, got, theirs, exact, strict=True):
@@ -173,7 +173,7 @@ def test_a_norm_of_another_dtype(weight_dtype: torch.dtype, calls: list[str]) ->
     tensors, dy, dn = some(70, 64, 16, torch.bfloat16)
     tensors[-1] = tensors[-1].to(weight_dtype)
     got, expected = (run(ours, tensors, dy, dn, fused=fused) for fused in (True, False))
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward", "norm_backward"]
     assert got[1].dtype == expected[1].dtype == torch.bfloat16
     assert relative_error(got[1], expected[1]) < 1e-2
 
@@ -182,10 +182,27 @@ def test_autocast_keeps_the_stream_s_dtype(calls: list[str]) -> None:
     tensors, dy, dn = some(70, 64, 16)
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = (run(ours, tensors, dy, dn, fused=fused) for fused in (True, False))
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward", "norm_backward"]
     for name, g, e in zip(NAMES, got, expected, strict=True):
         assert g.dtype == torch.float32
         assert 0 < relative_error(g, e) < 2e-2, name  # its products are of bf16
+
+
+def test_a_gradient_at_y_is_all_of_it(calls: list[str]) -> None:
+    """n is a function of y, though both are made at once."""
+    tensors, dy, dn = some(70, 64, 16)
+    grads = []
+    for fused in (True, False):
+        y, n = ours(tensors[0].requires_grad_(), *tensors[1:], fused=fused)
+        y.retain_grad()
+        seen: list[Tensor] = []
+        y.register_hook(seen.append)
+        torch.autograd.backward((y, n), (dy, dn), inputs=[y, tensors[0]])
+        grads.append([y.grad, seen[-1], tensors[0].grad])
+        tensors[0].grad = None
+    assert calls == ["forward", "norm_backward"]
+    for g, e in zip(*grads, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
 
 
 def test_keeps_two_tensors_of_the_stream_s_size(calls: list[str]) -> None:
@@ -208,10 +225,10 @@ def test_a_backward_that_somebody_listens_to(calls: list[str]) -> None:
     outputs = ours(tensors[0].requires_grad_(), tensors[1], *(t.requires_grad_() for t in tensors[2:8]), tensors[8])
     leaves = [tensors[0], *tensors[2:8]]
     expected = torch.autograd.grad(outputs, leaves, (dy, dn), retain_graph=True)
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward", "norm_backward"]
     with _Listening():
         got = torch.autograd.grad(outputs, leaves, (dy, dn), retain_graph=True)
-    assert calls == ["forward", "backward"]
+    assert calls == ["forward", "norm_backward"]
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
 
@@ -267,13 +284,16 @@ def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception]
         adapter_and_norm(torch.randn(4, 8), *make_weights(8, 2), **({"next_weight": torch.ones(8)} | change))
 
 
-@pytest.mark.parametrize("name", ["dn", "y", "rho"])
+@pytest.mark.parametrize("name", ["dn", "y", "rho", "next_weight"])
 def test_a_direct_call_reads_nothing_beyond_its_tensors(name: str) -> None:
-    (x, _, *weights, weight), dy, dn = some(6, 8, 2)
-    y, _, s, z, mean, rstd, rho = native_normed.forward(x, None, weights, weight, EPS, 1e-5, "silu", torch.float32)
-    given = {"dn": dn, "y": y, "rho": rho}
+    (x, _, *weights, weight), _, dn = some(6, 8, 2)
+    y, *_, rho = native_normed.forward(x, None, weights, weight, EPS, 1e-5, "silu", torch.float32, True)
+    given = {"dn": dn, "y": y, "rho": rho, "next_weight": weight}
+    expected = native_normed.norm_backward(*given.values())
+    wide = given | {"rho": rho.double(), "next_weight": weight.double()}
+    assert torch.equal(native_normed.norm_backward(*wide.values()), expected)
     given[name] = given[name][:-1]
-    with pytest.raises(ValueError, match=f"^{name}: expected shape"):
-        native_normed.backward(
-            dy, given["dn"], s, given["y"], z, mean, rstd, given["rho"], weights, weight, 1e-5, "silu", [True] * 7
-        )
+    if name == "y":
+        given |= {"dn": dn, "rho": rho}
+    with pytest.raises(ValueError, match=f"^{'dn' if name == 'y' else name}: expected shape"):
+        native_normed.norm_backward(*given.values())

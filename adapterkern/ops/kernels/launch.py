@@ -195,15 +195,14 @@ def adapter_backward(
     return [dx if dx is None else dx.view(x.shape), *grads]
 
 
-def norm_backward(dy: Tensor | None, dn: Tensor, y: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+def norm_backward(dn: Tensor, y: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     """The gradient, in y's shape, of the y that an RMSNorm of ``weight`` in fp32 reads, whose gradient is ``dn``.
 
-    ``dy`` is the gradient of y's other uses, None without any; ``rstd`` is (T,), in fp32.
+    ``rstd`` is (T,), in fp32.
     """
     if y.numel() == 0:
         return torch.empty_like(y)
     with _on(y.device):
-        grad = None if dy is None else _rows(dy.to(y.dtype), dense=True)
-        rows, of_n = (_rows(t.to(y.dtype), dense=True) for t in (y, dn))
-        made = _norm_backward(grad, of_n, rows, rstd.contiguous(), weight, pdl=has_early_launches(y.device))
+        of_n, rows = (_rows(t.to(y.dtype), dense=True) for t in (dn, y))
+        made = _norm_backward(of_n, rows, rstd.float().contiguous(), weight, pdl=has_early_launches(y.device))
     return made.view(y.shape)

@@ -1,8 +1,8 @@
 """The RMSNorm that reads y: its output, and y's gradient. A program per row, which it reads twice, then from L1.
 
-    n = w·ρ·y      dy' = dy + ρ(g − ρ·y·mean(g·ρ·y)), g = w·dn      ρ = 1/√(mean(y²) + eps)
+    n = w·ρ·y      dy = ρ(g − ρ·y·mean(g·ρ·y)), g = w·dn      ρ = 1/√(mean(y²) + eps)
 
-Forward 2 units and backward 4 (dn, y, dy; dy'). By clusters the forward is part of the adapter's: 1 unit, n.
+Forward 2 units and backward 3. By clusters the forward is part of the adapter's: 1 unit, n.
 """
 
 # mypy: allow-untyped-defs
@@ -47,9 +47,7 @@ def norm_kernel(p_y, p_weight, p_n, p_rstd, eps, d: tl.constexpr, BD: tl.constex
 
 
 @triton.jit
-def norm_backward_kernel(
-    p_dy, p_dn, p_y, p_rstd, p_weight, p_sum, d: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr
-):
+def norm_backward_kernel(p_dn, p_y, p_rstd, p_weight, p_dy, d: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr):
     follow(PDL)
     t = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BD)
@@ -66,10 +64,8 @@ def norm_backward_kernel(
         g = tl.load(p_dn + t * d + lo + o, mask=m, other=0).to(tl.float32)
         g *= tl.load(p_weight + lo + o, mask=m, other=0)
         y = tl.load(p_y + t * d + lo + o, mask=m, other=0).to(tl.float32)
-        own = rstd * (g - rstd * y * mean)
-        if p_dy is not None:
-            own += tl.load(p_dy + t * d + lo + o, mask=m, other=0).to(tl.float32)
-        tl.store(p_sum + t * d + lo + o, own.to(p_sum.dtype.element_ty), mask=m)
+        dy = rstd * (g - rstd * y * mean)
+        tl.store(p_dy + t * d + lo + o, dy.to(p_dy.dtype.element_ty), mask=m)
 
 
 def norm(y: Tensor, following: Following, *, pdl: bool) -> None:
@@ -79,12 +75,12 @@ def norm(y: Tensor, following: Following, *, pdl: bool) -> None:
     norm_kernel[(T,)](y, f.weight, f.n, f.rstd, f.eps, d=d, PDL=pdl, **_blocks(d), **early_launch(pdl))
 
 
-def norm_backward(dy: Tensor | None, dn: Tensor, y: Tensor, rstd: Tensor, weight: Tensor, *, pdl: bool) -> Tensor:
-    """y's gradient, of dense rows (T, d), T >= 1; ``dy`` is that of its other uses, None without any."""
+def norm_backward(dn: Tensor, y: Tensor, rstd: Tensor, weight: Tensor, *, pdl: bool) -> Tensor:
+    """The gradient of dense rows ``y`` (T, d), T >= 1, of that of n."""
     T, d = y.shape
-    total = torch.empty_like(y)
-    norm_backward_kernel[(T,)](dy, dn, y, rstd, weight, total, d=d, PDL=pdl, **_blocks(d), **early_launch(pdl))
-    return total
+    dy = torch.empty_like(y)
+    norm_backward_kernel[(T,)](dn, y, rstd, weight, dy, d=d, PDL=pdl, **_blocks(d), **early_launch(pdl))
+    return dy
 
 
 def _blocks(d: int) -> dict[str, int]:

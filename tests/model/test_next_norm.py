@@ -197,7 +197,8 @@ def test_an_unfused_or_x_free_adapter(handed: list[str], caplog: pytest.LogCaptu
     model = adapted(layers=EVERYWHERE, x_free=True)
     same_as_apart(model, lambda: grads(model))
     assert said(caplog) == [
-        "fuse_norm: adapter 'default' runs without a norm at layers [0, 1, 2, 3]: x_free: its adapters keep y themselves"
+        "fuse_norm: adapter 'default' runs without a norm at layers [0, 1, 2, 3]: x_free: its adapters keep y "
+        "themselves"
     ]
     model.fused = False
     logits(model)

@@ -1,5 +1,5 @@
 // csrc/cluster_ops.h on the host: a cluster of thread blocks, a fiber per thread, in an order drawn at random, with one
-// warp that in half of the runs gets a turn only when the others wait. Copies land at a random later time, in some runs only
+// warp that in half of the runs gets a turn only when the others wait. Copies land at a random later time, one warp's only
 // when all threads wait; they read their source only then, or some at once, and leave NaN at their destination until they have landed. So a barrier that is
 // missing, or waited for too early, shows in the results.
 //
@@ -262,7 +262,7 @@ inline std::string run(int clusters, int size, int threads_, size_t shared, unsi
     std::vector<int> warps(size * threads / 32);
     for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
     int idle = 0;
-    const bool late = draw() % 4 == 0;  // copies land only once no thread goes on
+    const int slow = int(draw() % (2 * warps.size()));  // a warp, or none, whose copies land only once no thread goes on
     const int starved = int(draw() % (2 * warps.size()));  // a warp, or none, that runs only once the others cannot
     while (!warps.empty() && error.empty()) {
       const size_t chosen = draw() % warps.size();
@@ -279,8 +279,8 @@ inline std::string run(int clusters, int size, int threads_, size_t shared, unsi
           if (!error.empty()) break;
         }
       }
-      const size_t some = late ? idle > int(warps.size()) : draw() % 2 * (1 + copies.size() / 16);
-      for (size_t i = 0; i < some && !copies.empty(); ++i) land(draw() % copies.size());
+      for (size_t some = draw() % 2 * (1 + copies.size() / 16); some && !copies.empty(); --some)
+        if (const size_t i = draw() % copies.size(); copies[i].thread / 32 != slow || idle > int(warps.size())) land(i);
       bool over = true;
       for (int i = 0; i < 32; ++i) over = over && fibers[warps[chosen] * 32 + i].over;
       if (over) warps[chosen] = warps.back(), warps.pop_back();

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import adapterkern as ak
+from adapterkern.ops import native, normed
 from adapterkern.training.data.examples import Example, load_examples
 from adapterkern.training.data.prefix import choose_cache
 from tests.support import families, tiny_run
@@ -124,9 +125,13 @@ def fuses(name: str, found: families.Found) -> None:
     if found.fuse_norm is False:
         return
     model = adapted(name)
-    expected = model(IDS, use_cache=False).logits
-    model.fuse_norm = True
-    torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(normed, "prefers_eager", lambda *_: False)  # which makes no norm
+        expected = model(IDS, use_cache=False).logits
+        model.fuse_norm = True
+        torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    if native.instruction_set()[0] is None:  # then there is nothing to take
+        return
     left = [vars(module)["_missed"] for module in model.base.modules() if "_missed" in vars(module)]
     assert 0 in left
 

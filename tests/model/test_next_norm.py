@@ -14,12 +14,15 @@ from torch.nn.utils import parametrize, prune
 import adapterkern as ak
 from adapterkern.model import liger, next_norm
 from adapterkern.model.next_norm import NextNorm, TakingNorm, ask
-from adapterkern.ops import normed
+from adapterkern.ops import native, normed
 from adapterkern.ops.normed import Made
 from adapterkern.training.compiled import compiled_layers
 from tests.support.tiny_llama import IDS, LEFT_PADDED, adapted, draw, grads, logits, tiny
 
 EVERYWHERE = [0, 1, 2, 3]
+pytestmark = pytest.mark.skipif(
+    native.instruction_set()[0] is None, reason="no native kernels here: norms run by themselves"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -48,8 +48,7 @@ def forward(
     pointers += [n.data_ptr(), rho.data_ptr() if save else 0, given.data_ptr()]
     strides = [x.stride(0), 0 if added is None else added.stride(0)]
     around = pointers, strides, norm_eps
-    how = {"scale": scale, "drop": drop, "around": around}
-    y, z, mean, rstd = native.forward(s, w, eps, activation, compute, save, **how)  # type: ignore[arg-type]
+    y, z, mean, rstd = native.forward(s, w, eps, activation, compute, save, scale=scale, drop=drop, around=around)
     return y, n, s, z, mean, rstd, rho
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from adapterkern.ops import graphs, native_normed, triton_normed
 from adapterkern.ops.checks import check_dropout, check_inputs, check_norm
-from adapterkern.ops.choice import fused_enabled, in_transform, operand_dtype, prefers_eager, runs_triton
+from adapterkern.ops.choice import fused_enabled, in_transform, operand_dtype, prefers_eager, runs_native, runs_triton
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.operator import adapter, as_seed
 from adapterkern.ops.reference import Weights, rms_norm_backward
 from adapterkern.ops.reference import rms_norm as rms_norm_equations
-from adapterkern.ops.registered import backward_op, needs_no_dispatcher, nobody_listens, run_backward
+from adapterkern.ops.registered import backward_op, nobody_listens, run_backward
 from adapterkern.ops.stock import rms_norm
 
 
@@ -138,10 +138,12 @@ class _How(NamedTuple):
 
 def _runs_kernels(x: Tensor, *others: Tensor) -> bool:
     """Whether kernels of ours run the call, and nothing is to see an operator in their place."""
-    if needs_no_dispatcher(x, *others):
-        return True
-    on_gpu = not torch.compiler.is_compiling() and runs_triton(x.device.type, x.dtype) and nobody_listens(x, *others)
-    return on_gpu and not graphs.recording(x.device)  # where a third operator prepares the weights
+    if torch.compiler.is_compiling():  # first: it cannot trace the rest
+        return False
+    kind = x.device.type, x.dtype
+    # Where a graph is recorded, a third operator prepares the weights.
+    runs = runs_native(*kind) or (runs_triton(*kind) and not graphs.recording(x.device))
+    return runs and nobody_listens(x, *others)
 
 
 def _forward(x, added, *args, save):  # type: ignore[no-untyped-def]

@@ -70,11 +70,13 @@ def needs_no_dispatcher(x: Tensor, *others: Tensor) -> bool:
 
 
 def nobody_listens(x: Tensor, *others: Tensor) -> bool:
-    """Whether only memory is read and written: subclasses of Tensor, tensors that are not what lies in memory, modes,
-    transforms, tracers and profilers are to see operators."""
+    """Whether a call reads and writes memory, and nothing else sees it; not to be asked in compiled code.
+
+    Subclasses of Tensor, tensors that are not what lies in memory, modes, transforms, tracers and profilers are to see
+    operators.
+    """
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
+        not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
         and not torch.jit.is_tracing()

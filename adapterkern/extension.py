@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_VERSION = 6  # of csrc/bindings.cpp
+_VERSION = 7  # of csrc/bindings.cpp
 
 
 def load() -> tuple[Any, str]:

@@ -65,18 +65,18 @@ struct Launch {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
 
-  Launch(const Chosen& c, int blocks, int clusters, void* stream) {
+  Launch(const Chosen& c, const Grid& grid) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = unsigned(blocks);
+    attributes[0].val.clusterDim.x = unsigned(grid.blocks);
     attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // the kernel calls follow()
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3(unsigned(blocks * clusters));
+    config.gridDim = dim3(unsigned(grid.blocks * grid.clusters));
     config.blockDim = dim3(unsigned(c.threads));
     config.dynamicSmemBytes = size_t(c.bytes);
-    config.stream = cudaStream_t(stream);
+    config.stream = cudaStream_t(grid.stream);
     config.attrs = attributes;
-    config.numAttrs = 2;
+    config.numAttrs = grid.early ? 2 : 1;
   }
 };
 
@@ -93,10 +93,10 @@ cudaError_t allow(const Chosen& c) {
 }
 
 template <class P>
-const char* launch(Pass pass, P p, int R, int blocks, int clusters, int device, void* stream) {
-  const DeviceGuard guard(device);
-  const Chosen c = choose(pass, R);
-  const Launch launch(c, blocks, clusters, stream);
+const char* launch(Pass pass, P p, const Grid& grid) {
+  const DeviceGuard guard(grid.device);
+  const Chosen c = choose(pass, grid.R);
+  const Launch launch(c, grid);
   void* arguments[] = {&p};
   return describe(cudaLaunchKernelExC(&launch.config, c.kernel, arguments));
 }
@@ -111,20 +111,15 @@ int most_clusters(Pass pass, int R, int blocks, int device, const char** error) 
   int found = 0;
   cudaError_t status = allow(c);
   if (status == cudaSuccess) {
-    Launch launch(c, blocks, 1, nullptr);
-    launch.config.numAttrs = 1;
+    const Launch launch(c, {R, blocks, 1, device, nullptr, false});
     status = cudaOccupancyMaxActiveClusters(&found, c.kernel, &launch.config);
   }
   *error = describe(status);
   return *error ? 0 : found;
 }
 
-const char* forward(const Forward& p, int R, int blocks, int clusters, int device, void* stream) {
-  return launch(Pass::kForward, p, R, blocks, clusters, device, stream);
-}
+const char* forward(const Forward& p, const Grid& grid) { return launch(Pass::kForward, p, grid); }
 
-const char* backward(const Backward& p, int R, int blocks, int clusters, int device, void* stream) {
-  return launch(Pass::kBackward, p, R, blocks, clusters, device, stream);
-}
+const char* backward(const Backward& p, const Grid& grid) { return launch(Pass::kBackward, p, grid); }
 
 }  // namespace adapterkern::cluster

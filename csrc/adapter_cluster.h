@@ -69,8 +69,15 @@ int most_columns(Pass pass, int R);
 // How many clusters of `blocks` blocks `device` runs at once; `error` says why if that is none.
 int most_clusters(Pass pass, int R, int blocks, int device, const char** error);
 
-// One launch on `clusters` clusters. Returns what went wrong, or null.
-const char* forward(const Forward& p, int R, int blocks, int clusters, int device, void* stream);
-const char* backward(const Backward& p, int R, int blocks, int clusters, int device, void* stream);
+// The kernel for adapters of padded dimension R, on how many clusters of how many blocks, where and when.
+struct Grid {
+  int R, blocks, clusters, device;
+  void* stream;
+  bool early;  // may start up while the kernel before it runs
+};
+
+// One launch. Returns what went wrong, or null.
+const char* forward(const Forward& p, const Grid& grid);
+const char* backward(const Backward& p, const Grid& grid);
 
 }  // namespace adapterkern::cluster

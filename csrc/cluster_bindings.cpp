@@ -40,14 +40,13 @@ py::tuple capacity([[maybe_unused]] int pass, [[maybe_unused]] int R, [[maybe_un
 // What both passes are given of the rows, and how they are launched.
 struct How {
   Rows rows;
-  int R, blocks, clusters, device;
-  uintptr_t stream;
+  Grid grid;
 };
 
 How how(uintptr_t index, unsigned rows, unsigned sequence, int d, int padded_d, int r, int columns, int activation, int R,
-        int blocks, int clusters, int device, uintptr_t stream) {
+        int blocks, int clusters, int device, uintptr_t stream, bool early) {
   return {{pointer<int64_t>(index), rows, sequence, d, padded_d, r, columns, Activation(activation)},
-          R, blocks, clusters, device, stream};
+          {R, blocks, clusters, device, pointer<void>(stream), early}};
 }
 
 void check([[maybe_unused]] const char* error) {
@@ -62,7 +61,7 @@ void run_forward(const How& how, uintptr_t x, uintptr_t a, uintptr_t c, uintptr_
                                    pointer<float>(mean), pointer<float>(rstd), stride, eps,
                                    {pointer<float>(next_weight), pointer<uint16_t>(n), pointer<float>(next_rstd), next_eps}};
 #ifdef ADAPTERKERN_WITH_CLUSTERS
-  check(forward(p, how.R, how.blocks, how.clusters, how.device, pointer<void>(how.stream)));
+  check(forward(p, how.grid));
 #endif
 }
 
@@ -75,7 +74,7 @@ void run_backward(const How& how, uintptr_t dy, uintptr_t x, uintptr_t z, uintpt
       pointer<uint16_t>(dx), pointer<float>(g), pointer<float>(u), pointer<float>(dz), pointer<float>(q),
       pointer<float>(dbias), stride};
 #ifdef ADAPTERKERN_WITH_CLUSTERS
-  check(backward(p, how.R, how.blocks, how.clusters, how.device, pointer<void>(how.stream)));
+  check(backward(p, how.grid));
 #endif
 }
 
@@ -87,7 +86,7 @@ void bind_clusters(py::module_& m) {
   py::class_<How>(m, "ClusterLaunch", py::module_local())
       .def(py::init(&how), py::kw_only(), py::arg("index"), py::arg("rows"), py::arg("sequence"), py::arg("d"),
            py::arg("padded_d"), py::arg("r"), py::arg("columns"), py::arg("activation"), py::arg("R"), py::arg("blocks"),
-           py::arg("clusters"), py::arg("device"), py::arg("stream"));
+           py::arg("clusters"), py::arg("device"), py::arg("stream"), py::arg("early"));
   m.def("cluster_forward", &run_forward);
   m.def("cluster_backward", &run_backward);
 }

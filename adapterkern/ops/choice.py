@@ -85,14 +85,16 @@ def clusters(device: torch.device) -> tuple[bool, str]:
     asked = kernels_asked()
     if asked == "triton":
         return False, "ADAPTERKERN_KERNELS=triton is set"
-    proof = CLUSTERS_PROVEN.get(torch.cuda.get_device_name(device)) if CLUSTERS_PROVEN else None
+    card = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    proof = CLUSTERS_PROVEN.get(card)
     if asked is None and proof is None:
         return False, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
     from adapterkern.ops.kernels.clusters import Pass, capacity  # Triton takes a third of a second to import
 
-    found, why_not = capacity(Pass.FORWARD, 64, 4096, device)
-    if not found:
-        return False, why_not
+    for kernel in Pass:
+        found, why_not = capacity(kernel, 64, 4096, device)
+        if not found:
+            return False, f"{kernel.name.lower()}: {why_not}"
     return True, "ADAPTERKERN_KERNELS=cluster is set" if asked else f"bench/results/{proof}"
 
 

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ import torch
 from adapterkern.ops import choice, native
 
 HERE = "avx2, the best of avx2; small inputs run as eager PyTorch"
-GPU = (
-    "it is a GPU; no kernels by clusters: no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
-)
+NOT_SHOWN = "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
+GPU = f"it is a GPU; no kernels by clusters: {NOT_SHOWN}"
 
 
 @pytest.fixture
@@ -63,12 +63,13 @@ def test_the_choice_and_its_log_line(
 @pytest.mark.parametrize(
     ("asked", "proven", "capacity", "expected"),
     [
-        (None, {}, (15, ""), (False, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)")),
+        (None, {}, (15, ""), (False, NOT_SHOWN)),
         (None, {"a card": "a-card/x.json"}, (15, ""), (True, "bench/results/a-card/x.json")),
-        (None, {"a card": "a-card/x.json"}, (0, "no driver"), (False, "no driver")),
+        (None, {"a card": "a-card/x.json"}, (0, "no driver"), (False, "backward: no driver")),
+        (None, {"another card": "another-card/x.json"}, (15, ""), (False, NOT_SHOWN)),
         ("triton", {"a card": "a-card/x.json"}, (15, ""), (False, "ADAPTERKERN_KERNELS=triton is set")),
         ("cluster", {}, (15, ""), (True, "ADAPTERKERN_KERNELS=cluster is set")),
-        ("cluster", {}, (0, "no driver"), (False, "no driver")),
+        ("cluster", {}, (0, "no driver"), (False, "backward: no driver")),
     ],
 )
 def test_where_kernels_run_by_clusters(
@@ -82,16 +83,28 @@ def test_where_kernels_run_by_clusters(
     if asked is not None:
         monkeypatch.setenv("ADAPTERKERN_KERNELS", asked)
     monkeypatch.setattr(choice, "CLUSTERS_PROVEN", proven)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr("adapterkern.ops.kernels.clusters.capacity", lambda *_: capacity)
+
+    def runs_at_once(kernel: IntEnum, *_: object) -> tuple[int, str]:
+        return capacity if kernel.name == "BACKWARD" else (15, "")
+
+    monkeypatch.setattr("adapterkern.ops.kernels.clusters.capacity", runs_at_once)
     device = torch.device("cuda", 0)
     assert choice.clusters(device) == expected
     choice.runs_clusters.cache_clear()
     for _ in range(2):
         assert choice.runs_clusters(device) == expected[0]
     choice.runs_clusters.cache_clear()
-    in_vain = ["ADAPTERKERN_KERNELS=cluster: the Triton kernels run: no driver"]
+    in_vain = ["ADAPTERKERN_KERNELS=cluster: the Triton kernels run: backward: no driver"]
     assert [r.message for r in caplog.records] == (in_vain if asked == "cluster" and not expected[0] else [])
+
+
+def test_a_proven_card_is_looked_for_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAPTERKERN_KERNELS", raising=False)
+    monkeypatch.setattr(choice, "CLUSTERS_PROVEN", {"a card": "a-card/x.json"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choice.clusters(torch.device("cuda", 0)) == (False, NOT_SHOWN)
 
 
 def test_no_card_is_said_to_be_proven_without_its_results() -> None:

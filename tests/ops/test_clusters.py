@@ -402,6 +402,19 @@ def test_no_barrier_of_the_backward_can_be_left_out(host: ModuleType) -> None:
     assert not barriers_that_can_be_left_out(host_cluster.BACKWARD, cases)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_launches_are_early_where_other_kernels_are(
+    host: ModuleType, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    monkeypatch.setattr(clusters, "has_early_launches", lambda device: early)
+    x, weights = torch.randn(40, 32).bfloat16(), make_weights(32, 16)
+    run(host, x, weights)
+    assert host.was_early() == early
+    run(host, x, weights, save=False)
+    run_backward(host, x, x, weights)
+    assert host.was_early() == early
+
+
 def test_what_the_kernel_does_not_compute(host: ModuleType) -> None:
     x, weights = torch.randn(64, 256).bfloat16(), Weights(*(w[None] for w in make_weights(256, 16)))
     prepared, plain = host_cluster.prepared(weights), Routing(64, 64, None)

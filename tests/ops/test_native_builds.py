@@ -21,7 +21,7 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 # The adapter's half of the extension. pybind11's templates take longer than all kernels, and are not what is tested.
 MODULE = """
 #include "adapter_bindings.cpp"
-PYBIND11_MODULE(_C, m) { bind_adapter(m), m.attr("VERSION") = 6; }
+PYBIND11_MODULE(_C, m) { bind_adapter(m), m.attr("VERSION") = 7; }
 """
 
 

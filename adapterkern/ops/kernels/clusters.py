@@ -18,7 +18,7 @@ from adapterkern import extension
 
 from .norm import Following
 from .rows import Routing
-from .tiles import ceil_div
+from .tiles import ceil_div, has_early_launches
 from .weights import Prepared
 
 _C, _MISSING = extension.load()
@@ -110,7 +110,7 @@ def _launch(kernel: Pass, x: Tensor, of: Routing, prepared: Prepared, r: int, ac
     return clusters, _C.ClusterLaunch(
         index=_address(of.index), rows=T, sequence=of.S, d=d, padded_d=D, r=r, columns=how.columns,
         activation=_ACTIVATIONS.index(activation), R=R, blocks=how.blocks, clusters=clusters, device=_index(x.device),
-        stream=stream,
+        stream=stream, early=has_early_launches(x.device),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ namespace {
 
 bool narrow;
 unsigned seed;
+bool early;  // whether the last launch was to be early
 
 // A kernel, and the most columns of its blocks.
 struct Chosen {
@@ -67,33 +68,34 @@ int most_clusters(Pass, int, int, int, const char** error) {
   return 3;
 }
 
-const char* run(Pass pass, const void* p, int R, int blocks, int clusters) {
+const char* run(Pass pass, const void* p, const Grid& grid) {
   static std::string error;
-  error = choose(pass, R).run(p, blocks, clusters);
+  early = grid.early;
+  error = choose(pass, grid.R).run(p, grid.blocks, grid.clusters);
   host::ranges.clear();
   return error.empty() ? nullptr : error.c_str();
 }
 
-const char* forward(const Forward& p, int R, int blocks, int clusters, int, void*) {
+const char* forward(const Forward& p, const Grid& grid) {
   int64_t adapters = 1;
   for (unsigned row = 0; p.index && row < p.rows; row += p.sequence)
     adapters = std::max(adapters, p.index[row / p.sequence] + 1);
   allow(p.x, ((p.rows - 1) * p.stride + p.d) * 2);
   allow(p.y, int64_t(p.rows) * p.d * 2);
   allow(p.next.n, p.next.n ? int64_t(p.rows) * p.d * 2 : 0);
-  allow(p.a, adapters * R * p.padded_d * 2);
-  allow(p.w, adapters * R * p.padded_d * 2);
-  return run(Pass::kForward, &p, R, blocks, clusters);
+  allow(p.a, adapters * grid.R * p.padded_d * 2);
+  allow(p.w, adapters * grid.R * p.padded_d * 2);
+  return run(Pass::kForward, &p, grid);
 }
 
-const char* backward(const Backward& p, int R, int blocks, int clusters, int, void*) {
+const char* backward(const Backward& p, const Grid& grid) {
   allow(p.x, ((p.rows - 1) * p.stride + p.d) * 2);
   allow(p.dy, int64_t(p.rows) * p.d * 2);
   allow(p.dx, p.dx ? int64_t(p.rows) * p.d * 2 : 0);
   allow(p.z, int64_t(p.rows) * p.r * 2);
-  allow(p.a, int64_t(R) * p.padded_d * 2);
-  allow(p.w, int64_t(R) * p.padded_d * 2);
-  return run(Pass::kBackward, &p, R, blocks, clusters);
+  allow(p.a, int64_t(grid.R) * p.padded_d * 2);
+  allow(p.w, int64_t(grid.R) * p.padded_d * 2);
+  return run(Pass::kBackward, &p, grid);
 }
 
 }  // namespace adapterkern::cluster
@@ -107,4 +109,5 @@ PYBIND11_MODULE(host_cluster, m) {
     adapterkern::cluster::narrow = narrow, adapterkern::cluster::seed = seed;
     adapterkern::cluster::host::ignored = ignored;
   });
+  m.def("was_early", [] { return adapterkern::cluster::early; });
 }

@@ -99,6 +99,7 @@ class NextNorm:
     def __init__(self, norm: Any, runner: nn.Module | None) -> None:
         self.norm, self._runner = norm, runner
         self._asked: dict[tuple[Any, ...], tuple[int, float] | None] = {}
+        self._wide: tuple[tuple[Any, ...], Tensor] | None = None
 
     def factor(self, x: Tensor) -> Factor | None:
         """What the norm does to a tensor like x; None if nobody can make its output in its place now."""
@@ -118,7 +119,16 @@ class NextNorm:
             _say(f"{type(self.norm).__name__} in {weight.dtype} is not an RMSNorm from {x.dtype} to {x.dtype}")
             return None
         plus, eps = asked
-        return Factor(plus + weight.detach().float() if plus else weight.detach(), eps)
+        return Factor(self._in_fp32(weight, plus), eps)
+
+    def _in_fp32(self, weight: Tensor, plus: int) -> Tensor:
+        """``plus`` and the weight, made once for each value of it: the kernels read it in fp32."""
+        if not plus and weight.dtype == torch.float32:
+            return weight.detach()
+        now = id(weight), weight.data_ptr(), weight._version, weight.dtype, plus
+        if self._wide is None or self._wide[0] != now:
+            self._wide = now, plus + weight.detach().float()
+        return self._wide[1]
 
     def _obstacle(self, x: Tensor, weight: Any) -> str | None:
         if self._runner is not None and "_frozen_mlp" in vars(self._runner):  # training/compiled.py
@@ -129,6 +139,8 @@ class NextNorm:
             return f"its weight is not whole on {x.device}"
         if weight.requires_grad:
             return "its weight is trained"
+        if weight.is_inference():
+            return "its weight, made in inference mode, does not tell whether it changes"
         if vars(self.norm).get("_missed", 0) >= _MISSES:
             return f"{type(self.norm).__name__} has not read what an adapter left it, {_MISSES} times"
         return None

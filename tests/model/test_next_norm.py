@@ -269,6 +269,41 @@ def test_a_norm_that_is_trained(handed: list[str], caplog: pytest.LogCaptureFixt
     assert model.decoder.norm.weight.grad is not None
 
 
+def test_a_norm_that_was_made_in_inference_mode(handed: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with torch.inference_mode():
+        base = tiny()
+    model = adapted(base, layers=[3])
+    model.fuse_norm = True
+    with torch.no_grad():
+        logits(model)
+    assert handed == []
+    assert said(caplog) == [
+        "fuse_norm: a norm runs by itself: its weight, made in inference mode, does not tell whether it changes"
+    ]
+
+
+def test_a_weight_is_read_in_fp32_once_for_each_value() -> None:
+    model = adapted(tiny("Gemma2").bfloat16(), layers=[3])
+    model.fuse_norm = True
+    one = model._next_norms["3", "layer"]
+    weight, x = one.norm.weight, torch.zeros(1, 1, len(one.norm.weight), dtype=torch.bfloat16)
+
+    def factor() -> Tensor:
+        found = one.factor(x)
+        assert found is not None
+        assert found.weight.dtype == torch.float32
+        assert torch.equal(found.weight, 1 + weight.detach().float())
+        return found.weight
+
+    assert factor() is factor()
+    before = factor()
+    with torch.no_grad():
+        weight.fill_(0.5)
+    assert factor() is not before
+    one.norm.weight = weight = nn.Parameter(torch.full_like(weight, 0.25), requires_grad=False)
+    factor()
+
+
 def test_a_copy_of_a_norm_is_trained_beside_it(handed: list[str]) -> None:
     model = adapted(layers=EVERYWHERE)
     model.fuse_norm = True

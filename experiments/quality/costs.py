@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.torch import save
 
 from bench.cases import Case, Variant
-from bench.measure import interleave, kept_for_backward, paired_ratio, quartiles
+from bench.measure import interleave, kept_for_backward, paired_ratio, peak_bytes, quartiles
 from experiments.common import CPU, record, show
 from experiments.quality import plan
 from experiments.quality.methods import METHODS
@@ -54,8 +54,11 @@ def _variant(world: World, method: str) -> Variant:
     kept = kept_for_backward(
         lambda: model.loss(texts, rows), [*frozen, *applied.parameters.values(), *model.head.parameters()]
     )["kept_bytes"]
+    step()  # which makes the optimizer's state
+    optimizer.zero_grad(set_to_none=True)  # so that gradients are among what a step allocates
     info: dict[str, Any] = {
         "parameters": applied.size,
+        "peak_bytes": peak_bytes(step, CPU),
         "kept_bytes": kept,
         "state_bytes": 16 * applied.size,  # values, gradients and two moments
         "saved_bytes": len(save({name: p.detach().contiguous() for name, p in applied.parameters.items()})),
@@ -65,9 +68,10 @@ def _variant(world: World, method: str) -> Variant:
 
 def table(path: Path) -> str:
     """``costs.json`` in Markdown."""
-    lines = [["", "parameters", "ms per step", f"times {BASE}", "kept, MB", "trained with its state, MB", "file, MB"]]
+    lines = [["", "parameters", "ms per step", f"times {BASE}", "peak, MB", "kept, MB"]]
+    lines[0] += ["trained with its state, MB", "file, MB"]
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        bytes_ = (f"{row[name] / 1e6:.2f}" for name in ("kept_bytes", "state_bytes", "saved_bytes"))
+        bytes_ = (f"{row[name] / 1e6:.2f}" for name in ("peak_bytes", "kept_bytes", "state_bytes", "saved_bytes"))
         times = f"{1e3 * row['seconds']['median']:.0f}", f"{row[f'times_of_{BASE}']:.2f}"
         lines.append([NAMES[row["method"]], f"{row['parameters']:,}", *times, *bytes_])
     return markdown(lines)

@@ -58,7 +58,7 @@ def tables(done: rows.Rows, folder: Path) -> dict[str, str]:
     found = {name: report.table(done, name) for name in plan.parts()}
     found |= {"short": report.short(done), "taken": report.taken(done)}
     found["sizes"] = report.sizes(done)  # has no runs on the test set
-    return found | ({"costs": costs.table(path)} if path.exists() else {})
+    return found | {"costs": costs.table(path) if path.exists() else report.NOT_DONE}
 
 
 if __name__ == "__main__":

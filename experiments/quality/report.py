@@ -41,6 +41,7 @@ AGAINST: dict[str, dict[str, Any]] = {
     "layers": {"first": plan.HALF[1]},
     "defaults": {"epochs": plan.EPOCHS[400]},
 }
+NOT_DONE = "Not done yet."
 SHORT = ("head", "lora", "adapter", "adapter-parallel", "full")
 
 
@@ -77,7 +78,7 @@ def _diverged(done: Rows, group: Group) -> list[Spec]:
 
 def table(done: Rows, part: str) -> str:
     """A part's rows: size, rate, accuracy, its difference to another row's, drift."""
-    return markdown(_cells(done, part)) or "Not done yet."
+    return markdown(_cells(done, part)) or NOT_DONE
 
 
 def short(done: Rows) -> str:

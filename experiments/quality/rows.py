@@ -32,15 +32,32 @@ def read(path: Path) -> Rows:
     """The rows by what was run; none if there is no file.
 
     Raises:
-        ValueError: a row is of another protocol.
+        ValueError: a row is cut off, of another protocol, there twice, or of a set that is another in other rows.
     """
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    if odd := {row.get("protocol") for row in found} - {str(PROTOCOL)}:
+        reader = csv.DictReader(file)
+        found = [(reader.line_num, row) for row in reader]
+    for line, row in found:
+        if None in row or None in row.values():  # a merge or an editor: ``write`` leaves no such row
+            raise ValueError(f"{path}:{line}: expected a value for each column, got a row of another length")
+    if odd := {row.get("protocol") for _, row in found} - {str(PROTOCOL)}:
         raise ValueError(f"{path}: expected rows of protocol {PROTOCOL}, got some of {odd.pop()}; move the file away")
-    return {spec_of(row): row for row in found}
+    done: Rows = {}
+    for line, row in found:
+        spec = spec_of(row)
+        if spec in done:
+            raise ValueError(f"{path}:{line}: expected one row of each run, got a second of {spec}")
+        if other := other_digest(done, spec, row["digest"]):
+            raise ValueError(f"{path}:{line}: expected {spec.data} of digest {other}, as above, got {row['digest']}")
+        done[spec] = row
+    return done
+
+
+def other_digest(done: Rows, spec: Spec, digest: str) -> str | None:
+    """The digest of a run's set in the rows, if it is another: of other texts no difference would be one of methods."""
+    return next((row["digest"] for of, row in done.items() if of.data == spec.data and row["digest"] != digest), None)
 
 
 def spec_of(row: Mapping[str, str]) -> Spec:

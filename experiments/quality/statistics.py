@@ -61,5 +61,12 @@ def packed(right: np.ndarray) -> str:
 
 
 def unpacked(right: str, count: int) -> np.ndarray:
-    """Which of ``count`` texts are right, (N,) bool, from the CSV's column."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8), count=count).astype(bool)
+    """Which of ``count`` texts are right, (N,) bool, from the CSV's column.
+
+    Raises:
+        ValueError: the column is of another number of texts.
+    """
+    found = np.frombuffer(base64.b64decode(right), np.uint8)
+    if len(found) != -(-count // 8):  # numpy would fill up with zeros: with wrong answers
+        raise ValueError(f"right: expected {-(-count // 8)} bytes for {count} texts, got {len(found)}")
+    return np.unpackbits(found, count=count).astype(bool)

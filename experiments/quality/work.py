@@ -53,7 +53,12 @@ def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> Non
                 if (error := future.exception()) is not None:
                     failed.append((spec, error))
                     continue
-                done[spec] = row = rows.row_of(spec, future.result())
+                row = rows.row_of(spec, future.result())
+                if other := rows.other_digest(done, spec, row["digest"]):
+                    message = f"{spec.data}: expected digest {other}, as in the rows, got {row['digest']}"
+                    failed.append((spec, ValueError(message)))
+                    continue
+                done[spec] = row
                 rows.write(path, done)
                 place = f"{spec.data} {spec.layers}-{spec.first} n={spec.texts}"
                 shown = f"{place} {spec.method} {spec.budget:g} keep={spec.keep:g} lr={spec.lr:g}"

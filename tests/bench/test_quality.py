@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,35 @@ def test_rows_come_back(tmp_path: Path) -> None:
         rows.read(tmp_path / "runs.csv")
 
 
+def _cut_off(text: str) -> str:
+    return text[: text.rindex(",2,20")]
+
+
+def _twice(text: str) -> str:
+    return text + text.splitlines()[1] + "\r\n"
+
+
+def _other_texts(text: str) -> str:
+    return "finished,b".join(text.rsplit("finished,a", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut_off, r"runs.csv:3: expected a value for each column, got a row of another length"),
+        (_twice, r"runs.csv:4: expected one row of each run, got a second of Spec\(data='r8'"),
+        (_other_texts, r"runs.csv:3: expected r8 of digest a, as above, got b"),
+    ],
+)
+def test_damaged_rows_are_refused_by_line(damage: Callable[[str], str], message: str, tmp_path: Path) -> None:
+    """As a merge by hand or another machine's texts leave them."""
+    path, other = tmp_path / "runs.csv", dataclasses.replace(SPEC, seed=2)
+    rows.write(path, {spec: _row(spec, 0.5) | {"digest": "a"} for spec in (SPEC, other)})
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        rows.read(path)
+
+
 # The page
 
 
@@ -340,6 +370,11 @@ def test_a_page_gets_its_tables() -> None:
     )
     with pytest.raises(ValueError, match="page: expected tables of r8, got a place for costs"):
         report.fill(page, {"r8": ""})
+
+
+def test_a_folder_without_measured_costs_fills_a_page_too(tmp_path: Path) -> None:
+    page = "<!-- costs -->\n<!-- end -->\n<!-- r8 -->\n<!-- end -->\n"
+    assert report.fill(page, tables({}, tmp_path)) == page.replace(" -->\n<!-- end", " -->\nNot done yet.\n<!-- end")
 
 
 def test_the_page_has_the_tables_of_the_rows() -> None:
@@ -357,6 +392,13 @@ def test_the_page_has_the_tables_of_the_rows() -> None:
 
 
 # Intervals
+
+
+def test_which_texts_are_right_comes_back_and_is_refused_cut_off() -> None:
+    right = np.arange(21) % 3 == 0
+    assert (unpacked(packed(right), 21) == right).all()
+    with pytest.raises(ValueError, match="right: expected 4 bytes for 25 texts, got 3"):
+        unpacked(packed(right), 25)
 
 
 def test_intervals() -> None:
@@ -452,6 +494,21 @@ def test_a_run_that_raises_ends_the_study_after_the_others(tmp_path: Path, monke
     with pytest.raises(RuntimeError, match=r"seed=7.* raised"):
         work.run_all(tmp_path / "runs.csv", [], 2, 1.0)
     assert list(rows.read(tmp_path / "runs.csv")) == [SPEC]
+
+
+def test_a_run_on_other_texts_than_those_of_the_rows_has_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "runs.csv", dataclasses.replace(SPEC, seed=2)
+    rows.write(path, {SPEC: _row(SPEC, 0.5) | {"digest": "a"}})
+    monkeypatch.setattr(work, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(work.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(plan, "pending", lambda done, _: (spec for spec in (SPEC, other) if spec not in done))
+    monkeypatch.setattr(work, "_run", lambda _: {"status": "finished", "digest": "b"})
+    with pytest.raises(RuntimeError, match=r"seed=2.* raised") as raised:
+        work.run_all(path, [], 1, 1.0)
+    assert str(raised.value.__cause__) == "r8: expected digest a, as in the rows, got b"
+    assert list(rows.read(path)) == [SPEC]
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:

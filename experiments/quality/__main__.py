@@ -2,7 +2,7 @@
 
 ``run`` does the runs that have no row in runs.csv yet; stop it and call it again as you like. ``left`` counts them.
 ``costs`` times a step of each method: call it on a quiet machine. ``report`` prints the tables, draws the pictures, and
-puts the tables into a page.
+puts the tables into a page. ``all`` is these three, and does not repeat what is in the folder.
 """
 
 import os
@@ -14,9 +14,9 @@ from experiments.quality import costs, pictures, plan, report, rows, work
 
 
 def main() -> None:
-    """Run, count, time or report."""
+    """Run, count, time, report, or all but count."""
     parser = make_parser("quality", __doc__, by_device=False)
-    parser.add_argument("action", choices=("run", "left", "costs", "report"))
+    parser.add_argument("action", choices=("all", "run", "left", "costs", "report"))
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(plan.parts())}; default all")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="run: how many at a time, of one thread")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="run: begin none after this time")
@@ -30,14 +30,20 @@ def main() -> None:
     if arguments.page is not None and not arguments.page.is_file():
         parser.error(f"--page: expected a file, got {arguments.page}")
     path, chosen = arguments.output / rows.NAME, arguments.parts or list(plan.parts())
-    if arguments.action == "run":
+    action = arguments.action
+    if action in ("run", "all"):
         work.run_all(path, chosen, arguments.workers, arguments.minutes)
-        return
-    if arguments.action == "costs":
-        costs.measure(arguments.output, arguments.rounds, seconds=180.0)
-        return
+        if action == "run":
+            return
     done = rows.read(path)
-    if arguments.action == "left":
+    if action == "all" and (left := len(list(plan.pending(done, chosen)))):
+        print(f"{left} runs are left to do now: no report yet")
+        return
+    if action == "costs" or (action == "all" and not (arguments.output / costs.NAME).exists()):
+        costs.measure(arguments.output, arguments.rounds, seconds=180.0)
+        if action == "costs":
+            return
+    if action == "left":
         for name in chosen:
             groups = plan.parts()[name]
             complete, now = sum(not g.missing(done) for g in groups), len(list(plan.pending(done, [name])))

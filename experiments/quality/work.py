@@ -34,8 +34,10 @@ def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None
 def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
     asked: list[int] = []
     failed: list[tuple[Spec, BaseException]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: asked.append(number))
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     done, until = rows.read(path), time.monotonic() + 60 * minutes
     with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
         under_way: dict[Future[dict[str, Any]], Spec] = {}
@@ -67,6 +69,8 @@ def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> Non
                     f"{shown} seed {spec.seed}: {row['status']}, {scores}, {float(row['seconds'] or 0):.0f} s",
                     flush=True,
                 )
+    for number, handler in before.items():
+        signal.signal(number, handler)
     for spec, error in failed:
         raise RuntimeError(f"{spec} raised") from error
 

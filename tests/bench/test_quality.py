@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from adapterkern.training.run.lock import locked
-from experiments.quality import plan, report, rows, training, work
-from experiments.quality.__main__ import tables
+from experiments.quality import costs, pictures, plan, report, rows, training, work
+from experiments.quality.__main__ import main, tables
 from experiments.quality.methods import METHODS, OWN_SIZE, apply
 from experiments.quality.models import LONGEST_ANSWER, best_spans
 from experiments.quality.sets import Part, Set, _cut
@@ -392,6 +392,34 @@ def test_the_page_has_the_tables_of_the_rows() -> None:
 
 
 # Intervals
+
+
+def test_all_of_it_is_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    ready = False
+
+    def run_all(path: Path, *_: object) -> None:
+        called.append("run")
+        if ready:
+            path.write_bytes((RESULTS / rows.NAME).read_bytes())
+
+    def measure(folder: Path, *_: object, **__: object) -> None:
+        called.append("costs")
+        (folder / costs.NAME).write_bytes((RESULTS / costs.NAME).read_bytes())
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- costs -->\n<!-- end -->\n<!-- r8 -->\n<!-- end -->\n")
+    monkeypatch.setattr(work, "run_all", run_all)
+    monkeypatch.setattr(costs, "measure", measure)
+    monkeypatch.setattr(pictures, "draw", lambda *_: called.append("pictures"))
+    monkeypatch.setattr("sys.argv", ["quality", "all", "r8", "--output", str(tmp_path), "--page", str(page)])
+    main()
+    assert called == ["run"]  # it was stopped
+    ready = True
+    main()
+    main()
+    assert called == ["run", "run", "costs", "pictures", "run", "pictures"]
+    assert "| head alone | 0 | 0.006 |" in page.read_text()
 
 
 def test_which_texts_are_right_comes_back_and_is_refused_cut_off() -> None:

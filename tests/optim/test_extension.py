@@ -1,8 +1,8 @@
 """The CUDA source itself, compiled for the host and run: what can be tested of the kernels without a GPU.
 
-tests/optim/host_cuda/cuda_runtime.h runs one thread per CUDA thread. Indexing, chunks, barriers and the order of
-summation are those of the GPU, and so is what an early launch may read; speed, registers and the memory model are not
-tested here.
+tests/optim/host_cuda/cuda_runtime.h runs a fiber per CUDA thread, in random order. Indexing, chunks, barriers and the
+order of summation are those of the GPU, and so is what an early launch may read; speed, registers and the memory model
+are not tested here.
 """
 
 import shutil
@@ -89,7 +89,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     (folder / "module.cpp").write_text(WITHOUT_ADAPTER)
     flags = "-std=c++20 -fno-math-errno -ffp-contract=off -fPIC -fvisibility=hidden -pthread -DADAPTERKERN_WITH_CUDA"
-    places = ROOT / "csrc", ROOT / "tests/optim/host_cuda", sysconfig.get_path("include"), pybind11.get_include()
+    places = [ROOT / name for name in ("csrc", "tests/optim/host_cuda", "tests/support")]
+    places += [Path(sysconfig.get_path("include")), Path(pybind11.get_include())]
     command = [str(CXX), *flags.split(), *(f"-I{place}" for place in places)]
     sources = {
         folder / "module.cpp": "-O0",  # no kernel is in it

@@ -20,7 +20,7 @@ FORWARD, BACKWARD = (ROOT / "csrc" / f"adapter_cluster_{name}.h" for name in ("f
 def build(folder: Path, compiler: str = "g++") -> ModuleType:
     target = folder / f"host_cluster{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = "-std=c++20 -O1 -ffp-contract=off -shared -fPIC -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas"
-    places = ROOT / "csrc", HOST, sysconfig.get_path("include"), pybind11.get_include()
+    places = ROOT / "csrc", HOST, ROOT / "tests/support", sysconfig.get_path("include"), pybind11.get_include()
     command = [compiler, *flags.split(), "-DADAPTERKERN_WITH_CLUSTERS", *(f"-I{place}" for place in places)]
     subprocess.run([*command, HOST / "module.cpp", ROOT / "csrc" / "cluster_bindings.cpp", "-o", target], check=True)
     spec = importlib.util.spec_from_file_location("host_cluster", target)

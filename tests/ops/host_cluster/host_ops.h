@@ -21,34 +21,9 @@
 #include <unordered_map>
 #include <vector>
 
-#define AK_DEVICE inline
+#include "fiber.h"
 
-// Registers of one stack for those of another.
-#ifdef __x86_64__
-extern "C" void ak_switch(void** kept, void* next);
-asm(R"(
-.text
-.type ak_switch, @function
-ak_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-#else
-#error "the host's fibers are written for x86-64"
-#endif
+#define AK_DEVICE inline
 
 namespace adapterkern::cluster {
 
@@ -59,7 +34,6 @@ struct Pair { float x, y; };
 namespace host {
 
 constexpr int kMaxThreads = 1024;
-constexpr size_t kStack = 64 << 10;
 
 struct Phase { int count = 0, pending = 0; int64_t bytes = 0; unsigned number = 0, place = 0; };
 struct Copy { void* to; const void* from; uint32_t bytes; Barrier* barrier; int thread; std::vector<char> value; };
@@ -77,8 +51,7 @@ struct Warp {
 };
 
 struct Fiber {
-  std::vector<char> stack;
-  void* at = nullptr;
+  StackOfFiber stack;
   bool over = false;
   unsigned fences = 0;
   int copies = 0;
@@ -110,7 +83,7 @@ inline int threads, current, index, count;
 inline int ignored;  // a line of the kernel whose barrier is left out, to see that the tests would notice
 inline bool moved;  // whether anything has happened since the scheduler last looked
 
-inline void yield() { ak_switch(&fibers[current].at, scheduler); }
+inline void yield() { fibers[current].stack.leave(scheduler); }
 inline void fail(const std::string& what) {
   if (error.empty()) error = what;
   for (;;) yield();
@@ -239,7 +212,6 @@ inline std::string run(int clusters, int size, int threads_, size_t shared, unsi
   draw.seed(seed);
   error.clear();
   fibers.resize(size_t(size) * threads);
-  for (Fiber& fiber : fibers) fiber.stack.resize(kStack);
   for (index = 0; index < clusters; ++index) {
     phases.clear(), copies.clear();
     whole = {};
@@ -252,10 +224,7 @@ inline std::string run(int clusters, int size, int threads_, size_t shared, unsi
       b.warps.resize(threads / 32);
     }
     for (Fiber& fiber : fibers) {
-      void** top = reinterpret_cast<void**>((uintptr_t(fiber.stack.data() + kStack) & ~uintptr_t(15)) - 16);
-      top[-1] = nullptr;
-      top[-2] = reinterpret_cast<void*>(&begin);
-      fiber.at = top - 8;
+      fiber.stack.start(begin);
       fiber.over = false, fiber.copies = 0, fiber.fences = 0;
       fiber.waited.assign(64, 0);
     }
@@ -275,7 +244,7 @@ inline std::string run(int clusters, int size, int threads_, size_t shared, unsi
         const int rotation = draw() % 32;
         for (int i = 0; i < 32; ++i) {
           current = warps[chosen] * 32 + (i + rotation) % 32;
-          if (!fibers[current].over) ak_switch(&scheduler, fibers[current].at);
+          if (!fibers[current].over) fibers[current].stack.enter(&scheduler);
           if (!error.empty()) break;
         }
       }

@@ -15,12 +15,15 @@ everything is timed by the host's clock, with a fixed number of threads.
 import dataclasses
 import functools
 import gc
+import importlib.metadata
+import importlib.util
 import itertools
 import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -324,9 +327,12 @@ def _gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def _version(name: str) -> str | None:
+    """Of a package, which is not imported for it: peft and transformers take seconds."""
     try:
-        return getattr(__import__(name), "__version__", "installed")
-    except ModuleNotFoundError:
-        return None
+        if version := getattr(sys.modules.get(name), "__version__", None):
+            return str(version)
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # it may have come with another
+        return "installed" if importlib.util.find_spec(name) else None
     except Exception as error:  # a broken package must not cost the run
         return f"broken ({type(error).__name__})"

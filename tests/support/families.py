@@ -3,6 +3,7 @@
 ``python -m tests.support.families`` prints the tables of docs/families.md.
 """
 
+import copy
 import dataclasses
 import functools
 import re
@@ -188,6 +189,20 @@ def tiny(name: str, **changes: Any) -> Any:
     Raises:
         ImportError: transformers needs another package for it.
     """
+    if changes:
+        return _built(name, changes)
+    built, drawn = _kept(name, torch.get_default_dtype())
+    torch.set_rng_state(drawn)
+    return copy.deepcopy(built)
+
+
+@functools.lru_cache(maxsize=1)  # a test asks for one family a dozen times
+def _kept(name: str, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """A model to be copied, and the state of the random numbers after its weights."""
+    return _built(name, {}), torch.get_rng_state()
+
+
+def _built(name: str, changes: dict[str, Any]) -> Any:
     cls = getattr(transformers, name)
     torch.manual_seed(0)
     config = tiny_config(cls.config_class, short(name), changes)

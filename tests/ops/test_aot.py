@@ -90,7 +90,7 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
 @pytest.mark.parametrize(
     ("shape", "kernel"),
     [
-        (aot.Shape(16, 577, "float32-bfloat16", 100), "forward"),  # 2,040 bytes of stack before
+        (aot.Shape(16, 577, "float32-bfloat16", 100), "forward"),
         (aot.Shape(64, 577, "bfloat16", 90), "slice dx g u"),
         (aot.Shape(512, 577, "float16", 120), "forward"),
         (aot.Shape(8, 576, "float32-float16", 100), "forward"),

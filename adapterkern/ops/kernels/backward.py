@@ -244,8 +244,8 @@ def backward(
     sms = multiprocessors(dy.device) if sms is None else sms
     p = prepared
     row_tiles = row_tiles.reading(x, vec, z.dtype, few=16 if R == 512 else 32)
-    if R == 512 and x.dtype != z.dtype:
-        row_tiles = replace(row_tiles, all_registers=True)
+    if R >= 128 and x.dtype != z.dtype:
+        row_tiles = replace(row_tiles, registers=255)
     tiles = tiles.reading(x, vec, z.dtype, few=16)
 
     norm = p.row_sums is not None
@@ -255,18 +255,8 @@ def backward(
     with_h = with_u or (x_free and (needed.x or with_g))
     folded = with_dz and norm and x.dtype == z.dtype == torch.bfloat16
     direct = folded and not x_free
-    unchanged = direct or (not norm and not x_free and x.dtype == z.dtype)  # x goes into the products
-    if not unchanged and (needed.x or with_g):  # x goes through registers
-        mixed = x.dtype != z.dtype
-        if mixed and R == 64 and tiles.BT == 16:
-            tiles = replace(tiles, BD=32)  # 128 columns spill 8 bytes on sm_80
-        tiles = replace(tiles, BT=min(tiles.BT, 16 if x_free and mixed else 32))
-        if not (folded or mixed):
-            tiles = replace(tiles, all_registers=True)
-        if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
-            tiles = replace(tiles, BD=32 // z.element_size(), num_stages=1)
-        elif x_free and R == 32 and z.dtype == torch.float32:
-            tiles = replace(tiles, BD=16)
+    if not (direct or (not norm and not x_free and x.dtype == z.dtype)) and (needed.x or with_g):
+        tiles = tiles.through_registers(R, x, z.dtype, x_free=x_free, folded=folded)
     if tiles.BD == R == 32:
         tiles = replace(tiles, BD=16)  # the kernel tells how its sums lie from their shape
 
@@ -342,7 +332,7 @@ def _gradients(
         reduce_kernel[(blocks, n)](
             *sums, *(w if w is None else w.contiguous() for w in read), scale, *grads, dscale, shares,
             d=d, r=r, D=D, BR=R, PDL=pdl, RB=min(R, 128), BD=block,
-            num_warps=min(8, R // 8), **early_launch(pdl),
+            num_warps=min(8, R // 8), maxnreg=255, **early_launch(pdl),
         )  # fmt: skip
     if len(weights) > 6:
         grads.append(None if dscale is None else dscale.sum(0).to(weights[6].dtype).view(weights[6].shape))

@@ -30,6 +30,8 @@ exceeds about d/4 times its variance.
 
 # mypy: allow-untyped-defs
 # The types of a Triton function's arguments are its callers'.
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -355,22 +357,23 @@ def forward(
     where it can. A norm that is ``following`` is made, too.
     """
     T, d = x.shape
-    tiles = tiles.reading(x, vec, prepared.A.dtype, few=16 if prepared.A.shape[1] >= 256 else 32)
+    p, compute = prepared, prepared.A.dtype
+    D, R = p.A.shape[2], p.A.shape[1]
+    tiles = tiles.reading(x, vec, compute, few=16 if R * compute.itemsize >= 512 else 32)
+    if R == 256 and gate is not None and drop.seed is not None:
+        tiles = replace(tiles, BT=min(tiles.BT, 32))  # with both, 64 rows spill up to 32 bytes
     sms = multiprocessors(x.device) if sms is None else sms
-    of = routing(index, T, prepared.A, tiles.BT, sms)
-    if by_clusters and clusters.fit(x, prepared, of, residual, gate, drop.seed):
-        return clusters.forward(x, of, prepared, r=r, eps=eps, activation=activation, save=save, following=following)
+    of = routing(index, T, p.A, tiles.BT, sms)
+    if by_clusters and clusters.fit(x, p, of, residual, gate, drop.seed):
+        return clusters.forward(x, of, p, r=r, eps=eps, activation=activation, save=save, following=following)
     n_tiles = of.tiles(tiles.BT)
-    splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, prepared.A.shape[1], tiles.BD, sms, reads=2)
+    splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, R, tiles.BD, sms, reads=2)
 
     y = x.new_empty((T, d))
-    compute = prepared.A.dtype
     z = x.new_empty((T, r), dtype=compute) if save else None
-    norm = prepared.row_sums is not None
+    norm = p.row_sums is not None
     mean = x.new_empty(T, dtype=torch.float32) if save and norm else None
     rstd = torch.empty_like(mean) if mean is not None else None
-    p = prepared
-    D, R = p.A.shape[2], p.A.shape[1]
     shape = {"d": d, "D": D, "BR": R, "VEC": vec, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
     how = tiles.options
     stride = x.stride(0) // vec

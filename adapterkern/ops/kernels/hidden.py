@@ -13,6 +13,7 @@ programs, as the forward's does, and stores partial products in fp32. backward.p
 
 # mypy: allow-untyped-defs
 # The types of a Triton function's arguments are its callers'.
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -261,13 +262,15 @@ def hidden(
     splits, width = column_split(n_tiles, min(of.S, tiles.BT), d, R, tiles.BD, sms, reads=1)
     shape = {"d": d, "D": p.A.shape[2], "BR": R, "PRECISION": precision, "PDL": pdl, **tiles.blocks}
     how = tiles.options
+    # Of R = 256 it takes 100 registers; left to ptxas 80, so that three programs share an SM, and 16 bytes of stack.
+    partly = replace(tiles, registers=255).options if R == 256 else how
     bias = None if out.dgate is None else p.b_up
     dh = by_bias = None
     if (out.dz is not None or bias is not None) and splits > 1:
         dh = dy.new_empty((splits, rows, R), dtype=torch.float32)
         by_bias = None if bias is None else dy.new_empty((splits, rows), dtype=torch.float32)
         hidden_partial_kernel[(n_tiles, splits)](
-            dy, of.index, of.bounds, p.w_up, bias, dh, by_bias, tile0, rows, of.S, width, **shape, **how
+            dy, of.index, of.bounds, p.w_up, bias, dh, by_bias, tile0, rows, of.S, width, **shape, **partly
         )
     hidden_kernel[(n_tiles,)](
         dy, of.index, of.bounds, gate, drop.seed, z, mean, rstd, p.row_sums, p.c, p.w_up, bias, dh, by_bias, *out, dx,

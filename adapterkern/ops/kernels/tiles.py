@@ -5,11 +5,12 @@ many programs share d or the rows) is a run-time argument.
 """
 
 import math
-import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+
+from adapterkern.checks import switch
 
 # What an SM could load from L2 in the 2 µs that a second launch costs, at 6 TB/s over 132 SMs.
 LAUNCH_BYTES = 90_000
@@ -19,15 +20,15 @@ LAUNCH_BYTES = 90_000
 class Tiles:
     """One kernel's block sizes: rows BT, columns of d BD.
 
-    ``all_registers``: a thread may take as many as it has. Otherwise ptxas keeps to numbers that let more programs run
-    on an SM, 128 at 8 warps for two, even if that takes some bytes of stack.
+    ``registers``: the most that a thread may take, up to 255. Without it ptxas keeps to numbers that let more programs
+    run on an SM, 128 at 8 warps for two or 80 for three, even if that takes some bytes of stack.
     """
 
     BT: int
     BD: int
     num_warps: int
     num_stages: int
-    all_registers: bool = field(default=False, repr=False)
+    registers: int | None = None
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -37,7 +38,7 @@ class Tiles:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's options of a launch."""
-        return {"num_warps": self.num_warps} | ({"maxnreg": 255} if self.all_registers else {})
+        return {"num_warps": self.num_warps} | ({"maxnreg": self.registers} if self.registers else {})
 
     def reading(self, x: torch.Tensor, vec: int, compute: torch.dtype, few: int) -> "Tiles":
         """These tiles for rows of x that are loaded ``vec`` elements at a time, for products in ``compute``.
@@ -50,9 +51,30 @@ class Tiles:
         if x.element_size() > compute.itemsize:
             tiles = replace(tiles, num_stages=min(self.num_stages, 3))
         if vec * x.element_size() < 8:
-            tiles = replace(tiles, BT=min(self.BT, few), BD=min(self.BD, 32), num_warps=8, all_registers=True)
+            tiles = replace(tiles, BT=min(self.BT, few), BD=min(self.BD, 32), num_warps=8, registers=255)
         if vec * x.element_size() < 4:
             tiles = replace(tiles, num_stages=1)
+        return tiles
+
+    def through_registers(
+        self, R: int, x: torch.Tensor, compute: torch.dtype, *, x_free: bool, folded: bool
+    ) -> "Tiles":
+        """These tiles of slices whose rows of x do not go into the products as they are, but through registers.
+
+        ``folded`` as in backward.py. ``x_free``: they are made of y by a product more, with its operands.
+        """
+        mixed = x.dtype != compute
+        tiles = replace(self, BT=min(self.BT, 16 if x_free and mixed else 32))
+        if mixed and R == 64 and self.BT == 16:
+            tiles = replace(tiles, BD=32)  # 128 columns spill 8 bytes on sm_80
+        elif mixed and R == 64:
+            tiles = replace(tiles, num_stages=2)  # 3 spill 32 bytes on sm_90
+        if not (mixed and R < 128) and not (folded and R < 256):
+            tiles = replace(tiles, registers=255)
+        if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
+            tiles = replace(tiles, BD=32 // compute.itemsize, num_stages=1)
+        elif x_free and R == 32 and compute == torch.float32:
+            tiles = replace(tiles, BD=16)
         return tiles
 
 
@@ -75,14 +97,14 @@ def forward_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     outweigh x, 128 rows share them. Below, 64 rows keep one launch at T = 8192 (128 tiles on 132 SMs).
     """
     if itemsize == 4:
-        return Tiles(16, 16, 8, 2, True) if R == 512 else Tiles(32, 32, 8 if R == 256 else 4, 2, True)
+        return Tiles(16, 16, 8, 2, 255) if R == 512 else Tiles(32, 32, 8 if R == 256 else 4, 2, 255)
     if R == 512:
         return Tiles(32, 32, 8, 3 if wide else 2)
     if R == 256:
         return Tiles(64, 64, 8, 4) if wide else Tiles(32, 32, 8, 3)
     if wide:
         return Tiles(64, 128, 8, 4)
-    return Tiles(64, 64, 8, 2) if R == 128 else Tiles(64, 64, 4, 3, R in (32, 64))
+    return Tiles(64, 64, 8, 2) if R == 128 else Tiles(64, 64, 4, 3, 255 if R in (32, 64) else None)
 
 
 @lru_cache
@@ -102,13 +124,14 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     Without warp-group products its resident slice of A is in registers as well, so the tiles are smaller. BT is for x
     that goes into the product unchanged; where it cannot, the launcher and the kernel take at most 32 rows, or 16.
     """
+    registers = 255 if R == 512 else None
     if itemsize == 4:
         # 64 columns at R = 64 spill up to 200 bytes in tf32.
-        return Tiles(16, {16: 64, 32: 64, 64: 32, 128: 32}.get(R, 16), 8, 1, True)
+        return Tiles(16, {16: 64, 32: 64, 64: 32, 128: 32}.get(R, 16), 8, 1, 255)
     if wide:
         columns, stages = {128: (64, 3), 256: (64, 3), 512: (32, 2)}.get(R, (128, 3))
-        return Tiles(64, columns, 8, stages, R == 512)
-    return Tiles(16 if R in (32, 64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2, R == 512)
+        return Tiles(64, columns, 8, stages, registers)
+    return Tiles(16 if R in (32, 64, 512) else 32, {16: 64, 32: 64, 64: 128}.get(R, 32), 8, 2, registers)
 
 
 @lru_cache
@@ -127,7 +150,7 @@ def multiprocessors(device: torch.device) -> int:
 @lru_cache
 def has_early_launches(device: torch.device) -> bool:
     """Programmatic dependent launch: Hopper and later. ``ADAPTERKERN_EARLY_LAUNCH=0`` turns it off, for bisecting."""
-    wanted = os.environ.get("ADAPTERKERN_EARLY_LAUNCH", "1") != "0"
+    wanted = switch("ADAPTERKERN_EARLY_LAUNCH")
     return wanted and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

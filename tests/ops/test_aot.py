@@ -88,21 +88,25 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
 
 
 @pytest.mark.parametrize(
-    ("shape", "kernel"),
+    ("shape", "kernel", "parts"),
     [
-        (aot.Shape(16, 577, "float32-bfloat16", 100), "forward"),
-        (aot.Shape(64, 577, "bfloat16", 90), "slice dx g u"),
-        (aot.Shape(512, 577, "float16", 120), "forward"),
-        (aot.Shape(8, 576, "float32-float16", 100), "forward"),
-        (aot.Shape(512, 4096, "float32", 86), "slice x-free dx g"),  # 128 KiB of 99
-        (aot.Shape(64, 4096, "tf32", 80), "slice dx g u"),
-        (aot.Shape(512, 4096, "float32-bfloat16", 90), "hidden"),
+        (aot.Shape(16, 577, "float32-bfloat16", 100), "forward", []),
+        (aot.Shape(64, 577, "bfloat16", 90), "slice dx g u", []),
+        (aot.Shape(512, 577, "float16", 120), "forward", []),
+        (aot.Shape(8, 576, "float32-float16", 100), "forward", []),
+        (aot.Shape(512, 4096, "float32", 86), "slice x-free dx g", []),  # 128 KiB of 99
+        (aot.Shape(64, 4096, "tf32", 80), "slice dx g u", []),
+        (aot.Shape(512, 4096, "float32-bfloat16", 90), "hidden", []),
+        (aot.Shape(256, 4096, "bfloat16", 90), "forward_finish", ["gate", "dropout"]),
+        (aot.Shape(128, 4096, "float32", 80), "slice dx g u", ["no-norm"]),
+        (aot.Shape(256, 577, "bfloat16", 80), "forward", ["no-norm"]),
     ],
     ids=str,
 )
-def test_what_spilled_or_did_not_fit_does_now(shape: aot.Shape, kernel: str) -> None:
+def test_what_spilled_or_did_not_fit_does_now(shape: aot.Shape, kernel: str, parts: list[str]) -> None:
     """A sample of what ``python -m bench aot`` compiles."""
-    (variant,) = (v for v in shape.variants() if v.name == kernel)
+    how = {name: value for part in parts for name, value in aot.PARTS[part].items()}
+    (variant,) = (v for v in shape.variants(**how) if v.name == kernel)
     fitting(variant, shape.sm)
 
 

@@ -255,10 +255,7 @@ def backward(
     with_h = with_u or (x_free and (needed.x or with_g))
     folded = with_dz and norm and x.dtype == z.dtype == torch.bfloat16
     direct = folded and not x_free
-    if not (direct or (not norm and not x_free and x.dtype == z.dtype)) and (needed.x or with_g):
-        tiles = tiles.through_registers(R, x, z.dtype, x_free=x_free, folded=folded)
-    if tiles.BD == R == 32:
-        tiles = replace(tiles, BD=16)  # the kernel tells how its sums lie from their shape
+    tiles = tiles.of_slices(R, x, z.dtype, norm=norm, x_free=x_free, folded=folded, reads_x=needed.x or with_g)
 
     of = routing(index, T, p.A, row_tiles.BT, sms)
     n_tiles, n_row_tiles = of.tiles(tiles.BT), of.tiles(row_tiles.BT)

@@ -362,6 +362,8 @@ def forward(
     tiles = tiles.reading(x, vec, compute, few=16 if R * compute.itemsize >= 512 else 32)
     if R == 256 and gate is not None and drop.seed is not None:
         tiles = replace(tiles, BT=min(tiles.BT, 32))  # with both, 64 rows spill up to 32 bytes
+    if R >= 256 and p.row_sums is None and vec * x.element_size() < 4:
+        tiles = replace(tiles, num_warps=4)  # 8 spill up to 32 bytes
     sms = multiprocessors(x.device) if sms is None else sms
     of = routing(index, T, p.A, tiles.BT, sms)
     if by_clusters and clusters.fit(x, p, of, residual, gate, drop.seed):
@@ -390,7 +392,9 @@ def forward(
     acc = x.new_empty((splits, T, R), dtype=torch.float32)
     moments = x.new_empty((splits, 3, T), dtype=torch.float32) if norm else None
     grid = (n_tiles, splits)
-    forward_partial_kernel[grid](x, of.index, of.bounds, p.A, acc, moments, T, of.S, stride, width, **shape, **how)
+    # Of mixed dtypes ptxas keeps to 64 registers, for programs that have no room in shared memory.
+    partly = how if x.dtype == compute else replace(tiles, registers=255).options
+    forward_partial_kernel[grid](x, of.index, of.bounds, p.A, acc, moments, T, of.S, stride, width, **shape, **partly)
     forward_finish_kernel[grid](
         base, of.index, of.bounds, gate, drop.seed, acc, moments, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd,
         T, of.S, base_stride, eps, splits, width, drop.threshold, drop.factor,

@@ -56,25 +56,34 @@ class Tiles:
             tiles = replace(tiles, num_stages=1)
         return tiles
 
-    def through_registers(
-        self, R: int, x: torch.Tensor, compute: torch.dtype, *, x_free: bool, folded: bool
+    def of_slices(
+        self, R: int, x: torch.Tensor, compute: torch.dtype, *, norm: bool, x_free: bool, folded: bool, reads_x: bool
     ) -> "Tiles":
-        """These tiles of slices whose rows of x do not go into the products as they are, but through registers.
+        """These tiles of the backward's slices, where rows of x (``reads_x``) take registers of their own.
 
-        ``folded`` as in backward.py. ``x_free``: they are made of y by a product more, with its operands.
+        They do not if the products take them as they are, which is with ``folded`` as in backward.py, or without a
+        norm. With ``x_free`` they are made of y, by a product more, with its operands.
         """
         mixed = x.dtype != compute
-        tiles = replace(self, BT=min(self.BT, 16 if x_free and mixed else 32))
-        if mixed and R == 64 and self.BT == 16:
-            tiles = replace(tiles, BD=32)  # 128 columns spill 8 bytes on sm_80
-        elif mixed and R == 64:
-            tiles = replace(tiles, num_stages=2)  # 3 spill 32 bytes on sm_90
-        if not (mixed and R < 128) and not (folded and R < 256):
-            tiles = replace(tiles, registers=255)
-        if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
-            tiles = replace(tiles, BD=32 // compute.itemsize, num_stages=1)
-        elif x_free and R == 32 and compute == torch.float32:
-            tiles = replace(tiles, BD=16)
+        unchanged = not x_free and (folded or not (norm or mixed))
+        tiles = self
+        if reads_x and not unchanged:
+            few = x_free and (mixed or (R == 256 and not norm))
+            tiles = replace(tiles, BT=min(tiles.BT, 16 if few else 32))
+            if mixed and R == 64 and self.BT == 16:
+                tiles = replace(tiles, BD=32)  # 128 columns spill 8 bytes on sm_80
+            elif mixed and R == 64:
+                tiles = replace(tiles, num_stages=2)  # 3 spill 32 bytes on sm_90
+            if not (mixed and R < 128) and not (folded and R < 256):
+                tiles = replace(tiles, registers=255)
+            if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
+                tiles = replace(tiles, BD=32 // compute.itemsize, num_stages=1)
+            elif x_free and R == 32 and compute == torch.float32:
+                tiles = replace(tiles, BD=16)
+        if not norm and R == 128 and compute == torch.float32:
+            tiles = replace(tiles, BD=16)  # 32 spill 340 bytes
+        if tiles.BD == R == 32:
+            tiles = replace(tiles, BD=16)  # the kernel tells how its sums lie from their shape
         return tiles
 
 

@@ -107,7 +107,8 @@ PYBIND11_MODULE(host_cluster, m) {
   // `ignored`: a line of the kernel whose barrier is left out; −1 for none.
   m.def("set", [](bool narrow, unsigned seed, int ignored) {
     adapterkern::cluster::narrow = narrow, adapterkern::cluster::seed = seed;
-    adapterkern::cluster::host::ignored = ignored;
+    adapterkern::cluster::host::ignored = ignored, adapterkern::cluster::host::reached = false;
   });
+  m.def("reached", [] { return adapterkern::cluster::host::reached; });
   m.def("was_early", [] { return adapterkern::cluster::early; });
 }

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from adapterkern import __version__, _ctrl_c, ops
+from adapterkern import __version__, _ctrl_c, checks, ops
 from adapterkern.cli import (
     ablate,
     budget,
@@ -125,6 +125,7 @@ def _check_machine(command: str) -> None:
     """Refuse environment variables that no adapter could run under, and warn of too many threads."""
     ops.fused_enabled()
     ops.kernels_asked()
+    checks.switch("ADAPTERKERN_EARLY_LAUNCH")
     native.instruction_set()
     if command not in (budget.NAME, doctor.NAME):  # one computes nothing, and the other says more
         warn_of_threads()

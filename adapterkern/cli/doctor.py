@@ -22,6 +22,12 @@ _VARIABLES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_"),
     *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"),
 )
+# Those of ours: of a run, then of the extension's build. Any other name of this kind is a slip of the pen.
+_OURS = {
+    *("ADAPTERKERN_API_KEY", "ADAPTERKERN_CACHE", "ADAPTERKERN_CPU_ISA", "ADAPTERKERN_EARLY_LAUNCH"),
+    *("ADAPTERKERN_FUSED", "ADAPTERKERN_KERNELS", "ADAPTERKERN_TRACEBACK"),
+    *("ADAPTERKERN_CUDA_ARCH", "ADAPTERKERN_CXXFLAGS", "ADAPTERKERN_REQUIRE_CUDA"),
+}
 
 
 def diagnosis() -> list[str]:
@@ -58,6 +64,9 @@ def diagnosis() -> list[str]:
         for device in devices:
             name, reason = backend(torch.device(device))
             lines.append(f"  {device:13} {name}: {reason}")
+        if backend is ops.backend and len(devices) == 1:
+            name, reason = backend(torch.device("cuda", 0))
+            lines.append(f"  {'on a GPU':13} {name}: {reason}")
         lines += more
 
     settings = [f"  {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
@@ -102,7 +111,11 @@ def _why_no_cuda() -> str:
 
 
 def _advice(versions: dict[str, str | None]) -> list[str]:
-    advice = []
+    advice = [
+        f"{name} is set and nothing reads it: expected one of {', '.join(sorted(_OURS))}"
+        for name in sorted(os.environ)
+        if name.startswith("ADAPTERKERN_") and name not in _OURS
+    ]
     if missing := [name for name in _TRAIN_EXTRA if versions[name] is None]:
         advice.append(f"for training: pip install 'adapterkern[train]' (missing: {', '.join(missing)})")
     if versions["triton"] is None and torch.cuda.is_available():

@@ -94,7 +94,7 @@ OTHER_NAMES = dict.fromkeys(("r", "rank", "bottleneck_size", "bottleneck_dim"), 
 }
 
 
-@checks.other_names(**OTHER_NAMES)
+@checks.other_names(**OTHER_NAMES, fuse_norm="it in LlamaAdapter(...), not")
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Which layers of a decoder have adapters, and how large the adapters are.

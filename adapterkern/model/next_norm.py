@@ -281,7 +281,7 @@ class FusesNorms:
             sites = [index for index in sites if (str(index), config.place) not in self._next_norms]
             why = "no RMSNorm of the backbone reads what it leaves there"
         if sites and self._fuse_norm:
-            logger.warning("fuse_norm: adapter %r runs without a norm at layers %s: %s", name, sites, why)
+            logger.warning("fuse_norm: the norm after adapter %r runs by itself at layers %s: %s", name, sites, why)
 
     @contextlib.contextmanager
     def _norms_of_their_own(self) -> Iterator[None]:

@@ -192,6 +192,7 @@ class Saved(Extra):
         *,
         fused: bool = True,
         liger: bool = False,
+        fuse_norm: bool = False,
         strict: bool = False,
         resize_token_embeddings: bool = False,
     ) -> Self:
@@ -205,7 +206,7 @@ class Saved(Extra):
         resize = llama.resize_token_embeddings if resize_token_embeddings else None
         read = read_adapter(llama, Path(directory), strict=strict, resize=resize)
         below = read_below(llama, Path(directory), strict=strict)
-        return cls._from_read(llama, read, below, fused=fused, liger=liger)
+        return cls._from_read(llama, read, below, fused=fused, liger=liger, fuse_norm=fuse_norm)
 
     @checks.other_names(adapter_name="name", peft_model_id="directory", model_id="directory")
     def load_adapter(  # type: ignore[override]

@@ -20,6 +20,7 @@ blocks.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from numbers import Real
@@ -96,6 +97,8 @@ class ClippedAdamW(Optimizer):
             name = type(params).__name__
             raise TypeError(f"params: expected tensors or groups, such as model.adapter_parameters(), got a {name}")
         _check_not_negative("max_norm", math.inf if max_norm is None else max_norm)
+        if not isinstance(max_norm, torch.Tensor) and max_norm == 0:
+            warnings.warn("max_norm: 0 leaves nothing of any gradient; None does not clip", stacklevel=2)
         self.max_norm = max_norm
         self.low_precision = choice("low_precision", low_precision, ("master", "stochastic"))
         self.seed = integer("seed", seed, 0, 2**32 - 1)

@@ -7,6 +7,9 @@
 3. There: sh bench/on_gpu.sh second --out FOLDER [--ab ...], with --ab chosen from the first call's kernel times or
    profile, and --seconds less than the time that is left.
 4. There: sh bench/on_gpu.sh cost --out FOLDER measures what a LLaMA-7B costs, beside LitGPT's published figures.
+
+The kernels by clusters are checked and measured beside Triton's in both first and second. In 15 minutes there is time
+for first and second, or for first and cost.
 """
 
 import argparse
@@ -39,11 +42,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="sh bench/on_gpu.sh", description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="fill the folder that is copied to the machine; needs git, no GPU")
-    prepare.add_argument(
-        "--old", default=before.COMMIT, metavar="COMMIT", help="the commit whose kernels to compare with"
-    )
-    prepare.add_argument("--parts", nargs="+", choices=carried.PARTS, default=list(carried.PARTS))
-    prepare.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    compared = "the commit whose kernels to compare with; default %(default).7s"
+    prepare.add_argument("--old", default=before.COMMIT, metavar="COMMIT", help=compared)
+    parts = list(carried.PARTS)
+    prepare.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to fill; all")
+    prepare.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that compile kernels")
     first = commands.add_parser("first", help="correctness, the main figures, the profile, a training step: 8 minutes")
     second = commands.add_parser("second", help="block sizes, A/B, memory errors: 4 minutes")
     cost = commands.add_parser("cost", help="gigabytes and minutes of a LLaMA-7B beside LitGPT's: 5 minutes")
@@ -51,10 +54,12 @@ def main(argv: list[str]) -> int:
     second.add_argument("--ab", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=pairs)
     for call, seconds in ((first, 450), (second, 230), (cost, 300)):
         call.add_argument("--out", type=Path, help="folder of the archive; default bench/results/<device>")
-        call.add_argument("--seconds", type=float, default=seconds, help="no step starts that cannot finish in time")
+        in_time = "no step starts that cannot finish in this time; default %(default)g"
+        call.add_argument("--seconds", type=float, default=seconds, help=in_time)
         call.add_argument("--rehearse", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
     for each in (prepare, first, second, cost):
-        each.add_argument("--carried", type=Path, default=before.CARRIED, metavar="FOLDER")
+        where = "what prepare fills and the calls read; default .gpu beside the sources"
+        each.add_argument("--carried", type=Path, default=before.CARRIED, metavar="FOLDER", help=where)
     args = parser.parse_args(argv)
     args.carried = args.carried.resolve()
     if args.command == "prepare":

@@ -179,6 +179,7 @@ def test_commands_that_compute_warn_of_threads(
     [
         ("ADAPTERKERN_CPU_ISA", "foo", "expected one of .*none.*, got 'foo'"),
         ("ADAPTERKERN_FUSED", "no", "expected 0 or 1, got 'no'"),
+        ("ADAPTERKERN_EARLY_LAUNCH", "maybe", "expected 0 or 1, got 'maybe'"),
     ],
 )
 @pytest.mark.parametrize("command", ["train --model m --train t --output o", "eval run", "qa evaluate run",
@@ -210,6 +211,40 @@ def test_what_doctor_says_of_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["doctor"]) == 0
     assert "environment\n  OMP_NUM_THREADS=1\n  OMP_PROC_BIND=close\nwhat to do" in capsys.readouterr().out
+
+
+def test_doctor_names_variables_that_nothing_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADAPTERKERN_KERNEL", "cluster")
+    assert main(["doctor"]) == 0
+    advice = capsys.readouterr().out.partition("what to do\n")[2]
+    assert advice.startswith("  ADAPTERKERN_KERNEL is set and nothing reads it: expected one of ADAPTERKERN_API_KEY, ")
+
+
+def test_the_variables_that_doctor_knows_are_those_that_are_read() -> None:
+    root = Path(__file__).parents[2]
+    sources = [root / "setup.py", *(root / "adapterkern").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r'"(ADAPTERKERN_[A-Z_]*[A-Z])"', path.read_text())}
+    assert read == doctor._OURS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU its own line says it")
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (None, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"),
+        ("triton", "ADAPTERKERN_KERNELS=triton is set"),
+    ],
+)
+def test_doctor_names_the_generation_of_gpu_kernels_without_a_gpu(
+    asked: str | None, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ADAPTERKERN_KERNELS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("ADAPTERKERN_KERNELS", asked)
+    assert main(["doctor"]) == 0
+    assert f"  on a GPU      Triton kernels: it is a GPU; no kernels by clusters: {why}\n" in capsys.readouterr().out
 
 
 def test_doctor_asks_torch_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,8 +179,8 @@ def test_what_runs_beside_others_runs_alone(handed: list[str], caplog: pytest.Lo
         draw(model, name)
     model.fuse_norm = True
     assert said(caplog) == [
-        "fuse_norm: adapter 'beside' runs without a norm at layers [2]: parallel-mlp: it is not alone in what the norm "
-        "reads"
+        "fuse_norm: the norm after adapter 'beside' runs by itself at layers [2]: parallel-mlp: it is not alone in "
+        "what the norm reads"
     ]
 
     def run() -> list[Tensor]:
@@ -200,8 +200,8 @@ def test_an_unfused_or_x_free_adapter(handed: list[str], caplog: pytest.LogCaptu
     model = adapted(layers=EVERYWHERE, x_free=True)
     same_as_apart(model, lambda: grads(model))
     assert said(caplog) == [
-        "fuse_norm: adapter 'default' runs without a norm at layers [0, 1, 2, 3]: x_free: its adapters keep y "
-        "themselves"
+        "fuse_norm: the norm after adapter 'default' runs by itself at layers [0, 1, 2, 3]: x_free: its adapters keep "
+        "y themselves"
     ]
     model.fused = False
     logits(model)
@@ -415,11 +415,11 @@ def test_places_without_a_norm_are_named(caplog: pytest.LogCaptureFixture) -> No
     model = adapted(tiny("Olmo2"), layers=EVERYWHERE)
     model.fuse_norm = True
     why = "no RMSNorm of the backbone reads what it leaves there"
-    assert said(caplog) == [f"fuse_norm: adapter 'default' runs without a norm at layers [0, 1, 2]: {why}"]
+    assert said(caplog) == [f"fuse_norm: the norm after adapter 'default' runs by itself at layers [0, 1, 2]: {why}"]
     same_as_apart(model, lambda: logits(model))
     caplog.clear()
     model.add_adapter("more", ak.AdapterConfig(adapter_dim=4, layers=[3], position="attention"))
-    assert said(caplog) == [f"fuse_norm: adapter 'more' runs without a norm at layers [3]: {why}"]
+    assert said(caplog) == [f"fuse_norm: the norm after adapter 'more' runs by itself at layers [3]: {why}"]
 
 
 def test_left_padding_and_hidden_states() -> None:
@@ -579,6 +579,19 @@ def test_nothing_is_kept_when_the_stream_is_gone() -> None:
     model.layers[3].register_forward_hook(lambda module, args, y: y.clone())
     logits(model)
     assert len(next_norm._handed) == 0
+
+
+def test_a_saved_adapter_is_asked_again(tmp_path: Path, handed: list[str]) -> None:
+    model = adapted(layers=[3])
+    model.fuse_norm = True
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    handed.clear()
+    again = ak.LlamaAdapter.from_pretrained(model.unload(), tmp_path, fuse_norm=True)
+    assert torch.equal(logits(again), expected)
+    assert len(handed) == 1
+    with pytest.raises(TypeError, match=r"^fuse_norm: expected it in LlamaAdapter\(...\), not in AdapterConfig, got "):
+        ak.AdapterConfig(**{"fuse_norm": True})
 
 
 def test_a_model_of_before_has_it_off() -> None:

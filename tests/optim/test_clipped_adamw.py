@@ -195,6 +195,12 @@ def test_the_norm_of_hostile_gradients_is_fp64s(name: str) -> None:
     assert optimizer.skipped == 0
 
 
+def test_a_largest_norm_of_0_is_said_to_leave_nothing() -> None:
+    p = nn.Parameter(torch.ones(4))
+    with pytest.warns(UserWarning, match=r"^max_norm: 0 leaves nothing of any gradient; None does not clip$"):
+        ClippedAdamW([p], max_norm=0)
+
+
 @needs_extension
 def test_moments_follow_the_formula_in_fp32_to_the_bit() -> None:
     """No contraction and no reassociation, so that the CPU's instruction sets and the GPU agree."""

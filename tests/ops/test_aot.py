@@ -100,6 +100,8 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
         (aot.Shape(256, 4096, "bfloat16", 90), "forward_finish", ["gate", "dropout"]),
         (aot.Shape(128, 4096, "float32", 80), "slice dx g u", ["no-norm"]),
         (aot.Shape(256, 577, "bfloat16", 80), "forward", ["no-norm"]),
+        (aot.Shape(256, 577, "float32", 100), "forward_partial", ["routed"]),
+        (aot.Shape(128, 4096, "bfloat16", 100), "hidden_partial", ["routed"]),
     ],
     ids=str,
 )

@@ -246,6 +246,8 @@ def backward(
     row_tiles = row_tiles.reading(x, vec, z.dtype, few=16 if R == 512 else 32)
     if R >= 128 and x.dtype != z.dtype:
         row_tiles = replace(row_tiles, registers=255)
+    if index is not None:
+        row_tiles = row_tiles.of_mixed_rows(R, z.dtype)
     tiles = tiles.reading(x, vec, z.dtype, few=16)
 
     norm = p.row_sums is not None
@@ -255,7 +257,9 @@ def backward(
     with_h = with_u or (x_free and (needed.x or with_g))
     folded = with_dz and norm and x.dtype == z.dtype == torch.bfloat16
     direct = folded and not x_free
-    tiles = tiles.of_slices(R, x, z.dtype, norm=norm, x_free=x_free, folded=folded, reads_x=needed.x or with_g)
+    tiles = tiles.of_slices(
+        R, x, z.dtype, norm=norm, x_free=x_free, folded=folded, reads_x=needed.x or with_g, mixed_rows=index is not None
+    )
 
     of = routing(index, T, p.A, row_tiles.BT, sms)
     n_tiles, n_row_tiles = of.tiles(tiles.BT), of.tiles(row_tiles.BT)

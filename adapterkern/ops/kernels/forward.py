@@ -360,6 +360,8 @@ def forward(
     p, compute = prepared, prepared.A.dtype
     D, R = p.A.shape[2], p.A.shape[1]
     tiles = tiles.reading(x, vec, compute, few=16 if R * compute.itemsize >= 512 else 32)
+    if index is not None:
+        tiles = tiles.of_mixed_rows(R, compute)
     if R == 256 and gate is not None and drop.seed is not None:
         tiles = replace(tiles, BT=min(tiles.BT, 32))  # with both, 64 rows spill up to 32 bytes
     if R >= 256 and p.row_sums is None and vec * x.element_size() < 4:

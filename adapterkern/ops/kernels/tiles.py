@@ -56,9 +56,18 @@ class Tiles:
             tiles = replace(tiles, num_stages=1)
         return tiles
 
+    def of_mixed_rows(self, R: int, compute: torch.dtype) -> "Tiles":
+        """These row tiles for a mixed batch, where each row's place and adapter take registers, too."""
+        if compute == torch.float32 and R in (64, 128, 256):
+            return replace(self, BT=16, BD=min(self.BD, 32 if R == 64 else 16))
+        if R == 128:
+            return replace(self, BT=self.BT if self.BT > 32 else 16, registers=255)
+        return self
+
     def of_slices(
-        self, R: int, x: torch.Tensor, compute: torch.dtype, *, norm: bool, x_free: bool, folded: bool, reads_x: bool
-    ) -> "Tiles":
+        self, R: int, x: torch.Tensor, compute: torch.dtype, *, norm: bool, x_free: bool, folded: bool, reads_x: bool,
+        mixed_rows: bool,
+    ) -> "Tiles":  # fmt: skip
         """These tiles of the backward's slices, where rows of x (``reads_x``) take registers of their own.
 
         They do not if the products take them as they are, which is with ``folded`` as in backward.py, or without a
@@ -80,6 +89,8 @@ class Tiles:
                 tiles = replace(tiles, BD=32 // compute.itemsize, num_stages=1)
             elif x_free and R == 32 and compute == torch.float32:
                 tiles = replace(tiles, BD=16)
+            elif x_free and mixed and mixed_rows and R <= 64:
+                tiles = replace(tiles, BD=tiles.BD // 2)
         if not norm and R == 128 and compute == torch.float32:
             tiles = replace(tiles, BD=16)  # 32 spill 340 bytes
         if tiles.BD == R == 32:

@@ -60,6 +60,8 @@ class Tiles:
         """These row tiles for a mixed batch, where each row's place and adapter take registers, too."""
         if compute == torch.float32 and R in (64, 128, 256):
             return replace(self, BT=16, BD=min(self.BD, 32 if R == 64 else 16))
+        if compute == torch.float32 and R == 512:
+            return replace(self, num_stages=1)
         if R == 128:
             return replace(self, BT=self.BT if self.BT > 32 else 16, registers=255)
         return self

@@ -69,7 +69,7 @@ int most_columns(Pass pass, int R);
 // How many clusters of `blocks` blocks `device` runs at once; `error` says why if that is none.
 int most_clusters(Pass pass, int R, int blocks, int device, const char** error);
 
-// The kernel for adapters of padded dimension R, on how many clusters of how many blocks, where and when.
+// A launch of the kernel for adapters of padded dimension R: how many clusters of how many blocks, where, and when.
 struct Grid {
   int R, blocks, clusters, device;
   void* stream;

@@ -90,7 +90,7 @@ void bind_clusters(py::module_& m);
 PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Over raw pointers: clipped AdamW, see csrc/clipped_adamw.h and adapterkern/optim/backends.py; the adapter on a "
-      "CPU, see csrc/adapter_cpu.h and adapterkern/ops/native.py; its forward by clusters, see csrc/adapter_cluster.h and "
+      "CPU, see csrc/adapter_cpu.h and adapterkern/ops/native.py; its kernels by clusters, see csrc/adapter_cluster.h and "
       "adapterkern/ops/kernels/clusters.py.";
   bind_adapter(m);
   bind_clusters(m);

@@ -8,10 +8,11 @@ import shutil
 
 import torch
 
-from adapterkern import ops, optim
+from adapterkern import extension, ops, optim
 from adapterkern.cli import cores
 from adapterkern.ops import native
-from adapterkern.training.parallel import extension
+from adapterkern.ops.choice import CLUSTERS
+from adapterkern.training.parallel.extension import PATIENCE, locks
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "rich", "matplotlib", "numpy")
 _TRAIN_EXTRA = _PACKAGES[2:]
@@ -58,15 +59,13 @@ def diagnosis() -> list[str]:
     missing: dict[str, list[str]] = {}
     for isa, why in native.missing().items():
         missing.setdefault(why, []).append(isa)
-    left_out = [f"  {'left out':13} {', '.join(isas)}: {why}" for why, isas in missing.items()]
-    for title, backend, more in (("fused adapter", ops.backend, left_out), ("ClippedAdamW", optim.backend, [])):
+    elsewhere = [f"  {'on a GPU':13} {_on_a_gpu()}"] if len(devices) == 1 else []
+    elsewhere += [f"  {'left out':13} {', '.join(isas)}: {why}" for why, isas in missing.items()]
+    for title, backend, more in (("fused adapter", ops.backend, elsewhere), ("ClippedAdamW", optim.backend, [])):
         lines.append(title)
         for device in devices:
             name, reason = backend(torch.device(device))
             lines.append(f"  {device:13} {name}: {reason}")
-        if backend is ops.backend and len(devices) == 1:
-            name, reason = backend(torch.device("cuda", 0))
-            lines.append(f"  {'on a GPU':13} {name}: {reason}")
         lines += more
 
     settings = [f"  {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
@@ -76,12 +75,21 @@ def diagnosis() -> list[str]:
     return [*lines, "what to do", *(f"  {line}" for line in advice or ["nothing: all is there"])]
 
 
+def _on_a_gpu() -> str:
+    """What would run on one, where there is none."""
+    built, _ = extension.load()
+    if ops.kernels_asked() == "cluster" and built is not None and built.cluster_columns(0, 64):
+        return f"{CLUSTERS}: ADAPTERKERN_KERNELS=cluster is set; a card shows whether it has room for them"
+    name, reason = ops.backend(torch.device("cuda", 0))
+    return f"{name}: {reason}"
+
+
 def _lock_advice() -> list[str]:
     return [
         f"{path} is {age / 60:.0f} min old: if no process is compiling an extension now, one was killed while it did; "
         "delete the file, or DeepSpeed waits for it for ever"
-        for path, age in extension.locks().items()
-        if age > extension.PATIENCE
+        for path, age in locks().items()
+        if age > PATIENCE
     ]
 
 

@@ -271,7 +271,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, of_run: bool = False, 
     group.add_argument("--unfused", action="store_true", help="run the adapters as plain PyTorch modules")
     group.add_argument("--liger", action="store_true", help="run Liger's kernels in the backbone; on a GPU")
     if not (of_run or mixes):
-        help = "run an adapter and the RMSNorm of the backbone that follows as one: less memory if that is in 16 bits"
+        help = "run an adapter and the RMSNorm that follows as one: less memory, if the backbone is in 16 bits"
         group.add_argument("--fuse-norm", action="store_true", help=help)
 
 

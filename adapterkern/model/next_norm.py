@@ -8,8 +8,8 @@ in place by way of ``y.data``, which leaves no trace.
 
 The norm runs itself, too, wherever an adapter does not leave the stream to it alone: in batches that mix adapters,
 below others of a stack, beside a module, on the text alone of images and text; in compiled code; where it is trained,
-sharded, on another device or in another dtype; and in checkpointed layers, which must save the same when they run
-again.
+sharded, made in inference mode, on another device or in another dtype; and in checkpointed layers, which must save the
+same when they run again.
 """
 
 import contextlib
@@ -99,7 +99,6 @@ class NextNorm:
     def __init__(self, norm: Any, runner: nn.Module | None) -> None:
         self.norm, self._runner = norm, runner
         self._asked: dict[tuple[Any, ...], tuple[int, float] | None] = {}
-        self._wide: tuple[tuple[Any, ...], Tensor] | None = None
 
     def factor(self, x: Tensor) -> Factor | None:
         """What the norm does to a tensor like x; None if nobody can make its output in its place now."""
@@ -119,16 +118,8 @@ class NextNorm:
             _say(f"{type(self.norm).__name__} in {weight.dtype} is not an RMSNorm from {x.dtype} to {x.dtype}")
             return None
         plus, eps = asked
-        return Factor(self._in_fp32(weight, plus), eps)
-
-    def _in_fp32(self, weight: Tensor, plus: int) -> Tensor:
-        """``plus`` and the weight, made once for each value of it: the kernels read it in fp32."""
-        if not plus and weight.dtype == torch.float32:
-            return weight.detach()
-        now = id(weight), weight.data_ptr(), weight._version, weight.dtype, plus
-        if self._wide is None or self._wide[0] != now:
-            self._wide = now, plus + weight.detach().float()
-        return self._wide[1]
+        # Made anew in each call: a weight that is changed by way of .data does not tell.
+        return Factor(plus + weight.detach().float() if plus else weight.detach(), eps)
 
     def _obstacle(self, x: Tensor, weight: Any) -> str | None:
         if self._runner is not None and "_frozen_mlp" in vars(self._runner):  # training/compiled.py

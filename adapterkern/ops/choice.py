@@ -85,8 +85,8 @@ def clusters(device: torch.device) -> tuple[bool, str]:
     asked = kernels_asked()
     if asked == "triton":
         return False, "ADAPTERKERN_KERNELS=triton is set"
-    card = torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    proof = CLUSTERS_PROVEN.get(card)
+    asks_card = CLUSTERS_PROVEN and torch.cuda.is_available()
+    proof = CLUSTERS_PROVEN.get(torch.cuda.get_device_name(device)) if asks_card else None
     if asked is None and proof is None:
         return False, "no card has shown it right and faster (ADAPTERKERN_KERNELS=cluster tries it)"
     from adapterkern.ops.kernels.clusters import Pass, capacity  # Triton takes a third of a second to import

@@ -71,7 +71,8 @@ def table(path: Path) -> str:
     lines = [["", "parameters", "ms per step", f"times {BASE}", "peak, MB", "kept, MB"]]
     lines[0] += ["trained with its state, MB", "file, MB"]
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        bytes_ = (f"{row[name] / 1e6:.2f}" for name in ("peak_bytes", "kept_bytes", "state_bytes", "saved_bytes"))
+        names = "peak_bytes", "kept_bytes", "state_bytes", "saved_bytes"
+        bytes_ = (f"{row[name] / 1e6:.2f}" if name in row else "" for name in names)
         times = f"{1e3 * row['seconds']['median']:.0f}", f"{row[f'times_of_{BASE}']:.2f}"
         lines.append([NAMES[row["method"]], f"{row['parameters']:,}", *times, *bytes_])
     return markdown(lines)

@@ -24,20 +24,23 @@ def run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None
     Raises:
         RuntimeError: a run has raised, or another process is doing runs for this folder.
     """
-    try:
-        with locked(path.parent):
-            _run_all(path, chosen, workers, minutes)
-    except BlockingIOError as error:
-        raise RuntimeError(f"{path.parent}: another process is doing runs for it") from error
-
-
-def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> None:
     asked: list[int] = []
-    failed: list[tuple[Spec, BaseException]] = []
     before = {
         number: signal.signal(number, lambda number, _: asked.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
+    try:
+        with locked(path.parent):
+            _run_all(path, chosen, workers, minutes, asked)
+    except BlockingIOError as error:
+        raise RuntimeError(f"{path.parent}: another process is doing runs for it") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_all(path: Path, chosen: list[str], workers: int, minutes: float, asked: list[int]) -> None:
+    failed: list[tuple[Spec, BaseException]] = []
     done, until = rows.read(path), time.monotonic() + 60 * minutes
     with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
         under_way: dict[Future[dict[str, Any]], Spec] = {}
@@ -69,8 +72,6 @@ def _run_all(path: Path, chosen: list[str], workers: int, minutes: float) -> Non
                     f"{shown} seed {spec.seed}: {row['status']}, {scores}, {float(row['seconds'] or 0):.0f} s",
                     flush=True,
                 )
-    for number, handler in before.items():
-        signal.signal(number, handler)
     for spec, error in failed:
         raise RuntimeError(f"{spec} raised") from error
 

@@ -362,8 +362,9 @@ def forward(
     tiles = tiles.reading(x, vec, compute, few=16 if R * compute.itemsize >= 512 else 32)
     if index is not None:
         tiles = tiles.of_mixed_rows(R, compute)
-    if R == 256 and gate is not None and drop.seed is not None:
-        tiles = replace(tiles, BT=min(tiles.BT, 32))  # with both, 64 rows spill up to 32 bytes
+    # With both, 64 rows spill up to 32 bytes at r = 256, and at 512 the 128 registers that ptxas keeps to spill 16.
+    if R >= 256 and gate is not None and drop.seed is not None:
+        tiles = replace(tiles, BT=min(tiles.BT, 32), registers=255 if R == 512 else tiles.registers)
     if R >= 256 and p.row_sums is None and vec * x.element_size() < 4:
         tiles = replace(tiles, num_warps=4)  # 8 spill up to 32 bytes
     sms = multiprocessors(x.device) if sms is None else sms
@@ -394,8 +395,9 @@ def forward(
     acc = x.new_empty((splits, T, R), dtype=torch.float32)
     moments = x.new_empty((splits, 3, T), dtype=torch.float32) if norm else None
     grid = (n_tiles, splits)
-    # Of mixed dtypes ptxas keeps to 64 registers, for programs that have no room in shared memory.
-    partly = how if x.dtype == compute else replace(tiles, registers=255).options
+    # Left to ptxas 64 registers and 16 bytes of stack on sm_100, for programs that have no room in shared memory there.
+    cast = R == 64 and not norm and x.dtype != compute
+    partly = replace(tiles, registers=255).options if cast else how
     forward_partial_kernel[grid](x, of.index, of.bounds, p.A, acc, moments, T, of.S, stride, width, **shape, **partly)
     forward_finish_kernel[grid](
         base, of.index, of.bounds, gate, drop.seed, acc, moments, p.row_sums, p.c, p.w_up, p.b_up, y, z, mean, rstd,

@@ -70,22 +70,24 @@ class Tiles:
         self, R: int, x: torch.Tensor, compute: torch.dtype, *, norm: bool, x_free: bool, folded: bool, reads_x: bool,
         mixed_rows: bool,
     ) -> "Tiles":  # fmt: skip
-        """These tiles of the backward's slices, where rows of x (``reads_x``) take registers of their own.
+        """These tiles of the backward's slices, which read x if ``reads_x``.
 
-        They do not if the products take them as they are, which is with ``folded`` as in backward.py, or without a
-        norm. With ``x_free`` they are made of y, by a product more, with its operands.
+        If the products take x as it is (``folded`` as in backward.py, or no norm and one dtype), it does not go through
+        registers. With ``x_free`` it is made of y, by a product more, with its operands.
         """
         mixed = x.dtype != compute
         unchanged = not x_free and (folded or not (norm or mixed))
         tiles = self
         if reads_x and not unchanged:
-            few = x_free and (mixed or (R == 256 and not norm))
+            few = x_free and (mixed or (R == 256 and not norm))  # 32 rows spill 48 bytes on sm_90
             tiles = replace(tiles, BT=min(tiles.BT, 16 if few else 32))
             if mixed and R == 64 and self.BT == 16:
                 tiles = replace(tiles, BD=32)  # 128 columns spill 8 bytes on sm_80
             elif mixed and R == 64:
                 tiles = replace(tiles, num_stages=2)  # 3 spill 32 bytes on sm_90
-            if not (mixed and R < 128) and not (folded and R < 256):
+            # ptxas may choose how many programs share an SM for mixed dtypes below 128, and folded rows below 256:
+            # above, two have no room or spill.
+            if R >= 256 or not (folded or (mixed and R < 128)):
                 tiles = replace(tiles, registers=255)
             if x_free and R == 512:  # in fp32 96 KiB of A, W_up, dz and h; 128 KiB with 16 columns
                 tiles = replace(tiles, BD=32 // compute.itemsize, num_stages=1)
@@ -144,7 +146,7 @@ def slice_tiles(itemsize: int, R: int, wide: bool) -> Tiles:
     """Tiles of the backward's second kernel. Its (R, BD) fp32 sums live in registers, two of them below R = 256.
 
     Without warp-group products its resident slice of A is in registers as well, so the tiles are smaller. BT is for x
-    that goes into the product unchanged; where it cannot, the launcher and the kernel take at most 32 rows, or 16.
+    that goes into the product unchanged; where it cannot, ``of_slices`` and the kernel take at most 32 rows, or 16.
     """
     registers = 255 if R == 512 else None
     if itemsize == 4:

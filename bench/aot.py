@@ -64,6 +64,11 @@ SMS = 132
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
+def settings(parts: Iterable[str]) -> dict[str, bool]:
+    """What ``parts``, of ``PARTS``, are together."""
+    return {name: value for part in parts for name, value in PARTS[part].items()}
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch, as the compiler sees it."""
@@ -331,9 +336,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     args = parser.parse_args(argv)
 
-    parts = {name: value for part in args.part for name, value in PARTS[part].items()}
     points = itertools.product(args.r, args.d, args.dtype, args.sm)
-    _work[:] = matrix(itertools.starmap(Shape, points), args.kernel, **parts)
+    _work[:] = matrix(itertools.starmap(Shape, points), args.kernel, **settings(args.part))
     rows: list[dict[str, Any]] = []
     print(f"triton {triton.__version__}, {len(_work)} variants", flush=True)
     print(

@@ -107,8 +107,7 @@ def test_rows_of_another_dtype_than_the_products_compile_and_fit(
 )
 def test_what_spilled_or_did_not_fit_does_now(shape: aot.Shape, kernel: str, parts: list[str]) -> None:
     """A sample of what ``python -m bench aot`` compiles."""
-    how = {name: value for part in parts for name, value in aot.PARTS[part].items()}
-    (variant,) = (v for v in shape.variants(**how) if v.name == kernel)
+    (variant,) = (v for v in shape.variants(**aot.settings(parts)) if v.name == kernel)
     fitting(variant, shape.sm)
 
 

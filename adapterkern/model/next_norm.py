@@ -28,6 +28,7 @@ from adapterkern.model.config import PROMPT, AdapterConfig
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import AdaptedLayer, change_class, check_forward, own_class, reduced
 from adapterkern.model.sites import Halves, halves, reads_input, reads_output
+from adapterkern.ops.choice import fused_enabled
 from adapterkern.ops.normed import Made
 
 _MISSES = 8  # calls in a row with something else than what an adapter left
@@ -187,6 +188,9 @@ class FusesNorms:
     if TYPE_CHECKING:  # LlamaAdapter's
 
         @property
+        def fused(self) -> bool: ...
+
+        @property
         def layers(self) -> nn.ModuleList: ...
 
         @property
@@ -200,7 +204,7 @@ class FusesNorms:
 
         Results differ from those without by rounding: n is rounded once. In training this keeps y where transformers'
         norm keeps a copy in fp32; so a hook that changes y in place after the norm has read it is an error in 16 bits,
-        too. It is off by default, since no GPU has shown that it pays.
+        too. It is off by default, since no GPU has shown that it pays. Without ``fused`` it does nothing.
 
         Raises:
             ValueError: assigned True, and no norm of the backbone is an RMSNorm that reads what a site leaves.
@@ -220,6 +224,8 @@ class FusesNorms:
                     f"{type(self.base).__name__}"
                 )
             self._fuse_norm = True
+            if not (self.fused and fused_enabled()):
+                logger.warning("fuse_norm: has no effect while fused is False or ADAPTERKERN_FUSED=0")
             for name in self._configs:
                 self._warn_of_unfused(name)
         else:

@@ -49,12 +49,12 @@ def adapter_and_norm(
 
     On a CPU the kernels make both while a block of rows is in the caches, on a GPU by clusters while rows are in shared
     memory; the backward keeps x + added and y. In compiled code, with ``x_free``, and for inputs that are too small for
-    the operator to pay, these two calls run.
+    the operator to pay, these two calls run. ``residual``, ``gate`` and ``index`` are ``adapter``'s alone.
 
     Args:
         x, norm_weight, ..., up_bias, eps, activation, fused, x_free, scale, dropout, seed: as ``adapter``'s.
         next_weight: the RMSNorm's factor, ``(d,)``, of any floating dtype. It is frozen: no gradient reaches it.
-        next_eps: added to the mean square.
+        next_eps: added to the mean square: a backbone's ``config.rms_norm_eps``.
         added: what is added to x first, as a block's output is to the residual stream: of x's shape, dtype and device.
 
     Returns:

@@ -206,6 +206,10 @@ def test_an_unfused_or_x_free_adapter(handed: list[str], caplog: pytest.LogCaptu
     model.fused = False
     logits(model)
     assert handed == []
+    model.fuse_norm = False
+    caplog.clear()
+    model.fuse_norm = True
+    assert said(caplog)[0] == "fuse_norm: has no effect while fused is False or ADAPTERKERN_FUSED=0"
 
 
 def test_a_stream_that_changes_in_between() -> None:

@@ -359,14 +359,8 @@ def forward(
     T, d = x.shape
     p, compute = prepared, prepared.A.dtype
     D, R = p.A.shape[2], p.A.shape[1]
-    tiles = tiles.reading(x, vec, compute, few=16 if R * compute.itemsize >= 512 else 32)
-    if index is not None:
-        tiles = tiles.of_mixed_rows(R, compute)
-    # With both, 64 rows spill up to 32 bytes at r = 256, and at 512 the 128 registers that ptxas keeps to spill 16.
-    if R >= 256 and gate is not None and drop.seed is not None:
-        tiles = replace(tiles, BT=min(tiles.BT, 32), registers=255 if R == 512 else tiles.registers)
-    if R >= 256 and p.row_sums is None and vec * x.element_size() < 4:
-        tiles = replace(tiles, num_warps=4)  # 8 spill up to 32 bytes
+    norm, both = p.row_sums is not None, gate is not None and drop.seed is not None
+    tiles = tiles.of_forward(R, x, vec, compute, norm=norm, mixed_rows=index is not None, gate_and_dropout=both)
     sms = multiprocessors(x.device) if sms is None else sms
     of = routing(index, T, p.A, tiles.BT, sms)
     if by_clusters and clusters.fit(x, p, of, residual, gate, drop.seed):
@@ -376,7 +370,6 @@ def forward(
 
     y = x.new_empty((T, d))
     z = x.new_empty((T, r), dtype=compute) if save else None
-    norm = p.row_sums is not None
     mean = x.new_empty(T, dtype=torch.float32) if save and norm else None
     rstd = torch.empty_like(mean) if mean is not None else None
     shape = {"d": d, "D": D, "BR": R, "VEC": vec, "PRECISION": precision, "PDL": pdl, **tiles.blocks}

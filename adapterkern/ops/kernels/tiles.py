@@ -66,6 +66,21 @@ class Tiles:
             return replace(self, BT=self.BT if self.BT > 32 else 16, registers=255)
         return self
 
+    def of_forward(
+        self, R: int, x: torch.Tensor, vec: int, compute: torch.dtype, *, norm: bool, mixed_rows: bool,
+        gate_and_dropout: bool,
+    ) -> "Tiles":  # fmt: skip
+        """These row tiles of the forward, whose rows are loaded as ``reading`` says."""
+        tiles = self.reading(x, vec, compute, few=16 if R * compute.itemsize >= 512 else 32)
+        if mixed_rows:
+            tiles = tiles.of_mixed_rows(R, compute)
+        # 64 rows spill up to 32 bytes at R = 256, and at 512 the 128 registers that ptxas keeps to spill 16.
+        if R >= 256 and gate_and_dropout:
+            tiles = replace(tiles, BT=min(tiles.BT, 32), registers=255 if R == 512 else tiles.registers)
+        if R >= 256 and not norm and vec * x.element_size() < 4:
+            tiles = replace(tiles, num_warps=4)  # 8 spill up to 32 bytes
+        return tiles
+
     def of_slices(
         self, R: int, x: torch.Tensor, compute: torch.dtype, *, norm: bool, x_free: bool, folded: bool, reads_x: bool,
         mixed_rows: bool,

@@ -12,20 +12,18 @@
 //     emit      4 warps     x + h·W_upᵀ + b_up over the block's columns, in x's buffer
 //     store     one warp    y's rows, by bulk copies out of that buffer, which then is free
 //
-// An RMSNorm that reads y is one exchange more: the emit warps send each row's Σy² to all blocks, and once a tile later, when
-// all have come, multiply what they left in the buffer, which only then is free.
+// An RMSNorm that reads y is one exchange more of the emit warps (adapter_cluster_norm.h).
 //
 // Rounds. Every tile with an adapter is one round of the exchange; its buffers are kAhead deep. A block sends the partial
 // products of round n once its own emit warps have used the h of round n − kAhead. Then every block has reduced that round, so
 // that the buffers of round n are free in all of them, and so are those that round's copies were read from. No other
-// signal goes back. The sums of squares of round n may overwrite those of round n − kKept: a block sends them with the h of
-// round n, so after every emit warp has said that it took that of round n − kAhead, and has made the norm of n − kKept.
+// signal goes back.
 //
 // A block's columns of a row whose mean is more than 16 times its standard deviation are multiplied again as x − s, with
 // s that mean, rounded as x is; the reduction takes the columns' moments and s from each block. Squares come from a
 // product of x by itself, of which only the diagonal is used: it costs fewer instructions than unpacking x.
 #pragma once
-#include "adapter_cluster_tiles.h"
+#include "adapter_cluster_norm.h"
 
 namespace adapterkern::cluster {
 
@@ -56,22 +54,15 @@ struct ForwardConfig : Products<R_, kColumns_> {
 };
 
 template <class K>
-struct Block : Projecting<K> {
-  using Base = Projecting<K>;
-  using Base::across, Base::blocks, Base::columns, Base::first, Base::lane, Base::matrix, Base::owned;
-  using Base::pair_of_lane, Base::put_products, Base::rank, Base::row_of_lane, Base::send_products, Base::split;
-  using Base::sum_bytes, Base::warp;
+struct Block : Norming<K> {
+  using Base = Norming<K>;
+  using Base::across, Base::blocks, Base::columns, Base::first, Base::keep_squares, Base::lane, Base::matrix, Base::norm;
+  using Base::norms, Base::owned, Base::p, Base::pair_of_lane, Base::put_products, Base::rank, Base::row_of_lane, Base::s;
+  using Base::send_products, Base::send_squares, Base::split, Base::square_bytes, Base::sum_bytes, Base::warp;
   using typename Base::Fragments;
-
-  typename K::Shared& s;
-  const Forward& p;
-
-  AK_DEVICE explicit Block(const Forward& p)
-      : Base(p), s(*reinterpret_cast<typename K::Shared*>(shared())), p(p) {}
+  using Base::Base;
 
   AK_DEVICE uint32_t hidden_bytes() const { return kRows * K::R * sizeof(uint16_t); }
-  AK_DEVICE uint32_t square_bytes() const { return uint32_t((blocks - 1) * kRows * sizeof(float)); }
-  AK_DEVICE bool norms() const { return p.next.n != nullptr; }
   AK_DEVICE uint32_t weight_bytes() const { return uint32_t(blocks * K::kSums * sizeof(float)); }
 
   AK_DEVICE void start() {
@@ -421,60 +412,6 @@ struct Block : Projecting<K> {
   AK_DEVICE void leave(int buffer) {
     sync_warp();
     if (lane == 0) arrive(&s.emitted[buffer]);
-  }
-
-  // The warp's sums of squares of 16 rows from `row` on.
-  AK_DEVICE void keep_squares(float (&squares)[2], int row, int slot) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      squares[j] += exchange(squares[j], 1);
-      squares[j] += exchange(squares[j], 2);
-      if (pair_of_lane == 0) put(&s.squares_of_warp[slot][warp - 4][row + j * 8 + row_of_lane], squares[j]);
-    }
-  }
-
-  // By the first emit warp: the sums of the block's columns to the other blocks. The block's own warps see them after the
-  // next sync_threads().
-  AK_DEVICE void send_squares(int n) {
-    const int slot = n % K::kKept;
-    float total = 0;
-    for (int i = 0; i < 4; ++i) total += get(&s.squares_of_warp[n % kAhead][i][lane]);
-    put(&s.squares[slot][rank][lane], total);
-    fence_async();
-    sync_warp();
-    if (lane < blocks && lane != rank)
-      copy_to_block(s.squares[slot][rank], s.squares[slot][rank], kRows * sizeof(float), &s.squared[slot], lane);
-  }
-
-  // The norm of the tile of `rows` rows from `first_row` on, which was round n, over the warp's columns.
-  AK_DEVICE void norm(int64_t first_row, int rows, int begin, int n) {
-    const int slot = n % K::kKept, buffer = n % K::kBuffers, own = begin + lane % K::kNormers * 8;
-    if (blocks > 1) {
-      wait_for_blocks(&s.squared[slot], parity(n, K::kKept));
-      if (warp == 4 && lane == 0) arrive_expecting(&s.squared[slot], square_bytes());
-    }
-    float factors[8];  // of the lane's columns, read again for each tile: registers are scarcer than reads of L1
-#pragma unroll
-    for (int i = 0; i < 8; ++i) factors[i] = own < columns ? p.next.weight[first + own + i] : 0;
-    float squares = 0;  // of the lane's row
-    for (int b = 0; b < blocks; ++b) squares += get(&s.squares[slot][b][lane]);
-    const float rstd = 1 / sqrtf(squares / p.d + p.next.eps);
-    if (rank == 0 && warp == 4 && p.next.rstd && lane < rows) p.next.rstd[first_row + lane] = rstd;
-#pragma unroll 2
-    for (int row = lane / K::kNormers; row < kRows; row += 32 / K::kNormers) {
-      const float by = from_lane(rstd, row);
-      if (row >= rows || own >= columns) continue;
-      uint32_t v[4];
-      get_words(v, &s.x[buffer][row * K::kXPitch + own]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Pair y = unpack(v[i]);
-        v[i] = pack(y.x * by * factors[2 * i], y.y * by * factors[2 * i + 1]);
-      }
-      write_words(p.next.n + (first_row + row) * p.d + first + own, v);
-    }
-    sync_warp();
-    if (lane == 0) arrive(&s.stored[buffer]);  // the tile is not read again
   }
 
   AK_DEVICE void load_up(uint32_t (&w)[K::R / 16][K::kEmitted / 8][2], int adapter, int begin) {

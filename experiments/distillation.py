@@ -27,7 +27,8 @@ from adapterkern.recipes.distillation.soft_labels import Teacher, soft_label_los
 from adapterkern.recipes.distillation.task import Distillation, KeepBehaviour, WithKept, first_layers
 from adapterkern.training import PrefixCache, TrainConfig, evaluate, train
 from adapterkern.training.data.examples import Example, numbered
-from adapterkern.training.task import Feed, Task, eval_batches
+from adapterkern.training.feed import Feed, eval_batches
+from adapterkern.training.task import Task
 from bench.measure import kept_for_backward, paired_ratio, peak_bytes
 from experiments.common import CPU, Rows, backbone, cpu_timed, make_parser, parse, record, texts
 

@@ -23,8 +23,9 @@ from adapterkern.recipes.routing.router import RoutingConfig
 from adapterkern.recipes.routing.task import RoutedTask
 from adapterkern.training import PrefixCache
 from adapterkern.training.data.examples import Example, numbered
+from adapterkern.training.feed import Feed, eval_batches
 from adapterkern.training.parallel.accelerator import make_accelerator
-from adapterkern.training.task import Feed, Task, eval_batches
+from adapterkern.training.task import Task
 from experiments.common import Rows, backbone, make_parser, parse, record, show, texts
 
 NUM_LAYERS, DIM, EXPERTS = 8, 16, 4

@@ -6,6 +6,7 @@ drift.py                    how far a model has gone from the untouched one
 dry_run.py                  a run of a few steps that are undone, and what it will take
 loop.py                     the order of steps, evaluations and checkpoints
 task.py                     hidden states → loss; what is trained, scored and saved
+feed.py                     batches on the device, with their prefix; sums over an evaluation
 heads.py, head_kinds.py     what a head learns of labeled texts: one label, several, a number
 losses.py                   smoothed labels and weighted classes
 compiled.py                 frozen layers compiled for a run's steps

@@ -29,6 +29,7 @@ from adapterkern.training.data.summary import Summary, warn_of_learned, warn_of_
 from adapterkern.training.data.targets import TARGETS, OneLabel
 from adapterkern.training.drift import Drift, check_drift, load_texts, summary_of, texts_name
 from adapterkern.training.dry_run import Rehearsal, unchanged
+from adapterkern.training.feed import Feed, run_evaluation
 from adapterkern.training.heads import Head
 from adapterkern.training.loop import Run
 from adapterkern.training.losses import check_loss, trained_with
@@ -49,7 +50,7 @@ from adapterkern.training.run.results import TrainResult
 from adapterkern.training.run.trackers import Trackers, tracker_names
 from adapterkern.training.saved import Sources
 from adapterkern.training.stack import below_settings, check_stack, frozen_below
-from adapterkern.training.task import Feed, Task, run_evaluation
+from adapterkern.training.task import Task
 
 
 def _in_config(ours: str) -> str:

@@ -40,7 +40,8 @@ from adapterkern.training.data.batches import Batch, collate, count_tokens, inpu
 from adapterkern.training.data.examples import Example, check_vocabulary, load_examples, numbered
 from adapterkern.training.data.rows import DataError, source_name
 from adapterkern.training.data.summary import Summary, summarize
-from adapterkern.training.task import Bar, Feed, Task, eval_batches, evaluating
+from adapterkern.training.feed import Bar, Feed, eval_batches, evaluating
+from adapterkern.training.task import Task
 
 NAME = "drift"  # of the metric; of several adapters each has one, such as reviews/drift
 _CHUNK = 256  # tokens whose logits exist at a time

@@ -22,12 +22,13 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_tokens
 from adapterkern.training.data.examples import E, Example
 from adapterkern.training.data.prefix import choose_cache
+from adapterkern.training.feed import eval_batches
 from adapterkern.training.loop import Run
 from adapterkern.training.run.folder import check_output
 from adapterkern.training.run.interrupt import StopRequest
 from adapterkern.training.run.report import Reporter
 from adapterkern.training.run.results import DryRun, TrainResult
-from adapterkern.training.task import Task, eval_batches
+from adapterkern.training.task import Task
 
 _STEPS = 3  # that are taken: one of the longest rows, which is not timed unless it is the only one, and the first ones
 _SHOWN = 3  # examples

@@ -29,6 +29,7 @@ from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.data.rows import warn
 from adapterkern.training.data.sets import Data
 from adapterkern.training.drift import Drift
+from adapterkern.training.feed import Feed, eval_batches, run_evaluation
 from adapterkern.training.optimization import sites_to_skip
 from adapterkern.training.parallel.engine import Engine
 from adapterkern.training.run import checkpoint
@@ -40,7 +41,7 @@ from adapterkern.training.run.meter import Meter, Step
 from adapterkern.training.run.report import DATA_NAME, PLOT_NAME, Reporter
 from adapterkern.training.run.results import NonFiniteError, TrainResult, counted
 from adapterkern.training.saved import Sources, save_sources
-from adapterkern.training.task import Feed, Task, eval_batches, run_evaluation
+from adapterkern.training.task import Task
 
 # With half of them SmolLM2-135M, adapted to 400 texts of 8 labels, was 1.3 points worse: docs/compared.md
 FEW_STEPS = 200

@@ -16,11 +16,12 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.examples import UNREAD, Example, Rows, check_vocabulary
 from adapterkern.training.data.rows import BadRows, DataError, Row, source_name, warn
+from adapterkern.training.feed import Feed, eval_batches
 from adapterkern.training.heads import Head
 from adapterkern.training.parallel.accelerator import make_accelerator
 from adapterkern.training.parallel.frozen import cast_once
 from adapterkern.training.run.lock import in_one_thread
-from adapterkern.training.task import Feed, Task, eval_batches
+from adapterkern.training.task import Task
 
 CHUNK = 1024  # rows, which are sorted by length to save padding
 

@@ -37,7 +37,6 @@ from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.logits import check_lm_head
 from adapterkern.model.saving import unloaded_on_error
 from adapterkern.optim import ClippedAdamW
-from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data import batches, packing
 from adapterkern.training.data.batches import Batch
@@ -50,10 +49,11 @@ from adapterkern.training.data.examples import (
     load_examples,
     unlabeled,
 )
-from adapterkern.training.data.prefix import Context, PrefixCache, Slot
+from adapterkern.training.data.prefix import Context
 from adapterkern.training.data.rows import BadRows, Row, iter_rows
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.data.targets import TARGETS
+from adapterkern.training.feed import Bar, Feed, sums_over
 from adapterkern.training.head_kinds import HEADS
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Head, gathered, scored, scores_kept
 from adapterkern.training.heads import Prediction as Prediction
@@ -62,9 +62,6 @@ from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run
 
 logger = logging.getLogger(__name__)
-
-
-Bar = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], bool]]]
 
 
 def _owning(save: Any) -> Any:
@@ -184,7 +181,7 @@ class Task(nn.Module, Generic[E]):
 
     # Training
 
-    def prepare(self, examples: Sequence[E], feed: "Feed", bar: Bar) -> str:
+    def prepare(self, examples: Sequence[E], feed: Feed, bar: Bar) -> str:
         """Compute what is needed of a run's examples besides their prefix, once, before its first step.
 
         Args:
@@ -333,7 +330,7 @@ class Task(nn.Module, Generic[E]):
 
     # Scores
 
-    def evaluate(self, run: nn.Module, examples: Sequence[E], feed: "Feed", config: TrainConfig) -> dict[str, float]:
+    def evaluate(self, run: nn.Module, examples: Sequence[E], feed: Feed, config: TrainConfig) -> dict[str, float]:
         """Metrics of ``examples``, one of which is ``loss``. ``run`` is this module as accelerate prepared it.
 
         Each rank runs its share of the batches, and all ranks return the same metrics.
@@ -380,67 +377,3 @@ class Task(nn.Module, Generic[E]):
         config, head = load_run(directory)
         with unloaded_on_error(load_model(llama, directory, config, fused=fused, liger=liger)) as model:
             return cls(model, None if head is None else head.to(model.device)), config
-
-
-class Feed:
-    """Makes a task's batches on its device, with their prefix activations if the cache has them."""
-
-    def __init__(self, task: Task[Any], config: TrainConfig, cache: PrefixCache | None) -> None:
-        self.task = task
-        self.config = config
-        self.cache = cache
-        self.examples: Sequence[Any] = ()  # of the last batch
-        self._slots: dict[int, Slot] = {}  # by the example's row
-
-    def add(self, examples: Sequence[Example], slots: Sequence[Slot]) -> None:
-        """Use these slots of the cache for the examples, which must be numbered."""
-        self._slots |= {example.row: slot for example, slot in zip(examples, slots, strict=True)}
-
-    def __call__(self, examples: Sequence[Any]) -> Batch:
-        self.examples = examples
-        return self.fed(examples, self.task.collate(examples, self.config))
-
-    def fed(self, examples: Sequence[Any], batch: Batch) -> Batch:
-        """The ``batch`` that was made of the examples, on the device and with their prefix."""
-        starts = batch.pop("starts").tolist() if "starts" in batch else None
-        if self._slots and self.cache is not None and examples[0].row in self._slots:  # not of a step's own
-            slots = [self._slots[example.row] for example in examples]
-            batch["prefix"] = self.cache.gather(slots, batch["input_ids"].shape[1], self.config, starts)
-        return batches.to_device(batch, self.task.model.device)
-
-
-def eval_batches(examples: Sequence[E], config: TrainConfig) -> list[list[E]]:
-    """``examples`` in evaluation batches, sorted by length to save padding."""
-    size = config.eval_batch_size or config.batch_size
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
-
-
-def sums_over(run: nn.Module, examples: Sequence[Example], feed: Feed, config: TrainConfig) -> list[float]:
-    """The sums over all batches of what a forward in eval mode returns: its loss, then its other numbers."""
-
-    def of(batch: Sequence[Example]) -> Tensor:
-        loss, others = run(feed(batch))
-        return torch.cat([loss[None], others])
-
-    return processes.sum_over_batches(eval_batches(examples, config), of, feed.task.model.device).tolist()
-
-
-def run_evaluation(
-    task: Task[E], run: nn.Module, examples: Sequence[E], feed: Feed, config: TrainConfig
-) -> dict[str, float]:
-    """``task.evaluate`` in eval mode and without gradients."""
-    with evaluating(run):
-        return task.evaluate(run, examples, feed, config)
-
-
-@contextlib.contextmanager
-def evaluating(run: nn.Module) -> Iterator[None]:
-    """Eval mode, and no gradients, inside the block."""
-    was_training = run.training
-    run.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        run.train(was_training)

@@ -18,8 +18,9 @@ from adapterkern.recipes.distillation import Distillation, KeepBehaviour, WithKe
 from adapterkern.recipes.distillation.keeping import KeptText
 from adapterkern.recipes.distillation.teacher import DISTILLATION_CONFIG
 from adapterkern.training import CheckpointError, TrainConfig, evaluate, train
+from adapterkern.training.feed import Feed
 from adapterkern.training.optimization import with_rates
-from adapterkern.training.task import Feed, Task
+from adapterkern.training.task import Task
 from tests.support import tiny_llama, tiny_run
 from tests.support.soft_label_reference import Allocations, plain
 

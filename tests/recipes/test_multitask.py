@@ -17,9 +17,9 @@ from adapterkern import cli
 from adapterkern.recipes.multitask import MultiTask, Prediction
 from adapterkern.recipes.multitask.sampling import shares
 from adapterkern.training import NonFiniteError, TrainConfig, TrainResult, evaluate, load_run, train
+from adapterkern.training.feed import Feed
 from adapterkern.training.run.checkpoint import CheckpointError, checkpoints
 from adapterkern.training.saved import Sources, load_kind
-from adapterkern.training.task import Feed
 from tests.support import tiny_run
 from tests.support.tiny_recipes import ADAPTERS, many_adapters
 

@@ -24,7 +24,7 @@ from adapterkern.recipes.qa.squad import Answer, Question
 from adapterkern.training import CheckpointError, DataError, PrefixCache, evaluate, train
 from adapterkern.training.data.batches import Batch, fingerprint
 from adapterkern.training.data.rows import BadRows
-from adapterkern.training.task import Feed
+from adapterkern.training.feed import Feed
 from tests.support import pair, tiny_run
 from tests.support.tiny_qa import EXAMPLES, TOKENIZER, examples, model, quiet, row, shared_run
 

@@ -18,7 +18,7 @@ from adapterkern.recipes.distillation.teacher import DISTILLATION_CONFIG
 from adapterkern.training import CheckpointError, TrainConfig, train
 from adapterkern.training.data.prefix import PrefixCache
 from adapterkern.training.data.rows import DataError
-from adapterkern.training.task import Feed
+from adapterkern.training.feed import Feed
 from tests.support import tiny_chat, tiny_run
 from tests.support.soft_label_reference import Allocations, plain
 

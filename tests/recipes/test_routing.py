@@ -16,7 +16,7 @@ from adapterkern.recipes.routing.task import ROUTING_CONFIG, ROUTING_WEIGHTS
 from adapterkern.training import CheckpointError, TrainResult, evaluate, load_run, train
 from adapterkern.training.data.batches import Batch, collate
 from adapterkern.training.data.examples import numbered
-from adapterkern.training.task import Feed
+from adapterkern.training.feed import Feed
 from tests.support import tiny_run
 from tests.support.tiny_recipes import IDS, MASK, routed
 

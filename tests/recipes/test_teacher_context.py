@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from adapterkern.recipes.distillation import Distillation
 from adapterkern.training import train
-from adapterkern.training.task import Feed
+from adapterkern.training.feed import Feed
 from tests.support import tiny_run
 from tests.support.soft_label_reference import plain
 

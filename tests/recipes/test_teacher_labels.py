@@ -14,7 +14,7 @@ from adapterkern.recipes.distillation.soft_labels import Labels
 from adapterkern.training import TrainConfig, evaluate, train
 from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example
-from adapterkern.training.task import Feed, sums_over
+from adapterkern.training.feed import Feed, sums_over
 from tests.support import tiny_run
 from tests.support.soft_label_reference import plain
 

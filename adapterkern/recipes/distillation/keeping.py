@@ -22,7 +22,7 @@ from adapterkern.training.data.batches import Batch
 from adapterkern.training.data.examples import Example, Rows, check_vocabulary, load_examples, unpacked
 from adapterkern.training.data.summary import Summary, summarize
 from adapterkern.training.drift import as_texts
-from adapterkern.training.task import Feed, sums_over
+from adapterkern.training.feed import Feed, sums_over
 
 
 def check_task(config: TrainConfig) -> None:

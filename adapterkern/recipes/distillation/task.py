@@ -28,7 +28,7 @@ from adapterkern.training.data.batches import Batch, count_targets
 from adapterkern.training.data.examples import Example, Rows
 from adapterkern.training.data.padding import check_positions
 from adapterkern.training.data.prefix import Context
-from adapterkern.training.task import Bar, Feed, eval_batches
+from adapterkern.training.feed import Bar, Feed, eval_batches
 
 _LABELS = "label_"  # begins the names of stored labels in a batch
 

@@ -43,11 +43,12 @@ from adapterkern.training.data.examples import Example, Rows, unlabeled
 from adapterkern.training.data.packing import pack
 from adapterkern.training.data.rows import BadRows, DataError, Row, listed, shown
 from adapterkern.training.data.summary import Summary, summarize
+from adapterkern.training.feed import Feed
 from adapterkern.training.heads import ClassificationHead
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.prediction import predictions
 from adapterkern.training.saved import load_run, save_config, save_run
-from adapterkern.training.task import Feed, Task
+from adapterkern.training.task import Task
 
 TASKS_FOLDER = "tasks"
 MULTITASK_CONFIG = f"{TASKS_FOLDER}/multitask.json"

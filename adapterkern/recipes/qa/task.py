@@ -30,10 +30,11 @@ from adapterkern.training.data.batches import Batch, count_targets, count_tokens
 from adapterkern.training.data.examples import UNREAD, Rows, check_vocabulary
 from adapterkern.training.data.rows import BadRows, DataError, Row, source_name, warn
 from adapterkern.training.data.summary import Summary, summarize
+from adapterkern.training.feed import Feed, eval_batches
 from adapterkern.training.heads import read_head_config, read_head_weights, write_head
 from adapterkern.training.parallel.accelerator import make_accelerator
 from adapterkern.training.saved import load_config, load_model, save_run
-from adapterkern.training.task import Feed, Task, eval_batches
+from adapterkern.training.task import Task
 
 
 class QuestionAnswering(Task[Window]):

@@ -80,8 +80,9 @@ class Adapter(nn.Module):
         checks.integer("adapter_dim", adapter_dim, 1, MAX_ADAPTER_DIM)
         checks.choice("activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
-        self.fused = fused
-        self.x_free = x_free
+        self.fused = checks.flag("fused", fused)
+        self.x_free = checks.flag("x_free", x_free)
+        checks.number("eps", eps, "[0, inf)")
         checks.number("scale", scale, "(-inf, inf)")
         self.scale: float | nn.Parameter = float(scale)
         if checks.flag("learned_scale", learned_scale):  # not without dimensions, which FSDP does not shard

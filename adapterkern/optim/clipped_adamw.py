@@ -102,8 +102,8 @@ class ClippedAdamW(Optimizer):
         self.max_norm = max_norm
         self.low_precision = choice("low_precision", low_precision, ("master", "stochastic"))
         self.seed = integer("seed", seed, 0, 2**32 - 1)
-        self.clear_grads = clear_grads
-        self.error_if_nonfinite = error_if_nonfinite
+        self.clear_grads = flag("clear_grads", clear_grads)
+        self.error_if_nonfinite = flag("error_if_nonfinite", error_if_nonfinite)
         self._plan: Plan | None = None
         self._last: tuple[Tensor, Tensor] | None = None  # the last step's norm and skip flag, in the kernels' memory
         super().__init__(
@@ -268,7 +268,6 @@ class ClippedAdamW(Optimizer):
             owners |= zip(keys, own["params"], strict=True)
             try:
                 self._check_group(group | {"params": []})
-                flag("maximize", group.get("maximize", False))
             except KeyError as error:
                 raise ValueError(f"{where}: expected a value of {error}, got none") from None
             except (TypeError, ValueError) as error:
@@ -317,6 +316,7 @@ class ClippedAdamW(Optimizer):
             raise ValueError(f"betas: expected two floats in [0, 1), got {betas!s:.80}")
         if group.get("amsgrad"):
             raise ValueError("amsgrad: expected False (ClippedAdamW has no amsgrad), got True")
+        flag("maximize", group.get("maximize", False))
         for p in group["params"]:
             self._check_dtype(p)
 

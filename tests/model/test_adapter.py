@@ -1,6 +1,8 @@
 """Adapter: fused and plain modules give the same numbers; its initializations."""
 
 import copy
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +125,12 @@ def test_module_errors() -> None:
         ak.Adapter(8, 9, init="svd")
     with pytest.raises(ValueError, match=r"matrix: expected shape \(8, 8\)"):
         ak.Adapter(8, 2).reset_parameters("svd", torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in inspect.signature(ak.Adapter).parameters if name not in ("device", "dtype")]
+)
+def test_every_argument_is_checked(name: str) -> None:
+    given: dict[str, Any] = {"hidden_size": 8, "adapter_dim": 4, name: object()}
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        ak.Adapter(**given)

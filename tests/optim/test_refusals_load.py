@@ -1,6 +1,7 @@
-"""What ``ClippedAdamW.load_state_dict`` refuses, one row each: by name, and before anything is changed."""
+"""What ``ClippedAdamW`` and its ``load_state_dict`` refuse: by name, and before anything is changed."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_a_step_may_be_an_integer() -> None:
     step = optimizer.state_dict()["state"][0]["step"]
     assert step == 7
     assert step.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(ClippedAdamW).parameters)[1:])
+def test_every_argument_is_checked(name: str) -> None:
+    given: dict[str, Any] = {name: object()}
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        ClippedAdamW([torch.nn.Parameter(torch.ones(2))], **given)
 
 
 def test_another_word_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

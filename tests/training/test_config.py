@@ -1,5 +1,6 @@
 """TrainConfig: what it refuses, and its way through JSON."""
 
+import dataclasses
 import json
 import math
 
@@ -35,6 +36,12 @@ from adapterkern.training import TrainConfig
 def test_refuses_by_name(name: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{'output_dir' if name == 'resume' else name}: expected"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_every_field_is_checked(name: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        TrainConfig(**{name: object()})
 
 
 def test_refuses_what_does_not_go_together() -> None:

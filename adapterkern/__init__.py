@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adapterkern.model.llama import LlamaAdapter
     from adapterkern.training import Callback, TrainConfig, evaluate, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Adapter",
     "AdapterConfig",

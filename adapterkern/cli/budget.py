@@ -9,7 +9,7 @@ from typing import Any
 
 from adapterkern import checks
 from adapterkern.cli.options import adapter_fields, add_options, from_options, integer
-from adapterkern.cli.scale import add_scale_options, clusters, show_scale
+from adapterkern.cli.scale import add_scale_options, clusters, gigabytes, show_scale
 from adapterkern.model import attention
 from adapterkern.model.config import (
     MAX_DEPTH,
@@ -213,34 +213,37 @@ def _show_memory(arguments: argparse.Namespace) -> None:
     batch = f"--batch-size {rows}"
     print(
         f"{arguments.model_config}: {shape.num_params:,} parameters in {arguments.dtype}, {training.trained_params:,} "
-        f"trained\n{config.task}, {batch}, --max-length {config.max_length}; memory {_gb(memory)} GB"
+        f"trained\n{config.task}, {batch}, --max-length {config.max_length}; memory {gigabytes(memory)} GB"
     )
     names = " ".join(f"{name:>7}" for name in ("weights", "trained", "kept", "work", "total", "host"))
     print(f"checkpoint, offload: --checkpoint-activations, --offload-activations\n{'GB':23}{names} fits {'rows':>4}")
     found = {choice: (training.memory(rows, choice), training.most_rows(memory, choice)) for choice in CHOICES}
     for choice, (taken, most) in found.items():
-        terms = " ".join(f"{_gb(term):>7}" for term in (*taken[:4], taken.total, taken.host))
+        terms = " ".join(f"{gigabytes(term):>7}" for term in (*taken[:4], taken.total, taken.host))
         print(f"{_short(choice):23}{terms} {'yes' if most >= rows else 'no':>4} {most:4}")
     fitting = [choice for choice, (_, most) in found.items() if most >= rows]
     if not fitting:
         least = min(taken.total for taken, _ in found.values())
-        raise ValueError(f"--memory: expected at least {_gb(least)} GB for {batch}, got {_gb(memory)} GB")
-    options, (taken, _) = fitting[0].options, found[fitting[0]]
-    print(f"fits {'with ' + options if options else 'as it is'}: {_gb(taken.total)} GB of {_gb(memory)}")
+        raise ValueError(f"--memory: expected at least {gigabytes(least)} GB for {batch}, got {gigabytes(memory)} GB")
+    options, (taken, _) = _options(fitting[0]), found[fitting[0]]
+    print(f"fits {'with ' + options if options else 'as it is'}: {gigabytes(taken.total)} GB of {gigabytes(memory)}")
     if options and (fewer := _divisor(rows, found[CHOICES[0]][1])):
         print(f"or, with the same steps, --batch-size {fewer} --accumulation {rows // fewer}")
 
 
+def _options(choice: Choice) -> str:
+    """A choice as it is typed; "" for none."""
+    asked = [f"--load-in {choice.load_in}"] if choice.load_in else []
+    asked += ["--checkpoint-activations"] if choice.checkpointed else []
+    return " ".join([*asked, *(["--offload-activations"] if choice.offloaded else [])])
+
+
 def _short(choice: Choice) -> str:
     """The options of a choice, so that the table is 80 columns wide."""
-    short = choice.options.replace("--load-in ", "").replace("-activations", "").replace("--", "")
+    short = _options(choice).replace("--load-in ", "").replace("-activations", "").replace("--", "")
     return short or "as it is"
 
 
 def _divisor(rows: int, most: int) -> int:
     """The largest number of rows that divides ``rows`` and is at most ``most``; 0 if that is 0."""
     return next((fewer for fewer in range(min(rows, most), 0, -1) if rows % fewer == 0), 0)
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f}"

@@ -93,7 +93,7 @@ def show_scale(arguments: argparse.Namespace, training: Training, task: str, row
         f"{arguments.model_config}: {whole.trained_params:,} parameters in {training.dtype}, "
         f"{adapter.trained_params:,} in adapters\n"
         f"{task}, --batch-size {rows}, --max-length {training.length}: a forward of each GPU per step\n"
-        f"memory {_gb(arguments.memory)} GB, link {link}, nodes of {arguments.gpus_per_node}, network {network}\n"
+        f"memory {gigabytes(arguments.memory)} GB, link {link}, nodes of {arguments.gpus_per_node}, network {network}\n"
     )
     names = " ".join(f"{name:>7}" for name in ("weights", "trained", "buffers", "kept", "ckpt", "work", "total"))
     width = max(4, len(str(max(arguments.gpus))))
@@ -118,8 +118,8 @@ def show_scale(arguments: argparse.Namespace, training: Training, task: str, row
     if not any(line.rows >= rows for _, lines in found for line in lines):
         least, gpus = min((t.total, cluster.gpus) for cluster, lines in found for line in lines for t in line.taken)
         raise ValueError(
-            f"--memory: expected at least {_gb(least)} GB for --batch-size {rows} with --gpus {gpus}, got "
-            f"{_gb(arguments.memory)} GB"
+            f"--memory: expected at least {gigabytes(least)} GB for --batch-size {rows} with --gpus {gpus}, got "
+            f"{gigabytes(arguments.memory)} GB"
         )
 
 
@@ -147,7 +147,7 @@ def _memory(line: _Row) -> str:
     plain, checkpointed = line.taken
     chosen = checkpointed if line.checkpointed else plain
     terms = (chosen.weights, chosen.trained, chosen.buffers, plain.kept, checkpointed.kept, chosen.workspace)
-    shown = " ".join(f"{_gb(term):>7}" for term in (*terms, chosen.total))
+    shown = " ".join(f"{gigabytes(term):>7}" for term in (*terms, chosen.total))
     return f"{line.run:7} {line.engine:6} {shown}{'c' if line.checkpointed else ' '}{line.rows:4}"
 
 
@@ -168,5 +168,6 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:6,.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:6.1f} ms"
 
 
-def _gb(count: int) -> str:
+def gigabytes(count: int) -> str:
+    """``count`` bytes in GB, two decimals."""
     return f"{count / 1e9:.2f}"

@@ -29,8 +29,8 @@ workspace   the most that comes on top at a time, of two: 8KV in the loss's back
             layer's 3fw + 4d per token, what it keeps if that was recomputed or comes back, and, quantized, its largest
             matrix in w.
 
-Not counted: an accelerator's own context (0.3 to 0.6 GB), rounding of its allocator, and the prefix cache, which is in
-the host's memory. Layers below the first adapter keep nothing, with that cache or without.
+Not counted: an accelerator's own context (0.3 to 0.6 GB), rounding of its allocator, and cached prefixes, which are in
+the host's memory. Layers below the first adapter keep nothing, with them or without.
 """
 
 import bisect
@@ -97,13 +97,6 @@ class Choice(NamedTuple):
     load_in: str | None = None  # "8bit" or "4bit"
     checkpointed: bool = False
     offloaded: bool = False
-
-    @property
-    def options(self) -> str:
-        """As it is typed; "" for none of them."""
-        asked = [f"--load-in {self.load_in}"] if self.load_in else []
-        asked += ["--checkpoint-activations"] if self.checkpointed else []
-        return " ".join([*asked, *(["--offload-activations"] if self.offloaded else [])])
 
 
 # From the smallest change to the largest: first what leaves all bits, then what rounds the weights

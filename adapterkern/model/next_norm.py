@@ -123,7 +123,7 @@ class NextNorm:
         return Factor(plus + weight.detach().float() if plus else weight.detach(), eps)
 
     def _obstacle(self, x: Tensor, weight: Any) -> str | None:
-        if self._runner is not None and "_frozen_mlp" in vars(self._runner):  # training/compiled.py
+        if self._runner is not None and "_frozen_mlp" in vars(self._runner):  # which compiles its MLP
             return "the layer that runs it is compiled"
         if _is_checkpointed():
             return "activations are checkpointed"

@@ -114,7 +114,7 @@ class Saved(Extra):
             OSError: a file cannot be written.
             ValueError: there is no such adapter, ``state_dict`` does not have all of its tensors, a parameter of the
                 backbone requires a gradient and is not among the adapter's ``modules_to_save``, or the folder holds a
-                model (the backbone's own, for example), another library's adapter, or a training of ``ak.train``.
+                model (the backbone's own, for example), another library's adapter, or a training run.
                 Existing files stay as they are.
         """
         if unknown := sorted(from_trainer.keys() - _FROM_TRAINER):

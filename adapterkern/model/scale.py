@@ -6,7 +6,7 @@ here: (n − 1)/n of what an all-gather gives or a reduce-scatter takes, twice t
 
 DDP         each GPU has all weights, wN, and its trained parameters whole, 16P. Received: one all-reduce of their
             gradients, 2·(n − 1)/n·4P. Buffers: the buckets in which they travel, 4P.
-FSDP2       (``--shard``) each parameter is cut along its first dimension into n pieces, the last ones padded: U is the
+FSDP2       each parameter is cut along its first dimension into n pieces, the last ones padded: U is the
             padded bytes of a unit. Units are the layers, and the root: embeddings, final norm, LM head, and all
             adapters, which are beside the layers.
             forward     gathers the root and every layer: U each
@@ -85,8 +85,8 @@ class Scale(NamedTuple):
         training: backbone, adapters, length and dtypes.
         rows: of each GPU.
         full: all parameters are trained, without adapters.
-        checkpointed: with ``--checkpoint-activations``.
-        cached: with the prefix cache, as from the second epoch on.
+        checkpointed: layers keep their inputs alone and run again in the backward.
+        cached: layers below the first adapter do not run, as from the second epoch on where they are cached.
     """
 
     training: Training
@@ -186,7 +186,7 @@ class Scale(NamedTuple):
 
     @property
     def cached_layers(self) -> int:
-        """Layers that do not run with the prefix cache."""
+        """Layers that do not run where the frozen prefix is cached."""
         return prefix_length(self.training.adapter)
 
     @property

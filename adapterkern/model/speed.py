@@ -2,9 +2,9 @@
 
 Compute: a product of t tokens by a matrix of m parameters is 2tm floating-point operations, causal attention 2·length·a
 per token and layer forward. Backward, a frozen matrix has the gradient of its input alone (as much as the forward), a
-trained one that of its weight too; attention twice its forward. The layer of the first adapter counts whole, unless
-that follows it. Checkpointed, the layers from the first adapter's on run forward once more. With the prefix cache those
-whose output no adapter changes do not run.
+trained one that of its weight too; attention twice its forward. The first adapted layer counts whole unless
+its adapter runs after it. Checkpointed, the layers from the first adapter's on run forward once more. With cached
+prefixes the layers below the first adapter do not run.
 
 Exposed: what no computation hides. DDP's all-reduce runs beside the backward but for its last bucket: 25 MiB, or if all
 parameters are trained the embeddings, whose gradient comes last, tied or not, and which DDP does not cut. FSDP2 and

@@ -3,8 +3,7 @@
 Checking the values of ``index``, the adapter of each sequence, costs a GPU five launches, and the backward sorts them
 with three more, at every call. A version counter cannot tell whether the results still hold: the replay of a CUDA graph
 and another library's kernel write a tensor without counting. So they are kept only for tensors that this package has
-made from checked values and that nothing else writes (``vouch``). model/mixing.py makes one such tensor for all sites
-of a model.
+made from checked values and that nothing else writes (``vouch``), such as one tensor for all sites of a model.
 """
 
 from dataclasses import dataclass, field

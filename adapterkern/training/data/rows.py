@@ -99,7 +99,7 @@ def warn(message: str, *values: Any) -> None:
 
 
 def warn_once(line: str) -> None:
-    """``warn`` in the first of several runs on the same data, such as an ablation's."""
+    """``warn``, but only once per process, however many runs read the same data."""
     if line not in _named:
         _named.add(line)
         warn("%s", line)

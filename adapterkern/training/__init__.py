@@ -1,6 +1,7 @@
 """One run: train, evaluate, and what they work with.
 
-api.py                      the entry points: ``train``, ``evaluate``
+api.py                      the entry points: ``train``, ``evaluate``; arguments.py: what they may be given
+prediction.py               predictions for rows without labels, in bounded memory
 config.py                   ``TrainConfig``
 drift.py                    how far a model has gone from the untouched one
 dry_run.py                  a run of a few steps that are undone, and what it will take
@@ -8,8 +9,12 @@ loop.py                     the order of steps, evaluations and checkpoints
 task.py                     hidden states → loss; what is trained, scored and saved
 feed.py                     batches on the device, with their prefix; sums over an evaluation
 heads.py, head_kinds.py     what a head learns of labeled texts: one label, several, a number
-losses.py                   smoothed labels and weighted classes
+losses.py, scores.py        smoothed labels and weighted classes; scores that are more than sums over rows
+stack.py                    a run on a stack of adapters
 compiled.py                 frozen layers compiled for a run's steps
+attention.py                which attention kernel a step on a CPU takes
+activations.py              recomputed or offloaded activations
+padding.py                  how much of the batches is padding, and whether packing would help
 optimization.py             the optimizer and its learning-rate schedule
 data/                       rows → examples → batches; the prefix cache
 parallel/, processes.py     one step in one process, under DDP, FSDP2 or DeepSpeed; what ranks share

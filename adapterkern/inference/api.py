@@ -1,4 +1,4 @@
-"""The doors to what was trained: ``load`` a run, ``predict`` with it."""
+"""Entry points to what was trained: ``load`` a run, ``predict`` with it."""
 
 import os
 from collections.abc import Iterator, Mapping

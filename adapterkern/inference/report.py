@@ -127,10 +127,6 @@ class Report:
     def draw(self, path: str | os.PathLike[str]) -> None:
         draw(self, path)
 
-    def lines(self) -> list[str]:
-        """What ``report.txt`` holds."""
-        return text_of(self)
-
 
 def averages_by_name(averages: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """``LabelScores``' averages as ``report.json`` has them."""

@@ -163,10 +163,9 @@ def load_sources(directory: str | os.PathLike[str]) -> Sources:
         absolute = Path(os.path.abspath(directory))
         for step in (absolute, *absolute.parents):
             if step.parent.name == CHECKPOINTS and step.name.startswith("step-"):
-                path = step.parent.parent / absolute.relative_to(step) / SOURCES_NAME  # the run's, or its tasks/NAME's
+                path = step.parent.parent / absolute.relative_to(step) / SOURCES_NAME  # the run's, or a subfolder's
                 break
     saved = read_json(path)
-    saved.setdefault("tokenizer", None)  # since 0.2
     if isinstance(saved.get("eval_data"), dict):
         try:
             saved["eval_data"] = HeldOut.from_dict(saved["eval_data"])

@@ -230,7 +230,7 @@ class Task(nn.Module, Generic[E]):
         return make_optimizer(parameters, config)
 
     def reread(self, examples: list[E]) -> list[E]:
-        """Of the training examples those that steps read as they are, so that the prefix cache is to hold them: all."""
+        """The training examples that steps read as they are, so that the prefix cache holds them; by default all."""
         return examples
 
     def step_examples(

@@ -20,6 +20,7 @@ from adapterkern.inference.report import (
     draw,
     make_report,
     show,
+    text_of,
     write_report,
 )
 from adapterkern.training.prediction import Answer
@@ -136,7 +137,7 @@ def test_of_many_labels_the_worst_are_shown() -> None:
         "1'",
     ]  # the pairs: label, rows, of, predicted
     assert "the 10 most frequent of 30 confusions; the others have 20 rows\n" in text
-    whole = "\n".join(report.lines())
+    whole = "\n".join(text_of(report))
     assert "'label 51'" in whole
     assert "lowest F1" not in whole
 

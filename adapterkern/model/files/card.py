@@ -33,7 +33,7 @@ _PIPELINES = {  # what the hub calls the task
 }
 _TITLES = {"bottleneck": "Bottleneck adapter", "prompt": "Gated prompts"}  # by the kind of adapter
 _TAGS = {"bottleneck": "bottleneck-adapter", "prompt": "llama-adapter"}
-_NOT_SCORES = ("seconds", "tokens_per_second", "targets")
+NOT_SCORES = ("seconds", "tokens_per_second", "targets")  # metrics that say nothing about quality
 _DRIFT = "drift"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -265,7 +265,7 @@ def _versions_section() -> str:
 
 
 def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name not in _NOT_SCORES}
+    return {name: value for name, value in metrics.items() if name not in NOT_SCORES}
 
 
 def _text(value: Any) -> str:

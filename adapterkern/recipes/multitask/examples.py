@@ -25,7 +25,7 @@ class TaskExample(Example):
 
 
 class Prediction(NamedTuple):
-    """The label that a task's head gives a text; and as ``training.task.Prediction``."""
+    """The label that a task's head gives a text; otherwise as ``training.heads.Prediction``."""
 
     task: str
     label: str

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from adapterkern.model.files.card import NOT_SCORES
+
 _LOWER = ("loss", "perplexity", "cross_entropy", "divergence", "drift", "rmse", "mse", "mae")
-_NOT_SCORES = ("targets", "seconds", "tokens_per_second")
 
 
 @dataclasses.dataclass
@@ -84,6 +85,6 @@ class Best:
 
 def check_metric(metric: str, found: Iterable[str]) -> None:
     """Raise ``ValueError`` if an evaluation with the metrics ``found`` has none of this name."""
-    scores = [name for name in found if name.rpartition("/")[2] not in _NOT_SCORES]
+    scores = [name for name in found if name.rpartition("/")[2] not in NOT_SCORES]
     if metric not in scores:
         raise ValueError(f"best: expected a metric of the evaluations: {' or '.join(scores)}; got {metric!r:.80}")

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000120/
         adapterkern.safetensors, adapterkern.json     the adapter, as LlamaAdapter.from_pretrained reads it
-        head.safetensors, head_config.json            the classification head, if there is one; other tasks save other
+        head.safetensors, head_config.json            the head, if there is one; other tasks save other
                                                       files, in subfolders too
         task.json                                     the TrainConfig
         training.safetensors                          fp32 parameters, moments, generator states (uint8)

@@ -43,7 +43,7 @@ def timer(device: torch.device, wall: bool) -> Timer:
     """A function that runs its argument once and returns seconds."""
     if device.type == "cpu":
         return _host_time
-    return _synchronised_time if wall else EventTimer(device)
+    return _synchronized_time if wall else EventTimer(device)
 
 
 def how_timed(measured: Timer, run: Callable[[], object]) -> str:
@@ -59,7 +59,7 @@ def _host_time(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _synchronised_time(run: Callable[[], object]) -> float:
+def _synchronized_time(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()

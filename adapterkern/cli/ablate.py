@@ -27,8 +27,8 @@ wide, which activation, init and learning rate, one at a time, on the demo's bac
 
 The first value of each field is the base point. A field is one of kind, adapter_dim, position, every, layers, depth,
 activation, init, prompt_length, max_params (of the adapters), or lr, warmup, max_norm, precision, ... (an option of
-`train`). A kind is one of bottleneck, attention, parallel, parallel-attention, scaled-parallel, no-norm, learned-scale
-and prompt; docs/adapters.md has their equations.
+`train`). A kind is one of bottleneck, attention, parallel, parallel-attention, scaled-parallel, no-norm, learned-scale,
+prompt and llama-adapter-v2; docs/adapters.md has their equations.
 After Ctrl-C, or when killed, the same command continues; a run whose row is in ablation.csv is never computed again.
 
   adapterkern ablate --preset stability --output stability

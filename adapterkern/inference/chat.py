@@ -19,7 +19,7 @@ from adapterkern.inference.settings import GenerationSettings
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.recipes.routing.task import RoutedTask
 from adapterkern.training.data.chat import Conversation, Message
-from adapterkern.training.data.padding import positions
+from adapterkern.training.data.padding import context_length
 from adapterkern.training.data.rows import HALF_A_PAIR, is_unicode, warn
 
 HELP = """\
@@ -119,7 +119,7 @@ class Chat:
         self.start = 0  # the first that the model still sees
         first = voices[self.name].model
         self.bare = Voice(first, NO_ADAPTER)
-        self.most = positions(getattr(first, "model", first).config)
+        self.most = context_length(getattr(first, "model", first).config)
 
     def run(self, lines: Iterator[str]) -> None:
         """Answer each line, until they or the user end."""

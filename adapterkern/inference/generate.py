@@ -22,7 +22,7 @@ from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.chat import Conversation, Message, check_template, question, render
 from adapterkern.training.data.ends import turn_end
 from adapterkern.training.data.examples import Rows
-from adapterkern.training.data.padding import positions
+from adapterkern.training.data.padding import context_length
 from adapterkern.training.data.rows import (
     HALF_A_PAIR,
     BadRows,
@@ -214,7 +214,7 @@ def encode(tokenizer: Any, prompt: Prompt, model: Any = None, *, chat: bool = Fa
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if not ids:
         raise ValueError("expected a prompt with tokens, got none")
-    most = math.inf if model is None else positions(_adapted(model).config)
+    most = math.inf if model is None else context_length(_adapted(model).config)
     if len(ids) >= most:
         raise ValueError(f"expected a prompt of fewer than the model's {most:g} tokens, got one of {len(ids):,}")
     return ids
@@ -243,7 +243,7 @@ def continued(
     end = turn_end(tokenizer) if chat else None
     config = settings.config(adapted, tokenizer, [] if end is None else [end])
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    most, wanted = positions(adapted.config), config.max_new_tokens
+    most, wanted = context_length(adapted.config), config.max_new_tokens
     more: dict[str, Any] = {"tokenizer": tokenizer} if config.stop_strings else {}
     if cut := sum(len(ids) + wanted > most for ids in encoded):
         warn(

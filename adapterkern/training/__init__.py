@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from adapterkern.training.heads import ClassificationHead as ClassificationHead
     from adapterkern.training.run.callbacks import Callback as Callback
     from adapterkern.training.run.callbacks import RunInfo as RunInfo
-    from adapterkern.training.run.checkpoint import CheckpointError as CheckpointError
     from adapterkern.training.run.plot import plot_history as plot_history
     from adapterkern.training.run.report import read_metrics as read_metrics
+    from adapterkern.training.run.results import CheckpointError as CheckpointError
     from adapterkern.training.run.results import DryRun as DryRun
     from adapterkern.training.run.results import NonFiniteError as NonFiniteError
     from adapterkern.training.run.results import TrainResult as TrainResult
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Callback": "run.callbacks",
-    "CheckpointError": "run.checkpoint",
+    "CheckpointError": "run.results",
     "ClassificationHead": "heads",
     "DataError": "data.rows",
     "DryRun": "run.results",

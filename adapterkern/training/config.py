@@ -304,7 +304,9 @@ class TrainConfig:
             if name == "label_column" and not self.labeled:
                 continue
             if getattr(self, name) == getattr(self, other):
-                raise ValueError(f"{name}: expected another column than {other}, got {getattr(self, name)!r} for both")
+                raise ValueError(
+                    f"{name}: expected a column that {other} does not name, got {getattr(self, name)!r} for both"
+                )
         for name in ("batch_size", "accumulation", "epochs", "max_length", "keep_checkpoints", "log_every"):
             checks.integer(name, getattr(self, name), 1)
         for name in ("max_steps", "eval_batch_size", "checkpoint_every", "eval_every", "patience"):

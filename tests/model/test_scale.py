@@ -13,8 +13,8 @@ import adapterkern as ak
 from adapterkern import cli
 from adapterkern.model.config import adapter_num_params
 from adapterkern.ops import operator
-from adapterkern.training.run.lengths import CheckpointError
 from adapterkern.training.run.matching import check_adapter
+from adapterkern.training.run.results import CheckpointError
 from tests.support.numerics import relative_error
 from tests.support.tiny_llama import IDS, LEFT_PADDED, adapted, grads, logits, mixed
 

@@ -32,7 +32,8 @@ from adapterkern.recipes.qa.squad import read_questions
 from adapterkern.training import ClassificationHead, TrainConfig, load_examples, load_run, read_metrics, train
 from adapterkern.training.data.rows import BadRows, DataError, read_rows
 from adapterkern.training.run import checkpoint
-from adapterkern.training.run.checkpoint import CheckpointError, TrainingState, checkpoints
+from adapterkern.training.run.checkpoint import TrainingState, checkpoints
+from adapterkern.training.run.results import CheckpointError
 from tests.support import tiny_run
 
 TOKENIZER = tiny_run.tokenizer()

@@ -18,7 +18,8 @@ from adapterkern.recipes.multitask import MultiTask, Prediction
 from adapterkern.recipes.multitask.sampling import shares
 from adapterkern.training import NonFiniteError, TrainConfig, TrainResult, evaluate, load_run, train
 from adapterkern.training.feed import Feed
-from adapterkern.training.run.checkpoint import CheckpointError, checkpoints
+from adapterkern.training.run.checkpoint import checkpoints
+from adapterkern.training.run.results import CheckpointError
 from adapterkern.training.saved import Sources, load_kind
 from tests.support import tiny_run
 from tests.support.tiny_recipes import ADAPTERS, many_adapters

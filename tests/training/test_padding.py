@@ -109,8 +109,8 @@ def test_texts_that_are_too_long_for_the_backbone(caplog: pytest.LogCaptureFixtu
     ids=str,
 )
 def test_positions_of_scaled_rope(rope: Any, positions: float) -> None:
-    assert padding.positions(SimpleNamespace(max_position_embeddings=16, rope_parameters=rope)) == positions
-    assert padding.positions(SimpleNamespace(rope_parameters=rope)) == math.inf
+    assert padding.context_length(SimpleNamespace(max_position_embeddings=16, rope_parameters=rope)) == positions
+    assert padding.context_length(SimpleNamespace(rope_parameters=rope)) == math.inf
 
 
 def test_nothing_is_asked_where_nothing_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,7 +352,7 @@ CASES: dict[str, Case] = {
     "same columns": (
         lambda _: ak.TrainConfig(label_column="text"),
         ValueError,
-        "label_column: expected another column than text_column, got 'text' for both",
+        "label_column: expected a column that text_column does not name, got 'text' for both",
     ),
     "question": (
         questions({"context": "Ann."}, {"context": "Bo."}),

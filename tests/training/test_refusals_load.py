@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from adapterkern.files import sha256
 from adapterkern.training import load_examples, read_metrics, train
 from adapterkern.training.run import checkpoint
-from adapterkern.training.run.checkpoint import CheckpointError, TrainingState, checkpoints
+from adapterkern.training.run.checkpoint import TrainingState, checkpoints
 from adapterkern.training.run.matching import check_restorable
+from adapterkern.training.run.results import CheckpointError
 from adapterkern.training.saved import load_sources
 from tests.support import tiny_run
 

@@ -14,7 +14,7 @@ from adapterkern.training import DataError, HeldOut, TrainConfig, evaluate, load
 from adapterkern.training.data.examples import Example, numbered
 from adapterkern.training.data.split import is_share, split
 from adapterkern.training.data.targets import TARGETS
-from adapterkern.training.run.checkpoint import CheckpointError
+from adapterkern.training.run.results import CheckpointError
 from adapterkern.training.saved import Sources, checkpoints, load_run, load_sources, save_sources
 from tests.support import tiny_chat, tiny_run
 

@@ -14,7 +14,7 @@ from torch import nn
 import adapterkern as ak
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.recipes.routing.task import RoutedTask
-from adapterkern.training.run.checkpoint import CheckpointError
+from adapterkern.training.run.results import CheckpointError
 from tests.support import tiny_run
 from tests.support.runs import same
 

@@ -17,7 +17,7 @@ from adapterkern.model.llama import LlamaAdapter
 from adapterkern.model.running import BASE_NAME
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training.data.ends import end_tokens, turn_end
-from adapterkern.training.data.padding import positions
+from adapterkern.training.data.padding import context_length
 from adapterkern.training.task import Task
 
 
@@ -136,7 +136,7 @@ def load_models(
         model=adapted,
         tokenizer=tokenizer,
         adapters=adapters | {BASE_NAME: BASE_NAME},
-        context=positions(adapted.config),
+        context=context_length(adapted.config),
         ends=ends,
         chat_ends=ends if turn is None else ends | {turn},
     )

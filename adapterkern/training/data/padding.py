@@ -53,7 +53,7 @@ def check_padding(llama: Any, config: TrainConfig, examples: Sequence[Example]) 
 
 def check_positions(llama: Any, examples: Sequence[Example]) -> None:
     """Warn of texts that are longer than what ``llama`` was made for."""
-    most = positions(llama.config)
+    most = context_length(llama.config)
     if longer := [n for n in (len(example.input_ids) for example in examples) if n > most]:
         warn_once(
             f"max_length: {len(longer):,} texts, the longest of {max(longer):,} tokens, are longer than what "
@@ -61,7 +61,7 @@ def check_positions(llama: Any, examples: Sequence[Example]) -> None:
         )
 
 
-def positions(config: Any) -> float:
+def context_length(config: Any) -> float:
     """The number of positions that a model was made for; infinity where its configuration has no bound.
 
     RoPE may be scaled, ``factor`` times, by what the configuration says of all layers, or of each kind.

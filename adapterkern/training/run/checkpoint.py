@@ -45,7 +45,7 @@ from adapterkern.training.run.matching import (
     check_settings,
     check_tensors,
 )
-from adapterkern.training.run.matching import CheckpointError as CheckpointError
+from adapterkern.training.run.results import CheckpointError
 from adapterkern.training.saved import CHECKPOINTS
 from adapterkern.training.saved import checkpoints as checkpoints
 

@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
+from adapterkern.training.run.results import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from adapterkern.training.run.checkpoint import TrainingState
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged or belongs to another run; the message names the file or field."""
 
 
 def check_length(path: Path, step: int, config: TrainConfig, steps_per_epoch: object) -> None:

@@ -14,8 +14,8 @@ from adapterkern.files import check_values
 from adapterkern.model.config import ADDED, FREE_IN_ADAPTERS, MODULES, SIZES, AdapterConfig
 from adapterkern.model.inside import needs_inside
 from adapterkern.training.config import FREE_ON_RESUME, LENGTHS, TrainConfig
-from adapterkern.training.run.lengths import CheckpointError as CheckpointError
 from adapterkern.training.run.lengths import check_length
+from adapterkern.training.run.results import CheckpointError
 
 if TYPE_CHECKING:
     from adapterkern.training.run.checkpoint import TrainingState

@@ -1,4 +1,4 @@
-"""How a run ends: with a ``TrainResult``, or with a ``NonFiniteError``."""
+"""How a run ends: with a ``TrainResult``, or with an error of its numbers or its checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -17,6 +17,10 @@ class NonFiniteError(FloatingPointError):
             "fp32 instead of fp16"
         )
         self.step = step
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or belongs to another run; the message names the file or field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from adapterkern.model.decoder import change_class, check_forward
+from adapterkern.model.decoder import change_class, check_forward, own_class, preceded
 from adapterkern.model.digest import is_sharded
 from adapterkern.model.liger import Fused
 
@@ -104,11 +104,11 @@ def _blank(cls: Any) -> nn.Module:
 
 @functools.cache
 def _replaceable(cls: Any) -> Any:
-    return type(cls.__name__, (Replaceable, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return preceded(cls, Replaceable)
 
 
 def _own_class(module: nn.Module) -> Any:
-    return type(module).__bases__[1] if isinstance(module, Replaceable) else type(module)
+    return own_class(module, Replaceable) if isinstance(module, Replaceable) else type(module)
 
 
 def make_copies(llama: Any, paths: Iterable[str]) -> nn.Module:

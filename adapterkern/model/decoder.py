@@ -81,6 +81,15 @@ def own_class(module: nn.Module, before: type) -> Any:
     return mro[mro.index(before) + 1]
 
 
+def preceded(cls: Any, before: type, **members: Any) -> Any:
+    """A subclass of ``cls`` in whose method resolution order ``before`` comes first, with more ``members``.
+
+    It has the same name: lists of class names (`_no_split_modules`, auto-wrap policies) must still match.
+    """
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (before, cls), named | members)
+
+
 def reduced(module: nn.Module, protocol: Any, make: Any, *args: Any) -> Any:
     """What pickles ``module``, whose class was made by ``make(*args)`` and so has no name to be found by."""
     rest = object.__reduce_ex__(module, max(protocol, 2))[2:]
@@ -94,9 +103,7 @@ def _instance(make: Any, *args: Any) -> Any:
 
 @functools.cache
 def _adapted_class(cls: Any) -> Any:
-    # Same name: lists of class names (`_no_split_modules`, auto-wrap policies) must still match the layer.
-    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_halves": halves(cls)}
-    return type(cls.__name__, (AdaptedLayer, cls), members)
+    return preceded(cls, AdaptedLayer, _halves=halves(cls))
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from adapterkern.model.decoder import change_class, check_forward, reduced
+from adapterkern.model.decoder import change_class, check_forward, own_class, preceded, reduced
 from adapterkern.ops.choice import INTERPRETED, fused_enabled
 
 # Their norms, MLPs, rotations and losses compute exactly what LLaMA's do; tests/model/interpreted_liger.py checks each.
@@ -76,7 +76,7 @@ def without_liger(llama: Any) -> None:
     """Undo ``use_liger``: give each module its own class back."""
     for module in llama.model.modules():
         if isinstance(module, Fused):
-            change_class(module, type(module).__bases__[1])
+            change_class(module, own_class(module, Fused))
 
 
 def runs(x: Tensor) -> bool:
@@ -99,7 +99,7 @@ class Fused(nn.Module):
     """Precedes a module's own class in the method resolution order."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self, protocol, _fused_class, type(self).__bases__[1])
+        return reduced(self, protocol, _fused_class, own_class(self, Fused))
 
 
 class _Norm(Fused):
@@ -146,11 +146,11 @@ class _Attention(Fused):
 @functools.cache
 def _fused_class(cls: Any) -> Any:
     """The class for modules of class ``cls`` that runs Liger's kernel; None if Liger has none for it."""
-    name, members = cls.__name__, {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    name = cls.__name__
     if name.endswith("RMSNorm"):
-        return type(name, (_Norm, cls), members)
+        return preceded(cls, _Norm)
     if name.endswith("MLP"):
-        return type(name, (_MLP, cls), members)
+        return preceded(cls, _MLP)
     own = inspect.unwrap(cls.forward)  # decorators of transformers 4 only rename arguments
     if name.endswith("Attention") and _ROTATE in own.__globals__:
         from liger_kernel.transformers.functional import liger_rope
@@ -158,7 +158,7 @@ def _fused_class(cls: Any) -> Any:
         names = own.__globals__ | {_ROTATE: liger_rope}
         forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
-        return type(name, (_Attention, cls), members | {"_rotating_forward": forward})
+        return preceded(cls, _Attention, _rotating_forward=forward)
     return None
 
 

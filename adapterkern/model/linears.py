@@ -32,6 +32,7 @@ from adapterkern.model.decoder import (
     eval_mode,
     layer_device,
     own_class,
+    preceded,
     reduced,
 )
 from adapterkern.model.inside import Inside, query_heads
@@ -98,7 +99,7 @@ class ScaledLinear(nn.Module):
 
 @functools.cache
 def _scaled_class(cls: Any) -> Any:
-    return type(cls.__name__, (ScaledLinear, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return preceded(cls, ScaledLinear)
 
 
 def linear_class(module: nn.Module) -> Any:

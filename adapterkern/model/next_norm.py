@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adapterkern import checks
 from adapterkern.model.config import PROMPT, AdapterConfig
 from adapterkern.model.copies import Replaceable
-from adapterkern.model.decoder import AdaptedLayer, change_class, check_forward, own_class, reduced
+from adapterkern.model.decoder import AdaptedLayer, change_class, check_forward, own_class, preceded, reduced
 from adapterkern.model.sites import Halves, halves, reads_input, reads_output
 from adapterkern.ops.choice import fused_enabled
 from adapterkern.ops.normed import Made
@@ -84,7 +84,7 @@ class TakingNorm(nn.Module):
 
 @functools.cache
 def _taking_class(cls: Any) -> Any:
-    return type(cls.__name__, (TakingNorm, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return preceded(cls, TakingNorm)
 
 
 class Factor(NamedTuple):

@@ -34,7 +34,7 @@ from transformers import AttentionInterface, Cache
 from adapterkern import checks
 from adapterkern.model.config import MAX_PROMPT_LENGTH
 from adapterkern.model.copies import Replaceable
-from adapterkern.model.decoder import argument_names, change_class, check_forward, own_class, reduced
+from adapterkern.model.decoder import argument_names, change_class, check_forward, own_class, preceded, reduced
 from adapterkern.ops import graphs
 from adapterkern.ops.kept import Entry, state_of
 
@@ -221,8 +221,7 @@ def _kept_with(given: dict[str, Any], training: bool) -> _Kept | None:
 
 @functools.cache
 def _prompted_class(cls: Any) -> Any:
-    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_argument_names": argument_names(cls)}
-    return type(cls.__name__, (PromptedAttention, cls), members)
+    return preceded(cls, PromptedAttention, _argument_names=argument_names(cls))
 
 
 def _no_rotation(rotation: Any, count: int) -> Any:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from adapterkern.files import replacing
 from adapterkern.inference.report import FORMAT_VERSION, ROWS, SCATTER_NAME, WORST, make_table, of_row
 from adapterkern.training.head_kinds import RegressionHead
 from adapterkern.training.scores import number_scores
@@ -59,22 +58,18 @@ class NumberReport:
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw predicted against true, and the line on which they are the same, to a PNG file."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
+        from adapterkern.training.run.plot import INK, drawn  # matplotlib takes a second to import
 
-        figure = Figure(figsize=(4.6, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
-        ends = [self.true.min(), self.true.max()]
-        axis.plot(ends, ends, "-", color="black", linewidth=0.8)
-        axis.plot(self.true, self.predicted, ".", markersize=4, alpha=0.5)
-        axis.set(xlabel="true", ylabel="predicted")
         scores = ", ".join(
             f"{_NAMES[name]} {self.numbers[name]:.4g}" for name in ("rmse", "r2") if name in self.numbers
         )
-        axis.set_title(f"{len(self.true):,} rows: {scores}", fontsize=9)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
+        ends = [self.true.min(), self.true.max()]
+        with drawn(path, 4.6, 4.6) as figure:
+            axis = figure.subplots()
+            axis.plot(ends, ends, "-", color=INK, linewidth=0.8)
+            axis.plot(self.true, self.predicted, ".", markersize=4, alpha=0.5)
+            axis.set(xlabel="true", ylabel="predicted")
+            axis.set_title(f"{len(self.true):,} rows: {scores}", fontsize=9)
 
 
 def make_number_report(

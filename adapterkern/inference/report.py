@@ -316,36 +316,33 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     Of more than ``SHOWN`` labels those with the most errors, which the title says.
     """
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: a library must not touch the user's figures or backend
+
+    from adapterkern.training.run.plot import drawn  # matplotlib takes a second to import
 
     matrix = np.array(report.confusion)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     errors = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
     kept = np.sort(np.argsort(-errors, kind="stable")[:SHOWN])
     names = [_cut(shown(report.labels[number].label)) for number in kept]
-    size = 1.8 + 0.34 * len(kept)
-    figure = Figure(figsize=(size + 1.6, size + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.imshow(shares[np.ix_(kept, kept)], vmin=0, vmax=1, cmap="Blues")
-    for i, true in enumerate(kept):
-        for j, predicted in enumerate(kept):
-            if count := matrix[true, predicted]:
-                color = "white" if shares[true, predicted] > 0.5 else "black"
-                axis.text(j, i, str(count), ha="center", va="center", color=color, fontsize=7)
-    places = range(len(kept))
-    axis.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
-    axis.set_yticks(places, names, fontsize=8, parse_math=False)
     title = f"{report.rows:,} rows, {100 * report.accuracy:.2f} % right"
     if len(kept) < len(matrix):
         title += f"\nthe {len(kept)} of {len(matrix)} labels with the most errors"
-    axis.set(xlabel="predicted", ylabel="label")
-    axis.set_title(title, fontsize=9)
+    size = 1.8 + 0.34 * len(kept)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
+        with drawn(path, size + 1.6, size + 1.2) as figure:
+            axis = figure.subplots()
+            axis.imshow(shares[np.ix_(kept, kept)], vmin=0, vmax=1, cmap="Blues")
+            for i, true in enumerate(kept):
+                for j, predicted in enumerate(kept):
+                    if count := matrix[true, predicted]:
+                        color = "white" if shares[true, predicted] > 0.5 else "black"
+                        axis.text(j, i, str(count), ha="center", va="center", color=color, fontsize=7)
+            places = range(len(kept))
+            axis.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
+            axis.set_yticks(places, names, fontsize=8, parse_math=False)
+            axis.set(xlabel="predicted", ylabel="label")
+            axis.set_title(title, fontsize=9)
     if any("missing from font" in str(one.message) for one in found):
         logger.warning("%s: the font lacks characters of the labels; %s has them", path, TEXT_NAME)
 

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +20,7 @@ from adapterkern import __version__
 from adapterkern.files import replacing, write_json
 from adapterkern.recipes.ablation.runs import STUDY_NAME, Findings
 from adapterkern.recipes.ablation.study import ADAPTER_FIELDS, Setting, Study, Variant, show_setting
-from adapterkern.training.run.plot import OTHER, OURS, STYLE
+from adapterkern.training.run.plot import OTHER, OURS, drawn
 
 TABLE_NAME, PLOT_NAME = "ablation.md", "ablation.png"
 
@@ -200,9 +197,7 @@ def plot_axes(study: Study, lines: Sequence[Line], num_layers: int, path: Path, 
         return
     columns = math.ceil(len(axes) / math.ceil(len(axes) / 4))
     heights = [max(len(axis) for _, axis in axes[i : i + columns]) for i in range(0, len(axes), columns)]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.3 * columns, 0.9 + sum(0.65 + 0.24 * h for h in heights)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn(path, 3.3 * columns, 0.9 + sum(0.65 + 0.24 * h for h in heights)) as figure:
         grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=[h + 1 for h in heights])
         panels = list(grid.flat)
         for panel, (index, axis) in zip(panels, axes, strict=False):
@@ -217,8 +212,6 @@ def plot_axes(study: Study, lines: Sequence[Line], num_layers: int, path: Path, 
         for panel in alike:
             panel.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
         figure.suptitle(f"dots: runs, bars: mean ± deviation over {len(study.seeds)} seeds, dashed: base point")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
 
 
 def _order(setting: Setting) -> float:

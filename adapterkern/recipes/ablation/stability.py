@@ -15,9 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +24,7 @@ from adapterkern.recipes.ablation.report import Spread
 from adapterkern.recipes.ablation.runs import Findings
 from adapterkern.recipes.ablation.study import Study, Variant
 from adapterkern.training.config import TrainConfig
-from adapterkern.training.run.plot import INK, OTHER, OURS, STYLE, THIRD
+from adapterkern.training.run.plot import INK, OTHER, OURS, THIRD, drawn
 from adapterkern.training.run.report import read_metrics
 
 WINDOW = 20  # steps
@@ -200,9 +197,7 @@ def plot_curves(traces: Sequence[Trace], study: Study, path: Path) -> None:
         return
     values = [value for axis in study.axes for name, value in axis if name == lines]
     colors = dict(zip(values, _COLORS, strict=False))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.8 + 2.3 * len(columns), 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn(path, 0.8 + 2.3 * len(columns), 4.6) as figure:
         grid = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
         for place, (title, members) in enumerate(columns.items()):
             for trace in members:
@@ -232,5 +227,3 @@ def plot_curves(traces: Sequence[Trace], study: Study, path: Path) -> None:
         grid[0][0].plot([], [], color=INK, linewidth=0.8, linestyle=":", label=f"where max_norm={DEFAULT_NORM:g} clips")
         grid[0][0].plot([], [], "o", mfc="none", color=INK, label="spike")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(colors) + 2)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")

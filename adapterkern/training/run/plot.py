@@ -1,6 +1,8 @@
 """``training.png``: a run's loss, accuracy or RMSE, drift, learning rate and gradient norm; the style of all plots."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -21,6 +23,17 @@ STYLE: dict[Any, Any] = {
 _FEW = 30  # points, which are shown as such
 
 
+@contextlib.contextmanager
+def drawn(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
+    """A figure in ``STYLE``, in inches. The end of the block writes it to ``path``, a PNG file, atomically."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+
+
 def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], task: str = "classification") -> None:
     """Plot a run to a PNG file; the best evaluations are marked, and the step that ``TrainConfig.best`` has saved.
 
@@ -37,9 +50,7 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
     having = {name: [r for r in evaluations if name in r] for name in (*scores, "drift")}
     score = next((name for name in scores if having[name]), None)
     names = ["loss"] + [score] * (score is not None) + ["drift"] * bool(having["drift"])
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.5 * len(names), 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn(path, 4.5 * len(names), 4.4) as figure:
         layout: Any = [names, ["rate"] * len(names)]
         axes = figure.subplot_mosaic(layout, height_ratios=[3, 1])
         _lines(axes["loss"], train, "loss", OURS, "training")
@@ -75,8 +86,6 @@ def plot_history(history: list[dict[str, Any]], path: str | os.PathLike[str], ta
             axis.set_xlim(left=0)
         for axis in (rate, norm):
             axis.set_ylim(bottom=0)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
 
 
 def _lines(axis: Axes, records: list[dict[str, Any]], name: str, color: str, label: str, scale: float = 1) -> None:

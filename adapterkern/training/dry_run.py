@@ -6,7 +6,6 @@ Nothing is written, and the model, its gradients and the generators of random nu
 import contextlib
 import dataclasses
 import itertools
-import math
 import random
 import resource
 import time
@@ -21,7 +20,6 @@ from adapterkern.training import processes
 from adapterkern.training.config import TrainConfig
 from adapterkern.training.data.batches import count_tokens
 from adapterkern.training.data.examples import E, Example
-from adapterkern.training.data.prefix import choose_cache
 from adapterkern.training.feed import eval_batches
 from adapterkern.training.loop import Run
 from adapterkern.training.run.folder import check_output
@@ -115,13 +113,7 @@ class Rehearsal(Run[E]):
         for example in self.data.train[:_SHOWN]:
             say(reporter, described(self.task, example, self.tokenizer))
         everything: list[Example] = [*self.task.reread(self.data.train), *self.data.eval, *self.data.texts]
-        passes = math.ceil(self.total_steps / self.steps_per_epoch) if everything else 0
-        before = self.state.prefix_cached if self.state.step else None
-        with self.engine.accelerator.autocast():
-            use, why = choose_cache(self.model, self.config, everything, passes, before)
-        layers, depth = self.model.prefix_length, len(self.model.layers)
-        reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
-        if not use or self.feed.cache is None:
+        if not self._pays_to_cache(everything, reporter) or self.feed.cache is None:
             return
         steps = range(self.first, self.last)
         needed: list[Example] = [*self.task.reread([e for step in steps for e in self._examples(step)])]

@@ -168,15 +168,10 @@ class Run(Generic[E]):
 
     def _fill_cache(self, reporter: Reporter, stop: StopRequest) -> None:
         examples: list[Example] = [*self.task.reread(self._own()), *self.data.eval, *self.data.texts]
-        passes = math.ceil(self.total_steps / self.steps_per_epoch) if examples else 0
-        before = self.state.prefix_cached if self.state.step else None
-        with self.engine.accelerator.autocast():
-            use, why = choose_cache(self.model, self.config, examples, passes, before)
-        self.state.prefix_cached = use
-        layers, depth = self.model.prefix_length, len(self.model.layers)
-        reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
-        if not use:
+        self.state.prefix_cached = self._pays_to_cache(examples, reporter)
+        if not self.state.prefix_cached:
             return
+        layers, depth = self.model.prefix_length, len(self.model.layers)
         for name in ("compile", "checkpoint_activations", "offload_activations"):
             if getattr(self.config, name) and layers == depth:
                 warn("%s: has no effect: all layers' outputs come from the prefix cache", name)
@@ -188,6 +183,15 @@ class Run(Generic[E]):
             self.feed.add(examples, slots)
             self.prefix_layers = layers
         self.meter.prefix_seconds = time.perf_counter() - started
+
+    def _pays_to_cache(self, examples: list[Example], reporter: Reporter) -> bool:
+        passes = math.ceil(self.total_steps / self.steps_per_epoch) if examples else 0
+        before = self.state.prefix_cached if self.state.step else None
+        with self.engine.accelerator.autocast():
+            use, why = choose_cache(self.model, self.config, examples, passes, before)
+        layers, depth = self.model.prefix_length, len(self.model.layers)
+        reporter.say(f"prefix cache: {f'the first {layers} of {depth} layers, {why}' if use else f'off, since {why}'}")
+        return use
 
     def _prepare(self, reporter: Reporter, stop: StopRequest) -> None:
         with self.engine.accelerator.autocast():

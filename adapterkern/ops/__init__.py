@@ -5,6 +5,7 @@ normed.py        ``adapter_and_norm()``: the adapter and the RMSNorm that reads 
 registered.py    what PyTorch sees of it: schema, implementations, fake, autograd, autocast
 choice.py        which implementation runs, and why
 checks.py        what an input may be
+call.py          a call's settings, for the implementations over rows
 reference.py     the equations: definition, oracle, baseline
 stock.py         eager PyTorch's casts and mixed batches
 closed_form.py   the operator from ATen operations: fp64, and where nothing native fits

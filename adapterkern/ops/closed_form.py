@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapterkern.ops.call import Call
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import ACTIVATIONS, Weights
 
@@ -50,19 +51,15 @@ def gated(h: Tensor, up: Tensor, bias: Tensor, gate: Tensor | None) -> tuple[Ten
 def forward(
     rows: Tensor,
     w: Weights,
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
+    call: Call,
     save: bool = True,
     residual: Tensor | None = None,
-    scale: Tensor | float = 1.0,
-    gate: Tensor | None = None,
-    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); without LayerNorm those two are empty.
+    """y (T, d), z (T, r) in ``call.compute``, mean and rstd (T,) of ``rows`` (T, d); without LayerNorm those are empty.
 
-    ``residual`` is (T, d), ``gate`` (T,); a Tensor ``scale`` has no dimensions.
+    ``residual`` is (T, d). All are made whether or not to ``save`` them.
     """
+    eps, activation, compute, scale, gate, drop = call
     stats = stats_dtype(rows.dtype)
     if w.norm_weight is None:
         normed, mean, rstd = rows, *(rows.new_empty(0, dtype=stats) for _ in range(2))
@@ -100,20 +97,17 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     w: Weights,
-    eps: float,
-    activation: str,
+    call: Call,
     needed: Sequence[bool],
     residual: bool = False,
-    scale: Tensor | float = 1.0,
-    gate: Tensor | None = None,
-    drop: Drop | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
-    ``residual``: whether the forward had one; dx then lacks dy. After the parameters' come the gradients of a Tensor
-    ``scale`` and of ``gate``.
+    ``residual``: whether the forward had one; dx then lacks dy. After the parameters' come the gradients of a learned
+    scale and of a gate.
     """
-    need, (need_scale, need_gate) = Weights(*needed[1:7]), needs_extra(needed, scale, gate)  # type: ignore[arg-type]
+    eps, activation, _, scale, gate, drop = call
+    need, (need_scale, need_gate) = Weights(*needed[1:7]), needs_extra(needed, call)  # type: ignore[arg-type]
     d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
     dy_c, mask = dy.to(compute), mask_of(drop, z)
     grads: dict[str, Tensor] = {}
@@ -182,6 +176,6 @@ def backward(
     return [dx, *(grads[name].to(given[name].dtype) if wanted else None for name, wanted in named)]
 
 
-def needs_extra(needed: Sequence[bool], scale: Tensor | float, gate: Tensor | None) -> tuple[bool, bool]:
+def needs_extra(needed: Sequence[bool], call: Call) -> tuple[bool, bool]:
     """Whether the gradients of the scale and of the gate are needed."""
-    return isinstance(scale, Tensor) and needed[7], gate is not None and needed[-1]
+    return isinstance(call.scale, Tensor) and needed[7], call.gate is not None and needed[-1]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from adapterkern import extension
+from adapterkern.ops.call import Call
 from adapterkern.ops.closed_form import needs_extra, scaled
-from adapterkern.ops.dropout import Drop
 from adapterkern.ops.kept import Kept
 from adapterkern.ops.readable import aligned, expect, gating, inputs, side_by_side
 from adapterkern.ops.reference import Weights
@@ -172,7 +172,7 @@ class Shares(NamedTuple):
         return adapters, 0 if self.order is None else self.order.data_ptr()
 
 
-def _shares(index: Tensor, weights: Sequence[Any], count: int, compute: torch.dtype, factor: float) -> Shares:
+def _shares(index: Tensor, weights: Sequence[Any], count: int, call: Call) -> Shares:
     """The ``count`` rows sorted by adapter, where ``index`` has one for each row or for each sequence."""
     isa, n = instruction_set()[0], len(weights[2])
     each = count // max(1, index.numel())
@@ -183,7 +183,7 @@ def _shares(index: Tensor, weights: Sequence[Any], count: int, compute: torch.dt
     begins = _C.sort_rows(index.data_ptr(), index.numel(), each, n, order.data_ptr())
     if not begins:
         raise ValueError(f"index: expected values from -1 to {n - 1}, got {index.min().item()} to {index.max().item()}")
-    stack = _stacks.get(weights, compute, isa, *(() if len(weights) > 6 else (factor,)))
+    stack = _stacks.get(weights, call.compute, isa, *(() if len(weights) > 6 else (call.scale,)))
     have = [e for e in range(n) if begins[e + 1] < begins[e + 2]]
     return Shares([(stack.of(weights, e), begins[e + 1], begins[e + 2]) for e in have], order, begins[1], have)
 
@@ -191,56 +191,41 @@ def _shares(index: Tensor, weights: Sequence[Any], count: int, compute: torch.dt
 def forward(
     rows: Tensor,
     w: Sequence[Any],
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
+    call: Call,
     save: bool = True,
     residual: Tensor | None = None,
-    scale: Tensor | float = 1.0,
-    gate: Tensor | None = None,
-    drop: Drop | None = None,
     around: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (T, d), z (T, r) in ``compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``.
+    """y (T, d), z (T, r) in ``call.compute``, mean and rstd (T,) of ``rows`` (T, d); only y without ``save``.
 
-    Without LayerNorm mean and rstd are empty. A Tensor ``scale`` has no dimensions; ``gate`` is (T,). ``around`` is
-    what native_normed.py has the kernels do before and behind the adapter.
+    Without LayerNorm mean and rstd are empty. ``around`` is what native_normed.py has the kernels do before and behind
+    the adapter.
     """
     expect("x", rows, (len(rows), w[2].shape[1]))
-    shares = Shares([(_prepared(w, compute, scale), 0, len(rows))])
-    return _forward(rows, shares, w, eps, activation, compute, save, residual, gate, drop, around)
+    shares = Shares([(_prepared(w, call.compute, call.scale), 0, len(rows))])
+    return _forward(rows, shares, w, call, save, residual, around)
 
 
 def forward_several(
     rows: Tensor,
     weights: Sequence[Any],
     index: Tensor,
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
+    call: Call,
     save: bool,
     residual: Tensor | None,
-    factor: float,
-    gate: Tensor | None,
-    drop: Drop | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``forward``, of several adapters in one call: ``weights`` and ``index`` are those of rows.py."""
     expect("x", rows, (len(rows), weights[2].shape[2]))
-    shares = _shares(index, weights, len(rows), compute, factor)
-    return _forward(rows, shares, weights, eps, activation, compute, save, residual, gate, drop)
+    return _forward(rows, _shares(index, weights, len(rows), call), weights, call, save, residual)
 
 
 def _forward(
     rows: Tensor,
     shares: Shares,
     w: Sequence[Any],
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
+    call: Call,
     save: bool,
     residual: Tensor | None,
-    gate: Tensor | None,
-    drop: Drop | None,
     around: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, d = rows.shape
@@ -248,10 +233,10 @@ def _forward(
     if residual is not None:
         expect("residual", residual, (count, d))
         base = side_by_side(residual.to(rows.dtype))
-    how, held = gating(count, gate, drop)
+    how, held = gating(count, call.gate, call.drop)
     y = torch.empty((count, d), dtype=rows.dtype, device="cpu")  # whatever the default device is
     kept = count if save else 0
-    z = torch.empty((kept, w[2].shape[-2]), dtype=compute, device="cpu")
+    z = torch.empty((kept, w[2].shape[-2]), dtype=call.compute, device="cpu")
     of_norm = 0 if w[0] is None else kept
     mean, rstd = (torch.empty(of_norm, dtype=torch.float32, device="cpu") for _ in range(2))
     adapters, order = shares.given()
@@ -260,7 +245,7 @@ def _forward(
             *(adapters, _C.DTYPES[_DTYPES[rows.dtype]], rows.stride(0), base.stride(0)),
             *(rows.data_ptr(), base.data_ptr(), y.data_ptr()),
             [t.data_ptr() if size else 0 for t, size in ((z, kept), (mean, of_norm), (rstd, of_norm))],
-            *(order, how, eps, _C.ACTIVATIONS[activation], around, torch.get_num_threads()),
+            *(order, how, call.eps, _C.ACTIVATIONS[call.activation], around, torch.get_num_threads()),
         )
     if shares.without:
         _copy_rows(shares, base, y)
@@ -278,22 +263,18 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     w: Sequence[Any],
-    eps: float,
-    activation: str,
+    call: Call,
     needed: Sequence[bool],
     residual: bool = False,
-    scale: Tensor | float = 1.0,
-    gate: Tensor | None = None,
-    drop: Drop | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x and the parameters that are ``needed`` (None for the others), each in its tensor's dtype.
 
-    ``residual``: whether the forward had one; dx then lacks dy. After the seven ``needed`` comes that of a Tensor
-    ``scale``, then that of a ``gate``.
+    ``residual``: whether the forward had one; dx then lacks dy. After the seven ``needed`` comes that of a learned
+    scale, then that of a gate.
     """
     given = inputs(dy, rows, z, mean, rstd, w)
-    shares = Shares([(_prepared(w, z.dtype, scale), 0, len(rows))])
-    return _backward(given, shares, w, activation, needed, residual, scale, gate, drop)
+    shares = Shares([(_prepared(w, z.dtype, call.scale), 0, len(rows))])
+    return _backward(given, shares, w, call, needed, residual)
 
 
 def backward_several(
@@ -304,35 +285,29 @@ def backward_several(
     rstd: Tensor,
     weights: Sequence[Any],
     index: Tensor,
-    eps: float,
-    activation: str,
+    call: Call,
     needed: Sequence[bool],
     residual: bool,
-    factor: float,
-    gate: Tensor | None,
-    drop: Drop | None,
 ) -> list[Tensor | None]:
     """As ``backward``, of several adapters in one call: ``weights`` and ``index`` are those of rows.py."""
     given = inputs(dy, rows, z, mean, rstd, weights)
-    shares = _shares(index, weights, len(rows), z.dtype, factor)
-    scale = factor if len(weights) == 6 else weights[6]
-    return _backward(given, shares, weights[:6], activation, needed, residual, scale, gate, drop)
+    shares = _shares(index, weights, len(rows), call._replace(compute=z.dtype))
+    scales = call if len(weights) == 6 else call._replace(scale=weights[6])
+    return _backward(given, shares, weights[:6], scales, needed, residual)
 
 
 def _backward(
     given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     shares: Shares,
     w: Sequence[Any],
-    activation: str,
+    call: Call,
     needed: Sequence[bool],
     residual: bool,
-    scale: Tensor | float,
-    gate: Tensor | None,
-    drop: Drop | None,
 ) -> list[Tensor | None]:
     rows, dy, *_ = given
+    scale = call.scale
     count, stream = len(rows), _C.DTYPES[_DTYPES[rows.dtype]]
-    of_scale, of_gate = needs_extra(needed, scale, gate)
+    of_scale, of_gate = needs_extra(needed, call)
     down = any(needed[1:5])  # which the kernels make together
     norm = down and w[0] is not None
     wanted = [norm, norm, down, down, needed[5] or of_scale, needed[6] or of_scale]
@@ -343,7 +318,7 @@ def _backward(
     made = [
         new(p.shape, dtype=torch.float32, device="cpu") if want else None for p, want in zip(w, wanted, strict=True)
     ]
-    how, held = gating(count, gate, drop)
+    how, held = gating(count, call.gate, call.drop)
     adapters, order = shares.given()
     if adapters:
         memory = torch.empty(_C.backward_bytes(adapters, stream), dtype=torch.uint8, device="cpu")
@@ -355,7 +330,7 @@ def _backward(
         _C.backward(
             *(adapters, stream, rows.stride(0), dy.stride(0)),
             [t.data_ptr() for t in given],
-            *(order, how, _C.ACTIVATIONS[activation], residual),
+            *(order, how, _C.ACTIVATIONS[call.activation], residual),
             *(0 if t is None else t.data_ptr() for t in (dx, d_gate)),
             *(grads_of, memory.data_ptr(), torch.get_num_threads()),
         )
@@ -376,7 +351,7 @@ def _backward(
             if g is not None
         ]
         grads.append((products[0] + products[1]).to(scale.dtype) if of_scale else None)
-    return [dx, *grads, *([d_gate] if gate is not None else [])]
+    return [dx, *grads, *([d_gate] if call.gate is not None else [])]
 
 
 def _like(scale: Tensor | float, g: Tensor) -> Tensor | float:

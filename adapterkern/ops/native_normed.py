@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops import native
-from adapterkern.ops.dropout import Drop
+from adapterkern.ops.call import Call
 from adapterkern.ops.readable import aligned, expect, side_by_side
 
 
@@ -27,12 +27,8 @@ def forward(
     w: Sequence[Any],
     weight: Tensor,
     norm_eps: float,
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
+    call: Call,
     save: bool,
-    scale: Tensor | float = 1.0,
-    drop: Drop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, n and s (T, d); z, mean and rstd as native.py's; and ρ (T,). s is ``rows`` itself without ``added``."""
     count, d = rows.shape
@@ -48,7 +44,7 @@ def forward(
     pointers += [n.data_ptr(), rho.data_ptr() if save else 0, given.data_ptr()]
     strides = [x.stride(0), 0 if added is None else added.stride(0)]
     around = pointers, strides, norm_eps
-    y, z, mean, rstd = native.forward(s, w, eps, activation, compute, save, scale=scale, drop=drop, around=around)
+    y, z, mean, rstd = native.forward(s, w, call, save, around=around)
     return y, n, s, z, mean, rstd, rho
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops import graphs, native_normed, triton_normed
+from adapterkern.ops.call import Call
 from adapterkern.ops.checks import check_dropout, check_inputs, check_norm
 from adapterkern.ops.choice import fused_enabled, in_transform, operand_dtype, prefers_eager, runs_native, runs_triton
 from adapterkern.ops.dropout import Drop
@@ -97,7 +98,7 @@ def adapter_before_norm(
         if not prefers_eager(x, len(weights.down_weight), save) and _runs_kernels(*tensors, *others):
             kind = x.device.type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            how = _How(eps, activation, operand_dtype(x, autocast), factor, dropout)
+            how = _How(Call(eps, activation, operand_dtype(x, autocast), factor), dropout)
             made = Made(next_weight, next_eps)
             drawn = as_seed(seed, x.device) if dropout else None
             args = x, added, *weights, learned, drawn, made, how
@@ -129,10 +130,7 @@ class Made:
 class _How(NamedTuple):
     """What is no tensor."""
 
-    eps: float
-    activation: str
-    compute: torch.dtype
-    factor: float
+    call: Call  # with the scale if that is a number
     rate: float  # of dropout
 
 
@@ -151,9 +149,9 @@ def _forward(x, added, *args, save):  # type: ignore[no-untyped-def]
     *weights, learned, seed, made, how = args
     rows = x.reshape(-1, x.shape[-1])
     others = None if added is None else added.reshape(rows.shape)
-    of_adapter = how.eps, how.activation, how.compute, save
-    own = how.factor if learned is None else learned.reshape(()), None if seed is None else Drop(how.rate, seed)
-    y, n, s, *saved, made.rho = _on(x).forward(rows, others, weights, made.weight, made.eps, *of_adapter, *own)
+    call = how.call._replace(drop=None if seed is None else Drop(how.rate, seed))
+    call = call if learned is None else call._replace(scale=learned.reshape(()))
+    y, n, s, *saved, made.rho = _on(x).forward(rows, others, weights, made.weight, made.eps, call, save)
     # Not y.view: autograd forbids in-place writes to a view that a Function returns.
     y, made.n = (torch.ops.aten._unsafe_view(t, x.shape) for t in (y, n))
     return y, s, *saved
@@ -181,12 +179,12 @@ class _Adapter(torch.autograd.Function):
         if dy is None:
             return none
         s, z, mean, rstd, *weights, learned, seed = ctx.saved_tensors
-        how = ctx.how
+        call, rate = ctx.how
         needed = [of_x or of_added, *needed[: 6 if learned is None else 7]]
         given = [t for t in (s, dy, z, mean, rstd, *weights, learned, seed) if t is not None]
         run = run_backward if not torch.is_grad_enabled() and _runs_kernels(*given) else backward_op
-        more = False, None, None, False, learned, how.factor, None, how.rate, seed
-        grads = run(dy, s, z, mean, rstd, *weights, how.eps, how.activation, how.compute, needed, *more)
+        more = False, None, None, False, learned, call.scale, None, rate, seed
+        grads = run(dy, s, z, mean, rstd, *weights, call.eps, call.activation, call.compute, needed, *more)
         dx, *rest = (g if wanted else None for g, wanted in zip(grads, needed, strict=True))
         return (dx if of_x else None, dx if of_added else None, *rest, *none)[:12]
 

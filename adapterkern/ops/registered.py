@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from adapterkern.ops import choice, closed_form, native, rows
+from adapterkern.ops.call import Call
 from adapterkern.ops.choice import keys, keys_of_plain_tensors, operand_dtype, runs_native, runs_triton
 from adapterkern.ops.dropout import Drop
 
@@ -98,9 +99,8 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
         raise ValueError(f"seed: expected a tensor of int64 with dropout={dropout}, got None")
     if not runs_triton(x.device.type, x.dtype):
         drop = None if seed is None else Drop(dropout, seed)
-        compute = operand_dtype(x, compute_dtype)
-        how = eps, activation, compute, save, index, residual, factor, gate, drop
-        return rows.adapter_forward(_on_rows(x), x, weights, *how)
+        call = Call(eps, activation, operand_dtype(x, compute_dtype), factor, gate, drop)
+        return rows.adapter_forward(_on_rows(x), x, weights, call, save, index, residual)
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
 
     return launch.adapter_forward(
@@ -112,7 +112,7 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
 
 def run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
-    eps, activation, _, needed = args[6:10]
+    eps, activation, compute_dtype, needed = args[6:10]
     x_free, index, prepared, residual, scale, factor, gate, dropout, seed = _optional(args, 10)
     weights = _with_scale(args[:6], scale)
     if runs_triton(x.device.type, x.dtype):
@@ -124,8 +124,8 @@ def run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
             by_clusters=choice.runs_clusters(x.device),
         )  # fmt: skip
     else:
-        drop = None if seed is None else Drop(dropout, seed)
-        how = eps, activation, needed, x_free, index, bool(residual), factor, gate, drop
+        call = Call(eps, activation, compute_dtype, factor, gate, None if seed is None else Drop(dropout, seed))
+        how = call, needed, x_free, index, bool(residual)
         grads = rows.adapter_backward(_on_rows(x), dy, x, z, mean, rstd, weights, *how)
     tensors = x, *weights, *(() if gate is None else (gate,))
     return [_no_grad(x if t is None else t) if g is None else g for t, g in zip(tensors, grads, strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops import choice
-from adapterkern.ops.dropout import Drop
+from adapterkern.ops.call import Call
 
 
 def forward(
@@ -16,27 +16,24 @@ def forward(
     w: Sequence[Any],
     weight: Tensor,
     norm_eps: float,
-    eps: float,
-    activation: str,
-    compute: torch.dtype,
+    call: Call,
     save: bool,
-    scale: Tensor | float = 1.0,
-    drop: Drop | None = None,
 ) -> tuple[Tensor, ...]:
     """As native_normed.py's."""
     from adapterkern.ops.kernels import launch  # Triton takes a third of a second to import
     from adapterkern.ops.kernels.norm import Following
 
     s = rows if added is None else rows + added
-    learned = isinstance(scale, Tensor)
-    weights = (*w, scale) if learned else tuple(w)
-    how: dict[str, Any] = {"factor": 1.0 if learned else scale, "by_clusters": choice.runs_clusters(s.device)}
-    if drop is not None:
-        how |= {"dropout": drop.rate, "seed": drop.seed}
+    learned = isinstance(call.scale, Tensor)
+    weights = (*w, call.scale) if learned else tuple(w)
+    how: dict[str, Any] = {"factor": 1.0 if learned else call.scale, "by_clusters": choice.runs_clusters(s.device)}
+    if call.drop is not None:
+        how |= {"dropout": call.drop.rate, "seed": call.drop.seed}
     n = s.new_empty(s.shape)
     rho = s.new_empty(len(s) if save else 0, dtype=torch.float32)
     following = Following(weight.detach().float().contiguous(), n, rho if save else None, norm_eps)
-    how |= {"eps": eps, "activation": activation, "compute": compute, "save": save, "following": following}
+    how |= {"eps": call.eps, "activation": call.activation, "compute": call.compute}
+    how |= {"save": save, "following": following}
     y, *saved = launch.adapter_forward(s, weights, None, **how)
     return y, n, s, *saved, rho
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adapterkern.ops import native, native_normed
+from adapterkern.ops.call import Call
 from tests.ops.test_native import ROUTES, check, isa, routed, run
 from tests.support.numerics import make_weights
 
@@ -49,9 +50,9 @@ def test_a_sum_before_and_a_norm_behind(shape: tuple[int, int, int, str], dtype:
     T, d, r, activation = shape
     x, added, dy, dn = torch.randn(4, T, d).to(dtype)
     w, weight = make_weights(d, r), torch.randn(d)
-    compute = torch.float32 if dtype == torch.float16 else dtype
-    y, n, s, z, mean, rstd, rho = native_normed.forward(x, added, w, weight, 1e-6, 1e-5, activation, compute, True)
+    call = Call(1e-5, activation, torch.float32 if dtype == torch.float16 else dtype)
+    y, n, s, z, mean, rstd, rho = native_normed.forward(x, added, w, weight, 1e-6, call, True)
     assert n.isfinite().all()
     dy = dy + native_normed.norm_backward(dn, y, rho, weight)
-    grads = native.backward(dy, s, z, mean, rstd, w, 1e-5, activation, [True] * 7)
+    grads = native.backward(dy, s, z, mean, rstd, w, call, [True] * 7)
     assert all(g is not None and g.isfinite().all() for g in grads)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkern.ops import native, rows
+from adapterkern.ops.call import Call
 from adapterkern.ops.dropout import Drop
 from adapterkern.ops.reference import Weights, adapter_eager
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
@@ -16,6 +17,7 @@ from tests.support.variants import TABLE as VARIANT_TABLE
 from tests.support.variants import check as check_case
 from tests.support.variants import eager as eager_of_any
 
+PLAIN = Call(1e-5, "silu", torch.float32)
 HERE = native._C.instruction_sets() if native._C is not None else []
 NAMES = ("y", "x", *Weights._fields)
 # T, d, r, activation: rows, columns and dimensions on both sides of every block
@@ -47,8 +49,8 @@ def run(
     x: Tensor, w: Weights, dy: Tensor, compute: torch.dtype, activation: str = "silu", on: rows.Rows = native
 ) -> list[Tensor]:
     """y and the gradients, by the kernels."""
-    y, z, mean, rstd = rows.adapter_forward(on, x, w, 1e-5, activation, compute, True)
-    grads = rows.adapter_backward(on, dy, x, z, mean, rstd, w, 1e-5, activation, [True] * 7)
+    y, z, mean, rstd = rows.adapter_forward(on, x, w, call := Call(1e-5, activation, compute), True)
+    grads = rows.adapter_backward(on, dy, x, z, mean, rstd, w, call, [True] * 7)
     return [y, *(g for g in grads if g is not None)]
 
 
@@ -93,11 +95,11 @@ def check_variant(variant: str, distribution: str, dtype: torch.dtype, on: rows.
     factor = 1.0 if learned else case.scale
     gate = None if case.gate is None else case.gate.float()
     drop = Drop(case.dropout, torch.tensor([SEED])) if case.dropout else None
-    how = None, case.residual, factor, gate, drop
-    y, z, mean, rstd = rows.adapter_forward(on, case.x, w, 1e-5, "silu", compute, True, *how)
+    call = Call(1e-5, "silu", compute, factor, gate, drop)
+    y, z, mean, rstd = rows.adapter_forward(on, case.x, w, call, True, residual=case.residual)
     needed = [name in given for name in ("x", *Weights._fields)] + [True] * (learned + (gate is not None))
-    back = False, None, case.residual is not None, factor, gate, drop
-    grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, 1e-5, "silu", needed, *back)
+    residual = case.residual is not None
+    grads = rows.adapter_backward(on, case.dy, case.x, z, mean, rstd, w, call, needed, residual=residual)
     names = ("x", *Weights._fields, *(name for name in ("scale", "gate") if name in given))
     ours = {"y": y} | {name: g for name, g in zip(names, grads, strict=True) if g is not None}
     if gate is not None:
@@ -143,13 +145,13 @@ def test_only_what_is_needed() -> None:
     x, dy = torch.randn(2, 70, 100)
     w = make_weights(100, 24)
     whole = run(x, w, dy, torch.float32)[1:]
-    y, z, mean, rstd = rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, True)
+    y, z, mean, rstd = rows.adapter_forward(native, x, w, PLAIN, True)
     for needed in itertools.product([False, True], repeat=7):
-        grads = rows.adapter_backward(native, dy, x, z, mean, rstd, w, 1e-5, "silu", needed)
+        grads = rows.adapter_backward(native, dy, x, z, mean, rstd, w, PLAIN, needed)
         for wanted, got, expected in zip(needed, grads, whole, strict=True):
             assert (got is not None) == wanted
             assert got is None or torch.equal(got, expected)
-    forward = rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, False)
+    forward = rows.adapter_forward(native, x, w, PLAIN, False)
     assert torch.equal(forward[0], y)
     assert [t.numel() for t in forward[1:]] == [0, 0, 0]
 
@@ -195,8 +197,8 @@ def test_several_adapters() -> None:
     w = [make_weights(48, 8) for _ in range(3)]
     stacked = Weights(*(torch.stack(one) for one in zip(*w, strict=True)))
     x, dy, index = torch.randn(6, 5, 48), torch.randn(6, 5, 48), torch.tensor([2, -1, 0, 2, 0, 2])
-    y, z, mean, rstd = rows.adapter_forward(native, x, stacked, 1e-5, "silu", torch.float32, True, index)
-    dx, *grads = rows.adapter_backward(native, dy, x, z, mean, rstd, stacked, 1e-5, "silu", [True] * 7, False, index)
+    y, z, mean, rstd = rows.adapter_forward(native, x, stacked, PLAIN, True, index)
+    dx, *grads = rows.adapter_backward(native, dy, x, z, mean, rstd, stacked, PLAIN, [True] * 7, False, index)
     assert dx is not None
     assert torch.equal(y[1], x[1])
     assert torch.equal(dx[1], dy[1])
@@ -239,11 +241,10 @@ def routed(
     index = {"last": torch.full((T,), n - 1), "none": torch.full((T,), -1), "sequence": index[:7]}.get(how, index)
     gate = torch.randn(T)
     gate[::5], gate[1::5] = 0, 1e4
-    drop = Drop(0.3, torch.tensor([-7]))
-    more = (index, None, 1.0, gate, drop) if x_free else (index, base, 1.0, gate, drop)
-    y, z, mean, rstd = rows.adapter_forward(on, x, w, 1e-5, "gelu", compute, True, *more)
-    back = x_free, index, not x_free, 1.0, gate, drop
-    grads = rows.adapter_backward(on, dy, y if x_free else x, z, mean, rstd, w, 1e-5, "gelu", [True] * 9, *back)
+    call = Call(1e-5, "gelu", compute, 1.0, gate, Drop(0.3, torch.tensor([-7])))
+    y, z, mean, rstd = rows.adapter_forward(on, x, w, call, True, index, None if x_free else base)
+    back = call, [True] * 9, x_free, index, not x_free
+    grads = rows.adapter_backward(on, dy, y if x_free else x, z, mean, rstd, w, *back)
     assert all(g is not None for g in grads)
     return [y, z, mean, rstd, *grads]  # type: ignore[list-item]
 
@@ -279,9 +280,7 @@ def test_routed_bits_do_not_depend_on_the_number_of_threads() -> None:
 def test_an_index_that_no_adapter_has_is_refused(value: int) -> None:
     w = [torch.stack([t] * 3) for t in make_weights(40, 12)]
     with pytest.raises(ValueError, match=f"index: expected values from -1 to 2, got .*{value}"):
-        rows.adapter_forward(
-            native, torch.randn(2, 40), w, 1e-5, "silu", torch.float32, False, torch.tensor([0, value])
-        )
+        rows.adapter_forward(native, torch.randn(2, 40), w, PLAIN, False, torch.tensor([0, value]))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345])
@@ -292,7 +291,7 @@ def test_the_mask_is_the_closed_form_s(rate: float, r: int, seed: int) -> None:
     drop = Drop(rate, torch.tensor([seed]), numbers)
     ones = Weights(None, None, torch.zeros(r, r), torch.ones(r), torch.eye(r), torch.zeros(r))
     zeros = torch.zeros(T, r)
-    y = native.forward(zeros, ones, 1e-5, "identity", torch.float32, residual=zeros, drop=drop)[0]
+    y = native.forward(zeros, ones, Call(1e-5, "identity", torch.float32, drop=drop), residual=zeros)[0]
     assert torch.equal(y, drop.mask(T, r, torch.float32))
 
 
@@ -305,7 +304,7 @@ def test_a_changed_scale_is_prepared_again() -> None:
     assert native._prepared(w, torch.float32, scale) is not made
 
     def branch(scale: Tensor | float) -> Tensor:
-        return native.forward(x, w, 1e-5, "silu", torch.float32, scale=scale)[0] - x
+        return native.forward(x, w, PLAIN._replace(scale=scale))[0] - x
 
     torch.testing.assert_close(branch(scale), 4 * branch(1.0), rtol=1e-4, atol=1e-5)
     assert torch.equal(branch(4.0), branch(scale))

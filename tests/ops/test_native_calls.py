@@ -13,11 +13,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkern.ops import adapter, choice, native, rows
+from adapterkern.ops.call import Call
 from adapterkern.ops.reference import Weights
 from tests.support.numerics import make_weights, relative_error
 
 SET, WHY = native.instruction_set()
 pytestmark = pytest.mark.skipif(SET is None, reason=f"no kernels: {WHY}")
+
+
+PLAIN = Call(1e-5, "silu", torch.float32)
 
 
 def op(x: Tensor, *w: Tensor, activation: str = "silu", index: Tensor | None = None) -> Tensor:
@@ -123,8 +127,8 @@ def test_a_z_that_is_not_a_number_stays_none(activation: str) -> None:
 
 def test_a_gradient_of_another_dtype() -> None:
     x, w = torch.randn(8, 40).bfloat16(), make_weights(40, 12)
-    saved = rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, True)[1:]
-    dy, how = torch.randn(8, 40), (w, 1e-5, "silu", [True] * 7)
+    saved = rows.adapter_forward(native, x, w, PLAIN, True)[1:]
+    dy, how = torch.randn(8, 40), (w, PLAIN, [True] * 7)
     both = (rows.adapter_backward(native, g, x, *saved, *how) for g in (dy, dy.bfloat16()))
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
@@ -143,17 +147,17 @@ def test_a_direct_call_of_an_adapter_without_size(d: int, r: int) -> None:
     """``adapter`` checks it, too. The kernels divide by both, which would end the process."""
     w = [torch.ones(shape) for shape in ((d,), (d,), (r, d), (r,), (d, r), (d,))]
     with pytest.raises(ValueError, match=rf"^down_weight: expected .* r >= 1 and d >= 1, got \({r}, {d}\)"):
-        native.forward(torch.ones(3, d), w, 1e-5, "silu", torch.float32)
+        native.forward(torch.ones(3, d), w, PLAIN)
 
 
 @pytest.mark.parametrize("place", range(5))
 def test_a_backward_reads_nothing_beyond_its_tensors(place: int) -> None:
     x, w = torch.randn(8, 40), make_weights(40, 12)
-    given = [x, x, *native.forward(x, w, 1e-5, "silu", x.dtype)[1:]]
+    given = [x, x, *native.forward(x, w, PLAIN._replace(compute=x.dtype))[1:]]
     given[place] = given[place][:-1]
     dy, rows_of_x, z, mean, rstd = given
     with pytest.raises(ValueError, match=r"expected shape \(.*\) on a CPU, got \("):
-        native.backward(dy, rows_of_x, z, mean, rstd, w, 1e-5, "silu", [True] * 7)
+        native.backward(dy, rows_of_x, z, mean, rstd, w, PLAIN, [True] * 7)
 
 
 def test_rows_that_lie_further_apart_than_32_bits_count() -> None:
@@ -202,10 +206,12 @@ def in_a_process(program: str) -> str:
     setting = """
         import os, resource, signal, sys, torch
         from adapterkern.ops import native, rows
+        from adapterkern.ops.call import Call
         from tests.support.numerics import make_weights
         torch.set_num_threads(2)
+        PLAIN = Call(1e-5, "silu", torch.float32)
         def forward(x, w):
-            return rows.adapter_forward(native, x, w, 1e-5, "silu", torch.float32, True)
+            return rows.adapter_forward(native, x, w, PLAIN, True)
     """
     code = textwrap.dedent(setting) + textwrap.dedent(program)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
@@ -255,7 +261,7 @@ def test_memory_that_is_not_to_be_had_is_an_error() -> None:
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (4 << 20), -1))
         try:
-            rows.adapter_backward(native, x, x, *saved, w, 1e-5, "silu", [False] * 6 + [True])
+            rows.adapter_backward(native, x, x, *saved, w, PLAIN, [False] * 6 + [True])
         except MemoryError as error:
             print("MemoryError")
     """

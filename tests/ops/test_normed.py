@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterkern as ak
 from adapterkern.ops import adapter_and_norm, native, native_normed, normed, reference
+from adapterkern.ops.call import Call
 from adapterkern.ops.reference import Weights, adapter_eager
 from adapterkern.ops.stock import eager_autocast
 from tests.ops.test_native import isa
@@ -287,7 +288,7 @@ def test_errors_name_the_argument(change: dict[str, Any], error: type[Exception]
 @pytest.mark.parametrize("name", ["dn", "y", "rho", "next_weight"])
 def test_a_direct_call_reads_nothing_beyond_its_tensors(name: str) -> None:
     (x, _, *weights, weight), _, dn = some(6, 8, 2)
-    y, *_, rho = native_normed.forward(x, None, weights, weight, EPS, 1e-5, "silu", torch.float32, True)
+    y, *_, rho = native_normed.forward(x, None, weights, weight, EPS, Call(1e-5, "silu", torch.float32), True)
     given = {"dn": dn, "y": y, "rho": rho, "next_weight": weight}
     expected = native_normed.norm_backward(*given.values())
     wide = given | {"rho": rho.double(), "next_weight": weight.double()}

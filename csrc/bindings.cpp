@@ -55,6 +55,8 @@ void finish_scalars(const Clip& clip, uintptr_t scalars, const Where& at) {
 
 void update(const Table& table, const std::vector<Group>& groups, uintptr_t scalars, bool clear_grads, uint32_t seed,
             const Where& at) {
+  for (const Tensor& t : table.tensors)
+    if (t.group >= groups.size()) throw std::out_of_range("groups: expected those that the table was made for, got fewer");
   py::gil_scoped_release release;
 #ifdef ADAPTERKERN_WITH_CUDA
   if (at.device >= 0)

@@ -3,7 +3,7 @@
 // Two passes over a table of tensors that is cut into tiles of kTile elements:
 //
 //   sum_squares   slot[tile] = Σ (g·inv_scale)²; the last block to finish adds the slots and writes Scalars
-//   update        m += (1-β1)(ĝ - m)    v = β2·v + (1-β2)·ĝ²    p -= lr·(wd·p + m / bc1 / (√v / √bc2 + eps))
+//   update        m = β1·m + (1-β1)·ĝ    v = β2·v + (1-β2)·ĝ²    p -= lr·(wd·p + m / bc1 / (√v / √bc2 + eps))
 //                 with ĝ = scale·g, scale = ±inv_scale·min(1, max_norm / (norm + 1e-6)) and bc = 1 - βᵗ
 //
 // A tile's squares add up in two fp32 terms, because many GPUs have one fp64 unit for 64 of fp32; the slots, few, in fp64.
@@ -182,7 +182,9 @@ AK_INLINE void finish(const Clip& clip, Scalars& s) {
 // ---- the update ----
 
 struct Step {
-  float grad_scale, one_minus_beta1, beta2, one_minus_beta2;
+  float grad_scale;
+  bool from_gradient;  // m is g + weight·(g - m), not m + weight·(g - m)
+  float weight, beta2, one_minus_beta2;
   float decay;                        // lr·wd
   float size;                         // lr / bc1
   float inv_sqrt_correction2, eps;    // 1 / √bc2
@@ -194,13 +196,16 @@ AK_INLINE Step make_step(const Group& group, const Scalars& s, float t, uint32_t
   const float weight_decay = group.weight_decay_tensor ? *group.weight_decay_tensor : group.weight_decay;
   // 1 - βᵗ = -expm1(t·ln β) keeps fp32's full precision where 1 - powf(β, t) would cancel.
   const float correction1 = -expm1f(t * group.log_beta1), correction2 = -expm1f(t * group.log_beta2);
-  return {s.scale * group.sign, group.one_minus_beta1, group.beta2, group.one_minus_beta2, lr * weight_decay,
+  // As torch.lerp: where g weighs more than m, m + (g - m) would lose a g that is small beside m.
+  const bool from_gradient = group.one_minus_beta1 >= 0.5f;
+  const float weight = from_gradient ? group.one_minus_beta1 - 1.0f : group.one_minus_beta1;
+  return {s.scale * group.sign, from_gradient, weight, group.beta2, group.one_minus_beta2, lr * weight_decay,
           lr / correction1, 1.0f / sqrtf(correction2), group.eps, mix(mix(mix(seed) ^ uint32_t(t)) ^ ordinal)};
 }
 
 AK_INLINE float updated(const Step& s, float p, float g, float& m, float& v) {
   g *= s.grad_scale;
-  m += s.one_minus_beta1 * (g - m);
+  m = (s.from_gradient ? g : m) + s.weight * (g - m);
   v = s.beta2 * v + s.one_minus_beta2 * (g * g);
   // Decay and step are added first: rounding 1 - lr·wd to fp32 would lose a small decay.
   return p - (s.decay * p + s.size * (m / (sqrtf(v) * s.inv_sqrt_correction2 + s.eps)));

@@ -211,6 +211,8 @@ class ClippedAdamW(Optimizer):
         param = local(p.detach())
         if torch.empty_like(param, device="meta").stride() != param.stride():
             raise ValueError(f"{self._name(p)}: expected memory without gaps or overlaps, got strides {param.stride()}")
+        if param.is_neg():
+            raise ValueError(f"{self._name(p)}: expected a tensor of its own values, got a view of their negatives")
         for key in _STATE[: 4 if "master" in state else 3]:
             value, shape = local(state.get(key)), () if key == "step" else param.shape
             expected = (param.device, torch.float32, shape)

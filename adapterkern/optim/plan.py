@@ -34,9 +34,8 @@ class Bucket:
     states: list[dict[str, Any]]
     masters: list[dict[str, Any]]  # the states whose master is what AdamW updates
     layouts: list[list[Any]]  # of the parameters, and so of their gradients
-    state_tensors: list[Tensor]  # kept, so that no new tensor can take over an old one's identity
-    state_ids: list[int]
-    addresses: list[int]  # of the parameters and first moments
+    state_tensors: list[Tensor]  # kept, so that no new tensor can take over an old one's address
+    addresses: list[int]  # of the parameters and of their state
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Plan:
     """The buckets of a step, and the parameters and states that they were made for."""
 
     buckets: list[Bucket]
-    param_ids: list[int]  # of the parameters that have a gradient
+    param_ids: list[list[int]]  # of the parameters that have a gradient, by group
     state_ids: list[int]  # of the state dicts of all parameters
     shares_norm: bool  # the norm is over more than one bucket or rank
 
@@ -76,7 +75,7 @@ def make_plan(groups: Groups, state: Mapping[Tensor, dict[str, Any]], stochastic
     ]
     return Plan(
         buckets,
-        param_ids=list(map(id, _with_gradient(groups))),
+        param_ids=_with_gradient(groups),
         state_ids=list(map(id, state.values())),
         shares_norm=len(buckets) > 1 or any(bucket.process_groups for bucket in buckets),
     )
@@ -109,8 +108,7 @@ def _bucket(
         masters=masters,
         layouts=_layouts([entry.param for entry in entries]),
         state_tensors=state_tensors,
-        state_ids=list(map(id, state_tensors)),
-        addresses=_addresses(params, states, sharded),
+        addresses=_addresses([*params, *state_tensors], sharded),
     )
 
 
@@ -126,48 +124,47 @@ def _process_groups(p: Tensor) -> tuple[Any, ...]:
 
 
 def is_valid(plan: Plan, groups: Groups, state: Mapping[Tensor, dict[str, Any]]) -> bool:
-    """Whether the same parameters have a gradient, none has moved, and their state is the same tensors."""
+    """Whether the same parameters of each group have a gradient, and they and their state are where they were."""
     # Identities rather than look-ups in `state`: hashing a tensor costs more than all the rest of this check.
     return (
-        plan.param_ids == list(map(id, _with_gradient(groups)))
+        plan.param_ids == _with_gradient(groups)
         and plan.state_ids == list(map(id, state.values()))
         and all(map(_bucket_is_valid, plan.buckets))
     )
 
 
-def _with_gradient(groups: Groups) -> list[Tensor]:
-    return [p for group in groups for p in group["params"] if p.grad is not None]
+def _with_gradient(groups: Groups) -> list[list[int]]:
+    return [[id(p) for p in group["params"] if p.grad is not None] for group in groups]
 
 
 def _bucket_is_valid(bucket: Bucket) -> bool:
-    # Identities cost a third of addresses. Whatever moves the memory of a state's tensors moves that of all of them.
+    # Addresses, not identities: an assignment to .data moves a tensor that stays the same one.
     try:
-        same = bucket.state_ids == list(map(id, _state_tensors(bucket.states, bucket.masters)))
-    except KeyError:  # a tensor is missing from a state: making the next plan reports which
+        tensors = [*bucket.params, *_state_tensors(bucket.states, bucket.masters)]
+        return bucket.addresses == _addresses(tensors, bucket.sharded)
+    except (KeyError, TypeError):  # a state lacks a tensor, or has something else: making the next plan reports which
         return False
-    return same and bucket.addresses == _addresses(bucket.params, bucket.states, bucket.sharded)
 
 
 def _state_tensors(states: list[dict[str, Any]], masters: list[dict[str, Any]]) -> list[Tensor]:
     return [*chain.from_iterable(map(_MOMENTS, states)), *map(_MASTER, masters)]
 
 
-def _addresses(params: list[Tensor], states: list[dict[str, Any]], sharded: bool) -> list[int]:
-    tensors = [*params, *(state["exp_avg"] for state in states)]
+def _addresses(tensors: list[Tensor], sharded: bool) -> list[int]:
     return list(map(Tensor.data_ptr, map(local, tensors) if sharded else tensors))
 
 
 def _layouts(tensors: list[Tensor]) -> list[list[Any]]:
-    """What the kernels assume about the tensors behind their pointers: strides, number of elements, dtype."""
+    """What the kernels assume about the tensors behind their pointers: strides, number of elements, dtype, and sign."""
     # Numbers of elements rather than shapes, which take twice as long to read: 9 µs for 96 tensors.
-    return [list(map(Tensor.stride, tensors)), list(map(Tensor.numel, tensors)), list(map(_DTYPE, tensors))]
+    return [list(map(read, tensors)) for read in (Tensor.stride, Tensor.numel, _DTYPE, Tensor.is_neg)]
 
 
 # ---- gradients ----
 
 
 def read_gradients(bucket: Bucket, groups: Groups) -> list[Tensor] | None:
-    """The bucket's gradients, each with the strides of its parameter; those with other strides are copied.
+    """The bucket's gradients, each with the strides of its parameter; those with others, or negated, are copied.
 
     None if the ``.data`` of a parameter is now another view of its memory: its gradient has the strides of that view,
     and the plan is no longer valid.
@@ -187,7 +184,9 @@ def read_gradients(bucket: Bucket, groups: Groups) -> list[Tensor] | None:
     if _layouts(list(map(local, bucket.params))) != bucket.layouts:
         return None
     return [
-        g if g.stride() == strides else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+        g
+        if g.stride() == strides and not g.is_neg()
+        else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
         for g, strides in zip(grads, bucket.layouts[0], strict=True)
     ]
 

@@ -90,7 +90,6 @@ class Run(Generic[E]):
             self.checkpoint = newest_checkpoint(self.output_dir)
             checkpoint.load_checkpoint(self.checkpoint, state)
             self._lose_patience()
-        processes.on_rank_zero(lambda: remove_earlier_run(config, self.task.files))
         try:
             self.engine.start()
             with StopRequest() as stop, self._reporter() as reporter:
@@ -107,6 +106,8 @@ class Run(Generic[E]):
                 processes.on_every_rank(lambda: self._prepare(reporter, stop))
                 self._prepare_drift(reporter, stop)
                 self._check_best()
+                if not self._stopped(stop):  # after all that may fail: until then there is nothing to replace it by
+                    processes.on_rank_zero(lambda: remove_earlier_run(config, self.task.files))
                 self.callbacks.start(self._info())
                 self.engine.run.train()
                 while self._goes_on() and not self._stopped(stop):

@@ -392,6 +392,7 @@ def test_an_earlier_run_stays_until_the_new_one_can_begin(tmp_path: Path) -> Non
         ({"rows": tmp_path / "trian.csv"}, FileNotFoundError),
         ({"eval_rows": [{"text": "w1"}]}, ValueError),
         ({"shard": True}, ValueError),
+        ({"best": "acuracy"}, ValueError),
     ):
         with pytest.raises(kind):
             run(output_dir=tmp_path, overwrite=True, **wrong)

@@ -22,7 +22,16 @@ graphs.py        whether a CUDA graph is being recorded
 
 from adapterkern.ops.checks import MAX_ADAPTER_DIM
 from adapterkern.ops.choice import backend, fused_enabled, kernels_asked
+from adapterkern.ops.kept import parameters_changed
 from adapterkern.ops.normed import adapter_and_norm
 from adapterkern.ops.operator import adapter
 
-__all__ = ["MAX_ADAPTER_DIM", "adapter", "adapter_and_norm", "backend", "fused_enabled", "kernels_asked"]
+__all__ = [
+    "MAX_ADAPTER_DIM",
+    "adapter",
+    "adapter_and_norm",
+    "backend",
+    "fused_enabled",
+    "kernels_asked",
+    "parameters_changed",
+]

@@ -3,8 +3,9 @@
 An entry is valid while each parameter is the same storage (compared by a weak reference, so that a reused address is no
 hit), read with the same dtype, shape and strides, at the same address and version, and while no optimizer has stepped
 since. The version counter sees in-place updates and ``load_state_dict``. The step hook sees optimizers that write
-through ``.data`` or a flat buffer (DeepSpeed, FSDP), which leave the counter unchanged. Neither sees a hand-written
-``p.data.add_(…)`` outside an optimizer: call ``clear()`` after one.
+through ``.data`` or a flat buffer (DeepSpeed, FSDP), which leave the counter unchanged. Neither sees what is written
+past PyTorch: through ``p.data``, by torch.distributed's collectives, by way of NumPy or DLPack. ``parameters_changed``
+says so. Of memory that processes share nothing is kept on a CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,16 @@ def _count_step(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+def parameters_changed() -> None:
+    """Say that parameters of adapters have been written in a way that PyTorch does not count.
+
+    Which are: writes through ``p.data`` outside an optimizer, ``torch.distributed.broadcast(p)`` and other collectives
+    into parameters, and writes to NumPy's or DLPack's view of their memory. Whatever the kernels keep of any parameters
+    is then made again at its next use.
+    """
+    _count_step()
 
 
 @dataclass(slots=True)
@@ -66,9 +77,10 @@ class Kept(Generic[T]):
     def get(self, weights: Sequence[Tensor | None], *how: Any) -> T:
         """``make(weights, *how)``, or its last result if the parameters have not changed since."""
         given: Any = weights if weights[0] is not None else [w for w in weights if w is not None]
-        if any(w.is_inference() for w in given):  # they have no version
-            return self._make(weights, *how)
         storages = [w.untyped_storage() for w in given]
+        # Inference tensors have no version, and another process counts its own writes.
+        if any(w.is_inference() for w in given) or any(s.is_shared() for s in storages):
+            return self._make(weights, *how)
         key = (*how, len(weights), *(w.data_ptr() for w in given))
         state = state_of(given, storages)
         entry = self._entries.get(key)

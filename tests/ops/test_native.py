@@ -10,6 +10,7 @@ from torch import Tensor
 from adapterkern.ops import native, rows
 from adapterkern.ops.call import Call
 from adapterkern.ops.dropout import Drop
+from adapterkern.ops.kept import parameters_changed
 from adapterkern.ops.reference import Weights, adapter_eager
 from tests.support.numerics import DISTRIBUTIONS, make_weights, relative_error
 from tests.support.variants import SEED, evaluate, make_case
@@ -319,6 +320,25 @@ def test_changed_parameters_are_prepared_again() -> None:
     fresh = Weights(*(t.clone() for t in w))
     both = run(x, w, x, torch.float32), run(x, fresh, x, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_parameters_that_are_written_past_pytorch() -> None:
+    x, w = torch.randn(40, 64), make_weights(64, 8)
+    before = native.forward(x, w, PLAIN)[0]
+    w.up_weight.numpy()[:] *= 2
+    parameters_changed()
+    changed = native.forward(x, w, PLAIN)[0]
+    assert not torch.equal(changed, before)
+    assert torch.equal(changed, native.forward(x, Weights(*(t.clone() for t in w)), PLAIN)[0])
+
+
+def test_nothing_is_kept_of_memory_that_processes_share() -> None:
+    x, w = torch.randn(40, 64), make_weights(64, 8)
+    for t in w:
+        t.share_memory_()
+    before = native.forward(x, w, PLAIN)[0]
+    w.up_weight.numpy()[:] *= 2  # as another process may
+    assert not torch.equal(native.forward(x, w, PLAIN)[0], before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -29,6 +29,7 @@ ADDED = {
 }
 MAX_DEPTH = 32  # adapters run one after the other: at this depth one site is as deep as a LLaMA of 7B has layers
 
+BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
 MAX_PROMPT_LENGTH = 1024  # each token's attention reads all of a layer's prompt, past what a prompt is worth
 
 _DEFAULT_DIM = 64
@@ -65,9 +66,10 @@ def largest_prompt_length(hidden_size: int, prompts: int, max_params: int) -> in
 
 def check_name(name: object, argument: str = "name") -> str:
     """``name``, if an adapter can have it. Raises ``ValueError`` that names the argument."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name) or name == BASE_NAME:
         raise ValueError(
-            f"{argument}: expected a non-empty name without dots that is no attribute of nn.ModuleDict, got {name!r}"
+            f"{argument}: expected a non-empty name without dots that is no attribute of nn.ModuleDict, nor "
+            f"{BASE_NAME!r}, got {name!r}"
         )
     return name
 

@@ -248,7 +248,7 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         if config.bias_scale:
             sites[BIAS_SCALE] = make_bias_scale(self.base, config)
         self._add_copies(sites, config)
-        self.adapters[name] = sites
+        self.adapters[name] = sites.train(self.training)
         self._configs[name] = config
         self._warn_of_unfused(name)
         with self._deleted_on_error(name):

@@ -169,7 +169,10 @@ class Mixture:
                 if c.place == place and layer in self._adapters[number] and not c.skips(layer, skip):
                     of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
                     of_prompts = c.prompt_length, c.prompt_gate
-                    members.setdefault((*of_bottlenecks, c.dropout, *of_prompts), []).append(number)
+                    one: Any = self._adapters[number][layer]
+                    # A frozen one drops nothing, whatever the others do.
+                    dropout = c.dropout if c.dropout and one[0].down.weight.requires_grad else 0.0
+                    members.setdefault((*of_bottlenecks, dropout, *of_prompts), []).append(number)
             for ns in members.values():
                 places = tuple(ns.index(n) if n in ns else -1 for n in stage)
                 groups.append(_Group([self._adapters[n][layer] for n in ns], places))

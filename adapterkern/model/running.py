@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkern import checks
-from adapterkern.model.config import AdapterConfig, prefix_length
+from adapterkern.model.config import BASE_NAME, AdapterConfig, prefix_length
 from adapterkern.model.deferred import Decide, DeferredMixture
 from adapterkern.model.extra import default_heads
 from adapterkern.model.mixing import Mixture
@@ -25,8 +25,6 @@ from adapterkern.model.pretrained import Wrapped
 from adapterkern.model.prompt import PromptedAttention
 from adapterkern.model.running_site import RunningSite
 from adapterkern.model.stack import check_stack
-
-BASE_NAME = "__base__"  # in adapter_names: no adapter, as PEFT spells it
 
 
 class State(NamedTuple):

@@ -127,11 +127,16 @@ class Saved(Extra):
                 raise ValueError(f"{argument}: expected none, got {from_trainer[argument]!r}; {instead}")
         if not is_main_process:
             return
-        name = self._check_name(name)
+        asked, name = name, self._check_name(name)
         stack = [*self.adapters_below(name), name]
         for one in stack:
             self._check_as_configured(one)
         self.check_saved(name)
+        others = [one for one in self.adapters if one not in stack]
+        if asked is None and others and "state_dict" not in from_trainer:
+            logger.warning(
+                "save_pretrained: saves %r, the active adapter, and not %s", name, ", ".join(map(repr, others))
+            )
         if not os.fspath(directory):
             raise ValueError("directory: expected the name of a folder, got ''")
         directory = Path(directory)
@@ -196,7 +201,10 @@ class Saved(Extra):
         strict: bool = False,
         resize_token_embeddings: bool = False,
     ) -> Self:
-        """``llama`` with the adapter that is saved in ``directory`` as ``"default"``; see ``load_adapter``."""
+        """``llama`` with the adapter that is saved in ``directory`` as ``"default"``; see ``load_adapter``.
+
+        In eval mode, without dropout, as transformers' ``from_pretrained``.
+        """
         if directory is None or isinstance(llama, (str, os.PathLike)):
             shown = repr(llama) if isinstance(llama, (str, os.PathLike)) else type(llama).__name__
             raise TypeError(
@@ -330,7 +338,7 @@ class Saved(Extra):
         with unloaded_on_error(cls(llama, None, **flags)) as model:
             model._add_read("default", read, below)
             model.set_adapter("default")
-        return model
+        return model.eval()
 
     def _add_read(self, name: str, read: Read, below: Below = ()) -> None:
         """Add what was read as ``name``, and as what it runs on the adapters ``below``; all of them or none."""

@@ -50,7 +50,7 @@ def save_run(
 ) -> None:
     """Write the adapter (``name``, or the active one), the head and ``task.json``, each file atomically."""
     if config.train_adapters:
-        model.save_pretrained(directory, name)
+        model.save_pretrained(directory, name or model.active_adapter)
     if head is not None:
         head.save_pretrained(directory)
     save_config(directory, config, kind)

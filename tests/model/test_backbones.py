@@ -159,7 +159,7 @@ def test_unload_takes_only_its_own_adapters_off() -> None:
     assert torch.equal(logits(second), expected)
 
 
-@pytest.mark.parametrize("name", ["training", "_modules", "keys"])
+@pytest.mark.parametrize("name", ["training", "_modules", "keys", "__base__"])
 def test_a_name_that_a_module_has_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="name: expected a non-empty name without dots"):
         adapted().add_adapter(name, ak.AdapterConfig())

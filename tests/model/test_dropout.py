@@ -48,6 +48,33 @@ def logits(model: ak.LlamaAdapter, **how: Any) -> Tensor:
     return model(IDS, **how).logits
 
 
+def test_a_frozen_adapter_drops_nothing_beside_one_that_is_trained() -> None:
+    model = tiny_run.model(init="xavier", layers=(1, 3), dropout=0.5)
+    model.add_adapter("other", ak.AdapterConfig(8, layers=(1, 3), init="xavier", dropout=0.5))
+    for p in model.adapter_parameters("default"):
+        p.requires_grad_(False)
+    model.train()
+    mixed = [model(IDS, adapter_names=["default", "other", "other"]).logits for _ in range(2)]
+    torch.testing.assert_close(mixed[0][0], mixed[1][0])
+    assert not torch.allclose(mixed[0][1], mixed[1][1], atol=1e-3)
+
+
+def test_what_is_added_has_the_mode_of_the_model_and_what_is_loaded_drops_nothing(tmp_path: Path) -> None:
+    config = ak.AdapterConfig(8, layers=(1, 3), init="xavier", dropout=0.5)
+    model = tiny_run.model(init="xavier", layers=(1, 3), dropout=0.5)
+    model.save_pretrained(tmp_path)
+    model.eval()
+    model.add_adapter("added", config)
+    model.load_adapter(tmp_path, "loaded")
+    for name in ("added", "loaded"):
+        model.set_adapter(name)
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+    again = ak.LlamaAdapter.from_pretrained(model.unload().train(), tmp_path)
+    assert not any(module.training for module in again.modules())
+    again.train().add_adapter("other", config)
+    assert all(module.training for module in again.modules())
+
+
 def test_a_mixed_batch_drops_as_a_plain_one() -> None:
     model = tiny_run.model(init="xavier", layers=(1, 3), dropout=0.5).train()
     plain = logits(model)

@@ -47,6 +47,18 @@ def backbone(request: Any, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def test_what_is_not_saved_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    model.add_adapter("other", ak.AdapterConfig(adapter_dim=2))
+    model.save_pretrained(tmp_path)
+    assert [record.message for record in caplog.records] == [
+        "save_pretrained: saves 'default', the active adapter, and not 'other'"
+    ]
+    caplog.clear()
+    model.save_pretrained(tmp_path / "other", "other")
+    assert not caplog.records
+
+
 def test_transformers_loads_the_backbone_as_before(backbone: Path) -> None:
     pytest.importorskip("peft", reason="transformers looks for PEFT's files only if peft is installed")
     for cls in (AutoModelForCausalLM, LlamaForCausalLM):

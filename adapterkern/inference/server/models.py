@@ -10,11 +10,10 @@ from transformers import GenerationConfig
 
 from adapterkern.files import read_json
 from adapterkern.inference.runs import SavedRun, find_run, tokens_digest
-from adapterkern.model.config import BIAS_SCALE
+from adapterkern.model.config import BASE_NAME, BIAS_SCALE
 from adapterkern.model.files.below import files_below
 from adapterkern.model.files.folder import CONFIG_NAME, adapter_files
 from adapterkern.model.llama import LlamaAdapter
-from adapterkern.model.running import BASE_NAME
 from adapterkern.recipes.multitask.task import MultiTask
 from adapterkern.training.data.ends import end_tokens, turn_end
 from adapterkern.training.data.padding import context_length

@@ -68,6 +68,8 @@ def load(
     found: Any = task
     if isinstance(task.head, Head):
         found = Classifier(task, opened.config)
+        if opened.tokenizer.pad_token is None:  # without one `pipeline` takes no batches; any does, behind a mask
+            opened.tokenizer.pad_token = opened.tokenizer.eos_token
     elif type(task) is Task:
         found = task.model
     found.eval()

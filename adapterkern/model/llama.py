@@ -303,6 +303,8 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
     def delete_adapter(self, name: str) -> None:  # type: ignore[override]
         """Remove ``name``. If it was active, alone or in a stack, no adapter is active until ``set_adapter``.
 
+        A warning says so if others are left.
+
         Raises:
             ValueError: there is no such adapter, or another one was loaded that was saved on it.
         """
@@ -325,6 +327,10 @@ class LlamaAdapter(Running, Split, WithLogits, Saved):
         self._saved_on.pop(name, None)
         if name in self._stack:
             self._stack = ()
+            if self.adapters:
+                logger.warning(
+                    "delete_adapter: no adapter is active now; set_adapter chooses %s", " or ".join(self.adapters)
+                )
 
     @checks.other_names(adapter_name="name")
     def set_scale(self, scale: float, name: str | None = None) -> None:

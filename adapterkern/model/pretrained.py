@@ -139,11 +139,6 @@ class Wrapped(PreTrainedModel):
         """Which modules of the backbone are on which device, if it is spread over several."""
         return self.base.hf_device_map
 
-    @property
-    def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
-        """The backbone's keys, so that Trainer does not report them as missing from its checkpoints."""
-        return {f"base.{key}" for key in self.base.state_dict()}
-
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie the backbone's weights."""
         self.base.tie_weights(*args, **kwargs)

@@ -259,6 +259,13 @@ class Saved(Extra):
         known[key] = found
         return found
 
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
+        """What ``save_pretrained`` leaves out, so that Trainer does not report it as missing from its checkpoints."""
+        name = self.active_adapter
+        saved = () if name is None else tuple(f"{OURS}{one}." for one in (*self.adapters_below(name), name))
+        return {key for key in self.state_dict() if not key.startswith(saved)}
+
     def push_to_hub(self, repo_id: str, name: str | None = None, **options: Any) -> str:  # type: ignore[override]
         """Upload what ``save_pretrained`` writes to the Hugging Face hub, and return the repository's URL.
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from adapterkern.model.asking import check_runs
@@ -22,6 +23,11 @@ def check_arguments(model: object, config: object, tokenizer: object, head: obje
     """Refuse what a user gives in their places, before it fails somewhere inside."""
     if not isinstance(model, LlamaAdapter):
         hint = ": wrap it, LlamaAdapter(llama, AdapterConfig())" if isinstance(model, PreTrainedModel) else ""
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        inside = {kind: path for path, one in modules for kind in (LlamaAdapter, Head) if isinstance(one, kind)}
+        if LlamaAdapter in inside:
+            hint = f": give the one inside, model.{inside[LlamaAdapter]}"
+            hint += f", with head=model.{inside[Head]}" if Head in inside else ""
         if hasattr(model, "_orig_mod"):
             hint = ": give the model itself; its compile() compiles it in place"
         raise TypeError(f"model: expected a LlamaAdapter, got {type(model).__name__}{hint}")

@@ -62,10 +62,13 @@ def test_a_classifier_is_one_of_transformers() -> None:
     assert type(model).__name__ == "LlamaForSequenceClassification"
     assert model.config.id2label == {0: "no", 1: "yes"}
     texts = ["red blue", "red", "black green white"]
-    found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts)
+    found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, batch_size=3)
     expected = ak.predict(model, [{"text": text} for text in texts])
     assert [one["label"] for one in found] == [p.label for p in expected]
     assert [one["score"] for one in found] == pytest.approx([p.probability for p in expected])
+    inside = r"got LlamaForSequenceClassification: give the one inside, model\.task\.model, with head=model\.task\.head"
+    with pytest.raises(TypeError, match=inside):
+        ak.evaluate(model, [{"text": "red", "label": "no"}], ak.TrainConfig(), tokenizer=tokenizer)
 
 
 def test_a_classifier_pads_on_either_side_and_gives_a_loss() -> None:

@@ -156,6 +156,7 @@ def test_a_state_dict_by_hand_is_the_module_s(checkpoint: Path) -> None:
 def test_the_best_adapter_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The loss falls and the highest counts as the best, so the best adapter is not the last one."""
     model = adapted()
+    model.add_adapter("other", ak.AdapterConfig(adapter_dim=2))  # which is not saved, and not missed
     run = trainer(
         tmp_path,
         model,

@@ -144,7 +144,7 @@ def test_length_and_summary() -> None:
     ]
     summary = summarize(examples, 64)
     assert (summary.tokens, summary.learned, summary.cut) == (17 + 7 + 13, 5 + 1 + 3, 2)
-    with pytest.raises(DataError, match="row 0: no token to learn: the prompt has 6, max_length is 6"):
+    with pytest.raises(DataError, match="row 0: no token to learn: the prompt has 6 and max_length is 6"):
         load(row, max_length=6)
 
 

@@ -106,7 +106,7 @@ def test_plain_text_learns_all_but_the_first_token() -> None:
 
 
 def test_a_prompt_that_leaves_nothing_to_learn() -> None:
-    with pytest.raises(DataError, match="row 0: no token to learn: the prompt has 5, max_length is 4"):
+    with pytest.raises(DataError, match="row 0: no token to learn: the prompt has 5 and max_length is 4"):
         load([{"prompt": "w1 w2 w3 w4 w5", "completion": "w4"}], max_length=4, **LM)
 
 

@@ -252,7 +252,7 @@ def _causal_lm(
             learned = np.flatnonzero(texts[0].labels != IGNORE)
             why = f"the prompt has {learned[0]}" if len(learned) and learned[0] else "nothing predicts the first"
             why = why if len(learned) else "labels and masks leave none"
-            bad.add(row.place, f"no token to learn: {why}, max_length is {config.max_length}")
+            bad.add(row.place, f"no token to learn: {why} and max_length is {config.max_length}")
     if lost and tokenizer is not UNREAD:
         warn(
             "%s: %d packed texts are left out: all that they learn is beyond the maximum length of %d tokens (%s)",

@@ -91,7 +91,8 @@ def train(
     """Train the active adapter, with a head for labeled texts or as a language model; of a stack the last one.
 
     Args:
-        model: on the device to train on. The backbone stays frozen. It is left in eval mode.
+        model: on the device to train on. The backbone stays frozen. Its mode is left as it was: a new
+            ``LlamaAdapter`` is in training mode, so call ``model.eval()`` before you use one that has dropout.
         train_data, eval_data: see ``load_examples``; or whatever ``task.load`` reads. ``eval_data="10%"`` holds out
             this share of the training rows, the same ones for the same seed: see data/split.py.
         drift_data: texts of another kind, on which each evaluation measures ``drift``, how far the model with its

@@ -119,7 +119,6 @@ class Run(Generic[E]):
                     self._finish(reporter)
         finally:
             self.engine.end()
-            self.task.eval()  # what was trained is for use: without dropout
         result = self._result(stopped, reporter.history)
         self.callbacks.end(result)
         return result

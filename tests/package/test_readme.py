@@ -46,10 +46,19 @@ def test_readme_is_short_and_its_numbers_are_in_the_results() -> None:
         medians = {e.variant: e.median for e in step}
         for variant in ("frozen backbone", "eager adapters", "ours", "PEFT LoRA", "ours + prefix cache"):
             assert f"{1000 * medians[variant]:.0f} ms" in text, variant
-    for shape, words in (("T=2048, d=4096", "{:.2f} of the faster"), ("T=768, d=576", "{:.2f} at SmolLM2's")):
-        one = {e.variant: e.times for e in groups["adapter", f"both, {shape}, r=64, bfloat16"]}
-        rivals = [paired_ratio(one["ours"], one[name]) for name in ("eager autocast", "eager pure", "torch.compile")]
-        assert words.format(max(rivals)) in text
+    shapes = "T=2048, d=4096", "T=768, d=576"
+    wide, narrow = (_against_the_fastest(groups, shape) for shape in shapes)
+    assert f"{wide:.2f} of the faster" in text
+    assert f"{narrow:.2f} at SmolLM2's" in text
+    on_cpus = (run for run in report.newest() if run.machine["cuda"] is None)
+    (amx,) = (run for run in on_cpus if "amx_bf16" in run.machine["cpu"]["flags"])
+    wide, narrow = (_against_the_fastest(amx.groups, shape) for shape in shapes)
+    assert f"with AMX {wide:.2f} and {narrow:.2f}" in text
+
+
+def _against_the_fastest(groups: dict[tuple[str, str], Any], shape: str) -> float:
+    one = {e.variant: e.times for e in groups["adapter", f"both, {shape}, r=64, bfloat16"]}
+    return max(paired_ratio(one["ours"], one[name]) for name in ("eager autocast", "eager pure", "torch.compile"))
 
 
 def test_the_python_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

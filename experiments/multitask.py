@@ -203,7 +203,7 @@ def stacking_seconds(llama: Any, tasks: int) -> float:
     model = adapted(llama_copy(llama), configs, 0)
     resolved = {name: model.adapter_config(name) for name in configs}
     mixture = Mixture(dict(model.adapters.items()), resolved, torch.zeros(1, dtype=torch.int64))  # type: ignore[arg-type]
-    groups = [g for n in range(NUM_LAYERS) for g in mixture._groups(str(n), "layer")]
+    groups = [g for n in range(NUM_LAYERS) for g in mixture._at(str(n), "layer")]
     times = []
     for _ in range(20):
         started = time.perf_counter()

@@ -117,6 +117,4 @@ def _data(arguments: argparse.Namespace, config: TrainConfig) -> Any:
         text = sys.stdin.read()
         text = text.removesuffix("\n")
         prompts = text.split("\n") if arguments.lines and text else [text]  # splitlines knows other ends, too
-    if prompts == [""]:
-        raise ValueError(f"{given[0] if given else 'stdin'}: expected a prompt, got an empty text")
     return [{config.prompt_column: prompt} for prompt in prompts]

@@ -58,7 +58,7 @@ class NumberReport:
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw predicted against true, and the line on which they are the same, to a PNG file."""
-        from adapterkern.training.run.plot import INK, drawn  # matplotlib takes a second to import
+        from adapterkern.training.run.plot import INK, OURS, drawn  # matplotlib takes a second to import
 
         scores = ", ".join(
             f"{_NAMES[name]} {self.numbers[name]:.4g}" for name in ("rmse", "r2") if name in self.numbers
@@ -67,7 +67,7 @@ class NumberReport:
         with drawn(path, 4.6, 4.6) as figure:
             axis = figure.subplots()
             axis.plot(ends, ends, "-", color=INK, linewidth=0.8)
-            axis.plot(self.true, self.predicted, ".", markersize=4, alpha=0.5)
+            axis.plot(self.true, self.predicted, ".", color=OURS, markersize=4, alpha=0.5)
             axis.set(xlabel="true", ylabel="predicted")
             axis.set_title(f"{len(self.true):,} rows: {scores}", fontsize=9)
 

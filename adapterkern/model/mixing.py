@@ -156,11 +156,21 @@ class Mixture:
         return partial(self._prompts, groups) if place == PROMPT else partial(self._run, groups, x)
 
     def _at(self, *site: Any) -> list[_Group]:
-        if site not in self._sites:
-            self._sites[site] = self._groups(*site)
-        return self._sites[site]
+        dropping = self._dropping(site[0])
+        if (*site, dropping) not in self._sites:
+            self._sites[*site, dropping] = self._groups(dropping, *site)
+        return self._sites[*site, dropping]
 
-    def _groups(self, layer: str, place: str, skip: int = 0) -> list[_Group]:
+    def _dropping(self, layer: str) -> tuple[int, ...]:
+        """The numbers of the adapters that drop in training: a frozen one does not, whatever the others do."""
+        sites: list[tuple[int, Any]] = [
+            (n, self._adapters[n][layer])
+            for n, c in enumerate(self._configs)
+            if c.dropout and layer in self._adapters[n]
+        ]
+        return tuple(n for n, site in sites if site[0].down.weight.requires_grad)
+
+    def _groups(self, dropping: tuple[int, ...], layer: str, place: str, skip: int = 0) -> list[_Group]:
         groups: list[_Group] = []
         for stage in self._stages:
             members: dict[tuple[object, ...], list[int]] = {}
@@ -169,9 +179,7 @@ class Mixture:
                 if c.place == place and layer in self._adapters[number] and not c.skips(layer, skip):
                     of_bottlenecks = c.adapter_dim, c.activation, c.eps, c.depth, c.x_free, c.layer_norm, c.is_parallel
                     of_prompts = c.prompt_length, c.prompt_gate
-                    one: Any = self._adapters[number][layer]
-                    # A frozen one drops nothing, whatever the others do.
-                    dropout = c.dropout if c.dropout and one[0].down.weight.requires_grad else 0.0
+                    dropout = c.dropout if number in dropping else 0.0
                     members.setdefault((*of_bottlenecks, dropout, *of_prompts), []).append(number)
             for ns in members.values():
                 places = tuple(ns.index(n) if n in ns else -1 for n in stage)

@@ -13,7 +13,7 @@ class Call(NamedTuple):
 
     eps: float
     activation: str
-    compute: torch.dtype  # of the products' operands, and of z
+    compute: torch.dtype  # of the products' operands and of z, which the backward goes by
     scale: Tensor | float = 1.0  # of one adapter: a Tensor without dimensions is learned
     gate: Tensor | None = None  # (T,)
     drop: Drop | None = None

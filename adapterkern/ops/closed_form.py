@@ -106,9 +106,9 @@ def backward(
     ``residual``: whether the forward had one; dx then lacks dy. After the parameters' come the gradients of a learned
     scale and of a gate.
     """
-    eps, activation, _, scale, gate, drop = call
+    eps, activation, compute, scale, gate, drop = call
     need, (need_scale, need_gate) = Weights(*needed[1:7]), needs_extra(needed, call)  # type: ignore[arg-type]
-    d, compute, stats = rows.shape[1], z.dtype, rstd.dtype
+    d, stats = rows.shape[1], rstd.dtype
     dy_c, mask = dy.to(compute), mask_of(drop, z)
     grads: dict[str, Tensor] = {}
     if need.up_weight or need_scale:

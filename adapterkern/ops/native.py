@@ -273,7 +273,7 @@ def backward(
     scale, then that of a gate.
     """
     given = inputs(dy, rows, z, mean, rstd, w)
-    shares = Shares([(_prepared(w, z.dtype, call.scale), 0, len(rows))])
+    shares = Shares([(_prepared(w, call.compute, call.scale), 0, len(rows))])
     return _backward(given, shares, w, call, needed, residual)
 
 
@@ -291,7 +291,7 @@ def backward_several(
 ) -> list[Tensor | None]:
     """As ``backward``, of several adapters in one call: ``weights`` and ``index`` are those of rows.py."""
     given = inputs(dy, rows, z, mean, rstd, weights)
-    shares = _shares(index, weights, len(rows), call._replace(compute=z.dtype))
+    shares = _shares(index, weights, len(rows), call)
     scales = call if len(weights) == 6 else call._replace(scale=weights[6])
     return _backward(given, shares, weights[:6], scales, needed, residual)
 

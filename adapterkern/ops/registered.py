@@ -112,7 +112,7 @@ def run_forward(x, *args):  # type: ignore[no-untyped-def]
 
 def run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
     """The operator's backward on any device; ``args`` follow the schema, and x is y if ``x_free``."""
-    eps, activation, compute_dtype, needed = args[6:10]
+    eps, activation, _, needed = args[6:10]
     x_free, index, prepared, residual, scale, factor, gate, dropout, seed = _optional(args, 10)
     weights = _with_scale(args[:6], scale)
     if runs_triton(x.device.type, x.dtype):
@@ -124,7 +124,7 @@ def run_backward(dy, x, z, mean, rstd, *args):  # type: ignore[no-untyped-def]
             by_clusters=choice.runs_clusters(x.device),
         )  # fmt: skip
     else:
-        call = Call(eps, activation, compute_dtype, factor, gate, None if seed is None else Drop(dropout, seed))
+        call = Call(eps, activation, z.dtype, factor, gate, None if seed is None else Drop(dropout, seed))
         how = call, needed, x_free, index, bool(residual)
         grads = rows.adapter_backward(_on_rows(x), dy, x, z, mean, rstd, weights, *how)
     tensors = x, *weights, *(() if gate is None else (gate,))

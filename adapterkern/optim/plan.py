@@ -34,7 +34,8 @@ class Bucket:
     states: list[dict[str, Any]]
     masters: list[dict[str, Any]]  # the states whose master is what AdamW updates
     layouts: list[list[Any]]  # of the parameters, and so of their gradients
-    state_tensors: list[Tensor]  # kept, so that no new tensor can take over an old one's address
+    state_tensors: list[Tensor]  # kept, so that no new tensor can take over an old one's identity
+    state_ids: list[int]
     addresses: list[int]  # of the parameters and of their state
 
 
@@ -108,6 +109,7 @@ def _bucket(
         masters=masters,
         layouts=_layouts([entry.param for entry in entries]),
         state_tensors=state_tensors,
+        state_ids=list(map(id, state_tensors)),
         addresses=_addresses([*params, *state_tensors], sharded),
     )
 
@@ -138,12 +140,12 @@ def _with_gradient(groups: Groups) -> list[list[int]]:
 
 
 def _bucket_is_valid(bucket: Bucket) -> bool:
-    # Addresses, not identities: an assignment to .data moves a tensor that stays the same one.
     try:
-        tensors = [*bucket.params, *_state_tensors(bucket.states, bucket.masters)]
-        return bucket.addresses == _addresses(tensors, bucket.sharded)
-    except (KeyError, TypeError):  # a state lacks a tensor, or has something else: making the next plan reports which
+        same = bucket.state_ids == list(map(id, _state_tensors(bucket.states, bucket.masters)))
+    except KeyError:  # a tensor is missing from a state: making the next plan reports which
         return False
+    # An assignment to .data moves a tensor that stays the same one.
+    return same and bucket.addresses == _addresses([*bucket.params, *bucket.state_tensors], bucket.sharded)
 
 
 def _state_tensors(states: list[dict[str, Any]], masters: list[dict[str, Any]]) -> list[Tensor]:

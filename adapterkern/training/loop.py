@@ -106,7 +106,7 @@ class Run(Generic[E]):
                 processes.on_every_rank(lambda: self._prepare(reporter, stop))
                 self._prepare_drift(reporter, stop)
                 self._check_best()
-                if not self._stopped(stop):  # after all that may fail: until then there is nothing to replace it by
+                if not self._stopped(stop):  # after all of ours that may fail
                     processes.on_rank_zero(lambda: remove_earlier_run(config, self.task.files))
                 self.callbacks.start(self._info())
                 self.engine.run.train()

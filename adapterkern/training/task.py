@@ -56,7 +56,6 @@ from adapterkern.training.data.targets import TARGETS
 from adapterkern.training.feed import Bar, Feed, sums_over
 from adapterkern.training.head_kinds import HEADS
 from adapterkern.training.heads import HEAD_CONFIG, HEAD_WEIGHTS, Head, gathered, scored, scores_kept
-from adapterkern.training.heads import Prediction as Prediction
 from adapterkern.training.losses import TrainingLoss
 from adapterkern.training.optimization import make_optimizer
 from adapterkern.training.saved import load_model, load_run, save_run

@@ -11,7 +11,7 @@ import pytest
 
 from adapterkern.inference.table import format_of_output, write_predictions
 from adapterkern.training.data.rows import DataError
-from adapterkern.training.task import Prediction
+from adapterkern.training.heads import Prediction
 
 YES = Prediction("yes", 0.75, {"no": 0.25, "yes": 0.75})
 NO = Prediction("no", 0.5, {"no": 0.5, "yes": 0.5})

@@ -57,6 +57,14 @@ def test_a_frozen_adapter_drops_nothing_beside_one_that_is_trained() -> None:
     mixed = [model(IDS, adapter_names=["default", "other", "other"]).logits for _ in range(2)]
     torch.testing.assert_close(mixed[0][0], mixed[1][0])
     assert not torch.allclose(mixed[0][1], mixed[1][1], atol=1e-3)
+    with model.mixing(["default", "other"], torch.tensor([0, 1, 1])):  # which is kept for several forwards
+        model(IDS)
+        for name in ("default", "other"):
+            for p in model.adapter_parameters(name):
+                p.requires_grad_(name == "default")
+        mixed = [model(IDS).logits for _ in range(2)]
+    torch.testing.assert_close(mixed[0][1], mixed[1][1])
+    assert not torch.allclose(mixed[0][0], mixed[1][0], atol=1e-3)
 
 
 def test_what_is_added_has_the_mode_of_the_model_and_what_is_loaded_drops_nothing(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_backward_stops_at_the_first_adapter(checkpointing: bool) -> None:
     assert set(reached) == {3}
 
 
-def test_named_adapters() -> None:
+def test_named_adapters(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     first = logits(model)
     model.add_adapter("second", ak.AdapterConfig(adapter_dim=2, position="attention"))
@@ -169,6 +169,7 @@ def test_named_adapters() -> None:
         model.add_adapter("second", ak.AdapterConfig())
     model.delete_adapter("default")
     assert model.active_adapter is None
+    assert "delete_adapter: no adapter is active now; set_adapter chooses second" in caplog.messages
     with model.disable_adapter():
         bare = logits(model)
     assert torch.equal(logits(model), bare)

@@ -64,6 +64,21 @@ def test_a_state_whose_memory_is_replaced(name: str) -> None:
     assert not torch.equal(state, kept)
 
 
+def test_a_state_that_is_another_view_of_its_memory() -> None:
+    def run(kind: Any, **more: Any) -> Tensor:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.ones(3, 3))
+        optimizer = kind([p], lr=0.1, **more)
+        for step in range(4):
+            if step == 2:
+                optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].t()
+            p.grad = torch.randn(3, 3)
+            optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(run(ClippedAdamW, max_norm=None), run(torch.optim.AdamW), rtol=1e-5, atol=1e-6)
+
+
 def test_a_gradient_that_is_a_view_of_its_negative() -> None:
     p, values = torch.nn.Parameter(torch.zeros(6)), torch.randn(6)
     p.grad = torch._neg_view(values)

@@ -343,10 +343,10 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
             axis.set_yticks(places, names, fontsize=8, parse_math=False)
             axis.set(xlabel="predicted", ylabel="label")
             axis.set_title(title, fontsize=9)
-    for one in found:
-        if "missing from font" not in str(one.message):
-            warnings.warn(one.message, one.category, stacklevel=2)
-    if any("missing from font" in str(one.message) for one in found):
+    others = [one for one in found if "missing from font" not in str(one.message)]
+    for one in others:
+        warnings.warn(one.message, one.category, stacklevel=2)
+    if len(others) < len(found):
         logger.warning("%s: the font lacks characters of the labels; %s has them", path, TEXT_NAME)
 
 

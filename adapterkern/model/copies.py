@@ -94,7 +94,7 @@ class Replaceable(nn.Module):
         return _cast(run(*args, **kwargs), found.dtype, own)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (_own_class(self),), self.__dict__
+        return _blank, (own_class(self, Replaceable),), self.__dict__
 
 
 def _blank(cls: Any) -> nn.Module:
@@ -105,10 +105,6 @@ def _blank(cls: Any) -> nn.Module:
 @functools.cache
 def _replaceable(cls: Any) -> Any:
     return preceded(cls, Replaceable)
-
-
-def _own_class(module: nn.Module) -> Any:
-    return own_class(module, Replaceable) if isinstance(module, Replaceable) else type(module)
 
 
 def make_copies(llama: Any, paths: Iterable[str]) -> nn.Module:
@@ -128,7 +124,7 @@ def make_copies(llama: Any, paths: Iterable[str]) -> nn.Module:
 
 def _copied(module: nn.Module) -> nn.Module:
     """The module with parameters of its own, without accelerate's hooks."""
-    made = _own_class(module).__new__(_own_class(module))
+    made = own_class(module, Replaceable).__new__(own_class(module, Replaceable))
     fields = {key: value for key, value in module.__dict__.items() if key not in _NOT_COPIED}
     fields |= {key: type(value)() for key, value in fields.items() if "_hooks" in key}
     hook = getattr(module, "_hf_hook", None)
@@ -192,7 +188,7 @@ def detach(model: Copies, llama: Any, kept: Collection[str] = ()) -> None:
             place.tied = {key: at for key, at in tied if any(f"{'.'.join(at[0])}.".startswith(f"{p}.") for p in kept)}
             if not place.tied and ".".join(place.path) not in kept:
                 del module.__dict__["_place"]
-                change_class(module, _own_class(module))
+                change_class(module, own_class(module, Replaceable))
 
 
 def _found(copies: Iterable[nn.Module], path: list[str]) -> nn.Module | None:

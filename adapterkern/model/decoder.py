@@ -76,9 +76,9 @@ class AdaptedLayer(nn.Module):
 
 
 def own_class(module: nn.Module, before: type) -> Any:
-    """The class that follows ``before`` in the method resolution order: the one a module has been given back."""
+    """The class of a module without ``before``: what follows it in the method resolution order, if it is there."""
     mro = type(module).__mro__
-    return mro[mro.index(before) + 1]
+    return mro[mro.index(before) + 1] if before in mro else type(module)
 
 
 def preceded(cls: Any, before: type, **members: Any) -> Any:

@@ -104,7 +104,7 @@ def _scaled_class(cls: Any) -> Any:
 
 def linear_class(module: nn.Module) -> Any:
     """The class of a module without ``ScaledLinear``."""
-    return own_class(module, ScaledLinear) if isinstance(module, ScaledLinear) else type(module)
+    return own_class(module, ScaledLinear)
 
 
 def find_linears(layer: nn.Module) -> dict[str, nn.Module]:

@@ -88,7 +88,8 @@ class Mixture:
         ]
         self._argument, self._count = argument, len(stacks)
         self._adapters, self._configs = list(adapters.values()), list(configs.values())
-        self._sites: dict[tuple[Any, ...], list[_Group]] = {}  # by layer, place and skip
+        self._with_dropout = [number for number, c in enumerate(self._configs) if c.dropout]
+        self._sites: dict[tuple[Any, ...], list[_Group]] = {}  # by layer, place and skip, and what drops
         self._generating = False
         self._stacks: dict[int, list[_Stack]] = {}  # by the group's id; only while generating
         self._choose(index, weight)
@@ -157,18 +158,15 @@ class Mixture:
 
     def _at(self, *site: Any) -> list[_Group]:
         dropping = self._dropping(site[0])
-        if (*site, dropping) not in self._sites:
-            self._sites[*site, dropping] = self._groups(dropping, *site)
-        return self._sites[*site, dropping]
+        key = *site, dropping
+        if key not in self._sites:
+            self._sites[key] = self._groups(dropping, *site)
+        return self._sites[key]
 
     def _dropping(self, layer: str) -> tuple[int, ...]:
         """The numbers of the adapters that drop in training: a frozen one does not, whatever the others do."""
-        sites: list[tuple[int, Any]] = [
-            (n, self._adapters[n][layer])
-            for n, c in enumerate(self._configs)
-            if c.dropout and layer in self._adapters[n]
-        ]
-        return tuple(n for n, site in sites if site[0].down.weight.requires_grad)
+        found: Any = ((n, self._adapters[n][layer]) for n in self._with_dropout if layer in self._adapters[n])
+        return tuple(n for n, one in found if one[0].down.weight.requires_grad)
 
     def _groups(self, dropping: tuple[int, ...], layer: str, place: str, skip: int = 0) -> list[_Group]:
         groups: list[_Group] = []

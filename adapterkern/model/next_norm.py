@@ -254,12 +254,12 @@ class FusesNorms:
         layers: list[Any] = list(self.layers)
         decoder: Any = type(self.decoder)
         for index, layer in enumerate(layers):
-            cut = halves(_own(layer))
+            cut = halves(own_class(layer, AdaptedLayer))
             if isinstance(cut, Halves) and (norm := _rms_norm(layer, cut.next)) is not None:
                 found[str(index), "attention"] = NextNorm(norm, layer)
             last = index + 1 == len(layers)
             after = self.decoder if last else layers[index + 1]
-            name = reads_output(decoder) if last else reads_input(_own(after))
+            name = reads_output(decoder) if last else reads_input(own_class(after, AdaptedLayer))
             if (norm := _rms_norm(after, name)) is not None:
                 found[str(index), "layer"] = NextNorm(norm, None if last else after)
         return found
@@ -289,10 +289,6 @@ class FusesNorms:
         finally:
             if self._fuse_norm:
                 self._take_norms()
-
-
-def _own(layer: Any) -> Any:
-    return own_class(layer, AdaptedLayer) if isinstance(layer, AdaptedLayer) else type(layer)
 
 
 def _rms_norm(module: Any, name: str | None) -> Any:

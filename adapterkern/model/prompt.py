@@ -36,7 +36,7 @@ from adapterkern.model.config import MAX_PROMPT_LENGTH
 from adapterkern.model.copies import Replaceable
 from adapterkern.model.decoder import argument_names, change_class, check_forward, own_class, preceded, reduced
 from adapterkern.ops import graphs
-from adapterkern.ops.kept import Entry, state_of
+from adapterkern.ops.kept import Entry, state_of, uncounted
 
 _NAME = "adapterkern_prompt"  # in transformers' registry
 _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"  # in the module of an attention's class
@@ -171,11 +171,11 @@ class PromptedAttention(nn.Module):
             return self._keys_and_values(given, embeddings)
         scales = [p for of in self._prompt_site.linear([]) for p in of.parameters()]
         made_of = [*embeddings, *self.parameters(), *scales]
-        if any(is_traceable_wrapper_subclass(t) or t.is_meta or t.is_inference() for t in made_of):
+        if any(is_traceable_wrapper_subclass(t) or t.is_meta for t in made_of):
             return self._keys_and_values(given, embeddings)
         key = (id(self), given["hidden_states"].dtype, *map(id, embeddings))
         storages = [t.untyped_storage() for t in made_of]
-        if any(t.device.type == "cpu" and t.is_shared() for t in made_of):  # another process counts its own writes
+        if uncounted(made_of, storages):
             return self._keys_and_values(given, embeddings)
         state, entry = state_of(made_of, storages), kept.get(key)
         if entry is None or not entry.valid(state):

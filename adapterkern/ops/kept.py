@@ -59,6 +59,15 @@ def state_of(weights: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> t
     return (_steps, *(s._cdata for s in storages), *((w._version, w.dtype, w.shape, w.stride()) for w in weights))
 
 
+def uncounted(weights: Sequence[Tensor], storages: Sequence[UntypedStorage]) -> bool:
+    """Whether a write may leave no trace in ``state_of``, so that nothing may be kept.
+
+    Inference tensors have no version, and another process counts its own writes to memory that they share.
+    """
+    shared = (w.is_cpu and s.is_shared() for w, s in zip(weights, storages, strict=True))  # on a GPU all memory is
+    return any(w.is_inference() for w in weights) or any(shared)
+
+
 def drop_expired(*tables: dict[Any, Entry[Any]]) -> None:
     """Remove the entries of parameters that are gone."""
     for entries in tables:
@@ -78,8 +87,7 @@ class Kept(Generic[T]):
         """``make(weights, *how)``, or its last result if the parameters have not changed since."""
         given: Any = weights if weights[0] is not None else [w for w in weights if w is not None]
         storages = [w.untyped_storage() for w in given]
-        # Inference tensors have no version, and another process counts its own writes.
-        if any(w.is_inference() for w in given) or any(s.is_shared() for s in storages):
+        if uncounted(given, storages):
             return self._make(weights, *how)
         key = (*how, len(weights), *(w.data_ptr() for w in given))
         state = state_of(given, storages)

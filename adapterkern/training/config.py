@@ -295,7 +295,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if choices := field.metadata["choices"]:
                 checks.choice(field.name, getattr(self, field.name), choices)
-            elif field.type is bool:
+            elif field.type is bool or (field.type == bool | None and getattr(self, field.name) is not None):
                 checks.flag(field.name, getattr(self, field.name))
         for name in ("text_column", "label_column", "prompt_column", "completion_column"):
             if not isinstance(getattr(self, name), str):
@@ -337,8 +337,6 @@ class TrainConfig:
             )
         if self.packing and self.task != "causal-lm":
             raise ValueError(f"packing: expected False with task={self.task!r}, whose head reads whole rows, got True")
-        if self.prefix_cache is not None:
-            checks.flag("prefix_cache", self.prefix_cache)
         if self.output_dir is not None and not isinstance(self.output_dir, str | os.PathLike):
             raise TypeError(f"output_dir: expected the name of a folder, got {self.output_dir!r:.80}")
         if self.output_dir is not None and not os.fspath(self.output_dir):

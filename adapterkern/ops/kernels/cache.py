@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from adapterkern.ops import graphs
 from adapterkern.ops.index import vouched
-from adapterkern.ops.kept import Entry, drop_expired, state_of
+from adapterkern.ops.kept import Entry, drop_expired, state_of, uncounted
 
 from .weights import Prepared, prepare
 
@@ -66,9 +66,9 @@ def prepared_weights(weights: Weights, dtype: torch.dtype, factor: float = 1.0) 
         kept = _before_recording(weights, dtype, factor)
         return prepare_to_carry(weights, dtype, factor) if kept is None else kept
     given = [w for w in weights if w is not None]
-    if any(w.is_inference() for w in given):  # they have no version
-        return prepare(weights, dtype, factor)
     storages = [w.untyped_storage() for w in given]
+    if uncounted(given, storages):
+        return prepare(weights, dtype, factor)
     if _in_graphs and _trained_by_graphs(weights):
         return _renewed(weights, dtype, factor, ())
     key = (graphs.current_stream(device), dtype, factor, len(weights), *(w.data_ptr() for w in given))
@@ -105,9 +105,10 @@ def _trained_by_graphs(weights: Weights) -> bool:
 def _before_recording(weights: Weights, dtype: torch.dtype, factor: float) -> Prepared | None:
     """A valid preparation of frozen weights from before the recording. From now on it keeps its memory."""
     given = [w for w in weights if w is not None]
-    if not frozen(weights) or any(w.is_inference() for w in given) or _trained_by_graphs(weights):
+    storages = [w.untyped_storage() for w in given]
+    if not frozen(weights) or uncounted(given, storages) or _trained_by_graphs(weights):
         return None
-    state = state_of(given, [w.untyped_storage() for w in given])
+    state = state_of(given, storages)
     place = _place(weights, dtype, factor)
     pinned = _pinned.get(place)
     if pinned is not None and not pinned.expired():  # an earlier graph reads it: nothing may replace it
